@@ -1,0 +1,10 @@
+"""The one exception a user may see."""
+
+
+class UserError(Exception):
+    """A problem with what the user gave us: a file, a field, a value, a flag.
+
+    The message is one sentence that names the file, the field and the value, and
+    says what to do. `run.py` prints it to stderr without a traceback and exits with
+    code 2; from Python it is an ordinary exception.
+    """

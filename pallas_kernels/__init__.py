@@ -1,0 +1,19 @@
+"""Operations of a Qwen2.5 decoder, one package each: a public function, its reference, its kernel.
+
+Shape letters: B batch, T query positions, S cache capacity, N query heads, K key/value
+heads, G = N/K query heads per key/value head, H head dimension.
+"""
+
+from pallas_kernels.gqa_decode_attention import gqa_decode_attention
+from pallas_kernels.gqa_prefill_attention import gqa_prefill_attention
+from pallas_kernels.implementation import Implementation, UnsupportedError, choose
+from pallas_kernels.rope import rope
+
+__all__ = [
+    "Implementation",
+    "UnsupportedError",
+    "choose",
+    "gqa_decode_attention",
+    "gqa_prefill_attention",
+    "rope",
+]

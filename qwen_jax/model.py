@@ -1,0 +1,244 @@
+"""The Qwen2.5 decoder in Flax NNX, top to bottom.
+
+Shape letters: B rows, T positions, S cache capacity, N query heads, K key/value heads,
+H head dimension, D hidden size, F feed-forward size, V vocabulary. A linear weight is
+`[out, in]`, as checkpoints store it.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+from qwen_jax.cache import KVCache, write
+from qwen_jax.config import ModelConfig
+from qwen_jax.rotary import inverse_frequencies
+from qwen_jax.tap import tap
+
+Parameters = Mapping[str, jax.Array]
+"""Canonical parameter name to array, as `qwen_jax.weights.loader` makes it."""
+
+AXES: dict[str, tuple[str | None, ...]] = {
+    "embed": ("vocab", None),
+    "attn_norm": (None,),
+    "qkv_proj.weight": ("heads", None),
+    "qkv_proj.bias": ("heads",),
+    "o_proj.weight": (None, "heads"),
+    "ffn_norm": (None,),
+    "gate_up_proj.weight": ("ffn", None),
+    "down_proj.weight": (None, "ffn"),
+    "final_norm": (None,),
+    "lm_head": ("vocab", None),
+}
+"""Logical axis names of each parameter, for a mesh."""
+
+
+def parameter(params: Parameters, prefix: str, name: str) -> nnx.Param:
+    return nnx.Param(params[prefix + name], axes=AXES[name])
+
+
+def matmul(
+    x: Float[Array, "*rows in"],
+    weight: Float[Array, "out in"],
+    precision: lax.Precision,
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "*rows out"]:
+    """x @ weight.T, accumulated in float32 and returned in `dtype`, by default x's.
+
+    float16 weights meet float32 activations. Large activations of Qwen2.5 overflow float16,
+    so each row is divided by a power of two, which is exact, before it is converted.
+    """
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    if weight.dtype != jnp.float16:
+        dtype = dtype or x.dtype
+        return lax.dot_general(x, weight, contract, precision, preferred_element_type=dtype)
+    _, exponent = jnp.frexp(jnp.abs(x).max(axis=-1, keepdims=True))
+    small = jnp.ldexp(x, -exponent).astype(jnp.float16)
+    out = lax.dot_general(small, weight, contract, precision, preferred_element_type=jnp.float32)
+    return jnp.ldexp(out, exponent)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, weight: nnx.Param, eps: float):
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale * self.weight[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with biased q, k, v projections and rotary embedding."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Parameters,
+        prefix: str,
+        precision: lax.Precision,
+        implementation: str,
+    ):
+        self.prefix, self.precision, self.implementation = prefix, precision, implementation
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.attention_factor = config.yarn.attention_factor if config.yarn else 1.0
+        self.weight = parameter(params, prefix, "qkv_proj.weight")
+        self.bias = parameter(params, prefix, "qkv_proj.bias")
+        self.out = parameter(params, prefix, "o_proj.weight")
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        k_cache: Float[Array, "B K S H"],
+        v_cache: Float[Array, "B K S H"],
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        inv_freq: Float[Array, "H2"],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        batch, steps, _ = x.shape
+        qkv = matmul(x, self.weight[...], self.precision) + self.bias[...].astype(x.dtype)
+        heads = qkv.reshape(batch, steps, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
+        q, k, v = (tap(f"{self.prefix}{n}_proj", y) for n, y in zip("qkv", (q, k, v), strict=True))
+        q, k = pallas_kernels.rope(
+            q,
+            k,
+            positions,
+            inv_freq,
+            attention_factor=self.attention_factor,
+            implementation=self.implementation,
+        )
+        q, k = tap(f"{self.prefix}q_rope", q), tap(f"{self.prefix}k_rope", k)
+        start = positions[:, 0]
+        k_cache, v_cache = write(k_cache, k, start), write(v_cache, v, start)
+        if steps == 1:
+            attended = pallas_kernels.gqa_decode_attention(
+                q[:, 0], k_cache, v_cache, lengths, implementation=self.implementation
+            )
+        else:
+            attended = pallas_kernels.gqa_prefill_attention(
+                q, k_cache, v_cache, start, lengths, implementation=self.implementation
+            )
+        attended = tap(f"{self.prefix}attn_out", attended.reshape(batch, steps, -1))
+        out = matmul(attended, self.out[...], self.precision)
+        return tap(f"{self.prefix}o_proj", out), k_cache, v_cache
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, 2020), gate and up in one matrix."""
+
+    def __init__(self, params: Parameters, prefix: str, precision: lax.Precision):
+        self.prefix, self.precision = prefix, precision
+        self.gate_up = parameter(params, prefix, "gate_up_proj.weight")
+        self.down = parameter(params, prefix, "down_proj.weight")
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate, up = jnp.split(matmul(x, self.gate_up[...], self.precision), 2, axis=-1)
+        gate, up = tap(f"{self.prefix}gate_proj", gate), tap(f"{self.prefix}up_proj", up)
+        hidden = tap(f"{self.prefix}ffn_act", jax.nn.silu(gate) * up)
+        return tap(f"{self.prefix}down_proj", matmul(hidden, self.down[...], self.precision))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Parameters,
+        prefix: str,
+        precision: lax.Precision,
+        implementation: str,
+    ):
+        self.prefix = prefix
+        self.attn_norm = RMSNorm(parameter(params, prefix, "attn_norm"), config.rms_eps)
+        self.attention = Attention(config, params, prefix, precision, implementation)
+        self.ffn_norm = RMSNorm(parameter(params, prefix, "ffn_norm"), config.rms_eps)
+        self.mlp = MLP(params, prefix, precision)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        k_cache: Float[Array, "B K S H"],
+        v_cache: Float[Array, "B K S H"],
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        inv_freq: Float[Array, "H2"],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        normed = tap(f"{self.prefix}attn_norm", self.attn_norm(x))
+        attended, k_cache, v_cache = self.attention(
+            normed, k_cache, v_cache, positions, lengths, inv_freq
+        )
+        x = tap(f"{self.prefix}attn_residual", x + attended)
+        normed = tap(f"{self.prefix}ffn_norm", self.ffn_norm(x))
+        x = tap(f"{self.prefix}ffn_residual", x + self.mlp(normed))
+        return x, k_cache, v_cache
+
+
+class Qwen2(nnx.Module):
+    """The decoder: token ids and a cache in, hidden states and the grown cache out.
+
+    Args:
+        config: sizes and constants.
+        params: every parameter by its canonical name.
+        precision: of float32 matrix products; HIGHEST never uses TF32.
+        implementation: "auto", "mosaic_gpu" or "xla", for every operation.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Parameters,
+        *,
+        precision: lax.Precision = lax.Precision.HIGHEST,
+        implementation: str = "auto",
+    ):
+        self.config, self.precision = config, precision
+        self.embed = parameter(params, "", "embed")
+        self.layers = nnx.List(
+            DecoderLayer(config, params, f"layers.{i}.", precision, implementation)
+            for i in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(parameter(params, "", "final_norm"), config.rms_eps)
+        self.lm_head = None if config.tied else parameter(params, "", "lm_head")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: KVCache,
+        start: Int[Array, "B"],
+        lengths: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Runs tokens that stand at positions start[b] .. start[b] + T - 1 of each row.
+
+        Args:
+            lengths: tokens each row has once these are in, padding not counted. Positions
+                past it hold padding: their output is finite and means nothing.
+
+        Returns:
+            The hidden states after the final norm, and the cache with T more slots filled.
+        """
+        embedded = self.embed[...][tokens]
+        # float16 parameters run with float32 activations: see `matmul`.
+        x = embedded.astype(jnp.float32) if embedded.dtype == jnp.float16 else embedded
+        x = tap("embed", x)
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        inv_freq = jnp.asarray(inverse_frequencies(self.config))
+        k, v = [], []
+        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
+            x, k_cache, v_cache = layer(x, k_cache, v_cache, positions, lengths, inv_freq)
+            k.append(k_cache)
+            v.append(v_cache)
+        return tap("final_norm", self.final_norm(x)), KVCache(tuple(k), tuple(v))
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Unnormalised log-probabilities of the next token, float32."""
+        head = self.embed if self.lm_head is None else self.lm_head
+        return tap("logits", matmul(hidden, head[...], self.precision, jnp.dtype(jnp.float32)))

@@ -173,7 +173,7 @@ def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
 def random_blocks(
     rng: np.random.Generator, shape: tuple[int, ...], kind: GGMLQuantizationType, scale: float
 ) -> np.ndarray:
-    """Random bytes of a quantised `shape` (uint8, row-major) whose values have RMS about `scale`."""
+    """Random uint8 blocks of a row-major `shape` whose values have RMS about `scale`."""
     block, size = GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (int(np.prod(shape)) // block, size), dtype=np.uint8)
     byte_shape = (*shape[:-1], shape[-1] // block * size)

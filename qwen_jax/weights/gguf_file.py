@@ -1,0 +1,317 @@
+"""A bounded, memory-mapped reader of GGUF files, whole or split.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A file is a header (magic,
+version, counts), key-value pairs, tensor descriptions and, from the next multiple of the
+alignment, the tensors' bytes. Nothing in a file is trusted: whatever it claims, reading it ends
+in a `GGUFFile` or in one UserError, within memory bounded by `MAX_HEADER_BYTES`.
+"""
+
+import dataclasses
+import math
+import mmap
+import re
+import struct
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from qwen_jax.errors import UserError
+from qwen_jax.weights.tensors import TensorFiles, TensorInfo, check_extents, map_file
+
+# All before the tensors' bytes. A Qwen2.5 header is 6 MB; a vocabulary of a million tokens is 40.
+# The bound caps every count and length a damaged file may claim, hence also the memory.
+MAX_HEADER_BYTES = 64 << 20
+MAX_DIMENSIONS = 4
+MAX_ARRAY_DEPTH = 4
+MAX_ALIGNMENT = 1 << 16
+DEFAULT_ALIGNMENT = 32
+
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+_DTYPES = {
+    GGUFValueType.UINT8: "u1",
+    GGUFValueType.INT8: "i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.BOOL: "u1",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
+}
+_NUMBERS = {kind: np.dtype(code) for kind, code in _DTYPES.items()}
+_SMALLEST_STRING = 8
+_SMALLEST_ARRAY = 12
+_SMALLEST_PAIR = 13
+_SMALLEST_TENSOR = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile(TensorFiles):
+    """An open GGUF checkpoint; of a split one, all parts as if they were one file."""
+
+    version: int
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Opens a GGUF file, or a split checkpoint by any of its parts.
+
+    Raises UserError, naming file and field, for anything but well-formed little-endian GGUF
+    version 2 or 3.
+    """
+    path = Path(path)
+    part = _read_part(path)
+    count = _integer(path, part.metadata, "split.count", default=1)
+    if count <= 1:
+        return part
+    paths = split_paths(path)
+    if len(paths) != count:
+        raise UserError(
+            f"{path}: split.count is {count}, but the name does not end in "
+            f"-0000N-of-{count:05d}.gguf; give the parts the names they were published under."
+        )
+    missing = [other.name for other in paths if not other.exists()]
+    if missing:
+        raise UserError(
+            f"{path}: of the {count} parts of this split checkpoint, {len(missing)} are missing "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); download all parts "
+            "into one directory."
+        )
+    return _join([part if other == path else _read_part(other) for other in paths])
+
+
+def split_paths(path: Path) -> list[Path]:
+    """The parts of the split checkpoint that `path` is one of, by name; `[path]` if it is none."""
+    name = SPLIT_NAME.fullmatch(path.name)
+    if not name:
+        return [path]
+    count = int(name["count"])
+    return [
+        path.with_name(f"{name['stem']}-{part:05d}-of-{count:05d}.gguf")
+        for part in range(1, count + 1)
+    ]
+
+
+def _join(parts: list[GGUFFile]) -> GGUFFile:
+    """Parts in the order of their names as one file; the first one's metadata count."""
+    tensors: dict[str, TensorInfo] = {}
+    for number, part in enumerate(parts):
+        (path,) = part.paths
+        for key, expected in (("split.no", number), ("split.count", len(parts))):
+            found = _integer(path, part.metadata, key)
+            if found != expected:
+                raise UserError(
+                    f"{path}: {key} is {found}, but its name says {expected}; the parts are mixed "
+                    "up, so download them again under their published names."
+                )
+        for name, info in part.tensors.items():
+            if name in tensors:
+                raise UserError(
+                    f"{path}: the tensor {name!r} is already in {tensors[name].path.name}; the "
+                    "parts do not belong together, so download them again."
+                )
+            tensors[name] = info
+    (first,) = parts[0].paths
+    total = _integer(first, parts[0].metadata, "split.tensors.count")
+    if total != len(tensors):
+        raise UserError(
+            f"{first}: split.tensors.count is {total}, but the {len(parts)} parts hold "
+            f"{len(tensors)} tensors; the parts do not belong together, so download them again."
+        )
+    paths = tuple(path for part in parts for path in part.paths)
+    return GGUFFile(paths, parts[0].metadata, tensors, parts[0].version)
+
+
+def _read_part(path: Path) -> GGUFFile:
+    data = map_file(path)
+    cursor = _Cursor(path, data)
+    version, num_tensors, num_pairs = _read_header(cursor)
+    metadata: dict[str, Any] = {}
+    for index in range(num_pairs):
+        key = cursor.string(f"the name of key {index}")
+        if key in metadata:
+            cursor.fail(f"the key {key!r} appears twice")
+        metadata[key] = cursor.value(cursor.value_type(f"the key {key!r}"), f"the key {key!r}")
+    alignment = _integer(path, metadata, "general.alignment", default=DEFAULT_ALIGNMENT)
+    if not (0 < alignment <= MAX_ALIGNMENT and alignment & (alignment - 1) == 0):
+        cursor.fail(
+            f"general.alignment is {alignment}, which is no power of two up to {MAX_ALIGNMENT}"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for index in range(num_tensors):
+        info = _read_tensor(cursor, index, alignment)
+        if info.name in tensors:
+            cursor.fail(f"the tensor {info.name!r} appears twice")
+        tensors[info.name] = info
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {
+        name: dataclasses.replace(info, offset=start + info.offset)
+        for name, info in tensors.items()
+    }
+    check_extents(tensors.values(), path, len(data))
+    return GGUFFile((path,), metadata, tensors, version)
+
+
+def _read_header(cursor: "_Cursor") -> tuple[int, int, int]:
+    """Version, number of tensors, number of key-value pairs."""
+    magic = cursor.bytes(4, "the magic number")
+    if magic != b"GGUF":
+        raise UserError(
+            f"{cursor.path}: the file begins with {magic!r}, not b'GGUF'; it is no GGUF file, so "
+            "choose another."
+        )
+    version = cursor.number("<I", "the version")
+    if version & 0xFFFF == 0:
+        raise UserError(
+            f"{cursor.path}: the file is big-endian; convert it with gguf-convert-endian, or "
+            "download the little-endian one."
+        )
+    if version not in (2, 3):
+        raise UserError(
+            f"{cursor.path}: the GGUF version is {version}, and only 2 and 3 are supported; "
+            "convert the checkpoint again."
+        )
+    num_tensors = cursor.count("the number of tensors", _SMALLEST_TENSOR)
+    num_pairs = cursor.count("the number of keys", _SMALLEST_PAIR)
+    return version, num_tensors, num_pairs
+
+
+def _read_tensor(cursor: "_Cursor", index: int, alignment: int) -> TensorInfo:
+    """One description; its offset still counts from the start of the tensors' bytes."""
+    name = cursor.string(f"the name of tensor {index}")
+    field = f"the tensor {name!r}"
+    dimensions = cursor.number("<I", f"{field}: the number of dimensions")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        cursor.fail(f"{field} has {dimensions} dimensions, not 1 to {MAX_DIMENSIONS}")
+    # The file lists the fastest-varying dimension first.
+    shape = tuple(cursor.number("<Q", f"{field}: a dimension") for _ in range(dimensions))[::-1]
+    if 0 in shape:
+        cursor.fail(f"{field} has the shape {shape}, which is empty")
+    if math.prod(shape) >= 1 << 63:
+        cursor.fail(f"{field} has the shape {shape}, which no file can hold")
+    code = cursor.number("<I", f"{field}: the type")
+    try:
+        kind = GGMLQuantizationType(code)
+    except ValueError:
+        cursor.fail(f"{field} has the unknown type {code}")
+    block, _ = GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        cursor.fail(
+            f"{field} has rows of {shape[-1]} values, no multiple of {kind.name}'s blocks of "
+            f"{block}"
+        )
+    offset = cursor.number("<Q", f"{field}: the offset")
+    if offset % alignment:
+        cursor.fail(f"{field} has the offset {offset}, no multiple of the alignment {alignment}")
+    return TensorInfo(name, shape, kind, cursor.path, offset)
+
+
+def _integer(path: Path, metadata: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(
+            f"{path}: the key {key!r} holds {value!r}, not an integer; the file is damaged, so "
+            "download it again."
+        )
+    return value
+
+
+class _Cursor:
+    """Reads one value after another, each checked against the end before it is touched."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.at = 0
+        self._data = data
+        self._end = min(len(data), MAX_HEADER_BYTES)
+
+    def fail(self, problem: str) -> NoReturn:
+        raise UserError(f"{self.path}: {problem}; the file is damaged, so download it again.")
+
+    def _past_end(self, field: str) -> NoReturn:
+        if len(self._data) > MAX_HEADER_BYTES:
+            self.fail(f"{field} lies beyond the {MAX_HEADER_BYTES} bytes a header may have")
+        self.fail(f"{field} lies beyond the end of the file ({len(self._data)} bytes)")
+
+    def _advance(self, size: int, field: str) -> int:
+        """Where the next `size` bytes start; they are there."""
+        start = self.at
+        if size > self._end - start:
+            self._past_end(field)
+        self.at = start + size
+        return start
+
+    def bytes(self, size: int, field: str) -> bytes:
+        start = self._advance(size, field)
+        return self._data[start : start + size]
+
+    def number(self, code: str, field: str) -> Any:
+        start = self._advance(struct.calcsize(code), field)
+        return struct.unpack_from(code, self._data, start)[0]
+
+    def count(self, field: str, smallest: int) -> int:
+        """A number of things of at least `smallest` bytes each: so many must still fit."""
+        found = self.number("<Q", field)
+        if found > (self._end - self.at) // smallest:
+            self._past_end(f"{field} is {found}, and the last of them")
+        return found
+
+    def string(self, field: str) -> str:
+        return self.strings(1, field)[0]
+
+    def strings(self, count: int, field: str) -> list[str]:
+        """`count` strings; one tight loop, since a Qwen header has 300,000 of them."""
+        data, end, at = self._data, self._end, self.at
+        unpack = struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            start = at + 8
+            at = start + unpack(data, at)[0] if start <= end else end + 1
+            if at > end:
+                self._past_end(field)
+            try:
+                found.append(data[start:at].decode())
+            except UnicodeDecodeError:
+                self.fail(f"{field} is not valid UTF-8 at byte {start}")
+        self.at = at
+        return found
+
+    def value_type(self, field: str) -> GGUFValueType:
+        code = self.number("<I", f"{field}: the type")
+        try:
+            return GGUFValueType(code)
+        except ValueError:
+            self.fail(f"{field} has the unknown type {code}")
+
+    def value(self, kind: GGUFValueType, field: str, depth: int = 0) -> Any:
+        if kind is GGUFValueType.STRING:
+            return self.string(field)
+        if kind is GGUFValueType.ARRAY:
+            return self._array(field, depth + 1)
+        return self._numbers(kind, 1, field)[0].item()
+
+    def _array(self, field: str, depth: int) -> Any:
+        if depth > MAX_ARRAY_DEPTH:
+            self.fail(f"{field} nests arrays more than {MAX_ARRAY_DEPTH} deep")
+        kind = self.value_type(f"{field}: an element")
+        length = f"{field}: the length"
+        if kind is GGUFValueType.STRING:
+            return self.strings(self.count(length, _SMALLEST_STRING), field)
+        if kind is GGUFValueType.ARRAY:
+            count = self.count(length, _SMALLEST_ARRAY)
+            return [self._array(field, depth + 1) for _ in range(count)]
+        return self._numbers(kind, self.count(length, _NUMBERS[kind].itemsize), field)
+
+    def _numbers(self, kind: GGUFValueType, count: int, field: str) -> np.ndarray:
+        dtype = _NUMBERS[kind]
+        raw = self.bytes(count * dtype.itemsize, field)
+        numbers = np.frombuffer(raw, dtype)
+        if kind is not GGUFValueType.BOOL:
+            return numbers
+        if count and numbers.max() > 1:
+            self.fail(f"{field} is a truth value of {numbers.max()}, neither 0 nor 1")
+        return numbers.astype(bool)

@@ -1,0 +1,146 @@
+"""Blocks of 32 or 64 values under one scale, and the ternary formats.
+
+A block is declared as a structured dtype, field by field as in ggml-common.h; its decoder takes
+`n` blocks and returns float32 [n, ...], a block's values in order. The arithmetic follows
+ggml-quants.c operation by operation, so the results are equal to the last bit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from jaxtyping import Float32, Shaped, UInt8
+
+Blocks = Shaped[np.ndarray, "n"]
+Values = Float32[np.ndarray, "n ..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFormat:
+    """How the bytes of one block lie, and how `n` of them become float32."""
+
+    layout: np.dtype
+    decode: Callable[[Blocks], Values]
+
+
+def layout(*fields: tuple) -> np.dtype:
+    """Packed little-endian fields: (name, type) or (name, type, shape)."""
+    return np.dtype(list(fields))
+
+
+def scale(halves: np.ndarray, trailing: int = 1) -> Float32[np.ndarray, "n ..."]:
+    """One float16 per block as float32 [n, 1, ...], ready to multiply."""
+    return halves.astype(np.float32).reshape(-1, *[1] * trailing)
+
+
+def nibbles(packed: UInt8[np.ndarray, "n m"], run: int) -> UInt8[np.ndarray, "n groups 2 run"]:
+    """Splits each `run` of bytes into its low, then its high half-bytes."""
+    grouped = packed.reshape(len(packed), -1, run)
+    out = np.empty((*grouped.shape[:2], 2, run), np.uint8)
+    np.bitwise_and(grouped, 0x0F, out=out[:, :, 0])
+    np.right_shift(grouped, 4, out=out[:, :, 1])
+    return out
+
+
+def fields2(packed: UInt8[np.ndarray, "n m"], run: int) -> UInt8[np.ndarray, "n groups 4 run"]:
+    """Splits each `run` of bytes into its four 2-bit fields, lowest first."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (packed.reshape(len(packed), -1, 1, run) >> shifts) & 3
+
+
+def bits(packed: UInt8[np.ndarray, "n m"]) -> UInt8[np.ndarray, "n eight_m"]:
+    """Every byte's eight bits, lowest first."""
+    return np.unpackbits(packed, axis=-1, bitorder="little")
+
+
+# An e2m1 float doubled, so that it is an integer; the scale tables below are halved to match.
+# https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+_E8M0_HALVED = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)
+
+
+def _ue4m3_halved() -> Float32[np.ndarray, "256"]:
+    """An unsigned e4m3 byte (bias 7) times 0.5; its top bit is ignored and 0x7F means zero."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    value = np.where(
+        exponent == 0, np.ldexp(mantissa, -9), np.ldexp(1 + mantissa / 8, exponent - 7)
+    )
+    value[0x7F] = 0
+    return (value / 2).astype(np.float32)
+
+
+_UE4M3_HALVED = _ue4m3_halved()
+_POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
+
+
+def _q4_0(blocks: Blocks) -> Values:
+    quants = nibbles(blocks["qs"], 16).view(np.int8) - np.int8(8)
+    return scale(blocks["d"], 3) * quants
+
+
+def _q4_1(blocks: Blocks) -> Values:
+    return scale(blocks["d"], 3) * nibbles(blocks["qs"], 16) + scale(blocks["m"], 3)
+
+
+def _five_bits(blocks: Blocks) -> UInt8[np.ndarray, "n 32"]:
+    low = nibbles(blocks["qs"], 16).reshape(-1, 32)
+    return low | (bits(blocks["qh"]) << 4)
+
+
+def _q5_0(blocks: Blocks) -> Values:
+    return scale(blocks["d"]) * (_five_bits(blocks).view(np.int8) - np.int8(16))
+
+
+def _q5_1(blocks: Blocks) -> Values:
+    return scale(blocks["d"]) * _five_bits(blocks) + scale(blocks["m"])
+
+
+def _q8_0(blocks: Blocks) -> Values:
+    return scale(blocks["d"]) * blocks["qs"]
+
+
+def _tq1_0(blocks: Blocks) -> Values:
+    """Five ternary digits a byte (four in `qh`), read as the top digit of byte x 3^k mod 256."""
+    n, qs, qh = len(blocks), blocks["qs"], blocks["qh"]
+    digits = np.concatenate(
+        [
+            (qs[:, None, :32] * _POWERS_OF_3).reshape(n, 160),
+            (qs[:, None, 32:] * _POWERS_OF_3).reshape(n, 80),
+            (qh[:, None] * _POWERS_OF_3[:4]).reshape(n, 16),
+        ],
+        axis=1,
+    )
+    ternary = ((digits.astype(np.uint16) * 3) >> 8).astype(np.int8) - np.int8(1)
+    return scale(blocks["d"]) * ternary
+
+
+def _tq2_0(blocks: Blocks) -> Values:
+    ternary = fields2(blocks["qs"], 32).view(np.int8) - np.int8(1)
+    return scale(blocks["d"], 3) * ternary
+
+
+def _mxfp4(blocks: Blocks) -> Values:
+    values = _E2M1.take(nibbles(blocks["qs"], 16))
+    return _E8M0_HALVED.take(blocks["e"])[:, None, None, None] * values
+
+
+def _nvfp4(blocks: Blocks) -> Values:
+    values = _E2M1.take(nibbles(blocks["qs"], 8))
+    return _UE4M3_HALVED.take(blocks["d"])[:, :, None, None] * values
+
+
+FORMATS = {
+    Type.Q4_0: BlockFormat(layout(("d", "<f2"), ("qs", "u1", 16)), _q4_0),
+    Type.Q4_1: BlockFormat(layout(("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)), _q4_1),
+    Type.Q5_0: BlockFormat(layout(("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)), _q5_0),
+    Type.Q5_1: BlockFormat(
+        layout(("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)), _q5_1
+    ),
+    Type.Q8_0: BlockFormat(layout(("d", "<f2"), ("qs", "i1", 32)), _q8_0),
+    Type.TQ1_0: BlockFormat(layout(("qs", "u1", 48), ("qh", "u1", 4), ("d", "<f2")), _tq1_0),
+    Type.TQ2_0: BlockFormat(layout(("qs", "u1", 64), ("d", "<f2")), _tq2_0),
+    Type.MXFP4: BlockFormat(layout(("e", "u1"), ("qs", "u1", 16)), _mxfp4),
+    Type.NVFP4: BlockFormat(layout(("d", "u1", 4), ("qs", "u1", 32)), _nvfp4),
+}

@@ -1,0 +1,90 @@
+"""What a checkpoint file holds, whatever its format: named tensors, read through a memory map."""
+
+import dataclasses
+import functools
+import math
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from jaxtyping import UInt8
+
+from qwen_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes from `offset` in the file `path`.
+
+    `shape` is row-major, so a linear weight reads [out, in]; rows are whole blocks of `type`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    path: Path
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.type]
+        return self.elements // block * size
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFiles:
+    """One checkpoint's files: its metadata, and its tensors by name.
+
+    `paths` lists the files in order; `metadata` holds plain values, lists of strings and NumPy
+    arrays.
+    """
+
+    paths: tuple[Path, ...]
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @functools.cached_property
+    def _maps(self) -> dict[Path, UInt8[np.ndarray, "n"]]:
+        return {path: np.frombuffer(map_file(path), np.uint8) for path in self.paths}
+
+    def raw(self, name: str) -> UInt8[np.ndarray, "n"]:
+        """The tensor's bytes, a flat read-only view of the memory-mapped file."""
+        info = self.tensors[name]
+        return self._maps[info.path][info.offset : info.offset + info.nbytes]
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file, memory-mapped read-only. Raises UserError where it cannot be read or is empty."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise UserError(f"{path}: the file is empty; download or copy it again.") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: the file cannot be read ({error.strerror}); check the path."
+        ) from None
+
+
+def check_extents(tensors: Iterable[TensorInfo], path: Path, size: int) -> None:
+    """Every tensor inside the file of `size` bytes, no two sharing a byte; else UserError."""
+    end, previous = 0, ""
+    for info in sorted(tensors, key=lambda info: info.offset):
+        if info.offset < end:
+            raise UserError(
+                f"{path}: the tensors {previous!r} and {info.name!r} overlap at byte "
+                f"{info.offset}; the file is damaged, so download it again."
+            )
+        end, previous = info.offset + info.nbytes, info.name
+        if end > size:
+            raise UserError(
+                f"{path}: the tensor {info.name!r} ends at byte {end}, but the file has only "
+                f"{size}; the download is incomplete, so resume it."
+            )

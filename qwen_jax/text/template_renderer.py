@@ -1,0 +1,124 @@
+"""Runs chat templates in a child process that can be stopped (see `template_worker`)."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+
+WORKER = Path(__file__).with_name("template_worker.py")
+# Importing jinja2 takes 0.1 s; a cold disk may need far longer, and that is not the template's.
+START_SECONDS = 60.0
+# JSON writes a control character in six bytes, and the reply has a few of its own.
+_REPLY_BYTES_PER_BYTE = 6
+_REPLY_OVERHEAD = 1 << 16
+
+
+class TemplateRenderer:
+    """Renders templates within limits of time, output and memory.
+
+    The child is started for the first render, kept for later ones, and killed when a template
+    breaks a limit; the next render starts another. Safe to use from several threads, which
+    take turns.
+
+    Args:
+        seconds: for one render, by the clock.
+        max_bytes: of rendered text in UTF-8.
+        memory_bytes: address space of the child (where the system can limit it: not on
+            Windows, and macOS ignores it).
+    """
+
+    def __init__(
+        self,
+        seconds: float = 5.0,
+        max_bytes: int = 4 << 20,
+        memory_bytes: int = 512 << 20,
+    ) -> None:
+        self._seconds = seconds
+        self._max_bytes = max_bytes
+        self._memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def render(self, template: str, context: dict[str, Any], source: str) -> str:
+        """The template's text; `context` is JSON, `source` names the model in messages.
+
+        Raises UserError where the template is faulty, refuses, or breaks a limit.
+        """
+        request = json.dumps({"template": template, "context": context}).encode("ascii") + b"\n"
+        with self._lock:
+            if self._child is None:
+                self._start()
+            reply, in_time = self._exchange(request, self._seconds)
+            if "text" in reply:
+                return reply["text"]
+            if "error" in reply:
+                raise UserError(
+                    f"{source}: its chat template {reply['error']}; correct the conversation or "
+                    "the template, or use the model without a chat."
+                )
+            self.close()
+        breach = reply.get("limit", "needed too much memory or crashed")
+        if not in_time:
+            breach = f"took longer than {self._seconds:g} s"
+        raise UserError(
+            f"{source}: its chat template {breach} and was stopped; shorten the conversation, or "
+            "if it is short, do not trust this file."
+        )
+
+    def close(self) -> None:
+        """Ends the child, if there is one."""
+        if self._child is not None:
+            self._child.kill()
+            with self._child:  # closes the pipes and waits
+                self._child = None
+
+    def _start(self) -> None:
+        limits = (self._seconds, self._max_bytes, self._memory_bytes)
+        # -P: the worker's folder is not searched, so tokenizer.py there hides no library.
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), *map(str, limits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        reply, _ = self._exchange(b"", START_SECONDS)
+        if not reply:
+            self.close()
+            raise UserError(
+                f"the process that renders chat templates did not start; see what "
+                f"`{sys.executable} -P {WORKER} {' '.join(map(str, limits))}` says."
+            )
+
+    def _exchange(self, request: bytes, seconds: float) -> tuple[dict[str, Any], bool]:
+        """The child's next reply, {} if it died; and whether that was before its time was up."""
+        child = self._child
+        assert child is not None and child.stdin is not None and child.stdout is not None
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            child.kill()
+
+        # A timer rather than select(): it also covers a write that blocks, and works everywhere.
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        timer.start()
+        line = b""
+        try:
+            child.stdin.write(request)
+            child.stdin.flush()
+            line = child.stdout.readline(_REPLY_BYTES_PER_BYTE * self._max_bytes + _REPLY_OVERHEAD)
+        except BrokenPipeError:
+            pass  # it died before it read the request
+        except BaseException:
+            self.close()  # Ctrl-C: a late reply must not answer the next request
+            raise
+        finally:
+            timer.cancel()
+            timer.join()
+        whole = line.endswith(b"\n") and not expired.is_set()
+        return (json.loads(line) if whole else {}), not expired.is_set()

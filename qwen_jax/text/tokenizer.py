@@ -1,0 +1,130 @@
+"""Text <-> token ids, identical to the reference Qwen2 tokenizer."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from qwen_jax.errors import UserError
+from qwen_jax.text import gguf_vocabulary, hf_vocabulary
+from qwen_jax.text.vocabulary import BYTE_SYMBOLS, PATTERN, Vocabulary
+
+_BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
+
+
+class Tokenizer:
+    """Byte-level BPE with NFC normalisation. Adds no BOS: Qwen2.5 has none.
+
+    Build one with `from_gguf` or `from_hf`.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        bpe = models.BPE(vocabulary.ids, vocabulary.merges)
+        # Two front ends share the one model; only the first knows the added tokens.
+        self._chat, self._plain = _front_end(bpe), _front_end(bpe)
+        self._chat.add_tokens(list(vocabulary.added.values()))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> "Tokenizer":
+        """From a GGUF file's key-value pairs; `source` names the file in messages."""
+        return cls(gguf_vocabulary.read(metadata, source))
+
+    @classmethod
+    def from_hf(cls, directory: Path) -> "Tokenizer":
+        """From the tokenizer.json in a Hugging Face checkpoint's directory."""
+        return cls(hf_vocabulary.read(directory))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in use; the embedding may have more rows, which are padding."""
+        return len(self._vocabulary.tokens)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: the files' end of text, `<|im_end|>`, `<|endoftext|>`."""
+        return self._vocabulary.stop_ids
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._vocabulary.chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Text of `eos_token`, `pad_token` and, rarely, `bos_token`, for chat templates."""
+        return dict(self._vocabulary.special_tokens)
+
+    def encode(self, text: str, parse_special: bool = True) -> list[int]:
+        """Ids of `text`.
+
+        Args:
+            text: any Unicode text.
+            parse_special: whether `<|im_end|>` and the other added tokens become one id each,
+                as a rendered chat needs. With False they are spelt out like any other text, so
+                that text from elsewhere cannot close a turn or call a tool.
+
+        Raises:
+            UserError: the text holds half of a surrogate pair, so it is not Unicode.
+        """
+        front_end = self._chat if parse_special else self._plain
+        try:
+            return front_end.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise UserError(
+                f"the text {text!r:.60} is not valid Unicode; give it as UTF-8."
+            ) from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of `ids`, with U+FFFD for bytes that are not UTF-8.
+
+        Args:
+            ids: token ids, each below `vocab_size`.
+            skip_special: leave out control tokens such as `<|im_end|>`.
+        """
+        text = b"".join(map(self.token_bytes, self.visible(ids) if skip_special else ids))
+        return text.decode("utf-8", errors="replace")
+
+    def visible(self, ids: Iterable[int]) -> Iterable[int]:
+        """The ids that are not control tokens."""
+        added = self._vocabulary.added
+        return (i for i in ids if i not in added or not added[i].special)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for, which may be part of a character.
+
+        Raises UserError where no token has that id.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise UserError(
+                f"{self._vocabulary.source}: there is no token {token}, only 0 to "
+                f"{self.vocab_size - 1}."
+            )
+        text = self._vocabulary.tokens[token]
+        if token in self._vocabulary.added or not _BYTE_OF_SYMBOL.keys() >= set(text):
+            return text.encode("utf-8")
+        return bytes(map(_BYTE_OF_SYMBOL.__getitem__, text))
+
+    def token_name(self, token: int) -> str:
+        """How to show one id to a person: quoted text, bytes where it is part of a character."""
+        if token >= self.vocab_size:
+            return f"[PAD{token}]"
+        content = self.token_bytes(token)
+        try:
+            return repr(content.decode("utf-8"))
+        except UnicodeDecodeError:
+            return repr(content)
+
+
+def _front_end(bpe: models.BPE) -> tokenizers.Tokenizer:
+    front_end = tokenizers.Tokenizer(bpe)
+    # Not optional: ids of decomposed text differ without it, as llama.cpp's do.
+    front_end.normalizer = normalizers.NFC()
+    front_end.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return front_end

@@ -1,0 +1,96 @@
+"""From an open checkpoint to parameters on a device, without a second copy in host memory."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qwen_jax.errors import UserError
+from qwen_jax.weights import names
+from qwen_jax.weights.blocks import BFLOAT16, decode_into
+from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
+from qwen_jax.weights.checksum import Progress
+
+__all__ = ["Checkpoint", "load_parameters", "open_checkpoint"]
+
+_ALIGNMENT = 64
+_FLOAT32 = np.dtype(np.float32)
+_DTYPES = (_FLOAT32, BFLOAT16, np.dtype(np.float16))
+
+
+def load_parameters(
+    checkpoint: Checkpoint,
+    dtype: DTypeLike,
+    *,
+    device: jax.Device | jax.sharding.Sharding | None = None,
+    progress: Progress | None = None,
+) -> dict[str, jax.Array]:
+    """Every parameter by its canonical name, in `dtype` except the norms, which stay float32.
+
+    Each tensor is decoded straight into `dtype` and put on the device at once, so the host holds
+    at most two parameters that are not yet there.
+
+    Args:
+        dtype: float32, bfloat16 or float16.
+        device: where to put them; JAX's default device if None.
+        progress: called with the bytes of the checkpoint read so far and in all.
+
+    Raises:
+        UserError: a value is not finite, or not in float16's range.
+    """
+    compute = jnp.dtype(dtype)
+    if compute not in _DTYPES:
+        raise UserError(
+            f"dtype is {compute.name!r}; choose one of {', '.join(d.name for d in _DTYPES)}."
+        )
+    total = sum(
+        checkpoint.tensors[name].nbytes for part in checkpoint.parameters for name in part.sources
+    )
+    done = 0
+    loaded: dict[str, jax.Array] = {}
+    previous: jax.Array | None = None
+    for parameter in checkpoint.parameters:
+        host = _aligned(
+            parameter.shape, np.dtype(np.float32) if parameter.keep_float32 else compute
+        )
+        for name in _decode(checkpoint, parameter, host):
+            done += checkpoint.tensors[name].nbytes
+            if progress:
+                progress(done, total)
+        # One transfer runs while the next parameter is decoded.
+        if previous is not None:
+            previous.block_until_ready()
+        previous = loaded[parameter.name] = jax.device_put(host, device)
+    if previous is not None:
+        previous.block_until_ready()
+    return loaded
+
+
+def _decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) -> Iterator[str]:
+    """Decodes the sources into their rows of `out`; yields each one's name when done."""
+    row = 0
+    for name, shape in parameter.sources.items():
+        rows = out[row : row + shape[0]]
+        info = checkpoint.tensors[name]
+        if not decode_into(checkpoint.files.raw(name), info.type, rows):
+            if out.dtype == np.float16:
+                raise UserError(
+                    f"{info.path}: the tensor {name!r} has values that float16 cannot hold (its "
+                    "limit is 65504); use bfloat16 or float32."
+                )
+            raise UserError(
+                f"{info.path}: the tensor {name!r} has values that are not finite; the file is "
+                "damaged, so download it again."
+            )
+        row += shape[0]
+        yield name
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that a CPU device adopts as it is: unaligned, JAX would copy it."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)

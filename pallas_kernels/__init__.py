@@ -6,14 +6,22 @@ heads, G = N/K query heads per key/value head, H head dimension.
 
 from pallas_kernels.gqa_decode_attention import gqa_decode_attention
 from pallas_kernels.gqa_prefill_attention import gqa_prefill_attention
-from pallas_kernels.implementation import Implementation, UnsupportedError, choose
+from pallas_kernels.implementation import (
+    OPERATIONS,
+    Implementation,
+    UnsupportedError,
+    choose,
+    refusal,
+)
 from pallas_kernels.rope import rope
 
 __all__ = [
+    "OPERATIONS",
     "Implementation",
     "UnsupportedError",
     "choose",
     "gqa_decode_attention",
     "gqa_prefill_attention",
+    "refusal",
     "rope",
 ]

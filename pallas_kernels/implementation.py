@@ -20,7 +20,7 @@ def refusal(operation: str) -> str | None:
     return f"{operation} has no Mosaic GPU kernel in this version"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def choose(operation: str, implementation: str) -> str:
     """The implementation to run: "mosaic_gpu" or "xla".
 

@@ -1,0 +1,40 @@
+"""A Qwen2.5 engine in JAX that is fast on a GPU and can prove its numbers."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_jax.api import Model, Options, load
+    from qwen_jax.config import ModelConfig
+    from qwen_jax.errors import UserError
+    from qwen_jax.generation import Batch, Completion, Request, TokenLogprob
+    from qwen_jax.sampling import Sampling
+
+__all__ = [
+    "Batch",
+    "Completion",
+    "Model",
+    "ModelConfig",
+    "Options",
+    "Request",
+    "Sampling",
+    "TokenLogprob",
+    "UserError",
+    "load",
+]
+
+_HOME = {
+    "api": ("Model", "Options", "load"),
+    "config": ("ModelConfig",),
+    "errors": ("UserError",),
+    "generation": ("Batch", "Completion", "Request", "TokenLogprob"),
+    "sampling": ("Sampling",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `run.py --help` needs no JAX."""
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"qwen_jax.{module}"), name)
+    raise AttributeError(f"module 'qwen_jax' has no attribute {name!r}")

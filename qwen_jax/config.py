@@ -7,7 +7,7 @@ heads, H head dimension, F feed-forward size, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from qwen_jax.errors import UserError
 
@@ -29,7 +29,9 @@ class YarnScaling:
     beta_slow: float = 1.0
 
     @classmethod
-    def create(cls, factor: float, original_context: int, **optional: float | None) -> "YarnScaling":
+    def create(
+        cls, factor: float, original_context: int, **optional: float | None
+    ) -> "YarnScaling":
         given = {k: v for k, v in optional.items() if v is not None}
         given.setdefault("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
         return cls(factor=factor, original_context=original_context, **given)
@@ -214,4 +216,4 @@ def _typed(where: Mapping[str, Any], key: str, kind: type[T], source: str) -> T:
             f"{source}: the key {key!r} holds {value!r}, not {kind.__name__}; the file is damaged "
             "or was written by a faulty converter."
         )
-    return kind(value)
+    return cast(T, float(value) if kind is float else value)

@@ -6,9 +6,9 @@ the same bucket.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,9 @@ class Engine:
         valid_tokens: vocabulary rows in use; ids from here on are never chosen.
         precision: of float32 matrix products.
         implementation: "auto", "mosaic_gpu" or "xla".
+
+    Attributes:
+        compiled: how many programs have been traced, and so compiled, so far.
     """
 
     def __init__(
@@ -105,24 +108,33 @@ class Engine:
         model = Qwen2(config, params, precision=precision, implementation=implementation)
         graph, self.state = nnx.split(model)
         self.config = config
+        self.stop_ids = tuple(stop_ids)
+        self.platform = next(iter(params["embed"].devices())).platform
         self.cache_dtype = params["embed"].dtype
         valid = config.vocab_size if valid_tokens is None else valid_tokens
-        constants = _Constants(jnp.asarray(tuple(stop_ids), jnp.int32), valid)
-        self._create_cache = jax.jit(
-            partial(KVCache.create, config, dtype=self.cache_dtype), static_argnums=(0, 1)
-        )
-        self._prefill_chunk = jax.jit(partial(_prefill_chunk, graph), donate_argnums=1)
-        self._begin = jax.jit(partial(_begin, graph, constants), static_argnums=4)
-        self._logits = jax.jit(partial(_chunk_logits, graph), donate_argnums=1)
-        self._decode = jax.jit(
-            partial(_decode_many, graph, constants), donate_argnums=1, static_argnums=(3, 4)
-        )
+        self.compiled = 0
+        constants = _Constants(jnp.asarray(self.stop_ids, jnp.int32), valid)
+        self._create_cache = self._jit(_create_cache, config, self.cache_dtype, static=(0, 1))
+        self._prefill_chunk = self._jit(_prefill_chunk, graph, donate=1)
+        self._begin = self._jit(_begin, graph, constants, static=(4,))
+        self._logits = self._jit(_chunk_logits, graph, donate=1)
+        self._decode = self._jit(_decode_many, graph, constants, donate=1, static=(3, 4))
 
-    @property
-    def compiled(self) -> int:
-        """How many programs have been compiled so far, over all jitted functions."""
-        jitted = (self._prefill_chunk, self._begin, self._logits, self._decode)
-        return sum(f._cache_size() for f in jitted)
+    def _jit(
+        self,
+        function: Callable[..., Any],
+        *bound: object,
+        donate: int | tuple[int, ...] = (),
+        static: tuple[int, ...] = (),
+    ) -> Callable[..., Any]:
+        """jit with the first arguments bound; counts in `compiled` each time it is traced."""
+
+        @functools.wraps(function)
+        def traced(*args: Any) -> Any:
+            self.compiled += 1
+            return function(*bound, *args)
+
+        return jax.jit(traced, donate_argnums=donate, static_argnums=static)
 
     def capacity(self, prompts: Sequence[Prompt]) -> int:
         """Slots a cache needs for these prompts and their answers, in buckets.
@@ -186,9 +198,7 @@ class Engine:
         """
         return self._decode(self.state, rows, params, plan, steps)
 
-    def decode_step(
-        self, rows: Rows, params: RowParameters, plan: Plan
-    ) -> tuple[Rows, Emitted]:
+    def decode_step(self, rows: Rows, params: RowParameters, plan: Plan) -> tuple[Rows, Emitted]:
         """One decode step; the rows passed in are donated."""
         rows, emitted = self.decode_many(rows, params, plan, 1)
         return rows, jax.tree.map(lambda x: x[0], emitted)
@@ -223,6 +233,10 @@ class Engine:
     def activation_dtype(self) -> jnp.dtype:
         """float16 parameters run with float32 activations: see `model.matmul`."""
         return jnp.dtype(jnp.float32 if self.cache_dtype == jnp.float16 else self.cache_dtype)
+
+
+def _create_cache(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> KVCache:
+    return KVCache.create(config, rows, capacity, dtype)
 
 
 class _Constants(NamedTuple):
@@ -300,9 +314,7 @@ def _choose(
     """Hidden states to tokens, the counts with them in, and whether each is a stop."""
     logits = model.logits(hidden[:, None])[:, 0]
     in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
-    choice = sampling.choose(
-        jnp.where(in_use, logits, -jnp.inf), params, counts, generated, plan
-    )
+    choice = sampling.choose(jnp.where(in_use, logits, -jnp.inf), params, counts, generated, plan)
     if counts is not None:
         rows = jnp.arange(choice.token.shape[0])
         counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(1))

@@ -172,9 +172,7 @@ def penalise(
     penalised = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(counts.prompt | generated, penalised, logits)
     return (
-        logits
-        - params.presence[:, None] * generated
-        - params.frequency[:, None] * counts.generated
+        logits - params.presence[:, None] * generated - params.frequency[:, None] * counts.generated
     )
 
 
@@ -210,7 +208,7 @@ def choose(
         step: how many tokens each row has generated; with the seed it decides the draw.
     """
     scores = logits
-    if plan.bias:
+    if params.bias is not None:
         scores = scores + params.bias
     if plan.penalties:
         assert counts is not None
@@ -221,7 +219,9 @@ def choose(
         hot = scores / jnp.where(heat > 0, heat, 1)
         if plan.filters:
             hot = keep(hot, params)
-        drawn = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in)(params.key, step), hot)
+        drawn = jax.vmap(jax.random.categorical)(
+            jax.vmap(jax.random.fold_in)(params.key, step), hot
+        )
         token = jnp.where(params.temperature > 0, drawn.astype(jnp.int32), token)
     rows = logits.shape[0]
     if not plan.logprobs:

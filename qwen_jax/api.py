@@ -1,0 +1,265 @@
+"""The Python face: `load` a checkpoint, then `generate`, `stream` or read `logits`."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax import lax
+from jaxtyping import Float
+
+import pallas_kernels
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine import Engine
+from qwen_jax.errors import UserError
+from qwen_jax.generation import Batch, Completion, Request
+from qwen_jax.sampling import Sampling
+from qwen_jax.text.chat import DEFAULT_SYSTEM, render_chat
+from qwen_jax.text.tokenizer import Tokenizer
+from qwen_jax.weights.hub import resolve
+from qwen_jax.weights.loader import Checkpoint, load_parameters, open_checkpoint
+
+Message = Mapping[str, Any]
+"""One chat message: {"role": "user", "content": "..."}."""
+
+BUNDLED = "haiku"
+"""The name of the model that ships with the package."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("highest", "high", "default")
+
+# Steps between two looks at the text: long enough to hide the host on a GPU (about 1 ms a
+# token), short enough to look alive on a CPU (up to 100 ms a token).
+_CHUNK = {"cpu": 4}
+_GPU_CHUNK = 32
+
+
+def locate(model: str | Path = BUNDLED) -> Path:
+    """The path of a model: the bundled one, a file, a directory, or `hf:owner/repo[:quant]`."""
+    if str(model) == BUNDLED:
+        return Path(str(resources.files("qwen_jax") / "data" / f"{BUNDLED}.gguf"))
+    return resolve(str(model))
+
+
+def load(
+    model: str | Path = BUNDLED,
+    *,
+    dtype: str = "auto",
+    implementation: str = "auto",
+    matmul_precision: str = "highest",
+    sha256: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> "Model":
+    """Reads a checkpoint and puts it on the device.
+
+    Args:
+        model: a GGUF file (of a split one, any part), a Hugging Face directory,
+            `hf:owner/repo[:quant]`, or nothing for the bundled model.
+        dtype: of the parameters: "float32", "bfloat16", "float16", or "auto": float32 on a
+            CPU, where it is fastest, bfloat16 elsewhere.
+        implementation: "auto", "mosaic_gpu" or "xla", for every operation.
+        matmul_precision: of float32 products: "highest" never uses TF32, "high" and
+            "default" may.
+        sha256: what the GGUF file's SHA-256 must be.
+        progress: called with bytes read and bytes in all.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or not a Qwen2.5 model, or an argument
+            isn't one of the values above.
+    """
+    parameter_dtype = dtype_of(dtype)
+    _one_of("matmul_precision", matmul_precision, PRECISIONS)
+    _one_of("implementation", implementation, get_args(pallas_kernels.Implementation))
+    _use_compilation_cache()
+    checkpoint = open_checkpoint(locate(model), sha256=sha256)
+    tokenizer = read_tokenizer(checkpoint)
+    params = load_parameters(checkpoint, parameter_dtype, progress=progress)
+    engine = Engine(
+        checkpoint.config,
+        params,
+        stop_ids=tokenizer.stop_ids,
+        valid_tokens=tokenizer.vocab_size,
+        precision=lax.Precision(matmul_precision),
+        implementation=implementation,
+    )
+    return Model(engine, tokenizer)
+
+
+def dtype_of(name: str) -> jnp.dtype:
+    """The parameters' dtype; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    _one_of("dtype", name, DTYPES)
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}, but it must be one of {', '.join(allowed)}.")
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's own tokenizer. Raises UserError where it has none or a damaged one."""
+    if checkpoint.format == "gguf":
+        return Tokenizer.from_gguf(checkpoint.metadata, str(checkpoint.path))
+    return Tokenizer.from_hf(checkpoint.path)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, per user, unless JAX was told otherwise."""
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class Options(TypedDict, total=False):
+    """How to answer a prompt.
+
+    Attributes:
+        max_tokens: the most tokens to generate (256); the context may end the text earlier.
+        sampling: how tokens are chosen; greedy by default.
+        stop: strings that end the text; they are cut off.
+        system: the system prompt; without one the chat template decides.
+        raw: continue the text, without a chat around it.
+    """
+
+    max_tokens: int
+    sampling: Sampling
+    stop: Sequence[str]
+    system: str | None
+    raw: bool
+
+
+class Model:
+    """A loaded model: an engine and the tokenizer that belongs to it."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+        self.engine, self.tokenizer = engine, tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.config
+
+    def tokens(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> list[int]:
+        """The ids of a prompt as the model will see them.
+
+        Args:
+            prompt: a user's message, or a whole chat.
+            system: the system prompt; None leaves it to the chat template.
+            raw: the prompt is text to be continued, without a chat around it.
+
+        Raises:
+            UserError: the chat is malformed, or `raw` doesn't fit the other arguments.
+        """
+        if raw:
+            if not isinstance(prompt, str) or system is not None:
+                raise UserError("A raw prompt is one text, without messages or a system prompt.")
+            return self.tokenizer.encode(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        template = self.tokenizer.chat_template
+        if template is None:
+            logging.log_first_n(
+                logging.WARNING,
+                "%s has no chat template: using ChatML with the system prompt %r.",
+                1,
+                self.config.source,
+                DEFAULT_SYSTEM,
+            )
+        text = render_chat(template, messages, special_tokens=self.tokenizer.special_tokens)
+        return self.tokenizer.encode(text)
+
+    def batch(self, requests: Sequence[Request], top_logprobs: int | None = None) -> Batch:
+        """Requests to run together; iterate over it for the text as it comes."""
+        chunk = _CHUNK.get(self.engine.platform, _GPU_CHUNK)
+        return Batch(self.engine, self.tokenizer, requests, chunk=chunk, top_logprobs=top_logprobs)
+
+    def request(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Request:
+        """One row's work, for `batch`. Raises UserError where the prompt is malformed."""
+        tokens = self.tokens(prompt, system=options.get("system"), raw=options.get("raw", False))
+        return Request(
+            tokens,
+            max_tokens=options.get("max_tokens", Request.max_tokens),
+            sampling=options.get("sampling", Sampling()),
+            stop=options.get("stop", ()),
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message] | Sequence[str],
+        *,
+        n: int = 1,
+        top_logprobs: int | None = None,
+        **options: Unpack[Options],
+    ) -> Completion | list[Completion]:
+        """Answers a message, a chat, or several messages that run as one batch.
+
+        Args:
+            prompt: a user's message, chat messages, or a list of users' messages.
+            n: samples of each prompt. Row i of the batch uses the sampling's seed + i.
+            top_logprobs: None for no log-probabilities, else how many of the likeliest.
+            options: see `Options`.
+
+        Returns:
+            One completion for one prompt and sample, else a list, the samples of the first
+            prompt first.
+
+        Raises:
+            UserError: a prompt is empty, malformed or longer than the context.
+        """
+        several = not isinstance(prompt, str) and all(isinstance(p, str) for p in prompt)
+        prompts = cast(list[str | Sequence[Message]], prompt if several else [prompt])
+        requests = [self.request(p, **options) for p in prompts for _ in range(n)]
+        batch = self.batch(reseeded(requests), top_logprobs)
+        for _ in batch:
+            pass
+        return batch.completions if several or n > 1 else batch.completions[0]
+
+    def stream(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Iterator[str]:
+        """Answers one prompt and yields the text as it comes, in whole characters.
+
+        Raises:
+            UserError: the prompt is empty, malformed or longer than the context.
+        """
+        for pieces in self.batch([self.request(prompt, **options)]):
+            if pieces[0]:
+                yield pieces[0]
+
+    def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
+        """Logits after each of the tokens, float32 `[T, V]`.
+
+        Raises:
+            UserError: there are no tokens, more than the context holds, or one is not an id.
+        """
+        vocab = self.config.vocab_size
+        for token in token_ids:
+            if not 0 <= token < vocab:
+                raise UserError(f"Token {token} is not in the vocabulary of {vocab} tokens.")
+        return self.engine.logits(token_ids)
+
+
+def reseeded(requests: Sequence[Request], first: int = 0) -> list[Request]:
+    """The requests with row i's seed raised by first + i, so that no two rows draw alike."""
+    return [
+        dataclasses.replace(
+            request,
+            sampling=dataclasses.replace(
+                request.sampling, seed=(request.sampling.seed + first + i) % 2**32
+            ),
+        )
+        for i, request in enumerate(requests)
+    ]

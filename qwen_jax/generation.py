@@ -1,0 +1,216 @@
+"""From token ids to text: one batch of rows through the engine, a piece at a time."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.engine import Emitted, Engine, Prompt
+from qwen_jax.measure import compile_seconds
+from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.text.streaming import StopStrings, TextStream
+from qwen_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One row's work: a prompt's ids, and how to answer it."""
+
+    tokens: Sequence[int]
+    max_tokens: int = 256
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token's log-probability under the model, and the likeliest ones', best first.
+
+    They are the model's own: before bias, penalties, temperature and filters.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What became of one request.
+
+    Attributes:
+        text: without special tokens, cut before a stop string.
+        tokens: every id the model chose, the stop token included.
+        finish_reason: "stop" (a stop token or string), "length" (max_tokens or the context
+            is used up) or "interrupted".
+        prompt_tokens: ids in the prompt.
+        logprobs: one entry a token, where asked for.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds and tokens of one batch; compilation is counted apart, in none of the phases."""
+
+    prompt_tokens: int
+    prompt_seconds: float
+    generated_tokens: int
+    generation_seconds: float
+    first_token_seconds: float
+    compile_seconds: float
+
+    @property
+    def prompt_rate(self) -> float:
+        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def generation_rate(self) -> float:
+        """Tokens a second after each row's first, which comes with the prompt."""
+        return self.generated_tokens / max(self.generation_seconds, 1e-9)
+
+
+class Batch:
+    """Requests that run together. Iterating runs them and yields each row's new text.
+
+    Args:
+        requests: one a row.
+        chunk: decode steps between two looks at the result.
+        top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
+
+    Raises:
+        UserError: while iterating, where a prompt is empty or too long; nothing has run then.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        *,
+        chunk: int,
+        top_logprobs: int | None = None,
+    ):
+        self._engine, self._chunk, self._top = engine, chunk, top_logprobs
+        self._requests = requests
+        self._rows = [_Row(r, tokenizer, top_logprobs is not None) for r in requests]
+        self._marks: list[tuple[float, float]] = []
+
+    @property
+    def completions(self) -> list[Completion]:
+        """One a request; of those still running, what there is so far."""
+        return [row.completion() for row in self._rows]
+
+    @property
+    def timings(self) -> Timings:
+        """Of what has run so far; all zero before the first token."""
+        marks = self._marks if len(self._marks) > 1 else [(0.0, 0.0)] * 2
+        (start, compiled0), (first, compiled1), (end, compiled2) = *marks[:2], marks[-1]
+        generated = sum(max(len(row.tokens) - 1, 0) for row in self._rows)
+        return Timings(
+            prompt_tokens=sum(len(r.tokens) for r in self._requests if r.max_tokens > 0),
+            prompt_seconds=first - start - (compiled1 - compiled0),
+            generated_tokens=generated,
+            generation_seconds=end - first - (compiled2 - compiled1),
+            first_token_seconds=first - start,
+            compile_seconds=compiled2 - compiled0,
+        )
+
+    def __iter__(self) -> Iterator[list[str]]:
+        plan, params = plan_rows(
+            [r.sampling for r in self._requests],
+            self._engine.config.vocab_size,
+            logprobs=self._top is not None,
+            top_logprobs=self._top or 0,
+        )
+        prompts = [Prompt(r.tokens, r.max_tokens) for r in self._requests]
+        self._mark()
+        state, first = self._engine.prefill(prompts, plan, params)
+        pending: Emitted | None = jax.tree.map(lambda x: x[None], first)
+        steps_left = max(r.max_tokens for r in self._requests) - 1
+
+        def next_chunk() -> Emitted | None:
+            nonlocal state, steps_left
+            if steps_left <= 0 or all(row.finish_reason for row in self._rows):
+                return None
+            ended = np.array([row.finish_reason is not None for row in self._rows])
+            state = dataclasses.replace(state, done=state.done | jnp.asarray(ended))
+            state, emitted = self._engine.decode_many(state, params, plan, self._chunk)
+            steps_left -= self._chunk
+            return emitted
+
+        # A GPU computes the next chunk while the host reads this one. A CPU would only
+        # compete with itself, for a chunk that may not be needed.
+        ahead = self._engine.platform != "cpu"
+        while pending is not None:
+            upcoming = next_chunk() if ahead else None
+            yield self._read(pending)
+            pending = upcoming if ahead else next_chunk()
+        yield [row.finish() for row in self._rows]
+
+    def _mark(self) -> None:
+        self._marks.append((time.perf_counter(), compile_seconds()))
+
+    def _read(self, emitted: Emitted) -> list[str]:
+        """Hands each row what a chunk of steps chose for it; returns the text that completes."""
+        host: Emitted = jax.device_get(emitted)
+        self._mark()
+        return [
+            row.feed(host, index, self._engine.stop_ids) for index, row in enumerate(self._rows)
+        ]
+
+
+class _Row:
+    """A request's text while it grows."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, logprobs: bool):
+        self.request = request
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None if request.max_tokens > 0 else "length"
+        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
+        self._stream = TextStream(tokenizer)
+        self._stop = StopStrings(request.stop)
+        self._text: list[str] = []
+
+    def feed(self, emitted: Emitted, row: int, stop_ids: Sequence[int]) -> str:
+        """Takes the row's live tokens of `[steps, B]` choices; returns text safe to show."""
+        choice, piece = emitted.choice, ""
+        for step in np.flatnonzero(emitted.live[:, row]):
+            if self.finish_reason is not None:
+                break
+            token = int(choice.token[step, row])
+            self.tokens.append(token)
+            if self._logprobs is not None:
+                top = zip(choice.top_ids[step, row], choice.top_logprobs[step, row], strict=True)
+                pairs = tuple((int(i), float(p)) for i, p in top)
+                self._logprobs.append(TokenLogprob(token, float(choice.logprob[step, row]), pairs))
+            piece += self._stop.feed(self._stream.feed([token]))
+            if self._stop.found is not None or token in stop_ids:
+                self.finish_reason = "stop"
+        self._text.append(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: half a character, or the possible start of a stop string."""
+        if self.finish_reason is None:
+            self.finish_reason = "length"
+        piece = self._stop.feed(self._stream.finish()) + self._stop.finish()
+        self._text.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        return Completion(
+            text="".join(self._text),
+            tokens=tuple(self.tokens),
+            finish_reason=self.finish_reason or "interrupted",
+            prompt_tokens=len(self.request.tokens),
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+        )

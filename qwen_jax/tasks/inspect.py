@@ -1,0 +1,147 @@
+"""`run.py inspect`: what is in a model file and what running it would take, no weights read."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import pallas_kernels
+from qwen_jax import api
+from qwen_jax.cache import bytes_per_token
+from qwen_jax.config import ModelConfig
+from qwen_jax.measure import free_memory
+from qwen_jax.text.tokenizer import Tokenizer
+from qwen_jax.weights.loader import Checkpoint, open_checkpoint
+
+MAX_VALUE = 100
+"""Characters of a metadata value that are shown."""
+
+
+def run(config: ConfigDict) -> int:
+    """Prints the report; returns the exit code."""
+    checkpoint = open_checkpoint(api.locate(config.model), sha256=config.sha256)
+    tokenizer = api.read_tokenizer(checkpoint)
+    dtype = api.dtype_of(config.dtype)
+    for title, lines in (
+        ("file", file_lines(checkpoint)),
+        ("model", model_lines(checkpoint.config)),
+        ("metadata", metadata_lines(checkpoint.metadata)),
+        ("tensors", tensor_lines(checkpoint)),
+        ("text", text_lines(tokenizer)),
+        ("implementations", implementation_lines(config.implementation)),
+        ("memory", memory_lines(checkpoint.config, dtype)),
+    ):
+        print(f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in lines) + "\n")
+    return 0
+
+
+def file_lines(checkpoint: Checkpoint) -> Iterator[str]:
+    size = sum(path.stat().st_size for path in checkpoint.files.paths)
+    yield f"{checkpoint.path}"
+    yield f"{checkpoint.format}, {len(checkpoint.files.paths)} file(s), {_bytes(size)}"
+    yield ", ".join(f"{count} {name}" for name, count in checkpoint.quantization.items())
+    if checkpoint.ignored:
+        yield f"ignored: {', '.join(checkpoint.ignored)}"
+
+
+def model_lines(config: ModelConfig) -> Iterator[str]:
+    yield f"{config.num_parameters:,} parameters"
+    yield (
+        f"{config.num_layers} layers, hidden size {config.hidden_size}, feed-forward "
+        f"{config.ffn_size}, vocabulary {config.vocab_size} ({'tied' if config.tied else 'untied'})"
+    )
+    yield (
+        f"{config.num_heads} query heads on {config.num_kv_heads} key/value heads of "
+        f"{config.head_dim}"
+    )
+    yield (
+        f"context {config.context_length}, rope theta {config.rope_theta:g}, "
+        f"RMSNorm eps {config.rms_eps:g}"
+    )
+    if config.yarn:
+        yield (
+            f"YaRN factor {config.yarn.factor:g} over {config.yarn.original_context}, "
+            f"attention factor {config.yarn.attention_factor:.4f}"
+        )
+
+
+def metadata_lines(metadata: dict[str, Any]) -> Iterator[str]:
+    for key, value in metadata.items():
+        if isinstance(value, list | np.ndarray):
+            head = value[:3].tolist() if isinstance(value, np.ndarray) else value[:3]
+            first = ", ".join(map(repr, head))
+            text = f"[{first}, …] ({len(value)})" if len(value) > 3 else f"[{first}]"
+        else:
+            text = repr(value)
+        yield f"{key} = {text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 1] + '…'}"
+
+
+def tensor_lines(checkpoint: Checkpoint) -> Iterator[str]:
+    """One line a tensor of the first layer and outside the layers, then one for the others."""
+    shown: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        layer = next((part for part in name.split(".") if part.isdigit()), "0")
+        if layer == "0":
+            shape = " x ".join(map(str, info.shape))
+            yield f"{name:<44} {info.type.name:<8} {shape:>16}  {_bytes(info.nbytes):>9}"
+        else:
+            shown[layer] += 1
+    if shown:
+        yield f"and {shown.total()} more in layers 1 to {len(shown)}"
+
+
+def text_lines(tokenizer: Tokenizer) -> Iterator[str]:
+    yield f"{tokenizer.vocab_size} tokens in use"
+    stops = ", ".join(f"{i} {tokenizer.token_name(i)}" for i in tokenizer.stop_ids)
+    yield f"stops on {stops}"
+    template = tokenizer.chat_template
+    if template is None:
+        yield "no chat template: ChatML with Qwen's default system prompt is used"
+        return
+    yield f"chat template, {len(template)} characters:"
+    for line in template.splitlines()[:12]:
+        yield f"  {line[:MAX_VALUE]}"
+    if len(template.splitlines()) > 12:
+        yield f"  … {len(template.splitlines()) - 12} more lines"
+
+
+def implementation_lines(implementation: str) -> Iterator[str]:
+    for operation in pallas_kernels.OPERATIONS:
+        chosen = pallas_kernels.choose(operation, implementation)
+        why = pallas_kernels.refusal(operation)
+        yield f"{operation:<24} {chosen}" + (f" ({why})" if why and chosen == "xla" else "")
+
+
+def memory_lines(config: ModelConfig, dtype: jnp.dtype) -> Iterator[str]:
+    """The budget: weights, cache per 1k tokens, and the context that fits beside the weights."""
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    weights = (config.num_parameters - norms) * dtype.itemsize + norms * 4
+    cache = bytes_per_token(config, dtype.itemsize)
+    device = jax.local_devices()[0]
+    free = free_memory()
+    yield f"{device.device_kind}: {_bytes(free)} free; parameters and cache in {dtype.name}"
+    yield f"weights                 {_bytes(weights):>9}"
+    yield f"cache, 1,024 tokens     {_bytes(1024 * cache):>9}"
+    full = config.context_length * cache
+    yield f"cache, whole context    {_bytes(full):>9}  ({config.context_length} tokens)"
+    left = free - weights
+    if left <= 0:
+        yield f"does not fit: the weights alone need {_bytes(-left)} more"
+    else:
+        tokens = left // cache
+        rows = tokens // config.context_length
+        fits = f"{rows:,} whole contexts" if rows else "less than one whole context"
+        yield f"fits: {tokens:,} tokens of cache, {fits}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB" if math.isfinite(count) else "unknown"

@@ -1,0 +1,68 @@
+"""What is printed at the end of a run: speeds, time to first token, memory, settings used."""
+
+import collections
+import dataclasses
+
+import jax
+
+from qwen_jax.api import Model
+from qwen_jax.generation import Batch, Timings
+from qwen_jax.measure import peak_memory
+from qwen_jax.sampling import Sampling
+
+
+class Summary:
+    """Adds batches up; its text is the summary."""
+
+    def __init__(self, model: Model, sampling: Sampling):
+        self._model, self._sampling = model, sampling
+        self._timings: list[Timings] = []
+        self._reasons: collections.Counter[str] = collections.Counter()
+
+    def add(self, batch: Batch, rows: int | None = None) -> None:
+        """Counts a batch, of which the first `rows` (all by default) are the user's."""
+        self._timings.append(batch.timings)
+        self._reasons.update(c.finish_reason for c in batch.completions[:rows])
+
+    def __str__(self) -> str:
+        if not self._timings:
+            return "nothing was generated"
+        sums = {
+            field.name: sum(getattr(t, field.name) for t in self._timings)
+            for field in dataclasses.fields(Timings)
+        }
+        total = Timings(**sums)
+        where, peak = peak_memory()
+        engine = self._model.engine
+        reasons = ", ".join(
+            reason if count == 1 == self._reasons.total() else f"{reason} {count}"
+            for reason, count in self._reasons.items()
+        )
+        return "\n".join(
+            (
+                f"prompt      {total.prompt_tokens} tokens, {total.prompt_rate:,.1f} tokens/s",
+                f"generation  {total.generated_tokens} tokens, "
+                f"{total.generation_rate:,.1f} tokens/s",
+                f"first token {self._timings[0].first_token_seconds:.2f} s after the prompt, "
+                f"compilation {total.compile_seconds:.2f} s in all",
+                f"memory      {peak / 1e6:,.0f} MB peak ({where})",
+                f"finished    {reasons}",
+                f"sampling    {_describe(self._sampling)}",
+                f"ran on      {jax.local_devices()[0].device_kind}, {engine.cache_dtype}, "
+                f"JAX {jax.__version__}",
+            )
+        )
+
+
+def _describe(sampling: Sampling) -> str:
+    """Only what is in force: greedy decoding has no use for filters or a seed."""
+    defaults = Sampling()
+    names = [f.name for f in dataclasses.fields(Sampling)]
+    if sampling.temperature == 0:
+        names = [n for n in names if n.endswith(("penalty", "bias"))]
+    parts = [
+        f"{n} {getattr(sampling, n)}"
+        for n in names
+        if n == "seed" or getattr(sampling, n) != getattr(defaults, n)
+    ]
+    return ", ".join(([] if sampling.temperature else ["greedy"]) + parts)

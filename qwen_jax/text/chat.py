@@ -5,16 +5,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import logging
-
 from qwen_jax.errors import UserError
 from qwen_jax.text.template_renderer import TemplateRenderer
 
-DEFAULT_SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # For checkpoints without a template of their own: what Qwen2.5's does with plain messages.
 CHATML_TEMPLATE = (
     "{% if messages[0].role != 'system' %}"
-    "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM_PROMPT + "<|im_end|>\n' }}"
+    "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>\n' }}"
     "{% endif %}"
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -37,8 +35,7 @@ def render_chat(
     """The prompt for a conversation, as transformers' `apply_chat_template` renders it.
 
     Args:
-        template: Jinja source. None: ChatML with Qwen's default system prompt, which is logged
-            as a warning once.
+        template: Jinja source. None: ChatML with DEFAULT_SYSTEM; the caller tells the user.
         messages: each a `role` (one of ROLES) and `content` (text); an assistant's may have
             `tool_calls` instead of content.
         add_generation_prompt: end with the opening of the assistant's turn.
@@ -59,13 +56,6 @@ def render_chat(
                 f"{source}: it has no chat template, so there is no known way to show it tools; "
                 "leave them out or use a file that has one."
             )
-        logging.log_first_n(
-            logging.WARNING,
-            "%s has no chat template; using ChatML, with the system prompt %r unless one is given.",
-            1,
-            source,
-            DEFAULT_SYSTEM_PROMPT,
-        )
         template = CHATML_TEMPLATE
     context = {
         **(special_tokens or {}),
@@ -73,12 +63,7 @@ def render_chat(
         "tools": None if tools is None else list(tools),
         "add_generation_prompt": add_generation_prompt,
     }
-    try:
-        return _renderer().render(template, context, source)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"the messages or tools are not JSON ({error}); give text, numbers, lists and dicts."
-        ) from error
+    return _renderer().render(template, context, source)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """A Hugging Face directory's tokenizer files -> Vocabulary."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,15 +139,14 @@ def _merges(model: dict[str, Any], source: str) -> list[tuple[str, str]]:
     """Both forms: "a b" up to tokenizers 0.19, ["a", "b"] since."""
     entries = _field(model, "merges", list, source)
     merges = []
-    for entry in entries:
-        match entry.split(" ") if isinstance(entry, str) else entry:
-            case [str(left), str(right)]:
-                merges.append((left, right))
-            case _:
-                raise UserError(
-                    f"{source}: merges holds {entry!r:.80}, which is not two tokens; the file is "
-                    "damaged, so download it again."
-                )
+    if set(map(type, entries)) <= {str, list}:
+        merges = [tuple(e.split(" ") if type(e) is str else e) for e in entries]
+    texts_only = set(map(type, itertools.chain.from_iterable(merges))) <= {str}
+    if len(merges) < len(entries) or not set(map(len, merges)) <= {2} or not texts_only:
+        raise UserError(
+            f"{source}: merges holds entries that are not two tokens each; the file is damaged, so "
+            "download it again."
+        )
     return merges
 
 

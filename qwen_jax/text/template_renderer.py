@@ -1,5 +1,6 @@
 """Runs chat templates in a child process that can be stopped (see `template_worker`)."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -44,15 +45,21 @@ class TemplateRenderer:
         self._child: subprocess.Popen[bytes] | None = None
 
     def render(self, template: str, context: dict[str, Any], source: str) -> str:
-        """The template's text; `context` is JSON, `source` names the model in messages.
+        """The template's text; `source` names the model in messages.
 
-        Raises UserError where the template is faulty, refuses, or breaks a limit.
+        Raises UserError where the template is faulty, refuses, or breaks a limit, or where
+        `context` is not JSON.
         """
-        request = json.dumps({"template": template, "context": context}).encode("ascii") + b"\n"
+        try:
+            request = json.dumps({"template": template, "context": context}).encode("ascii")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"the messages or tools are not JSON ({error}); give text, numbers, lists, dicts."
+            ) from error
         with self._lock:
             if self._child is None:
                 self._start()
-            reply, in_time = self._exchange(request, self._seconds)
+            reply, in_time = self._exchange(request + b"\n", self._seconds)
             if "text" in reply:
                 return reply["text"]
             if "error" in reply:
@@ -71,26 +78,35 @@ class TemplateRenderer:
 
     def close(self) -> None:
         """Ends the child, if there is one."""
-        if self._child is not None:
-            self._child.kill()
-            with self._child:  # closes the pipes and waits
-                self._child = None
+        child, self._child = self._child, None
+        if child is None:
+            return
+        assert child.stdin is not None and child.stdout is not None
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # a request that it never read
+            child.stdin.close()
 
     def _start(self) -> None:
         limits = (self._seconds, self._max_bytes, self._memory_bytes)
         # -P: the worker's folder is not searched, so tokenizer.py there hides no library.
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), *map(str, limits)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        reply, _ = self._exchange(b"", START_SECONDS)
-        if not reply:
+        command = [sys.executable, "-P", str(WORKER), *map(str, limits)]
+        try:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            started, _ = self._exchange(b"", START_SECONDS)
+        except OSError:
+            started = {}
+        if not started:
             self.close()
             raise UserError(
-                f"the process that renders chat templates did not start; see what "
-                f"`{sys.executable} -P {WORKER} {' '.join(map(str, limits))}` says."
+                "the process that renders chat templates did not start; see what "
+                f"`{' '.join(command)}` says."
             )
 
     def _exchange(self, request: bytes, seconds: float) -> tuple[dict[str, Any], bool]:

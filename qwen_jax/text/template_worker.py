@@ -7,17 +7,15 @@ JSON request per line and answers with one JSON reply per line, {"text": …} or
 It runs as a file, not as a module of the package, so that it imports jinja2 and nothing else.
 """
 
-import codecs
 import datetime
 import functools
+import importlib
 import json
 import signal
 import sys
 import time
 from typing import Any, NoReturn
 
-import jinja2.constants
-import jinja2.debug
 import jinja2.ext
 from jinja2.nodes import Node
 from jinja2.parser import Parser
@@ -42,6 +40,14 @@ TEMPLATE_ERRORS = (
     ValueError,
 )
 MAX_ERROR_CHARS = 300
+# What jinja2 imports only when a template needs it, which is too late here.
+LATE_IMPORTS = (
+    "encodings.unicode_escape",
+    "html",
+    "jinja2.constants",
+    "jinja2.debug",
+    "textwrap",
+)
 
 
 class RefusedByTemplate(jinja2.TemplateError):
@@ -124,10 +130,9 @@ def _limit(memory_bytes: int) -> None:
     """Bounds memory, and forbids opening files and sockets to whatever escapes the sandbox."""
     if resource is None:
         return
-    # What jinja2 and strftime_now would open later: a codec for string literals, the time zone
-    # and, imported above, jinja2's constants and debug.
-    codecs.lookup("unicode_escape")
-    time.localtime()
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
+    time.localtime()  # reads the time zone
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 0}
     if sys.platform != "darwin":  # which refuses to set it, and would not enforce it
         limits[resource.RLIMIT_AS] = memory_bytes

@@ -1,0 +1,106 @@
+"""A small vocabulary of our own, and Qwen's where the shared fixtures are at hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from gguf import TokenType
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from qwen_jax.text import Tokenizer
+
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
+# As Qwen/Qwen2.5-0.5B's tokenizer.json has it.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+USER_DEFINED = ("<tool_call>", "</tool_call>")
+CORPUS = (
+    "Hello, y'all! How are you? I've been told he's there; I'M not sure I'll make it.",
+    "Äpfel, Cửa Việt, нещо на Български, 我想在apple工作1314151天\uff5e 😁 🦙🦙 が ガ",
+    "    def f(x):\n\n\t\treturn x + 1   # 3 33 333\r\n",
+)
+
+
+def fixture_path(name: str) -> Path:
+    path = FIXTURES / name
+    if not path.is_file():
+        pytest.skip(f"{path} is absent, so Qwen's own vocabulary or template cannot be tested")
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen_metadata() -> dict[str, Any]:
+    """Key-value pairs of a GGUF file with the real vocabulary: 151,646 tokens and padding."""
+    from qwen_jax.weights.gguf_file import open_gguf
+
+    return open_gguf(fixture_path("ggml-vocab-qwen2.gguf")).metadata
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_metadata: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_gguf(qwen_metadata, "ggml-vocab-qwen2.gguf")
+
+
+@pytest.fixture(scope="session")
+def reference() -> tokenizers.Tokenizer:
+    """A small Qwen2 tokenizer, trained, run and saved by the tokenizers library alone."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS * 3,
+        trainers.BpeTrainer(vocab_size=384, initial_alphabet=alphabet, show_progress=False),
+    )
+    plain = [tokenizers.AddedToken(t, special=False, normalized=False) for t in USER_DEFINED]
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens(plain)
+    return tokenizer
+
+
+@pytest.fixture
+def hf_directory(reference: tokenizers.Tokenizer, tmp_path: Path) -> Path:
+    reference.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "bos_token": None, "pad_token": {"content": SPECIAL[0]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def gguf_metadata(reference: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The reference tokenizer as llama.cpp's converter would write it. Do not change it: copy."""
+    ids = reference.get_vocab(with_added_tokens=True)
+    tokens = sorted(ids, key=ids.__getitem__)
+    kinds = dict.fromkeys(SPECIAL, TokenType.CONTROL)
+    kinds |= dict.fromkeys(USER_DEFINED, TokenType.USER_DEFINED)
+    types = [int(kinds.get(token, TokenType.NORMAL)) for token in tokens]
+    merges = json.loads(reference.to_str())["model"]["merges"]
+    padding = range(len(tokens), len(tokens) + 3)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [*tokens, *(f"[PAD{i}]" for i in padding)],
+        "tokenizer.ggml.token_type": [*types, *[int(TokenType.UNUSED)] * len(padding)],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.eos_token_id": ids["<|im_end|>"],
+        "tokenizer.ggml.bos_token_id": ids["<|endoftext|>"],
+        "tokenizer.ggml.padding_token_id": ids["<|endoftext|>"],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{{ messages[0].content }}",
+    }
+
+
+@pytest.fixture(scope="session")
+def small(gguf_metadata: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_gguf(gguf_metadata, "small.gguf")

@@ -14,7 +14,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.blocks import DECODABLE
 from qwen_jax.weights.checksum import Progress, check_sha256
-from qwen_jax.weights.gguf_file import open_gguf
+from qwen_jax.weights.gguf_file import open_gguf, split_paths
 from qwen_jax.weights.safetensors import open_safetensors
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 

@@ -132,7 +132,7 @@ def _read_part(path: Path) -> GGUFFile:
     version, num_tensors, num_pairs = _read_header(cursor)
     metadata: dict[str, Any] = {}
     for index in range(num_pairs):
-        key = cursor.string(f"the name of key {index}")
+        key = cursor.name(f"key {index}")
         if key in metadata:
             cursor.fail(f"the key {key!r} appears twice")
         metadata[key] = cursor.value(cursor.value_type(f"the key {key!r}"), f"the key {key!r}")
@@ -182,7 +182,7 @@ def _read_header(cursor: "_Cursor") -> tuple[int, int, int]:
 
 def _read_tensor(cursor: "_Cursor", index: int, alignment: int) -> TensorInfo:
     """One description; its offset still counts from the start of the tensors' bytes."""
-    name = cursor.string(f"the name of tensor {index}")
+    name = cursor.name(f"tensor {index}")
     field = f"the tensor {name!r}"
     dimensions = cursor.number("<I", f"{field}: the number of dimensions")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -258,6 +258,12 @@ class _Cursor:
         found = self.number("<Q", field)
         if found > (self._end - self.at) // smallest:
             self._past_end(f"{field} is {found}, and the last of them")
+        return found
+
+    def name(self, owner: str) -> str:
+        found = self.string(f"the name of {owner}")
+        if not found:
+            self.fail(f"{owner} has no name")
         return found
 
     def string(self, field: str) -> str:

@@ -141,9 +141,10 @@ def _fetch(repository: _Repository, files: list[str]) -> Path:
             )
         return repository.snapshot / files[0]
     try:
-        return [Path(hf_hub_download(repository.name, file)) for file in files][0]  # noqa: RUF015
+        paths = [Path(hf_hub_download(repository.name, file)) for file in files]
     except _http_errors() as error:
         raise UserError(_unreachable(where, error)) from None
+    return paths[0]
 
 
 def _cached_snapshot(repo: str) -> Path | None:

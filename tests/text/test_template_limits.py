@@ -20,7 +20,7 @@ CONTEXT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}] * 50}
 BIG = 10**10
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def renderer() -> Iterator[TemplateRenderer]:
     renderer = TemplateRenderer(seconds=1.5, max_bytes=100_000, memory_bytes=256 << 20)
     yield renderer
@@ -102,6 +102,7 @@ def test_output_up_to_the_limit(renderer: TemplateRenderer) -> None:
 
 def test_start_and_render_are_quick(renderer: TemplateRenderer) -> None:
     """0.1 s for the first chat and 0.2 ms for later ones; the bounds allow for a busy machine."""
+    renderer.close()
     start = time.perf_counter()
     renderer.render("hi", {}, "x")
     assert time.perf_counter() - start < 1.0
@@ -141,6 +142,7 @@ def test_a_dead_child_is_replaced(renderer: TemplateRenderer) -> None:
 def test_a_child_that_cannot_start(
     renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    renderer.close()
     for executable in ("/nowhere/python", sys.executable):
         monkeypatch.setattr(sys, "executable", executable)
         monkeypatch.setattr("qwen_jax.text.template_renderer.WORKER", "/nowhere/worker.py")

@@ -1,0 +1,1 @@
+"""What a maintainer runs by hand, as `python -m tools.<name>` from the repository root."""

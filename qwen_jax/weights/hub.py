@@ -119,7 +119,7 @@ def _list(repo: str) -> _Repository:
         snapshot = _cached_snapshot(repo)
         if snapshot is None:
             raise UserError(_unreachable(f"hf:{repo}", error)) from None
-        logging.warning("hf:%s: using the cache, since the Hub did not answer (%s)", repo, error)
+        logging.warning("hf:%s: using the cache, the Hub did not answer (%s)", repo, _line(error))
         files = [
             file.relative_to(snapshot).as_posix()
             for file in snapshot.rglob("*")
@@ -149,10 +149,10 @@ def _fetch(repository: _Repository, files: list[str]) -> Path:
 
 def _cached_snapshot(repo: str) -> Path | None:
     """The newest cached revision's directory, `main` before others."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        cached = scan_cache_dir().repos
+        cached = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return None
     revisions = [

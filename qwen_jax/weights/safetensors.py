@@ -76,9 +76,10 @@ def _shards(index: Path) -> dict[Path, set[str]]:
         raise UserError(f"{index}: weight_map is missing or empty; download the file again.")
     shards: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
+        plain = isinstance(file, str) and Path(file).name == file and file.isprintable()
+        if not (plain and file.endswith(".safetensors")):
             raise UserError(
-                f"{index}: the tensor {name!r} is in {file!r}, which is no plain file name; "
+                f"{index}: the tensor {name!r} is in {file!r}, which is no safetensors file here; "
                 "download the file again."
             )
         shards.setdefault(index.with_name(file), set()).add(name)

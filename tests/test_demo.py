@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -157,6 +156,17 @@ def tiny_config(vocab_size: int) -> ModelConfig:
 
 
 class TestTraining:
+    def test_learning_rate_follows_the_steps_or_the_clock(self):
+        train_demo = pytest.importorskip("tools.train_demo", reason="needs the extra 'train'")
+
+        def rates(done, spent):
+            return train_demo.learning_rates(1.0, done, 100, 1000, spent)
+
+        assert rates(0, 0.0)[0] == pytest.approx(0.01) and rates(0, 0.0)[-1] > 0.9
+        np.testing.assert_array_equal(rates(500, 0.2), rates(500, 0.4))
+        np.testing.assert_allclose(rates(500, 0.9), rates(900, 0.1), rtol=1e-6)
+        assert rates(300, 1.0)[0] == pytest.approx(0.02)
+
     def test_the_loss_is_that_of_the_engine(self, vocabulary):
         train_demo = pytest.importorskip("tools.train_demo", reason="needs the extra 'train'")
         config = tiny_config(len(vocabulary.tokens))
@@ -180,7 +190,9 @@ class TestTraining:
         demo_gguf.write(path, config, params, vocabulary)
 
         checkpoint = open_checkpoint(path)
-        assert checkpoint.config == config
+        # The file holds it in float32.
+        assert checkpoint.config.rms_eps == np.float32(config.rms_eps)
+        assert dataclasses.replace(checkpoint.config, rms_eps=config.rms_eps) == config
         loaded = load_parameters(checkpoint, jnp.dtype(jnp.float32))
         assert loaded.keys() == params.keys()
         for name, value in params.items():

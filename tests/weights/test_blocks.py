@@ -1,5 +1,8 @@
 """Every block format against gguf.quants, which shares only its codebooks with our decoders."""
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -128,6 +131,19 @@ def test_float16_overflow_is_noticed():
     assert decode(values.view(np.uint8), Type.F32, np.float16)[1]
     values[0] = 65520  # the first that rounds to infinity
     assert not decode(values.view(np.uint8), Type.F32, np.float16)[1]
+
+
+def test_no_float32_copy_of_a_tensor_exists(monkeypatch):
+    """Two threads hold two chunks, whatever the tensor's size: here 40 chunks of 1 MiB."""
+    with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(blocks, "_pool", lambda: pool)
+        raw = np.zeros(40 * blocks.CHUNK // 256 * 144, np.uint8)
+        out = np.empty(40 * blocks.CHUNK, ml_dtypes.bfloat16)
+        tracemalloc.start()
+        blocks.decode_into(raw, Type.Q4_K, out)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 2 * 4 * 4 * blocks.CHUNK
 
 
 def test_wrong_sizes_are_refused():

@@ -112,7 +112,9 @@ def _list(repo: str) -> _Repository:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return _Repository(repo, HfApi().list_repo_files(repo), None)
+        # list_repo_files would retry for 20 seconds before it gives up without network.
+        siblings = HfApi().model_info(repo).siblings or []
+        return _Repository(repo, [sibling.rfilename for sibling in siblings], None)
     except HFValidationError as error:
         raise UserError(f"hf:{repo}: this is no repository's name ({_line(error)}).") from None
     except _http_errors() as error:

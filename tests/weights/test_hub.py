@@ -40,11 +40,12 @@ class FakeHub:
         self.error: Exception | None = None
         self.downloaded: list[str] = []
 
-    def list_repo_files(self, repo: str) -> list[str]:
+    def model_info(self, repo: str) -> huggingface_hub.ModelInfo:
         assert repo == REPO
         if self.error:
             raise self.error
-        return self.files
+        siblings = [{"rfilename": file} for file in self.files]
+        return huggingface_hub.ModelInfo(id=repo, siblings=siblings)
 
     def hf_hub_download(self, repo: str, file: str) -> str:
         assert repo == REPO
@@ -61,7 +62,7 @@ class FakeHub:
 def fake(tmp_path, monkeypatch) -> FakeHub:
     fake = FakeHub(tmp_path / "downloads")
     monkeypatch.setattr(
-        huggingface_hub.HfApi, "list_repo_files", lambda self, repo: fake.list_repo_files(repo)
+        huggingface_hub.HfApi, "model_info", lambda self, repo: fake.model_info(repo)
     )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -180,7 +180,12 @@ class Model:
                 self.config.source,
                 DEFAULT_SYSTEM,
             )
-        text = render_chat(template, messages, special_tokens=self.tokenizer.special_tokens)
+        text = render_chat(
+            template,
+            messages,
+            special_tokens=self.tokenizer.special_tokens,
+            source=self.config.source,
+        )
         return self.tokenizer.encode(text)
 
     def batch(self, requests: Sequence[Request], top_logprobs: int | None = None) -> Batch:

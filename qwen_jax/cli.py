@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from logging import Formatter
 from typing import Any
 
 from absl import flags, logging
@@ -35,9 +36,10 @@ Every field of the config can be set as --config.FIELD=VALUE:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    flags.FLAGS.mark_as_parsed()  # absl's logging asks for its own flags, which stay as they are.
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    logging.set_stderrthreshold("warning")
+    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
     try:
         return _run(["run.py", *(sys.argv[1:] if argv is None else argv)])
     except UserError as error:

@@ -7,7 +7,7 @@ heads, H head dimension, F feed-forward size, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from qwen_jax.errors import UserError
 
@@ -216,4 +216,4 @@ def _typed(where: Mapping[str, Any], key: str, kind: type[T], source: str) -> T:
             f"{source}: the key {key!r} holds {value!r}, not {kind.__name__}; the file is damaged "
             "or was written by a faulty converter."
         )
-    return cast(T, float(value) if kind is float else value)
+    return kind(where[key])

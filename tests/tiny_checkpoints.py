@@ -313,7 +313,7 @@ def write_hf(
     if shards == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in range(shards):
             file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
             part = {name: tensors[name] for name in list(tensors)[shard::shards]}

@@ -76,6 +76,11 @@ def load(
     parameter_dtype = dtype_of(dtype)
     _one_of("matmul_precision", matmul_precision, PRECISIONS)
     _one_of("implementation", implementation, get_args(pallas_kernels.Implementation))
+    for operation in pallas_kernels.OPERATIONS:
+        try:
+            pallas_kernels.choose(operation, implementation)
+        except pallas_kernels.UnsupportedError as error:
+            raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
     _use_compilation_cache()
     checkpoint = open_checkpoint(locate(model), sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)

@@ -109,12 +109,14 @@ def _define_shortcuts(values: flags.FlagValues) -> None:
 
 
 def _explain(error: Exception) -> str:
-    """One line of what absl, ml_collections or a config file raised, without its quotes."""
+    """One sentence of what absl, ml_collections or a config file raised."""
     # A KeyError's text is the repr of its message.
-    text = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-    if isinstance(error, OSError):
-        return " ".join(str(error).split())
-    if isinstance(error, flags.Error):
+    lines = str(error.args[0] if error.args else error).replace("\\n", "\n").splitlines()
+    if any(line.startswith("Traceback ") for line in lines):
+        # ml_collections wraps what a config file raised; its last line is the reason.
+        return f"--config: {lines[-1]}"
+    text = " ".join(" ".join(lines).split())
+    if isinstance(error, flags.Error | OSError):
         return text
     at = traceback.extract_tb(error.__traceback__)[-1]
     if "ml_collections" in at.filename:

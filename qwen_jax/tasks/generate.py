@@ -44,7 +44,7 @@ def run(config: ConfigDict) -> int:
         else:
             _run_single(model, prompt, options, config, summary)
     finally:
-        print(summary, file=sys.stderr)
+        summary.show()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 
 import jax
 
@@ -12,7 +13,7 @@ from qwen_jax.sampling import Sampling
 
 
 class Summary:
-    """Adds batches up; its text is the summary."""
+    """Adds batches up and shows the sum."""
 
     def __init__(self, model: Model, sampling: Sampling):
         self._model, self._sampling = model, sampling
@@ -24,9 +25,12 @@ class Summary:
         self._timings.append(batch.timings)
         self._reasons.update(c.finish_reason for c in batch.completions[:rows])
 
-    def __str__(self) -> str:
-        if not self._timings:
-            return "nothing was generated"
+    def show(self) -> None:
+        """Prints the summary to stderr, if anything was generated."""
+        if any(t.prompt_seconds > 0 for t in self._timings):
+            print(self._text(), file=sys.stderr)
+
+    def _text(self) -> str:
         sums = {
             field.name: sum(getattr(t, field.name) for t in self._timings)
             for field in dataclasses.fields(Timings)

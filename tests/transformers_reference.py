@@ -33,15 +33,15 @@ def logits(reference: Any, tokens: list[int]) -> np.ndarray:
     return out
 
 
-def greedy(reference: Any, tokens: list[int], steps: int) -> tuple[list[int], float]:
-    """A greedy continuation, and the least margin between its choices and the runners-up.
+def greedy(reference: Any, tokens: list[int], steps: int) -> tuple[list[int], np.ndarray]:
+    """A greedy continuation, and how far each choice was ahead of its runner-up.
 
     Every step runs the whole text again: the plainest decoding there is.
     """
-    text, margin = list(tokens), float("inf")
-    for _ in range(steps):
+    text, margins = list(tokens), np.empty(steps)
+    for i in range(steps):
         last = logits(reference, text)[-1]
         second, first = np.sort(last)[-2:]
-        margin = min(margin, float(first - second))
+        margins[i] = first - second
         text.append(int(last.argmax()))
-    return text[len(tokens) :], margin
+    return text[len(tokens) :], margins

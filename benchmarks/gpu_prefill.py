@@ -1,0 +1,61 @@
+"""Prefill speed through `engine.prefill`, first token included, on random weights.
+
+python -m benchmarks.gpu_prefill --size=0.5b --lengths=512,2048,8192,32000
+"""
+
+import argparse
+import json
+import time
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu_decode import random_parameters
+from benchmarks.random_model import SIZES
+from qwen_jax.engine import Engine, Prompt
+from qwen_jax.measure import peak_memory
+from qwen_jax.sampling import Sampling, plan_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--lengths", default="512,2048,8192,32000")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+
+    config = SIZES[args.size]
+    params = random_parameters(config, jnp.dtype(args.dtype), seed=time.time_ns() % 2**31)
+    engine = Engine(config, params)
+    plan, numbers = plan_rows([Sampling()], config.vocab_size)
+    rng = np.random.default_rng()
+    weights = sum(x.nbytes for x in params.values())
+    record: dict[str, object] = {"benchmark": "gpu_prefill", **vars(args)}
+    print(
+        f"{'tokens':>8}{'tokens/s':>12}{'ms':>10}{'peak GB':>10}   (weights {weights / 1e9:.2f} GB)"
+    )
+    for length in map(int, args.lengths.split(",")):
+        seconds = []
+        for turn in range(args.rounds + 1):
+            prompt = Prompt(rng.integers(0, config.vocab_size, length).tolist(), 16)
+            start = time.perf_counter()
+            rows, emitted = engine.prefill([prompt], plan, numbers)
+            jax.block_until_ready(emitted)
+            del rows
+            if turn:  # the first compiles
+                seconds.append(time.perf_counter() - start)
+        rate, peak = length / median(seconds), peak_memory()[1]
+        print(
+            f"{length:>8}{rate:>12,.0f}{median(seconds) * 1e3:>10.1f}{peak / 1e9:>10.2f}",
+            flush=True,
+        )
+        record[str(length)] = [round(s * 1e3, 2) for s in seconds]
+    device = jax.devices()[0].device_kind
+    print(json.dumps(record | {"device": device, "jax": jax.__version__}))
+
+
+if __name__ == "__main__":
+    main()

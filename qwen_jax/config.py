@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from qwen_jax.errors import UserError
 
-T = TypeVar("T", int, float, str)
+T = TypeVar("T", bool, int, float, str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             self._refuse("head_dim", self.head_dim, "must be even, since rotary embedding pairs it")
-        if self.yarn and not (self.yarn.factor >= 1 and self.yarn.original_context >= 1):
-            self._refuse("rope_scaling", self.yarn, "needs a factor and a context of at least 1")
+        yarn = self.yarn
+        if yarn and not (yarn.factor >= 1 and yarn.original_context >= 1):
+            self._refuse("rope_scaling", yarn, "needs a factor and a context of at least 1")
+        if yarn and not (yarn.attention_factor > 0 and 0 < yarn.beta_slow <= yarn.beta_fast):
+            self._refuse("rope_scaling", yarn, "needs a positive attention_factor and betas")
 
     def _refuse(self, field: str, value: object, why: str) -> None:
         raise UserError(f"{self.source}: {field} is {value}, but it {why}; the file is damaged.")
@@ -166,8 +169,19 @@ class ModelConfig:
         def need(key: str, kind: type[T], where: Mapping[str, Any] = config) -> T:
             return _typed(where, key, kind, source)
 
+        activation = config.get("hidden_act", "silu")
+        if activation != "silu":
+            raise UserError(
+                f"{source}: hidden_act is {activation!r}, and only 'silu' is supported; choose a "
+                "Qwen2.5 checkpoint."
+            )
+
         # transformers 5 gathers theta and scaling in `rope_parameters`.
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise UserError(
+                f"{source}: rope_scaling holds {rope!r}, which is no mapping; download it again."
+            )
         theta = need("rope_theta", float, rope if "rope_theta" in rope else config)
         context = need("max_position_embeddings", int)
         scaling, yarn = rope.get("rope_type", rope.get("type", "default")), None
@@ -176,7 +190,11 @@ class ModelConfig:
             yarn = YarnScaling.create(
                 need("factor", float, rope),
                 original,
-                **{k: rope.get(k) for k in ("attention_factor", "beta_fast", "beta_slow")},
+                **{
+                    key: need(key, float, rope)
+                    for key in ("attention_factor", "beta_fast", "beta_slow")
+                    if rope.get(key) is not None
+                },
             )
             context = max(context, int(yarn.factor * original))
         elif scaling != "default":
@@ -190,13 +208,15 @@ class ModelConfig:
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=need("num_key_value_heads", int),
-            head_dim=config.get("head_dim") or hidden // max(heads, 1),
+            head_dim=need("head_dim", int)
+            if config.get("head_dim") is not None
+            else hidden // max(heads, 1),
             ffn_size=need("intermediate_size", int),
             vocab_size=need("vocab_size", int),
             context_length=context,
             rope_theta=theta,
             rms_eps=need("rms_norm_eps", float),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied="tie_word_embeddings" in config and need("tie_word_embeddings", bool),
             yarn=yarn,
             source=source,
         )
@@ -211,9 +231,15 @@ def _typed(where: Mapping[str, Any], key: str, kind: type[T], source: str) -> T:
         )
     value = where[key]
     accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        raise UserError(
-            f"{source}: the key {key!r} holds {value!r}, not {kind.__name__}; the file is damaged "
-            "or was written by a faulty converter."
-        )
-    return kind(where[key])
+    # bool is an int to Python, and JSON as Python reads it has NaN and Infinity.
+    boolean = isinstance(value, bool)
+    if boolean is not (kind is bool) or not isinstance(value, accepted):
+        what = kind.__name__
+    elif kind is float and not math.isfinite(where[key]):
+        what = "a finite number"
+    else:
+        return kind(where[key])
+    raise UserError(
+        f"{source}: the key {key!r} holds {value!r}, not {what}; the file is damaged "
+        "or was written by a faulty converter."
+    )

@@ -7,13 +7,23 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _LOAD_TAKES_INDEX = jax.__version_info__ < (0, 11)
+_STORES_MUST_COALESCE = jax.__version_info__ >= (0, 12)
+_mosaic: Any = plgpu  # its signatures are those of one version, the calls below are not
 
 
 def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
     """`plgpu.load` of a whole reference (slice it with `.at`); 0.10 asks for an index as well."""
     if _LOAD_TAKES_INDEX:
-        return plgpu.load(ref, (), layout=layout, optimized=optimized)
-    return plgpu.load(ref, layout=layout, optimized=optimized)
+        return _mosaic.load(ref, (), layout=layout, optimized=optimized)
+    return _mosaic.load(ref, layout=layout, optimized=optimized)
+
+
+def store_few(ref: Any, value: jax.Array) -> None:
+    """`ref[...] = value` of so few numbers that 0.12 would refuse them as an inefficient store."""
+    if _STORES_MUST_COALESCE:
+        _mosaic.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def kernel(
@@ -34,7 +44,9 @@ def kernel(
         warpgroups: of 128 threads each; with several, `lax.axis_index("wg")` tells them apart.
         compiler_params: of `plgpu.CompilerParams`.
     """
-    threads = {"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}
+    threads: dict[str, Any] = {}
+    if warpgroups > 1:
+        threads = {"num_threads": warpgroups, "thread_name": "wg"}
     return plgpu.kernel(
         body,
         out_type=out_type,

@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from qwen_jax.errors import UserError
 
+_LARGEST = 1e30
+"""Numbers beyond this, or nearer to 0 than its inverse, would overflow float32 logits."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -47,15 +50,25 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        within = f"from {-_LARGEST} to {_LARGEST}"
         checks = {
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "temperature": (
+                self.temperature == 0 or 1 / _LARGEST <= self.temperature <= _LARGEST,
+                f"0 (greedy) or from {1 / _LARGEST} to {_LARGEST}",
+            ),
+            "top_k": (0 <= self.top_k < 2**31, "from 0 (off) to 2147483647"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-            "logit_bias": (not any(map(math.isnan, self.logit_bias.values())), "without NaN"),
+            "repetition_penalty": (
+                1 / _LARGEST <= self.repetition_penalty <= _LARGEST,
+                f"from {1 / _LARGEST} to {_LARGEST}; 1 is off",
+            ),
+            "presence_penalty": (abs(self.presence_penalty) <= _LARGEST, within),
+            "frequency_penalty": (abs(self.frequency_penalty) <= _LARGEST, within),
+            "logit_bias": (
+                all(abs(v) <= _LARGEST or v == -math.inf for v in self.logit_bias.values()),
+                f"{within}, or -inf, which bans a token",
+            ),
             "seed": (0 <= self.seed < 2**32, "from 0 to 4294967295"),
         }
         for name, (holds, allowed) in checks.items():
@@ -121,8 +134,14 @@ def plan_rows(
     """The plan that serves every row, and the rows' parameters.
 
     Raises:
-        UserError: a biased token id lies outside the vocabulary.
+        UserError: a biased token id lies outside the vocabulary, or more log-probabilities
+            are wanted than it has tokens.
     """
+    if not 0 <= top_logprobs <= vocab_size:
+        raise UserError(
+            f"top_logprobs is {top_logprobs}, but it must be from 0 to the vocabulary's "
+            f"{vocab_size} tokens."
+        )
     plan = Plan(
         draws=any(r.temperature > 0 for r in rows),
         filters=any(
@@ -181,16 +200,17 @@ def keep(logits: Float[Array, "B V"], params: RowParameters) -> Float[Array, "B 
     vocab = logits.shape[-1]
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
     descending = -jnp.sort(-logits, axis=-1)
-    least = jnp.take_along_axis(descending, k[:, None] - 1, axis=-1)
-    descending = jnp.where(descending < least, -jnp.inf, descending)
+    kth = jnp.take_along_axis(descending, k[:, None] - 1, axis=-1)
+    descending = jnp.where(descending < kth, -jnp.inf, descending)
     # A token stays while the probability before it hasn't reached p; the first always does.
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     stays = (before < params.top_p[:, None]) | (params.top_p[:, None] >= 1)
+    stays = stays.at[:, 0].set(True)
     least = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
     # p_i < min_p * p_max, in logits, so that no second softmax is needed.
     floor = logits.max(axis=-1, keepdims=True) + jnp.log(params.min_p[:, None])
-    return jnp.where((logits < least) | (logits < floor), -jnp.inf, logits)
+    return jnp.where(logits < jnp.maximum(jnp.maximum(kth, least), floor), -jnp.inf, logits)
 
 
 def choose(

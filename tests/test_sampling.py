@@ -1,0 +1,391 @@
+"""Logits to token: distributions worked out by hand, formulas restated in NumPy, real draws."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+
+from qwen_jax import sampling
+from qwen_jax.errors import UserError
+from qwen_jax.sampling import Choice, Counts, Plan, RowParameters, Sampling, plan_rows
+from tests.numpy_reference import log_softmax
+
+FOUR = np.array([0.5, 0.25, 0.15, 0.1])
+"""Four tokens' probabilities, the likeliest first."""
+
+DRAWS = 20_000
+
+keep = jax.jit(sampling.keep)
+penalise = jax.jit(sampling.penalise)
+choose = jax.jit(sampling.choose, static_argnames="plan")
+
+
+def counts(
+    prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]], vocab: int
+) -> Counts:
+    seen = np.zeros((len(prompts), vocab), bool)
+    times = np.zeros((len(prompts), vocab), np.int32)
+    for row, (before, after) in enumerate(zip(prompts, generated, strict=True)):
+        seen[row, list(before)] = True
+        np.add.at(times[row], list(after), 1)
+    return Counts(jnp.asarray(seen), jnp.asarray(times))
+
+
+def choose_rows(
+    logits: np.ndarray,
+    rows: Sequence[Sampling],
+    *,
+    tokens: Counts | None = None,
+    step: int = 0,
+    **plan_options: Any,
+) -> Choice:
+    plan, params = plan_rows(rows, logits.shape[-1], **plan_options)
+    steps = jnp.full(len(rows), step, jnp.int32)
+    return choose(jnp.asarray(logits, jnp.float32), params, tokens, steps, plan)
+
+
+def frequencies(logits: np.ndarray, tokens: Counts | None = None, **settings: Any) -> np.ndarray:
+    """How often each token is drawn by `DRAWS` rows that differ in nothing but the seed."""
+    rows = [Sampling(**{"temperature": 1.0} | settings, seed=seed) for seed in range(DRAWS)]
+    repeated = np.broadcast_to(logits, (DRAWS, logits.shape[-1]))
+    if tokens is not None:
+        tokens = jax.tree.map(lambda x: jnp.broadcast_to(x, (DRAWS, x.shape[-1])), tokens)
+    drawn = np.asarray(choose_rows(repeated, rows, tokens=tokens).token)
+    return np.bincount(drawn, minlength=logits.shape[-1])
+
+
+def assert_drawn_from(observed: np.ndarray, probabilities: Sequence[float]) -> None:
+    """A chi-square test that one honest seed in a thousand fails; the seeds are fixed."""
+    expected = np.array(probabilities) / np.sum(probabilities)
+    assert (observed[expected == 0] == 0).all()
+    possible = expected > 0
+    if possible.sum() > 1:
+        result = scipy.stats.chisquare(observed[possible], DRAWS * expected[possible])
+        assert result.pvalue > 1e-3
+
+
+# ---- Four tokens by hand
+
+# settings -> what stays of FOUR, as weights
+BY_HAND: list[tuple[dict[str, Any], list[float]]] = [
+    ({}, [50, 25, 15, 10]),
+    ({"temperature": 0.5}, [2500, 625, 225, 100]),
+    ({"temperature": 2.0}, [50**0.5, 25**0.5, 15**0.5, 10**0.5]),
+    ({"top_k": 1}, [1, 0, 0, 0]),
+    ({"top_k": 2}, [50, 25, 0, 0]),
+    ({"top_k": 4}, [50, 25, 15, 10]),
+    ({"top_k": 1000}, [50, 25, 15, 10]),
+    # The token that crosses p stays.
+    ({"top_p": 0.49}, [1, 0, 0, 0]),
+    ({"top_p": 0.51}, [50, 25, 0, 0]),
+    ({"top_p": 0.74}, [50, 25, 0, 0]),
+    ({"top_p": 0.76}, [50, 25, 15, 0]),
+    ({"top_p": 0.91}, [50, 25, 15, 10]),
+    ({"top_p": 1e-50}, [1, 0, 0, 0]),
+    # Below min_p * 0.5 a token goes.
+    ({"min_p": 0.19}, [50, 25, 15, 10]),
+    ({"min_p": 0.21}, [50, 25, 15, 0]),
+    ({"min_p": 0.31}, [50, 25, 0, 0]),
+    ({"min_p": 0.51}, [1, 0, 0, 0]),
+    ({"min_p": 1.0}, [1, 0, 0, 0]),
+    # Order. Heat comes first: squared, the first token has 0.72 of the whole.
+    ({"temperature": 0.5, "top_p": 0.7}, [1, 0, 0, 0]),
+    ({"temperature": 0.5, "min_p": 0.3}, [1, 0, 0, 0]),
+    # Top-p sees what top-k left: 2/3 and 1/3.
+    ({"top_k": 2, "top_p": 0.65}, [1, 0, 0, 0]),
+    ({"top_k": 3, "top_p": 0.82}, [50, 25, 0, 0]),
+    # Each filter alone would leave more.
+    ({"top_k": 3, "top_p": 0.95, "min_p": 0.4}, [50, 25, 0, 0]),
+    ({"logit_bias": {3: math.log(5)}}, [50, 25, 15, 50]),
+    ({"logit_bias": {0: -math.inf}}, [0, 25, 15, 10]),
+    ({"logit_bias": {0: -math.inf}, "top_k": 1}, [0, 1, 0, 0]),
+    ({"logit_bias": {3: math.log(6)}, "top_k": 2}, [50, 0, 0, 60]),
+]
+
+
+@pytest.mark.parametrize(("settings", "weights"), BY_HAND, ids=str)
+def test_four_tokens_by_hand(settings: dict[str, Any], weights: list[float]) -> None:
+    assert_drawn_from(frequencies(np.log(FOUR), **settings), weights)
+
+
+@pytest.mark.parametrize(("settings", "weights"), BY_HAND, ids=str)
+def test_token_order_does_not_matter(settings: dict[str, Any], weights: list[float]) -> None:
+    """The same four in another order, by what is kept."""
+    order = [2, 0, 3, 1]
+    moved = settings | {
+        "logit_bias": {order.index(t): b for t, b in settings.get("logit_bias", {}).items()}
+    }
+    _, params = plan_rows([Sampling(**{"temperature": 1.0} | moved)], 4)
+    logits = np.log(FOUR)[order][None]
+    if params.bias is not None:
+        logits = logits + np.asarray(params.bias)
+    kept = keep(jnp.asarray(logits / np.asarray(params.temperature), jnp.float32), params)
+    assert (np.isfinite(kept[0]) == (np.array(weights)[order] > 0)).all()
+
+
+def test_repetition_penalty_by_hand() -> None:
+    """Positive logits are divided and negative ones multiplied, once, in prompt and text alike."""
+    logits = jnp.array([[2.0, -2.0, 1.0, 0.0], [2.0, -2.0, 1.0, -1.0]])
+    _, params = plan_rows([Sampling(repetition_penalty=2.0), Sampling(repetition_penalty=0.5)], 4)
+    out = penalise(logits, params, counts([[0, 1, 1], [3]], [[], [0, 0, 0]], 4))
+    np.testing.assert_array_equal(out, [[1, -4, 1, 0], [4, -2, 1, -0.5]])
+
+
+def test_presence_and_frequency_by_hand() -> None:
+    """They count what was generated; the prompt, token 1 here, does not count."""
+    logits = jnp.array([[3.0, 3.0, 3.0, 3.0]])
+    _, params = plan_rows([Sampling(presence_penalty=0.5, frequency_penalty=0.25)], 4)
+    out = penalise(logits, params, counts([[1]], [[2, 3, 3]], 4))
+    np.testing.assert_array_equal(out, [[3, 3, 2.25, 2]])
+
+
+def test_bias_comes_before_the_penalty_and_the_penalty_before_heat() -> None:
+    """Token 0: 1 - 3 = -2, times 2 is -4, over 0.5 is -8. Token 1: 2 / 2 = 1, over 0.5 is 2."""
+    settings = {"logit_bias": {0: -3.0}, "repetition_penalty": 2.0, "temperature": 0.5}
+    tokens = counts([[0, 1]], [[]], 3)
+    observed = frequencies(np.array([1.0, 2.0, 1.0]), tokens, **settings)
+    assert_drawn_from(observed, np.exp([-8.0, 2.0, 2.0]).tolist())
+
+
+def test_greedy_takes_bias_and_penalties_but_no_filter() -> None:
+    logits = np.log(FOUR)[None]
+    assert choose_rows(logits, [Sampling()]).token[0] == 0
+    assert choose_rows(logits, [Sampling(logit_bias={2: 5.0})]).token[0] == 2
+    tokens = counts([[]], [[0]], 4)
+    assert choose_rows(logits, [Sampling(presence_penalty=2.0)], tokens=tokens).token[0] == 1
+
+
+# ---- Formulas
+
+# XLA on a CPU takes subnormal numbers for zero.
+floats = st.floats(-8, 8, width=32, allow_subnormal=False)
+
+
+@given(
+    logits=hnp.arrays(np.float32, (3, 7), elements=floats),
+    prompt=hnp.arrays(bool, (3, 7)),
+    generated=hnp.arrays(np.int32, (3, 7), elements=st.integers(0, 5)),
+    repetition=st.floats(0.25, 4),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+)
+def test_penalties_are_their_formulas(
+    logits: np.ndarray, prompt: np.ndarray, generated: np.ndarray,
+    repetition: float, presence: float, frequency: float,
+) -> None:  # fmt: skip
+    """OpenAI: mu[j] - c[j] * frequency - (c[j] > 0) * presence, after CTRL's repetition penalty."""
+    row = Sampling(
+        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
+    )
+    _, params = plan_rows([row] * 3, 7)
+    got = penalise(jnp.asarray(logits), params, Counts(jnp.asarray(prompt), jnp.asarray(generated)))
+    mu = logits.astype(np.float64)
+    seen = prompt | (generated > 0)
+    mu = np.where(seen, np.where(mu < 0, mu * repetition, mu / repetition), mu)
+    mu = mu - generated * frequency - (generated > 0) * presence
+    np.testing.assert_allclose(got, mu, rtol=0, atol=64 * np.finfo(np.float32).eps)
+
+
+@given(
+    logits=hnp.arrays(np.float32, (4, 9), elements=floats),
+    top_k=st.integers(0, 12),
+    top_p=st.floats(1e-3, 1),
+    min_p=st.floats(0, 1),
+)
+def test_filters_keep_what_they_promise(
+    logits: np.ndarray, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Also with ties, where transformers' top-p keeps some of equals and this keeps them all."""
+    _, params = plan_rows([Sampling(temperature=1, top_k=top_k, top_p=top_p, min_p=min_p)] * 4, 9)
+    kept = np.asarray(keep(jnp.asarray(logits), params))
+    stays = kept > -np.inf
+    np.testing.assert_array_equal(kept[stays], logits[stays])
+    slack = 1e-5
+    for row, mask in zip(logits.astype(np.float64), stays, strict=True):
+        assert mask[row == row.max()].all(), "the likeliest token always stays"
+        least = row[mask].min()
+        assert mask[row >= least].all(), "no token goes that is likelier than one that stays"
+        weights = np.exp(row - row.max())
+        among_k = row >= np.sort(row)[::-1][min(top_k or 9, 9) - 1]
+        probability = np.where(among_k, weights, 0) / weights[among_k].sum()
+        for token in np.flatnonzero(mask):
+            assert among_k[token]
+            assert weights[token] >= min_p - slack
+            assert top_p == 1 or probability[row > row[token]].sum() < top_p + slack
+        for token in np.flatnonzero(~mask & among_k & (weights >= min_p + slack)):
+            assert probability[row > row[token]].sum() >= top_p - slack
+
+
+def test_top_k_keeps_ties() -> None:
+    _, params = plan_rows([Sampling(temperature=1, top_k=2)], 4)
+    kept = keep(jnp.array([[1.0, 3.0, 1.0, 0.0]]), params)
+    np.testing.assert_array_equal(kept, [[1, 3, 1, -np.inf]])
+
+
+# ---- Draws
+
+
+def test_draws_follow_a_large_distribution() -> None:
+    logits = np.random.default_rng(0).normal(size=100)
+    assert_drawn_from(frequencies(logits), np.exp(logits).tolist())
+
+
+def test_one_seed_draws_independently_at_every_step() -> None:
+    rows = [Sampling(temperature=1.0, seed=7)] * DRAWS
+    plan, params = plan_rows(rows, 4)
+    logits = jnp.broadcast_to(jnp.log(FOUR), (DRAWS, 4)).astype(jnp.float32)
+    drawn = np.asarray(choose(logits, params, None, jnp.arange(DRAWS), plan).token)
+    assert_drawn_from(np.bincount(drawn, minlength=4), FOUR.tolist())
+    pairs = np.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
+    result = scipy.stats.chisquare(pairs, (DRAWS - 1) * np.outer(FOUR, FOUR).ravel())
+    assert result.pvalue > 1e-3
+
+
+def test_a_seed_decides_the_draw_wherever_its_row_stands() -> None:
+    logits = np.random.default_rng(1).normal(size=50)
+    rows = [Sampling(temperature=1.5, top_k=40, seed=seed) for seed in range(64)]
+    together = choose_rows(np.tile(logits, (64, 1)), rows, step=3).token
+    backwards = choose_rows(np.tile(logits, (64, 1)), rows[::-1], step=3).token[::-1]
+    alone = [choose_rows(logits[None], [row], step=3).token[0] for row in rows[:8]]
+    np.testing.assert_array_equal(together, backwards)
+    np.testing.assert_array_equal(together[:8], alone)
+    assert len(set(np.asarray(together).tolist())) > 10
+
+
+def test_rows_keep_their_own_settings() -> None:
+    """Greedy, filtered and plain rows in one batch, whose plan has everything."""
+    rows = [
+        Sampling(),
+        Sampling(temperature=5.0, top_k=1, seed=1),
+        Sampling(temperature=1.0, logit_bias={3: 100.0}, seed=2),
+        Sampling(repetition_penalty=9.0),
+        Sampling(frequency_penalty=1.0),
+    ]
+    tokens = counts([[0]] * 5, [[1]] * 5, 4)
+    logits = np.tile(np.log(FOUR) + 3, (5, 1))
+    chosen = choose_rows(logits, rows, tokens=tokens).token
+    np.testing.assert_array_equal(chosen, [0, 0, 3, 2, 0])
+
+
+@given(hnp.arrays(np.float32, (3, 11), elements=floats), st.integers(0, 11), st.booleans())
+def test_padding_is_never_drawn(logits: np.ndarray, used: int, greedy: bool) -> None:
+    used = max(used, 1)
+    masked = np.where(np.arange(11) < used, logits, -np.inf)
+    rows = [
+        Sampling(temperature=0.0 if greedy else 100.0, logit_bias={10: 50.0}, seed=seed)
+        for seed in range(3)
+    ]
+    assert (np.asarray(choose_rows(masked, rows).token) < used).all()
+
+
+# ---- Log-probabilities
+
+
+def test_logprobs_are_the_models_own() -> None:
+    """Before every processor, against float64; -inf where there is no token."""
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 10, (3, 300)).astype(np.float32)
+    logits[:, 290:] = -np.inf
+    rows = [Sampling(temperature=2.0, top_k=50, logit_bias={5: 3.0}, seed=s) for s in range(3)]
+    choice = choose_rows(logits, rows, top_logprobs=20)
+    exact = log_softmax(logits)
+    at = np.arange(3)
+    assert choice.top_ids.shape == choice.top_logprobs.shape == (3, 20)
+    np.testing.assert_allclose(choice.logprob, exact[at, choice.token], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(choice.top_ids, np.argsort(-exact, kind="stable")[:, :20])
+    np.testing.assert_allclose(choice.top_logprobs, -np.sort(-exact)[:, :20], rtol=1e-6, atol=1e-6)
+
+
+def test_no_logprobs_unless_asked_for() -> None:
+    choice = choose_rows(np.log(FOUR)[None], [Sampling()])
+    assert choice.top_ids.shape == (1, 0) and choice.logprob[0] == 0
+    choice = choose_rows(np.log(FOUR)[None], [Sampling()], logprobs=True)
+    assert choice.top_ids.shape == (1, 0)
+    assert choice.logprob[0] == pytest.approx(math.log(0.5), rel=1e-6)
+
+
+# ---- Plans and refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({}, set()),
+        ({"seed": 3, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, set()),  # greedy looks at none of it
+        ({"temperature": 0.1}, {"draws"}),
+        ({"temperature": 1, "top_k": 1}, {"draws", "filters"}),
+        ({"temperature": 1, "top_p": 0.9}, {"draws", "filters"}),
+        ({"temperature": 1, "min_p": 0.1}, {"draws", "filters"}),
+        ({"repetition_penalty": 1.1}, {"penalties"}),
+        ({"presence_penalty": -1}, {"penalties"}),
+        ({"frequency_penalty": 0.1}, {"penalties"}),
+        ({"logit_bias": {0: 1.0}}, {"bias"}),
+    ],
+    ids=str,
+)
+def test_a_plan_has_what_some_row_needs(settings: dict[str, Any], needs: set[str]) -> None:
+    plan, _ = plan_rows([Sampling(), Sampling(**settings)], 4)
+    flags = Plan()._fields[:5]
+    assert {name for name in flags if getattr(plan, name)} == needs
+    assert hash(plan) == hash(plan_rows([Sampling(**settings), Sampling()], 4)[0])
+
+
+def test_plan_of_logprobs() -> None:
+    assert plan_rows([Sampling()], 4, top_logprobs=3)[0] == Plan(logprobs=True, top_logprobs=3)
+    assert plan_rows([Sampling()], 4, logprobs=True)[0] == Plan(logprobs=True)
+
+
+def test_every_setting_has_its_column() -> None:
+    row = Sampling(0.5, 3, 0.7, 0.1, 1.2, 0.3, 0.4, {1: 2.0}, seed=2**32 - 1)
+    params: RowParameters = plan_rows([row], 4)[1]
+    columns = [np.asarray(x).item() for x in params[:7]]
+    assert columns == pytest.approx([0.5, 3, 0.7, 0.1, 1.2, 0.3, 0.4])
+    np.testing.assert_array_equal(params.bias, [[0, 2, 0, 0]])
+
+
+def refusal(**settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        Sampling(**settings)
+    return str(caught.value)
+
+
+IMPOSSIBLE: Mapping[str, Sequence[Any]] = {
+    "temperature": [-0.1, math.nan, math.inf, 1e39, 1e-39],
+    "top_k": [-1, 2**31],
+    "top_p": [0, -1, 1.01, math.nan],
+    "min_p": [-0.1, 1.1, math.nan],
+    "repetition_penalty": [0, -1, math.inf, math.nan, 1e39, 1e-50],
+    "presence_penalty": [math.inf, math.nan, 1e39],
+    "frequency_penalty": [-math.inf, math.nan, -1e39],
+    "logit_bias": [{3: math.nan}, {3: math.inf}, {3: -1e39}],
+    "seed": [-1, 2**32],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in IMPOSSIBLE for value in IMPOSSIBLE[name]]
+)
+def test_impossible_settings_are_refused(name: str, value: Any) -> None:
+    message = refusal(**{name: value})
+    assert message.startswith(f"sampling.{name} is {value}, but it must be ")
+    assert message.endswith(".") and "\n" not in message
+
+
+def test_a_biased_token_outside_the_vocabulary_is_refused() -> None:
+    for token in (-1, 4):
+        with pytest.raises(UserError, match=f"names token {token}, but the vocabulary has 4"):
+            plan_rows([Sampling(), Sampling(logit_bias={token: 1.0})], 4)
+
+
+@pytest.mark.parametrize("top", [-1, 5])
+def test_more_top_logprobs_than_tokens_are_refused(top: int) -> None:
+    with pytest.raises(UserError, match=f"top_logprobs is {top}, but"):
+        plan_rows([Sampling()], 4, top_logprobs=top)

@@ -225,7 +225,8 @@ class Engine:
             cache, logits = self._logits(
                 self.state, cache, padded, np.int32(start), np.array([len(tokens)], np.int32)
             )
-            out[start : start + len(part)] = np.asarray(logits[0, : len(part)])
+            # Cut on the host: a slice on the device would be compiled for every length.
+            out[start : start + len(part)] = np.asarray(logits)[0, : len(part)]
             start += length
         return out
 
@@ -309,15 +310,16 @@ def _choose(
     params: RowParameters,
     counts: Counts | None,
     generated: Int[Array, "B"],
+    live: Bool[Array, "B"],
     plan: Plan,
 ) -> tuple[Choice, Counts | None, Bool[Array, "B"]]:
-    """Hidden states to tokens, the counts with them in, and whether each is a stop."""
+    """Hidden states to tokens, the counts with live rows' in, and whether each is a stop."""
     logits = model.logits(hidden[:, None])[:, 0]
     in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
     choice = sampling.choose(jnp.where(in_use, logits, -jnp.inf), params, counts, generated, plan)
     if counts is not None:
         rows = jnp.arange(choice.token.shape[0])
-        counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(1))
+        counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(live))
     stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
     return choice, counts, stopped
 
@@ -335,7 +337,8 @@ def _begin(
     lengths, limits, counts = rows
     zero = jnp.zeros_like(lengths)
     model = nnx.merge(graph, state)
-    choice, counts, stopped = _choose(model, constants, last, params, counts, zero, plan)
+    live = limits > 0
+    choice, counts, stopped = _choose(model, constants, last, params, counts, zero, live, plan)
     fields = {
         "length": lengths,
         "token": choice.token,
@@ -344,7 +347,7 @@ def _begin(
         "done": stopped | (limits <= 1),
         "counts": counts,
     }
-    return fields, Emitted(choice, limits > 0)
+    return fields, Emitted(choice, live)
 
 
 def _decode_many(
@@ -364,7 +367,7 @@ def _decode_many(
         at = jnp.where(live, rows.length, rows.cache.capacity)
         hidden, cache = model(rows.token[:, None], rows.cache, at, rows.length + live)
         choice, counts, stopped = _choose(
-            model, constants, hidden[:, 0], params, rows.counts, rows.generated, plan
+            model, constants, hidden[:, 0], params, rows.counts, rows.generated, live, plan
         )
         generated = rows.generated + live
         after = Rows(

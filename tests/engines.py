@@ -12,7 +12,8 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Emitted, Engine, Prompt, Rows
 from qwen_jax.sampling import Plan, RowParameters, Sampling, plan_rows
-from tests.tiny_checkpoints import canonical, random_parameters
+from tests.golden_cases import Case
+from tests.tiny_checkpoints import canonical
 
 
 def device_parameters(params: Mapping[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:
@@ -27,8 +28,8 @@ def device_parameters(params: Mapping[str, np.ndarray], dtype: str) -> dict[str,
 def random_engine(
     config: ModelConfig, seed: int = 0, dtype: str = "float32", **options: Any
 ) -> Engine:
-    """An engine over `random_parameters`; made once, so that tests share what it compiled."""
-    return Engine(config, device_parameters(random_parameters(config, seed), dtype), **options)
+    """An engine over a golden case's parameters; made once, so that tests share its programs."""
+    return Engine(config, device_parameters(Case(config, seed).parameters(), dtype), **options)
 
 
 def random_tokens(config: ModelConfig, length: int, seed: int = 0) -> list[int]:

@@ -57,7 +57,10 @@ def forward(
     steps, dim = len(tokens), config.head_dim
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     frequencies = config.rope_theta ** (-np.arange(0, dim, 2) / dim)
-    angles = np.arange(steps)[:, None, None] * frequencies
+    # Angles alone are rounded to float32, as models are trained with: at late positions that
+    # rounding outweighs all others, and no engine is to blame for it.
+    angles = np.arange(steps, dtype=np.float32)[:, None, None] * frequencies.astype(np.float32)
+    angles = angles.astype(np.float64)
     causal = np.tril(np.ones((steps, steps), bool))
     named: dict[str, np.ndarray] = {}
 

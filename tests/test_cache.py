@@ -1,0 +1,64 @@
+"""The key/value cache: where writes go, and where they must not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_jax.cache import KVCache, bytes_per_token, write
+from qwen_jax.config import ModelConfig
+from tests.tiny_checkpoints import tiny_config
+
+CAPACITY = 9
+jitted = jax.jit(write)
+
+
+@given(
+    steps=st.integers(1, CAPACITY),
+    positions=st.lists(st.integers(-3, CAPACITY + 2), min_size=3, max_size=3),
+)
+def test_writes_go_to_their_slots_or_nowhere(steps: int, positions: list[int]) -> None:
+    """A row that would leave the cache, at either end, is dropped whole: never clamped, wrapped."""
+    rng = np.random.default_rng(0)
+    cache = rng.normal(size=(3, 2, CAPACITY, 4)).astype(np.float32)
+    new = rng.normal(size=(3, steps, 2, 4)).astype(np.float32)
+    expected = cache.copy()
+    for row, position in enumerate(positions):
+        if 0 <= position <= CAPACITY - steps:
+            expected[row, :, position : position + steps] = new[row].swapaxes(0, 1)
+    got = jitted(jnp.asarray(cache), jnp.asarray(new), jnp.asarray(positions, jnp.int32))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_writes_take_the_caches_dtype() -> None:
+    cache = jnp.zeros((1, 1, 4, 2), jnp.bfloat16)
+    got = jitted(cache, jnp.full((1, 1, 1, 2), 257.0), jnp.array([2]))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got[0, 0, :, 0].astype(jnp.float32), [0, 0, 256, 0])
+
+
+def test_create() -> None:
+    config = tiny_config(num_layers=3)
+    cache = KVCache.create(config, 5, 7, jnp.dtype(jnp.float16))
+    assert (cache.rows, cache.capacity) == (5, 7)
+    assert len(cache.k) == len(cache.v) == 3
+    for x in jax.tree.leaves(cache):
+        assert x.shape == (5, config.num_kv_heads, 7, config.head_dim)
+        assert x.dtype == jnp.float16 and not x.any()
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_bytes_per_token_is_what_a_slot_takes(itemsize: int) -> None:
+    config = tiny_config()
+    dtype = jnp.dtype({2: "bfloat16", 4: "float32"}[itemsize])
+    cache = KVCache.create(config, 1, 10, dtype)
+    held = sum(x.nbytes for x in jax.tree.leaves(cache))
+    assert bytes_per_token(config, itemsize) == held / 10
+
+
+def test_bytes_of_qwen_at_32k_positions() -> None:
+    """0.5B in 16 bits: 201 MB for the keys and as much for the values."""
+    config = ModelConfig(24, 896, 14, 2, 64, 4864, 151_936, 32768, 1e6, 1e-6, True)
+    assert bytes_per_token(config, 2) * 32768 == 2 * 201_326_592

@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gqa_decode_attention import mosaic_gpu
 from pallas_kernels.gqa_decode_attention.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -28,6 +29,12 @@ def gqa_decode_attention(
         raise ValueError(f"q {q.shape}, k {k_cache.shape} and v {v_cache.shape} disagree")
     if q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads don't divide by {k_cache.shape[1]} kv heads")
-    choose("gqa_decode_attention", implementation)
+    heads, dim = q.shape[1:]
+    kv_heads, capacity = k_cache.shape[1:3]
+    why_not = mosaic_gpu.refusal(
+        heads, kv_heads, capacity, dim, q.dtype, k_cache.dtype, v_cache.dtype
+    )
     with jax.named_scope("gqa_decode_attention"):
+        if choose("gqa_decode_attention", implementation, why_not) == "mosaic_gpu":
+            return mosaic_gpu.gqa_decode_attention(q, k_cache, v_cache, lengths)
         return reference(q, k_cache, v_cache, lengths)

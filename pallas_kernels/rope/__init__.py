@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementation import choose
+from pallas_kernels.rope import mosaic_gpu
 from pallas_kernels.rope.reference import reference
 
 
@@ -35,6 +36,9 @@ def rope(
         raise ValueError(f"q {q.shape}, k {k.shape} and positions {positions.shape} disagree")
     if 2 * inv_freq.shape[0] > min(q.shape[-1], k.shape[-1]):
         raise ValueError(f"{inv_freq.shape[0]} frequencies need more than {q.shape[-1]} dimensions")
-    choose("rope", implementation)
+    dims = (q.shape[-1], k.shape[-1])
+    why_not = mosaic_gpu.refusal(positions.size, dims, inv_freq.shape[0], q.dtype, k.dtype)
     with jax.named_scope("rope"):
+        if choose("rope", implementation, why_not) == "mosaic_gpu":
+            return mosaic_gpu.rope(q, k, positions, inv_freq, attention_factor)
         return reference(q, k, positions, inv_freq, attention_factor)

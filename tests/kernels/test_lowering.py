@@ -1,0 +1,101 @@
+"""Kernels lowered for CUDA at the shapes of every size, with the JAX at hand and without a GPU.
+
+Layouts that don't fit, copies that can't be described and shared memory that isn't there show
+here. An operation adds its arguments to `ARGUMENTS` and its kernels' names to `KERNELS`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import ShapeDtypeStruct
+
+import pallas_kernels
+from tests.kernels.sizes import HEADS
+
+
+def decode_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, ...]:
+    cache = ShapeDtypeStruct((rows, kv_heads, capacity, dim), dtype)
+    q = ShapeDtypeStruct((rows, heads, dim), dtype)
+    return q, cache, cache, ShapeDtypeStruct((rows,), jnp.int32)
+
+
+def rope_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, ...]:
+    q = ShapeDtypeStruct((rows, capacity, heads, dim), dtype)
+    k = ShapeDtypeStruct((rows, capacity, kv_heads, dim), dtype)
+    positions = ShapeDtypeStruct((rows, capacity), jnp.int32)
+    return q, k, positions, ShapeDtypeStruct((dim // 2,), jnp.float32)
+
+
+ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "gqa_decode_attention": decode_arguments,
+    "rope": rope_arguments,
+}
+KERNELS = {
+    "gqa_decode_attention": ("gqa_decode_attention", "gqa_decode_attention_combine"),
+    "rope": ("rope",),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
+    pallas_kernels.choose.cache_clear()
+    yield
+    pallas_kernels.choose.cache_clear()
+
+
+def lower(operation: str, arguments: tuple[Any, ...]) -> str:
+    def run(*args):
+        return getattr(pallas_kernels, operation)(*args, implementation="mosaic_gpu")
+
+    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "capacity", "dtype"),
+    [(1, 32768, "bfloat16"), (8, 512, "float16")],
+    ids=["1 long row", "8 short rows"],
+)
+@pytest.mark.parametrize("size", HEADS)
+@pytest.mark.parametrize("operation", ARGUMENTS)
+def test_lowers_at_real_shapes(operation, size, rows, capacity, dtype):
+    text = lower(operation, ARGUMENTS[operation](*HEADS[size], rows, capacity, dtype))
+    assert text.count("mosaic_gpu") >= len(KERNELS[operation])
+    for name in KERNELS[operation]:
+        assert name in text
+
+
+@pytest.mark.parametrize(("rows", "capacity"), [(1, 64), (3, 72), (64, 1000), (300, 256)])
+def test_decode_attention_lowers_at_awkward_shapes(rows, capacity):
+    lower("gqa_decode_attention", decode_arguments(14, 2, 64, rows, capacity, "bfloat16"))
+
+
+@pytest.mark.parametrize("pairs", [16, 32])
+def test_rope_lowers_with_a_partial_rotary_dimension(pairs):
+    q, k, positions, _ = rope_arguments(14, 2, 128, 3, 1, "bfloat16")
+    lower("rope", (q, k, positions, ShapeDtypeStruct((pairs,), jnp.float32)))
+
+
+REFUSED = [
+    ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 256, "float32"), "not float32"),
+    ("gqa_decode_attention", decode_arguments(14, 2, 96, 1, 256, "bfloat16"), "64 or 128, not 96"),
+    ("gqa_decode_attention", decode_arguments(18, 2, 64, 1, 256, "bfloat16"), "8 query.*not 9"),
+    ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 260, "bfloat16"), "slots.*not 260"),
+    ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 56, "bfloat16"), "slots.*not 56"),
+    ("rope", rope_arguments(14, 2, 64, 1, 256, "float32"), "not float32"),
+    ("rope", rope_arguments(14, 2, 64, 1, 9, "bfloat16"), "positions, not 9"),
+    ("rope", rope_arguments(14, 2, 80, 1, 16, "bfloat16"), "not 40 of 80"),
+]
+
+
+@pytest.mark.parametrize(("operation", "arguments", "why"), REFUSED)
+def test_what_a_kernel_cannot_serve_is_refused_with_the_value(operation, arguments, why):
+    """Asked for by name it raises; "auto" takes the reference, which serves everything."""
+    with pytest.raises(pallas_kernels.UnsupportedError, match=f"{operation}.*{why}"):
+        lower(operation, arguments)
+    outputs = jax.eval_shape(getattr(pallas_kernels, operation), *arguments)
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert first.shape == arguments[0].shape

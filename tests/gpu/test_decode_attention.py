@@ -1,0 +1,165 @@
+"""The decode kernel against NumPy float64, beside the XLA reference's own error.
+
+One shape is compiled once and run on many inputs: lengths are data.
+"""
+
+import dataclasses
+import functools
+import secrets
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from tests.engines import relative
+from tests.kernels.sizes import HEADS
+
+SEED = secrets.randbits(32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    size: str
+    rows: int
+    capacity: int
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """Rows of these lengths (repeated); q and k are scaled, and k has one bias per dimension."""
+
+    lengths: tuple[int, ...]
+    scale: float = 1.0
+    key_bias: float = 0.0
+    poison: float = np.nan
+
+
+@functools.cache
+def compiled(implementation: str):
+    return jax.jit(
+        functools.partial(pallas_kernels.gqa_decode_attention, implementation=implementation)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+
+    def run(self, implementation: str) -> np.ndarray:
+        return np.asarray(compiled(implementation)(self.q, self.k, self.v, self.lengths))
+
+    def expected(self, row: int) -> np.ndarray:
+        """[N, H] float64, over the slots that the row holds and no others."""
+        length = int(self.lengths[row])
+        q = np.asarray(self.q[row]).astype(np.float64)
+        k, v = (np.asarray(x[row, :, :length]).astype(np.float64) for x in (self.k, self.v))
+        group = q.shape[0] // k.shape[0]
+        scores = np.einsum("kgh,ksh->kgs", q.reshape(k.shape[0], group, -1), k) / q.shape[1] ** 0.5
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        values = np.einsum("kgs,ksh->kgh", weights, v) / weights.sum(axis=-1, keepdims=True)
+        return values.reshape(q.shape)
+
+
+def draw(shape: Shape, given: Input) -> Drawn:
+    rng = np.random.default_rng(SEED)
+    heads, kv_heads, dim = HEADS[shape.size]
+    q = rng.standard_normal((shape.rows, heads, dim), np.float32) * given.scale
+    cache = (shape.rows, kv_heads, shape.capacity, dim)
+    k, v = (rng.standard_normal(cache, np.float32) for _ in "kv")
+    k = k * given.scale + given.key_bias * rng.choice([-1, 1], (1, kv_heads, 1, dim))
+    lengths = np.resize(np.array(given.lengths, np.int32), shape.rows)
+    for row, length in enumerate(lengths):
+        k[row, :, length:] = given.poison
+        v[row, :, length:] = given.poison
+    return Drawn(*(jnp.asarray(x, shape.dtype) for x in (q, k, v)), jnp.asarray(lengths))
+
+
+def check(shape: Shape, given: Input) -> None:
+    drawn = draw(shape, given)
+    ours, xla = drawn.run("mosaic_gpu"), drawn.run("xla")
+    assert ours.dtype == drawn.q.dtype
+    for row in range(shape.rows):
+        expected = drawn.expected(row)
+        error, reference_error = relative(ours[row], expected), relative(xla[row], expected)
+        print(
+            f"{shape.size} {shape.dtype} length {drawn.lengths[row]} of {shape.capacity}: "
+            f"error {error:.2e}, the XLA reference's {reference_error:.2e} ({SEED=})"
+        )
+        assert error <= 2 * reference_error, f"{row=} {SEED=}"
+
+
+SHAPES = [
+    Shape("0.5b", 8, 1024),
+    Shape("0.5b", 1, 32768),
+    Shape("0.5b", 3, 1000, "float16"),
+    Shape("1.5b", 2, 2048),
+    Shape("3b", 3, 512, "float16"),
+    Shape("7b", 2, 4096),
+    Shape("14b", 5, 256),
+    Shape("72b", 40, 64),
+]
+WIDE = Shape("1.5b", 4, 512)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestShapes:
+    """Rows that end in the middle of a tile, at its edges, at the capacity, after one slot."""
+
+    def test_rows_of_different_lengths(self, shape):
+        full = shape.capacity
+        check(shape, Input((full, 1, full - 1, full // 2 + 1, full // 3, 65, 64, 63)))
+
+    def test_one_slot_in_a_large_cache(self, shape):
+        check(shape, Input((1,)))
+
+    def test_random_lengths(self, shape):
+        rng = np.random.default_rng(SEED + 1)
+        check(shape, Input(tuple(rng.integers(1, shape.capacity + 1, shape.rows).tolist())))
+
+
+LENGTHS = (512, 1, 300, 129)
+
+
+class TestInputs:
+    def test_scores_to_a_thousand(self):
+        drawn = draw(WIDE, given := Input(LENGTHS, scale=16))
+        scores = np.einsum("kgh,ksh->kgs", *(np.asarray(x[0], np.float64) for x in group(drawn)))
+        assert 800 < np.abs(scores).max() / 128**0.5 < 3000
+        check(WIDE, given)
+
+    def test_key_biases_of_real_checkpoints(self):
+        check(WIDE, Input(LENGTHS, key_bias=150))
+
+    @pytest.mark.parametrize("poison", [np.inf, -np.inf, 3e38])
+    def test_slots_past_the_length_may_hold_anything(self, poison):
+        check(WIDE, Input(LENGTHS, poison=poison))
+
+    @pytest.mark.parametrize("shape", [WIDE, SHAPES[1]], ids=str)
+    def test_repeats_bit_for_bit(self, shape):
+        drawn = draw(shape, Input((shape.capacity - 3, 100)))
+        first = drawn.run("mosaic_gpu")
+        for _ in range(20):
+            np.testing.assert_array_equal(first, drawn.run("mosaic_gpu"))
+
+    def test_a_row_does_not_depend_on_the_others(self):
+        drawn = draw(WIDE, Input(LENGTHS))
+        alone = drawn.run("mosaic_gpu")[2]
+        moved = dataclasses.replace(drawn, lengths=jnp.array([7, 512, 300, 1], jnp.int32))
+        filled = dataclasses.replace(moved, k=jnp.nan_to_num(drawn.k), v=jnp.nan_to_num(drawn.v))
+        np.testing.assert_array_equal(alone, filled.run("mosaic_gpu")[2])
+
+    def test_auto_takes_the_kernel(self):
+        drawn = draw(WIDE, Input(LENGTHS))
+        np.testing.assert_array_equal(drawn.run("auto"), drawn.run("mosaic_gpu"))
+        assert pallas_kernels.choose("gqa_decode_attention", "auto") == "mosaic_gpu"
+
+
+def group(drawn: Drawn) -> tuple[jax.Array, jax.Array]:
+    kv_heads, dim = drawn.k.shape[1], drawn.k.shape[3]
+    return drawn.q.reshape(drawn.q.shape[0], kv_heads, -1, dim), drawn.k

@@ -8,14 +8,11 @@ from absl import logging
 
 Implementation = Literal["auto", "mosaic_gpu", "xla"]
 
-OPERATIONS = ("rope", "gqa_prefill_attention", "gqa_decode_attention")
-"""Every operation the decoder calls, in the order of a layer."""
+OPERATIONS = ("rope", "gqa_prefill_attention", "gqa_decode_attention", "decode_step")
+"""Every operation the engine calls: those of a layer, then the whole step of one row."""
 
 COMPUTE_CAPABILITY = "9.0"
 """Hopper: the kernels use its wgmma instructions and its bulk copies."""
-
-MISSING = {"gqa_prefill_attention": "it has no Mosaic GPU kernel in this version"}
-"""Operations without a kernel, and why."""
 
 SLOWER = {"rope": "XLA fuses it with what comes before and after, which beats a kernel of its own"}
 """Operations whose kernel runs only when asked for by name, and why."""
@@ -42,7 +39,7 @@ def device_refusal() -> str | None:
 
 def refusal(operation: str) -> str | None:
     """Why "auto" never takes the kernel of `operation` here, or None where shapes decide."""
-    return MISSING.get(operation) or device_refusal() or SLOWER.get(operation)
+    return device_refusal() or SLOWER.get(operation)
 
 
 @functools.cache
@@ -64,7 +61,7 @@ def choose(operation: str, implementation: str, why_not: str | None = None) -> s
         raise ValueError(f"{implementation=} must be one of {', '.join(get_args(Implementation))}")
     if implementation == "xla":
         return "xla"
-    cannot = MISSING.get(operation) or device_refusal() or why_not
+    cannot = device_refusal() or why_not
     if implementation == "mosaic_gpu" and cannot:
         raise UnsupportedError(
             f"implementation='mosaic_gpu' was asked for, but {operation} can't use it: {cannot}."

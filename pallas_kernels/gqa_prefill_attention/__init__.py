@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gqa_prefill_attention import mosaic_gpu
 from pallas_kernels.gqa_prefill_attention.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -31,6 +32,8 @@ def gqa_prefill_attention(
         raise ValueError(f"q {q.shape}, k {k_cache.shape} and v {v_cache.shape} disagree")
     if q.shape[2] % k_cache.shape[1]:
         raise ValueError(f"{q.shape[2]} query heads don't divide by {k_cache.shape[1]} kv heads")
-    choose("gqa_prefill_attention", implementation)
+    why_not = mosaic_gpu.refusal(q.shape, k_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype)
     with jax.named_scope("gqa_prefill_attention"):
+        if choose("gqa_prefill_attention", implementation, why_not) == "mosaic_gpu":
+            return mosaic_gpu.gqa_prefill_attention(q, k_cache, v_cache, offsets, lengths)
         return reference(q, k_cache, v_cache, offsets, lengths)

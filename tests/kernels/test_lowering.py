@@ -22,6 +22,13 @@ def decode_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, 
     return q, cache, cache, ShapeDtypeStruct((rows,), jnp.int32)
 
 
+def prefill_arguments(heads, kv_heads, dim, rows, capacity, dtype, steps=512) -> tuple[Any, ...]:
+    cache = ShapeDtypeStruct((rows, kv_heads, capacity, dim), dtype)
+    q = ShapeDtypeStruct((rows, steps, heads, dim), dtype)
+    where = ShapeDtypeStruct((rows,), jnp.int32)
+    return q, cache, cache, where, where
+
+
 def rope_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, ...]:
     q = ShapeDtypeStruct((rows, capacity, heads, dim), dtype)
     k = ShapeDtypeStruct((rows, capacity, kv_heads, dim), dtype)
@@ -31,10 +38,12 @@ def rope_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, ..
 
 ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "gqa_decode_attention": decode_arguments,
+    "gqa_prefill_attention": prefill_arguments,
     "rope": rope_arguments,
 }
 KERNELS = {
     "gqa_decode_attention": ("gqa_decode_attention", "gqa_decode_attention_combine"),
+    "gqa_prefill_attention": ("gqa_prefill_attention",),
     "rope": ("rope",),
 }
 
@@ -73,13 +82,33 @@ def test_decode_attention_lowers_at_awkward_shapes(rows, capacity):
     lower("gqa_decode_attention", decode_arguments(14, 2, 64, rows, capacity, "bfloat16"))
 
 
+@pytest.mark.parametrize(
+    ("steps", "rows", "capacity"),
+    [(16, 1, 256), (16, 300, 528), (32, 3, 8192), (64, 1, 8192), (128, 64, 640), (8192, 1, 8192)],
+)
+@pytest.mark.parametrize("size", ["0.5b", "14b"])
+def test_prefill_attention_lowers_at_awkward_shapes(size, steps, rows, capacity):
+    arguments = prefill_arguments(*HEADS[size], rows, capacity, "bfloat16", steps)
+    lower("gqa_prefill_attention", arguments)
+
+
 @pytest.mark.parametrize("pairs", [16, 32])
 def test_rope_lowers_with_a_partial_rotary_dimension(pairs):
     q, k, positions, _ = rope_arguments(14, 2, 128, 3, 1, "bfloat16")
     lower("rope", (q, k, positions, ShapeDtypeStruct((pairs,), jnp.float32)))
 
 
+def prefill_refused(dtype="bfloat16", dim=64, capacity=256, steps=64) -> tuple[Any, ...]:
+    return prefill_arguments(14, 2, dim, 1, capacity, dtype, steps)
+
+
 REFUSED = [
+    ("gqa_prefill_attention", prefill_refused(dtype="float32"), "not float32"),
+    ("gqa_prefill_attention", prefill_refused(dim=96), "64 or 128, not 96"),
+    ("gqa_prefill_attention", prefill_refused(steps=8), "positions, not 8"),
+    ("gqa_prefill_attention", prefill_refused(steps=96), "positions, not 96"),
+    ("gqa_prefill_attention", prefill_refused(capacity=128), "slots.*not 128"),
+    ("gqa_prefill_attention", prefill_refused(capacity=264), "slots.*not 264"),
     ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 256, "float32"), "not float32"),
     ("gqa_decode_attention", decode_arguments(14, 2, 96, 1, 256, "bfloat16"), "64 or 128, not 96"),
     ("gqa_decode_attention", decode_arguments(18, 2, 64, 1, 256, "bfloat16"), "8 query.*not 9"),

@@ -69,8 +69,9 @@ def test_prefill_of_every_length_in_one_batch_equals_float64() -> None:
         assert relative(ours, log_softmax(exact()[length - 1])) <= BOUND
 
 
-@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
-@pytest.mark.parametrize("length", [63, 64, 65, 129])
+@pytest.mark.parametrize(
+    ("chunk", "length"), [(16, 65), (32, 63), (32, 64), (64, 64), (64, 65), (64, 129)]
+)
 def test_chunks_do_not_change_the_text(
     monkeypatch: pytest.MonkeyPatch, chunk: int, length: int
 ) -> None:
@@ -101,10 +102,10 @@ def test_on_chunk_hears_of_every_token_once() -> None:
 SHAPES = [(1, 30), (5, 12), (16, 30), (17, 1), (40, 25), (100, 30)]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_batch_gives_what_each_row_gives_alone(temperature: float) -> None:
+def test_a_batch_gives_what_each_row_gives_alone() -> None:
+    """Greedy rows and rows that draw, in turn."""
     prompts = [prompt(length, most, seed=length) for length, most in SHAPES]
-    samplings = [Sampling(temperature=temperature, top_p=0.95, seed=i) for i in range(len(SHAPES))]
+    samplings = [Sampling(temperature=0.9 * (i % 2), top_p=0.95, seed=i) for i in range(6)]
     engine = random_engine(CONFIG)
     together = generate(engine, prompts, samplings, logprobs=True)
     for row, (one, sampling) in enumerate(zip(prompts, samplings, strict=True)):
@@ -251,14 +252,19 @@ def test_a_done_row_changes_nothing() -> None:
 # ---- What is not there
 
 
-@pytest.mark.parametrize("temperature", [0.0, 50.0])
-def test_padded_vocabulary_rows_are_never_chosen(temperature: float) -> None:
-    """Even where their logits are by far the largest."""
+@functools.cache
+def padded_engine() -> Engine:
+    """50 tokens in use; the logits of the 11 rows that pad the vocabulary are by far the largest."""
     config = dataclasses.replace(CONFIG, tied=False)
     params = Case(config, 0).parameters()
     params["lm_head.weight"] = params["lm_head.weight"].copy()
     params["lm_head.weight"][50:] *= 100
-    engine = Engine(config, device_parameters(params, "float32"), valid_tokens=50)
+    return Engine(config, device_parameters(params, "float32"), valid_tokens=50)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 50.0])
+def test_padded_vocabulary_rows_are_never_chosen(temperature: float) -> None:
+    engine, vocab = padded_engine(), CONFIG.vocab_size
     samplings = [Sampling(temperature=temperature, seed=seed) for seed in range(8)]
     prompts = [prompt(12, 40, seed) for seed in range(8)]
     result = generate(engine, prompts, samplings, logprobs=True)
@@ -268,7 +274,7 @@ def test_padded_vocabulary_rows_are_never_chosen(temperature: float) -> None:
     if temperature:
         assert len(chosen) == 50, "320 draws at this heat should meet every token in use"
     # The probabilities of tokens in use sum to one.
-    plan, columns = plan_rows(samplings[:1], config.vocab_size, top_logprobs=config.vocab_size)
+    plan, columns = plan_rows(samplings[:1], vocab, top_logprobs=vocab)
     _, first = engine.prefill(prompts[:1], plan, columns)
     logprobs = np.asarray(first.choice.top_logprobs[0], np.float64)
     assert np.isneginf(logprobs[50:]).all()
@@ -318,7 +324,7 @@ def test_the_rows_passed_in_are_donated() -> None:
     assert not any(x.is_deleted() for x in jax.tree.leaves(after))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes_of_a_run(dtype: str) -> None:
     """The cache has the parameters' dtype; log-probabilities are float32."""
     result = generate(random_engine(CONFIG, dtype=dtype), [prompt(20, 10)], logprobs=True)

@@ -16,9 +16,10 @@ from jaxtyping import Float
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine
+from qwen_jax.engine import Engine, Prompt
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Batch, Completion, Request
+from qwen_jax.measure import check_weights_fit, device
 from qwen_jax.sampling import Sampling
 from qwen_jax.text.chat import DEFAULT_SYSTEM, render_chat
 from qwen_jax.text.tokenizer import Tokenizer
@@ -70,20 +71,16 @@ def load(
         progress: called with bytes read and bytes in all.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or not a Qwen2.5 model, or an argument
-            isn't one of the values above.
+        UserError: the checkpoint is missing, damaged, too large or not a Qwen2.5 model, or an
+            argument isn't one of the values above.
     """
     parameter_dtype = dtype_of(dtype)
     _one_of("matmul_precision", matmul_precision, PRECISIONS)
-    _one_of("implementation", implementation, get_args(pallas_kernels.Implementation))
-    for operation in pallas_kernels.OPERATIONS:
-        try:
-            pallas_kernels.choose(operation, implementation)
-        except pallas_kernels.UnsupportedError as error:
-            raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
+    check_implementation(implementation)
     _use_compilation_cache()
     checkpoint = open_checkpoint(locate(model), sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)
+    check_weights_fit(checkpoint.config, parameter_dtype)
     params = load_parameters(checkpoint, parameter_dtype, progress=progress)
     engine = Engine(
         checkpoint.config,
@@ -100,8 +97,19 @@ def dtype_of(name: str) -> jnp.dtype:
     """The parameters' dtype; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     _one_of("dtype", name, DTYPES)
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if device().platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def check_implementation(name: str) -> None:
+    """Raises UserError where no such implementation serves every operation."""
+    _one_of("implementation", name, get_args(pallas_kernels.Implementation))
+    for operation in pallas_kernels.OPERATIONS:
+        try:
+            pallas_kernels.choose(operation, name)
+        except pallas_kernels.UnsupportedError as error:
+            reason = str(error).rstrip(".")
+            raise UserError(f"{reason}; use implementation 'auto' or 'xla'.") from error
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -118,10 +126,18 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between processes, per user, unless JAX was told otherwise."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+        return
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = home / "qwen_jax" / "xla"
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home.
+        logging.warning("Compiled programs are not kept: %s; set XDG_CACHE_HOME.", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Options(TypedDict, total=False):
@@ -175,6 +191,8 @@ class Model:
             return self.tokenizer.encode(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system is not None:
+            if any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages):
+                raise UserError("The chat has a system message of its own; leave out the other.")
             messages = [{"role": "system", "content": system}, *messages]
         template = self.tokenizer.chat_template
         if template is None:
@@ -198,15 +216,24 @@ class Model:
         chunk = _CHUNK.get(self.engine.platform, _GPU_CHUNK)
         return Batch(self.engine, self.tokenizer, requests, chunk=chunk, top_logprobs=top_logprobs)
 
-    def request(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Request:
-        """One row's work, for `batch`. Raises UserError where the prompt is malformed."""
-        tokens = self.tokens(prompt, system=options.get("system"), raw=options.get("raw", False))
-        return Request(
-            tokens,
-            max_tokens=options.get("max_tokens", Request.max_tokens),
-            sampling=options.get("sampling", Sampling()),
-            stop=options.get("stop", ()),
-        )
+    def request(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        system: str | None = None,
+        raw: bool = False,
+    ) -> Request:
+        """One row's work, for `batch`; the arguments are those of `Options`.
+
+        Raises:
+            UserError: the prompt is empty, malformed or longer than the context.
+        """
+        tokens = self.tokens(prompt, system=system, raw=raw)
+        self.engine.capacity([Prompt(tokens, max_tokens)])
+        return Request(tokens, max_tokens, sampling or Sampling(), stop)
 
     def generate(
         self,
@@ -229,11 +256,16 @@ class Model:
             prompt first.
 
         Raises:
-            UserError: a prompt is empty, malformed or longer than the context.
+            UserError: a prompt is empty, malformed or longer than the context, or `n` is not
+                positive.
         """
+        if n < 1:
+            raise UserError(f"n is {n}, but it must be at least 1.")
         several = not isinstance(prompt, str) and all(isinstance(p, str) for p in prompt)
         prompts = cast(list[str | Sequence[Message]], prompt if several else [prompt])
-        requests = [self.request(p, **options) for p in prompts for _ in range(n)]
+        requests = [r for p in prompts for r in [self.request(p, **options)] * n]
+        if not requests:
+            return []
         batch = self.batch(reseeded(requests), top_logprobs)
         for _ in batch:
             pass

@@ -3,16 +3,17 @@
 import difflib
 import importlib
 import os
+import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from logging import Formatter
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from qwen_jax import settings
+from qwen_jax import interrupts, settings
 from qwen_jax.errors import UserError
 
 TASKS = {
@@ -36,6 +37,7 @@ Every field of the config can be set as --config.FIELD=VALUE:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    _open_streams()
     flags.FLAGS.mark_as_parsed()  # absl's logging asks for its own flags, which stay as they are.
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
@@ -47,11 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout has gone, as `| head` does. Python would complain at exit.
+        return interrupts.EXIT_CODE
+    except OSError as error:
+        # stdout has failed. What is still buffered for it would fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):
+            return 0  # Its reader has seen enough, as `| head` does.
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _open_streams() -> None:
+    """Gives the process all three streams, and UTF-8 whatever the locale."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # closed by the caller, as with `>&-`
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # Half of a surrogate pair is no Unicode; as \ud800 it is valid inside JSON.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _run(argv: list[str]) -> int:
@@ -59,8 +74,10 @@ def _run(argv: list[str]) -> int:
         print(_usage())
         return 0
     task, config = parse(argv)
-    module = importlib.import_module(f"qwen_jax.tasks.{task}")
-    return module.run(config)
+    with interrupts.handled_by(interrupts.exit_at_once):
+        module = importlib.import_module(f"qwen_jax.tasks.{task}")
+    with interrupts.handled_by(interrupts.raise_interrupt):
+        return module.run(config)
 
 
 def parse(argv: list[str]) -> tuple[str, ConfigDict]:
@@ -69,21 +86,15 @@ def parse(argv: list[str]) -> tuple[str, ConfigDict]:
     Raises:
         UserError: anything is misspelt, mistyped, stray, or the config file fails.
     """
-    values = flags.FlagValues()
+    fields = [name for name, _ in settings.flatten(settings.get_config())]
+    # In order of precedence, the last wins: --config.max_tokens, then --max_tokens.
+    meaning = {f"config.{field}": field for field in fields}
+    meaning |= {name: field for name, (field, _) in settings.FLAGS.items()}
+    values = _define(meaning)
     try:
-        # ml_collections reads the overrides where the flag is defined, not where it is parsed.
-        config_flags.DEFINE_config_file(
-            "config", settings.__file__, flag_values=values, sys_argv=argv
-        )
-        _define_shortcuts(values)
         rest = values(argv)[1:]
-        config: ConfigDict = values["config"].value
-        settings.check(config)
-    except UserError:
-        raise
-    except Exception as error:
-        # A config file is the user's program and may fail in any way.
-        raise UserError(_explain(error)) from error
+    except flags.Error as error:
+        raise UserError(_explain(error, meaning)) from error
     task = rest.pop(0) if rest else "generate"
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
@@ -91,37 +102,44 @@ def parse(argv: list[str]) -> tuple[str, ConfigDict]:
         raise UserError(f"{task!r} is not a task; {hint}")
     if rest:
         raise UserError(f"The argument {rest[0]!r} belongs to no flag; write --flag=value.")
-    for name, (field, _) in settings.FLAGS.items():
+    where = values["config"].value
+    config = settings.get_config() if where is None else settings.load(where)
+    for name, field in meaning.items():
         if values[name].present:
-            config.update_from_flattened_dict({field: values[name].value})
+            value = values[name].value
+            value = tuple(value) if isinstance(value, list) else value
+            config.update_from_flattened_dict({field: value})
     return task, config
 
 
-def _define_shortcuts(values: flags.FlagValues) -> None:
+def _define(meaning: dict[str, str]) -> flags.FlagValues:
+    """Flags of their own, so that no imported module's can be given; none has a default."""
     define: dict[type, Callable[..., Any]] = {
         str: flags.DEFINE_string,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_bool,
+        tuple: flags.DEFINE_multi_string,
     }
-    for name, (field, text) in settings.FLAGS.items():
-        define[settings.type_of(field)](name, None, text, flag_values=values)
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "", flag_values=values)
+    for name, field in meaning.items():
+        define[settings.type_of(field)](name, None, "", flag_values=values)
+    return values
 
 
-def _explain(error: Exception) -> str:
-    """One sentence of what absl, ml_collections or a config file raised."""
-    # A KeyError's text is the repr of its message.
-    lines = str(error.args[0] if error.args else error).replace("\\n", "\n").splitlines()
-    if any(line.startswith("Traceback ") for line in lines):
-        # ml_collections wraps what a config file raised; its last line is the reason.
-        return f"--config: {lines[-1]}"
-    text = " ".join(" ".join(lines).split())
-    if isinstance(error, flags.Error | OSError):
-        return text
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    if "ml_collections" in at.filename:
-        return f"--config: {text}"
-    return f"{at.filename}, line {at.lineno}: {type(error).__name__}: {text}"
+def _explain(error: flags.Error, meaning: dict[str, str]) -> str:
+    """One sentence of what absl raised."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, meaning, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "see run.py --help."
+        return f"There is no flag --{error.flagname}; {hint}"
+    wrong = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)
+    if isinstance(error, flags.IllegalFlagValueError) and wrong:
+        name, value = wrong.groups()
+        kind = settings.KINDS[settings.type_of(meaning[name])]
+        return f"--{name} is {value!r:.80}, but it must be {kind}."
+    return " ".join(f"{error}.".split())
 
 
 def _usage() -> str:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.engine import Emitted, Engine, Prompt
-from qwen_jax.measure import compile_seconds
+from qwen_jax.errors import UserError
+from qwen_jax.measure import check_cache_fits, compile_seconds
 from qwen_jax.sampling import Sampling, plan_rows
 from qwen_jax.text.streaming import StopStrings, TextStream
 from qwen_jax.text.tokenizer import Tokenizer
@@ -17,12 +18,16 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One row's work: a prompt's ids, and how to answer it."""
+    """One row's work: a prompt's ids, and how to answer it. With 0 tokens the row is idle."""
 
     tokens: Sequence[int]
     max_tokens: int = 256
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0:
+            raise UserError(f"max_tokens is {self.max_tokens}, but it must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +84,16 @@ class Timings:
 
 
 class Batch:
-    """Requests that run together. Iterating runs them and yields each row's new text.
+    """Requests that run together. Iterating, once, runs them and yields each row's new text.
 
     Args:
-        requests: one a row.
+        requests: one a row, at least one.
         chunk: decode steps between two looks at the result.
         top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
 
     Raises:
-        UserError: while iterating, where a prompt is empty or too long; nothing has run then.
+        UserError: a prompt is empty or too long, a setting doesn't fit the vocabulary, or the
+            batch doesn't fit the device.
     """
 
     def __init__(
@@ -99,9 +105,24 @@ class Batch:
         chunk: int,
         top_logprobs: int | None = None,
     ):
-        self._engine, self._chunk, self._top = engine, chunk, top_logprobs
+        if top_logprobs is not None and not 0 <= top_logprobs <= tokenizer.vocab_size:
+            raise UserError(
+                f"top_logprobs is {top_logprobs}, but it must be from 0 to the "
+                f"{tokenizer.vocab_size} tokens of {engine.config.source}."
+            )
+        self._engine, self._chunk = engine, chunk
         self._requests = requests
-        self._rows = [_Row(r, tokenizer, top_logprobs is not None) for r in requests]
+        self._prompts = [Prompt(r.tokens, r.max_tokens) for r in requests]
+        capacity = engine.capacity(self._prompts)
+        check_cache_fits(engine.config, engine.cache_dtype, len(requests), capacity)
+        self._plan, self._params = plan_rows(
+            [r.sampling for r in requests],
+            engine.config.vocab_size,
+            logprobs=top_logprobs is not None,
+            top_logprobs=top_logprobs or 0,
+        )
+        context = engine.config.context_length
+        self._rows = [_Row(r, context, tokenizer, top_logprobs is not None) for r in requests]
         self._marks: list[tuple[float, float]] = []
 
     @property
@@ -125,17 +146,13 @@ class Batch:
         )
 
     def __iter__(self) -> Iterator[list[str]]:
-        plan, params = plan_rows(
-            [r.sampling for r in self._requests],
-            self._engine.config.vocab_size,
-            logprobs=self._top is not None,
-            top_logprobs=self._top or 0,
-        )
-        prompts = [Prompt(r.tokens, r.max_tokens) for r in self._requests]
+        if self._marks:
+            raise RuntimeError("a batch runs once; make another from the same requests")
+        plan, params = self._plan, self._params
         self._mark()
-        state, first = self._engine.prefill(prompts, plan, params)
+        state, first = self._engine.prefill(self._prompts, plan, params)
         pending: Emitted | None = jax.tree.map(lambda x: x[None], first)
-        steps_left = max(r.max_tokens for r in self._requests) - 1
+        steps_left = max(row.limit for row in self._rows) - 1
 
         def next_chunk() -> Emitted | None:
             nonlocal state, steps_left
@@ -171,10 +188,11 @@ class Batch:
 class _Row:
     """A request's text while it grows."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, logprobs: bool):
+    def __init__(self, request: Request, context: int, tokenizer: Tokenizer, logprobs: bool):
         self.request = request
+        self.limit = min(request.max_tokens, context - len(request.tokens))
         self.tokens: list[int] = []
-        self.finish_reason: str | None = None if request.max_tokens > 0 else "length"
+        self.finish_reason: str | None = None if self.limit > 0 else "length"
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
         self._stream = TextStream(tokenizer)
         self._stop = StopStrings(request.stop)
@@ -195,13 +213,13 @@ class _Row:
             piece += self._stop.feed(self._stream.feed([token]))
             if self._stop.found is not None or token in stop_ids:
                 self.finish_reason = "stop"
+            elif len(self.tokens) == self.limit:
+                self.finish_reason = "length"
         self._text.append(piece)
         return piece
 
     def finish(self) -> str:
         """What was held back: half a character, or the possible start of a stop string."""
-        if self.finish_reason is None:
-            self.finish_reason = "length"
         piece = self._stop.feed(self._stream.finish()) + self._stop.finish()
         self._text.append(piece)
         return piece

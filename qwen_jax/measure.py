@@ -1,11 +1,17 @@
-"""What a run cost: seconds of compilation and peak memory, as JAX and the system report them."""
+"""What a run takes of the machine: memory before it starts, seconds of compilation, peak memory."""
 
+import dataclasses
 import os
 import resource
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+
+from qwen_jax.cache import bytes_per_token
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
 
 _total = 0.0
 
@@ -25,12 +31,23 @@ def compile_seconds() -> float:
     return _total
 
 
+def device() -> jax.Device:
+    """The device that everything runs on. Raises UserError where JAX finds none."""
+    try:
+        return jax.local_devices()[0]
+    except (RuntimeError, AssertionError) as error:  # an assertion where the plugin is missing
+        reason = (str(error).splitlines() or ["its plugin is not installed"])[0]
+        raise UserError(
+            f"JAX cannot use the platform in JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: "
+            f"{reason}"
+        ) from error
+
+
 def peak_memory() -> tuple[str, int]:
     """Peak bytes in use and where: on the accelerator, or of the whole process on a CPU."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
+    stats = device().memory_stats() or {}
     if "peak_bytes_in_use" in stats:
-        return device.device_kind, stats["peak_bytes_in_use"]
+        return device().device_kind, stats["peak_bytes_in_use"]
     # Linux counts in kilobytes, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return "host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -38,7 +55,7 @@ def peak_memory() -> tuple[str, int]:
 
 def free_memory() -> int:
     """Bytes an accelerator's allocator may still take, or the host's available memory."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = device().memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     meminfo = Path("/proc/meminfo")
@@ -46,3 +63,51 @@ def free_memory() -> int:
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a model takes of the device's memory, in bytes; activations, which are small, apart."""
+
+    weights: int
+    cache_per_token: int
+    free: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: jnp.dtype) -> "Budget":
+        """For parameters and a cache in `dtype`; norms stay float32."""
+        norms = (2 * config.num_layers + 1) * config.hidden_size
+        weights = (config.num_parameters - norms) * dtype.itemsize + norms * 4
+        return cls(weights, bytes_per_token(config, dtype.itemsize), free_memory())
+
+
+def check_weights_fit(config: ModelConfig, dtype: jnp.dtype) -> None:
+    """Raises UserError where the weights alone are more than the device has free."""
+    budget = Budget.of(config, dtype)
+    if budget.weights > budget.free:
+        smaller = "dtype bfloat16, " if dtype.itemsize > 2 else ""
+        raise UserError(
+            f"{config.source}: its weights take {show_bytes(budget.weights)} in {dtype.name}, but "
+            f"the {device().device_kind} has {show_bytes(budget.free)} free; choose {smaller}a "
+            "smaller model or a larger machine."
+        )
+
+
+def check_cache_fits(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> None:
+    """Raises UserError where a cache of `capacity` tokens a row is more than is free."""
+    budget = Budget.of(config, dtype)
+    if (size := rows * capacity * budget.cache_per_token) > budget.free:
+        raise UserError(
+            f"{rows} texts of up to {capacity} tokens need {show_bytes(size)} for keys and values, "
+            f"but the {device().device_kind} has {show_bytes(budget.free)} free; lower n, the "
+            "batch size or max_tokens."
+        )
+
+
+def show_bytes(count: float) -> str:
+    """A number of bytes for people, as in 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

@@ -4,7 +4,10 @@ Light on purpose: `--help` and a refused flag must not wait for JAX.
 """
 
 import difflib
+import runpy
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -62,6 +65,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "system": ("system", "The system prompt; without it the chat template decides."),
     "raw": ("raw", "Continue the prompt, without a chat around it."),
     "max_tokens": ("max_tokens", "The most tokens to generate."),
+    "stop": ("stop", "Text that ends the answer and is cut off; may be given several times."),
     "n": ("n", "Samples of each prompt."),
     "batch_size": ("batch_size", "Prompts of a file that run together."),
     "output": ("output", "Where the answers to a prompt file go, as JSON lines."),
@@ -73,6 +77,17 @@ FLAGS: dict[str, tuple[str, str]] = {
     "seed": ("sampling.seed", "Decides what is drawn; the same seed gives the same text."),
 }
 """Flags that stand for a config field: name to (field, help). They win over --config."""
+
+
+KINDS = {
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "text",
+    tuple: "a tuple of texts",
+}
+"""Types of what users give, in words."""
 
 
 def type_of(field: str) -> type:
@@ -93,19 +108,59 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def check(config: Any) -> None:
-    """Raises UserError unless `config` has exactly the fields of the default config."""
+def load(where: str) -> ConfigDict:
+    """The config that the program `file.py`, or `file.py:variant`, makes in `get_config`.
+
+    Raises:
+        UserError: the program can't be read or fails, or what it returns is no config.
+    """
+    path, _, variant = where.partition(":")
+    try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise UserError(f"--config={path} can't be read: {error.strerror}.") from error
+    try:
+        get = runpy.run_path(path).get("get_config")
+        if not callable(get):
+            raise UserError(f"{path} defines no get_config(); see configs/haiku.py for one.")
+        config = get(variant) if variant else get()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        # It is the user's program and may fail in any way.
+        raise UserError(_where_it_failed(error, path)) from error
+    return _checked(config, path)
+
+
+def _where_it_failed(error: BaseException, path: str) -> str:
+    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
+    text = str(error)
+    if isinstance(error, SyntaxError):
+        lines, text = [error.lineno], error.msg
+    at = f", line {lines[-1]}" if lines and lines[-1] else ""
+    return f"{path}{at}: {type(error).__name__}: {' '.join(text.split())}"
+
+
+def _checked(config: Any, path: str) -> ConfigDict:
+    """The default config with the fields of `config`, each of which must be known and fit."""
     if not isinstance(config, ConfigDict):
-        # Where the file could not be loaded, this is an object whose use raises the reason.
-        kind = getattr(config, "__name__", type(config).__name__)
-        raise UserError(f"--config: get_config() must return a ConfigDict, but returned {kind}.")
-    known = dict(flatten(get_config()))
-    given = dict(flatten(config))
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see run.py --help for the fields."
-            raise UserError(f"--config: the config sets {name}, which is not a field; {hint}")
-    for name in known:
-        if name not in given:
-            raise UserError(f"--config: the config lacks {name}; start from settings.get_config().")
+        raise UserError(
+            f"{path}: get_config() must return a ConfigDict, but returned {type(config).__name__}."
+        )
+    result = get_config()
+    defaults = dict(flatten(result))
+    for name, value in flatten(config):
+        if name not in defaults:
+            raise UserError(f"{path}: the config sets {name}, which is no field; {near(name)}")
+        kind = type_of(name)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not (fits or value is None is defaults[name]):
+            raise UserError(f"{path}: {name} is {value!r:.80}, but it must be {KINDS[kind]}.")
+        result.update_from_flattened_dict({name: value})
+    return result
+
+
+def near(name: str) -> str:
+    """What a misspelt field may have meant."""
+    found = difflib.get_close_matches(name, [field for field, _ in flatten(get_config())], n=1)
+    return f"did you mean {found[0]}?" if found else "see run.py --help for the fields."

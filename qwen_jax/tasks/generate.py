@@ -1,13 +1,13 @@
 """`run.py generate`: one prompt streamed to stdout, or a file of prompts as JSON lines."""
 
 import contextlib
-import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -15,37 +15,63 @@ from qwen_jax import api
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
+from qwen_jax.measure import device
 from qwen_jax.tasks import prompts
 from qwen_jax.tasks.summary import Summary
 
 
 def run(config: ConfigDict) -> int:
-    """Answers what the config asks for; returns the exit code."""
+    """Answers what the config asks for; returns the exit code.
+
+    Whatever can be known to be wrong is, before the model is loaded.
+    """
     options = prompts.options_of(config)
-    if config.prompt_file is not None and config.prompt is not None:
-        raise UserError("--prompt and --prompt_file exclude each other; give one of them.")
-    if config.output is not None and config.prompt_file is None:
-        raise UserError("--output needs --prompt_file; a single prompt's text goes to stdout.")
-    prompt = None if config.prompt_file else prompts.single_prompt(config)
-    if config.output is not None and Path(config.output).exists():
-        raise UserError(f"--output={config.output} exists already; move it or choose another name.")
-    if config.prompt_file:
-        # Read once now, so that a bad line is known before anything is loaded or written.
-        total = sum(1 for _ in prompts.read_items(Path(config.prompt_file), options))
-        if total == 0:
-            raise UserError(f"--prompt_file={config.prompt_file} holds no prompts.")
-    model = load(config)
-    summary = Summary(model, options["sampling"])
-    try:
-        if prompt is None:
-            items = prompts.read_items(Path(config.prompt_file), options)
-            with _writer(config.output) as out:
-                _run_file(model, items, total, config, out, summary)
-        else:
-            _run_single(model, prompt, options, config, summary)
-    finally:
-        summary.show()
+    with _writer(config) as out:
+        single = config.prompt_file is None
+        items = [prompts.single(config, options)] if single else prompts.read(config, options)
+        model = load(config)
+        summary = Summary(model, options["sampling"])
+        try:
+            if single:
+                _run_single(model, items[0], config, summary)
+            else:
+                _run_file(model, items, config, out, summary)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"The {device().device_kind} ran out of memory ({str(error).splitlines()[0]}); "
+                "lower n, the batch size or max_tokens, or choose a smaller dtype."
+            ) from error
+        finally:
+            summary.show()
     return 0
+
+
+@contextlib.contextmanager
+def _writer(config: ConfigDict) -> Iterator[IO[str]]:
+    """Where the answers to a prompt file go: stdout, or a new file, kept if anything is in it."""
+    if config.output is None:
+        yield sys.stdout
+        return
+    if config.prompt_file is None:
+        raise UserError("--output needs --prompt_file; a single prompt's text goes to stdout.")
+    path = Path(config.output)
+    try:
+        # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
+        file = path.open("x", encoding="utf-8", errors="backslashreplace")
+    except FileExistsError:
+        raise UserError(
+            f"--output={path} exists already; move it or choose another name."
+        ) from None
+    except OSError as error:
+        raise UserError(f"--output={path} can't be written: {error.strerror}.") from error
+    try:
+        with file:
+            yield file
+    finally:
+        if path.stat().st_size == 0:
+            path.unlink()
 
 
 def load(config: ConfigDict) -> Model:
@@ -68,11 +94,9 @@ def load(config: ConfigDict) -> Model:
         )
 
 
-def _run_single(
-    model: Model, prompt: str, options: api.Options, config: ConfigDict, summary: Summary
-) -> None:
+def _run_single(model: Model, item: prompts.Item, config: ConfigDict, summary: Summary) -> None:
     """Streams one sample as it comes; several samples are printed one after another."""
-    request = model.request(prompt, **options)
+    request = model.request(item.prompt, **item.options)
     batch = model.batch(api.reseeded([request] * config.n), config.top_logprobs)
     try:
         for pieces in batch:
@@ -83,7 +107,8 @@ def _run_single(
         for number, completion in enumerate(batch.completions, start=1):
             if config.n > 1:
                 print(f"--- sample {number}\n{completion.text}", end="")
-            print()
+            if completion.tokens:  # none where Ctrl-C came first
+                print()
     if config.top_logprobs is not None:
         for completion in batch.completions:
             _print_logprobs(model, completion)
@@ -96,24 +121,9 @@ def _print_logprobs(model: Model, completion: Completion) -> None:
         print(f"{name(entry.token):<16} {entry.logprob:8.3f}   {top}".rstrip(), file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _writer(output: str | None) -> Iterator[IO[str]]:
-    if output is None:
-        yield sys.stdout
-        return
-    try:
-        # "x": a file that appeared since the check is not overwritten either.
-        file = Path(output).open("x", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--output={output} can't be written: {error.strerror}.") from error
-    with file:
-        yield file
-
-
 def _run_file(
     model: Model,
-    items: Iterable[prompts.Item],
-    total: int,
+    items: Sequence[prompts.Item],
     config: ConfigDict,
     out: IO[str],
     summary: Summary,
@@ -123,10 +133,11 @@ def _run_file(
     The last batch is padded with rows that generate nothing: a smaller one would have to be
     compiled for itself.
     """
-    rows = _rows(model, items, config.n)
-    size = min(config.batch_size, total * config.n)
-    with tqdm(total=total * config.n, desc="prompts", disable=not sys.stderr.isatty()) as bar:
-        while part := list(itertools.islice(rows, size)):
+    rows = list(_rows(model, items, config.n))
+    size = min(config.batch_size, len(rows))
+    with tqdm(total=len(rows), desc="prompts", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
             requests = [request for _, _, request in part]
             idle = [Request(requests[0].tokens[:1], max_tokens=0)] * (size - len(part))
             batch = model.batch(requests + idle, config.top_logprobs)
@@ -145,7 +156,10 @@ def _rows(
     """Every sample of every prompt. Row i uses the config's seed + i, unless its prompt names
     a seed of its own: then sample j uses that seed + j."""
     for index, item in enumerate(items):
-        request = model.request(item.prompt, **item.options)
+        try:
+            request = model.request(item.prompt, **item.options)
+        except UserError as error:
+            raise UserError(f"{item.where}: {error}") from error
         first = 0 if item.has_seed else index * n
         for sample, seeded in enumerate(api.reseeded([request] * n, first)):
             yield item, sample, seeded

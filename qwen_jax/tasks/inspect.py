@@ -1,20 +1,17 @@
 """`run.py inspect`: what is in a model file and what running it would take, no weights read."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 import pallas_kernels
 from qwen_jax import api
-from qwen_jax.cache import bytes_per_token
 from qwen_jax.config import ModelConfig
-from qwen_jax.measure import free_memory
+from qwen_jax.measure import Budget, device, show_bytes
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
@@ -24,10 +21,11 @@ MAX_VALUE = 100
 
 def run(config: ConfigDict) -> int:
     """Prints the report; returns the exit code."""
+    dtype = api.dtype_of(config.dtype)
+    api.check_implementation(config.implementation)
     checkpoint = open_checkpoint(api.locate(config.model), sha256=config.sha256)
     tokenizer = api.read_tokenizer(checkpoint)
-    dtype = api.dtype_of(config.dtype)
-    for title, lines in (
+    sections = (
         ("file", file_lines(checkpoint)),
         ("model", model_lines(checkpoint.config)),
         ("metadata", metadata_lines(checkpoint.metadata)),
@@ -35,15 +33,16 @@ def run(config: ConfigDict) -> int:
         ("text", text_lines(tokenizer)),
         ("implementations", implementation_lines(config.implementation)),
         ("memory", memory_lines(checkpoint.config, dtype)),
-    ):
-        print(f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in lines) + "\n")
+    )
+    print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
     return 0
 
 
 def file_lines(checkpoint: Checkpoint) -> Iterator[str]:
     size = sum(path.stat().st_size for path in checkpoint.files.paths)
     yield f"{checkpoint.path}"
-    yield f"{checkpoint.format}, {len(checkpoint.files.paths)} file(s), {_bytes(size)}"
+    count = len(checkpoint.files.paths)
+    yield f"{checkpoint.format}, {count} file{'s' * (count > 1)}, {show_bytes(size)}"
     yield ", ".join(f"{count} {name}" for name, count in checkpoint.quantization.items())
     if checkpoint.ignored:
         yield f"ignored: {', '.join(checkpoint.ignored)}"
@@ -88,7 +87,7 @@ def tensor_lines(checkpoint: Checkpoint) -> Iterator[str]:
         layer = next((part for part in name.split(".") if part.isdigit()), "0")
         if layer == "0":
             shape = " x ".join(map(str, info.shape))
-            yield f"{name:<44} {info.type.name:<8} {shape:>16}  {_bytes(info.nbytes):>9}"
+            yield f"{name:<44} {info.type.name:<8} {shape:>16}  {show_bytes(info.nbytes):>9}"
         else:
             shown[layer] += 1
     if shown:
@@ -119,29 +118,18 @@ def implementation_lines(implementation: str) -> Iterator[str]:
 
 def memory_lines(config: ModelConfig, dtype: jnp.dtype) -> Iterator[str]:
     """The budget: weights, cache per 1k tokens, and the context that fits beside the weights."""
-    norms = (2 * config.num_layers + 1) * config.hidden_size
-    weights = (config.num_parameters - norms) * dtype.itemsize + norms * 4
-    cache = bytes_per_token(config, dtype.itemsize)
-    device = jax.local_devices()[0]
-    free = free_memory()
-    yield f"{device.device_kind}: {_bytes(free)} free; parameters and cache in {dtype.name}"
-    yield f"weights                 {_bytes(weights):>9}"
-    yield f"cache, 1,024 tokens     {_bytes(1024 * cache):>9}"
+    budget = Budget.of(config, dtype)
+    weights, cache, free = budget.weights, budget.cache_per_token, budget.free
+    yield f"{device().device_kind}: {show_bytes(free)} free; parameters and cache in {dtype.name}"
+    yield f"weights                 {show_bytes(weights):>9}"
+    yield f"cache, 1,024 tokens     {show_bytes(1024 * cache):>9}"
     full = config.context_length * cache
-    yield f"cache, whole context    {_bytes(full):>9}  ({config.context_length} tokens)"
+    yield f"cache, whole context    {show_bytes(full):>9}  ({config.context_length} tokens)"
     left = free - weights
     if left <= 0:
-        yield f"does not fit: the weights alone need {_bytes(-left)} more"
+        yield f"does not fit: the weights alone need {show_bytes(-left)} more"
     else:
         tokens = left // cache
         rows = tokens // config.context_length
         fits = f"{rows:,} whole contexts" if rows else "less than one whole context"
         yield f"fits: {tokens:,} tokens of cache, {fits}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB" if math.isfinite(count) else "unknown"

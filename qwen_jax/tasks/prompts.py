@@ -1,32 +1,47 @@
-"""Which prompts a config asks for, read one at a time."""
+"""Which prompts a config asks for, and how they are to be answered."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax.api import Message, Options
+from qwen_jax import settings
+from qwen_jax.api import BUNDLED, Message, Options
 from qwen_jax.errors import UserError
 from qwen_jax.sampling import Sampling
+from qwen_jax.text.streaming import StopStrings
 
 HAIKU = "Write a haiku that contains the word lantern."
 """What the bundled model is asked where nobody asks anything."""
 
-FIELDS = ("prompt", "messages", "id", "system", "raw", "max_tokens", "seed")
+FIELDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "messages": (list,),
+    "id": (str, int),
+    "system": (str,),
+    "raw": (bool,),
+    "max_tokens": (int,),
+    "seed": (int,),
+}
+"""Fields of a line of JSON, and their types."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One prompt of a file: what to answer, how, and the caller's name for it."""
+    """One prompt: what to answer, how, where it stood and the caller's name for it."""
 
     prompt: str | list[Message]
     options: Options
-    id: Any
+    where: str
+    id: str | int = 1
     has_seed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prompt == "":
+            raise UserError(f"{self.where}: the prompt is empty; ask something.")
 
 
 def sampling_of(config: ConfigDict) -> Sampling:
@@ -40,8 +55,7 @@ def options_of(config: ConfigDict) -> Options:
     for name in ("max_tokens", "n", "batch_size"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}, but it must be at least 1.")
-    if config.top_logprobs is not None and config.top_logprobs < 0:
-        raise UserError(f"top_logprobs is {config.top_logprobs}, but it must be 0 or more.")
+    StopStrings(config.stop)  # Refuses an empty one.
     return Options(
         max_tokens=config.max_tokens,
         sampling=sampling_of(config),
@@ -51,58 +65,63 @@ def options_of(config: ConfigDict) -> Options:
     )
 
 
-def single_prompt(config: ConfigDict) -> str:
-    """The prompt of a config without a prompt file; `-` reads standard input."""
+def single(config: ConfigDict, options: Options) -> Item:
+    """The prompt of a config without a prompt file; `-` reads standard input.
+
+    One line break at the end of standard input, as `echo` leaves it, is not part of the prompt.
+    """
     if config.prompt is None:
-        if config.model != "haiku":
+        if config.model != BUNDLED:
             raise UserError(
                 "There is no prompt; give --prompt='...', --prompt=- for stdin, or --prompt_file."
             )
-        return HAIKU
+        return Item(HAIKU, options, "--prompt")
     if config.prompt == "-":
-        return _decode(sys.stdin.buffer.read(), "stdin")
-    return config.prompt
+        return Item(_decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n"), options, "stdin")
+    return Item(config.prompt, options, "--prompt")
 
 
-def read_items(path: Path, options: Options) -> Iterator[Item]:
-    """The prompts of a file, in order, each checked as it is read.
+def read(config: ConfigDict, options: Options) -> list[Item]:
+    """The prompts of a file, in order, each checked.
 
     A `.jsonl` file holds one object a line with `prompt` or `messages`, and optionally `id`,
     `system`, `raw`, `max_tokens` and `seed`; any other file holds one prompt a line. Empty
     lines are skipped.
 
     Raises:
-        UserError: the file can't be read, or a line is not what it should be.
+        UserError: the file can't be read or is empty, or a line is not what it should be.
     """
+    if config.prompt is not None:
+        raise UserError("--prompt and --prompt_file exclude each other; give one of them.")
+    path = Path(config.prompt_file)
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = _decode(line, f"{path}, line {number}").strip("\r\n")
-                if not text.strip():
-                    continue
-                if path.suffix == ".jsonl":
-                    yield _item(text, options, f"{path}, line {number}", number)
-                else:
-                    yield Item(text, options, number)
+            items = [
+                _item(text, options, f"{path}, line {number}", number, path.suffix == ".jsonl")
+                for number, line in enumerate(file, start=1)
+                if (text := _decode(line, f"{path}, line {number}").strip("\r\n")).strip()
+            ]
     except OSError as error:
         raise UserError(f"--prompt_file={path} can't be read: {error.strerror}.") from error
+    if not items:
+        raise UserError(f"--prompt_file={path} holds no prompts.")
+    return items
 
 
-def _item(line: str, options: Options, where: str, number: int) -> Item:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-    if not isinstance(record, Mapping) or ("prompt" in record) == ("messages" in record):
-        raise UserError(f"{where} must be an object with either 'prompt' or 'messages'.")
-    for name in record:
-        if name not in FIELDS:
-            raise UserError(f"{where} has the field {name!r}; the fields are {', '.join(FIELDS)}.")
-    expected = {"prompt": str, "messages": list, "system": str, "raw": bool}
-    for name, kind in (expected | {"max_tokens": int, "seed": int}).items():
-        value = record.get(name)
-        if name in record and (not isinstance(value, kind) or (kind is int and value is True)):
-            raise UserError(f"{where}: {name} is {value!r:.60}, but it must be a {kind.__name__}.")
+def _item(line: str, options: Options, where: str, number: int, is_json: bool) -> Item:
+    if not is_json:
+        return Item(line, options, where, number)
+    record = _parse(line, where)
+    if ("prompt" in record) == ("messages" in record):
+        raise UserError(f"{where} must have either 'prompt' or 'messages'.")
+    for name, value in record.items():
+        kinds = FIELDS.get(name)
+        if kinds is None:
+            fields = ", ".join(FIELDS)
+            raise UserError(f"{where} has the field {name!r}; the fields are {fields}.")
+        if type(value) not in kinds:
+            words = " or ".join(settings.KINDS[kind] for kind in kinds)
+            raise UserError(f"{where}: {name} is {value!r:.60}, but it must be {words}.")
     if record.get("max_tokens", 1) < 1:
         raise UserError(f"{where}: max_tokens is {record['max_tokens']}, but it must be positive.")
     own = options.copy()
@@ -110,14 +129,37 @@ def _item(line: str, options: Options, where: str, number: int) -> Item:
     own["raw"] = record.get("raw", options["raw"])
     own["max_tokens"] = record.get("max_tokens", options["max_tokens"])
     if "seed" in record:
-        own["sampling"] = dataclasses.replace(options["sampling"], seed=record["seed"])
+        try:
+            own["sampling"] = dataclasses.replace(options["sampling"], seed=record["seed"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     prompt = record["prompt"] if "prompt" in record else record["messages"]
-    return Item(prompt, own, record.get("id", number), "seed" in record)
+    return Item(prompt, own, where, record.get("id", number), "seed" in record)
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    """A line's JSON object, without the fields that are null."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a field appears twice")
+        return dict(pairs)
+
+    try:
+        record = json.loads(line, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:
+        # ValueError also for a number of more digits than Python reads.
+        raise UserError(f"{where} is not JSON that can be read: {error}.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is {record!r:.60}, but it must be an object.")
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # Windows begins files with a mark that is no text.
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 at byte {error.start}; convert it.") from error
 

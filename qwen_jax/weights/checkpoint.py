@@ -71,10 +71,10 @@ def open_checkpoint(
     if path.is_dir() and not (path / "config.json").exists():
         path = _only_gguf(path)
     if path.is_dir():
-        if sha256:
+        if sha256 is not None:
             raise UserError(f"{path}: sha256 is for GGUF files, and this is a directory; drop it.")
         return _open_directory(path)
-    if sha256:
+    if sha256 is not None:
         check_sha256(split_paths(path), sha256, progress)
     return _open_gguf(path)
 

@@ -40,8 +40,12 @@ def resolve(model: str) -> Path:
             does not have it.
     """
     if not model.startswith("hf:"):
-        path = Path(model).expanduser()
-        if not path.exists():
+        try:
+            path = Path(model).expanduser()
+            exists = model != "" and path.exists()
+        except (OSError, RuntimeError):  # a name that is too long; ~nobody
+            exists = False
+        if not exists:
             raise UserError(
                 f"{model}: there is no such file or directory; give a GGUF file, a Hugging Face "
                 "directory, or hf:owner/repo[:quant]."

@@ -254,7 +254,7 @@ def test_a_done_row_changes_nothing() -> None:
 
 @functools.cache
 def padded_engine() -> Engine:
-    """50 tokens in use; the logits of the 11 rows that pad the vocabulary are by far the largest."""
+    """50 tokens in use; the logits of the 11 rows of padding are by far the largest."""
     config = dataclasses.replace(CONFIG, tied=False)
     params = Case(config, 0).parameters()
     params["lm_head.weight"] = params["lm_head.weight"].copy()

@@ -5,7 +5,7 @@
 The floor is the fewest bytes an operation must move over the bandwidth of a large copy measured
 in the same run. Calls are chained on the device, each taking the last one's output, and go
 round among input sets that together are larger than the L2 cache (up to 8 sets: the shortest
-contexts stay in it). A minute in all. Prints one table, then one JSON line.
+contexts stay in it). A minute or two. Prints one table, then one JSON line.
 """
 
 import argparse
@@ -126,6 +126,7 @@ def copy_bandwidth() -> float:
 
 def timed(case: Case, call: Callable[..., Any], bandwidth: float) -> Callable[[], float]:
     """Compiles a chain of calls; the function returned measures the median seconds of one."""
+    call = jax.jit(call)  # lowered once, not once a set
     turns = 1 + int(SECONDS_A_ROUND / (len(case.sets) * (5e-6 + case.moved / bandwidth)))
 
     def chain(state: Any, sets: list[tuple[Any, ...]]) -> Any:

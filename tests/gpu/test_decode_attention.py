@@ -13,6 +13,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels.gqa_decode_attention.mosaic_gpu import (
+    SMEM_PER_SM,
+    Config,
+    gqa_decode_attention,
+)
 from tests.engines import relative
 from tests.kernels.sizes import HEADS
 
@@ -73,7 +78,7 @@ def draw(shape: Shape, given: Input) -> Drawn:
     cache = (shape.rows, kv_heads, shape.capacity, dim)
     k, v = (rng.standard_normal(cache, np.float32) for _ in "kv")
     k = k * given.scale + given.key_bias * rng.choice([-1, 1], (1, kv_heads, 1, dim))
-    lengths = np.resize(np.array(given.lengths, np.int32), shape.rows)
+    lengths = np.minimum(np.resize(np.array(given.lengths, np.int32), shape.rows), shape.capacity)
     for row, length in enumerate(lengths):
         k[row, :, length:] = given.poison
         v[row, :, length:] = given.poison
@@ -153,6 +158,23 @@ class TestInputs:
         moved = dataclasses.replace(drawn, lengths=jnp.array([7, 512, 300, 1], jnp.int32))
         filled = dataclasses.replace(moved, k=jnp.nan_to_num(drawn.k), v=jnp.nan_to_num(drawn.v))
         np.testing.assert_array_equal(alone, filled.run("mosaic_gpu")[2])
+
+    @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+    @pytest.mark.parametrize(("tile", "blocks_per_sm"), [(128, 2), (128, 1), (192, 1), (256, 1)])
+    def test_other_tiles(self, size, tile, blocks_per_sm):
+        """Sums in another order, and nothing else: rounded to bfloat16 from float32."""
+        drawn = draw(Shape(size, 3, 1000), Input((1000, 257, 63)))
+        ring = max(2, 3 * 128 * 64 // tile // drawn.q.shape[-1])
+        config = Config(tile, ring, blocks_per_sm)
+        if config.smem(drawn.q.shape[-1]) > SMEM_PER_SM // blocks_per_sm:
+            pytest.skip(f"{config} needs more shared memory than a block has")
+        ours = np.asarray(
+            gqa_decode_attention(drawn.q, drawn.k, drawn.v, drawn.lengths, config=config)
+        )
+        xla = drawn.run("xla")
+        for row in range(3):
+            expected = drawn.expected(row)
+            assert relative(ours[row], expected) <= 2 * relative(xla[row], expected)
 
     def test_auto_takes_the_kernel(self):
         drawn = draw(WIDE, Input(LENGTHS))

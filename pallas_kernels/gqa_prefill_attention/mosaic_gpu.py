@@ -58,6 +58,8 @@ def refusal(q: tuple[int, ...], cache: tuple[int, ...], *dtypes: jnp.dtype) -> s
     return None
 
 
+# Jitted so that the layers of a model share one lowering of it.
+@functools.partial(jax.jit, static_argnames="tiling")
 def gqa_prefill_attention(
     q: Float[Array, "B T N H"],
     k_cache: Float[Array, "B K S H"],

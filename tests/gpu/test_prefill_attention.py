@@ -92,7 +92,7 @@ def draw(shape: Shape, given: Input) -> Drawn:
     for row, length in enumerate(lengths):
         k[row, :, length:] = np.nan
         v[row, :, length:] = np.nan
-    q, k, v = (np.asarray(jnp.asarray(x, shape.dtype)) for x in (q, k, v))
+    q, k, v = (np.array(jnp.asarray(x, shape.dtype)) for x in (q, k, v))
     return Drawn(q, k, v, offsets, lengths)
 
 

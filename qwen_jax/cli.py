@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
     try:
-        return _run(["run.py", *(sys.argv[1:] if argv is None else argv)])
+        code = _run(["run.py", *(sys.argv[1:] if argv is None else argv)])
+        sys.stdout.flush()  # Here a failure is still ours to report.
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

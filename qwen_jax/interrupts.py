@@ -36,6 +36,6 @@ def raise_interrupt(_signal: int, frame: FrameType | None) -> None:
     """For the work itself, which keeps what it has written."""
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
         # JAX's garbage collection callback: Python would print what is raised there and go on.
-        _thread.interrupt_main()
+        threading.Timer(0.01, _thread.interrupt_main).start()
         return
     raise KeyboardInterrupt

@@ -166,13 +166,16 @@ def _decode(data: bytes, where: str) -> str:
 
 def _logit_bias(pairs: str) -> dict[int, float]:
     """ "42:-1.5,7:3" as a mapping."""
-    bias = {}
+    bias: dict[int, float] = {}
     for pair in filter(None, pairs.split(",")):
         token, _, value = pair.partition(":")
         try:
-            bias[int(token)] = float(value)
+            number, change = int(token), float(value)
         except ValueError:
             raise UserError(
                 f"sampling.logit_bias holds {pair!r}, but it must be like 42:-1.5,7:3."
             ) from None
+        if number in bias:
+            raise UserError(f"sampling.logit_bias names token {number} twice; keep one of them.")
+        bias[number] = change
     return bias

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from qwen_jax import api, cli, interrupts, measure, settings
 from qwen_jax.errors import UserError
 from qwen_jax.tasks import prompts
+from qwen_jax.weights import loader
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
 
 REPOSITORY = Path(__file__).parents[1]
@@ -383,7 +384,7 @@ class TestModels:
         self, refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(measure, "free_memory", lambda: 10_000_000)
-        monkeypatch.setattr(api, "load_parameters", lambda *a, **k: pytest.fail("it was loaded"))
+        monkeypatch.setattr(loader, "decode_into", lambda *args: pytest.fail("it was loaded"))
         refuses(["--dtype=float32"], "weights take 13.3 MB in float32", "10.0 MB free", "bfloat16")
 
     @pytest.mark.usefixtures("loaded")
@@ -701,7 +702,7 @@ class TestInterrupts:
     def test_while_loading(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         path, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
         path.write_text("moon\n")
-        monkeypatch.setattr(api, "load_parameters", lambda *a, **k: signal.raise_signal(2))
+        monkeypatch.setattr(loader, "decode_into", lambda *args: signal.raise_signal(2))
         result = run(f"--prompt_file={path}", f"--output={output}")
         assert result == Result(130, "", "interrupted\n")
         assert not output.exists()

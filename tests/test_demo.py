@@ -204,15 +204,17 @@ class TestTraining:
         assert model.tokenizer.encode("a haiku") == Tokenizer(vocabulary).encode("a haiku")
 
 
+@pytest.fixture(scope="module")
+def file():
+    return gguf.GGUFReader(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def keys(file):
+    return {name: field.contents() for name, field in file.fields.items()}
+
+
 class TestShippedFile:
-    @pytest.fixture(scope="class")
-    def file(self):
-        return gguf.GGUFReader(SHIPPED)
-
-    @pytest.fixture(scope="class")
-    def keys(self, file):
-        return {name: field.contents() for name, field in file.fields.items()}
-
     def test_is_small(self):
         assert Path(SHIPPED).stat().st_size <= 4_000_000
 

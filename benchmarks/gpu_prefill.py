@@ -16,6 +16,7 @@ from benchmarks.gpu_decode import random_parameters
 from benchmarks.random_model import SIZES
 from qwen_jax.engine import Engine, Prompt
 from qwen_jax.measure import peak_memory
+from qwen_jax.packed import prepare
 from qwen_jax.sampling import Sampling, plan_rows
 
 
@@ -25,14 +26,17 @@ def main() -> None:
     parser.add_argument("--lengths", default="512,2048,8192,32000")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--implementation", default="auto")
     args = parser.parse_args()
 
     config = SIZES[args.size]
-    params = random_parameters(config, jnp.dtype(args.dtype), seed=time.time_ns() % 2**31)
-    engine = Engine(config, params)
+    dtype = jnp.dtype(args.dtype)
+    drawn = random_parameters(config, dtype, seed=time.time_ns() % 2**31)
+    packed = prepare(config, drawn, dtype, args.implementation)
+    engine = Engine(config, packed, implementation=args.implementation)
     plan, numbers = plan_rows([Sampling()], config.vocab_size)
     rng = np.random.default_rng()
-    weights = sum(x.nbytes for x in params.values())
+    weights = config.num_parameters * dtype.itemsize
     record: dict[str, object] = {"benchmark": "gpu_prefill", **vars(args)}
     print(
         f"{'tokens':>8}{'tokens/s':>12}{'ms':>10}{'peak GB':>10}   (weights {weights / 1e9:.2f} GB)"

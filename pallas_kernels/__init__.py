@@ -4,6 +4,7 @@ Shape letters: B batch, T query positions, S cache capacity, N query heads, K ke
 heads, G = N/K query heads per key/value head, H head dimension.
 """
 
+from pallas_kernels.decode_step import decode_step
 from pallas_kernels.gqa_decode_attention import gqa_decode_attention
 from pallas_kernels.gqa_prefill_attention import gqa_prefill_attention
 from pallas_kernels.implementation import (
@@ -20,6 +21,7 @@ __all__ = [
     "Implementation",
     "UnsupportedError",
     "choose",
+    "decode_step",
     "gqa_decode_attention",
     "gqa_prefill_attention",
     "refusal",

@@ -8,8 +8,8 @@ from absl import logging
 
 Implementation = Literal["auto", "mosaic_gpu", "xla"]
 
-OPERATIONS = ("rope", "gqa_prefill_attention", "gqa_decode_attention")
-"""Every operation the decoder calls, in the order of a layer."""
+OPERATIONS = ("rope", "gqa_prefill_attention", "gqa_decode_attention", "decode_step")
+"""Every operation the engine calls: those of a layer, then the whole step of one row."""
 
 COMPUTE_CAPABILITY = "9.0"
 """Hopper: the kernels use its wgmma instructions and its bulk copies."""

@@ -20,11 +20,12 @@ from qwen_jax.engine import Engine, Prompt
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Batch, Completion, Request
 from qwen_jax.measure import check_weights_fit, device
+from qwen_jax.packed import prepare
 from qwen_jax.sampling import Sampling
 from qwen_jax.text.chat import DEFAULT_SYSTEM, render_chat
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.hub import resolve
-from qwen_jax.weights.loader import Checkpoint, load_parameters, open_checkpoint
+from qwen_jax.weights.loader import Checkpoint, iter_parameters, open_checkpoint
 
 Message = Mapping[str, Any]
 """One chat message: {"role": "user", "content": "..."}."""
@@ -81,10 +82,14 @@ def load(
     checkpoint = open_checkpoint(locate(model), sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)
     check_weights_fit(checkpoint.config, parameter_dtype)
-    params = load_parameters(checkpoint, parameter_dtype, progress=progress)
+    parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
+    try:
+        weights = prepare(checkpoint.config, parameters, parameter_dtype, implementation)
+    except pallas_kernels.UnsupportedError as error:
+        raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
     engine = Engine(
         checkpoint.config,
-        params,
+        weights,
         stop_ids=tokenizer.stop_ids,
         valid_tokens=tokenizer.vocab_size,
         precision=lax.Precision(matmul_precision),

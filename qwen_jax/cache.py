@@ -12,6 +12,9 @@ from qwen_jax.config import ModelConfig
 AXES = ("rows", "kv_heads", None, None)
 """Logical axis names of each layer's `[B, K, S, H]` arrays."""
 
+SMALLEST_CAPACITY = 256
+"""Every cache the engine makes holds a power of two slots, and at least so many."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

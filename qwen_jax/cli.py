@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(["run.py", *(sys.argv[1:] if argv is None else argv)])
         sys.stdout.flush()  # Here a failure is still ours to report.
         return code
-    except UserError as error:
+    except (UserError, NotImplementedError) as error:
+        # NotImplementedError: an implementation asked for by name can't serve a shape.
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

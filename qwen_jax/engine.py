@@ -1,11 +1,8 @@
-"""The jitted functions: prefill in chunks, one decode step, many decode steps on the device.
+"""A model on a device: prefill in chunks, one decode step, many decode steps on the device.
 
-Everything works on rows, each with its own length, budget, sampling state and done flag.
-Position is data, not shape: a growing text never recompiles, nor does another prompt of
-the same bucket.
+Shapes come in buckets, so that another prompt of the same bucket compiles nothing.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,53 +10,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
 
-from qwen_jax import sampling
-from qwen_jax.cache import KVCache
+from qwen_jax import programs
+from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.model import Parameters, Qwen2
-from qwen_jax.sampling import Choice, Counts, Plan, RowParameters
+from qwen_jax.model import Parameters
+from qwen_jax.packed import PackedWeights
+from qwen_jax.programs import Emitted, Rows
+from qwen_jax.sampling import Counts, Plan, RowParameters
+
+__all__ = ["Emitted", "Engine", "Prompt", "Rows"]
 
 CHUNK = 512
 """Tokens a prefill step takes at most; a prompt's last chunk is padded to a power of two."""
 
 SMALLEST_CHUNK = 16
-SMALLEST_CAPACITY = 256
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The state of B rows between two decode steps.
-
-    Attributes:
-        cache: keys and values of the tokens so far, without `token`.
-        length: tokens in the cache.
-        token: chosen last, and the next to enter the cache.
-        generated: tokens chosen so far, `token` included.
-        limit: tokens the row may generate; it is done when it has.
-        done: the row chose a stop token or reached its limit; its later tokens mean nothing.
-        counts: tokens by id, where the sampling plan has penalties.
-    """
-
-    cache: KVCache
-    length: Int[Array, "B"]
-    token: Int[Array, "B"]
-    generated: Int[Array, "B"]
-    limit: Int[Array, "B"]
-    done: Bool[Array, "B"]
-    counts: Counts | None
-
-
-class Emitted(NamedTuple):
-    """What one step chose, and which rows it was still for."""
-
-    choice: Choice
-    live: Bool[Array, "B"]
 
 
 class Prompt(NamedTuple):
@@ -85,7 +52,8 @@ class Engine:
 
     Args:
         config: sizes and constants.
-        params: every parameter by its canonical name, already on the device.
+        weights: every parameter by its canonical name, already on the device, or packed for
+            the decode-step kernel (`qwen_jax.packed.prepare`).
         stop_ids: tokens that end a row; they are emitted, then the row is done.
         valid_tokens: vocabulary rows in use; ids from here on are never chosen.
         precision: of float32 matrix products.
@@ -98,27 +66,32 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        params: Parameters,
+        weights: Parameters | PackedWeights,
         *,
         stop_ids: Sequence[int] = (),
         valid_tokens: int | None = None,
         precision: lax.Precision = lax.Precision.HIGHEST,
         implementation: str = "auto",
     ):
-        model = Qwen2(config, params, precision=precision, implementation=implementation)
-        graph, self.state = nnx.split(model)
+        make = functools.partial(
+            programs.make_model, config, precision=precision, implementation=implementation
+        )
+        self.weights = weights
         self.config = config
         self.stop_ids = tuple(stop_ids)
-        self.platform = next(iter(params["embed"].devices())).platform
-        self.cache_dtype = params["embed"].dtype
+        table = weights.packed.tape if isinstance(weights, PackedWeights) else weights["embed"]
+        self.platform = next(iter(table.devices())).platform
+        self.cache_dtype = table.dtype
         valid = config.vocab_size if valid_tokens is None else valid_tokens
         self.compiled = 0
-        constants = _Constants(jnp.asarray(self.stop_ids, jnp.int32), valid)
-        self._create_cache = self._jit(_create_cache, config, self.cache_dtype, static=(0, 1))
-        self._prefill_chunk = self._jit(_prefill_chunk, graph, donate=1)
-        self._begin = self._jit(_begin, graph, constants, static=(4,))
-        self._logits = self._jit(_chunk_logits, graph, donate=1)
-        self._decode = self._jit(_decode_many, graph, constants, donate=1, static=(3, 4))
+        constants = programs.Constants(jnp.asarray(self.stop_ids, jnp.int32), valid)
+        self._create_cache = self._jit(
+            programs.create_cache, config, self.cache_dtype, static=(0, 1)
+        )
+        self._prefill_chunk = self._jit(programs.prefill_chunk, make, donate=1)
+        self._begin = self._jit(programs.begin, make, constants, static=(4,))
+        self._logits = self._jit(programs.chunk_logits, make, donate=1)
+        self._decode = self._jit(programs.decode_many, make, constants, donate=1, static=(3, 4))
 
     def _jit(
         self,
@@ -179,13 +152,13 @@ class Engine:
         for length in chunk_lengths(int(lengths.max())):
             tokens = _pad([p.tokens[start : start + length] for p in prompts], length)
             cache, last = self._prefill_chunk(
-                self.state, cache, last, tokens, np.int32(start), lengths
+                self.weights, cache, last, tokens, np.int32(start), lengths
             )
             on_chunk(min(length, int(lengths.max()) - start))
             start += length
         counts = _count_prompts(prompts, self.config.vocab_size) if plan.penalties else None
         rows = (lengths, limits.astype(np.int32), counts)
-        state, emitted = self._begin(self.state, last, rows, params, plan)
+        state, emitted = self._begin(self.weights, last, rows, params, plan)
         return Rows(cache=cache, **state), emitted
 
     def decode_many(
@@ -196,7 +169,7 @@ class Engine:
         The rows passed in are donated. The trip count is fixed, since a loop that ends by
         a condition on the device would ask the host at every step.
         """
-        return self._decode(self.state, rows, params, plan, steps)
+        return self._decode(self.weights, rows, params, plan, steps)
 
     def decode_step(self, rows: Rows, params: RowParameters, plan: Plan) -> tuple[Rows, Emitted]:
         """One decode step; the rows passed in are donated."""
@@ -223,7 +196,7 @@ class Engine:
             part = tokens[start : start + length]
             padded = _pad([part], length)
             cache, logits = self._logits(
-                self.state, cache, padded, np.int32(start), np.array([len(tokens)], np.int32)
+                self.weights, cache, padded, np.int32(start), np.array([len(tokens)], np.int32)
             )
             # Cut on the host: a slice on the device would be compiled for every length.
             out[start : start + len(part)] = np.asarray(logits)[0, : len(part)]
@@ -234,15 +207,6 @@ class Engine:
     def activation_dtype(self) -> jnp.dtype:
         """float16 parameters run with float32 activations: see `model.matmul`."""
         return jnp.dtype(jnp.float32 if self.cache_dtype == jnp.float16 else self.cache_dtype)
-
-
-def _create_cache(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> KVCache:
-    return KVCache.create(config, rows, capacity, dtype)
-
-
-class _Constants(NamedTuple):
-    stop_ids: Int[Array, "stops"]
-    valid_tokens: int
 
 
 def _pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
@@ -257,128 +221,3 @@ def _count_prompts(prompts: Sequence[Prompt], vocab: int) -> Counts:
     for i, prompt in enumerate(prompts):
         seen[i, list(prompt.tokens)] = True
     return Counts(jnp.asarray(seen), jnp.zeros(seen.shape, jnp.int32))
-
-
-def _prefill_chunk(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    cache: KVCache,
-    last: Float[Array, "B D"],
-    tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
-    lengths: Int[Array, "B"],
-) -> tuple[KVCache, Float[Array, "B D"]]:
-    """One chunk of every prompt; keeps the hidden state of the rows that end in it."""
-    hidden, cache = _run_chunk(graph, state, cache, tokens, start, lengths)
-    at = lengths - 1 - start
-    ends_here = (at >= 0) & (at < tokens.shape[1])
-    at = jnp.clip(at, 0, tokens.shape[1] - 1)
-    here = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where(ends_here[:, None], here, last)
-
-
-def _run_chunk(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
-    lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    starts = jnp.full_like(lengths, start)
-    # A row that ended in an earlier chunk still has slots to see: those of its own prompt.
-    valid = jnp.minimum(lengths, start + tokens.shape[1])
-    return nnx.merge(graph, state)(tokens, cache, starts, valid)
-
-
-def _chunk_logits(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    cache: KVCache,
-    tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
-    lengths: Int[Array, "B"],
-) -> tuple[KVCache, Float[Array, "B T V"]]:
-    hidden, cache = _run_chunk(graph, state, cache, tokens, start, lengths)
-    return cache, nnx.merge(graph, state).logits(hidden)
-
-
-def _choose(
-    model: Qwen2,
-    constants: _Constants,
-    hidden: Float[Array, "B D"],
-    params: RowParameters,
-    counts: Counts | None,
-    generated: Int[Array, "B"],
-    live: Bool[Array, "B"],
-    plan: Plan,
-) -> tuple[Choice, Counts | None, Bool[Array, "B"]]:
-    """Hidden states to tokens, the counts with live rows' in, and whether each is a stop."""
-    logits = model.logits(hidden[:, None])[:, 0]
-    in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
-    choice = sampling.choose(jnp.where(in_use, logits, -jnp.inf), params, counts, generated, plan)
-    if counts is not None:
-        rows = jnp.arange(choice.token.shape[0])
-        counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(live))
-    stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
-    return choice, counts, stopped
-
-
-def _begin(
-    graph: nnx.GraphDef,
-    constants: _Constants,
-    state: nnx.State,
-    last: Float[Array, "B D"],
-    rows: tuple[Int[Array, "B"], Int[Array, "B"], Counts | None],
-    params: RowParameters,
-    plan: Plan,
-) -> tuple[dict[str, jax.Array | Counts | None], Emitted]:
-    """The first token of every row; all fields of `Rows` but the cache."""
-    lengths, limits, counts = rows
-    zero = jnp.zeros_like(lengths)
-    model = nnx.merge(graph, state)
-    live = limits > 0
-    choice, counts, stopped = _choose(model, constants, last, params, counts, zero, live, plan)
-    fields = {
-        "length": lengths,
-        "token": choice.token,
-        "generated": zero + 1,
-        "limit": limits,
-        "done": stopped | (limits <= 1),
-        "counts": counts,
-    }
-    return fields, Emitted(choice, live)
-
-
-def _decode_many(
-    graph: nnx.GraphDef,
-    constants: _Constants,
-    state: nnx.State,
-    rows: Rows,
-    params: RowParameters,
-    plan: Plan,
-    steps: int,
-) -> tuple[Rows, Emitted]:
-    model = nnx.merge(graph, state)
-
-    def step(rows: Rows, _: None) -> tuple[Rows, Emitted]:
-        live = ~rows.done
-        # A done row keeps its place: its token goes where no slot is, and is dropped.
-        at = jnp.where(live, rows.length, rows.cache.capacity)
-        hidden, cache = model(rows.token[:, None], rows.cache, at, rows.length + live)
-        choice, counts, stopped = _choose(
-            model, constants, hidden[:, 0], params, rows.counts, rows.generated, live, plan
-        )
-        generated = rows.generated + live
-        after = Rows(
-            cache=cache,
-            length=rows.length + live,
-            token=jnp.where(live, choice.token, rows.token),
-            generated=generated,
-            limit=rows.limit,
-            done=rows.done | stopped | (generated >= rows.limit),
-            counts=counts,
-        )
-        return after, Emitted(choice, live)
-
-    return lax.scan(step, rows, length=steps)

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import pallas_kernels
-from qwen_jax import api
+from qwen_jax import api, packed
 from qwen_jax.config import ModelConfig
 from qwen_jax.measure import Budget, device, show_bytes
 from qwen_jax.text.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def run(config: ConfigDict) -> int:
         ("metadata", metadata_lines(checkpoint.metadata)),
         ("tensors", tensor_lines(checkpoint)),
         ("text", text_lines(tokenizer)),
-        ("implementations", implementation_lines(config.implementation)),
+        ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
         ("memory", memory_lines(checkpoint.config, dtype)),
     )
     print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
@@ -109,10 +109,14 @@ def text_lines(tokenizer: Tokenizer) -> Iterator[str]:
         yield f"  … {len(template.splitlines()) - 12} more lines"
 
 
-def implementation_lines(implementation: str) -> Iterator[str]:
+def implementation_lines(
+    implementation: str, config: ModelConfig, dtype: jnp.dtype
+) -> Iterator[str]:
+    """What each operation would run on; batches and long contexts may still take another."""
     for operation in pallas_kernels.OPERATIONS:
-        chosen = pallas_kernels.choose(operation, implementation)
-        why = pallas_kernels.refusal(operation)
+        why = packed.refusal(config, dtype) if operation == "decode_step" else None
+        chosen = pallas_kernels.choose(operation, implementation, why)
+        why = pallas_kernels.refusal(operation) or why
         yield f"{operation:<24} {chosen}" + (f" ({why})" if why and chosen == "xla" else "")
 
 

@@ -13,7 +13,7 @@ from qwen_jax.weights.blocks import BFLOAT16, decode_into
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.checksum import Progress
 
-__all__ = ["Checkpoint", "load_parameters", "open_checkpoint"]
+__all__ = ["Checkpoint", "iter_parameters", "load_parameters", "open_checkpoint"]
 
 _ALIGNMENT = 64
 _FLOAT32 = np.dtype(np.float32)
@@ -27,7 +27,19 @@ def load_parameters(
     device: jax.Device | jax.sharding.Sharding | None = None,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
-    """Every parameter by its canonical name, in `dtype` except the norms, which stay float32.
+    """All of `iter_parameters`, by name, once they have arrived."""
+    loaded = dict(iter_parameters(checkpoint, dtype, device=device, progress=progress))
+    return jax.block_until_ready(loaded)
+
+
+def iter_parameters(
+    checkpoint: Checkpoint,
+    dtype: DTypeLike,
+    *,
+    device: jax.Device | jax.sharding.Sharding | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, jax.Array]]:
+    """Each parameter by its canonical name, in `dtype` except the norms, which stay float32.
 
     Each tensor is decoded straight into `dtype` and put on the device at once, so the host holds
     at most two parameters that are not yet there.
@@ -49,7 +61,6 @@ def load_parameters(
         checkpoint.tensors[name].nbytes for part in checkpoint.parameters for name in part.sources
     )
     done = 0
-    loaded: dict[str, jax.Array] = {}
     previous: jax.Array | None = None
     for parameter in checkpoint.parameters:
         host = _aligned(
@@ -62,10 +73,8 @@ def load_parameters(
         # One transfer runs while the next parameter is decoded.
         if previous is not None:
             previous.block_until_ready()
-        previous = loaded[parameter.name] = jax.device_put(host, device)
-    if previous is not None:
-        previous.block_until_ready()
-    return loaded
+        previous = jax.device_put(host, device)
+        yield parameter.name, previous
 
 
 def _decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) -> Iterator[str]:

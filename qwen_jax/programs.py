@@ -1,0 +1,238 @@
+"""What runs on the device: the functions the engine compiles, and the state between them.
+
+Everything works on rows, each with its own length, budget, sampling state and done flag.
+Position is data, not shape: a growing text never recompiles.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from qwen_jax import sampling
+from qwen_jax.cache import KVCache
+from qwen_jax.config import ModelConfig
+from qwen_jax.model import Parameters, Qwen2
+from qwen_jax.packed import PackedWeights
+from qwen_jax.sampling import Choice, Counts, Plan, RowParameters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The state of B rows between two decode steps.
+
+    Attributes:
+        cache: keys and values of the tokens so far, without `token`.
+        length: tokens in the cache.
+        token: chosen last, and the next to enter the cache.
+        generated: tokens chosen so far, `token` included.
+        limit: tokens the row may generate; it is done when it has.
+        done: the row chose a stop token or reached its limit; its later tokens mean nothing.
+        counts: tokens by id, where the sampling plan has penalties.
+    """
+
+    cache: KVCache
+    length: Int[Array, "B"]
+    token: Int[Array, "B"]
+    generated: Int[Array, "B"]
+    limit: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    counts: Counts | None
+
+
+class Emitted(NamedTuple):
+    """What one step chose, and which rows it was still for."""
+
+    choice: Choice
+    live: Bool[Array, "B"]
+
+
+def create_cache(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> KVCache:
+    return KVCache.create(config, rows, capacity, dtype)
+
+
+def make_model(
+    config: ModelConfig,
+    weights: Parameters | PackedWeights,
+    *,
+    precision: lax.Precision,
+    implementation: str,
+) -> Qwen2:
+    """The model over traced weights; packed ones are put together inside the program."""
+    params = weights.parameters() if isinstance(weights, PackedWeights) else weights
+    return Qwen2(config, params, precision=precision, implementation=implementation)
+
+
+ModelMaker = Callable[[Parameters | PackedWeights], Qwen2]
+Forward = Callable[..., tuple[jax.Array, Any]]
+
+
+class Constants(NamedTuple):
+    stop_ids: Int[Array, "stops"]
+    valid_tokens: int
+
+
+def prefill_chunk(
+    make: ModelMaker,
+    weights: Parameters | PackedWeights,
+    cache: KVCache,
+    last: Float[Array, "B D"],
+    tokens: Int[Array, "B T"],
+    start: Int[Array, ""],
+    lengths: Int[Array, "B"],
+) -> tuple[KVCache, Float[Array, "B D"]]:
+    """One chunk of every prompt; keeps the hidden state of the rows that end in it."""
+    hidden, cache = _run_chunk(make, weights, cache, tokens, start, lengths)
+    at = lengths - 1 - start
+    ends_here = (at >= 0) & (at < tokens.shape[1])
+    at = jnp.clip(at, 0, tokens.shape[1] - 1)
+    here = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+    return cache, jnp.where(ends_here[:, None], here, last)
+
+
+def _run_chunk(
+    make: ModelMaker,
+    weights: Parameters | PackedWeights,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, ""],
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    starts = jnp.full_like(lengths, start)
+    # A row that ended in an earlier chunk still has slots to see: those of its own prompt.
+    valid = jnp.minimum(lengths, start + tokens.shape[1])
+    return make(weights)(tokens, cache, starts, valid)
+
+
+def chunk_logits(
+    make: ModelMaker,
+    weights: Parameters | PackedWeights,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, ""],
+    lengths: Int[Array, "B"],
+) -> tuple[KVCache, Float[Array, "B T V"]]:
+    hidden, cache = _run_chunk(make, weights, cache, tokens, start, lengths)
+    return cache, make(weights).logits(hidden)
+
+
+def _choose(
+    constants: Constants,
+    logits: Float[Array, "B V"],
+    params: RowParameters,
+    counts: Counts | None,
+    generated: Int[Array, "B"],
+    live: Bool[Array, "B"],
+    plan: Plan,
+) -> tuple[Choice, Counts | None, Bool[Array, "B"]]:
+    """Logits to tokens, the counts with live rows' in, and whether each is a stop."""
+    in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
+    choice = sampling.choose(jnp.where(in_use, logits, -jnp.inf), params, counts, generated, plan)
+    if counts is not None:
+        rows = jnp.arange(choice.token.shape[0])
+        counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(live))
+    stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
+    return choice, counts, stopped
+
+
+def begin(
+    make: ModelMaker,
+    constants: Constants,
+    weights: Parameters | PackedWeights,
+    last: Float[Array, "B D"],
+    rows: tuple[Int[Array, "B"], Int[Array, "B"], Counts | None],
+    params: RowParameters,
+    plan: Plan,
+) -> tuple[dict[str, jax.Array | Counts | None], Emitted]:
+    """The first token of every row; all fields of `Rows` but the cache."""
+    lengths, limits, counts = rows
+    zero = jnp.zeros_like(lengths)
+    logits = make(weights).logits(last[:, None])[:, 0]
+    live = limits > 0
+    choice, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
+    fields = {
+        "length": lengths,
+        "token": choice.token,
+        "generated": zero + 1,
+        "limit": limits,
+        "done": stopped | (limits <= 1),
+        "counts": counts,
+    }
+    return fields, Emitted(choice, live)
+
+
+def decode_many(
+    make: ModelMaker,
+    constants: Constants,
+    weights: Parameters | PackedWeights,
+    rows: Rows,
+    params: RowParameters,
+    plan: Plan,
+    steps: int,
+) -> tuple[Rows, Emitted]:
+    capacity = rows.cache.capacity
+    if isinstance(weights, PackedWeights) and weights.serves(rows.cache.rows, capacity):
+        forward: Forward = functools.partial(_forward_packed, weights)
+        cache: Any = tuple(jnp.concatenate(layers) for layers in (rows.cache.k, rows.cache.v))
+    else:
+        forward, cache = functools.partial(_forward, make(weights)), rows.cache
+
+    def step(carry: tuple[Rows, Any], _: None) -> tuple[tuple[Rows, Any], Emitted]:
+        rows, cache = carry
+        live = ~rows.done
+        # A done row keeps its place: its token goes where no slot is, and is dropped.
+        at = jnp.where(live, rows.length, capacity)
+        logits, cache = forward(rows.token, cache, at, rows.length + live)
+        choice, counts, stopped = _choose(
+            constants, logits, params, rows.counts, rows.generated, live, plan
+        )
+        generated = rows.generated + live
+        after = dataclasses.replace(
+            rows,
+            length=rows.length + live,
+            token=jnp.where(live, choice.token, rows.token),
+            generated=generated,
+            done=rows.done | stopped | (generated >= rows.limit),
+            counts=counts,
+        )
+        return (after, cache), Emitted(choice, live)
+
+    empty = KVCache((), ())
+    (rows, cache), emitted = lax.scan(
+        step, (dataclasses.replace(rows, cache=empty), cache), length=steps
+    )
+    if not isinstance(cache, KVCache):
+        cache = KVCache(*(tuple(jnp.split(stacked, len(stacked))) for stacked in cache))
+    return dataclasses.replace(rows, cache=cache), emitted
+
+
+def _forward(
+    model: Qwen2,
+    token: Int[Array, "B"],
+    cache: KVCache,
+    at: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """One token of every row through the model; its keys and values go to slot `at`."""
+    hidden, cache = model(token[:, None], cache, at, lengths)
+    return model.logits(hidden)[:, 0], cache
+
+
+def _forward_packed(
+    weights: PackedWeights,
+    token: Int[Array, "1"],
+    cache: tuple[Float[Array, "L K S H"], Float[Array, "L K S H"]],
+    at: Int[Array, "1"],
+    lengths: Int[Array, "1"],
+) -> tuple[Float[Array, "1 V"], tuple[Float[Array, "L K S H"], Float[Array, "L K S H"]]]:
+    """The same for one row through the decode-step kernel, which wants all layers in one array."""
+    k, v = cache
+    logits, keys, values = weights.decode(token, k, v, lengths[0] - 1)
+    new = (k.at[:, :, at[0]].set(keys, mode="drop"), v.at[:, :, at[0]].set(values, mode="drop"))
+    return logits, new

@@ -1,0 +1,97 @@
+"""A whole decode step of one row on a GPU, against the model in float32 on the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine import Engine, Prompt
+from qwen_jax.packed import PackedWeights, pack
+from qwen_jax.sampling import Sampling, plan_rows
+from tests.engines import generate, relative
+from tests.tiny_checkpoints import canonical, random_parameters
+
+# Three layers of the 0.5B shape with a small vocabulary: every phase has its real size.
+CONFIG = ModelConfig(3, 896, 14, 2, 64, 4864, 2048, 8192, 1e6, 1e-6, tied=True)
+SMALL = ModelConfig(2, 256, 4, 2, 64, 512, 1024, 8192, 1e6, 1e-6, tied=False)
+
+
+def parameters(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
+    """Random bfloat16 weights with key biases to about 150 (large ones are real in Qwen2.5)."""
+    params = {
+        name: jnp.asarray(value, "float32" if name.endswith("norm") else "bfloat16")
+        for name, value in canonical(random_parameters(config, seed)).items()
+    }
+    q = config.num_heads * config.head_dim
+    for i in range(config.num_layers):
+        name = f"layers.{i}.qkv_proj.bias"
+        params[name] = params[name].at[q : q + 4].set(jnp.asarray([150, -150, 75, -75]))
+    return params
+
+
+def after_prompt(engine: Engine, tokens: list[int], poison: bool) -> np.ndarray:
+    """Log-probabilities of what follows `tokens`, its last one fed through a decode step."""
+    vocab = engine.config.vocab_size
+    plan, numbers = plan_rows([Sampling()], vocab, top_logprobs=vocab)
+    rows, _ = engine.prefill([Prompt(tokens[:-1], 8)], plan, numbers)
+    keep = jnp.arange(rows.cache.capacity)[:, None] < len(tokens) - 1
+
+    def poisoned(x: jax.Array) -> jax.Array:
+        return jnp.where(keep, x, jnp.nan) if poison else x
+
+    cache = jax.tree.map(poisoned, rows.cache)
+    token = jnp.asarray(tokens[-1:], jnp.int32)
+    rows = type(rows)(
+        cache, rows.length, token, rows.generated, rows.limit, jnp.zeros(1, bool), rows.counts
+    )
+    _, emitted = engine.decode_step(rows, numbers, plan)
+    out = np.empty(vocab, np.float32)
+    out[np.asarray(emitted.choice.top_ids[0])] = np.asarray(emitted.choice.top_logprobs[0])
+    return out
+
+
+@pytest.mark.parametrize("length", [2, 64, 65, 128, 129, 700, 2047])
+@pytest.mark.parametrize("config", [SMALL, CONFIG], ids=["small", "0.5b layers"])
+def test_no_worse_than_twice_the_xla_path(config: ModelConfig, length: int) -> None:
+    seed = int(np.random.default_rng().integers(1 << 31))
+    params = parameters(config, seed)
+    packed = pack(config, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
+    truth_params = {name: value.astype(jnp.float32) for name, value in params.items()}
+    truth = after_prompt(Engine(config, truth_params, implementation="xla"), tokens, False)
+    xla = after_prompt(Engine(config, params, implementation="xla"), tokens, False)
+    kernel = after_prompt(Engine(config, packed), tokens, True)
+    again = after_prompt(Engine(config, packed), tokens, True)
+    ours, theirs = relative(kernel, truth), relative(xla, truth)
+    print(f"seed {seed}, length {length}: kernel {ours:.2e}, xla {theirs:.2e}")
+    assert ours <= 2 * theirs
+    assert np.array_equal(kernel, again)
+
+
+def test_a_thousand_steps_stay_with_the_reference() -> None:
+    params = parameters(SMALL, 3)
+    packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
+    truth_params = {name: value.astype(jnp.float32) for name, value in params.items()}
+    prompt = Prompt([1, 2, 3], 1001)
+    got = generate(Engine(SMALL, packed), [prompt], chunk=50)
+    assert len(got.tokens[0]) == 1001
+    # Fed the same text, the float32 model must find each choice as likely as its own best.
+    text = [*prompt.tokens, *got.tokens[0][:-1]]
+    logits = Engine(SMALL, truth_params, implementation="xla").logits(text)[2:]
+    chosen = np.take_along_axis(logits, np.array(got.tokens[0])[:, None], axis=1)[:, 0]
+    behind = logits.max(axis=1) - chosen
+    print(f"furthest behind the best: {behind.max():.3f} of {logits.std():.3f} standard deviation")
+    assert behind.max() < 0.1 * logits.std()
+
+
+def test_larger_models_and_batches_take_another_way() -> None:
+    assert isinstance(
+        pack(SMALL, parameters(SMALL, 0).items(), jnp.dtype(jnp.bfloat16), "auto"), PackedWeights
+    )
+    prompts = [Prompt([1, 2, 3], 20), Prompt([4, 5], 20)]
+    params = parameters(SMALL, 0)
+    packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "auto")
+    both = generate(Engine(SMALL, packed), prompts)
+    plain = generate(Engine(SMALL, params), prompts)
+    assert both.tokens == plain.tokens

@@ -73,16 +73,20 @@ def test_a_thousand_steps_stay_with_the_reference() -> None:
     params = parameters(SMALL, 3)
     packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
     truth_params = {name: value.astype(jnp.float32) for name, value in params.items()}
+    truth = Engine(SMALL, truth_params, implementation="xla")
     prompt = Prompt([1, 2, 3], 1001)
-    got = generate(Engine(SMALL, packed), [prompt], chunk=50)
-    assert len(got.tokens[0]) == 1001
-    # Fed the same text, the float32 model must find each choice as likely as its own best.
-    text = [*prompt.tokens, *got.tokens[0][:-1]]
-    logits = Engine(SMALL, truth_params, implementation="xla").logits(text)[2:]
-    chosen = np.take_along_axis(logits, np.array(got.tokens[0])[:, None], axis=1)[:, 0]
-    behind = logits.max(axis=1) - chosen
-    print(f"furthest behind the best: {behind.max():.3f} of {logits.std():.3f} standard deviation")
-    assert behind.max() < 0.1 * logits.std()
+
+    def behind(engine: Engine) -> np.ndarray:
+        """How much likelier the float32 model, fed the same text, finds its own best choice."""
+        tokens = generate(engine, [prompt], chunk=50).tokens[0]
+        assert len(tokens) == 1001
+        logits = truth.logits([*prompt.tokens, *tokens[:-1]])[2:]
+        return logits.max(axis=1) - np.take_along_axis(logits, np.array(tokens)[:, None], 1)[:, 0]
+
+    kernel, xla = behind(Engine(SMALL, packed)), behind(Engine(SMALL, params))
+    print(f"mean behind the best: kernel {kernel.mean():.2e}, xla {xla.mean():.2e}")
+    assert kernel.mean() <= 2 * xla.mean()
+    assert kernel[-250:].mean() <= 2 * xla.mean()
 
 
 def test_larger_models_and_batches_take_another_way() -> None:

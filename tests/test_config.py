@@ -110,7 +110,7 @@ def test_num_parameters_counts_what_there_is() -> None:
 
 
 def test_both_formats_of_an_odd_model_agree() -> None:
-    config = tiny_config(yarn=YarnScaling.create(4.0, 256))
+    config = tiny_config(yarn=YarnScaling.create(4.0, 256, beta_fast=16.0))
     metadata = gguf_metadata(config) | {"general.architecture": "qwen2"}
     assert from_gguf(metadata, vocab_size=320) == from_hf(hf_config(config)) == config
     assert config.head_dim * config.num_heads != config.hidden_size

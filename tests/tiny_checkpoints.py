@@ -166,6 +166,8 @@ def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(config.yarn.factor),
             "rope.scaling.original_context_length": config.yarn.original_context,
+            "rope.scaling.yarn_beta_fast": float(config.yarn.beta_fast),
+            "rope.scaling.yarn_beta_slow": float(config.yarn.beta_slow),
         }
     return {f"qwen2.{key}": value for key, value in keys.items()}
 
@@ -289,6 +291,8 @@ def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
             "type": "yarn",
             "factor": config.yarn.factor,
             "original_max_position_embeddings": config.yarn.original_context,
+            "beta_fast": config.yarn.beta_fast,
+            "beta_slow": config.yarn.beta_slow,
         }
     return hf | changes
 

@@ -1,8 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN = $(VENV)/bin
 
-.PHONY: run test parity lint clean
+.PHONY: run test parity lower lint clean
 
 run: $(VENV)/installed
 	$(BIN)/python run.py
@@ -15,13 +15,20 @@ parity: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[parity]'
 	$(BIN)/python -m pytest -m live
 
+# Every kernel lowered for CUDA by the JAX of another Python: make lower PYTHON=python3.13
+lower: VENV = .venv-lower
+lower:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet -e . pytest hypothesis 'jax$(JAX)'
+	$(BIN)/python -m pytest tests/kernels/test_lowering.py tests/kernels/test_decode_step.py
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-lower build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

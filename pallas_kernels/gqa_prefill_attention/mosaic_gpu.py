@@ -239,7 +239,7 @@ def _body(
         plgpu.barrier_wait(k_full.at[0])
 
         def first_scores(scores: Any) -> Any:
-            plgpu.wgmma(scores, q_tile, plgpu.transpose_ref(k_ring.at[0], (1, 0)))
+            plgpu.wgmma(scores, q_tile, k_ring.at[0].T)
             return scores[...]
 
         scores = pl.run_scoped(first_scores, plgpu.ACC((ROWS, block), jnp.float32))
@@ -257,7 +257,7 @@ def _body(
                 plgpu.barrier_wait(k_full.at[ahead])
 
                 def products(scores: Any) -> Any:
-                    plgpu.wgmma(scores, q_tile, plgpu.transpose_ref(k_ring.at[ahead], (1, 0)))
+                    plgpu.wgmma(scores, q_tile, k_ring.at[ahead].T)
                     plgpu.barrier_wait(v_full.at[slot])
                     plgpu.wgmma(values, weighing, v_ring.at[slot])
                     # The softmax needs the first product only.

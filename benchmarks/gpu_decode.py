@@ -69,8 +69,8 @@ def main() -> None:
         weights -= config.vocab_size * config.hidden_size * dtype.itemsize  # one row is read
     step = median(seconds)
     print(
-        f"{args.size} {args.implementation} batch {args.batch} context {args.context}: {step * 1e6:.0f} us a step, "
-        f"{args.batch / step:.0f} tokens/s, {weights / step / 1e9:.0f} GB/s of weights"
+        f"{args.size} {args.implementation} batch {args.batch} context {args.context}: "
+        f"{step * 1e6:.0f} us a step, {args.batch / step:.0f} tokens/s, {weights / step / 1e9:.0f} GB/s of weights"
     )
     record = vars(args) | {
         "benchmark": "gpu_decode",

@@ -30,6 +30,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from qwen_jax.config import ModelConfig
 from qwen_jax.weights import names
 from qwen_jax.weights.checkpoint import open_checkpoint
+from tools.demo_gguf import add_sizes
 
 MIB = 1 << 20
 TYPES = (Type.Q8_0, Type.Q4_K, Type.Q6_K, Type.F16)
@@ -55,14 +56,7 @@ def write_model(path: Path, megabytes: int) -> None:
     config = ModelConfig(layers, 1024, 16, 4, 64, 4096, 32768, 4096, 1e6, 1e-6, tied=True)
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen2", use_temp_file=True)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.ffn_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_eps)
+    add_sizes(writer, config)
     kinds = itertools.cycle(TYPES)
     for parameter in names.parameters(config, "gguf"):
         for name, shape in parameter.sources.items():

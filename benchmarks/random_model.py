@@ -15,6 +15,7 @@ from tqdm import tqdm
 from qwen_jax.config import ModelConfig
 from qwen_jax.text.vocabulary import BYTE_SYMBOLS
 from qwen_jax.weights.names import parameters
+from tools.demo_gguf import add_sizes
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -35,14 +36,7 @@ SIZES = {
 def write(path: Path, config: ModelConfig, seed: int, kind: gguf.GGMLQuantizationType) -> None:
     """Writes the checkpoint; matrices in `kind` (F32, F16 or BF16), vectors in F32."""
     writer = gguf.GGUFWriter(path, "qwen2", use_temp_file=False)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.ffn_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_eps)
+    add_sizes(writer, config)
     _add_vocabulary(writer, config.vocab_size)
     rng = np.random.default_rng(seed)
     tensors = [

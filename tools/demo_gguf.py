@@ -72,6 +72,11 @@ def _add_model_keys(writer: GGUFWriter, config: ModelConfig) -> None:
     writer.add_size_label(f"{config.num_parameters / 1e6:.1f}M")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_sizes(writer, config)
+
+
+def add_sizes(writer: GGUFWriter, config: ModelConfig) -> None:
+    """The `qwen2.*` keys, as llama.cpp's converter writes them."""
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)

@@ -70,7 +70,8 @@ def main() -> None:
     step = median(seconds)
     print(
         f"{args.size} {args.implementation} batch {args.batch} context {args.context}: "
-        f"{step * 1e6:.0f} us a step, {args.batch / step:.0f} tokens/s, {weights / step / 1e9:.0f} GB/s of weights"
+        f"{step * 1e6:.0f} us a step, {args.batch / step:.0f} tokens/s, "
+        f"{weights / step / 1e9:.0f} GB/s of weights"
     )
     record = vars(args) | {
         "benchmark": "gpu_decode",

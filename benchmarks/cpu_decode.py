@@ -3,7 +3,9 @@
 Both engines run the same Hugging Face directory in the same precision in one process, turn by
 turn, so that a machine that slows down slows both. Needs the 'parity' extra.
 
-    python benchmarks/cpu_decode.py [--rounds 5]
+A load counts until every weight is in memory: transformers maps the files and reads them later.
+
+    python -m benchmarks.cpu_decode [--rounds 5]
 """
 
 import argparse
@@ -76,6 +78,9 @@ class Theirs:
         self.model = transformers.Qwen2ForCausalLM.from_pretrained(
             directory, dtype=torch.float32
         ).eval()
+        for parameter in self.model.parameters():
+            if not parameter.isfinite().all():  # We check this too.
+                raise ValueError("a weight is not finite")
 
     @torch.no_grad()
     def prefill(self, tokens: list[int]) -> None:

@@ -110,11 +110,12 @@ def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         make(directory)
-        # The first of each load also brings the file into memory.
-        loads = {
-            engine.__name__: [timed(partial(engine, directory)) for _ in range(3)][1:]
-            for engine in (Theirs, Ours)
-        }
+        loads: dict[str, list[float]] = {"Theirs": [], "Ours": []}
+        for turn in range(rounds + 1):  # the first brings the file into memory
+            for load in (Theirs, Ours):
+                taken = timed(partial(load, directory))
+                if turn:
+                    loads[load.__name__].append(taken)
         ours, theirs = Ours(directory), Theirs(directory)
     seconds: dict[str, list[float]] = {}
     agreed = []

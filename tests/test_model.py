@@ -1,0 +1,69 @@
+"""The model's own arithmetic: matrix products in every dtype, norms, and a large stream."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from qwen_jax.engine import Engine
+from qwen_jax.model import matmul
+from tests.engines import device_parameters, random_tokens, relative
+from tests.golden_cases import Case, odd_config
+from tests.numpy_reference import forward
+from tests.test_parity import rounding_bound
+
+HIGHEST = lax.Precision.HIGHEST
+ROWS, IN, OUT = 5, 300, 70
+
+
+def product(
+    scale: np.ndarray | float, dtype: str, x_dtype: str
+) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    """x [B, T, in], weight [out, in] and what `matmul` makes of them."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, ROWS, IN)) * scale, x_dtype)
+    weight = jnp.asarray(rng.normal(size=(OUT, IN)) / IN**0.5, dtype)
+    out = jax.jit(lambda x, w: matmul(x, w, HIGHEST))(x, weight)
+    return np.asarray(x, np.float64), np.asarray(weight, np.float64), out
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-8)])
+def test_matmul_is_x_times_the_weight_transposed(dtype: str, bound: float) -> None:
+    """bfloat16 is rounded once, at the end: half a unit in its last place."""
+    x, weight, out = product(1.0, dtype, dtype)
+    assert out.dtype == dtype and out.shape == (2, ROWS, OUT)
+    assert relative(np.asarray(out, np.float64), x @ weight.T) <= bound
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e5, 1e20])
+def test_float16_weights_take_activations_of_any_size(scale: float) -> None:
+    """float16 ends at 65504 and has nothing below 6e-8; Qwen2.5's activations go further."""
+    x, weight, out = product(scale, "float16", "float32")
+    assert out.dtype == jnp.float32
+    assert relative(out, x @ weight.T) <= 2**-11  # the activations' rounding
+
+
+def test_float16_rows_do_not_share_a_scale() -> None:
+    """A large row leaves a small one its digits, and a row of zeros stays zero."""
+    scale = np.array([0, 1e-12, 1, 1e9, 1e-3])[:, None]
+    x, weight, out = product(scale, "float16", "float32")
+    expected = x @ weight.T
+    np.testing.assert_array_equal(out[:, 0], 0)
+    for row in range(1, ROWS):
+        assert relative(out[:, row], expected[:, row]) <= 2**-11
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_stream_beyond_float16(dtype: str) -> None:
+    """Activations past 65504, as real checkpoints have in some layers: no inf, and no "!!!!"."""
+    config = odd_config(num_layers=2)
+    params = Case(config, 0).parameters()
+    scaled = {k: v * np.float32(2**15) for k, v in params.items() if "up_proj" in k}
+    params |= scaled
+    tokens = random_tokens(config, 40)
+    exact = forward(config, params, tokens)
+    assert np.abs(exact["layers.0.ffn_act"]).max() > 65504
+    assert np.abs(exact["layers.1.ffn_residual"]).max() > 65504
+    logits = Engine(config, device_parameters(params, dtype)).logits(tokens)
+    assert relative(logits, exact["logits"]) <= rounding_bound(config, dtype)

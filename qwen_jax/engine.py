@@ -58,9 +58,6 @@ class Engine:
         valid_tokens: vocabulary rows in use; ids from here on are never chosen.
         precision: of float32 matrix products.
         implementation: "auto", "mosaic_gpu" or "xla".
-
-    Attributes:
-        compiled: how many programs have been traced, and so compiled, so far.
     """
 
     def __init__(
@@ -83,7 +80,7 @@ class Engine:
         self.platform = next(iter(table.devices())).platform
         self.cache_dtype = table.dtype
         valid = config.vocab_size if valid_tokens is None else valid_tokens
-        self.compiled = 0
+        self._traced: list[str] = []
         constants = programs.Constants(jnp.asarray(self.stop_ids, jnp.int32), valid)
         self._create_cache = self._jit(
             programs.create_cache, config, self.cache_dtype, static=(0, 1)
@@ -102,12 +99,20 @@ class Engine:
     ) -> Callable[..., Any]:
         """jit with the first arguments bound; counts in `compiled` each time it is traced."""
 
+        # Not `self`: a cycle would keep the weights on the device after the engine is gone.
+        names = self._traced
+
         @functools.wraps(function)
         def traced(*args: Any) -> Any:
-            self.compiled += 1
+            names.append(function.__name__)
             return function(*bound, *args)
 
         return jax.jit(traced, donate_argnums=donate, static_argnums=static)
+
+    @property
+    def compiled(self) -> int:
+        """How many programs have been traced, and so compiled, so far."""
+        return len(self._traced)
 
     def capacity(self, prompts: Sequence[Prompt]) -> int:
         """Slots a cache needs for these prompts and their answers, in buckets.
@@ -116,6 +121,9 @@ class Engine:
             UserError: a prompt is empty or leaves no room in the model's context.
         """
         context = self.config.context_length
+        if not prompts:
+            raise UserError("There are no prompts; give at least one.")
+        vocab = self.config.vocab_size
         for prompt in prompts:
             if not prompt.tokens:
                 raise UserError("The prompt is empty; give at least one token.")
@@ -124,22 +132,22 @@ class Engine:
                     f"The prompt has {len(prompt.tokens)} tokens, but {self.config.source} has a "
                     f"context of {context} and the answer needs at least one; shorten the prompt."
                 )
-        padded = sum(chunk_lengths(max(len(p.tokens) for p in prompts)))
-        # The last token is never fed back, but a prompt and answer that fill the context fit.
+            if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab:
+                raise UserError(
+                    f"The prompt has tokens from {min(prompt.tokens)} to {max(prompt.tokens)}, but "
+                    f"{self.config.source} has tokens 0 to {vocab - 1}."
+                )
+        # A power of two, so the prompt's padded chunks fit too.
         longest = max(min(len(p.tokens) + p.max_tokens, context) for p in prompts)
-        return max(padded, bucket(longest, SMALLEST_CAPACITY))
+        return bucket(longest, SMALLEST_CAPACITY)
 
     def prefill(
         self,
         prompts: Sequence[Prompt],
         plan: Plan,
         params: RowParameters,
-        on_chunk: Callable[[int], None] = lambda tokens: None,
     ) -> tuple[Rows, Emitted]:
         """Runs the prompts, padded on the right, and chooses each row's first token.
-
-        Args:
-            on_chunk: told how many prompt tokens each chunk held, for a progress bar.
 
         Raises:
             UserError: a prompt is empty or leaves no room in the context.
@@ -154,7 +162,6 @@ class Engine:
             cache, last = self._prefill_chunk(
                 self.weights, cache, last, tokens, np.int32(start), lengths
             )
-            on_chunk(min(length, int(lengths.max()) - start))
             start += length
         counts = _count_prompts(prompts, self.config.vocab_size) if plan.penalties else None
         rows = (lengths, limits.astype(np.int32), counts)

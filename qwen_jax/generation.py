@@ -130,6 +130,10 @@ class Batch:
         """One a request; of those still running, what there is so far."""
         return [row.completion() for row in self._rows]
 
+    def finished(self, row: int) -> bool:
+        """Whether a row's completion is final."""
+        return self._rows[row].finish_reason is not None
+
     @property
     def timings(self) -> Timings:
         """Of what has run so far; all zero before the first token."""
@@ -151,7 +155,6 @@ class Batch:
         plan, params = self._plan, self._params
         self._mark()
         state, first = self._engine.prefill(self._prompts, plan, params)
-        pending: Emitted | None = jax.tree.map(lambda x: x[None], first)
         steps_left = max(row.limit for row in self._rows) - 1
 
         def next_chunk() -> Emitted | None:
@@ -167,11 +170,13 @@ class Batch:
         # A GPU computes the next chunk while the host reads this one. A CPU would only
         # compete with itself, for a chunk that may not be needed.
         ahead = self._engine.platform != "cpu"
+        # The first token is shown before the decode loop is compiled.
+        yield self._read(jax.tree.map(lambda x: x[None], first))
+        pending = next_chunk()
         while pending is not None:
             upcoming = next_chunk() if ahead else None
             yield self._read(pending)
             pending = upcoming if ahead else next_chunk()
-        yield [row.finish() for row in self._rows]
 
     def _mark(self) -> None:
         self._marks.append((time.perf_counter(), compile_seconds()))
@@ -180,6 +185,11 @@ class Batch:
         """Hands each row what a chunk of steps chose for it; returns the text that completes."""
         host: Emitted = jax.device_get(emitted)
         self._mark()
+        if not host.finite[host.live].all():
+            raise UserError(
+                f"The logits are not finite in {self._engine.cache_dtype}: a value has overflowed; "
+                "choose --dtype=bfloat16 or float32, and check the model's file."
+            )
         return [
             row.feed(host, index, self._engine.stop_ids) for index, row in enumerate(self._rows)
         ]
@@ -200,7 +210,7 @@ class _Row:
 
     def feed(self, emitted: Emitted, row: int, stop_ids: Sequence[int]) -> str:
         """Takes the row's live tokens of `[steps, B]` choices; returns text safe to show."""
-        choice, piece = emitted.choice, ""
+        choice, piece, before = emitted.choice, "", len(self.tokens)
         for step in np.flatnonzero(emitted.live[:, row]):
             if self.finish_reason is not None:
                 break
@@ -215,12 +225,9 @@ class _Row:
                 self.finish_reason = "stop"
             elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"
-        self._text.append(piece)
-        return piece
-
-    def finish(self) -> str:
-        """What was held back: half a character, or the possible start of a stop string."""
-        piece = self._stop.feed(self._stream.finish()) + self._stop.finish()
+        if self.finish_reason is not None and len(self.tokens) > before:
+            # What was held back: half a character, or the possible start of a stop string.
+            piece += self._stop.feed(self._stream.finish()) + self._stop.finish()
         self._text.append(piece)
         return piece
 

@@ -2,7 +2,8 @@
 
 Packing is made once, while loading, parameter by parameter. Prefill reads the same tape: each
 matrix is put together again inside the compiled program, which costs it two more passes over
-the weights a chunk and no lasting memory.
+the weights a chunk and no lasting memory. So do decode steps that the kernel doesn't serve
+(several rows, long caches), once for every chunk of steps.
 """
 
 import dataclasses

@@ -47,10 +47,11 @@ class Rows:
 
 
 class Emitted(NamedTuple):
-    """What one step chose, and which rows it was still for."""
+    """What one step chose, for which rows, and whether their logits were finite."""
 
     choice: Choice
     live: Bool[Array, "B"]
+    finite: Bool[Array, "B"]
 
 
 def create_cache(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> KVCache:
@@ -130,15 +131,18 @@ def _choose(
     generated: Int[Array, "B"],
     live: Bool[Array, "B"],
     plan: Plan,
-) -> tuple[Choice, Counts | None, Bool[Array, "B"]]:
+) -> tuple[Emitted, Counts | None, Bool[Array, "B"]]:
     """Logits to tokens, the counts with live rows' in, and whether each is a stop."""
     in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
-    choice = sampling.choose(jnp.where(in_use, logits, -jnp.inf), params, counts, generated, plan)
+    logits = jnp.where(in_use, logits, -jnp.inf)
+    choice = sampling.choose(logits, params, counts, generated, plan)
+    # An overflow anywhere ends as NaN or infinity here, and argmax of NaN is token 0.
+    finite = jnp.isfinite(logits.max(axis=1))
     if counts is not None:
         rows = jnp.arange(choice.token.shape[0])
         counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(live))
     stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
-    return choice, counts, stopped
+    return Emitted(choice, live, finite), counts, stopped
 
 
 def begin(
@@ -155,16 +159,16 @@ def begin(
     zero = jnp.zeros_like(lengths)
     logits = make(weights).logits(last[:, None])[:, 0]
     live = limits > 0
-    choice, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
+    emitted, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
     fields = {
         "length": lengths,
-        "token": choice.token,
+        "token": emitted.choice.token,
         "generated": zero + 1,
         "limit": limits,
         "done": stopped | (limits <= 1),
         "counts": counts,
     }
-    return fields, Emitted(choice, live)
+    return fields, emitted
 
 
 def decode_many(
@@ -189,19 +193,19 @@ def decode_many(
         # A done row keeps its place: its token goes where no slot is, and is dropped.
         at = jnp.where(live, rows.length, capacity)
         logits, cache = forward(rows.token, cache, at, rows.length + live)
-        choice, counts, stopped = _choose(
+        emitted, counts, stopped = _choose(
             constants, logits, params, rows.counts, rows.generated, live, plan
         )
         generated = rows.generated + live
         after = dataclasses.replace(
             rows,
             length=rows.length + live,
-            token=jnp.where(live, choice.token, rows.token),
+            token=jnp.where(live, emitted.choice.token, rows.token),
             generated=generated,
             done=rows.done | stopped | (generated >= rows.limit),
             counts=counts,
         )
-        return (after, cache), Emitted(choice, live)
+        return (after, cache), emitted
 
     empty = KVCache((), ())
     (rows, cache), emitted = lax.scan(

@@ -50,6 +50,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            number = whole or isinstance(value, float | np.floating)
+            if (field.type is int and not whole) or (field.type is float and not number):
+                kind = "a whole number" if field.type is int else "a number"
+                raise UserError(f"sampling.{field.name} is {value!r}, but it must be {kind}.")
         within = f"from {-_LARGEST} to {_LARGEST}"
         checks = {
             "temperature": (

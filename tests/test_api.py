@@ -1,6 +1,7 @@
 """The Python API on the bundled model: load, generate, stream, batches and logits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 import qwen_jax
-from qwen_jax import Completion, Model, Sampling, UserError, api
+from qwen_jax import Completion, Model, Request, Sampling, UserError, api
 from qwen_jax.text.chat import DEFAULT_SYSTEM
 from qwen_jax.text.vocabulary import PATTERN
 from qwen_jax.weights.gguf_file import open_gguf
@@ -298,16 +299,36 @@ class TestBothFormats:
         with pytest.raises(UserError, match="from 0 to the 2048 tokens"):
             gguf.generate("x", top_logprobs=2049)
 
+    def test_a_tokenizer_of_another_model_is_refused(self, directory: Path, tmp_path: Path) -> None:
+        small = tiny_config(vocab_size=1000)
+        write_hf(tmp_path / "small", small, random_parameters(small))
+        shutil.copy(directory / "tokenizer.json", tmp_path / "small")
+        with pytest.raises(UserError, match="2048 tokens, but the embedding only 1000 rows"):
+            api.load(tmp_path / "small")
+
+    def test_ids_outside_the_vocabulary_are_refused(self, gguf: Model) -> None:
+        for tokens in ([5, 999_999], [-1]):
+            with pytest.raises(UserError, match="has tokens from"):
+                gguf.batch([Request(tokens, 3)])
+        with pytest.raises(UserError, match="no prompts"):
+            gguf.batch([])
+
+    def test_what_is_no_prompt_is_refused(self, gguf: Model) -> None:
+        for prompt in ({"role": "user", "content": "x"}, iter(["x"])):
+            with pytest.raises(UserError, match="it must be a text, a list of texts"):
+                gguf.generate(prompt)  # type: ignore[arg-type]
+
     def test_without_a_template_it_is_chatml_and_says_so(
         self, gguf: Model, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         said: list[tuple[object, ...]] = []
-        monkeypatch.setattr(api.logging, "log_first_n", lambda *arguments: said.append(arguments))
+        monkeypatch.setattr(api.logging, "warning", lambda *arguments: said.append(arguments))
+        gguf = Model(gguf.engine, gguf.tokenizer)  # one that has not said so yet
         tokens = gguf.tokens("Hi <3")
         assert gguf.tokenizer.decode(tokens, skip_special=False) == (
             f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n"
             "<|im_start|>user\nHi <3<|im_end|>\n<|im_start|>assistant\n"
         )
-        ((level, text, most, *values),) = said
-        assert (level, most) == (api.logging.WARNING, 1)
+        gguf.tokens("Once is enough")
+        ((text, *values),) = said
         assert "has no chat template: using ChatML" in str(text) % tuple(values)

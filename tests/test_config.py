@@ -291,6 +291,29 @@ def test_gguf_scaling_other_than_yarn_is_refused() -> None:
     assert "qwen2.rope.scaling.type is 'linear'" in message
 
 
+def test_gguf_yarn_extends_the_context() -> None:
+    keys = {
+        "qwen2.rope.scaling.type": "yarn",
+        "qwen2.rope.scaling.factor": 4.0,
+        "qwen2.rope.scaling.original_context_length": 32768,
+    }
+    config = from_gguf(released_gguf("7B") | keys)
+    assert config.context_length == 131072
+    # A multiplier of one on the paper's attention factor changes nothing; another is unknown.
+    assert from_gguf(released_gguf("7B") | keys | {"qwen2.rope.scaling.attn_factor": 1.0}) == config
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        metadata = released_gguf("7B") | keys | {f"qwen2.rope.scaling.{key}": 0.5}
+        assert f"{key} is 0.5, and only" in refusal(from_gguf, metadata)
+
+
+@pytest.mark.parametrize(("key", "value"), [("mscale", 0.7), ("truncate", False)])
+def test_hf_yarn_of_other_families_is_refused(key: str, value: object) -> None:
+    words = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, key: value}
+    assert f"{key} of the rope scaling is {value}" in refusal(
+        from_hf, released_hf("7B", rope_scaling=words)
+    )
+
+
 def test_numpy_numbers_do_not_pass_for_python_ones() -> None:
     """A reader that hands out NumPy scalars would make configs that are not hashable alike."""
     assert "not int" in refusal(from_gguf, released_gguf("0.5B", block_count=np.uint32(24)))

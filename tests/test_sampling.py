@@ -389,3 +389,16 @@ def test_a_biased_token_outside_the_vocabulary_is_refused() -> None:
 def test_more_top_logprobs_than_tokens_are_refused(top: int) -> None:
     with pytest.raises(UserError, match=f"top_logprobs is {top}, but"):
         plan_rows([Sampling()], 4, top_logprobs=top)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("seed", 1.5, "a whole number"),
+        ("top_k", True, "a whole number"),
+        ("top_p", "1", "a number"),
+    ],
+)
+def test_values_of_another_type_are_refused(field: str, value: object, kind: str) -> None:
+    with pytest.raises(UserError, match=f"sampling.{field} is .*must be {kind}"):
+        Sampling(**{field: value})  # type: ignore[arg-type]

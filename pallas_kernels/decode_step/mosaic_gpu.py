@@ -85,7 +85,7 @@ def refusal(plan: Plan, capacity: int, dtype: DTypeLike) -> str | None:
         if rows % ROWS or columns % COLUMNS:
             return f"a matrix of {rows} x {columns} is not made of {ROWS} x {COLUMNS} tiles"
     if shape.head_dim != VERIFIED_HEAD_DIM:
-        return f"the head dimension is {shape.head_dim}, and only 64 is verified on a GPU so far"
+        return f"the head dimension is {shape.head_dim}, and only 64 has run on a GPU so far"
     if shape.group > 8:
         return f"{shape.group} query heads share a key/value head, more than 8"
     if shape.kv_heads > plan.blocks:
@@ -94,7 +94,7 @@ def refusal(plan: Plan, capacity: int, dtype: DTypeLike) -> str | None:
         return f"the cache's {capacity} slots are not a multiple of {SLOT_TILE}"
     most = plan.blocks // shape.kv_heads * SLOT_TILE
     if capacity > most:
-        return f"the cache has {capacity} slots, and only up to {most} are verified on a GPU so far"
+        return f"the cache has {capacity} slots, and more than {most} have not run on a GPU yet"
     if (stages := memory(plan).stages) < FEWEST_STAGES:
         return f"shared memory has room for {stages} weight tiles, fewer than {FEWEST_STAGES}"
     return None

@@ -128,7 +128,7 @@ def _run_file(
     out: IO[str],
     summary: Summary,
 ) -> None:
-    """Runs the prompts in batches and writes each answer when its batch is done.
+    """Runs the prompts in batches and writes each answer as soon as it is complete.
 
     The last batch is padded with rows that generate nothing: a smaller one would have to be
     compiled for itself.
@@ -141,13 +141,17 @@ def _run_file(
             requests = [request for _, _, request in part]
             idle = [Request(requests[0].tokens[:1], max_tokens=0)] * (size - len(part))
             batch = model.batch(requests + idle, config.top_logprobs)
-            for _ in batch:
-                pass
-            summary.add(batch, len(part))
-            for (item, sample, _), completion in zip(part, batch.completions, strict=False):
-                line = {"id": item.id, "sample": sample} | _record(completion)
-                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
-            bar.update(len(part))
+            waiting = list(range(len(part)))
+            try:
+                for _ in batch:
+                    for row in [row for row in waiting if batch.finished(row)]:
+                        item, sample, _ = part[row]
+                        line = {"id": item.id, "sample": sample} | _record(batch.completions[row])
+                        print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
+                        waiting.remove(row)
+                        bar.update()
+            finally:
+                summary.add(batch, len(part))
 
 
 def _rows(

@@ -9,8 +9,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import pallas_kernels
+from pallas_kernels.gqa_decode_attention import mosaic_gpu as gqa_decode_attention
+from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_attention
 from qwen_jax import api, packed
+from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine import CHUNK
 from qwen_jax.measure import Budget, device, show_bytes
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
@@ -113,8 +117,21 @@ def implementation_lines(
     implementation: str, config: ModelConfig, dtype: jnp.dtype
 ) -> Iterator[str]:
     """What each operation would run on; batches and long contexts may still take another."""
+    # float16 parameters run with float32 activations, which no attention kernel takes.
+    q = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    cache = (1, kv_heads, SMALLEST_CAPACITY, dim)
+    reasons = {
+        "gqa_prefill_attention": gqa_prefill_attention.refusal(
+            (1, CHUNK, heads, dim), cache, q, dtype, dtype
+        ),
+        "gqa_decode_attention": gqa_decode_attention.refusal(
+            heads, kv_heads, SMALLEST_CAPACITY, dim, q, dtype, dtype
+        ),
+        "decode_step": packed.refusal(config, dtype),
+    }
     for operation in pallas_kernels.OPERATIONS:
-        why = packed.refusal(config, dtype) if operation == "decode_step" else None
+        why = reasons.get(operation)
         chosen = pallas_kernels.choose(operation, implementation, why)
         why = pallas_kernels.refusal(operation) or why
         yield f"{operation:<24} {chosen}" + (f" ({why})" if why and chosen == "xla" else "")

@@ -94,10 +94,11 @@ def read(config: ConfigDict, options: Options) -> list[Item]:
     if config.prompt is not None:
         raise UserError("--prompt and --prompt_file exclude each other; give one of them.")
     path = Path(config.prompt_file)
+    is_json = path.suffix.lower() == ".jsonl"
     try:
         with path.open("rb") as file:
             items = [
-                _item(text, options, f"{path}, line {number}", number, path.suffix == ".jsonl")
+                _item(text, options, f"{path}, line {number}", number, is_json)
                 for number, line in enumerate(file, start=1)
                 if (text := _decode(line, f"{path}, line {number}").strip("\r\n")).strip()
             ]

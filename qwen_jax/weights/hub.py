@@ -15,6 +15,8 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights.gguf_file import SPLIT_NAME, split_paths
 
 _NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<quant>[\w.-]+))?")
+# Seconds the Hub may take to answer before the cache alone decides.
+TIMEOUT = 10
 # What a Hugging Face checkpoint needs, all at the top of the repository.
 _CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja")
 
@@ -117,7 +119,7 @@ def _list(repo: str) -> _Repository:
 
     try:
         # list_repo_files would retry for 20 seconds before it gives up without network.
-        siblings = HfApi().model_info(repo).siblings or []
+        siblings = HfApi().model_info(repo, timeout=TIMEOUT).siblings or []
         return _Repository(repo, [sibling.rfilename for sibling in siblings], None)
     except HFValidationError as error:
         raise UserError(f"hf:{repo}: this is no repository's name ({_line(error)}).") from None

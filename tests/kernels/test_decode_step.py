@@ -68,7 +68,7 @@ def test_shared_memory_is_enough(size: str) -> None:
     [
         (SIZES["0.5b"], 512, "float32", "float32, not bfloat16"),
         (SIZES["0.5b"], 520, "bfloat16", "520 slots are not a multiple of 64"),
-        (SIZES["0.5b"], 8192, "bfloat16", "8192 slots, and only up to 4224"),
+        (SIZES["0.5b"], 8192, "bfloat16", "8192 slots, and more than 4224"),
         (SIZES["7b"], 512, "bfloat16", "head dimension is 128"),
         (Shape(2, 192, 4, 2, 64, 512, 320, 1e-6), 512, "bfloat16", "512 x 192 is not made of"),
         (Shape(2, 1024, 18, 2, 64, 512, 320, 1e-6), 512, "bfloat16", "9 query heads"),

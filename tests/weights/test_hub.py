@@ -62,7 +62,7 @@ class FakeHub:
 def fake(tmp_path, monkeypatch) -> FakeHub:
     fake = FakeHub(tmp_path / "downloads")
     monkeypatch.setattr(
-        huggingface_hub.HfApi, "model_info", lambda self, repo: fake.model_info(repo)
+        huggingface_hub.HfApi, "model_info", lambda self, repo, timeout: fake.model_info(repo)
     )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -195,6 +195,11 @@ def test_impossible_prompts_are_refused() -> None:
     assert "prompt is empty" in refusal(0)
     assert "256 tokens" in refusal(256) and "context of 256" in refusal(256)
     assert "1000 tokens" in refusal(1000)
+    for tokens in ([0, EDGE.vocab_size], [0, -1]):
+        with pytest.raises(UserError, match="tokens 0 to 60"):
+            engine.prefill([Prompt(tokens, 5)], plan, params)
+    with pytest.raises(UserError, match="no prompts"):
+        engine.prefill([], plan, params)
     for length in (0, 257):
         with pytest.raises(UserError, match=f"1 to 256 tokens.*got {length}"):
             engine.logits(random_tokens(EDGE, length))

@@ -1,0 +1,87 @@
+"""Config files that fail, and what their fields may be."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwen_jax import cli, settings
+from tests.cli.conftest import REPOSITORY
+
+CONFIGS = {
+    "def get_config(:\n  pass\n": "config.py, line 1: SyntaxError: invalid syntax",
+    "x = 1\n\n  y = 2\n": "config.py, line 3: IndentationError",
+    "x = 1\n": "config.py defines no get_config()",
+    "get_config = 3\n": "config.py defines no get_config()",
+    "import nowhere\n": "line 1: ModuleNotFoundError: No module named 'nowhere'",
+    "def get_config():\n  raise ValueError('one\\ntwo')\n": "line 2: ValueError: one two",
+    "def get_config():\n  return {}['key']\n": "line 2: KeyError: 'key'",
+    "import json\ndef get_config():\n  return json.loads('{')\n": "config.py, line 3: JSONDecode",
+    "def get_config():\n  return get_config()\n": "line 2: RecursionError",
+    "import sys\nsys.exit(3)\n": "line 2: SystemExit: 3",
+    "open('nowhere')\n": "line 1: FileNotFoundError",
+    "def get_config():\n  pass\n": "must return a ConfigDict, but returned NoneType",
+    "def get_config():\n  return {}\n": "must return a ConfigDict, but returned dict",
+    "def get_config(a, b): pass\n": "TypeError: get_config() missing 2 required",
+}
+FIELDS = {
+    "{'promt': 'x'}": "sets promt, which is no field; did you mean prompt?",
+    "{'sampling': {'temprature': 1}}": "did you mean sampling.temperature?",
+    "{'sampling': 3}": "sets sampling, which is no field",
+    "{'max_tokens': 'abc'}": "max_tokens is 'abc', but it must be a whole number",
+    "{'n': True}": "n is True, but it must be a whole number",
+    "{'model': None}": "model is None, but it must be text",
+    "{'stop': 'abc'}": "stop is 'abc', but it must be a tuple of texts",
+    "{'sampling': {'temperature': '1'}}": "sampling.temperature is '1', but it must be a number",
+}
+
+
+@pytest.mark.parametrize("program", CONFIGS)
+def test_that_fail(refuses: Callable[..., None], tmp_path: Path, program: str) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(program)
+    refuses([f"--config={path}"], CONFIGS[program])
+
+
+@pytest.mark.parametrize("content", [b"x = '\xff'\n", b"x = 1\0\n", b"\x7fELF\x02"])
+def test_that_are_no_text(refuses: Callable[..., None], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.py"
+    path.write_bytes(content)
+    refuses([f"--config={path}"], "config.py", "SyntaxError")
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_fields(refuses: Callable[..., None], tmp_path: Path, fields: str) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({fields})"
+    )
+    refuses([f"--config={path}"], FIELDS[fields])
+
+
+def test_that_are_not_there(refuses: Callable[..., None], tmp_path: Path) -> None:
+    refuses(["--config=nowhere.py"], "--config=nowhere.py can't be read: No such file")
+    refuses([f"--config={tmp_path}"], "can't be read: Is a directory")
+    refuses(["--config="], "can't be read")
+    refuses([f"--config={'x' * 5000}"], "can't be read: File name too long")
+
+
+def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(variant=''):\n"
+        "  return ConfigDict({'prompt': variant, 'sampling': {'temperature': 1}})"
+    )
+    _, config = cli.parse(["run.py", f"--config={path}:a:b"])
+    expected = dict(settings.flatten(settings.get_config()))
+    expected |= {"prompt": "a:b", "sampling.temperature": 1.0}
+    assert dict(settings.flatten(config)) == expected
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")), ids=str)
+def test_shipped(refuses: Callable[..., None], path: Path) -> None:
+    settings.load(str(path))
+    if path.name == "haiku.py":
+        assert settings.load(f"{path}:greedy").sampling.temperature == 0
+        refuses([f"--config={path}:hot"], "no variant 'hot', only 'greedy'")

@@ -1,0 +1,152 @@
+"""Flags, values and tasks that make no sense; the order in which settings win."""
+
+import importlib.metadata
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_jax import cli, settings
+from qwen_jax.errors import UserError
+from tests.cli.conftest import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--promt=x", "no flag --promt; did you mean --prompt?"),
+        ("--sampling.temperature=1", "did you mean --config.sampling.temperature?"),
+        ("--foobar", "no flag --foobar; see run.py --help"),
+        ("--helpxml", "no flag --helpxml"),
+        ("--prompt", "Missing value for flag --prompt"),
+        ("generat", "'generat' is not a task; did you mean 'generate'?"),
+        ("stray", "'stray' is not a task; the tasks are generate, inspect."),
+        ("-- foo", "'foo' is not a task"),
+        ("generate stray", "'stray' belongs to no flag"),
+        ("inspect model.gguf", "'model.gguf' belongs to no flag"),
+        ("--n=abc", "--n is 'abc', but it must be a whole number"),
+        ("--max_tokens=1.5", "--max_tokens is '1.5', but it must be a whole number"),
+        ("--temperature=hot", "--temperature is 'hot', but it must be a number"),
+        ("--raw=maybe", "--raw is 'maybe', but it must be true or false"),
+        ("--flagfile=nowhere", "Unable to open flagfile"),
+        (
+            "--config.sampling.temprature=1",
+            "no flag --config.sampling.temprature; did you mean --config.sampling.temperature?",
+        ),
+        ("--config.max_tokens=abc", "--config.max_tokens is 'abc', but it must be a whole"),
+        ("--config.sampling=3", "no flag --config.sampling;"),
+        ("--config.=3", "no flag --config."),
+    ],
+)
+def test_refused(refuses: Callable[..., None], argv: str, words: str) -> None:
+    refuses(argv.split(" "), words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--n=0", "n is 0"),
+        ("--n=-1", "n is -1"),
+        ("--max_tokens=0", "max_tokens is 0"),
+        ("--batch_size=-5", "batch_size is -5"),
+        ("--temperature=nan", "sampling.temperature is nan"),
+        ("--temperature=-0.1", "sampling.temperature is -0.1"),
+        ("--temperature=inf", "sampling.temperature is inf"),
+        ("--top_p=0", "sampling.top_p is 0"),
+        ("--top_p=1.1", "sampling.top_p is 1.1"),
+        ("--top_k=-1", "sampling.top_k is -1"),
+        ("--min_p=2", "sampling.min_p is 2"),
+        ("--seed=-1", "sampling.seed is -1"),
+        ("--seed=4294967296", "sampling.seed is 4294967296"),
+        ("--config.sampling.repetition_penalty=0", "repetition_penalty is 0"),
+        ("--config.sampling.presence_penalty=nan", "presence_penalty is nan"),
+        ("--config.sampling.logit_bias=foo", "holds 'foo', but it must be like 42:-1.5,7:3"),
+        ("--config.sampling.logit_bias=1:nan", "logit_bias"),
+        ("--config.sampling.logit_bias=1:2:3", "holds '1:2:3'"),
+        ("--config.sampling.logit_bias=1:2,1:3", "names token 1 twice"),
+        ("--stop=", "stop is ('',)"),
+        ("--prompt=", "the prompt is empty"),
+        ("--model=x.gguf", "There is no prompt"),
+        ("--output=x.jsonl", "--output needs --prompt_file"),
+        ("--prompt=x --prompt_file=y", "exclude each other"),
+        ("--prompt_file=nowhere.txt", "nowhere.txt can't be read: No such file"),
+        ("--prompt_file=", "can't be read"),
+        (f"--prompt_file={'x' * 5000}", "can't be read: File name too long"),
+    ],
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_values_that_make_no_sense(refuses: Callable[..., None], argv: str, words: str) -> None:
+    refuses(argv.split(" "), words)
+
+
+@pytest.mark.parametrize("task", ["generate", "inspect"])
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--dtype=int8", "dtype is 'int8', but it must be one of auto, float32"),
+        ("--implementation=cuda", "implementation is 'cuda', but it must be one of auto"),
+        ("--implementation=mosaic_gpu", "use implementation 'auto' or 'xla'"),
+    ],
+)
+def test_unknown_names(refuses: Callable[..., None], task: str, flag: str, words: str) -> None:
+    refuses([task, flag], words)
+
+
+def test_matmul_precision(refuses: Callable[..., None]) -> None:
+    refuses(["--config.matmul_precision=low"], "matmul_precision is 'low'")
+
+
+def test_a_flag_wins_over_the_config_wherever_it_stands() -> None:
+    file = REPOSITORY / "configs" / "haiku.py"
+    task, config = cli.parse(
+        f"run.py --max_tokens=7 --config.max_tokens=8 --config.n=2 inspect --stop=a --stop b "
+        f"--config={file} --noraw --top_p=1".split()
+    )
+    assert task == "inspect"
+    assert (config.max_tokens, config.n, config.stop) == (7, 2, ("a", "b"))
+    assert config.sampling.to_dict() == settings.get_config().sampling.to_dict() | {
+        "temperature": 0.8,
+        "min_p": 0.05,
+    }
+
+
+def test_every_flag_stands_for_a_field_of_its_type() -> None:
+    samples = {str: "x", int: 3, float: 0.5, bool: True, tuple: ("x",)}
+    for flag, (field, _) in settings.FLAGS.items():
+        value = samples[settings.type_of(field)]
+        given = value[0] if isinstance(value, tuple) else value
+        _, config = cli.parse(["run.py", f"--{flag}={given}"])
+        assert dict(settings.flatten(config))[field] == value
+
+
+@given(st.lists(st.sampled_from(["-", "--", "config", ".", "=", "n", "1", "max_tokens", "\0é"])))
+def test_any_arguments(parts: list[str]) -> None:
+    argument = "".join(parts)
+    try:
+        task, config = cli.parse(["run.py", argument])
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert task in cli.TASKS and len(config) == len(settings.get_config())
+
+
+def test_help_lists_flags_and_fields_and_needs_no_jax() -> None:
+    program = (
+        "import sys; from qwen_jax.cli import main; code = main(['inspect', '--help'])\n"
+        "sys.exit(code or 10 * bool({'jax', 'numpy', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in settings.FLAGS:
+        assert f"  --{name} " in done.stdout
+    for name, value in settings.flatten(settings.get_config()):
+        assert f"  {name}={value!r}" in done.stdout
+
+
+def test_the_console_command_is_run_py() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="qwen-jax")
+    assert entry.load() is runpy.run_path(str(REPOSITORY / "run.py"))["entry"] is cli.entry

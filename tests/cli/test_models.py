@@ -1,0 +1,152 @@
+"""Model files that are damaged, missing or too large, and machines without a device."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+
+from qwen_jax import api, cli, measure
+from qwen_jax.weights import loader
+from tests.cli.conftest import BUNDLED, REPOSITORY
+from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
+
+
+def damaged() -> dict[str, tuple[bytes, str]]:
+    whole = BUNDLED.read_bytes()
+    return {
+        "empty": (b"", "the file is empty"),
+        "magic": (b"GGUF", "beyond the end"),
+        "text": (b"hello " * 1000, "it is no GGUF file"),
+        "header": (whole[:5000], "beyond the end"),
+        "half": (whole[: len(whole) // 2], "the download is incomplete"),
+        "tail": (whole[:-1], "the download is incomplete"),
+        "values": (whole[:-100000] + b"\xff" * 100000, "values that are not finite"),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged())
+def test_damaged(refuses: Callable[..., None], tmp_path: Path, kind: str) -> None:
+    content, words = damaged()[kind]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    refuses([f"--model={path}", "--prompt=x"], str(path), words)
+    if kind != "values":  # which inspect doesn't read
+        refuses(["inspect", f"--model={path}"], str(path), words)
+
+
+def test_huge(refuses: Callable[..., None], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    refuses([f"--model={path}", "--prompt=x"], "it is no GGUF file")
+
+
+def test_without_a_tokenizer(refuses: Callable[..., None], tmp_path: Path) -> None:
+    config = tiny_config()
+    path = write_gguf(tmp_path / "model.gguf", config, random_parameters(config)).path
+    for task in cli.TASKS:
+        refuses([task, f"--model={path}", "--prompt=x"], "tokenizer.ggml", "missing")
+    path = write_hf(tmp_path / "model", config, random_parameters(config)).path
+    refuses([f"--model={path}", "--prompt=x"], "tokenizer.json is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.gguf", "there is no such file"),
+        ("", "there is no such file"),
+        ("~nobody/x.gguf", "there is no such file"),
+        ("x" * 5000, "there is no such file"),
+        ("http://host/x.gguf", "there is no such file"),
+        ("hf:", "does not read hf:owner/repo"),
+        ("hf:a/b:c:d", "does not read hf:owner/repo"),
+        ("/dev/null", "cannot be read"),
+    ],
+)
+def test_that_are_not_there(refuses: Callable[..., None], name: str, words: str) -> None:
+    refuses([f"--model={name}", "--prompt=x"], words)
+
+
+def test_directories(refuses: Callable[..., None], tmp_path: Path) -> None:
+    refuses([f"--model={tmp_path}", "--prompt=x"], "holds no model")
+    for name in "ab":
+        (tmp_path / f"{name}.gguf").write_bytes(b"")
+    refuses([f"--model={tmp_path}", "--prompt=x"], "holds the GGUF files a.gguf, b.gguf")
+    (tmp_path / "config.json").write_text("{")
+    refuses([f"--model={tmp_path}", "--prompt=x"], "config.json: the JSON is not valid")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("0" * 64, "the SHA-256 is"),
+        ("abc", "'abc' is not 64 hexadecimal digits"),
+        ("", "'' is not 64 hexadecimal digits"),  # as an unset variable leaves it
+        (f"{'0' * 64},{'0' * 64}", "2 hash(es) were given"),
+    ],
+)
+def test_sha256(refuses: Callable[..., None], given: str, words: str) -> None:
+    refuses([f"--sha256={given}"], words)
+
+
+def test_sha256_of_other_things(refuses: Callable[..., None], tmp_path: Path) -> None:
+    part = tmp_path / "m-00001-of-00002.gguf"
+    part.write_bytes(BUNDLED.read_bytes())
+    flag = f"--sha256={'0' * 64}"
+    refuses([f"--model={part}", "--prompt=x", flag], "the model is 2")
+    config = tiny_config()
+    path = write_hf(tmp_path / "hf", config, random_parameters(config)).path
+    refuses([f"--model={path}", "--prompt=x", flag], "sha256 is for GGUF files")
+
+
+def test_weights_that_do_not_fit(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "free_memory", lambda: 10_000_000)
+    monkeypatch.setattr(loader, "decode_into", lambda *args: pytest.fail("it was loaded"))
+    refuses(["--dtype=float32"], "weights take 13.3 MB in float32", "10.0 MB free", "bfloat16")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_cache_that_does_not_fit(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses(["--n=100000"], "100000 texts of up to", "lower n")
+    # Read where it is known, as of an accelerator.
+    monkeypatch.setattr(measure, "free_memory", lambda: 1000)
+    refuses([], "1 texts of up to", "1.0 kB free")
+
+
+@pytest.mark.parametrize("platform", ["nonsense", "cuda"])
+def test_no_device(platform: str) -> None:
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    command = [sys.executable, str(REPOSITORY / "run.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        pytest.skip(f"JAX has the platform {platform} here, so it can't be missing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert f"cannot use the platform in JAX_PLATFORMS={platform}" in done.stderr
+
+
+@pytest.mark.usefixtures("loaded")
+def test_out_of_memory_on_the_device(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch, loaded: api.Model
+) -> None:
+    def exhausted(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating")
+
+    monkeypatch.setattr(loaded.engine, "prefill", exhausted)
+    refuses([], "ran out of memory (RESOURCE_EXHAUSTED: Out of memory); lower n")
+
+
+def test_nothing_is_written_into_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests run without a compilation cache; `api.load` must not switch it on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    api.load()
+    assert not list(tmp_path.iterdir())
+    assert not jax.config.values["jax_compilation_cache_dir"]

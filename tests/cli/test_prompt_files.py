@@ -1,0 +1,176 @@
+"""Prompt files: what is wrong is known before anything is written; answers equal those alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from qwen_jax import settings
+from qwen_jax.errors import UserError
+from qwen_jax.tasks import prompts
+from tests.cli.conftest import Run
+
+FILES = {
+    b"": "holds no prompts",
+    b"\n \r\n\n": "holds no prompts",
+    b'{"prompt": "a"}\n{"prompt": \n': "line 2 is not JSON: Expecting value at column 12",
+    b'{"prompt": "a"}\n\xff\n': "line 2 is not UTF-8 at byte 0",
+    b"[1]\n": "line 1 is [1], but it must be an object",
+    b'{"id": 3}\n': "line 1 must have either 'prompt' or 'messages'",
+    b'{"prompt": "a", "messages": []}\n': "line 1 must have either 'prompt' or 'messages'",
+    b'{"prompt": "a", "temperature": 1}\n': "line 1 has the field 'temperature'; the fields are",
+    b'{"prompt": "a", "prompt": "b"}\n': "line 1 is not JSON that can be read: a field appears",
+    b'{"prompt": 3}\n': "line 1: prompt is 3, but it must be text",
+    b'{"prompt": ""}\n': "line 1: the prompt is empty",
+    b'{"prompt": "a", "max_tokens": 0}\n': "line 1: max_tokens is 0",
+    b'{"prompt": "a", "max_tokens": true}\n': "line 1: max_tokens is True",
+    b'{"prompt": "a", "seed": -1}\n': "line 1: sampling.seed is -1",
+    b'{"prompt": "a", "seed": 1.5}\n': "line 1: seed is 1.5, but it must be a whole number",
+    b'{"prompt": "a", "id": NaN}\n': "line 1: id is nan, but it must be text or a whole number",
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n": "line 1 is not JSON that can be read",
+    b"[" * 100000: "line 1 is not JSON that can be read",
+}
+# Known only with the tokenizer, but before anything is run or written.
+LATE = {
+    b'{"prompt": "a"}\n{"messages": []}\n': "line 2: the conversation has no messages",
+    b'{"prompt": "a"}\n{"messages": [{"role": "x"}]}\n': "line 2: message 0 has the role 'x'",
+    b'{"prompt": "a"}\n{"messages": ["x"]}\n': "line 2: message 0 is 'x'",
+    b'{"prompt": "a"}\n{"prompt": "a\\ud800"}\n': "line 2: the text",
+    b'{"prompt": "a"}\n{"prompt": "' + b"word " * 3000 + b'"}\n': "line 2: The prompt has 3029",
+    b'{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}], "raw": true}\n': (
+        "line 2: A raw prompt is one text"
+    ),
+    b'{"messages": [{"role": "system", "content": "a"}], "system": "b"}\n': (
+        "line 1: The chat has a system message"
+    ),
+}
+
+
+def answers_in(lines: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize("content", FILES, ids=range(len(FILES)))
+@pytest.mark.usefixtures("nothing_loads")
+def test_refused(refuses: Callable[..., None], tmp_path: Path, content: bytes) -> None:
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    refuses([f"--prompt_file={path}", f"--output={output}"], "prompts.jsonl", FILES[content])
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("content", LATE, ids=range(len(LATE)))
+@pytest.mark.usefixtures("loaded")
+def test_refused_late(refuses: Callable[..., None], tmp_path: Path, content: bytes) -> None:
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    flags = [f"--prompt_file={path}", f"--output={output}", "--batch_size=1"]
+    refuses(flags, "prompts.jsonl, ", LATE[content])
+    assert not output.exists()
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_output_is_checked_before_the_model_is_loaded(
+    refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("moon\n")
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("old")
+    for output, words in (
+        (kept, "kept.jsonl exists already"),
+        (tmp_path, "exists already"),
+        (tmp_path / "nowhere" / "out.jsonl", "can't be written: No such file or directory"),
+        (path / "out.jsonl", "can't be written: Not a directory"),
+        ("x" * 5000, "can't be written: File name too long"),
+    ):
+        refuses([f"--prompt_file={path}", f"--output={output}"], words)
+    assert kept.read_text() == "old"
+
+
+def test_a_model_that_fails_leaves_no_output(refuses: Callable[..., None], tmp_path: Path) -> None:
+    path, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    path.write_text("moon\n")
+    refuses(["--model=nowhere", f"--prompt_file={path}", f"--output={output}"], "nowhere")
+    assert not output.exists()
+
+
+@given(st.lists(st.binary(max_size=30) | st.sampled_from([b'{"prompt":', b'"a"', b"}", b"\n"])))
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes(tmp_path: Path, parts: list[bytes]) -> None:
+    for name in ("prompts.jsonl", "prompts.txt"):
+        path = tmp_path / name
+        path.write_bytes(b"".join(parts))
+        config = settings.get_config()
+        config.prompt_file = str(path)
+        try:
+            items = prompts.read(config, prompts.options_of(config))
+        except UserError as error:
+            assert str(error).startswith(("--prompt_file=", str(path)))
+        else:
+            assert items
+
+
+@pytest.mark.usefixtures("loaded")
+def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> None:
+    # 33 to 64 tokens each, so that three programs serve all: one for each batch size.
+    chat = [{"role": "user", "content": "Write a haiku about the moon."}]
+    lines = [
+        {"prompt": "Write a haiku about rivers.", "id": "é\ud800"},
+        {"prompt": "Write a haiku that contains the word fern.", "id": None, "max_tokens": 5},
+        {"messages": chat, "seed": 7},
+        {"prompt": "An old silent pond\n" * 6, "raw": True, "max_tokens": 3},
+        {
+            "prompt": "Write a haiku about snow.",
+            "system": "You write short poems about anything that you are asked for.",
+            "id": 3,
+        },
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\ufeff" + "\r\n\n".join(map(json.dumps, lines)))
+    written = []
+    for size in (1, 2, 5):
+        output = tmp_path / f"{size}.jsonl"
+        flags = [f"--prompt_file={path}", f"--batch_size={size}", f"--output={output}"]
+        result = run(*flags, "--temperature=0.9", "--seed=5")
+        assert (result.code, result.out) == (0, "")
+        written.append(output.read_text(encoding="utf-8").splitlines())
+    # Batches decide in which order the answers finish, and nothing else.
+    assert sorted(written[0]) == sorted(written[1]) == sorted(written[2])
+    answers = [json.loads(line) for line in written[0]]
+    assert [a["id"] for a in answers] == ["é\ud800", 3, 5, 7, 3]
+    assert [len(a["tokens"]) for a in answers[1:4:2]] == [5, 3]
+    # A seed of the line's own wins over its place in the file.
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": chat}))
+    alone = run(f"--prompt_file={tmp_path / 'one.jsonl'}", "--temperature=0.9", "--seed=7")
+    assert json.loads(alone.out)["text"] == answers[2]["text"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_samples_of_each_prompt(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "moon"}\n{"prompt": "moon", "seed": 3, "id": "b"}\n')
+    result = run(f"--prompt_file={path}", "--n=2", "--temperature=1", "--seed=3")
+    answers = sorted(answers_in(result.out), key=lambda a: (str(a["id"]), a["sample"]))
+    assert [(a["id"], a["sample"]) for a in answers] == [(1, 0), (1, 1), ("b", 0), ("b", 1)]
+    texts = [a["text"] for a in answers]
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_lines_of_text_and_logprobs(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("moon\n\n  snow\n")
+    result = run(f"--prompt_file={path}", "--top_logprobs=2", "--max_tokens=4")
+    first, second = sorted(answers_in(result.out), key=lambda a: a["id"])
+    assert (first["id"], second["id"]) == (1, 3)
+    assert [entry["token"] for entry in first["logprobs"]] == first["tokens"]
+    for entry in first["logprobs"]:
+        (best, logprob), (_, runner_up) = entry["top"]
+        assert (best, logprob) == (entry["token"], entry["logprob"])
+        assert runner_up <= logprob < 0

@@ -1,0 +1,95 @@
+"""One prompt: its text, stdin, stops, samples and log-probabilities."""
+
+import io
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from qwen_jax import api
+from qwen_jax.tasks import prompts
+from tests.cli.conftest import HAIKU, Run
+
+pytestmark = pytest.mark.usefixtures("loaded")
+
+
+def test_the_default_is_a_haiku(run: Run) -> None:
+    result = run()
+    assert (result.code, result.out) == (0, HAIKU + "\n")
+    for word in ("prompt ", "generation ", "first token ", "compilation ", "memory "):
+        assert word in result.err
+    assert "finished    stop\nsampling    greedy\n" in result.err
+
+
+def test_too_long_or_out_of_range(refuses: Callable[..., None]) -> None:
+    refuses(["--prompt=" + "word " * 3000], "The prompt has 3029 tokens", "context of 512")
+    refuses(["--prompt=x", "--system=y", "--raw"], "A raw prompt is one text")
+    refuses(["--prompt=a\udcffb"], "not valid Unicode")
+    for top in ("2049", "-1"):
+        refuses([f"--top_logprobs={top}"], f"top_logprobs is {top}", "2048 tokens")
+    for token in ("-1", "2048"):
+        refuses([f"--config.sampling.logit_bias={token}:1"], f"token {token}")
+
+
+@pytest.mark.parametrize("most", ["1000000000", "99999999999999999999"])
+def test_the_context_ends_what_max_tokens_does_not(run: Run, loaded: api.Model, most: str) -> None:
+    bans = ",".join(f"{i}:-inf" for i in loaded.tokenizer.stop_ids)
+    flags = [f"--max_tokens={most}", f"--config.sampling.logit_bias={bans}"]
+    result = run("--prompt=Write a haiku about rivers.", *flags)
+    assert result.code == 0
+    assert "finished    length" in result.err
+    assert "prompt      35 tokens" in result.err
+    assert f"generation  {512 - 35 - 1} tokens" in result.err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (b"", "stdin: the prompt is empty"),
+        (b"\n", "stdin: the prompt is empty"),
+        (b"a\xffb", "stdin is not UTF-8 at byte 1"),
+    ],
+)
+def test_bad_stdin(
+    refuses: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    given: bytes,
+    words: str,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    refuses(["--prompt=-"], words)
+
+
+def test_stdin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = f"{prompts.HAIKU}\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert run("--prompt=-").out == HAIKU + "\n"
+
+
+def test_stop_strings(run: Run) -> None:
+    result = run("--stop=nowhere", "--stop=like a")
+    assert result.out == HAIKU[: HAIKU.index("like a")] + "\n"
+    assert "finished    stop" in result.err
+
+
+def test_several_samples(run: Run) -> None:
+    result = run("--n=3", "--temperature=1")
+    parts = result.out.split("--- sample ")
+    assert [part[:2] for part in parts] == ["", "1\n", "2\n", "3\n"]
+    assert len({part[2:] for part in parts}) == 4
+    assert "sampling    temperature 1.0, seed 0" in result.err
+    assert run("--n=3", "--temperature=1").out == result.out
+
+
+def test_logprobs(run: Run, loaded: api.Model) -> None:
+    result = run("--top_logprobs=2", "--max_tokens=3")
+    tokens = loaded.tokens(prompts.HAIKU)
+    chosen = loaded.generate(prompts.HAIKU, max_tokens=3, top_logprobs=2)
+    assert isinstance(chosen, api.Completion)
+    lines = result.err.splitlines()[:3]
+    for line, token in zip(lines, chosen.tokens, strict=True):
+        row = loaded.logits(tokens)[-1].astype(np.float64)
+        logprob = row[token] - np.log(np.exp(row).sum())
+        assert line.startswith(f"{loaded.tokenizer.token_name(token):<16} {logprob:8.3f}   ")
+        tokens.append(token)

@@ -1,15 +1,22 @@
 """run.py in this process, and the bundled model loaded once for all of its tests."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from qwen_jax import api, cli
+from qwen_jax import cli
+
+# This file is read before ../conftest.py has told JAX what to do, so it must not import JAX.
+if TYPE_CHECKING:
+    from qwen_jax import api
 
 REPOSITORY = Path(__file__).parents[2]
-BUNDLED = api.locate()
+BUNDLED = REPOSITORY / "qwen_jax" / "data" / "haiku.gguf"
 HAIKU = "a thin rising moon\nlantern passes like a cloud\nnothing is missing"
 """What the bundled model answers where nothing is asked."""
 
@@ -52,13 +59,15 @@ def refuses(run: Run) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def model() -> api.Model:
+    from qwen_jax import api
+
     return api.load()
 
 
 @pytest.fixture
 def loaded(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> api.Model:
     """run.py finds the bundled model loaded, and compiled by earlier tests."""
-    monkeypatch.setattr(api, "load", lambda *args, **kwargs: model)
+    monkeypatch.setattr("qwen_jax.api.load", lambda *args, **kwargs: model)
     return model
 
 
@@ -67,4 +76,4 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object, **kwargs: object) -> None:
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr(api, "load", load)
+    monkeypatch.setattr("qwen_jax.api.load", load)

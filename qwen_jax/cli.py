@@ -5,6 +5,7 @@ import difflib
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from logging import Formatter
@@ -44,6 +45,8 @@ def entry() -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)
+    # All is written: Ctrl-C while Python ends is not worth a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 

@@ -95,6 +95,7 @@ def rope(size: str, batch: int, steps: int) -> Case:
 
 def cases(operation: str, sizes: list[str]) -> Iterator[Callable[[], Case]]:
     """The shapes of an operation; each is made when called, and freed before the next."""
+    make: Callable[[str, int, int], Case]
     if operation == "gqa_decode_attention":
         grid = [(batch, context) for batch in (1, 8) for context in (128, 2048, 32768)]
         make = decode_attention

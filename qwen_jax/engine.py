@@ -16,7 +16,7 @@ from qwen_jax import programs
 from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.model import Parameters
+from qwen_jax.model import Parameters, activation_dtype
 from qwen_jax.packed import PackedWeights
 from qwen_jax.programs import Emitted, Rows
 from qwen_jax.sampling import Counts, Plan, RowParameters
@@ -155,7 +155,9 @@ class Engine:
         cache = self._create_cache(len(prompts), self.capacity(prompts))
         lengths = np.array([len(p.tokens) for p in prompts], np.int32)
         limits = np.minimum([p.max_tokens for p in prompts], self.config.context_length - lengths)
-        last = jnp.zeros((len(prompts), self.config.hidden_size), self.activation_dtype)
+        last = jnp.zeros(
+            (len(prompts), self.config.hidden_size), activation_dtype(self.cache_dtype)
+        )
         start = 0
         for length in chunk_lengths(int(lengths.max())):
             tokens = _pad([p.tokens[start : start + length] for p in prompts], length)
@@ -209,11 +211,6 @@ class Engine:
             out[start : start + len(part)] = np.asarray(logits)[0, : len(part)]
             start += length
         return out
-
-    @property
-    def activation_dtype(self) -> jnp.dtype:
-        """float16 parameters run with float32 activations: see `model.matmul`."""
-        return jnp.dtype(jnp.float32 if self.cache_dtype == jnp.float16 else self.cache_dtype)
 
 
 def _pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:

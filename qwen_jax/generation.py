@@ -128,7 +128,11 @@ class Batch:
     @property
     def completions(self) -> list[Completion]:
         """One a request; of those still running, what there is so far."""
-        return [row.completion() for row in self._rows]
+        return [self.completion(row) for row in range(len(self._rows))]
+
+    def completion(self, row: int) -> Completion:
+        """One row's part of `completions`."""
+        return self._rows[row].completion()
 
     def finished(self, row: int) -> bool:
         """Whether a row's completion is final."""

@@ -41,6 +41,11 @@ def parameter(params: Parameters, prefix: str, name: str) -> nnx.Param:
     return nnx.Param(params[prefix + name], axes=AXES[name])
 
 
+def activation_dtype(parameters: jnp.dtype) -> jnp.dtype:
+    """Of activations: the parameters' own, but float32 under float16 ones (see `matmul`)."""
+    return jnp.dtype(jnp.float32 if parameters == jnp.float16 else parameters)
+
+
 def matmul(
     x: Float[Array, "*rows in"],
     weight: Float[Array, "out in"],
@@ -226,9 +231,7 @@ class Qwen2(nnx.Module):
             The hidden states after the final norm, and the cache with T more slots filled.
         """
         embedded = self.embed[...][tokens]
-        # float16 parameters run with float32 activations: see `matmul`.
-        x = embedded.astype(jnp.float32) if embedded.dtype == jnp.float16 else embedded
-        x = tap("embed", x)
+        x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         k, v = [], []

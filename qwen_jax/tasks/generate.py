@@ -146,7 +146,7 @@ def _run_file(
                 for _ in batch:
                     for row in [row for row in waiting if batch.finished(row)]:
                         item, sample, _ = part[row]
-                        line = {"id": item.id, "sample": sample} | _record(batch.completions[row])
+                        line = {"id": item.id, "sample": sample} | _record(batch.completion(row))
                         print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
                         waiting.remove(row)
                         bar.update()

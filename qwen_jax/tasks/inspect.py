@@ -16,6 +16,7 @@ from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import CHUNK
 from qwen_jax.measure import Budget, device, show_bytes
+from qwen_jax.model import activation_dtype
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
@@ -117,8 +118,7 @@ def implementation_lines(
     implementation: str, config: ModelConfig, dtype: jnp.dtype
 ) -> Iterator[str]:
     """What each operation would run on; batches and long contexts may still take another."""
-    # float16 parameters run with float32 activations, which no attention kernel takes.
-    q = jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+    q = activation_dtype(dtype)
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     cache = (1, kv_heads, SMALLEST_CAPACITY, dim)
     reasons = {

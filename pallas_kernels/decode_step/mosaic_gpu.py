@@ -36,8 +36,7 @@ RESERVED_BYTES = 6 * 1024
 GROUP = 8
 """Chunks of a vector that are fetched before any is stored, so that their loads overlap."""
 
-VERIFIED_HEAD_DIM = 64
-"""128 lowers too, but has not run at a real model's size; benchmarks/NOTES.md says more."""
+HEAD_DIMS = (64, 128)
 FEWEST_STAGES = 4
 """Weight tiles in flight below which the copies can't keep up with the reads."""
 
@@ -84,17 +83,14 @@ def refusal(plan: Plan, capacity: int, dtype: DTypeLike) -> str | None:
     for rows, columns in shape.matrices:
         if rows % ROWS or columns % COLUMNS:
             return f"a matrix of {rows} x {columns} is not made of {ROWS} x {COLUMNS} tiles"
-    if shape.head_dim != VERIFIED_HEAD_DIM:
-        return f"the head dimension is {shape.head_dim}, and only 64 has run on a GPU so far"
+    if shape.head_dim not in HEAD_DIMS:
+        return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
     if shape.group > 8:
         return f"{shape.group} query heads share a key/value head, more than 8"
     if shape.kv_heads > plan.blocks:
         return f"{shape.kv_heads} key/value heads are more than {plan.blocks} blocks"
     if capacity % SLOT_TILE:
         return f"the cache's {capacity} slots are not a multiple of {SLOT_TILE}"
-    most = plan.blocks // shape.kv_heads * SLOT_TILE
-    if capacity > most:
-        return f"the cache has {capacity} slots, and more than {most} have not run on a GPU yet"
     if (stages := memory(plan).stages) < FEWEST_STAGES:
         return f"shared memory has room for {stages} weight tiles, fewer than {FEWEST_STAGES}"
     return None
@@ -129,8 +125,9 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
 
         def everyone(n: Any) -> None:
             """The n-th barrier across all blocks, from 1."""
-            plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
-            plgpu.semaphore_wait(semaphore, n * blocks, memory_scope="gpu", decrement=False)
+            with jax.named_scope("barrier"):
+                plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
+                plgpu.semaphore_wait(semaphore, n * blocks, memory_scope="gpu", decrement=False)
 
         def fetch(tile: jax.Array, slot: jax.Array | int) -> None:
             @pl.when(tile < total)
@@ -217,29 +214,40 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
         def layer(index: jax.Array, ring_at: Ring) -> Ring:
             barrier = 1 + 5 * index
             attention.prefetch(index)
-            normalise(down_sum, down, 2 * index)
-            ring_at = product(0, qkv_sum, True, ring_at)
+            with jax.named_scope("attn_norm"):
+                normalise(down_sum, down, 2 * index)
+            with jax.named_scope("qkv_proj"):
+                ring_at = product(0, qkv_sum, True, ring_at)
             everyone(barrier + 1)
 
             @pl.when(attention.attends)
             def _() -> None:
-                attention.attend(index)
+                with jax.named_scope("attention"):
+                    attention.attend(index)
 
             everyone(barrier + 2)
-            fill(1, attention.combined)
-            ring_at = product(1, out_sum, False, ring_at)
+            with jax.named_scope("combine"):
+                fill(1, attention.combined)
+            with jax.named_scope("o_proj"):
+                ring_at = product(1, out_sum, False, ring_at)
             everyone(barrier + 3)
-            normalise(out_sum, out, 2 * index + 1)
-            ring_at = product(2, gate_up_sum, True, ring_at)
+            with jax.named_scope("ffn_norm"):
+                normalise(out_sum, out, 2 * index + 1)
+            with jax.named_scope("gate_up_proj"):
+                ring_at = product(2, gate_up_sum, True, ring_at)
             everyone(barrier + 4)
-            fill(3, swiglu)
-            ring_at = product(3, down_sum, False, ring_at)
+            with jax.named_scope("swiglu"):
+                fill(3, swiglu)
+            with jax.named_scope("down_proj"):
+                ring_at = product(3, down_sum, False, ring_at)
             everyone(barrier + 5)
             return ring_at
 
         ring_at = lax.fori_loop(0, shape.layers, layer, Ring(jnp.int32(stages), jnp.int32(0)))
-        normalise(down_sum, down, 2 * shape.layers)
-        product(4, logits, True, ring_at)
+        with jax.named_scope("final_norm"):
+            normalise(down_sum, down, 2 * shape.layers)
+        with jax.named_scope("lm_head"):
+            product(4, logits, True, ring_at)
 
     def f32(*dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, jnp.float32)

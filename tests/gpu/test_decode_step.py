@@ -1,5 +1,9 @@
 """A whole decode step of one row on a GPU, against the model in float32 on the same weights."""
 
+import functools
+import secrets
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +16,17 @@ from qwen_jax.sampling import Sampling, plan_rows
 from tests.engines import generate, relative
 from tests.tiny_checkpoints import canonical, random_parameters
 
-# Three layers of the 0.5B shape with a small vocabulary: every phase has its real size.
-CONFIG = ModelConfig(3, 896, 14, 2, 64, 4864, 2048, 8192, 1e6, 1e-6, tied=True)
-SMALL = ModelConfig(2, 256, 4, 2, 64, 512, 1024, 8192, 1e6, 1e-6, tied=False)
+SEED = secrets.randbits(31)
+
+# Layers of real shapes with a small vocabulary: every phase has its real size.
+CONFIGS = {
+    "small": ModelConfig(2, 256, 4, 2, 64, 512, 1024, 16384, 1e6, 1e-6, tied=False),
+    "small, H 128": ModelConfig(3, 512, 4, 2, 128, 1024, 1024, 16384, 1e6, 1e-6, tied=True),
+    "0.5b": ModelConfig(3, 896, 14, 2, 64, 4864, 2048, 16384, 1e6, 1e-6, tied=True),
+    "1.5b": ModelConfig(2, 1536, 12, 2, 128, 8960, 2048, 16384, 1e6, 1e-6, tied=True),
+    "7b": ModelConfig(2, 3584, 28, 4, 128, 18944, 2048, 16384, 1e6, 1e-6, tied=False),
+}
+SMALL = CONFIGS["small"]
 
 
 def parameters(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
@@ -51,20 +63,39 @@ def after_prompt(engine: Engine, tokens: list[int], poison: bool) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("length", [2, 64, 65, 128, 129, 700, 2047])
-@pytest.mark.parametrize("config", [SMALL, CONFIG], ids=["small", "0.5b layers"])
-def test_no_worse_than_twice_the_xla_path(config: ModelConfig, length: int) -> None:
-    seed = int(np.random.default_rng().integers(1 << 31))
-    params = parameters(config, seed)
+class Engines(NamedTuple):
+    """The same bfloat16 weights three ways."""
+
+    truth: Engine  # in float32
+    xla: Engine
+    kernel: Engine
+
+
+@functools.cache
+def engines(name: str) -> Engines:
+    config = CONFIGS[name]
+    params = parameters(config, SEED)
     packed = pack(config, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
-    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
-    truth_params = {name: value.astype(jnp.float32) for name, value in params.items()}
-    truth = after_prompt(Engine(config, truth_params, implementation="xla"), tokens, False)
-    xla = after_prompt(Engine(config, params, implementation="xla"), tokens, False)
-    kernel = after_prompt(Engine(config, packed), tokens, True)
-    again = after_prompt(Engine(config, packed), tokens, True)
+    truth = {name: value.astype(jnp.float32) for name, value in params.items()}
+    return Engines(
+        Engine(config, truth, implementation="xla"),
+        Engine(config, params, implementation="xla"),
+        Engine(config, packed),
+    )
+
+
+# The last has several tiles of slots for each block.
+@pytest.mark.parametrize("length", [2, 64, 65, 129, 700, 2047, 9001])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_worse_than_twice_the_xla_path(name: str, length: int) -> None:
+    three = engines(name)
+    vocab = CONFIGS[name].vocab_size
+    tokens = np.random.default_rng(SEED + length).integers(0, vocab, length).tolist()
+    truth = after_prompt(three.truth, tokens, False)
+    xla = after_prompt(three.xla, tokens, False)
+    kernel, again = (after_prompt(three.kernel, tokens, True) for _ in range(2))
     ours, theirs = relative(kernel, truth), relative(xla, truth)
-    print(f"seed {seed}, length {length}: kernel {ours:.2e}, xla {theirs:.2e}")
+    print(f"seed {SEED}, {name}, length {length}: kernel {ours:.2e}, xla {theirs:.2e}")
     assert ours <= 2 * theirs
     assert np.array_equal(kernel, again)
 

@@ -68,8 +68,7 @@ def test_shared_memory_is_enough(size: str) -> None:
     [
         (SIZES["0.5b"], 512, "float32", "float32, not bfloat16"),
         (SIZES["0.5b"], 520, "bfloat16", "520 slots are not a multiple of 64"),
-        (SIZES["0.5b"], 8192, "bfloat16", "8192 slots, and more than 4224"),
-        (SIZES["7b"], 512, "bfloat16", "head dimension is 128"),
+        (Shape(2, 256, 8, 2, 32, 512, 320, 1e-6), 512, "bfloat16", "head dimension is 32"),
         (Shape(2, 192, 4, 2, 64, 512, 320, 1e-6), 512, "bfloat16", "512 x 192 is not made of"),
         (Shape(2, 1024, 18, 2, 64, 512, 320, 1e-6), 512, "bfloat16", "9 query heads"),
     ],
@@ -80,15 +79,13 @@ def test_what_cannot_run_is_refused_with_the_value(
     assert why in str(mosaic_gpu.refusal(Plan(shape, 132), capacity, dtype))
 
 
-def test_what_runs_is_not_refused() -> None:
-    assert mosaic_gpu.refusal(Plan(SIZES["0.5b"], 132), 4096, "bfloat16") is None
+@pytest.mark.parametrize("size", SIZES)
+def test_what_runs_is_not_refused(size: str) -> None:
+    assert mosaic_gpu.refusal(Plan(SIZES[size], 132), 131072, "bfloat16") is None
 
 
 @pytest.mark.parametrize("size", LARGE)
-def test_models_whose_vectors_leave_no_room_for_weights_are_refused(
-    size: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mosaic_gpu, "VERIFIED_HEAD_DIM", 128)
+def test_models_whose_vectors_leave_no_room_for_weights_are_refused(size: str) -> None:
     why = str(mosaic_gpu.refusal(Plan(LARGE[size], 132), 256, "bfloat16"))
     assert "shared memory has room for" in why
 

@@ -1,0 +1,334 @@
+"""A trace: the named tensors of one text through one engine, and what there is to know of the run.
+
+The names and their order are those of `names`; the axes of each are in `AXES`, position first.
+docs/trace-format.md describes the file for other engines; `foreign` reads what they dump.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qwen_jax.config import ModelConfig, YarnScaling
+from qwen_jax.errors import UserError
+
+AXES = {
+    "embed": "T D",
+    "attn_norm": "T D",
+    "q_proj": "T N H",
+    "k_proj": "T K H",
+    "v_proj": "T K H",
+    "q_rope": "T N H",
+    "k_rope": "T K H",
+    "attn_scores": "T N S",
+    "attn_probs": "T N S",
+    "attn_out": "T (N H)",
+    "o_proj": "T D",
+    "attn_residual": "T D",
+    "ffn_norm": "T D",
+    "gate_proj": "T F",
+    "up_proj": "T F",
+    "ffn_act": "T F",
+    "down_proj": "T D",
+    "ffn_residual": "T D",
+    "final_norm": "T D",
+    "logits": "T V",
+}
+"""Axes of each tensor, in the order of computation; `(N H)` is one axis, heads outermost.
+
+T counts the recorded positions, S = `Header.stop` the keys they may see; of `attn_scores` a
+masked place is -inf, of `attn_probs` 0.
+"""
+
+OUTER = ("embed", "final_norm", "logits")
+"""Tensors there is one of; every layer has one each of the others."""
+
+DTYPES = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "float16": np.float16,
+        "bfloat16": ml_dtypes.bfloat16,
+        "float32": np.float32,
+        "float64": np.float64,
+    }.items()
+}
+"""Dtypes a tensor of a trace may have: that in which it was computed."""
+
+METADATA = "qwen_jax_trace"
+"""The key under which a safetensors file's metadata hold the header, as JSON."""
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What there is to know of a traced run.
+
+    Attributes:
+        model: the checkpoint, as its user named it.
+        model_sha256: of the GGUF file, where there is one and it was asked for.
+        config: the model's sizes and constants, as `config_to_json` writes them.
+        implementation: which engine, and which of its implementations.
+        dtype: of the parameters, "float32" say; norms and biases may be wider.
+        activation_dtype: of what passes between operations.
+        matmul_precision: of float32 matrix products: "highest" without TF32, else may differ.
+        device: what it ran on.
+        versions: of the libraries that computed.
+        tokens: the ids of the whole text, prompt and answer.
+        start: the first position recorded,
+        stop: and the one after the last.
+        chunks: how many tokens each call took: the prefill's chunks, then 1 a decode step.
+        notes: what a reader should know besides.
+    """
+
+    model: str
+    model_sha256: str | None
+    config: dict[str, Any]
+    implementation: str
+    dtype: str
+    activation_dtype: str
+    matmul_precision: str
+    device: str
+    versions: dict[str, str]
+    tokens: tuple[int, ...]
+    start: int
+    stop: int
+    chunks: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        config = self.model_config
+        if not self.tokens:
+            raise UserError("the trace has no token ids.")
+        if not 0 <= min(self.tokens) <= max(self.tokens) < config.vocab_size:
+            raise UserError(
+                f"tokens go from {min(self.tokens)} to {max(self.tokens)}, but the model has 0 to "
+                f"{config.vocab_size - 1}; the text belongs to another model."
+            )
+        if not 0 <= self.start < self.stop <= len(self.tokens):
+            raise UserError(
+                f"positions {self.start} to {self.stop} (the last excluded) are not inside the "
+                f"text's {len(self.tokens)}."
+            )
+        if min(self.chunks, default=0) < 1 or sum(self.chunks) != len(self.tokens):
+            raise UserError(
+                f"chunks are {self.chunks}, but must be positive and add up to the text's "
+                f"{len(self.tokens)} tokens."
+            )
+        for field in ("dtype", "activation_dtype"):
+            if getattr(self, field) not in DTYPES:
+                raise UserError(
+                    f"{field} is {getattr(self, field)!r}, but must be one of {', '.join(DTYPES)}."
+                )
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return config_from_json(self.config, self.model)
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION} | dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Header":
+        """Raises UserError for what is no header, and says which field is wrong."""
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"the header is no JSON ({error}).") from None
+        if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
+            raise UserError(f"the header is no JSON object of version {VERSION}.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if fields.keys() != known:
+            name = min(fields.keys() ^ known)
+            problem = "is missing" if name in known else "is unknown"
+            raise UserError(f"the header's field {name!r} {problem}.")
+        for name in ("tokens", "chunks", "notes"):
+            kind = str if name == "notes" else int
+            if not isinstance(fields[name], list) or any(type(x) is not kind for x in fields[name]):
+                raise UserError(f"the header's {name} must be a list of {kind.__name__}.")
+            fields[name] = tuple(fields[name])
+        texts = ("model", "implementation", "dtype", "activation_dtype", "matmul_precision")
+        wanted = dict.fromkeys((*texts, "device"), str) | {"start": int, "stop": int}
+        for name, value_type in (wanted | {"config": dict, "versions": dict}).items():
+            if type(fields[name]) is not value_type:
+                raise UserError(f"the header's {name} must be of type {value_type.__name__}.")
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A header and tensors by canonical name, in the dtype they were computed in.
+
+    Any subset of the names may be there. Raises UserError where a tensor is unknown, or of a
+    shape or dtype it cannot have.
+    """
+
+    header: Header
+    tensors: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        config, header = self.header.model_config, self.header
+        order = names(config)
+        unknown = sorted(self.tensors.keys() - set(order))
+        if unknown:
+            raise UserError(
+                f"the tensor {unknown[0]!r} is none of this model's; names are {order[0]}, "
+                f"{order[1]}, ... {order[-1]}, with layers 0 to {config.num_layers - 1}."
+            )
+        if not self.tensors:
+            raise UserError("the trace holds no tensor.")
+        for name, tensor in self.tensors.items():
+            expected = shape(name, config, header.stop - header.start, header.stop)
+            if tensor.shape != expected:
+                raise UserError(
+                    f"the tensor {name!r} has the shape {tensor.shape}, but {axes(name)} of this "
+                    f"model and positions {header.start} to {header.stop} is {expected}."
+                )
+            if tensor.dtype not in DTYPES.values():
+                raise UserError(
+                    f"the tensor {name!r} is of dtype {tensor.dtype}, but must be one of "
+                    f"{', '.join(DTYPES)}."
+                )
+        ordered = {name: self.tensors[name] for name in order if name in self.tensors}
+        object.__setattr__(self, "tensors", ordered)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, with the header in its metadata.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        contiguous = {name: np.ascontiguousarray(x) for name, x in self.tensors.items()}
+        try:
+            save_file(contiguous, str(path), metadata={METADATA: self.header.to_json()})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: the trace cannot be written ({error}).") from None
+
+
+def load(path: str | Path) -> Trace:
+    """Reads what `Trace.save` wrote.
+
+    Raises:
+        UserError: the file is missing, truncated, no trace, or contradicts its own header.
+    """
+    path = Path(path)
+    metadata, tensors = read_safetensors(path)
+    if METADATA not in metadata:
+        raise UserError(
+            f"{path}: the file's metadata have no {METADATA!r}, so it is no trace of qwen_jax; give "
+            "a mapping file beside it (docs/trace-format.md)."
+        )
+    try:
+        return Trace(Header.from_json(metadata[METADATA]), tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """A safetensors file's metadata and tensors. Raises UserError where it is damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; check the path.")
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: the file is no safetensors file, or truncated ({error}); write it again."
+        ) from None
+
+
+def names(config: ModelConfig) -> list[str]:
+    """Every canonical name of a model, in the order of computation."""
+    inner = [name for name in AXES if name not in OUTER]
+    layers = [f"layers.{i}.{name}" for i in range(config.num_layers) for name in inner]
+    return ["embed", *layers, "final_norm", "logits"]
+
+
+def select(config: ModelConfig, patterns: str | Sequence[str]) -> list[str]:
+    """The names that match any of the globs; `*` also crosses dots.
+
+    Args:
+        patterns: globs, one by one or with commas between.
+
+    Raises:
+        UserError: a glob matches nothing.
+    """
+    globs = patterns.split(",") if isinstance(patterns, str) else list(patterns)
+    every = names(config)
+    chosen: set[str] = set()
+    for glob in globs:
+        found = {name for name in every if fnmatchcase(name, glob.strip())}
+        if not found:
+            raise UserError(
+                f"The tensor name {glob.strip()!r} matches none of the model's, such as "
+                f"{every[0]}, layers.0.q_proj, {every[-1]}."
+            )
+        chosen |= found
+    return [name for name in every if name in chosen]
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """`layers.3.q_proj` to (3, "q_proj"); a name without layer to (None, name)."""
+    match = re.fullmatch(r"layers\.(\d+)\.(\w+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def axes(name: str) -> str:
+    """The axes of a tensor, as in `AXES`."""
+    return AXES[split_name(name)[1]]
+
+
+def shape(name: str, config: ModelConfig, rows: int, keys: int) -> tuple[int, ...]:
+    """The shape of a tensor.
+
+    Args:
+        rows: positions recorded.
+        keys: positions they may see, `Header.stop`.
+    """
+    sizes = axis_sizes(config) | {"T": rows, "S": keys}
+    return tuple(math.prod(sizes[x] for x in re.findall("[A-Z]", part)) for part in _split(name))
+
+
+def _split(name: str) -> list[str]:
+    """`T (N H)` to its axes: `T` and `(N H)`."""
+    return re.findall(r"\([^)]*\)|\S+", axes(name))
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """The axes that belong to the model, by letter."""
+    return {
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "G": config.group_size,
+        "H": config.head_dim,
+        "D": config.hidden_size,
+        "F": config.ffn_size,
+        "V": config.vocab_size,
+    }
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """Sizes and constants; the file they came from is the header's `model`."""
+    fields = dataclasses.asdict(config)
+    del fields["source"]
+    return fields
+
+
+def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
+    """Raises UserError for fields that are missing, unknown or impossible."""
+    try:
+        yarn = YarnScaling(**fields["yarn"]) if fields.get("yarn") else None
+        return ModelConfig(**(dict(fields) | {"yarn": yarn, "source": source}))
+    except TypeError as error:
+        raise UserError(
+            f"the header's config is not complete or not of numbers ({error})."
+        ) from None

@@ -58,6 +58,9 @@ class Engine:
         valid_tokens: vocabulary rows in use; ids from here on are never chosen.
         precision: of float32 matrix products.
         implementation: "auto", "mosaic_gpu" or "xla".
+
+    Attributes:
+        make_model: from weights inside a traced function to the model over them.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Engine:
         make = functools.partial(
             programs.make_model, config, precision=precision, implementation=implementation
         )
+        self.make_model = make
         self.weights = weights
         self.config = config
         self.stop_ids = tuple(stop_ids)

@@ -224,8 +224,8 @@ def load(path: str | Path) -> Trace:
     metadata, tensors = read_safetensors(path)
     if METADATA not in metadata:
         raise UserError(
-            f"{path}: the file's metadata have no {METADATA!r}, so it is no trace of qwen_jax; give "
-            "a mapping file beside it (docs/trace-format.md)."
+            f"{path}: the file's metadata have no {METADATA!r}, so it is no trace of qwen_jax; "
+            "describe it by a mapping file (docs/trace-format.md)."
         )
     try:
         return Trace(Header.from_json(metadata[METADATA]), tensors)
@@ -329,6 +329,4 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
         yarn = YarnScaling(**fields["yarn"]) if fields.get("yarn") else None
         return ModelConfig(**(dict(fields) | {"yarn": yarn, "source": source}))
     except TypeError as error:
-        raise UserError(
-            f"the header's config is not complete or not of numbers ({error})."
-        ) from None
+        raise UserError(f"the header's config does not describe a model ({error}).") from None

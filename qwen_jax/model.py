@@ -17,7 +17,7 @@ import pallas_kernels
 from qwen_jax.cache import KVCache, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.rotary import inverse_frequencies
-from qwen_jax.tap import tap
+from qwen_jax.tap import tap, watched
 
 Parameters = Mapping[str, jax.Array]
 """Canonical parameter name to array, as `qwen_jax.weights.loader` makes it."""
@@ -79,6 +79,24 @@ class RMSNorm(nnx.Module):
         return (x32 * scale * self.weight[...]).astype(x.dtype)
 
 
+def attention_scores(
+    q: Float[Array, "B T N H"],
+    k_cache: Float[Array, "B K S H"],
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+) -> Float[Array, "B T N S"]:
+    """q k^T / sqrt(H), float32, and -inf where a query doesn't see a slot."""
+    batch, steps, heads, dim = q.shape
+    kv_heads, capacity = k_cache.shape[1:3]
+    grouped = q.reshape(batch, steps, kv_heads, heads // kv_heads, dim)
+    f32 = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    scores = jnp.einsum("btkgh,bksh->btkgs", grouped, k_cache, **f32) * dim**-0.5
+    scores = scores.reshape(batch, steps, heads, capacity)
+    slots = jnp.arange(capacity)
+    seen = (slots <= positions[:, :, None]) & (slots < lengths[:, None, None])
+    return jnp.where(seen[:, :, None], scores, -jnp.inf)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with biased q, k, v projections and rotary embedding."""
 
@@ -122,7 +140,13 @@ class Attention(nnx.Module):
         )
         q, k = tap(f"{self.prefix}q_rope", q), tap(f"{self.prefix}k_rope", k)
         start = positions[:, 0]
-        k_cache, v_cache = write(k_cache, k, start), write(v_cache, v, start)
+        slots = tap(f"{self.prefix}cache_slots", start)
+        k_cache = tap(f"{self.prefix}k_cache", write(k_cache, k, slots))
+        v_cache = tap(f"{self.prefix}v_cache", write(v_cache, v, slots))
+        if watched():  # the operations below keep no scores to look at
+            scores = attention_scores(q, k_cache, positions, lengths)
+            scores = tap(f"{self.prefix}attn_scores", scores)
+            tap(f"{self.prefix}attn_probs", jax.nn.softmax(scores, axis=-1))
         if steps == 1:
             attended = pallas_kernels.gqa_decode_attention(
                 q[:, 0], k_cache, v_cache, lengths, implementation=self.implementation
@@ -232,7 +256,7 @@ class Qwen2(nnx.Module):
         """
         embedded = self.embed[...][tokens]
         x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
-        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        positions = tap("positions", start[:, None] + jnp.arange(tokens.shape[1]))
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         k, v = [], []
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):

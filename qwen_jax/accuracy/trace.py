@@ -88,6 +88,8 @@ class Header:
         stop: and the one after the last.
         chunks: how many tokens each call took: the prefill's chunks, then 1 a decode step.
         notes: what a reader should know besides.
+        cache_dtype: keys and values are rounded to it before they are attended to; None where
+            that is `activation_dtype`.
     """
 
     model: str
@@ -104,6 +106,7 @@ class Header:
     stop: int
     chunks: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         config = self.model_config
@@ -124,8 +127,8 @@ class Header:
                 f"chunks are {self.chunks}, but must be positive and add up to the text's "
                 f"{len(self.tokens)} tokens."
             )
-        for field in ("dtype", "activation_dtype"):
-            if getattr(self, field) not in DTYPES:
+        for field in ("dtype", "activation_dtype", "cache_dtype"):
+            if getattr(self, field) not in (DTYPES if field != "cache_dtype" else (*DTYPES, None)):
                 raise UserError(
                     f"{field} is {getattr(self, field)!r}, but must be one of {', '.join(DTYPES)}."
                 )

@@ -31,6 +31,8 @@ from pallas_kernels.decode_step.vectors import (
 
 SLOT_TILE = 64
 """Cache slots taken at a time."""
+TOGETHER = 4
+"""Splits whose results are loaded at a time."""
 NEVER = -1e30
 """Stands for a score of minus infinity, without its NaN."""
 
@@ -192,29 +194,54 @@ class Attention:
             values * rows_of(shrink, h) + more,
         )
 
-    def combined(self, chunk: jax.Array) -> list[jax.Array]:
-        """128 columns of the attention output, head by head: all splits together."""
-        per = COLUMNS // self.plan.shape.head_dim
-        return [self._combined_head(chunk * per + n) for n in range(per)]
+    def combined(self, chunks: list[jax.Array]) -> list[list[jax.Array]]:
+        """Some runs of 128 columns of the attention output, head by head: all splits together.
 
-    def _combined_head(self, head: jax.Array) -> jax.Array:
+        All loads of a turn are independent of each other, so that they overlap.
+        """
         shape = self.plan.shape
-        kv_head, row = lax.div(head, shape.group), lax.rem(head, shape.group)
+        per = COLUMNS // shape.head_dim
+        heads = [chunk * per + n for chunk in chunks for n in range(per)]
 
-        def add(split: jax.Array, carry: Softmax) -> Softmax:
-            maximum, weight, values = carry
-            block = kv_head * self.splits + split
-            theirs = self.stats[block, 0, row]
-            new_maximum = jnp.maximum(maximum, theirs)
-            old, new = jnp.exp2(maximum - new_maximum), jnp.exp2(theirs - new_maximum)
-            part = gmem(self.out.at[block, row], ALONG_COLUMNS)
-            return (
-                new_maximum,
-                weight * old + self.stats[block, 1, row] * new,
-                values * old + part * new,
-            )
+        def add(turn: jax.Array, carries: list[Softmax]) -> list[Softmax]:
+            splits = [turn * TOGETHER + i for i in range(TOGETHER)]
+            theirs = [[self._part(head, split) for split in splits] for head in heads]
+            return [_merged(*pair) for pair in zip(carries, theirs, strict=True)]
 
-        zero = plgpu.layout_cast(jnp.zeros((shape.head_dim,), jnp.float32), ALONG_COLUMNS)
-        carry = jnp.float32(NEVER), jnp.float32(0), zero
-        _, weight, values = lax.fori_loop(0, self.active_splits, add, carry)
-        return values / weight
+        zero = plgpu.layout_cast(jnp.zeros((shape.head_dim,), jnp.float32), self._out_layout)
+        none = (jnp.float32(NEVER), jnp.float32(0), zero)
+        turns = lax.div(self.active_splits + TOGETHER - 1, TOGETHER)
+        sums = lax.fori_loop(0, turns, add, [none] * len(heads))
+        out = [values / weight for _, weight, values in sums]
+        return [out[i : i + per] for i in range(0, len(out), per)]
+
+    @property
+    def _out_layout(self) -> Any:
+        h = self.plan.shape.head_dim
+        return strided(h) if h % 128 == 0 else ALONG_COLUMNS
+
+    def _part(self, head: jax.Array, split: jax.Array) -> Softmax:
+        """What a split found for a head; nothing where there is no such split."""
+        group = self.plan.shape.group
+        kv_head, row = lax.div(head, group), lax.rem(head, group)
+        there = split < self.active_splits
+        block = kv_head * self.splits + jnp.where(there, split, 0)
+        return (
+            jnp.where(there, self.stats[block, 0, row], NEVER),
+            jnp.where(there, self.stats[block, 1, row], 0.0),
+            gmem(self.out.at[block, row], self._out_layout),
+        )
+
+
+def _merged(carry: Softmax, parts: list[Softmax]) -> Softmax:
+    """A running softmax and some more parts of it."""
+    maximum, weight, values = carry
+    new_maximum = maximum
+    for theirs, _, _ in parts:
+        new_maximum = jnp.maximum(new_maximum, theirs)
+    shrink = jnp.exp2(maximum - new_maximum)
+    weight, values = weight * shrink, values * shrink
+    for theirs, their_weight, their_values in parts:
+        shrink = jnp.exp2(theirs - new_maximum)
+        weight, values = weight + their_weight * shrink, values + their_values * shrink
+    return new_maximum, weight, values

@@ -170,13 +170,13 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
             v = v * lax.rsqrt(jnp.sum(v * v) / d + shape.eps)
             xs[pl.ds(0, d)] = v * gmem(norms.at[norm], strided(d))
 
-        def fill(phase: int, chunk: Callable[[Any], list[jax.Array]]) -> None:
+        def fill(phase: int, chunks: Callable[[list[Any]], list[list[jax.Array]]]) -> None:
             """The chunks of its input that this block's run of a phase reads, in run order."""
             p = plan.phases[phase]
 
             def some(i: jax.Array, _: Any) -> None:
                 wanted = [i * GROUP + n for n in range(min(GROUP, kept[phase]))]
-                values = [chunk(lax.rem(firsts[phase] + w, p.across)) for w in wanted]
+                values = chunks([lax.rem(firsts[phase] + w, p.across) for w in wanted])
                 for w, parts in zip(wanted, values, strict=True):
                     for n, part in enumerate(parts):
                         width = part.shape[0]
@@ -184,10 +184,11 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
 
             lax.fori_loop(0, -(-kept[phase] // GROUP), some, None)
 
-        def swiglu(k: Any) -> list[jax.Array]:
-            gate = summed(gate_up_sum, gate_up, k * COLUMNS, COLUMNS, strided(COLUMNS))
-            up = summed(gate_up_sum, gate_up, shape.ffn + k * COLUMNS, COLUMNS, strided(COLUMNS))
-            return [gate / (1 + jnp.exp(-gate)) * up]
+        def swiglu(chunks: list[Any]) -> list[list[jax.Array]]:
+            ats = [base + k * COLUMNS for k in chunks for base in (0, shape.ffn)]
+            each = [summed(gate_up_sum, gate_up, at, COLUMNS, strided(COLUMNS)) for at in ats]
+            pairs = zip(each[::2], each[1::2], strict=True)
+            return [[gate / (1 + jnp.exp(-gate)) * up] for gate, up in pairs]
 
         attention = Attention(
             plan, splits, kv_stages, block, position[0],

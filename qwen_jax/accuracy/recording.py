@@ -14,7 +14,8 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from qwen_jax import programs
-from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select, split_name
+from qwen_jax.accuracy.collecting import Collector
+from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import Model
 from qwen_jax.cache import SMALLEST_CAPACITY, KVCache
 from qwen_jax.engine import CHUNK, SMALLEST_CHUNK, Engine, Prompt, bucket
@@ -106,7 +107,7 @@ class Recorder:
         header = self._header(tokens, calls, start, len(tokens) if stop is None else stop)
         needed = max(call.start + call.padded for call in calls)
         slots = max(bucket(needed, SMALLEST_CAPACITY), capacity or 0)
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
+        collector = Collector(header, self.names)
         same, worst = True, 0.0
         both = (self._run(f, tokens, calls, slots) for f in (self._traced, self._plain))
         for call, (tensors, logits), (_, plain) in zip(calls, *both, strict=True):
@@ -116,19 +117,14 @@ class Recorder:
                 same, worst = False, max(worst, _difference(seen, plain))
             if see is not None:
                 see(call, plain)
-            first, last = max(start - call.start, 0), min(header.stop - call.start, call.length)
-            for name, x in tensors.items() if first < last else ():
-                # Cut on the host: a slice on the device would be compiled for every length.
-                kept = np.asarray(x)[0, first:last]
-                keys = split_name(name)[1] in ("attn_scores", "attn_probs")
-                parts[name].append(kept[..., : header.stop] if keys else kept)
+            for name, x in tensors.items():
+                if collector.wants(name, call.start, call.length):
+                    # Cut on the host: a slice on the device would be compiled for every length.
+                    collector.add(name, call.start, np.asarray(x)[0, : call.length])
         note = "Recording changes no bit of the logits."
         if not same:
             note = f"Recording changes the logits, by {worst:.3g} at most."
-        return Trace(
-            dataclasses.replace(header, notes=(*header.notes, note)),
-            {name: np.concatenate(part) for name, part in parts.items()},
-        )
+        return collector.trace(note)
 
     def _run(
         self, function: Callable[..., Any], tokens: Sequence[int], calls: list[Call], slots: int

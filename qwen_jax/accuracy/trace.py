@@ -6,7 +6,6 @@ docs/trace-format.md describes the file for other engines; `foreign` reads what 
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qwen_jax.accuracy.layout import flat_shape
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.errors import UserError
 
@@ -297,13 +297,7 @@ def shape(name: str, config: ModelConfig, rows: int, keys: int) -> tuple[int, ..
         rows: positions recorded.
         keys: positions they may see, `Header.stop`.
     """
-    sizes = axis_sizes(config) | {"T": rows, "S": keys}
-    return tuple(math.prod(sizes[x] for x in re.findall("[A-Z]", part)) for part in _split(name))
-
-
-def _split(name: str) -> list[str]:
-    """`T (N H)` to its axes: `T` and `(N H)`."""
-    return re.findall(r"\([^)]*\)|\S+", axes(name))
+    return flat_shape(axes(name), axis_sizes(config) | {"T": rows, "S": keys})
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

@@ -165,10 +165,11 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
 
         def normalise(sums: Any, p: Phase, norm: Any) -> None:
             """Adds a product to the hidden state; its norm becomes the next input."""
+            weight = gmem(norms.at[norm], strided(d))  # on its way while the sums are added up
             v = compat.load(x, layout=strided(d)) + summed(sums, p, 0, d, strided(d))
             x[...] = v
             v = v * lax.rsqrt(jnp.sum(v * v) / d + shape.eps)
-            xs[pl.ds(0, d)] = v * gmem(norms.at[norm], strided(d))
+            xs[pl.ds(0, d)] = v * weight
 
         def fill(phase: int, chunks: Callable[[list[Any]], list[list[jax.Array]]]) -> None:
             """The chunks of its input that this block's run of a phase reads, in run order."""

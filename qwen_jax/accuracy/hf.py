@@ -4,6 +4,7 @@ Needs the extra `[hf]`. Attention is the eager one, so that scores and probabili
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,16 +105,17 @@ def trace(
     for length in header.chunks:
         ids = torch.tensor([header.tokens[position : position + length]])
 
-        def hear(
-            name: str, x: torch.Tensor, position: int = position, length: int = length
-        ) -> None:
-            if collector.wants(name, position, length):
-                collector.add(name, position, canonical(name, x, config, position))
-
+        hear = functools.partial(_collect, collector, position, length)
         with torch.no_grad(), listening(model, hear):
             model(ids, use_cache=True, **{keyword: cache})
         position += length
     return collector.trace()
+
+
+def _collect(collector: Collector, position: int, length: int, name: str, x: torch.Tensor) -> None:
+    if collector.wants(name, position, length):
+        array = canonical(name, x, collector.header.model_config.head_dim, position)
+        collector.add(name, position, array)
 
 
 def load(checkpoint: Checkpoint, dtype: str) -> Qwen2ForCausalLM:
@@ -158,7 +160,7 @@ def hf_config(config: ModelConfig) -> Qwen2Config:
             "beta_fast": config.yarn.beta_fast,
             "beta_slow": config.yarn.beta_slow,
         }
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
         "max_position_embeddings": config.context_length,
@@ -205,7 +207,7 @@ def listening(model: Qwen2ForCausalLM, hear: Hear) -> Iterator[None]:
 
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **more: Any
-    ) -> Any:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         prefix = f"layers.{module.layer_idx}."
         hear(prefix + "q_rope", query)
         hear(prefix + "k_rope", key[:, :, -query.shape[2] :])

@@ -257,6 +257,7 @@ class Qwen2(nnx.Module):
         embedded = self.embed[...][tokens]
         x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
         positions = tap("positions", start[:, None] + jnp.arange(tokens.shape[1]))
+        lengths = tap("lengths", lengths)
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         k, v = [], []
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):

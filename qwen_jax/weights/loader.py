@@ -13,7 +13,7 @@ from qwen_jax.weights.blocks import BFLOAT16, decode_into
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.checksum import Progress
 
-__all__ = ["Checkpoint", "iter_parameters", "load_parameters", "open_checkpoint"]
+__all__ = ["Checkpoint", "decode", "iter_parameters", "load_parameters", "open_checkpoint"]
 
 _ALIGNMENT = 64
 _FLOAT32 = np.dtype(np.float32)
@@ -66,7 +66,7 @@ def iter_parameters(
         host = _aligned(
             parameter.shape, np.dtype(np.float32) if parameter.keep_float32 else compute
         )
-        for name in _decode(checkpoint, parameter, host):
+        for name in decode(checkpoint, parameter, host):
             done += checkpoint.tensors[name].nbytes
             if progress:
                 progress(done, total)
@@ -77,7 +77,7 @@ def iter_parameters(
         yield parameter.name, previous
 
 
-def _decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) -> Iterator[str]:
+def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) -> Iterator[str]:
     """Decodes the sources into their rows of `out`; yields each one's name when done."""
     row = 0
     for name, shape in parameter.sources.items():

@@ -1,0 +1,141 @@
+"""Where float64 parameters come from: a checkpoint or an engine, one parameter at a time.
+
+The model's matrices are fused (q, k and v in one); operations want them apart, so `Weights` shows
+one layer's parameters by the operation that uses them.
+"""
+
+import functools
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
+import numpy as np
+from jaxtyping import Float
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine import Engine
+from qwen_jax.packed import PackedWeights
+from qwen_jax.weights.loader import Checkpoint, decode, open_checkpoint
+
+Arrays = tuple[Float[np.ndarray, "..."], ...]
+
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+"""Operations whose matrix is some rows of a larger one."""
+
+BIASED = ("q_proj", "k_proj", "v_proj")
+LAYER = ("attn_norm", *BIASED, "o_proj", "ffn_norm", "gate_proj", "up_proj", "down_proj")
+"""Operations of a layer that have parameters."""
+
+OUTER = ("embed", "final_norm", "logits")
+
+
+class Source(Protocol):
+    """A model's canonical parameters, `layers.3.qkv_proj.weight` say, in float64."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def get(self, name: str) -> Float[np.ndarray, "..."]: ...
+
+
+class CheckpointSource:
+    """Parameters decoded from the files at every call, so that no two need be in memory.
+
+    Args:
+        dtype: what a candidate held them in, to which they are rounded first ("float32" for
+            the values of the file itself, unless it holds float64). Norms are not rounded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | str | Path, dtype: str = "float32"):
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = open_checkpoint(checkpoint)
+        self.checkpoint, self.dtype = checkpoint, np.dtype(dtype)
+        self._by_name = {parameter.name: parameter for parameter in checkpoint.parameters}
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    def get(self, name: str) -> Float[np.ndarray, "..."]:
+        parameter = self._by_name[name]
+        host = np.empty(parameter.shape, np.float32 if parameter.keep_float32 else self.dtype)
+        for _ in decode(self.checkpoint, parameter, host):
+            pass
+        return host.astype(np.float64)
+
+
+class EngineSource:
+    """Parameters as an engine holds them on its device."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.config
+
+    @functools.cached_property
+    def _weights(self) -> dict:
+        weights = self.engine.weights
+        return weights.parameters() if isinstance(weights, PackedWeights) else dict(weights)
+
+    def get(self, name: str) -> Float[np.ndarray, "..."]:
+        return np.asarray(self._weights[name]).astype(np.float64)
+
+
+class Weights:
+    """The parameters of one layer, or of the rest of the model, by operation: (weight, bias).
+
+    Fetched when asked for and kept, so a `Weights` should live no longer than its layer.
+    """
+
+    def __init__(self, source: Source, layer: int | None):
+        self.source, self.layer, self.config = source, layer, source.config
+        self._kept: dict[str, Arrays] = {}
+
+    def __getitem__(self, operation: str) -> Arrays:
+        if operation not in self._kept:
+            self._kept[operation] = self._fetch(operation)
+        return self._kept[operation]
+
+    def _fetch(self, operation: str) -> Arrays:
+        if self.layer is None:
+            name = operation
+            if operation == "logits":
+                name = "embed" if self.config.tied else "lm_head"
+            # A tied head is a gigabyte in float64: not fetched twice.
+            if operation == "logits" and self.config.tied and "embed" in self._kept:
+                return self._kept["embed"]
+            return (self.source.get(name),)
+        prefix = f"layers.{self.layer}."
+        if operation in ("attn_norm", "ffn_norm"):
+            return (self.source.get(prefix + operation),)
+        whole = FUSED.get(operation, operation)
+        arrays = [self.source.get(f"{prefix}{whole}.weight")]
+        if whole == "qkv_proj":
+            arrays.append(self.source.get(f"{prefix}{whole}.bias"))
+        if whole == operation:
+            return (arrays[0],)
+        for part, rows in parts(self.config, whole).items():
+            self._kept[part] = tuple(array[rows] for array in arrays)
+        return self._kept[operation]
+
+
+def parts(config: ModelConfig, fused: str) -> dict[str, slice]:
+    """The rows of each operation in a fused matrix."""
+    kv = config.num_kv_heads * config.head_dim
+    sizes = {
+        "qkv_proj": {"q_proj": config.num_heads * config.head_dim, "k_proj": kv, "v_proj": kv},
+        "gate_up_proj": {"gate_proj": config.ffn_size, "up_proj": config.ffn_size},
+    }[fused]
+    stops = np.cumsum(list(sizes.values())).tolist()
+    return {
+        name: slice(stop - size, stop)
+        for (name, size), stop in zip(sizes.items(), stops, strict=True)
+    }

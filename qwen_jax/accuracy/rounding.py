@@ -1,0 +1,49 @@
+"""Rounding to a narrower format, in NumPy and under JAX, and the unit roundoffs."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+
+Array = Any
+
+UNIT = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "tf32": 2.0**-11,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+"""Unit roundoff: the largest relative error of rounding to nearest."""
+
+
+def round_to(x: Array, dtype: str | None, xp: Any) -> Array:
+    """`x`, in its own dtype, rounded to nearest even as `dtype` holds it; None rounds nothing."""
+    if dtype is None:
+        return x
+    if dtype == "tf32":
+        return _tf32(x, xp)
+    if xp is jnp:
+        # The barrier keeps XLA from dropping a conversion there and back as excess precision.
+        return lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
+    with np.errstate(over="ignore"):
+        return x.astype(_DTYPES[dtype]).astype(x.dtype)
+
+
+_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+
+def _tf32(x: Array, xp: Any) -> Array:
+    """float32 with 10 bits after the point: the operands of NVIDIA's tensor cores."""
+    if xp is jnp:
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+    bits = x.astype(np.float32).view(np.uint32)
+    even = (bits >> np.uint32(13)) & np.uint32(1)
+    kept = (bits + np.uint32(0xFFF) + even) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(x), kept.view(np.float32), x).astype(x.dtype)

@@ -1,0 +1,240 @@
+"""How far a correct engine may be from float64: an elementwise bound for each operation.
+
+A reduction of n products p_i that adds up to y rounds each product and each partial sum s_k: its
+error is sum(d_i p_i) + sum(e_k s_k) with |d|, |e| <= u. The guaranteed bound is gamma_n sum|p_i|,
+gamma_n = n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section
+3.1). It grows with n where real errors grow with sqrt(n), so it hides TF32 behind float32 from
+some 300 terms on. Taken as independent and of mean zero (Higham and Mary, 2019, A New Approach
+to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 41), the roundings obey Hoeffding's
+inequality: the error passes L u sqrt(sum p_i^2 + sum s_k^2) with probability 2 exp(-L^2 / 2) at
+most. An engine's order of summation is unknown; over all orders the mean of sum s_k^2 is
+n (y^2 / 3 + sum p_i^2 / 6), to within 1/n. With L = 8 the probability is 2.5e-14 an element.
+
+Errors of inputs, where a span of operations is replayed at once, are propagated to first order
+and as independent ones, the root of the sum of squares; so are all other sums of many roundings.
+Elementwise steps count each rounding in full, and every step as if it were rounded to the
+activations' dtype, and each operand once more: compilers may keep wider values between
+operations than those that are recorded.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from qwen_jax.accuracy import operations
+from qwen_jax.accuracy.operations import Context
+from qwen_jax.accuracy.rounding import UNIT
+from qwen_jax.accuracy.trace import Header
+
+Array = np.ndarray
+Error = Float[np.ndarray, "..."] | float
+"""Of an input: an array like it, or 0 where it is known exactly."""
+
+L = 8.0
+"""Of Hoeffding's inequality; see above."""
+
+U32 = UNIT["float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Unit roundoffs of an engine. Sums are float32 everywhere.
+
+    Attributes:
+        storage: of activations.
+        operand: to which a projection's activations and weights are rounded (0: they are not).
+        cache: of keys, values and probabilities in attention.
+        least: below this part of a row's largest value, float16 operands lose digits.
+    """
+
+    storage: float = U32
+    operand: float = 0.0
+    cache: float = U32
+    least: float = 0.0
+
+    @classmethod
+    def of(cls, header: Header) -> "Arithmetic":
+        """What a trace says of its engine."""
+        storage, weights = UNIT[header.activation_dtype], UNIT[header.dtype]
+        operand = weights if weights > storage else 0.0
+        if header.matmul_precision != "highest" and "cpu" not in header.device.lower():
+            operand = max(operand, UNIT["tf32"])
+        least = 2.0**-24 if header.dtype == "float16" else 0.0
+        cache = UNIT[header.cache_dtype or header.activation_dtype]
+        return cls(storage, operand, max(cache, operand), least)
+
+
+Bound = Callable[
+    [Context, Arithmetic, Array, Sequence[Array], Sequence[Error], Sequence[Array]], Array
+]
+
+
+def reduction(y: Array, squares: Array, n: int) -> Array:
+    """Of a float32 sum of n products with the sum of their squares, as derived above."""
+    return L * U32 * np.sqrt(n * (y * y / 3 + squares / 6) + squares)
+
+
+def _lookup(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    return a.storage * np.abs(y)
+
+
+def _norm(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    """The mean of n squares is off by L u sqrt(n / 3), its root by half of that."""
+    (x,), n = inputs, inputs[0].shape[-1]
+    if ctx.knobs.identity:
+        return a.storage * np.abs(x) + errors[0]
+    own = np.abs(y) * (L * U32 * (n / 3) ** 0.5 / 2 + 8 * U32 + 4 * a.storage)
+    scale = operations.norm_scale(ctx, x)
+    if ctx.knobs.centered:
+        own = own + 2 * a.storage * np.abs(params[0]) * scale * np.abs(x).max(-1, keepdims=True)
+    if np.ndim(errors[0]) == 0:
+        return own
+    direct = np.abs(params[0]) * scale * errors[0]
+    through = np.abs(y) * scale**2 * np.sqrt(((x * errors[0]) ** 2).sum(-1, keepdims=True)) / n
+    return own + np.hypot(direct, through)
+
+
+def _linear(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    """Product and bias are two roundings of what is stored."""
+    x, weight = inputs[0], params[0]
+    squared = weight * weight
+    squares = (x * x) @ squared.T
+    bias = np.abs(params[1] * ctx.knobs.bias) if len(params) > 1 else 0.0
+    flat = y.reshape(len(y), -1)
+    product = np.abs(flat) + bias
+    own = reduction(product, squares, x.shape[-1])
+    # Operands: their own rounding, and the one a fused engine leaves out.
+    twice = 2 * a.operand**2 + (a.storage**2 if a.storage > U32 else 0.0)
+    own += L * np.sqrt(twice * squares)
+    own += a.storage * (product + np.abs(flat)) + U32 * bias
+    if a.least:
+        row = np.abs(x).max(-1, keepdims=True)
+        own += L * a.least * row * np.sqrt(squared.sum(-1))
+    if np.ndim(errors[0]):
+        own += np.sqrt((errors[0] ** 2).reshape(x.shape) @ squared.T)
+    return own.reshape(y.shape)
+
+
+def _rope(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    """cos, sin, each product and the sum are rounded; the angle is off by some float32 units."""
+    (x,) = inputs
+    cos, sin = (np.abs(v) for v in operations.rotation(ctx, x))
+    angle = np.abs(operations.angles(ctx).astype(np.float64))
+    first, second, rest = (np.abs(v) for v in operations.pairs(ctx, x, cos.shape[-1]))
+
+    def member(one: Array, other: Array) -> Array:
+        own = (one * cos + other * sin) * (3 * a.storage + 2 * U32)
+        own = own + (one + other) * 2 * U32
+        return own + (one * sin + other * cos) * 3 * U32 * angle
+
+    own = operations.unpair(ctx, (member(first, second), member(second, first)), 0 * rest)
+    own = own + a.storage * np.abs(y)
+    if np.ndim(errors[0]) == 0:
+        return own
+    one, other, left = operations.pairs(ctx, errors[0], cos.shape[-1])
+    turned = (np.hypot(one * cos, other * sin), np.hypot(other * cos, one * sin))
+    return own + operations.unpair(ctx, turned, left)
+
+
+def _scores(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    """Float32 whatever the activations are; keys, and on some devices queries, are rounded."""
+    q, k = inputs
+    keys = operations.heads(ctx, k)
+    scale = abs(ctx.knobs.scale(ctx.config))
+    squares = ((q * q).swapaxes(0, 1) @ (keys * keys).swapaxes(1, 2)).swapaxes(0, 1)
+    seen = np.isfinite(y)
+    product = np.where(seen, y, 0) / (scale or 1)
+    own = reduction(product, squares, q.shape[-1])
+    cache = a.cache if a.cache > a.storage else 0.0
+    if cache or a.operand:
+        own = own + L * np.sqrt((cache**2 + a.operand**2) * squares)
+    own = own + 3 * U32 * np.abs(product)
+    if any(np.ndim(e) for e in errors):
+        eq, ek = (np.broadcast_to(e, v.shape) ** 2 for e, v in zip(errors, inputs, strict=True))
+        through = eq.swapaxes(0, 1) @ (keys * keys).swapaxes(1, 2)
+        through = through + (q * q).swapaxes(0, 1) @ operations.heads(ctx, ek).swapaxes(1, 2)
+        own = own + np.sqrt(through.swapaxes(0, 1))
+    return np.where(seen, own * scale, 0)
+
+
+def _softmax(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    """exp(s - m) is off by u |s - m|, the sum by L u sqrt(n); an error e of s makes it e p."""
+    (s,) = inputs
+    below = np.where(np.isfinite(s), s.max(-1, keepdims=True) - s, 0)
+    own = y * (U32 * (below + 8 + L * s.shape[-1] ** 0.5) + a.storage)
+    if np.ndim(errors[0]) == 0:
+        return own
+    all_of_them = np.sqrt(((y * errors[0]) ** 2).sum(-1, keepdims=True))
+    return own + np.minimum(y * np.hypot(errors[0], all_of_them), 1)
+
+
+def _mix(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    """Probabilities and values enter in the cache's dtype."""
+    p, v = inputs
+    values = operations.heads(ctx, v)
+
+    def spread(probs: Array, squares: Array) -> Array:
+        """sum over slots, in attn_out's own order."""
+        out = (probs.swapaxes(0, 1) @ squares).swapaxes(0, 1)
+        return (out.swapaxes(1, 2) if ctx.knobs.dims_first else out).reshape(y.shape)
+
+    squares = spread(p * p, values * values)
+    own = reduction(y, squares, p.shape[-1])
+    own += L * np.sqrt(3 * a.cache**2 * squares) + (2 * a.storage + 2 * U32) * np.abs(y)
+    if any(np.ndim(e) for e in errors):
+        ep, ev = (np.broadcast_to(e, x.shape) ** 2 for e, x in zip(errors, inputs, strict=True))
+        own += np.sqrt(spread(ep, values * values) + spread(p * p, operations.heads(ctx, ev)))
+    return own
+
+
+def _add(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    wider = sum(np.abs(x) for x in inputs) if a.storage > U32 else 0.0
+    return a.storage * (np.abs(y) + wider) + np.hypot(*errors)
+
+
+def _gated(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+    """|silu'| <= 1.1; the logistic function may be off by some absolute units."""
+    gate, up = (np.abs(x) for x in inputs)
+    own = np.abs(y) * (4 * a.storage + 4 * U32) + gate * up * (1.1 * a.storage + 4 * U32)
+    if any(np.ndim(e) for e in errors):
+        other = np.abs(y) / np.where(up > 0, up, 1)
+        own = own + np.hypot(1.1 * up * errors[0], other * errors[1])
+    return own
+
+
+_BOUNDS: dict[Callable[..., Array], Bound] = {
+    operations.lookup: _lookup,
+    operations.norm: _norm,
+    operations.project: _linear,
+    operations.linear: _linear,
+    operations.rope: _rope,
+    operations.scores: _scores,
+    operations.softmax: _softmax,
+    operations.mix: _mix,
+    operations.add: _add,
+    operations.gated: _gated,
+}
+
+SECOND_ORDER = 1.01
+"""Products of two roundings, which the first-order terms above leave out."""
+
+
+def bound(
+    name: str,
+    ctx: Context,
+    arithmetic: Arithmetic,
+    value: Float[np.ndarray, "..."],
+    inputs: Sequence[Float[np.ndarray, "..."]],
+    errors: Sequence[Error],
+    params: Sequence[Float[np.ndarray, "..."]],
+) -> Float[np.ndarray, "..."]:
+    """The bound of operation `name` at `value`, its float64 result.
+
+    Args:
+        errors: of each input; 0 where it is what the engine really had.
+    """
+    function = _BOUNDS[operations.OPERATIONS[name].compute]
+    with np.errstate(all="ignore"):
+        return SECOND_ORDER * function(ctx, arithmetic, value, inputs, errors, params)

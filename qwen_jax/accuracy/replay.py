@@ -1,0 +1,219 @@
+"""Local replay: every operation again in float64, from what the candidate itself had before it.
+
+So an operation is judged by its own error alone, whatever it inherited, and several faulty ones
+are all found. Where a trace lacks tensors in between, a span of operations is replayed at once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from qwen_jax.accuracy.bounds import Arithmetic, Error, bound
+from qwen_jax.accuracy.operations import (
+    OPERATIONS,
+    PARAMETRIC,
+    Calls,
+    Context,
+    full_name,
+    input_names,
+    schedule,
+)
+from qwen_jax.accuracy.parameters import Source, Weights
+from qwen_jax.accuracy.trace import Trace
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+
+Array = np.ndarray
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """How far a tensor is from an expectation.
+
+    Attributes:
+        ratio: the largest error over its bound; at most 1 where rounding explains all.
+        relative: the RMS error over the expectation's RMS.
+        worst: index of the largest ratio, position first.
+    """
+
+    ratio: float
+    relative: float
+    worst: tuple[int, ...]
+
+    @property
+    def within(self) -> bool:
+        return self.ratio <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One replayed operation and its own error.
+
+    Attributes:
+        layer: None outside of the layers.
+        residual: of the candidate's tensor from float64.
+        position: the first position of the text past the bound, or of the largest ratio.
+        span: operations replayed together, the last one this one.
+    """
+
+    operation: str
+    layer: int | None
+    residual: Residual
+    position: int
+    span: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return full_name(self.operation, self.layer)
+
+    @property
+    def faulty(self) -> bool:
+        return not self.residual.within
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """What is needed to judge a tensor, and to try faults on it."""
+
+    finding: Finding
+    candidate: Float[np.ndarray, "..."]
+    expected: Float[np.ndarray, "..."]
+    bound: Float[np.ndarray, "..."]
+    ctx: Context
+    inputs: tuple[Array, ...]
+    errors: tuple[Error, ...]
+    weights: Weights
+
+
+def compare(
+    candidate: Float[np.ndarray, "..."],
+    expected: Float[np.ndarray, "..."],
+    limit: Float[np.ndarray, "..."],
+) -> Residual:
+    """Equal infinities and two NaN agree; other non-finite values are infinitely far apart."""
+    with np.errstate(all="ignore"):
+        same = (candidate == expected) | (np.isnan(candidate) & np.isnan(expected))
+        error = np.where(same, 0, np.abs(candidate - expected))
+        error = np.where(np.isfinite(error), error, np.inf)
+        ratio = np.where(error > 0, error / limit, 0)
+        ratio = np.where(np.isnan(ratio), np.inf, ratio)
+        finite = np.where(np.isfinite(expected), expected, 0)
+        size = np.sqrt(np.mean(finite**2)) or 1.0
+        relative = np.sqrt(np.mean(error**2)) / size
+    worst = np.unravel_index(int(ratio.argmax()), ratio.shape)
+    return Residual(float(ratio.max()), float(relative), tuple(int(i) for i in worst))
+
+
+def first_position(candidate: Array, expected: Array, limit: Array) -> int:
+    """The first row with an error past its bound."""
+    with np.errstate(all="ignore"):
+        same = (candidate == expected) | (np.isnan(candidate) & np.isnan(expected))
+        wrong = ~(same | (np.abs(candidate - expected) <= limit))
+    return int(wrong.reshape(len(wrong), -1).any(axis=1).argmax())
+
+
+class Replay:
+    """A trace and the parameters it should have used; iterate for each tensor, in order.
+
+    Args:
+        source: the right parameters, rounded as the candidate holds them.
+        arithmetic: the candidate's; what its header says by default.
+
+    Raises:
+        UserError: the parameters belong to a model of other sizes.
+    """
+
+    def __init__(self, trace: Trace, source: Source, arithmetic: Arithmetic | None = None):
+        header = trace.header
+        check_same_model(header.model_config, source.config)
+        self.trace, self.source = trace, source
+        self.config = source.config
+        self.arithmetic = arithmetic or Arithmetic.of(header)
+        self.rows = slice(header.start, header.stop)
+        self.calls = Calls.of(header.chunks)[self.rows]
+        self.tokens = np.asarray(header.tokens)[self.rows]
+        self.skipped: dict[str, str] = {}
+        self._values: dict[str, tuple[Array, Error, tuple[str, ...]]] = {}
+
+    def __iter__(self) -> Iterator[Replayed]:
+        weights = Weights(self.source, None)
+        plan = schedule(self.config)
+        last_needed = {
+            name: at
+            for at, (layer, op) in enumerate(plan)
+            for name in input_names(op, layer, self.config)
+        }
+        for at, (layer, name) in enumerate(plan):
+            if weights.layer != layer:
+                weights = Weights(self.source, layer)
+            replayed = self._replay(layer, name, weights)
+            if replayed is not None:
+                yield replayed
+            for held in [n for n in self._values if last_needed.get(n, -1) <= at]:
+                del self._values[held]
+
+    def __len__(self) -> int:
+        return len(schedule(self.config))
+
+    def _replay(self, layer: int | None, name: str, weights: Weights) -> Replayed | None:
+        full = full_name(name, layer)
+        recorded = self.trace.tensors.get(full)
+        candidate = None if recorded is None else recorded.astype(np.float64)
+        missing = [n for n in input_names(name, layer, self.config) if n not in self._values]
+        if name in ("attn_scores", "attn_out") and self.rows.start > 0:
+            missing.append(f"keys and values of positions 0 to {self.rows.start - 1}")
+        if missing:
+            if candidate is not None:
+                self.skipped[full] = f"needs {', '.join(missing)}"
+                self._values[full] = (candidate, 0.0, ())
+            return None
+        held = [self._values[n] for n in input_names(name, layer, self.config)]
+        inputs, errors = tuple(h[0] for h in held), tuple(h[1] for h in held)
+        ctx = Context(self.config, self.calls, self.tokens)
+        params = weights[name] if name in PARAMETRIC else ()
+        expected = OPERATIONS[name](ctx, inputs, params)
+        limit = bound(name, ctx, self.arithmetic, expected, inputs, errors, params)
+        before = [step for h in held for step in h[2]]
+        span = tuple(n for n in OPERATIONS if n in {*before, name})
+        if candidate is None:
+            self._values[full] = (expected, limit, span)
+            return None
+        # An engine's attention keeps no probabilities: those in a trace were computed beside
+        # it, from scores rounded in another order, so both have their own error.
+        beside = 2 * limit if name in ("attn_scores", "attn_probs") else 0.0
+        self._values[full] = (candidate, beside, ())
+        residual = compare(candidate, expected, limit)
+        row = residual.worst[0] if residual.within else first_position(candidate, expected, limit)
+        finding = Finding(name, layer, residual, row + self.rows.start, span)
+        return Replayed(finding, candidate, expected, limit, ctx, inputs, errors, weights)
+
+
+def replay(
+    trace: Trace, source: Source, progress: Progress | None = None
+) -> tuple[list[Finding], dict[str, str]]:
+    """Every operation's own error, and the recorded tensors that could not be judged, with why."""
+    run = Replay(trace, source)
+    findings = []
+    for done, replayed in enumerate(run, 1):
+        findings.append(replayed.finding)
+        if progress:
+            progress(done, len(run))
+    return findings, run.skipped
+
+
+def check_same_model(candidate: ModelConfig, ours: ModelConfig) -> None:
+    """Raises UserError where sizes differ; constants may, since a wrong one is a fault to name."""
+    sizes: Sequence[str] = (
+        *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size"),
+        "vocab_size",
+    )
+    for field in sizes:
+        theirs, right = getattr(candidate, field), getattr(ours, field)
+        if theirs != right:
+            raise UserError(
+                f"{candidate.source}: the trace's {field} is {theirs}, but {ours.source} has "
+                f"{right}; compare a trace with the checkpoint that it was made from."
+            )

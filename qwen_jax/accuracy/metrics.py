@@ -168,9 +168,11 @@ def log_softmax(logits: Float[np.ndarray, "T V"]) -> Float[np.ndarray, "T V"]:
 
 
 def kl_divergence(
-    base: Float[np.ndarray, "T V"], other: Float[np.ndarray, "T V"]
+    base: Float[np.ndarray, "T V"], other: Float[np.ndarray, "T V"], floor: float = -np.inf
 ) -> Float[np.ndarray, "T"]:
-    """KL(base || other) of log-probabilities, in nats: sum of p_base (ln p_base - ln p_other)."""
-    p = np.exp(base)
+    """KL(base || other) of log-probabilities, in nats: sum of p_base (ln p_base - ln p_other).
+
+    Tokens whose log-probability in `base` is not above `floor` add nothing.
+    """
     with np.errstate(invalid="ignore"):  # 0 (-inf - x), which counts as 0
-        return np.where(p == 0, 0, p * (base - other)).sum(-1)
+        return np.where(base > floor, np.exp(base) * (base - other), 0).sum(-1)

@@ -99,12 +99,11 @@ def trace(
     collector = Collector(header, select(config, names))
     model = load(checkpoint, dtype)
     cache, position = DynamicCache(config=model.config), 0
-    # transformers renamed the argument in 5.13.
+    # The argument changed its name within transformers 5.
     layer = inspect.signature(modeling_qwen2.Qwen2DecoderLayer.forward)
     keyword = "cache" if "cache" in layer.parameters else "past_key_values"
     for length in header.chunks:
         ids = torch.tensor([header.tokens[position : position + length]])
-
         hear = functools.partial(_collect, collector, position, length)
         with torch.no_grad(), listening(model, hear):
             model(ids, use_cache=True, **{keyword: cache})

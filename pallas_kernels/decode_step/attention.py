@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
 from pallas_kernels.decode_step.plan import COLUMNS, ROWS, Plan
+from pallas_kernels.decode_step.tagged import totals
 from pallas_kernels.decode_step.vectors import (
     ALONG_COLUMNS,
     ALONG_ROWS,
@@ -26,7 +27,6 @@ from pallas_kernels.decode_step.vectors import (
     rounded,
     rows_of,
     strided,
-    summed,
 )
 
 SLOT_TILE = 64
@@ -95,10 +95,10 @@ class Attention:
                     cache.at[layer, self.head, at], tile.at[stage], self.full.at[stage]
                 )
 
-    def attend(self, layer: jax.Array) -> None:
+    def attend(self, layer: jax.Array, tag: jax.Array) -> None:
         """This block's splits of one layer, into `out` and `stats`; split 0 fills `new` too."""
         h = self.plan.shape.head_dim
-        keys, value, own = self._token(layer)
+        keys, value, own = self._token(layer, tag)
         # Split 0 starts from the new token, which is not in the cache yet.
         leads = self.split == 0
 
@@ -121,24 +121,36 @@ class Attention:
     def _scale(self) -> float:
         return self.plan.shape.head_dim**-0.5 * math.log2(math.e)
 
-    def _biased(self, layer: jax.Array, at: Any, width: int, layout: Any) -> jax.Array:
-        own = gmem(self.bias.at[layer, pl.ds(at, width)], layout)
-        return own + summed(self.qkv_sum, self.plan.phases[0], at, width, layout)
-
-    def _token(self, layer: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    def _token(
+        self, layer: jax.Array, tag: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """The token's key (in halves), its value and its own scores; queries go to memory."""
         shape = self.plan.shape
         h, half = shape.head_dim, shape.head_dim // 2
         cos, sin = (gmem(self.rope.at[i], ALONG_COLUMNS) for i in (0, 1))
+        at_q = self.head * shape.group * h
         at_k = (shape.heads + self.head) * h
         at_v = at_k + shape.kv_heads * h
-        first, second = (self._biased(layer, at_k + i * half, half, ALONG_COLUMNS) for i in (0, 1))
-        keys = [rounded(first * cos - second * sin), rounded(second * cos + first * sin)]
-        value = rounded(self._biased(layer, at_v, h, ALONG_COLUMNS))
         width = -(-shape.group * h // 128) * 128
-        self.raw[pl.ds(0, width)] = self._biased(
-            layer, self.head * shape.group * h, width, strided(width)
-        )
+        # A head of 64 dimensions comes with its neighbour, or with what follows the last.
+        runs = [(at_q, width), (at_k, 128), (at_v, 128)]
+        biases = [gmem(self.bias.at[layer, pl.ds(at_q, width)], strided(width))]
+        biases += [
+            gmem(self.bias.at[layer, pl.ds(at, n)], ALONG_COLUMNS)
+            for at, n in ((at_k, half), (at_k + half, half), (at_v, h))
+        ]
+        q, k, v = totals(self.qkv_sum, self.plan.phases[0], runs, tag)
+        after = ROWS * h - 256  # rows past the group may hold anything
+        self.raw[pl.ds(after, 128)] = k
+        self.raw[pl.ds(after + 128, 128)] = v
+
+        def staged(at: int, n: int) -> jax.Array:
+            return compat.load(self.raw.at[pl.ds(at, n)], layout=ALONG_COLUMNS)
+
+        first, second = (staged(after + i * half, half) + biases[1 + i] for i in (0, 1))
+        value = rounded(staged(after + 128, h) + biases[3])
+        keys = [rounded(first * cos - second * sin), rounded(second * cos + first * sin)]
+        self.raw[pl.ds(0, width)] = q + biases[0]
         # One head a row; rows past the group hold anything and touch nothing else.
         raw = self.raw.reshape(ROWS, h)
         first, second = (gmem(raw.at[:, pl.ds(i * half, half)], MATRIX) for i in (0, 1))

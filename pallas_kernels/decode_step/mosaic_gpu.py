@@ -20,13 +20,13 @@ from jax.typing import DTypeLike
 from pallas_kernels import compat
 from pallas_kernels.decode_step.attention import SLOT_TILE, Attention
 from pallas_kernels.decode_step.plan import COLUMNS, ROWS, Phase, Plan
+from pallas_kernels.decode_step.tagged import empty_slots, tagged, totals
 from pallas_kernels.decode_step.vectors import (
     ALONG_COLUMNS,
     MATRIX,
     columns_of,
     gmem,
     strided,
-    summed,
 )
 
 SMEM_BYTES = 232_448
@@ -109,7 +109,8 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
     splits = max(1, min(blocks // kv_heads, capacity // SLOT_TILE))
     _, out, gate_up, down, _ = plan.phases
     kept, input_width, kv_stages, stages = memory(plan)
-    widths = [-(-p.slots * p.rows // 128) * 128 for p in plan.phases]
+    # A head of 64 dimensions is read together with the 64 numbers after it.
+    widths = [-(-(p.slots * p.rows + 64) // 128) * 128 for p in plan.phases]
 
     def body(*refs: Any) -> None:
         tape, bias, norms, hidden, rope, k_cache, v_cache, position = refs[:8]
@@ -134,7 +135,7 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
             def _() -> None:
                 plgpu.copy_gmem_to_smem(tape.at[start + tile], ring.at[slot], full.at[slot])
 
-        def product(phase: int, sums: Any, whole: bool, ring_at: Ring) -> Ring:
+        def product(phase: int, sums: Any, whole: bool, tag: Any, ring_at: Ring) -> Ring:
             """This block's tiles of a matrix times the vector in `xs`."""
             p, first, count = plan.phases[phase], firsts[phase], counts[phase]
 
@@ -154,7 +155,9 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
                 def _() -> None:
                     row = lax.div(first + j, p.across)
                     slot = block - p.owner(row * p.across)
-                    sums[pl.ds(slot * p.rows + row * ROWS, ROWS)] = acc.sum(axis=1)
+                    part = acc.sum(axis=1)
+                    part = part if tag is None else tagged(part, tag)
+                    sums[pl.ds(slot * p.rows + row * ROWS, ROWS)] = part
 
                 slot = jnp.where(ring_at.slot == stages - 1, 0, ring_at.slot + 1)
                 return Ring(ring_at.fetch + 1, slot), acc * jnp.where(row_ends, 0.0, 1.0)
@@ -163,10 +166,10 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
             ring_at, _ = lax.fori_loop(0, count, tile, (ring_at, zero))
             return ring_at
 
-        def normalise(sums: Any, p: Phase, norm: Any) -> None:
+        def normalise(sums: Any, p: Phase, norm: Any, tag: Any) -> None:
             """Adds a product to the hidden state; its norm becomes the next input."""
             weight = gmem(norms.at[norm], strided(d))  # on its way while the sums are added up
-            v = compat.load(x, layout=strided(d)) + summed(sums, p, 0, d, strided(d))
+            v = compat.load(x, layout=strided(d)) + totals(sums, p, [(0, d)], tag)[0]
             x[...] = v
             v = v * lax.rsqrt(jnp.sum(v * v) / d + shape.eps)
             xs[pl.ds(0, d)] = v * weight
@@ -185,9 +188,9 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
 
             lax.fori_loop(0, -(-kept[phase] // GROUP), some, None)
 
-        def swiglu(chunks: list[Any]) -> list[list[jax.Array]]:
-            ats = [base + k * COLUMNS for k in chunks for base in (0, shape.ffn)]
-            each = [summed(gate_up_sum, gate_up, at, COLUMNS, strided(COLUMNS)) for at in ats]
+        def swiglu(chunks: list[Any], tag: Any) -> list[list[jax.Array]]:
+            runs = [(base + k * COLUMNS, COLUMNS) for k in chunks for base in (0, shape.ffn)]
+            each = totals(gate_up_sum, gate_up, runs, tag)
             pairs = zip(each[::2], each[1::2], strict=True)
             return [[gate / (1 + jnp.exp(-gate)) * up] for gate, up in pairs]
 
@@ -197,14 +200,16 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
             q_raw, q, (k_tile, v_tile), kv_full,
         )  # fmt: skip
 
-        # A slot that no block fills must read as zero.
+        # What no block fills must read as zero.
         zero = plgpu.layout_cast(jnp.zeros((128,), jnp.float32), strided(128))
-        for buffer, width in zip((*sums, logits), widths, strict=True):
+        for phase, buffer in enumerate((*sums, logits)):
             # Block b clears pieces b, b + blocks, ...
-            pieces = lax.div(width // 128 - block + blocks - 1, blocks)
+            pieces = lax.div(widths[phase] // 128 - block + blocks - 1, blocks)
 
-            def clear(i: jax.Array, _: None, buffer: Any = buffer) -> None:
-                buffer[pl.ds((i * blocks + block) * 128, 128)] = zero
+            def clear(i: jax.Array, _: None, phase: int = phase, buffer: Any = buffer) -> None:
+                at = (i * blocks + block) * 128
+                is_head = phase == len(sums)
+                buffer[pl.ds(at, 128)] = zero if is_head else empty_slots(plan.phases[phase], at)
 
             lax.fori_loop(0, pieces, clear, None)
 
@@ -214,42 +219,40 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
         everyone(1)
 
         def layer(index: jax.Array, ring_at: Ring) -> Ring:
-            barrier = 1 + 5 * index
+            # Layers take turns; what the first finds of the last product is the zeroes above.
+            tag, before = (index + 1) & 1, index & 1
             attention.prefetch(index)
             with jax.named_scope("attn_norm"):
-                normalise(down_sum, down, 2 * index)
+                normalise(down_sum, down, 2 * index, before)
             with jax.named_scope("qkv_proj"):
-                ring_at = product(0, qkv_sum, True, ring_at)
-            everyone(barrier + 1)
+                ring_at = product(0, qkv_sum, True, tag, ring_at)
 
             @pl.when(attention.attends)
             def _() -> None:
                 with jax.named_scope("attention"):
-                    attention.attend(index)
+                    attention.attend(index, tag)
 
-            everyone(barrier + 2)
+            # The only barrier of a layer. It also keeps every block within a layer of the
+            # others, so that no word is overwritten before whoever waits for it has seen it.
+            everyone(2 + index)
             with jax.named_scope("combine"):
                 fill(1, attention.combined)
             with jax.named_scope("o_proj"):
-                ring_at = product(1, out_sum, False, ring_at)
-            everyone(barrier + 3)
+                ring_at = product(1, out_sum, False, tag, ring_at)
             with jax.named_scope("ffn_norm"):
-                normalise(out_sum, out, 2 * index + 1)
+                normalise(out_sum, out, 2 * index + 1, tag)
             with jax.named_scope("gate_up_proj"):
-                ring_at = product(2, gate_up_sum, True, ring_at)
-            everyone(barrier + 4)
+                ring_at = product(2, gate_up_sum, True, tag, ring_at)
             with jax.named_scope("swiglu"):
-                fill(3, swiglu)
+                fill(3, lambda chunks: swiglu(chunks, tag))
             with jax.named_scope("down_proj"):
-                ring_at = product(3, down_sum, False, ring_at)
-            everyone(barrier + 5)
-            return ring_at
+                return product(3, down_sum, False, tag, ring_at)
 
         ring_at = lax.fori_loop(0, shape.layers, layer, Ring(jnp.int32(stages), jnp.int32(0)))
         with jax.named_scope("final_norm"):
-            normalise(down_sum, down, 2 * shape.layers)
+            normalise(down_sum, down, 2 * shape.layers, jnp.int32(shape.layers & 1))
         with jax.named_scope("lm_head"):
-            product(4, logits, True, ring_at)
+            product(4, logits, True, None, ring_at)
 
     def f32(*dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, jnp.float32)

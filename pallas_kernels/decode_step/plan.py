@@ -11,7 +11,9 @@ import dataclasses
 from functools import cached_property
 from typing import Any
 
+import jax
 import numpy as np
+from jax import lax
 
 ROWS, COLUMNS = 64, 128
 """Of a tile: 16 KiB in 16 bits."""
@@ -45,6 +47,13 @@ class Shape:
         return (self.qkv, d), (d, q), (2 * self.ffn, d), (d, self.ffn), (self.vocab, d)
 
 
+def _quotient(numerator: Any, denominator: int) -> Any:
+    """Of numbers that are not negative, whether known or traced."""
+    if isinstance(numerator, jax.Array):
+        return lax.div(numerator, denominator)
+    return numerator // denominator
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One matrix product dealt out to `blocks` blocks."""
@@ -69,11 +78,19 @@ class Phase:
 
     def first(self, block: Any) -> Any:
         """The first tile of a block's run; works on traced numbers too."""
-        return block * self.tiles // self.blocks
+        return _quotient(block * self.tiles, self.blocks)
 
     def owner(self, tile: Any) -> Any:
         """The block whose run a tile is in; works on traced numbers too."""
-        return ((tile + 1) * self.blocks - 1) // self.tiles
+        return _quotient((tile + 1) * self.blocks - 1, self.tiles)
+
+    def fills(self, slot: Any, row: Any) -> Any:
+        """Whether a block leaves anything in this slot of a row of tiles."""
+        begin = row * self.across
+        block = self.owner(begin) + slot
+        return (self.first(block) < begin + self.across) & (
+            self.first(block + 1) > self.first(block)
+        )
 
     @cached_property
     def slots(self) -> int:

@@ -1,15 +1,14 @@
-"""Registers and memory inside the decode-step kernel: layouts, loads, sums over slots."""
+"""Registers and memory inside the decode-step kernel: layouts and loads."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step.plan import ROWS, Phase
+from pallas_kernels.decode_step.plan import ROWS
 
 MATRIX = plgpu.Layout.WGMMA
 ALONG_ROWS = MATRIX.reduce(1)  # one number a row
@@ -33,14 +32,6 @@ def rows_of(value: jax.Array, columns: int) -> jax.Array:
 def columns_of(value: jax.Array) -> jax.Array:
     """`[n]` to `[64, n]`, the same in every row."""
     return lax.broadcast_in_dim(value, (ROWS, value.shape[0]), (1,))
-
-
-def summed(sums: Any, p: Phase, at: Any, width: int, layout: Any) -> jax.Array:
-    """Some rows of a phase's product: what each block left in its slot, added up in order."""
-    value = gmem(sums.at[pl.ds(at, width)], layout)
-    for slot in range(1, p.slots):
-        value = value + gmem(sums.at[pl.ds(slot * p.rows + at, width)], layout)
-    return value
 
 
 def rounded(value: jax.Array) -> jax.Array:

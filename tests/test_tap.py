@@ -26,7 +26,7 @@ LAYER_NAMES = [
 ]
 
 # What an intervention may want besides: where the tokens stand, and what the cache holds.
-STATE = {"positions", "lengths", "cache_slots", "k_cache", "v_cache"}
+STATE = {"tokens", "positions", "lengths", "cache_slots", "k_cache", "v_cache"}
 
 Run = Callable[[bool], tuple[jax.Array, dict[str, jax.Array]]]
 

@@ -132,10 +132,10 @@ class Recorder:
         """The tensors and logits of every call, one after another through one cache."""
         engine = self.engine
         cache = KVCache.create(engine.config, 1, slots, engine.cache_dtype)
-        length = np.array([len(tokens)], np.int32)
         for call in calls:
             padded = np.zeros((1, call.padded), np.int32)
             padded[0, : call.length] = tokens[call.start : call.start + call.length]
+            length = np.array([call.start + call.length], np.int32)
             cache, tensors, logits = function(
                 engine.weights, cache, padded, np.int32(call.start), length
             )

@@ -1,0 +1,288 @@
+"""From wrong tensors to causes: a fault is named only where planting it gives the same tensor.
+
+Every faulty operation is computed again with each fault of the catalogue that can touch it, from
+the candidate's own inputs, then with pairs and triples of them. What brings every element within
+its bound explains the operation; among explanations the smallest is taken, then the one that
+agrees with the layer's other operations, then the one that explains most of them.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from qwen_jax.accuracy.bounds import Arithmetic, bound
+from qwen_jax.accuracy.catalogue import FAULTS
+from qwen_jax.accuracy.error_shape import ErrorShape, describe
+from qwen_jax.accuracy.faults import Fault, Overlay
+from qwen_jax.accuracy.operations import OPERATIONS, PARAMETRIC
+from qwen_jax.accuracy.parameters import Source, Weights
+from qwen_jax.accuracy.replay import Finding, Progress, Replay, Replayed, Residual, compare
+from qwen_jax.accuracy.rounding import UNIT, round_to
+from qwen_jax.accuracy.trace import Trace
+from qwen_jax.config import ModelConfig
+
+MOST = 3
+"""Faults of one operation that are tried together."""
+
+Set = tuple[str, ...]
+"""Names of faults that together explain an operation, in the catalogue's order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Faults that reproduce one tensor.
+
+    Attributes:
+        after: what is left of the error with the faults planted.
+        against: operations of the layer that the faults should show in, and don't.
+    """
+
+    faults: Set
+    after: Residual
+    against: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """A faulty operation, the explanation chosen, and the others that fit equally well."""
+
+    finding: Finding
+    best: Explanation
+    ties: tuple[Explanation, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """A fault, with the operations and layers it explains.
+
+    Attributes:
+        layers: None stands for the operations outside of the layers.
+        before: the largest own error of these operations,
+        after: and the largest that is left with the fault, and those that are there `together`
+            with it, planted.
+        ties: what explains the same tensors as well.
+        against: operations of these layers that the fault should show in, and doesn't.
+    """
+
+    fault: Fault
+    operations: tuple[str, ...]
+    layers: tuple[int | None, ...]
+    before: Residual
+    after: Residual
+    together: Set
+    ties: tuple[Set, ...]
+    against: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """A faulty operation that nothing in the catalogue explains."""
+
+    finding: Finding
+    shape: ErrorShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """All that replay and catalogue have to say of a trace.
+
+    Attributes:
+        findings: of every operation replayed, in the order of computation.
+        skipped: recorded tensors that could not be judged, and why.
+    """
+
+    findings: tuple[Finding, ...]
+    causes: tuple[Cause, ...]
+    unknown: tuple[Unknown, ...]
+    skipped: dict[str, str]
+
+    @property
+    def faulty(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.faulty)
+
+    @property
+    def first(self) -> Finding | None:
+        """The first wrong tensor."""
+        return next(iter(self.faulty), None)
+
+    @property
+    def named(self) -> Set:
+        """The faults found, by name."""
+        return tuple(cause.fault.name for cause in self.causes)
+
+
+def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> Diagnosis:
+    """Finds every operation that is wrong in itself, and names why.
+
+    Args:
+        trace: of the candidate; any subset of the tensors.
+        source: the right parameters, rounded as the candidate holds them
+            (`CheckpointSource(path, trace.header.dtype)`).
+        progress: hears of operations done and in all.
+
+    Raises:
+        UserError: trace and parameters belong to models of different sizes.
+    """
+    replay = Replay(trace, source)
+    findings: list[Finding] = []
+    explained: list[Explained] = []
+    unknown: list[Unknown] = []
+    known: list[Set] = []
+
+    def counted() -> Iterator[Replayed]:
+        for done, replayed in enumerate(replay, 1):
+            if progress:
+                progress(done, len(replay))
+            yield replayed
+
+    for _, group in itertools.groupby(counted(), lambda r: (r.finding.layer, id(r.weights))):
+        layer = list(group)
+        findings += [r.finding for r in layer]
+        for one in _explain_layer(layer, replay.arithmetic, known):
+            if isinstance(one, Unknown):
+                unknown.append(one)
+                continue
+            explained.append(one)
+            if one.best.faults not in known:
+                known.append(one.best.faults)
+    return Diagnosis(tuple(findings), _causes(explained), tuple(unknown), replay.skipped)
+
+
+def _explain_layer(
+    layer: Sequence[Replayed], arithmetic: Arithmetic, known: Sequence[Set]
+) -> Iterator[Explained | Unknown]:
+    fits = {
+        r.finding.operation: _explanations(r, arithmetic, known) for r in layer if r.finding.faulty
+    }
+    covered = {
+        name: sum(any(name in e.faults for e in found) for found in fits.values())
+        for name in {n for found in fits.values() for e in found for n in e.faults}
+    }
+    sound = [r for r in layer if not r.finding.faulty]
+    against = {name: _contradicted(name, sound, arithmetic) for name in covered}
+    for replayed in layer:
+        if not replayed.finding.faulty:
+            continue
+        found = [
+            dataclasses.replace(e, against=tuple(o for n in e.faults for o in against[n]))
+            for e in fits[replayed.finding.operation]
+        ]
+        if not found:
+            shape = describe(replayed.candidate, replayed.expected, replayed.bound)
+            yield Unknown(replayed.finding, shape)
+            continue
+        best = min(found, key=lambda e: (bool(e.against), -sum(covered[n] for n in e.faults)))
+        ties = tuple(e for e in found if e is not best and bool(e.against) == bool(best.against))
+        yield Explained(replayed.finding, best, ties)
+
+
+def _explanations(
+    replayed: Replayed, arithmetic: Arithmetic, known: Sequence[Set]
+) -> list[Explanation]:
+    """The smallest sets of faults that reproduce the tensor, all of one size."""
+    config = replayed.ctx.config
+    able = [
+        fault
+        for fault in FAULTS.values()
+        if replayed.finding.operation in fault.operations and fault.possible(config)
+    ]
+    for size in range(1, MOST + 1):
+        # What explained an earlier layer is tried first: it spares the search of all sets.
+        earlier = [tuple(FAULTS[n] for n in s) for s in known if len(s) == size]
+        sets: Sequence[tuple[Fault, ...]] = [s for s in earlier if set(s) <= set(able)]
+        found: list[Explanation] = []
+        for pool in (sets if size > 1 else [], itertools.combinations(able, size)):
+            if found:
+                break
+            for faults in pool:
+                after = fit(replayed, faults, arithmetic)
+                if after.within:
+                    found.append(Explanation(tuple(f.name for f in faults), after))
+        if found:
+            return found
+    return []
+
+
+def _contradicted(name: str, sound: Sequence[Replayed], arithmetic: Arithmetic) -> tuple[str, ...]:
+    """Sound operations that would not be, were the fault there."""
+    fault = FAULTS[name]
+    return tuple(
+        r.finding.operation
+        for r in sound
+        if r.finding.operation in fault.operations and not fit(r, (fault,), arithmetic).within
+    )
+
+
+def fit(replayed: Replayed, faults: Sequence[Fault], arithmetic: Arithmetic) -> Residual:
+    """What is left of a tensor's error with faults planted, in the variants that fit best."""
+    config, name = replayed.ctx.config, replayed.finding.operation
+    weights: Weights = replayed.weights
+    for fault in faults:
+        if fault.parameters:
+            weights = Overlay(weights, fault)
+    params = weights[name] if name in PARAMETRIC else ()
+    best: Residual | None = None
+    variants = [fault.knobs(config) or ({},) for fault in faults]
+    for changes in itertools.product(*variants):
+        turned = {key: value for change in changes for key, value in change.items()}
+        output = turned.pop("output", None)
+        ctx = replayed.ctx.turned(**turned)
+        value = OPERATIONS[name](ctx, replayed.inputs, params)
+        limit = bound(name, ctx, arithmetic, value, replayed.inputs, replayed.errors, params)
+        if output:
+            value, limit = _rounded(value, limit, output, arithmetic)
+        after = compare(replayed.candidate, value, limit)
+        if best is None or after.ratio < best.ratio:
+            best = after
+        if best.within:
+            break
+    assert best is not None
+    return best
+
+
+def _rounded(
+    value: np.ndarray, limit: np.ndarray, dtype: str, arithmetic: Arithmetic
+) -> tuple[np.ndarray, np.ndarray]:
+    """A rounded result and its bound: rounding is monotonic, so it maps an interval to one."""
+    low, middle, high = (round_to(v, dtype, np) for v in (value - limit, value, value + limit))
+    with np.errstate(invalid="ignore"):
+        width = np.maximum(high - middle, middle - low)
+        if arithmetic.storage > UNIT[dtype]:
+            width = width + arithmetic.storage * np.abs(middle)
+    return middle, np.where(np.isnan(width), 0, width)
+
+
+def _causes(explained: Sequence[Explained]) -> tuple[Cause, ...]:
+    """One cause for each fault, in the order of discovery."""
+    by_fault: dict[str, list[Explained]] = {}
+    for one in explained:
+        for name in one.best.faults:
+            by_fault.setdefault(name, []).append(one)
+    return tuple(_cause(name, found) for name, found in by_fault.items())
+
+
+def _cause(name: str, found: Sequence[Explained]) -> Cause:
+    def worst(residuals: Sequence[Residual]) -> Residual:
+        return max(residuals, key=lambda r: r.ratio)
+
+    def unique(items: Callable[[Explained], Sequence]) -> tuple:
+        return tuple(dict.fromkeys(item for one in found for item in items(one)))
+
+    shared = set.intersection(*({t.faults for t in one.ties} for one in found))
+    return Cause(
+        fault=FAULTS[name],
+        operations=unique(lambda e: (e.finding.operation,)),
+        layers=unique(lambda e: (e.finding.layer,)),
+        before=worst([one.finding.residual for one in found]),
+        after=worst([one.best.after for one in found]),
+        together=unique(lambda e: [n for n in e.best.faults if n != name]),
+        ties=tuple(t for t in unique(lambda e: [t.faults for t in e.ties]) if t in shared),
+        against=unique(lambda e: e.best.against),
+    )
+
+
+def possible_faults(config: ModelConfig) -> list[Fault]:
+    """The faults of the catalogue that a model of this config can have."""
+    return [fault for fault in FAULTS.values() if fault.possible(config)]

@@ -1,24 +1,37 @@
 """Decode speed end to end through `engine.decode_many`, sampling included, on random weights.
 
-python -m benchmarks.gpu_decode --size=0.5b --batch=1 --context=128
+    python -m benchmarks.gpu_decode --sizes 0.5b 1.5b --batches 1 8 --contexts 128 2048
+
+One table, in one run: the engine as it chooses ("auto", which names the decode-step kernel where
+it serves), the XLA path, and the floor: the bytes a step must read over the bandwidth of a large
+copy measured in the same run. Caches hold random keys and values, so that no prompt has to be
+run. All programs are compiled first, several at a time. Ends with one line of JSON.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.random_model import SIZES
+from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, bytes_per_token
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine, Prompt
-from qwen_jax.packed import prepare
+from qwen_jax.engine import Engine, bucket
+from qwen_jax.packed import PackedWeights, prepare
+from qwen_jax.programs import Rows
 from qwen_jax.sampling import Sampling, plan_rows
 from qwen_jax.weights.names import parameters
+
+DTYPE = jnp.dtype(jnp.bfloat16)
+STEPS = 32
+"""Steps a call, as the engine generates on a GPU."""
 
 
 def random_parameters(
@@ -33,49 +46,146 @@ def random_parameters(
         yield parameter.name, values
 
 
+def copy_bandwidth() -> float:
+    """Bytes a second, reads and writes counted, of a copy of 2 GiB."""
+    source = jax.random.normal(jax.random.key(time.time_ns() % 2**31), (2**29,), jnp.float32)
+    copy = jax.jit(lambda x: x * 2)
+    jax.block_until_ready(copy(source))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready([copy(source) for _ in range(4)])
+        seconds.append((time.perf_counter() - start) / 4)
+    return 2 * source.nbytes / median(seconds)
+
+
+class Case(NamedTuple):
+    """One engine at one batch and context, compiled."""
+
+    implementation: str
+    batch: int
+    context: int
+    capacity: int
+    engine: Engine
+    run: Any
+
+
+def rows_of(config: ModelConfig, batch: int, context: int, capacity: int) -> Rows:
+    """Rows that hold `context` random tokens each."""
+    key = jax.random.key(time.time_ns() % 2**31)
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+    draw = jax.jit(lambda key: jax.random.normal(key, shape, DTYPE))
+    keys = iter(jax.random.split(key, 2 * config.num_layers))
+    k, v = (tuple(draw(next(keys)) for _ in range(config.num_layers)) for _ in "kv")
+    full = jnp.full((batch,), context, jnp.int32)
+    token = jax.random.randint(key, (batch,), 0, config.vocab_size)
+    return Rows(
+        cache=KVCache(k, v),
+        length=full,
+        token=token,
+        generated=jnp.ones_like(full),
+        limit=jnp.full_like(full, 1 << 30),
+        done=jnp.zeros((batch,), bool),
+        counts=None,
+    )
+
+
+def sampling_of(config: ModelConfig, batch: int, temperature: float) -> tuple[Any, Any]:
+    return plan_rows([Sampling(temperature)] * batch, config.vocab_size)
+
+
+def engines(config: ModelConfig) -> dict[str, Engine]:
+    """The same random weights, as the engine packs them and plain."""
+    seed = time.time_ns() % 2**31
+    made = {}
+    for implementation in ("auto", "xla"):
+        drawn = random_parameters(config, DTYPE, seed)
+        weights = prepare(config, drawn, DTYPE, implementation)
+        made[implementation] = Engine(config, weights, implementation=implementation)
+    return made
+
+
+def compiled(config: ModelConfig, wanted: list[tuple[int, int]], args: Any) -> list[Case]:
+    """Every case's program, compiled on several threads."""
+
+    def compile_one(case: tuple[tuple[str, Engine], tuple[int, int]]) -> Case:
+        (name, engine), (batch, context) = case
+        capacity = bucket(context + STEPS * (args.rounds + 1), SMALLEST_CAPACITY)
+        rows = jax.eval_shape(lambda: rows_of(config, batch, context, capacity))
+        plan, numbers = sampling_of(config, batch, args.temperature)
+        decode: Any = engine._decode
+        program = decode.lower(engine.weights, rows, numbers, plan, STEPS).compile()
+        return Case(name, batch, context, capacity, engine, program)
+
+    with ThreadPoolExecutor(12) as pool:
+        return list(pool.map(compile_one, itertools.product(engines(config).items(), wanted)))
+
+
+def seconds_a_step(config: ModelConfig, case: Case, args: Any) -> list[float]:
+    rows = rows_of(config, case.batch, case.context, case.capacity)
+    _, numbers = sampling_of(config, case.batch, args.temperature)
+    seconds = []
+    for turn in range(args.rounds + 1):
+        jax.block_until_ready(rows)
+        start = time.perf_counter()
+        rows, emitted = case.run(case.engine.weights, rows, numbers)
+        jax.block_until_ready(emitted)
+        if turn:  # the first warms up
+            seconds.append((time.perf_counter() - start) / STEPS)
+    return seconds
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    size = config.num_parameters * DTYPE.itemsize
+    # Of an embedding that is not the head, one row is read.
+    return size if config.tied else size - config.vocab_size * config.hidden_size * DTYPE.itemsize
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="0.5b")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["0.5b"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128])
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args()
 
-    config = SIZES[args.size]
-    dtype = jnp.dtype(args.dtype)
-    drawn = random_parameters(config, dtype, seed=time.time_ns() % 2**31)
-    packed = prepare(config, drawn, dtype, args.implementation)
-    engine = Engine(config, packed, implementation=args.implementation)
-    plan, numbers = plan_rows([Sampling(args.temperature)] * args.batch, config.vocab_size)
-    rng = np.random.default_rng()
-    prompts = [
-        Prompt(rng.integers(0, config.vocab_size, args.context).tolist(), args.steps + 1)
-        for _ in range(args.batch)
-    ]
-    seconds = []
-    for turn in range(args.rounds + 1):
-        rows, _ = engine.prefill(prompts, plan, numbers)
-        jax.block_until_ready(rows)
-        start = time.perf_counter()
-        jax.block_until_ready(engine.decode_many(rows, numbers, plan, args.steps))
-        if turn:  # the first compiles
-            seconds.append((time.perf_counter() - start) / args.steps)
-    weights = config.num_parameters * dtype.itemsize
-    if not config.tied:
-        weights -= config.vocab_size * config.hidden_size * dtype.itemsize  # one row is read
-    step = median(seconds)
-    print(
-        f"{args.size} {args.implementation} batch {args.batch} context {args.context}: "
-        f"{step * 1e6:.0f} us a step, {args.batch / step:.0f} tokens/s, "
-        f"{weights / step / 1e9:.0f} GB/s of weights"
-    )
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e9:.0f} GB/s; microseconds a step, medians of {args.rounds}")
+    print(f"{'size':<6}{'batch':>6}{'context':>9}{'floor':>8}{'auto':>8}{'xla':>8}{'ratio':>7}"
+          f"{'GB/s':>7}{'tokens/s':>10}  kernel")  # fmt: skip
+    figures = {}
+    for size in args.sizes:
+        config = SIZES[size]
+        # A cache beside two copies of the weights must fit.
+        most = 125e9 - 2 * config.num_parameters * DTYPE.itemsize
+        token = bytes_per_token(config, DTYPE.itemsize)
+        wanted = [
+            (batch, context)
+            for batch, context in itertools.product(args.batches, args.contexts)
+            if 3 * batch * (context + 512) * token < most
+        ]
+        cases = compiled(config, wanted, args)
+        for batch, context in wanted:
+            both = [c for c in cases if (c.batch, c.context) == (batch, context)]
+            times = {c.implementation: seconds_a_step(config, c, args) for c in both}
+            auto, xla = (median(times[name]) for name in ("auto", "xla"))
+            read = weight_bytes(config) + batch * context * token
+            weights = both[0].engine.weights
+            fused = isinstance(weights, PackedWeights) and weights.serves(batch, both[0].capacity)
+            print(
+                f"{size:<6}{batch:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}{auto * 1e6:>8.0f}"
+                f"{xla * 1e6:>8.0f}{auto / xla:>7.2f}{read / auto / 1e9:>7.0f}"
+                f"{batch / auto:>10,.0f}  {'decode_step' if fused else 'attention'}",
+                flush=True,
+            )
+            figures[f"{size} {batch} {context}"] = {
+                name: [round(s * 1e6, 1) for s in taken] for name, taken in times.items()
+            }
     record = vars(args) | {
         "benchmark": "gpu_decode",
-        "us": [round(s * 1e6, 1) for s in seconds],
+        "copy_gb_s": round(bandwidth / 1e9),
+        "us": figures,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

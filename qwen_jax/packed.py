@@ -84,28 +84,26 @@ class PackedWeights:
     def decode(
         self,
         token: Int[Array, "1"],
-        k_cache: Float[Array, "L K S H"],
-        v_cache: Float[Array, "L K S H"],
+        cache: Float[Array, "2L K S H"],
         position: Int[Array, ""],
-    ) -> tuple[Float[Array, "1 V"], Float[Array, "L K H"], Float[Array, "L K H"]]:
-        """One step of one row: logits, and the token's keys and values of every layer."""
+    ) -> tuple[Float[Array, "1 V"], Float[Array, "2L K H"]]:
+        """One step of one row: logits, and the token's keys, then values, of every layer."""
         if self.embed is None:
             hidden = self.packed.head_row(self.plan, token[0])
         else:
             hidden = self.embed[token[0]]
         yarn = self.config.yarn
-        logits, keys, values = pallas_kernels.decode_step(
+        logits, new = pallas_kernels.decode_step(
             self.packed,
             self.plan,
             hidden,
-            k_cache,
-            v_cache,
+            cache,
             position,
             jnp.asarray(inverse_frequencies(self.config)),
             attention_factor=yarn.attention_factor if yarn else 1.0,
             implementation=self.implementation,
         )
-        return logits[None], keys, values
+        return logits[None], new
 
 
 def plan_for(config: ModelConfig) -> Plan:

@@ -183,7 +183,7 @@ def decode_many(
     capacity = rows.cache.capacity
     if isinstance(weights, PackedWeights) and weights.serves(rows.cache.rows, capacity):
         forward: Forward = functools.partial(_forward_packed, weights)
-        cache: Any = tuple(jnp.concatenate(layers) for layers in (rows.cache.k, rows.cache.v))
+        cache: Any = jnp.concatenate([*rows.cache.k, *rows.cache.v])
     else:
         forward, cache = functools.partial(_forward, make(weights)), rows.cache
 
@@ -212,7 +212,8 @@ def decode_many(
         step, (dataclasses.replace(rows, cache=empty), cache), length=steps
     )
     if not isinstance(cache, KVCache):
-        cache = KVCache(*(tuple(jnp.split(stacked, len(stacked))) for stacked in cache))
+        layers = jnp.split(cache, len(cache))
+        cache = KVCache(tuple(layers[: len(layers) // 2]), tuple(layers[len(layers) // 2 :]))
     return dataclasses.replace(rows, cache=cache), emitted
 
 
@@ -231,12 +232,10 @@ def _forward(
 def _forward_packed(
     weights: PackedWeights,
     token: Int[Array, "1"],
-    cache: tuple[Float[Array, "L K S H"], Float[Array, "L K S H"]],
+    cache: Float[Array, "2L K S H"],
     at: Int[Array, "1"],
     lengths: Int[Array, "1"],
-) -> tuple[Float[Array, "1 V"], tuple[Float[Array, "L K S H"], Float[Array, "L K S H"]]]:
+) -> tuple[Float[Array, "1 V"], Float[Array, "2L K S H"]]:
     """The same for one row through the decode-step kernel, which wants all layers in one array."""
-    k, v = cache
-    logits, keys, values = weights.decode(token, k, v, lengths[0] - 1)
-    new = (k.at[:, :, at[0]].set(keys, mode="drop"), v.at[:, :, at[0]].set(values, mode="drop"))
-    return logits, new
+    logits, new = weights.decode(token, cache, lengths[0] - 1)
+    return logits, cache.at[:, :, at[0]].set(new, mode="drop")

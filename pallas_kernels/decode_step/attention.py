@@ -48,7 +48,8 @@ class Attention:
         splits: blocks that share a key/value head.
         stages: cache tiles in flight.
         position: of the token; the cache holds the slots before it.
-        caches, new, tiles: of keys, then of values: in memory, the token's own, in flight.
+        cache, new: of every layer's keys, then of its values: of the text, of the token.
+        tiles: of keys, then of values, in flight.
         out, stats: each block's weighted values, and its maximum and sum of weights.
         raw, queries: of the group's heads, in shared memory: as they come, and rotated.
         full: the barrier of each cache tile in flight.
@@ -64,8 +65,8 @@ class Attention:
     bias: Any
     qkv_sum: Any
     rope: Any
-    caches: tuple[Any, Any]
-    new: tuple[Any, Any]
+    cache: Any
+    new: Any
     out: Any
     stats: Any
     raw: Any
@@ -90,10 +91,14 @@ class Attention:
         @pl.when(self.attends & (j < self.mine))
         def _() -> None:
             at = pl.ds((self.split + j * self.splits) * SLOT_TILE, SLOT_TILE)
-            for cache, tile in zip(self.caches, self.tiles, strict=True):
+            for tile, index in zip(self.tiles, self._rows_of(layer), strict=True):
                 plgpu.copy_gmem_to_smem(
-                    cache.at[layer, self.head, at], tile.at[stage], self.full.at[stage]
+                    self.cache.at[index, self.head, at], tile.at[stage], self.full.at[stage]
                 )
+
+    def _rows_of(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where a layer's keys and values are."""
+        return layer, self.plan.shape.layers + layer
 
     def attend(self, layer: jax.Array, tag: jax.Array) -> None:
         """This block's splits of one layer, into `out` and `stats`; split 0 fills `new` too."""
@@ -104,10 +109,10 @@ class Attention:
 
         @pl.when(leads)
         def _() -> None:
-            k_new, v_new = self.new
+            of_keys, of_values = self._rows_of(layer)
             for i, part in enumerate(keys):
-                k_new[layer, pl.ds(self.head * h + i * (h // 2), h // 2)] = part
-            v_new[layer, pl.ds(self.head * h, h)] = value
+                self.new[of_keys, pl.ds(self.head * h + i * (h // 2), h // 2)] = part
+            self.new[of_values, pl.ds(self.head * h, h)] = value
 
         maximum = jnp.where(leads, own * self._scale, NEVER)
         weight = plgpu.layout_cast(

@@ -100,8 +100,8 @@ def refusal(plan: Plan, capacity: int, dtype: DTypeLike) -> str | None:
 def build(plan: Plan, capacity: int) -> Callable[..., Any]:
     """The kernel for one model, cache capacity and number of blocks.
 
-    Returns a function of (tape, bias, norms, hidden, rope, k_cache, v_cache, position) to
-    (logit parts, new keys, new values, scratch ...).
+    Returns a function of (tape, bias, norms, hidden, rope, cache, position) to (logit parts,
+    new keys and values, scratch ...).
     """
     shape, blocks = plan.shape, plan.blocks
     d, h, half = shape.hidden, shape.head_dim, shape.head_dim // 2
@@ -113,9 +113,9 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
     widths = [-(-(p.slots * p.rows + 64) // 128) * 128 for p in plan.phases]
 
     def body(*refs: Any) -> None:
-        tape, bias, norms, hidden, rope, k_cache, v_cache, position = refs[:8]
-        logits, k_new, v_new, *sums, att_out, att_ml = refs[8:17]
-        ring, x, xs, q_raw, q, k_tile, v_tile, full, kv_full = refs[17:]
+        tape, bias, norms, hidden, rope, cache, position = refs[:7]
+        logits, new, *sums, att_out, att_ml = refs[7:15]
+        ring, x, xs, q_raw, q, k_tile, v_tile, full, kv_full = refs[15:]
         qkv_sum, out_sum, gate_up_sum, down_sum = sums
         block = lax.axis_index("sm")
         semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
@@ -196,20 +196,17 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
 
         attention = Attention(
             plan, splits, kv_stages, block, position[0],
-            bias, qkv_sum, rope, (k_cache, v_cache), (k_new, v_new), att_out, att_ml,
+            bias, qkv_sum, rope, cache, new, att_out, att_ml,
             q_raw, q, (k_tile, v_tile), kv_full,
         )  # fmt: skip
 
-        # What no block fills must read as zero.
-        zero = plgpu.layout_cast(jnp.zeros((128,), jnp.float32), strided(128))
-        for phase, buffer in enumerate((*sums, logits)):
-            # Block b clears pieces b, b + blocks, ...
-            pieces = lax.div(widths[phase] // 128 - block + blocks - 1, blocks)
+        for p, buffer, width in zip(plan.phases, sums, widths, strict=False):
+            # Block b prepares pieces b, b + blocks, ...
+            pieces = lax.div(width // 128 - block + blocks - 1, blocks)
 
-            def clear(i: jax.Array, _: None, phase: int = phase, buffer: Any = buffer) -> None:
+            def clear(i: jax.Array, _: None, p: Phase = p, buffer: Any = buffer) -> None:
                 at = (i * blocks + block) * 128
-                is_head = phase == len(sums)
-                buffer[pl.ds(at, 128)] = zero if is_head else empty_slots(plan.phases[phase], at)
+                buffer[pl.ds(at, 128)] = empty_slots(p, at)
 
             lax.fori_loop(0, pieces, clear, None)
 
@@ -267,8 +264,7 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
         name="decode_step",
         out_type=(
             f32(widths[4]),
-            f32(shape.layers, kv_heads * h),
-            f32(shape.layers, kv_heads * h),
+            f32(2 * shape.layers, kv_heads * h),
             *(f32(width) for width in widths[:4]),
             f32(blocks, ROWS, h),
             f32(blocks, 2, ROWS),

@@ -15,13 +15,13 @@ def reference(
     packed: Packed,
     plan: Plan,
     hidden: Float[Array, "D"],
-    k_cache: Float[Array, "L K S H"],
-    v_cache: Float[Array, "L K S H"],
+    cache: Float[Array, "2L K S H"],
     position: Int[Array, ""],
     inv_freq: Float[Array, "H2"],
     attention_factor: float,
-) -> tuple[Float[Array, "V"], Float[Array, "L K H"], Float[Array, "L K H"]]:
-    shape, dtype = plan.shape, k_cache.dtype
+) -> tuple[Float[Array, "V"], Float[Array, "2L K H"]]:
+    shape, dtype = plan.shape, cache.dtype
+    k_cache, v_cache = cache[: shape.layers], cache[shape.layers :]
     heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
 
     def product(x: Float[Array, "columns"], phase: int, layer: int = 0) -> Float[Array, "rows"]:
@@ -49,4 +49,4 @@ def reference(
         keys.append(k)
         values.append(v)
     logits = product(norm(x, 2 * shape.layers), HEAD)
-    return logits, jnp.stack(keys), jnp.stack(values)
+    return logits, jnp.stack(keys + values)

@@ -82,13 +82,13 @@ def _poll(memory: Sequence[Any], widths: Sequence[int], parity: Any) -> list[Any
         ]
     loop = scf.WhileOp([i32] * len(pointers), [])
     with ir.InsertionPoint.at_block_begin(loop.before.blocks.append()):
-        words = [
+        words: list[Any] = [
             llvm.inline_asm(
                 i32, [p], "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", has_side_effects=True
             )
             for p in pointers
         ]
-        missing = None
+        missing: Any = None
         for word in words:
             bit = arith.andi(arith.xori(word, parity), utils.c(1, i32))
             late = arith.cmpi(arith.CmpIPredicate.ne, bit, utils.c(0, i32))
@@ -99,19 +99,17 @@ def _poll(memory: Sequence[Any], widths: Sequence[int], parity: Any) -> list[Any
     body = loop.after.blocks.append(*[i32] * len(pointers))
     with ir.InsertionPoint.at_block_begin(body):
         scf.yield_([])
-    values = []
+    values: list[Any] = []
     for word in loop.results:
         empty = arith.cmpi(arith.CmpIPredicate.eq, word, utils.c(EMPTY, i32))
         value = arith.bitcast(f32, arith.select(empty, utils.c(0, i32), word))
         values.append(vector.broadcast(ir.VectorType.get((1,), f32), value))
-    arrays = []
-    for width in widths:
-        own, values = values[: width // WARPGROUP], values[width // WARPGROUP :]
-        arrays.append(
-            mgpu.FragmentedArray(
-                _registers=np.array(own, dtype=object),
-                _layout=mgpu.WGStridedFragLayout((width,), vec_size=1),
-                _is_signed=None,
-            )
+    ends = np.cumsum([width // WARPGROUP for width in widths])[:-1]
+    return [
+        mgpu.FragmentedArray(
+            _registers=registers,
+            _layout=mgpu.WGStridedFragLayout((width,), vec_size=1),
+            _is_signed=None,
         )
-    return arrays
+        for width, registers in zip(widths, np.split(np.array(values, object), ends), strict=True)
+    ]

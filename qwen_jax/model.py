@@ -255,9 +255,9 @@ class Qwen2(nnx.Module):
             The hidden states after the final norm, and the cache with T more slots filled.
         """
         tokens, lengths = tap("tokens", tokens), tap("lengths", lengths)
+        positions = tap("positions", start[:, None] + jnp.arange(tokens.shape[1]))
         embedded = self.embed[...][tokens]
         x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
-        positions = tap("positions", start[:, None] + jnp.arange(tokens.shape[1]))
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         k, v = [], []
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):

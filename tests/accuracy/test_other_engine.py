@@ -1,5 +1,7 @@
 """From the dumped tensors of an engine that is not ours to the causes."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +46,31 @@ def test_an_engine_is_blamed_for_nothing_else(
     assert found.named == (() if biases else ("zero_qkv_bias",))
     assert not found.unknown
     assert bool(found.first) is not biases
+
+
+def test_the_documented_mapping_is_one(tmp_path: Path, source: CheckpointSource) -> None:
+    page = Path(__file__).parents[2] / "docs" / "diagnose-another-engine.md"
+    (block,) = re.findall(r"```json\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    other_engine.dump(
+        tmp_path, CASE.config, CASE.parameters(), TOKENS, biases=True, interleaved=False
+    )
+    (tmp_path / "mapping.json").write_text(block)
+    trace = open_trace(tmp_path, source.config, tokens=TOKENS)
+    assert len(trace.tensors) == 2 + CASE.config.num_layers * (
+        len(json.loads(block)["tensors"]) - 2
+    )
+    assert not diagnose(trace, source).faulty
+
+
+def test_a_coarse_dump_names_the_layer(tmp_path: Path, source: CheckpointSource) -> None:
+    """With the streams alone, a fault is one of what lies between two of them."""
+    other_engine.dump(
+        tmp_path, CASE.config, CASE.parameters(), TOKENS, biases=False, interleaved=False
+    )
+    names = ("embed", "layers.{i}.ffn_residual", "logits")
+    fields = {"version": 1, "dtype": "float32"}
+    fields["tensors"] = {name: other_engine.MAPPING[name] for name in names}
+    (tmp_path / "mapping.json").write_text(json.dumps(fields))
+    found = diagnose(open_trace(tmp_path, source.config, tokens=TOKENS), source)
+    assert [f.layer for f in found.faulty] == [0, 1, 2]
+    assert found.first is not None and "q_proj" in found.first.span

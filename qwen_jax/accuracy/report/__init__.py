@@ -1,0 +1,30 @@
+"""Reports: text for a terminal, and report.json and report.html for a directory."""
+
+from pathlib import Path
+
+from qwen_jax.accuracy.report.as_json import to_json
+from qwen_jax.accuracy.report.contents import Report, values
+from qwen_jax.accuracy.report.tables import text
+from qwen_jax.errors import UserError
+
+__all__ = ["Report", "text", "to_json", "values", "write"]
+
+
+def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
+    """Writes report.json, report.txt and report.html into a directory, over older ones.
+
+    Raises:
+        UserError: the directory can't be written, or matplotlib is not installed; then the other
+            two files are there nevertheless.
+    """
+    from qwen_jax.accuracy.report.page import to_html
+
+    directory = Path(workdir)
+    makers = {"report.json": to_json, "report.txt": text, "report.html": to_html}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, make in makers.items():
+            (directory / name).write_text(make(report), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{directory}: the report can't be written ({error.strerror}).") from None
+    return tuple(directory / name for name in makers)

@@ -1,0 +1,94 @@
+"""What a report is made of, and the numbers that gates are held against."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from qwen_jax.accuracy.cache_audit import CacheFinding
+from qwen_jax.accuracy.comparison import Comparison
+from qwen_jax.accuracy.diagnosis import Diagnosis
+from qwen_jax.accuracy.distribution import Distribution
+from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.precision_search import PrecisionSearch
+from qwen_jax.accuracy.replay import Finding
+from qwen_jax.accuracy.text_audit import TextFinding
+from qwen_jax.accuracy.trace import Header
+from qwen_jax.accuracy.weights_audit import WeightFinding
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Whatever of the laboratory was run; what is None was not.
+
+    Attributes:
+        candidate: of the trace, where one was recorded.
+        notes: what a reader should know besides.
+        planted: faults that were planted on purpose, by name.
+    """
+
+    candidate: Header | None = None
+    comparison: Comparison | None = None
+    diagnosis: Diagnosis | None = None
+    weights: Sequence[WeightFinding] | None = None
+    text: Sequence[TextFinding] | None = None
+    cache: Sequence[CacheFinding] | None = None
+    distribution: Distribution | None = None
+    precision: PrecisionSearch | None = None
+    gates: tuple[Outcome, ...] = ()
+    planted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def header(self) -> Header | None:
+        return self.candidate or (self.comparison.candidate if self.comparison else None)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Every replayed operation, in the order of computation."""
+        if self.diagnosis is not None:
+            return self.diagnosis.findings
+        rows = self.comparison.rows if self.comparison else ()
+        return tuple(row.own for row in rows if row.own is not None)
+
+
+def values(report: Report) -> dict[str, float]:
+    """Everything measured that a gate can be set on: see `gates.METRICS`."""
+    return dict(_values(report))
+
+
+def _values(report: Report) -> Iterator[tuple[str, float]]:
+    if report.findings:
+        yield "faults", sum(f.faulty for f in report.findings)
+        yield "of_bound", float(np.max([f.residual.ratio for f in report.findings]))
+    if report.diagnosis:
+        yield "unknown", len(report.diagnosis.unknown)
+    if report.comparison:
+        rows = report.comparison.rows
+        yield "nans", sum(row.metrics.nans for row in rows)
+        yield "infs", sum(row.metrics.infs for row in rows)
+        yield from ((f"{r.name}_rms", r.metrics.rms_rel) for r in rows if r.name == "logits")
+        if logits := report.comparison.logits:
+            yield "topk", logits.topk
+            yield "mean_kld", logits.mean_kld
+            yield "max_kld", logits.max_kld
+            yield "top1", logits.top1
+    if d := report.distribution:
+        kld = dict(d.kld_percentiles)
+        yield "mean_kld", d.kld.value
+        yield "max_kld", kld[100.0]
+        yield "top1", d.same_top.value
+        yield "kld_99_9", kld[99.9]
+        yield "kld_99", kld[99.0]
+        yield "kld_median", kld[50.0]
+        yield "ppl", d.ppl.value
+        yield "ppl_ratio", d.ratio.value
+        yield "ppl_difference", d.difference.value
+        yield "dp_rms", d.dp_rms.value
+    audits = {"weights": report.weights, "text": report.text, "cache": report.cache}
+    for name, findings in audits.items():
+        if findings is not None:
+            wrong = sum(f.verdict in ("fault", "missing") for f in findings)
+            yield f"{name}_faults", wrong
+    if report.precision:
+        yield "kept_float32", len(report.precision.kept)

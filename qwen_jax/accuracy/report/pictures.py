@@ -1,0 +1,179 @@
+"""The report's pictures: errors by layer and operation, bounds, KL, the precision search."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qwen_jax.accuracy.comparison import Comparison
+from qwen_jax.accuracy.distribution import Distribution
+from qwen_jax.accuracy.precision_search import PrecisionSearch
+from qwen_jax.accuracy.replay import Finding
+from qwen_jax.accuracy.report.style import (
+    BLUE,
+    CYCLE,
+    GOLD,
+    GRID,
+    INK,
+    PALE,
+    RED,
+    figure,
+    logarithmic,
+    span,
+)
+from qwen_jax.accuracy.trace import AXES
+
+BY_LAYER = ("q_rope", "attn_out", "attn_residual", "ffn_act", "ffn_residual")
+"""Tensors whose error is drawn layer by layer: before and after attention, and the stream."""
+
+
+def error_by_layer(comparison: Comparison) -> Figure | None:
+    """RMS error of some tensors from layer to layer, and of the tensors before and after them."""
+    rows = {row.name: row for row in comparison.rows}
+    layers = sorted({row.layer for row in comparison.rows if row.layer is not None})
+    if len(layers) < 2:
+        return None
+    drawn = figure(4.0)
+    axes = drawn.subplots()
+    every: list[float] = []
+    for operation, colour in zip(BY_LAYER, CYCLE, strict=False):
+        found = [(i, rows[n]) for i in layers if (n := f"layers.{i}.{operation}") in rows]
+        heights = np.array([row.metrics.rms_rel for _, row in found])
+        every += heights.tolist()
+        at = [i for i, _ in found]
+        axes.plot(at, heights, color=colour, marker="o", ms=4, lw=1.6, label=operation)
+        bad = [(i, row.metrics.rms_rel) for i, row in found if row.verdict == "fault"]
+        if bad:
+            axes.plot(*zip(*bad, strict=True), "o", ms=10, mfc="none", mec=RED, mew=1.6, ls="none")
+    if "logits" in rows:
+        value = rows["logits"].metrics.rms_rel
+        every.append(value)
+        axes.plot([layers[-1] + 1], [value], "D", color=INK, ms=5, label="logits")
+    marks = [*layers, layers[-1] + 1]
+    step = max(1, len(layers) // 12)
+    axes.set_xticks(marks[::step], [str(i) for i in marks[::step]])
+    axes.set_xlim(-0.3, marks[-1] + 0.3)
+    if step == 1:
+        axes.set_xticklabels([*map(str, layers), "logits"])
+    logarithmic(axes, "y", *span(np.array(every)))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("RMS error / RMS of the reference")
+    if any(row.verdict == "fault" for row in comparison.rows):
+        axes.plot([], [], "o", ms=10, mfc="none", mec=RED, mew=1.6, ls="none", label="own fault")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return drawn
+
+
+def error_by_operation(comparison: Comparison) -> Figure:
+    """RMS error from the reference: a dot a layer, red where the operation itself is wrong."""
+    groups = {
+        operation: [
+            (row.metrics.rms_rel, row.verdict == "fault", row.layer)
+            for row in comparison.rows
+            if row.operation == operation
+        ]
+        for operation in AXES
+    }
+    return _strips(groups, "RMS error / RMS of the reference", None)
+
+
+def calibration(findings: Sequence[Finding]) -> Figure:
+    """Own error over its bound: how far inside their bounds right operations stay."""
+    groups = {
+        operation: [
+            (f.residual.ratio, f.faulty, f.layer) for f in findings if f.operation == operation
+        ]
+        for operation in AXES
+    }
+    return _strips(groups, "largest own error / its bound", 1.0)
+
+
+def _strips(
+    groups: dict[str, list[tuple[float, bool, int | None]]], label: str, limit: float | None
+) -> Figure:
+    """One line an operation, in the order of computation from the top; the first layer highest."""
+    groups = {name: dots for name, dots in groups.items() if dots}
+    drawn = figure(0.6 + 0.27 * len(groups))
+    axes = drawn.subplots()
+    values = np.array([value for dots in groups.values() for value, _, _ in dots])
+    low, high = span(values)
+    if limit is not None:
+        low, high = min(low, 0.01 * limit), max(high, 2 * limit)
+    logarithmic(axes, "x", low, high)
+    left, right = axes.get_xlim()
+    for y, dots in enumerate(groups.values()):
+        # Zero and infinity have no place on this axis; they stand at its ends.
+        x = np.clip([value for value, _, _ in dots], left * 1.15, right / 1.15)
+        offset = np.linspace(-0.28, 0.28, len(dots)) if len(dots) > 1 else np.zeros(1)
+        colours = [RED if wrong else BLUE for _, wrong, _ in dots]
+        axes.scatter(x, y + offset, s=16, c=colours, alpha=0.8, linewidths=0, clip_on=False)
+    for y in range(len(groups) - 1):
+        axes.axhline(y + 0.5, color=GRID, lw=0.6)
+    if limit is not None:
+        axes.axvspan(limit, right, color=RED, alpha=0.06, lw=0)
+        axes.axvline(limit, color=RED, lw=1)
+        axes.text(limit, -0.75, " bound", color=RED, fontsize=9, va="bottom", ha="left")
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    _legend(axes, any(wrong for dots in groups.values() for _, wrong, _ in dots))
+    return drawn
+
+
+def _legend(axes: Axes, faulty: bool) -> None:
+    if not faulty:
+        return
+    for colour, label in ((BLUE, "within rounding"), (RED, "own fault")):
+        axes.scatter([], [], s=16, c=colour, label=label)
+    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor=GRID)
+
+
+def kld_histogram(distribution: Distribution) -> Figure:
+    """The KL divergence of every scored token, on a logarithmic axis."""
+    kld = distribution.scores.kld
+    quantiles = dict(distribution.kld_percentiles)
+    positive = kld[kld > 0]
+    low, high = span(positive)
+    low = max(low, high * 1e-8)
+    drawn = figure(3.6)
+    axes = drawn.subplots()
+    logarithmic(axes, "x", low, high)
+    left, right = axes.get_xlim()
+    edges = np.geomspace(left, right, 60)
+    counts, _ = np.histogram(positive.clip(left, right), edges)
+    axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.7)
+    marks = [("median", quantiles[50.0], INK), ("mean", distribution.kld.value, GOLD)]
+    for name, value, colour in [*marks, ("99 %", quantiles[99.0], RED)]:
+        if value > left:
+            axes.axvline(value, color=colour, lw=1.5, label=f"{name}  {value:.2g}")
+    axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor=GRID)
+    below = len(kld) - len(positive)
+    more = f"; {below} of them 0 or below by rounding, not drawn" if below else ""
+    axes.set_xlabel(f"KL divergence of one token, nats ({len(kld)} tokens{more})")
+    axes.set_ylabel("tokens")
+    return drawn
+
+
+def precision_steps(search: PrecisionSearch) -> Figure | None:
+    """The mean KL after each step of a greedy search."""
+    if not search.steps:
+        return None
+    moves = [s.operation if s.kept else f"release {s.operation}" for s in search.steps]
+    names = ["nothing", *moves]
+    values = np.array([search.rounded_kld, *(step.kld for step in search.steps)])
+    drawn = figure(0.8 + 0.27 * len(names))
+    axes = drawn.subplots()
+    low, high = span(np.append(values, search.bound))
+    logarithmic(axes, "x", low, high)
+    axes.step(values, range(len(values)), where="post", color=PALE, lw=1)
+    colours = [BLUE if value <= search.bound else GOLD for value in values]
+    axes.scatter(values, range(len(values)), c=colours, s=36, zorder=3)
+    axes.axvline(search.bound, color=RED, lw=1)
+    axes.text(search.bound, -0.8, " bound", color=RED, fontsize=9, va="bottom")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.8)
+    axes.set_xlabel(f"mean KL divergence, the rest rounded to {search.dtype}")
+    axes.set_ylabel("kept in float32")
+    return drawn

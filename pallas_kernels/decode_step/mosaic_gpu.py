@@ -138,35 +138,33 @@ def build(plan: Plan, capacity: int) -> Callable[..., Any]:
         def product(phase: int, sums: Any, whole: bool, tag: Any, ring_at: Ring) -> Ring:
             """This block's tiles of a matrix times the vector in `xs`."""
             p, first, count = plan.phases[phase], firsts[phase], counts[phase]
-            end = first + count
 
-            def tile(n: jax.Array, carry: Any) -> Any:
+            def tile(j: jax.Array, carry: Any) -> Any:
                 ring_at, acc = carry
                 plgpu.barrier_wait(full.at[ring_at.slot])
                 weights = compat.load(ring.at[ring_at.slot], layout=MATRIX).astype(jnp.float32)
-                chunk = lax.rem(n if whole else n - first, p.across)
+                k = lax.rem(first + j, p.across)
+                chunk = k if whole else lax.rem(j, p.across)
                 part = compat.load(xs.at[pl.ds(chunk * COLUMNS, COLUMNS)], layout=ALONG_COLUMNS)
                 acc = acc + weights * columns_of(part)
                 plgpu.commit_smem()
                 fetch(ring_at.fetch, ring_at.slot)
+                row_ends = k == p.across - 1
+
+                @pl.when(row_ends | (j == count - 1))
+                def _() -> None:
+                    row = lax.div(first + j, p.across)
+                    slot = block - p.owner(row * p.across)
+                    part = acc.sum(axis=1)
+                    part = part if tag is None else tagged(part, tag)
+                    sums[pl.ds(slot * p.rows + row * ROWS, ROWS)] = part
+
                 slot = jnp.where(ring_at.slot == stages - 1, 0, ring_at.slot + 1)
-                return Ring(ring_at.fetch + 1, slot), acc
+                return Ring(ring_at.fetch + 1, slot), acc * jnp.where(row_ends, 0.0, 1.0)
 
-            def row_of_tiles(row: jax.Array, ring_at: Ring) -> Ring:
-                begin = row * p.across
-                zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), MATRIX)
-                mine = jnp.maximum(begin, first), jnp.minimum(begin + p.across, end)
-                ring_at, acc = lax.fori_loop(*mine, tile, (ring_at, zero))
-                part = acc.sum(axis=1)
-                part = part if tag is None else tagged(part, tag)
-                slot = block - p.owner(begin)
-                sums[pl.ds(slot * p.rows + row * ROWS, ROWS)] = part
-                return ring_at
-
-            rows = lax.div(first, p.across), lax.div(end + p.across - 1, p.across)
-            return lax.fori_loop(
-                rows[0], jnp.where(count > 0, rows[1], rows[0]), row_of_tiles, ring_at
-            )
+            zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), MATRIX)
+            ring_at, _ = lax.fori_loop(0, count, tile, (ring_at, zero))
+            return ring_at
 
         def normalise(sums: Any, p: Phase, norm: Any, tag: Any) -> None:
             """Adds a product to the hidden state; its norm becomes the next input."""

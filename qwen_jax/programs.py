@@ -182,7 +182,7 @@ def decode_many(
 ) -> tuple[Rows, Emitted]:
     capacity = rows.cache.capacity
     if isinstance(weights, PackedWeights) and weights.serves(rows.cache.rows, capacity):
-        forward: Forward = functools.partial(_forward_packed, weights)
+        forward: Forward = functools.partial(forward_packed, weights)
         cache: Any = jnp.concatenate([*rows.cache.k, *rows.cache.v])
     else:
         forward, cache = functools.partial(_forward, make(weights)), rows.cache
@@ -229,7 +229,7 @@ def _forward(
     return model.logits(hidden)[:, 0], cache
 
 
-def _forward_packed(
+def forward_packed(
     weights: PackedWeights,
     token: Int[Array, "1"],
     cache: Float[Array, "2L K S H"],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
@@ -166,8 +167,8 @@ class Recorder:
                 stop=stop,
                 chunks=tuple(call.length for call in calls),
                 notes=(
-                    "Decode steps ran layer by layer, not in the decode-step kernel, whose inner "
-                    "tensors never leave the chip.",
+                    "Decode steps are recorded layer by layer: of the decode-step kernel, which "
+                    "runs them otherwise, no inner tensor leaves the chip.",
                 )
                 if decodes and isinstance(engine.weights, PackedWeights)
                 else (),
@@ -294,6 +295,16 @@ def _plain_chunk(
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
 ) -> tuple[KVCache, dict[str, jax.Array], Float[Array, "B T V"]]:
+    """A call as the engine makes it; one token goes through the decode-step kernel, if any does."""
+    one = tokens.shape[1] == 1
+    if one and isinstance(weights, PackedWeights) and weights.serves(1, cache.capacity):
+        stacked = jnp.concatenate([*cache.k, *cache.v])
+        logits, stacked = programs.forward_packed(
+            weights, tokens[:, 0], stacked, start[None], lengths
+        )
+        layers = jnp.split(stacked, len(stacked))
+        half = len(layers) // 2
+        return KVCache(tuple(layers[:half]), tuple(layers[half:])), {}, logits[:, None]
     cache, logits = programs.chunk_logits(make, weights, cache, tokens, start, lengths)
     return cache, {}, logits
 

@@ -9,12 +9,22 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax import programs
 from qwen_jax.accuracy.recording import Recorder, parse_positions, plan_calls, trace_generation
 from qwen_jax.accuracy.trace import Trace, names
+from qwen_jax.engine import Engine
 from qwen_jax.errors import UserError
-from tests.engines import decoded_logprobs, random_engine, random_tokens, relative
+from qwen_jax.packed import pack
+from tests.engines import (
+    decoded_logprobs,
+    device_parameters,
+    random_engine,
+    random_tokens,
+    relative,
+)
 from tests.golden_cases import Case, odd_config
 from tests.numpy_reference import forward
+from tests.tiny_checkpoints import random_parameters, tiny_config
 
 CONFIG = odd_config(num_layers=2)
 TOKENS = random_tokens(CONFIG, 30)
@@ -76,6 +86,26 @@ def test_recording_changes_no_bit(dtype: str) -> None:
         assert trace.header.dtype == trace.header.cache_dtype == dtype
         wide = "float32" if dtype == "float16" else dtype
         assert trace.header.activation_dtype == trace.tensors["embed"].dtype.name == wide
+
+
+def test_decode_steps_in_one_kernel_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded is the plain model's; a note says how far the kernel's logits are."""
+    config = tiny_config(num_layers=1, num_heads=4, head_dim=64, ffn_size=384)
+    params = device_parameters(random_parameters(config), "float32")
+    engine = Engine(config, pack(config, params.items(), jnp.dtype(jnp.float32), "xla"))
+    tokens, step = random_tokens(config, 12), programs.forward_packed
+
+    def shifted(*args: object) -> tuple[jax.Array, jax.Array]:
+        logits, cache = step(*args)
+        return logits + 0.5, cache
+
+    monkeypatch.setattr(programs, "forward_packed", shifted)
+    trace = Recorder(engine, "logits").record(tokens, prompt_length=10)
+    kernel, change = trace.header.notes
+    assert "decode-step kernel" in kernel
+    assert change == "Recording changes the logits, by 0.5 at most."
+    plain = Recorder(Engine(config, params), "logits").record(tokens, prompt_length=10)
+    np.testing.assert_array_equal(trace.tensors["logits"], plain.tensors["logits"])
 
 
 def test_names_and_positions_are_cut_from_the_whole() -> None:

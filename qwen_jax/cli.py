@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
-from ml_collections import ConfigDict
 
 from qwen_jax import interrupts, settings
 from qwen_jax.errors import UserError
@@ -21,7 +20,11 @@ from qwen_jax.errors import UserError
 TASKS = {
     "generate": "answer a prompt, or every prompt of a file",
     "inspect": "show what is in a model file, and what running it would take",
+    "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
+    "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
+    "report": "show an experiment, or several side by side: report WORKDIR [WORKDIR ...]",
 }
+WITH_ARGUMENTS = ("merge", "report")
 USAGE = """\
 Usage: run.py [TASK] [--config=FILE.py] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 
@@ -91,14 +94,14 @@ def _run(argv: list[str]) -> int:
     if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv[1:]):
         print(_usage())
         return 0
-    task, config = parse(argv)
+    command = parse(argv)
     with interrupts.handled_by(interrupts.exit_at_once):
-        module = importlib.import_module(f"qwen_jax.tasks.{task}")
+        module = importlib.import_module(f"qwen_jax.tasks.{command.task}")
     with interrupts.handled_by(interrupts.raise_interrupt):
-        return module.run(config)
+        return module.run(command)
 
 
-def parse(argv: list[str]) -> tuple[str, ConfigDict]:
+def parse(argv: list[str]) -> settings.Command:
     """The task and its config, from a whole argv.
 
     Raises:
@@ -118,16 +121,17 @@ def parse(argv: list[str]) -> tuple[str, ConfigDict]:
         near = difflib.get_close_matches(task, TASKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}."
         raise UserError(f"{task!r} is not a task; {hint}")
-    if rest:
+    if rest and task not in WITH_ARGUMENTS:
         raise UserError(f"The argument {rest[0]!r} belongs to no flag; write --flag=value.")
     where = values["config"].value
     config = settings.get_config() if where is None else settings.load(where)
+    overrides = {}
     for name, field in meaning.items():
         if values[name].present:
             value = values[name].value
-            value = tuple(value) if isinstance(value, list) else value
-            config.update_from_flattened_dict({field: value})
-    return task, config
+            overrides[field] = tuple(value) if isinstance(value, list) else value
+    config.update_from_flattened_dict(overrides)
+    return settings.Command(task, config, where, overrides, tuple(rest))
 
 
 def _define(meaning: dict[str, str]) -> flags.FlagValues:

@@ -3,6 +3,7 @@
 Shapes come in buckets, so that another prompt of the same bucket compiles nothing.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -83,9 +84,10 @@ class Engine:
         table = weights.packed.tape if isinstance(weights, PackedWeights) else weights["embed"]
         self.platform = next(iter(table.devices())).platform
         self.cache_dtype = table.dtype
-        valid = config.vocab_size if valid_tokens is None else valid_tokens
+        self.valid_tokens = config.vocab_size if valid_tokens is None else valid_tokens
         self._traced: list[str] = []
-        constants = programs.Constants(jnp.asarray(self.stop_ids, jnp.int32), valid)
+        stops = jnp.asarray(self.stop_ids, jnp.int32)
+        constants = programs.Constants(stops, self.valid_tokens)
         self._create_cache = self._jit(
             programs.create_cache, config, self.cache_dtype, static=(0, 1)
         )
@@ -112,6 +114,15 @@ class Engine:
             return function(*bound, *args)
 
         return jax.jit(traced, donate_argnums=donate, static_argnums=static)
+
+    def over(self, weights: Parameters | PackedWeights, config: ModelConfig) -> "Engine":
+        """These compiled functions over other weights of the same dtype and sizes.
+
+        Of `config` only `source` may differ from this engine's.
+        """
+        other = copy.copy(self)
+        other.weights, other.config = weights, config
+        return other
 
     @property
     def compiled(self) -> int:

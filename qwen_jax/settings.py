@@ -3,10 +3,12 @@
 Light on purpose: `--help` and a refused flag must not wait for JAX.
 """
 
+import dataclasses
 import difflib
+import inspect
 import runpy
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,45 @@ def get_config() -> ConfigDict:
                 "logit_bias": "",
                 "seed": 0,
             },
+            # Where records and reports go.
+            "workdir": placeholder(str),
+            # What each point of an experiment does.
+            "experiment": {
+                # generate, perplexity, compare, bench, eval, or module:Class of your own.
+                "task": "generate",
+                # The model is turned into this GGUF type first.
+                "quantization": placeholder(str),
+                # Makes the prompt from the fields of a line of JSON, as in "A haiku on {word}."
+                "template": placeholder(str),
+                # What answers are judged by: diversity, haiku, match, or module:function.
+                "scores": (),
+                # Text of perplexity and compare, and the tokens of one window.
+                "text": placeholder(str),
+                "context": 512,
+                # The point that compare measures against; what is not set is as in the point.
+                "reference": {
+                    "model": placeholder(str),
+                    "quantization": placeholder(str),
+                    "dtype": placeholder(str),
+                    "implementation": placeholder(str),
+                    "matmul_precision": placeholder(str),
+                },
+                "bench": {"prompt_tokens": 128, "new_tokens": 32, "repeats": 5},
+                # Tasks of lm-evaluation-harness; `include` is a directory of tasks of your own.
+                "eval": {
+                    "tasks": (),
+                    "shots": 0,
+                    "limit": placeholder(int),
+                    "include": placeholder(str),
+                },
+            },
+            # How an experiment is run; its records are the same whatever stands here.
+            "runner": {
+                "dry_run": False,
+                "shard": placeholder(str),
+                "retry_failed": False,
+                "profile": False,
+            },
         }
     )
 
@@ -75,6 +116,11 @@ FLAGS: dict[str, tuple[str, str]] = {
     "top_p": ("sampling.top_p", "Keep the likeliest tokens up to this probability; 1 keeps all."),
     "min_p": ("sampling.min_p", "Drop tokens less likely than this share of the likeliest."),
     "seed": ("sampling.seed", "Decides what is drawn; the same seed gives the same text."),
+    "workdir": ("workdir", "Where records and reports go; an experiment found there goes on."),
+    "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
+    "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
+    "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),
+    "profile": ("runner.profile", "Trace an experiment's points and name the slowest operations."),
 }
 """Flags that stand for a config field: name to (field, help). They win over --config."""
 
@@ -88,6 +134,25 @@ KINDS = {
     tuple: "a tuple of texts",
 }
 """Types of what users give, in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What the command line asks for.
+
+    Attributes:
+        task: one of `cli.TASKS`.
+        config: everything resolved.
+        config_file: what `--config` named, `file.py` or `file.py:variant`.
+        overrides: fields set by other flags, and their values.
+        arguments: what stands after the task.
+    """
+
+    task: str
+    config: ConfigDict
+    config_file: str | None
+    overrides: Mapping[str, Any]
+    arguments: tuple[str, ...] = ()
 
 
 def type_of(field: str) -> type:
@@ -114,22 +179,32 @@ def load(where: str) -> ConfigDict:
     Raises:
         UserError: the program can't be read or fails, or what it returns is no config.
     """
+    return _checked(call(where, "get_config", "configs/haiku.py"), where.partition(":")[0])
+
+
+def call(where: str, function: str, example: str) -> Any:
+    """What a function of the program `file.py` returns, asked for the variant of `file.py:variant`.
+
+    Raises:
+        UserError: the program can't be read, lacks the function (`example` has one), or fails.
+    """
     path, _, variant = where.partition(":")
     try:
         Path(path).open("rb").close()
     except OSError as error:
         raise UserError(f"--config={path} can't be read: {error.strerror}.") from error
     try:
-        get = runpy.run_path(path).get("get_config")
+        get = runpy.run_path(path).get(function)
         if not callable(get):
-            raise UserError(f"{path} defines no get_config(); see configs/haiku.py for one.")
-        config = get(variant) if variant else get()
+            raise UserError(f"{path} defines no {function}(); see {example} for one.")
+        # A sweep that is the same for all variants takes no argument.
+        takes_variant = function == "get_config" or inspect.signature(get).parameters
+        return get(variant) if variant and takes_variant else get()
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         # It is the user's program and may fail in any way.
         raise UserError(_where_it_failed(error, path)) from error
-    return _checked(config, path)
 
 
 def _where_it_failed(error: BaseException, path: str) -> str:
@@ -148,16 +223,21 @@ def _checked(config: Any, path: str) -> ConfigDict:
             f"{path}: get_config() must return a ConfigDict, but returned {type(config).__name__}."
         )
     result = get_config()
-    defaults = dict(flatten(result))
-    for name, value in flatten(config):
+    update(result, dict(flatten(config)), f"{path}: the config")
+    return result
+
+
+def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
+    """Sets fields by their dotted names. Raises UserError for an unknown name or a wrong type."""
+    defaults = dict(flatten(get_config()))
+    for name, value in fields.items():
         if name not in defaults:
-            raise UserError(f"{path}: the config sets {name}, which is no field; {near(name)}")
+            raise UserError(f"{where} sets {name}, which is no field; {near(name)}")
         kind = type_of(name)
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not (fits or value is None is defaults[name]):
-            raise UserError(f"{path}: {name} is {value!r:.80}, but it must be {KINDS[kind]}.")
-        result.update_from_flattened_dict({name: value})
-    return result
+            raise UserError(f"{where} sets {name} to {value!r:.80}, but it must be {KINDS[kind]}.")
+    config.update_from_flattened_dict(dict(fields))
 
 
 def near(name: str) -> str:

@@ -147,10 +147,10 @@ def compare_distributions(
             f"The base has a vocabulary of {vocab} tokens, but {candidate.config.source} has "
             f"{candidate.config.vocab_size}; both must be of the same model."
         )
-    _check(candidate, windows)
+    check(candidate, windows)
     bar = tqdm(windows, desc="contexts", leave=False, disable=not sys.stderr.isatty())
     parts = [
-        _score(ours, theirs, window, normal=isinstance(base, SavedBase))
+        score(ours, theirs, window, normal=isinstance(base, SavedBase))
         for window, ours, theirs in zip(bar, _logits(candidate, windows), source, strict=True)
     ]
     fields = [field.name for field in dataclasses.fields(Scores)]
@@ -167,7 +167,7 @@ def save_base(
         UserError: the text is too short, a window too long, or the file can't be written.
     """
     windows = cut(tokens, context)
-    _check(model, windows)
+    check(model, windows)
     bar = tqdm(
         _logits(model, windows),
         total=len(windows),
@@ -190,8 +190,7 @@ def read_text(model: Model, path: str | Path | None = None) -> list[int]:
                 f"{model.config.source} has no text of its own; give a text file, such as "
                 "WikiText-2's wiki.test.raw."
             )
-        sample = resources.files("qwen_jax") / "data" / f"{BUNDLED}.txt"
-        return model.tokenizer.encode(sample.read_text(encoding="utf-8"))
+        return sample_tokens(model)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -199,6 +198,12 @@ def read_text(model: Model, path: str | Path | None = None) -> list[int]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the text is not UTF-8 (byte {error.start}).") from None
     return model.tokenizer.encode(text, parse_special=False)
+
+
+def sample_tokens(model: Model) -> list[int]:
+    """The bundled model's sample text, as its tokenizer has it: chats, special tokens included."""
+    sample = resources.files("qwen_jax") / "data" / f"{BUNDLED}.txt"
+    return model.tokenizer.encode(sample.read_text(encoding="utf-8"))
 
 
 def cut(tokens: Sequence[int], context: int) -> Int[np.ndarray, "C W"]:
@@ -218,7 +223,7 @@ def _begins(tokens: Sequence[int], windows: Int[np.ndarray, "C W"]) -> bool:
     return np.array_equal(np.asarray(tokens[: windows.size]), windows.ravel())
 
 
-def _check(model: Model, windows: Int[np.ndarray, "C W"]) -> None:
+def check(model: Model, windows: Int[np.ndarray, "C W"]) -> None:
     count, context = windows.shape
     if context > model.config.context_length:
         raise UserError(
@@ -239,7 +244,7 @@ def _logits(model: Model, windows: Int[np.ndarray, "C W"]) -> Iterator[Float[np.
         yield model.logits(window.tolist())[scored(windows.shape[1])]
 
 
-def _score(
+def score(
     candidate: Float[np.ndarray, "n V"],
     base: Float[np.ndarray, "n V"],
     window: Int[np.ndarray, "W"],

@@ -3,28 +3,29 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api
+from qwen_jax import api, prompts
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.measure import device
-from qwen_jax.tasks import prompts
+from qwen_jax.settings import Command
 from qwen_jax.tasks.summary import Summary
 
 
-def run(config: ConfigDict) -> int:
+def run(command: Command) -> int:
     """Answers what the config asks for; returns the exit code.
 
     Whatever can be known to be wrong is, before the model is loaded.
     """
+    config = command.config
     options = prompts.options_of(config)
     with _writer(config) as out:
         single = config.prompt_file is None
@@ -133,7 +134,7 @@ def _run_file(
     The last batch is padded with rows that generate nothing: a smaller one would have to be
     compiled for itself.
     """
-    rows = list(_rows(model, items, config.n))
+    rows = list(prompts.rows(model, items, config.n))
     size = min(config.batch_size, len(rows))
     with tqdm(total=len(rows), desc="prompts", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(rows), size):
@@ -146,38 +147,11 @@ def _run_file(
                 for _ in batch:
                     for row in [row for row in waiting if batch.finished(row)]:
                         item, sample, _ = part[row]
-                        line = {"id": item.id, "sample": sample} | _record(batch.completion(row))
+                        line = {"id": item.id, "sample": sample} | prompts.answer(
+                            batch.completion(row)
+                        )
                         print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
                         waiting.remove(row)
                         bar.update()
             finally:
                 summary.add(batch, len(part))
-
-
-def _rows(
-    model: Model, items: Iterable[prompts.Item], n: int
-) -> Iterator[tuple[prompts.Item, int, Request]]:
-    """Every sample of every prompt. Row i uses the config's seed + i, unless its prompt names
-    a seed of its own: then sample j uses that seed + j."""
-    for index, item in enumerate(items):
-        try:
-            request = model.request(item.prompt, **item.options)
-        except UserError as error:
-            raise UserError(f"{item.where}: {error}") from error
-        first = 0 if item.has_seed else index * n
-        for sample, seeded in enumerate(api.reseeded([request] * n, first)):
-            yield item, sample, seeded
-
-
-def _record(completion: Completion) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "tokens": completion.tokens,
-    }
-    if completion.logprobs is not None:
-        record["logprobs"] = [
-            {"token": e.token, "logprob": e.logprob, "top": e.top} for e in completion.logprobs
-        ]
-    return record

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 import pallas_kernels
 from pallas_kernels.gqa_decode_attention import mosaic_gpu as gqa_decode_attention
@@ -17,6 +16,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import CHUNK
 from qwen_jax.measure import Budget, device, show_bytes
 from qwen_jax.model import activation_dtype
+from qwen_jax.settings import Command
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
@@ -24,8 +24,9 @@ MAX_VALUE = 100
 """Characters of a metadata value that are shown."""
 
 
-def run(config: ConfigDict) -> int:
+def run(command: Command) -> int:
     """Prints the report; returns the exit code."""
+    config = command.config
     dtype = api.dtype_of(config.dtype)
     api.check_implementation(config.implementation)
     checkpoint = open_checkpoint(api.locate(config.model), sha256=config.sha256)

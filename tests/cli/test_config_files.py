@@ -28,11 +28,11 @@ FIELDS = {
     "{'promt': 'x'}": "sets promt, which is no field; did you mean prompt?",
     "{'sampling': {'temprature': 1}}": "did you mean sampling.temperature?",
     "{'sampling': 3}": "sets sampling, which is no field",
-    "{'max_tokens': 'abc'}": "max_tokens is 'abc', but it must be a whole number",
-    "{'n': True}": "n is True, but it must be a whole number",
-    "{'model': None}": "model is None, but it must be text",
-    "{'stop': 'abc'}": "stop is 'abc', but it must be a tuple of texts",
-    "{'sampling': {'temperature': '1'}}": "sampling.temperature is '1', but it must be a number",
+    "{'max_tokens': 'abc'}": "sets max_tokens to 'abc', but it must be a whole number",
+    "{'n': True}": "sets n to True, but it must be a whole number",
+    "{'model': None}": "sets model to None, but it must be text",
+    "{'stop': 'abc'}": "sets stop to 'abc', but it must be a tuple of texts",
+    "{'sampling': {'temperature': '1'}}": "sets sampling.temperature to '1', but it must be",
 }
 
 
@@ -73,7 +73,7 @@ def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
         "def get_config(variant=''):\n"
         "  return ConfigDict({'prompt': variant, 'sampling': {'temperature': 1}})"
     )
-    _, config = cli.parse(["run.py", f"--config={path}:a:b"])
+    config = cli.parse(["run.py", f"--config={path}:a:b"]).config
     expected = dict(settings.flatten(settings.get_config()))
     expected |= {"prompt": "a:b", "sampling.temperature": 1.0}
     assert dict(settings.flatten(config)) == expected

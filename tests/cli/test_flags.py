@@ -24,7 +24,7 @@ from tests.cli.conftest import REPOSITORY
         ("--helpxml", "no flag --helpxml"),
         ("--prompt", "Missing value for flag --prompt"),
         ("generat", "'generat' is not a task; did you mean 'generate'?"),
-        ("stray", "'stray' is not a task; the tasks are generate, inspect."),
+        ("stray", "'stray' is not a task; the tasks are generate, inspect, experiment"),
         ("-- foo", "'foo' is not a task"),
         ("generate stray", "'stray' belongs to no flag"),
         ("inspect model.gguf", "'model.gguf' belongs to no flag"),
@@ -102,11 +102,12 @@ def test_matmul_precision(refuses: Callable[..., None]) -> None:
 
 def test_a_flag_wins_over_the_config_wherever_it_stands() -> None:
     file = REPOSITORY / "configs" / "haiku.py"
-    task, config = cli.parse(
+    command = cli.parse(
         f"run.py --max_tokens=7 --config.max_tokens=8 --config.n=2 inspect --stop=a --stop b "
         f"--config={file} --noraw --top_p=1".split()
     )
-    assert task == "inspect"
+    config = command.config
+    assert (command.task, command.config_file) == ("inspect", str(file))
     assert (config.max_tokens, config.n, config.stop) == (7, 2, ("a", "b"))
     assert config.sampling.to_dict() == settings.get_config().sampling.to_dict() | {
         "temperature": 0.8,
@@ -119,7 +120,7 @@ def test_every_flag_stands_for_a_field_of_its_type() -> None:
     for flag, (field, _) in settings.FLAGS.items():
         value = samples[settings.type_of(field)]
         given = value[0] if isinstance(value, tuple) else value
-        _, config = cli.parse(["run.py", f"--{flag}={given}"])
+        config = cli.parse(["run.py", f"--{flag}={given}"]).config
         assert dict(settings.flatten(config))[field] == value
 
 
@@ -127,11 +128,11 @@ def test_every_flag_stands_for_a_field_of_its_type() -> None:
 def test_any_arguments(parts: list[str]) -> None:
     argument = "".join(parts)
     try:
-        task, config = cli.parse(["run.py", argument])
+        command = cli.parse(["run.py", argument])
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert task in cli.TASKS and len(config) == len(settings.get_config())
+        assert command.task in cli.TASKS and len(command.config) == len(settings.get_config())
 
 
 def test_help_lists_flags_and_fields_and_needs_no_jax() -> None:

@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from qwen_jax import settings
+from qwen_jax import prompts, settings
 from qwen_jax.errors import UserError
-from qwen_jax.tasks import prompts
 from tests.cli.conftest import Run
 
 FILES = {

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qwen_jax import api
-from qwen_jax.tasks import prompts
+from qwen_jax import api, prompts
 from tests.cli.conftest import HAIKU, Run
 
 pytestmark = pytest.mark.usefixtures("loaded")

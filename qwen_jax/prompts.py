@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import settings
-from qwen_jax.api import BUNDLED, Message, Options
+from qwen_jax import api, settings
+from qwen_jax.api import BUNDLED, Message, Model, Options
 from qwen_jax.errors import UserError
+from qwen_jax.generation import Completion, Request
 from qwen_jax.sampling import Sampling
 from qwen_jax.text.streaming import StopStrings
 
@@ -31,13 +33,17 @@ FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One prompt: what to answer, how, where it stood and the caller's name for it."""
+    """One prompt: what to answer, how, where it stood and the caller's name for it.
+
+    `fields` is the line of JSON that a template made the prompt from.
+    """
 
     prompt: str | list[Message]
     options: Options
     where: str
     id: str | int = 1
     has_seed: bool = False
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prompt == "":
@@ -82,14 +88,23 @@ def single(config: ConfigDict, options: Options) -> Item:
 
 
 def read(config: ConfigDict, options: Options) -> list[Item]:
-    """The prompts of a file, in order, each checked.
+    """All of `stream`. Raises UserError where the file holds no prompts, too."""
+    items = list(stream(config, options))
+    if not items:
+        raise UserError(f"--prompt_file={config.prompt_file} holds no prompts.")
+    return items
+
+
+def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
+    """The prompts of a file, in order, each checked when its turn comes.
 
     A `.jsonl` file holds one object a line with `prompt` or `messages`, and optionally `id`,
     `system`, `raw`, `max_tokens` and `seed`; any other file holds one prompt a line. Empty
-    lines are skipped.
+    lines are skipped. Where an experiment has a template, the prompt is made from it and the
+    line's fields, which may then have any other names.
 
     Raises:
-        UserError: the file can't be read or is empty, or a line is not what it should be.
+        UserError: the file can't be read, or a line is not what it should be.
     """
     if config.prompt is not None:
         raise UserError("--prompt and --prompt_file exclude each other; give one of them.")
@@ -97,29 +112,72 @@ def read(config: ConfigDict, options: Options) -> list[Item]:
     is_json = path.suffix.lower() == ".jsonl"
     try:
         with path.open("rb") as file:
-            items = [
-                _item(text, options, f"{path}, line {number}", number, is_json)
-                for number, line in enumerate(file, start=1)
-                if (text := _decode(line, f"{path}, line {number}").strip("\r\n")).strip()
-            ]
+            for number, line in enumerate(file, start=1):
+                where = f"{path}, line {number}"
+                text = _decode(line, where).strip("\r\n")
+                if not text.strip():
+                    continue
+                if is_json:
+                    record = _parse(text, where)
+                    yield _item(record, config.experiment.template, options, where, number)
+                else:
+                    yield Item(text, options, where, number)
     except OSError as error:
         raise UserError(f"--prompt_file={path} can't be read: {error.strerror}.") from error
-    if not items:
-        raise UserError(f"--prompt_file={path} holds no prompts.")
-    return items
 
 
-def _item(line: str, options: Options, where: str, number: int, is_json: bool) -> Item:
-    if not is_json:
-        return Item(line, options, where, number)
-    record = _parse(line, where)
+def rows(model: Model, items: Iterable[Item], n: int) -> Iterator[tuple[Item, int, Request]]:
+    """Every sample of every prompt. Row i uses the config's seed + i, unless its prompt names
+    a seed of its own: then sample j uses that seed + j."""
+    for index, item in enumerate(items):
+        try:
+            request = model.request(item.prompt, **item.options)
+        except UserError as error:
+            raise UserError(f"{item.where}: {error}") from error
+        seed = 0 if item.has_seed else index * n
+        for sample, seeded in enumerate(api.reseeded([request] * n, seed)):
+            yield item, sample, seeded
+
+
+def answer(completion: Completion) -> dict[str, Any]:
+    """A completion as the fields of a line of JSON."""
+    record: dict[str, Any] = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens": completion.tokens,
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = [
+            {"token": e.token, "logprob": e.logprob, "top": e.top} for e in completion.logprobs
+        ]
+    return record
+
+
+def _filled(template: str, record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record with a prompt made from the template, and without the fields it took."""
+    if "messages" in record:
+        raise UserError(f"{where} has 'messages', which a template can't fill; drop one of them.")
+    try:
+        prompt = template.format_map(record)
+    except KeyError as error:
+        raise UserError(f"{where} has no {error}, which the template asks for.") from error
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"{where}: the template {template!r} can't be filled: {error}.") from error
+    return {name: value for name, value in record.items() if name in FIELDS} | {"prompt": prompt}
+
+
+def _item(
+    fields: dict[str, Any], template: str | None, options: Options, where: str, number: int
+) -> Item:
+    record = fields if template is None else _filled(template, fields, where)
     if ("prompt" in record) == ("messages" in record):
         raise UserError(f"{where} must have either 'prompt' or 'messages'.")
     for name, value in record.items():
         kinds = FIELDS.get(name)
         if kinds is None:
-            fields = ", ".join(FIELDS)
-            raise UserError(f"{where} has the field {name!r}; the fields are {fields}.")
+            known = ", ".join(FIELDS)
+            raise UserError(f"{where} has the field {name!r}; the fields are {known}.")
         if type(value) not in kinds:
             words = " or ".join(settings.KINDS[kind] for kind in kinds)
             raise UserError(f"{where}: {name} is {value!r:.60}, but it must be {words}.")
@@ -134,8 +192,8 @@ def _item(line: str, options: Options, where: str, number: int, is_json: bool) -
             own["sampling"] = dataclasses.replace(options["sampling"], seed=record["seed"])
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-    prompt = record["prompt"] if "prompt" in record else record["messages"]
-    return Item(prompt, own, where, record.get("id", number), "seed" in record)
+    asked = record["prompt"] if "prompt" in record else record["messages"]
+    return Item(asked, own, where, record.get("id", number), "seed" in record, fields)
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:

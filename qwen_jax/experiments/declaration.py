@@ -1,0 +1,151 @@
+"""From a config file and flags to the points of an experiment, every value checked."""
+
+import ast
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qwen_jax import settings
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import inputs
+
+EXAMPLE = "configs/experiments/haiku_temperature.py"
+NOT_HASHED = ("workdir", "output", "runner.")
+"""Fields that say where and how, but not what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a task.
+
+    Attributes:
+        id: a hash of the resolved config and of the contents of the files it names.
+        overrides: what the sweep sets.
+        config: everything resolved.
+    """
+
+    id: str
+    overrides: dict[str, Any]
+    config: ConfigDict
+
+    @property
+    def label(self) -> str:
+        return label(self.overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """A sweep over a config.
+
+    Attributes:
+        source: the config file's text, and its name.
+        base: what all points share.
+        changed: the fields of `base` that are not the defaults.
+        points: in the order of the sweep.
+        inputs: fingerprints of the files the points read.
+    """
+
+    name: str
+    source: str
+    base: dict[str, Any]
+    changed: dict[str, Any]
+    points: tuple[Point, ...]
+    inputs: dict[str, str]
+
+
+def label(overrides: Mapping[str, Any]) -> str:
+    """Short names and values of what the sweep sets, as in "temperature=0.5 seed=1"."""
+    return " ".join(f"{short(name)}={value}" for name, value in overrides.items()) or "(one point)"
+
+
+def short(field: str) -> str:
+    """A field's name in tables: without `sampling.` and the like, where that is plain enough."""
+    for prefix in ("sampling.", "experiment.bench.", "experiment.reference.", "experiment."):
+        if field.startswith(prefix):
+            return field.removeprefix(prefix)
+    return field
+
+
+def hashed_fields(config: ConfigDict) -> dict[str, Any]:
+    """What a point's id depends on, in JSON's types."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings.flatten(config)
+        if not name.startswith(NOT_HASHED)
+    }
+
+
+def declare(command: settings.Command) -> Declaration:
+    """The points of a command's experiment.
+
+    Raises:
+        UserError: there is no config file, the sweep fails, sets what is no field or gives it a
+            wrong type, a flag sets what is swept, points are equal, or a file can't be read.
+    """
+    if command.config_file is None:
+        raise UserError(f"An experiment needs --config=FILE.py; {EXAMPLE} is one.")
+    path = command.config_file.partition(":")[0]
+    sweep = _swept(settings.call(command.config_file, "get_sweep", EXAMPLE), path)
+    points: list[tuple[dict[str, Any], ConfigDict]] = []
+    for number, overrides in enumerate(sweep, start=1):
+        config = copy.deepcopy(command.config)
+        settings.update(config, overrides, f"{path}: point {number} of the sweep")
+        for name in overrides:
+            if name in command.overrides:
+                raise UserError(f"{name} is given by a flag, but {path} sweeps it; drop one.")
+            if name.startswith(NOT_HASHED):
+                raise UserError(f"{path}: a sweep can't set {name}, which changes no result.")
+        points.append((overrides, config))
+    prints = inputs.of_points(config for _, config in points)
+    default = dict(settings.flatten(settings.get_config()))
+    return Declaration(
+        name=command.config_file,
+        source=Path(path).read_text(encoding="utf-8"),
+        base=hashed_fields(command.config),
+        changed={
+            name: value
+            for name, value in settings.flatten(command.config)
+            if value != default[name] and not name.startswith(NOT_HASHED)
+        },
+        points=_identified(points, prints, path),
+        inputs=prints,
+    )
+
+
+def _swept(sweep: Any, path: str) -> list[dict[str, Any]]:
+    if not isinstance(sweep, list) or not all(isinstance(point, dict) for point in sweep):
+        raise UserError(f"{path}: get_sweep() must return a sweep, as product(axis(...)) makes it.")
+    if not sweep:
+        raise UserError(f"{path}: the sweep has no points; give its axes values.")
+    return sweep
+
+
+def _identified(
+    points: list[tuple[dict[str, Any], ConfigDict]], prints: dict[str, str], path: str
+) -> tuple[Point, ...]:
+    found: dict[str, Point] = {}
+    for overrides, config in points:
+        fields = hashed_fields(config)
+        files = {name: prints[name] for name in fields.values() if _is_input(name, prints)}
+        text = json.dumps([fields, files], sort_keys=True)
+        identity = hashlib.sha256(text.encode()).hexdigest()[:12]
+        if identity in found:
+            raise UserError(f"{path}: the sweep has the point {label(overrides)} twice; keep one.")
+        found[identity] = Point(identity, overrides, config)
+    return tuple(found.values())
+
+
+def _is_input(value: Any, prints: dict[str, str]) -> bool:
+    return isinstance(value, str) and value in prints
+
+
+def title(source: str, name: str) -> str:
+    """The first line of a config file's docstring, or its name."""
+    text = ast.get_docstring(ast.parse(source))
+    return text.splitlines()[0] if text else name

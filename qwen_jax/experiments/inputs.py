@@ -1,0 +1,58 @@
+"""What an experiment reads besides its config, and by which contents it is known."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from qwen_jax.api import BUNDLED, locate
+from qwen_jax.errors import UserError
+
+_WHOLE = 64 << 20
+"""Files up to this many bytes are hashed whole."""
+
+_SAMPLES, _SAMPLE = 64, 64 << 10
+"""Of larger ones, which are weights: this many pieces of this many bytes, evenly spread."""
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file's size and contents, or of all files in a directory. Reads 68 MB at most a file.
+
+    Raises UserError where it can't be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if not file.is_file() or file.suffix == ".pyc":
+                continue
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path)}:{size}:".encode())
+            with file.open("rb") as opened:
+                if size <= _WHOLE:
+                    while part := opened.read(1 << 20):
+                        digest.update(part)
+                    continue
+                for sample in range(_SAMPLES):
+                    opened.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
+                    digest.update(opened.read(_SAMPLE))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+    return digest.hexdigest()[:16]
+
+
+def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
+    """Fingerprints of all that the points read, by the name the config has for it.
+
+    A model of the hub is known by its name alone: listing points must not download it.
+    """
+    found: dict[str, str] = {}
+    for config in configs:
+        experiment = config.experiment
+        for model in (config.model, experiment.reference.model):
+            if model is not None and model not in found and not model.startswith("hf:"):
+                found[model] = fingerprint(locate(model) if model == BUNDLED else Path(model))
+        for name in (config.prompt_file, experiment.text, experiment.eval.include):
+            if name is not None and name not in found:
+                found[name] = fingerprint(Path(name))
+    return found

@@ -1,0 +1,78 @@
+"""Files of JSON lines that survive `kill -9`: a line is there whole, or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+
+_BLOCK = 1 << 16
+
+
+class Lines:
+    """A file to which lines are added. What a killed process left of a line is cut off first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self._file).st_size
+        if (end := self._end_of_last_line(size)) < size:
+            os.ftruncate(self._file, end)
+
+    def _end_of_last_line(self, size: int) -> int:
+        while size > 0:
+            start = max(0, size - _BLOCK)
+            newline = os.pread(self._file, size - start, start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            size = start
+        return 0
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record; it is the system's, and no longer this process's, when this returns.
+
+        Raises ValueError for NaN and infinity, which JSON doesn't know.
+        """
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        # Half of a surrogate pair, as a prompt's id may hold, becomes its JSON escape.
+        data = memoryview((text + "\n").encode("utf-8", "backslashreplace"))
+        while data:
+            data = data[os.write(self._file, data) :]
+
+    def sync(self) -> None:
+        """Waits until the disk has what was added, for the day the power fails."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The records of a file one by one, only those whose line contains the given bytes.
+
+    A last line without its end is left out: a process writes it now, or was killed.
+
+    Raises UserError where a line is not JSON.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or containing not in line:
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is damaged: {error}.") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Puts a whole file in its place at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,75 @@
+"""Shards into one directory, which is then as if one machine had run all points."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import lines
+from qwen_jax.experiments.records import CONFIG, METRICS, OUTPUTS, Contents, difference
+
+
+def shards_in(workdir: Path) -> list[Path]:
+    """The shards' own directories in a workdir."""
+    return sorted(path for path in workdir.glob("shard-*-of-*") if (path / CONFIG).exists())
+
+
+def merge(shards: Sequence[Path], out: Path) -> list[str]:
+    """Writes the shards' records into `out`; returns the ids of points that none has finished.
+
+    `out` is then an experiment that the command without --shard goes on with.
+
+    Raises:
+        UserError: there is nothing to merge, shards are of different experiments, a point is in
+            two of them, or `out` holds an experiment already.
+    """
+    contents = [Contents.read(path) for path in shards]
+    if len(contents) < 2:
+        raise UserError(f"{out}: there are {len(contents)} shards, but merging takes two or more.")
+    if (out / CONFIG).exists():
+        raise UserError(f"{out} holds an experiment already; give --workdir=DIRECTORY, a new one.")
+    own: dict[str, Any] = {"shard": None, "assigned": [], "config_file": ""}
+    for other in contents[1:]:
+        if changes := difference(contents[0].config | own, other.config | own):
+            raise UserError(
+                f"{contents[0].path} and {other.path} are of different experiments:\n{changes}"
+            )
+    _refuse_doubled(contents)
+    ended = {point for content in contents for point in content.ends}
+    ids = [point["id"] for point in contents[0].config["points"]]
+    _write(contents, out, ids)
+    return [point for point in ids if point not in ended]
+
+
+def _refuse_doubled(contents: Sequence[Contents]) -> None:
+    holder: dict[str, Path] = {}
+    for content in contents:
+        for point in content.ends:
+            if point in holder:
+                raise UserError(
+                    f"The point {point} is in {holder[point]} and in {content.path}; each point "
+                    "may be in one shard only, so leave one of them out."
+                )
+            holder[point] = content.path
+
+
+def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
+    """The config goes last: without it, a merge that was cut short can be repeated."""
+    (out / "environments").mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, OUTPUTS):
+        with (out / f".{name}").open("wb") as merged:
+            for content in contents:
+                if (content.path / name).exists():
+                    # Line by line: a killed process may have left half of one.
+                    with (content.path / name).open("rb") as file:
+                        merged.writelines(line for line in file if line.endswith(b"\n"))
+        (out / f".{name}").replace(out / name)
+    for content in contents:
+        for path in (content.path / "environments").glob("*.json"):
+            shutil.copy(path, out / "environments" / path.name)
+    shutil.copy(contents[0].path / "config.py", out / "config.py")
+    config = contents[0].config | {"shard": None, "assigned": ids}
+    text = json.dumps(config, indent=1, ensure_ascii=False)
+    lines.write_atomically(out / CONFIG, text)

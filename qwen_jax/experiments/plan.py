@@ -1,0 +1,124 @@
+"""The order of points, what they share, and what they take of memory: all before any of them runs.
+
+Points with the same weights stand together, and among them those with the same shapes, so that
+each model is loaded once and each program compiled once.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import api
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine import bucket
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import quantize
+from qwen_jax.experiments.declaration import Point
+from qwen_jax.experiments.models import Choice
+from qwen_jax.experiments.task import Task, task_class
+from qwen_jax.measure import Budget, show_bytes
+from qwen_jax.weights.loader import open_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A point that is ready to run.
+
+    Attributes:
+        group: equal for points that run the same compiled functions.
+        memory: estimated bytes of weights, keys, values and logits; None where the model has
+            first to be downloaded.
+    """
+
+    point: Point
+    task: Task
+    group: int
+    memory: int | None
+
+
+def plan(points: tuple[Point, ...]) -> list[Planned]:
+    """The points in the order in which they are to run, their tasks checked.
+
+    Raises:
+        UserError: a point's config makes no sense for its task, or a model can't be read.
+    """
+    sizes: dict[str, ModelConfig | None] = {}
+    weights: dict[Choice, int] = {}
+    groups: dict[tuple[Any, ...], int] = {}
+    planned = []
+    for point in points:
+        task, choice = _task(point), Choice.of(point.config)
+        if choice.model not in sizes:
+            sizes[choice.model] = _size(choice.model)
+        size = sizes[choice.model]
+        programs = (choice.dtype, choice.implementation, choice.matmul_precision)
+        key = (size or choice.model, *programs, *task.shapes())
+        group = groups.setdefault(key, len(groups))
+        order = (weights.setdefault(choice, len(weights)), group)
+        planned.append((order, Planned(point, task, group + 1, _memory(task, size))))
+    return [item for _, item in sorted(planned, key=lambda pair: pair[0])]
+
+
+def part_of(planned: list[Planned], shard: str | None) -> list[Planned]:
+    """Shard `i/n`, from 1/n to n/n, as a run of neighbours. Raises UserError for another form."""
+    if shard is None:
+        return planned
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard is {shard!r}, but it must be i/n, from 1/n to n/n.")
+    i, n = int(number), int(count)
+    return planned[(i - 1) * len(planned) // n : i * len(planned) // n]
+
+
+def _task(point: Point) -> Task:
+    config = point.config
+    try:
+        api.dtype_of(config.dtype)
+        api.check_implementation(config.implementation)
+        if config.experiment.quantization is not None:
+            quantize.check(config.experiment.quantization)
+        return task_class(config.experiment.task)(config)
+    except UserError as error:
+        raise UserError(f"The point {point.label}: {error}") from error
+
+
+def _size(model: str) -> ModelConfig | None:
+    if model.startswith("hf:"):
+        return None
+    return open_checkpoint(api.locate(model)).config
+
+
+def _memory(task: Task, size: ModelConfig | None) -> int | None:
+    if size is None:
+        return None
+    budget = Budget.of(size, api.dtype_of(task.config.dtype))
+    rows, tokens = task.rows()
+    slots = bucket(min(tokens, size.context_length), 16)
+    return budget.weights + rows * (slots * budget.cache_per_token + 4 * size.vocab_size)
+
+
+def listed(planned: list[Planned]) -> str:
+    """The points as a table: what `--dry_run` shows."""
+    lines = [f"{'point':<12}  group  {'memory':<9}  overrides"]
+    for item in planned:
+        memory = "unknown" if item.memory is None else show_bytes(item.memory)
+        point = item.point
+        lines.append(f"{point.id}  {item.group:<5}  {memory:<9}  {point.label}")
+    groups, models = ({f(p) for p in planned} for f in (_group, _weights))
+    lines.append(
+        f"{len(planned)} points, {len(groups)} compile groups, {len(models)} sets of weights"
+    )
+    return "\n".join(lines)
+
+
+def _group(item: Planned) -> int:
+    return item.group
+
+
+def _weights(item: Planned) -> Choice:
+    return Choice.of(item.point.config)
+
+
+def shard_directory(workdir: Path, shard: str | None) -> Path:
+    """A shard's own directory in the workdir, so that two machines never write one file."""
+    return workdir if shard is None else workdir / f"shard-{shard.replace('/', '-of-')}"

@@ -1,0 +1,89 @@
+"""A checkpoint written again in another GGUF type, to see what the type costs.
+
+Matrices get the type where their rows are whole blocks of it, else Q8_0 or F16; vectors keep
+theirs. Types that round each block by itself are written by `gguf.quants`; llama.cpp's K-quants
+are written by `kquants.py` here, which rounds to the nearest without llama.cpp's search for
+better scales, so their numbers are an upper bound of the error of llama.cpp's files.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import kquants
+from qwen_jax.weights.blocks import decode_into
+from qwen_jax.weights.loader import open_checkpoint
+
+TYPES = (
+    *("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"),
+    *("IQ4_NL", "MXFP4", "Q3_K", "Q2_K", "TQ2_0", "TQ1_0"),
+)
+"""From the most bits a weight to the least."""
+
+
+def check(kind: str) -> None:
+    """Raises UserError where no such type can be written."""
+    if kind not in TYPES:
+        raise UserError(
+            f"experiment.quantization is {kind!r}, but it must be one of {', '.join(TYPES)}."
+        )
+
+
+def made(source: Path, kind: str, directory: Path) -> Path:
+    """The checkpoint in another type, written into `directory/models` unless it is there."""
+    check(kind)
+    source = source.resolve()
+    name = hashlib.sha256(str(source).encode()).hexdigest()[:6]
+    path = directory / "models" / f"{source.stem}-{name}-{kind}.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        write(source, Type[kind], temporary)
+        temporary.replace(path)
+    return path
+
+
+def write(source: Path, kind: Type, out: Path) -> None:
+    """Writes the GGUF file `source` to `out`, its matrices in another type."""
+    checkpoint = open_checkpoint(source)
+    if checkpoint.format != "gguf":
+        raise UserError(f"{source}: only GGUF files can be quantised; convert the directory first.")
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, checkpoint.metadata["general.architecture"])
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], element)
+    for name, info in checkpoint.tensors.items():
+        values = np.empty(info.shape, np.float32)
+        decode_into(checkpoint.files.raw(name), info.type, values)
+        stored = fitting(kind, info.shape)
+        writer.add_tensor(name, encode(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def fitting(kind: Type, shape: tuple[int, ...]) -> Type:
+    """The type a tensor gets: vectors stay float32, rows that are no whole blocks get more bits."""
+    if len(shape) < 2:
+        return Type.F32
+    for candidate in (kind, Type.Q8_0, Type.F16):
+        if shape[-1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
+    raise AssertionError("F16 has blocks of one")
+
+
+def encode(values: np.ndarray, kind: Type) -> np.ndarray[Any, Any]:
+    """A matrix as the bytes of its blocks."""
+    if kind in kquants.ENCODERS:
+        return kquants.encode(values, kind)
+    return gguf.quants.quantize(values, kind)

@@ -1,0 +1,169 @@
+"""The directory of an experiment: what was asked, on what it ran, what came out.
+
+config.json      the config, the points and the fingerprints of what they read
+config.py        the config file as it was
+environments/    commit, uncommitted changes, versions, device: one file for each that differs
+metrics.jsonl    one line an event: session, started, finished, failed, interrupted
+outputs.jsonl    one line an item of a point: an answer, a window of a text, a repetition
+log.txt          what happened, with tracebacks
+"""
+
+import dataclasses
+import difflib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import lines
+from qwen_jax.experiments.declaration import Declaration, Point
+from qwen_jax.experiments.lines import Lines
+
+CONFIG, METRICS, OUTPUTS = "config.json", "metrics.jsonl", "outputs.jsonl"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What stands in a workdir, for reports and for merging."""
+
+    path: Path
+    config: dict[str, Any]
+    events: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Contents":
+        """Raises UserError where the directory holds no experiment."""
+        try:
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} holds no experiment: it has no {CONFIG}.") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path / CONFIG} can't be read: {error}.") from error
+        if config.get("format") != FORMAT:
+            raise UserError(f"{path / CONFIG} has a format that this version does not know.")
+        return cls(path, config, list(lines.read(path / METRICS)))
+
+    @property
+    def ends(self) -> dict[str, dict[str, Any]]:
+        """Each point's last `finished` or `failed` event, by its id."""
+        return {e["point"]: e for e in self.events if e["event"] in ("finished", "failed")}
+
+    @property
+    def assigned(self) -> list[str]:
+        """Ids of the points that this directory is to have: all, or a shard's."""
+        return self.config["assigned"]
+
+
+def described(declaration: Declaration, assigned: list[Point], shard: str | None) -> dict[str, Any]:
+    """What config.json says."""
+    return {
+        "format": FORMAT,
+        "config_file": declaration.name,
+        "changed": _plain(declaration.changed),
+        "config": declaration.base,
+        "inputs": declaration.inputs,
+        "points": [{"id": p.id, "overrides": _plain(p.overrides)} for p in declaration.points],
+        "shard": shard,
+        "assigned": [p.id for p in assigned],
+    }
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The lines in which two descriptions differ, or nothing."""
+    before, after = (json.dumps(d, indent=1, sort_keys=True).splitlines() for d in (old, new))
+    names = ("in the workdir", "asked for now")
+    changes = difflib.unified_diff(before, after, *names, n=0, lineterm="")
+    return "\n".join(line for line in changes if not line.startswith("@@"))
+
+
+class Records:
+    """An experiment's directory, open for writing by this process alone.
+
+    Raises:
+        UserError: the directory can't be written, is in use, holds something else, or an
+            experiment that differs from the one asked for.
+    """
+
+    def __init__(self, directory: Path, description: dict[str, Any], source: str):
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise UserError(
+                f"--workdir={directory} is in use by another process; wait for it, or end it."
+            ) from None
+        try:
+            self.resumed = self._claim(description, source)
+            self._metrics = Lines(directory / METRICS)
+            self._outputs = Lines(directory / OUTPUTS)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.ends = Contents.read(directory).ends
+        self._with_outputs = {r["point"] for r in lines.read(directory / OUTPUTS)}
+
+    def _claim(self, description: dict[str, Any], source: str) -> bool:
+        """Writes the description, or compares it with the one that is there."""
+        if (self.directory / CONFIG).exists():
+            old = Contents.read(self.directory).config
+            # Where the config file lies changes nothing.
+            if changes := difference(
+                old | {"config_file": description["config_file"]}, description
+            ):
+                raise UserError(
+                    f"--workdir={self.directory} holds an experiment with another config; choose "
+                    f"another directory, or undo the difference:\n{changes}"
+                )
+            return True
+        # A process killed before this point leaves a lock and temporary files.
+        shards = self.directory.glob("shard-*-of-*")
+        ours = {"lock", "config.py", *(path.name for path in shards)}
+        if foreign := [
+            p.name
+            for p in self.directory.iterdir()
+            if p.name not in ours and not p.name.startswith((".config.", "."))
+        ]:
+            raise UserError(
+                f"--workdir={self.directory} holds {min(foreign)} and no experiment; choose an "
+                "empty directory."
+            )
+        lines.write_atomically(self.directory / "config.py", source)
+        text = json.dumps(description, indent=1, ensure_ascii=False)
+        lines.write_atomically(self.directory / CONFIG, text)
+        return False
+
+    def event(self, event: str, **fields: Any) -> None:
+        record = {"event": event, **fields}
+        self._metrics.append(record)
+        if event in ("finished", "failed"):
+            self._outputs.sync()
+            self._metrics.sync()
+            self.ends[fields["point"]] = record
+
+    def output(self, point: Point, item: dict[str, Any]) -> None:
+        self._outputs.append({"point": point.id, **item})
+
+    def outputs(self, point: Point) -> Iterator[dict[str, Any]]:
+        """The items of a point that earlier sessions recorded."""
+        if point.id in self._with_outputs:
+            start = f'{{"point": "{point.id}"'.encode()
+            yield from lines.read(self.directory / OUTPUTS, start)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._outputs.close()
+        os.close(self._lock)

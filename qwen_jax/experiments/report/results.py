@@ -1,0 +1,129 @@
+"""Records as rows: one a point, with what was swept, how it ended and its metrics."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.experiments.declaration import label, title
+from qwen_jax.experiments.records import Contents
+
+STATES = {"finished": "ok", "failed": "failed", None: "missing"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One point of one experiment.
+
+    Attributes:
+        run: the workdir's name, as the reader knows it.
+        overrides: what the sweep sets, by field; what is fixed in this run but swept or different
+            in another is there, too.
+        state: "ok", "failed" or "missing".
+        end: the event that ended it, or nothing.
+    """
+
+    run: str
+    id: str
+    overrides: dict[str, Any]
+    state: str
+    end: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.end.get("metrics", {})
+
+    @property
+    def label(self) -> str:
+        return label(self.overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Rows of one or several experiments, in the order of their sweeps."""
+
+    contents: tuple[Contents, ...]
+    names: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def read(cls, workdirs: Sequence[Path]) -> "Results":
+        contents = tuple(Contents.read(path) for path in workdirs)
+        names = _names(workdirs)
+        differing = _differing(contents)
+        rows = []
+        for name, content in zip(names, contents, strict=True):
+            ends, wanted = content.ends, set(content.assigned)
+            fixed = {field: content.config["config"].get(field) for field in differing}
+            for point in content.config["points"]:
+                if point["id"] in wanted:
+                    end = ends.get(point["id"], {})
+                    overrides = fixed | point["overrides"]
+                    state = STATES[end.get("event")]
+                    rows.append(Row(name, point["id"], overrides, state, end))
+        return cls(contents, names, tuple(rows))
+
+    @property
+    def title(self) -> str:
+        titles = []
+        for content in self.contents:
+            name, source = content.config["config_file"], content.path / "config.py"
+            titles.append(title(source.read_text("utf-8"), name) if source.exists() else name)
+        return " / ".join(dict.fromkeys(titles))
+
+    @property
+    def swept(self) -> list[str]:
+        """Fields with more than one value, in the order of the sweeps."""
+        values: dict[str, set[str]] = {}
+        for row in self.rows:
+            for field in row.overrides:
+                values.setdefault(field, set())
+        for row in self.rows:
+            for field, seen in values.items():
+                seen.add(json.dumps(row.overrides.get(field)))
+        return [field for field, seen in values.items() if len(seen) > 1]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of metrics without those of errors, in the order of their first appearance."""
+        names = dict.fromkeys(name for row in self.rows for name in row.metrics)
+        return [name for name in names if not name.endswith("_error")]
+
+    def environments(self) -> list[tuple[str, dict[str, Any]]]:
+        """Of each run, every environment it ran in."""
+        found = []
+        for name, content in zip(self.names, self.contents, strict=True):
+            used = dict.fromkeys(
+                e["environment"] for e in content.events if e["event"] == "session"
+            )
+            for environment in used:
+                path = content.path / "environments" / f"{environment}.json"
+                if path.exists():
+                    found.append((name, json.loads(path.read_text("utf-8"))))
+        return found
+
+
+def _names(workdirs: Sequence[Path]) -> tuple[str, ...]:
+    """The directories' own names where these differ, else their paths."""
+    names = [path.resolve().name for path in workdirs]
+    return tuple(names if len(set(names)) == len(names) else map(str, workdirs))
+
+
+def _differing(contents: Sequence[Contents]) -> list[str]:
+    """Fields of the base configs that are not the same in all experiments."""
+    configs = [content.config["config"] for content in contents]
+    fields = dict.fromkeys(name for config in configs for name in config)
+    swept = {name for c in contents for point in c.config["points"] for name in point["overrides"]}
+    return [
+        name
+        for name in fields
+        if name in swept - _always(contents)
+        or any(config.get(name) != configs[0].get(name) for config in configs)
+    ]
+
+
+def _always(contents: Sequence[Contents]) -> set[str]:
+    """Fields that every point of every experiment sets."""
+    points = [set(point["overrides"]) for c in contents for point in c.config["points"]]
+    return set.intersection(*points)

@@ -1,0 +1,110 @@
+"""Results as text: a table for the terminal, a CSV for everything else."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from qwen_jax.experiments.declaration import short
+from qwen_jax.experiments.report.results import Results, Row
+
+WIDTH = 100
+"""Columns of the terminal's table, at most."""
+
+
+def number(value: float, error: float | None = None) -> str:
+    """Four digits that mean something; with an error, as many as its first two have."""
+    if error is not None and error > 0 and math.isfinite(error):
+        places = max(0, 1 - math.floor(math.log10(error)))
+        if places <= 6:
+            return f"{value:,.{places}f} ± {error:,.{places}f}"
+        return f"{value:.3g} ± {error:.1g}"
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def cells(results: Results, rows: Sequence[Row]) -> list[list[str]]:
+    """A header and a row a point: run, what is swept, state, and each metric that anything has."""
+    several = len(results.names) > 1
+    swept, metrics = results.swept, shown_metrics(results)
+    table = [[*(["run"] if several else []), *map(short, swept), *metrics]]
+    for row in rows:
+        line = [row.run] if several else []
+        line += [shown(row.overrides.get(field)) for field in swept]
+        for index, name in enumerate(metrics):
+            if name in row.metrics:
+                line.append(number(row.metrics[name], row.metrics.get(f"{name}_error")))
+            else:
+                line.append(row.state if index == 0 and row.state != "ok" else "-")
+        table.append(line if metrics else [*line, row.state])
+    if not metrics:
+        table[0].append("state")
+    return table
+
+
+def shown_metrics(results: Results) -> list[str]:
+    """Metrics that differ between points; how long things took comes last."""
+    return sorted(
+        (name for name in results.metrics if name != "model_seconds"),
+        key=lambda name: len({row.metrics.get(name) for row in results.rows}) == 1,
+    )
+
+
+def shown(value: Any) -> str:
+    """A config value in a cell."""
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def terminal_table(results: Results) -> str:
+    """The table, a line on what failed, and how many points there are."""
+    table = cells(results, results.rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    # Metrics that don't fit are in the CSV and on the page.
+    keep, used = 0, 0
+    while keep < len(widths) and used + widths[keep] <= WIDTH:
+        used += widths[keep] + 2
+        keep += 1
+    lines = [
+        "  ".join(f"{c:>{w}}" for c, w in zip(line[:keep], widths[:keep], strict=True))
+        for line in table
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    if left := table[0][keep:]:
+        lines.append(f"also: {', '.join(left)}")
+    lines += [
+        f"failed: {row.label}: {row.end['kind']}: {row.end['reason']}"
+        for row in results.rows
+        if row.state == "failed"
+    ]
+    counts = {state: sum(row.state == state for row in results.rows) for state in STATES}
+    lines.append(", ".join(f"{n} {STATES[state]}" for state, n in counts.items() if n) + ".")
+    return "\n".join(lines)
+
+
+STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
+
+
+def csv_text(results: Results) -> str:
+    """Every point with every override and metric, unrounded."""
+    fields = list(dict.fromkeys(f for row in results.rows for f in row.overrides))
+    metrics = list(dict.fromkeys(m for row in results.rows for m in row.metrics))
+    end = ["seconds", "compile_seconds", "peak_bytes", "kind", "reason"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "point", "state", *fields, *metrics, *end])
+    for row in results.rows:
+        writer.writerow(
+            [
+                *(row.run, row.id, row.state),
+                *(row.overrides.get(field) for field in fields),
+                *(row.metrics.get(metric) for metric in metrics),
+                *(row.end.get(name) for name in end),
+            ]
+        )
+    return out.getvalue()

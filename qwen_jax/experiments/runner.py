@@ -1,0 +1,168 @@
+"""Runs the points that are not finished yet, one after another, whatever becomes of each."""
+
+import contextlib
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from qwen_jax import measure
+from qwen_jax.api import Model
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import environment, profiling
+from qwen_jax.experiments.models import Choice, Models
+from qwen_jax.experiments.plan import Planned
+from qwen_jax.experiments.records import Records
+from qwen_jax.experiments.task import Metrics, Work
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.INFO)
+_log.propagate = False
+
+
+class Runner:
+    """Runs planned points into records; `run` returns how many have failed."""
+
+    def __init__(self, records: Records, *, retry_failed: bool, profile: bool):
+        self._records, self._retry, self._profile = records, retry_failed, profile
+        self._models = Models(records.directory)
+
+    def run(self, planned: list[Planned]) -> int:
+        """Runs what is left of the points; counts those that have failed, now or before."""
+        records = self._records
+        with _logged_to(records.directory / "log.txt"):
+            left = [item for item in planned if self._is_left(item.point.id)]
+            name = environment.save(records.directory)
+            records.event("session", time=_now(), environment=name, points=len(left))
+            with tqdm(
+                total=len(planned),
+                initial=len(planned) - len(left),
+                desc="points",
+                disable=not sys.stderr.isatty(),
+            ) as bar:
+                for item in left:
+                    bar.set_postfix_str(item.point.label[:60])
+                    self._run(item)
+                    bar.update()
+        ids = {item.point.id for item in planned}
+        return sum(e["event"] == "failed" for id, e in records.ends.items() if id in ids)
+
+    def _is_left(self, point: str) -> bool:
+        end = self._records.ends.get(point)
+        return end is None or (end["event"] == "failed" and self._retry)
+
+    def _run(self, item: Planned) -> None:
+        point, records = item.point, self._records
+        records.event("started", point=point.id, time=_now())
+        _log.info("started %s: %s", point.id, point.label)
+        start, compiled = time.perf_counter(), measure.compile_seconds()
+        try:
+            with (
+                PointWork(item, records, self._models) as work,
+                profiling.traced(records.directory, point.id, self._profile) as operations,
+            ):
+                metrics = item.task.run(work)
+            _check(metrics)
+        except KeyboardInterrupt:
+            records.event("interrupted", point=point.id, time=_now())
+            raise
+        except Exception as error:
+            # Whatever it is, the other points may well run; the log has the traceback.
+            reason, what = _explain(error), traceback.format_exc()
+            _log.info("failed %s: %s\n%s", point.id, reason, what)
+            records.event("failed", point=point.id, time=_now(), **reason)
+            return
+        fields: dict[str, Any] = {
+            "metrics": metrics,
+            "seconds": round(time.perf_counter() - start, 4),
+            "compile_seconds": round(measure.compile_seconds() - compiled, 4),
+            "peak_bytes": measure.peak_memory()[1],
+        }
+        if operations:
+            fields["operations"] = operations
+        records.event("finished", point=point.id, time=_now(), **fields)
+        _log.info("finished %s: %s", point.id, metrics)
+
+
+class PointWork(Work):
+    """One point's view of the records, with a progress bar of its own."""
+
+    def __init__(self, item: Planned, records: Records, models: Models):
+        self.config, self.directory = item.point.config, records.directory
+        self._point, self._records, self._models = item.point, records, models
+        self._bar = tqdm(
+            desc="  this point", leave=False, position=1, disable=not sys.stderr.isatty()
+        )
+
+    def __enter__(self) -> "PointWork":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def model(self, config: ConfigDict | None = None) -> Model:
+        return self._models.get(Choice.of(config or self.config))
+
+    def recorded(self) -> Iterator[dict[str, Any]]:
+        return self._records.outputs(self._point)
+
+    def record(self, **item: Any) -> None:
+        self._records.output(self._point, item)
+
+    def progress(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+def _check(metrics: Metrics) -> None:
+    wrong = {name: value for name, value in metrics.items() if not abs(value) < float("inf")}
+    if wrong:
+        raise UserError(f"The metrics {wrong} are not finite numbers.")
+
+
+def _explain(error: Exception) -> dict[str, str]:
+    """What kind of failure it was, and one sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UserError):
+        return {"kind": "not finite" if "not finite" in text else "bad input", "reason": text}
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return {"kind": "out of memory", "reason": text[:500]}
+    if isinstance(error, NotImplementedError):
+        return {"kind": "not implemented", "reason": text}
+    return {"kind": "error", "reason": f"{type(error).__name__}: {text[:500]}"}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+@contextlib.contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Adds this module's messages to a file, and the warnings that the terminal gets."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = (_log, logging.getLogger("absl"))
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+
+def devices_line() -> str:
+    """Where everything runs, for the terminal and the log."""
+    device = measure.device()
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}, {len(jax.local_devices())} "
+        f"{device.device_kind}, JAX {jax.__version__}"
+    )

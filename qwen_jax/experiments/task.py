@@ -1,0 +1,97 @@
+"""The interface of a task, and the table of tasks.
+
+A task of your own is a subclass of `Task` in any module that Python finds; its name in the config
+is `module:Class`.
+"""
+
+import abc
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qwen_jax.api import Model
+from qwen_jax.errors import UserError
+
+Metrics = dict[str, float]
+
+TASKS = {
+    "generate": "qwen_jax.experiments.tasks.generate:Generate",
+    "perplexity": "qwen_jax.experiments.tasks.perplexity:Perplexity",
+    "compare": "qwen_jax.experiments.tasks.compare:Compare",
+    "bench": "qwen_jax.experiments.tasks.bench:Bench",
+    "eval": "qwen_jax.experiments.tasks.evaluate:Evaluate",
+}
+
+
+class Work(abc.ABC):
+    """What the runner gives a task for one point.
+
+    Attributes:
+        config: everything resolved.
+        directory: the workdir.
+    """
+
+    config: ConfigDict
+    directory: Path
+
+    @abc.abstractmethod
+    def model(self, config: ConfigDict | None = None) -> Model:
+        """The model of the point's config, or of another one; loaded if it isn't there yet."""
+
+    @abc.abstractmethod
+    def recorded(self) -> Iterator[dict[str, Any]]:
+        """Items of this point that an interrupted session left, in the order they were made."""
+
+    @abc.abstractmethod
+    def record(self, **item: Any) -> None:
+        """Writes an item to outputs.jsonl, at once."""
+
+    @abc.abstractmethod
+    def progress(self, done: int, total: int) -> None:
+        """Tells how many items there are by now."""
+
+
+class Task(abc.ABC):
+    """What a point does. Made from the point's config before anything runs.
+
+    Raises:
+        UserError: (when made) the config asks for what can't be done.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+
+    def rows(self) -> tuple[int, int]:
+        """Rows that run together and the most tokens of one, for the estimate of memory."""
+        return 1, self.config.experiment.context
+
+    def shapes(self) -> tuple[Any, ...]:
+        """Equal for points that share compiled functions, where they share a model's settings."""
+        return (self.config.experiment.task, *self.rows())
+
+    @abc.abstractmethod
+    def run(self, work: Work) -> Metrics:
+        """Does the work, records its items and returns the point's metrics.
+
+        What `work.recorded()` yields is not to be done or recorded again.
+        """
+
+
+def task_class(name: str) -> Callable[[ConfigDict], Task]:
+    """The class of a task by its name in the table, or by `module:Class`."""
+    return imported(TASKS.get(name, name), "experiment.task", TASKS)
+
+
+def imported(where: str, field: str, known: dict[str, Any]) -> Any:
+    """What `module:name` names. Raises UserError where there is nothing of that name."""
+    module, _, name = where.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{field} names {where!r}, which is none of {', '.join(known)} and can't be imported "
+            f"as module:name: {error}."
+        ) from error

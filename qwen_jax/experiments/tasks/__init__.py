@@ -1,0 +1,1 @@
+"""What a point of an experiment can do. A task is a small class; see `task.py`."""

@@ -1,0 +1,129 @@
+"""`compare`: next-token distributions against those of a reference point, over a text.
+
+The reference's log-probabilities are computed once and kept in `references/`, as float32.
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from qwen_jax import api
+from qwen_jax.accuracy import base_file, distribution
+from qwen_jax.accuracy.base_file import SavedBase, scored
+from qwen_jax.accuracy.distribution import Scores
+from qwen_jax.accuracy.operations import forward
+from qwen_jax.accuracy.parameters import CheckpointSource
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import quantize
+from qwen_jax.experiments.models import Choice
+from qwen_jax.experiments.task import Metrics, Task, Work
+from qwen_jax.experiments.tasks.perplexity import check_text, sizes, text_tokens
+from qwen_jax.weights.loader import open_checkpoint
+
+TRUTH = "float64"
+"""The reference's dtype that means NumPy in float64, layer by layer, instead of the engine."""
+
+
+class Compare(Task):
+    """One item a window: what `distribution.Scores` keeps of its tokens."""
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        check_text(config)
+        given = {name: value for name, value in config.experiment.reference.items() if value}
+        if not given:
+            raise UserError("compare needs a reference; set a field of experiment.reference.")
+        self.reference = copy.deepcopy(config)
+        if (quantization := given.pop("quantization", None)) is not None:
+            quantize.check(quantization)
+            self.reference.experiment.quantization = quantization
+        elif "model" in given:
+            self.reference.experiment.quantization = None
+        self.exact = given.get("dtype") == TRUTH
+        if self.exact:
+            del given["dtype"]
+        self.reference.update(given)
+
+    def run(self, work: Work) -> Metrics:
+        base = SavedBase(self._base(work))
+        model, context = work.model(), base.windows.shape[1]
+        if base.vocab != model.config.vocab_size:
+            raise UserError(
+                f"The reference has a vocabulary of {base.vocab} tokens, but {model.config.source} "
+                f"has {model.config.vocab_size}; both must be of the same model."
+            )
+        parts = [
+            Scores(*(np.array(item[name]) for name in ("nll", "nll_base", "kld", "same_top")))
+            for item in work.recorded()
+        ]
+        for index in range(len(parts), len(base.windows)):
+            window = base.windows[index]
+            logits = model.logits(window.tolist())[scored(context)]
+            if not np.isfinite(logits).all():
+                raise UserError(f"The logits of window {index} are not finite.")
+            part = distribution.score(logits, base.logprobs(index), window, normal=True)
+            work.record(window=index, **{k: v.tolist() for k, v in vars(part).items()})
+            work.progress(index + 1, len(base.windows))
+            parts.append(part)
+        names = ("nll", "nll_base", "kld", "same_top")
+        joined = Scores(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+        found = distribution.statistics(joined, ("point", "reference"), base.windows)
+        return _metrics(found) | sizes(model)
+
+    def _base(self, work: Work) -> Path:
+        """The reference's file, made unless it is there."""
+        experiment = self.config.experiment
+        key = repr((Choice.of(self.reference), self.exact, experiment.text, experiment.context))
+        name = hashlib.sha256(key.encode()).hexdigest()[:12]
+        path = work.directory / "references" / f"{name}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_name(f"{os.getpid()}-{path.name}")
+            if self.exact:
+                self._save_truth(work, temporary)
+            else:
+                model = work.model(self.reference)
+                tokens = text_tokens(model, self.config)
+                distribution.save_base(temporary, model, tokens, context=experiment.context)
+            temporary.replace(path)
+        return path
+
+    def _save_truth(self, work: Work, path: Path) -> None:
+        experiment = self.config.experiment
+        # Only for its tokenizer: the truth reads the parameters by itself.
+        tokens = text_tokens(work.model(), self.config)
+        windows = distribution.cut(tokens, experiment.context)
+        location = api.locate(self.reference.model)
+        if self.reference.experiment.quantization is not None:
+            kind = self.reference.experiment.quantization
+            location = quantize.made(location, kind, work.directory)
+        source = CheckpointSource(open_checkpoint(location))
+
+        def logits() -> Iterator[np.ndarray]:
+            for window in windows:
+                for name, value in forward(source, window.tolist()):
+                    if name == "logits":
+                        yield value[scored(experiment.context)]
+
+        base_file.save(path, TRUTH, windows, logits(), source.config.vocab_size)
+
+
+def _metrics(found: distribution.Distribution) -> Metrics:
+    percentiles = dict(found.kld_percentiles)
+    return {
+        "kld": found.kld.value,
+        "kld_error": found.kld.error,
+        "kld_p99": percentiles[99.0],
+        "kld_max": percentiles[100.0],
+        "same_top": found.same_top.value,
+        "same_top_error": found.same_top.error,
+        "perplexity": found.ppl.value,
+        "perplexity_error": found.ppl.error,
+        "perplexity_ratio": found.ratio.value,
+        "perplexity_ratio_error": found.ratio.error,
+    }

@@ -1,0 +1,72 @@
+"""`perplexity`: of a text, with llama-perplexity's conventions (`accuracy.distribution`)."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from qwen_jax.accuracy import distribution
+from qwen_jax.accuracy.base_file import scored
+from qwen_jax.accuracy.metrics import log_softmax
+from qwen_jax.api import BUNDLED, Model
+from qwen_jax.errors import UserError
+from qwen_jax.experiments.task import Metrics, Task, Work
+from qwen_jax.weights.loader import open_checkpoint
+
+
+def check_text(config: ConfigDict) -> None:
+    """Raises UserError where the config's text is no file; None is the bundled model's sample."""
+    text = config.experiment.text
+    if text is not None and not Path(text).is_file():
+        raise UserError(f"experiment.text={text} is no file that can be read.")
+
+
+def text_tokens(model: Model, config: ConfigDict) -> list[int]:
+    """The config's text; the bundled model, in any type, has a sample of its own."""
+    if config.experiment.text is None and config.model == BUNDLED:
+        return distribution.sample_tokens(model)
+    return distribution.read_text(model, config.experiment.text)
+
+
+def sizes(model: Model) -> Metrics:
+    """Bytes of the weights in their file and on the device."""
+    tensors = open_checkpoint(model.config.source.removesuffix("/config.json")).tensors
+    leaves = jax.tree.leaves(model.engine.weights)
+    return {
+        "weight_bytes": sum(info.nbytes for info in tensors.values()),
+        "device_bytes": sum(leaf.nbytes for leaf in leaves),
+    }
+
+
+class Perplexity(Task):
+    """One item a window: the negative log-probabilities of its scored tokens."""
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        check_text(config)
+
+    def run(self, work: Work) -> Metrics:
+        model, experiment = work.model(), self.config.experiment
+        tokens = text_tokens(model, self.config)
+        windows = distribution.cut(tokens, experiment.context)
+        distribution.check(model, windows)
+        nll = [item["nll"] for item in work.recorded()]
+        for index in range(len(nll), len(windows)):
+            window = windows[index]
+            logits = model.logits(window.tolist())[scored(experiment.context)]
+            came = window[experiment.context // 2 + 1 :, None]
+            nll.append((-np.take_along_axis(log_softmax(logits), came, 1)[:, 0]).tolist())
+            if not np.isfinite(nll[-1]).all():
+                raise UserError(f"The log-probabilities of window {index} are not finite.")
+            work.record(window=index, nll=nll[-1])
+            work.progress(index + 1, len(windows))
+        mean = distribution.mean(np.concatenate(nll))
+        perplexity = float(np.exp(mean.value))
+        return {
+            "perplexity": perplexity,
+            "perplexity_error": perplexity * mean.error,
+            "scored_tokens": sum(map(len, nll)),
+            "windows": len(windows),
+            **sizes(model),
+        }

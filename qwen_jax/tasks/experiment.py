@@ -1,0 +1,44 @@
+"""`run.py experiment`: a sweep of settings, begun or gone on with."""
+
+import sys
+from pathlib import Path
+
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import declaration, plan, records, report
+from qwen_jax.experiments.runner import Runner, devices_line
+from qwen_jax.settings import Command
+
+
+def run(command: Command) -> int:
+    """Runs what the workdir does not have yet; returns 1 where a point has failed, else 0."""
+    config = command.config
+    declared = declaration.declare(command)
+    planned = plan.part_of(plan.plan(declared.points), config.runner.shard)
+    if config.runner.dry_run:
+        print(plan.listed(planned))
+        return 0
+    if config.workdir is None:
+        raise UserError("An experiment needs --workdir=DIRECTORY for its records.")
+    workdir = plan.shard_directory(Path(config.workdir), config.runner.shard)
+    assigned = [item.point for item in planned]
+    description = records.described(declared, assigned, config.runner.shard)
+    opened = records.Records(workdir, description, declared.source)
+    try:
+        _announce(declared, opened, len(planned))
+        runner = Runner(
+            opened, retry_failed=config.runner.retry_failed, profile=config.runner.profile
+        )
+        failed = runner.run(planned)
+    finally:
+        opened.close()
+    report.show([workdir], workdir)
+    return 1 if failed else 0
+
+
+def _announce(declared: declaration.Declaration, opened: records.Records, count: int) -> None:
+    """Says on stderr what is about to run, and where."""
+    print(declaration.title(declared.source, declared.name), file=sys.stderr)
+    for name, value in declared.changed.items():
+        print(f"  {name} = {value!r}", file=sys.stderr)
+    state = f"{len(opened.ends)} of {count} points are there" if opened.resumed else "a new one"
+    print(f"{opened.directory}: {state}; {devices_line()}", file=sys.stderr)

@@ -47,12 +47,14 @@ class Arithmetic:
         operand: to which a projection's activations and weights are rounded (0: they are not).
         cache: of keys, values and probabilities in attention.
         least: below this part of a row's largest value, float16 operands lose digits.
+        float16: whether activations are float16, with its narrow range.
     """
 
     storage: float = U32
     operand: float = 0.0
     cache: float = U32
     least: float = 0.0
+    float16: bool = False
 
     @classmethod
     def of(cls, header: Header) -> "Arithmetic":
@@ -63,7 +65,9 @@ class Arithmetic:
             operand = max(operand, UNIT["tf32"])
         least = 2.0**-24 if header.dtype == "float16" else 0.0
         cache = UNIT[header.cache_dtype or header.activation_dtype]
-        return cls(storage, operand, max(cache, operand), least)
+        return cls(
+            storage, operand, max(cache, operand), least, header.activation_dtype == "float16"
+        )
 
 
 Bound = Callable[
@@ -221,6 +225,12 @@ _BOUNDS: dict[Callable[..., Array], Bound] = {
     operations.gated: _gated,
 }
 
+LEAST = 2.0**-124
+"""What float32 and bfloat16 may flush to zero on the way, and twice over."""
+
+LEAST_FLOAT16 = 2.0**-24
+"""The spacing of float16's smallest numbers."""
+
 SECOND_ORDER = 1.01
 """Products of two roundings, which the first-order terms above leave out."""
 
@@ -240,5 +250,6 @@ def bound(
         errors: of each input; 0 where it is what the engine really had.
     """
     function = _BOUNDS[operations.OPERATIONS[name].compute]
+    least = LEAST_FLOAT16 if arithmetic.float16 else LEAST
     with np.errstate(all="ignore"):
-        return SECOND_ORDER * function(ctx, arithmetic, value, inputs, errors, params)
+        return SECOND_ORDER * function(ctx, arithmetic, value, inputs, errors, params) + least

@@ -8,6 +8,7 @@ agrees with the layer's other operations, then the one that explains most of the
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,9 +16,9 @@ import numpy as np
 from qwen_jax.accuracy.bounds import Arithmetic, bound
 from qwen_jax.accuracy.catalogue import FAULTS
 from qwen_jax.accuracy.error_shape import ErrorShape, describe
-from qwen_jax.accuracy.faults import Fault, Overlay
+from qwen_jax.accuracy.faults import Change, Fault, Overlay
 from qwen_jax.accuracy.operations import OPERATIONS, PARAMETRIC
-from qwen_jax.accuracy.parameters import Source, Weights
+from qwen_jax.accuracy.parameters import Source
 from qwen_jax.accuracy.replay import Finding, Progress, Replay, Replayed, Residual, compare
 from qwen_jax.accuracy.rounding import UNIT, round_to
 from qwen_jax.accuracy.trace import Trace
@@ -25,6 +26,9 @@ from qwen_jax.config import ModelConfig
 
 MOST = 3
 """Faults of one operation that are tried together."""
+
+SETS = 1000
+"""Sets of faults of one size that are tried at most: a long span has too many triples."""
 
 Set = tuple[str, ...]
 """Names of faults that together explain an operation, in the catalogue's order."""
@@ -137,7 +141,11 @@ def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> 
                 progress(done, len(replay))
             yield replayed
 
-    for _, group in itertools.groupby(counted(), lambda r: (r.finding.layer, id(r.weights))):
+    def part(replayed: Replayed) -> tuple[int | None, bool]:
+        """The layer; what comes before all layers and after them are two parts."""
+        return replayed.finding.layer, replayed.finding.operation == "embed"
+
+    for _, group in itertools.groupby(counted(), part):
         layer = list(group)
         findings += [r.finding for r in layer]
         for one in _explain_layer(layer, replay.arithmetic, known):
@@ -186,9 +194,11 @@ def _explanations(
     able = [
         fault
         for fault in FAULTS.values()
-        if replayed.finding.operation in fault.operations and fault.possible(config)
+        if set(replayed.finding.span) & set(fault.operations) and fault.possible(config)
     ]
     for size in range(1, MOST + 1):
+        if math.comb(len(able), size) > SETS:
+            break
         # What explained an earlier layer is tried first: it spares the search of all sets.
         earlier = [tuple(FAULTS[n] for n in s) for s in known if len(s) == size]
         sets: Sequence[tuple[Fault, ...]] = [s for s in earlier if set(s) <= set(able)]
@@ -211,28 +221,16 @@ def _contradicted(name: str, sound: Sequence[Replayed], arithmetic: Arithmetic) 
     return tuple(
         r.finding.operation
         for r in sound
-        if r.finding.operation in fault.operations and not fit(r, (fault,), arithmetic).within
+        if set(r.finding.span) & set(fault.operations) and not fit(r, (fault,), arithmetic).within
     )
 
 
 def fit(replayed: Replayed, faults: Sequence[Fault], arithmetic: Arithmetic) -> Residual:
     """What is left of a tensor's error with faults planted, in the variants that fit best."""
-    config, name = replayed.ctx.config, replayed.finding.operation
-    weights: Weights = replayed.weights
-    for fault in faults:
-        if fault.parameters:
-            weights = Overlay(weights, fault)
-    params = weights[name] if name in PARAMETRIC else ()
+    config = replayed.ctx.config
     best: Residual | None = None
-    variants = [fault.knobs(config) or ({},) for fault in faults]
-    for changes in itertools.product(*variants):
-        turned = {key: value for change in changes for key, value in change.items()}
-        output = turned.pop("output", None)
-        ctx = replayed.ctx.turned(**turned)
-        value = OPERATIONS[name](ctx, replayed.inputs, params)
-        limit = bound(name, ctx, arithmetic, value, replayed.inputs, replayed.errors, params)
-        if output:
-            value, limit = _rounded(value, limit, output, arithmetic)
+    for changes in itertools.product(*(fault.knobs(config) or ({},) for fault in faults)):
+        value, limit = _planted(replayed, list(zip(faults, changes, strict=True)), arithmetic)
         after = compare(replayed.candidate, value, limit)
         if best is None or after.ratio < best.ratio:
             best = after
@@ -240,6 +238,30 @@ def fit(replayed: Replayed, faults: Sequence[Fault], arithmetic: Arithmetic) -> 
             break
     assert best is not None
     return best
+
+
+def _planted(
+    replayed: Replayed, faults: Sequence[tuple[Fault, Change]], arithmetic: Arithmetic
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tensor as faults make it, and its bound: every step of its span computed again."""
+    values = dict(replayed.base)
+    for step in replayed.steps:
+        name, weights = step.operation, step.weights
+        turned: Change = {}
+        for fault, change in faults:
+            if name in fault.operations:
+                turned |= change
+                weights = Overlay(weights, fault) if fault.parameters else weights
+        output = turned.pop("output", None)
+        ctx = replayed.ctx.turned(**turned)
+        params = weights[name] if name in PARAMETRIC else ()
+        inputs, errors = [values[n][0] for n in step.inputs], [values[n][1] for n in step.inputs]
+        value = OPERATIONS[name](ctx, inputs, params)
+        limit = bound(name, ctx, arithmetic, value, inputs, errors, params)
+        if output:
+            value, limit = _rounded(value, limit, output, arithmetic)
+        values[step.name] = value, limit
+    return value, limit
 
 
 def _rounded(

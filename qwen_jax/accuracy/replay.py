@@ -5,7 +5,8 @@ are all found. Where a trace lacks tensors in between, a span of operations is r
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -74,18 +75,43 @@ class Finding:
         return not self.residual.within
 
 
+class Step(NamedTuple):
+    """An operation of a span; `name` is its tensor's full one."""
+
+    name: str
+    operation: str
+    inputs: tuple[str, ...]
+    weights: Weights
+
+
+Value = tuple[Array, Error]
+"""A tensor and how far it may be off."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """What is needed to judge a tensor, and to try faults on it."""
+    """What is needed to judge a tensor, and to try faults on it.
+
+    Attributes:
+        steps: the operations from recorded tensors to this one, the last one its own.
+        base: the recorded tensors that they start from.
+    """
 
     finding: Finding
     candidate: Float[np.ndarray, "..."]
     expected: Float[np.ndarray, "..."]
     bound: Float[np.ndarray, "..."]
     ctx: Context
-    inputs: tuple[Array, ...]
-    errors: tuple[Error, ...]
-    weights: Weights
+    steps: tuple[Step, ...]
+    base: Mapping[str, Value]
+
+
+class _Held(NamedTuple):
+    """A tensor that later operations read: recorded, or computed by some steps."""
+
+    value: Value
+    steps: tuple[Step, ...]
+    base: Mapping[str, Value]
 
 
 def compare(
@@ -136,7 +162,7 @@ class Replay:
         self.calls = Calls.of(header.chunks)[self.rows]
         self.tokens = np.asarray(header.tokens)[self.rows]
         self.skipped: dict[str, str] = {}
-        self._values: dict[str, tuple[Array, Error, tuple[str, ...]]] = {}
+        self._held: dict[str, _Held] = {}
 
     def __iter__(self) -> Iterator[Replayed]:
         weights = Weights(self.source, None)
@@ -152,43 +178,48 @@ class Replay:
             replayed = self._replay(layer, name, weights)
             if replayed is not None:
                 yield replayed
-            for held in [n for n in self._values if last_needed.get(n, -1) <= at]:
-                del self._values[held]
+            for held in [n for n in self._held if last_needed.get(n, -1) <= at]:
+                del self._held[held]
 
     def __len__(self) -> int:
         return len(schedule(self.config))
 
     def _replay(self, layer: int | None, name: str, weights: Weights) -> Replayed | None:
-        full = full_name(name, layer)
+        full, needed = full_name(name, layer), input_names(name, layer, self.config)
         recorded = self.trace.tensors.get(full)
         candidate = None if recorded is None else recorded.astype(np.float64)
-        missing = [n for n in input_names(name, layer, self.config) if n not in self._values]
+        missing = [n for n in needed if n not in self._held]
         if name in ("attn_scores", "attn_out") and self.rows.start > 0:
             missing.append(f"keys and values of positions 0 to {self.rows.start - 1}")
         if missing:
             if candidate is not None:
                 self.skipped[full] = f"needs {', '.join(missing)}"
-                self._values[full] = (candidate, 0.0, ())
+                self._keep(full, candidate, 0.0)
             return None
-        held = [self._values[n] for n in input_names(name, layer, self.config)]
-        inputs, errors = tuple(h[0] for h in held), tuple(h[1] for h in held)
+        held = [self._held[n] for n in needed]
         ctx = Context(self.config, self.calls, self.tokens)
+        inputs, errors = [h.value[0] for h in held], [h.value[1] for h in held]
         params = weights[name] if name in PARAMETRIC else ()
         expected = OPERATIONS[name](ctx, inputs, params)
         limit = bound(name, ctx, self.arithmetic, expected, inputs, errors, params)
-        before = [step for h in held for step in h[2]]
-        span = tuple(n for n in OPERATIONS if n in {*before, name})
+        steps = tuple(dict.fromkeys(step for h in held for step in h.steps))
+        steps = (*steps, Step(full, name, needed, weights))
+        base = {n: value for h in held for n, value in h.base.items()}
         if candidate is None:
-            self._values[full] = (expected, limit, span)
+            self._held[full] = _Held((expected, limit), steps, base)
             return None
         # An engine's attention keeps no probabilities: those in a trace were computed beside
         # it, from scores rounded in another order, so both have their own error.
-        beside = 2 * limit if name in ("attn_scores", "attn_probs") else 0.0
-        self._values[full] = (candidate, beside, ())
+        beside = name in ("attn_scores", "attn_probs")
+        self._keep(full, candidate, 2 * limit if beside else 0.0)
         residual = compare(candidate, expected, limit)
         row = residual.worst[0] if residual.within else first_position(candidate, expected, limit)
+        span = tuple(step.operation for step in steps)
         finding = Finding(name, layer, residual, row + self.rows.start, span)
-        return Replayed(finding, candidate, expected, limit, ctx, inputs, errors, weights)
+        return Replayed(finding, candidate, expected, limit, ctx, steps, base)
+
+    def _keep(self, full: str, recorded: Array, error: Error) -> None:
+        self._held[full] = _Held((recorded, error), (), {full: (recorded, error)})
 
 
 def replay(

@@ -39,5 +39,5 @@ $(VENV)/installed: $(BIN)/python pyproject.toml
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet -e '.[test,train]'
+	$(BIN)/pip install --quiet -e '.[test,train,report]'
 	touch $@

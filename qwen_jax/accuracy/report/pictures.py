@@ -127,7 +127,7 @@ def _legend(axes: Axes, faulty: bool) -> None:
         return
     for colour, label in ((BLUE, "within rounding"), (RED, "own fault")):
         axes.scatter([], [], s=16, c=colour, label=label)
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor=GRID)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
 def kld_histogram(distribution: Distribution) -> Figure:

@@ -1,0 +1,168 @@
+"""Reports of real runs, clean and with planted faults: text, JSON, page and pictures."""
+
+import base64
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from qwen_jax.accuracy import gates, report
+from qwen_jax.accuracy.comparison import compare
+from qwen_jax.accuracy.diagnosis import diagnose
+from qwen_jax.accuracy.distribution import Scores, statistics
+from qwen_jax.accuracy.gates import METRICS
+from qwen_jax.accuracy.parameters import EngineSource
+from qwen_jax.accuracy.planting import planted
+from qwen_jax.accuracy.precision_search import search_greedily
+from qwen_jax.accuracy.recording import Recorder
+from qwen_jax.accuracy.references import float64
+from qwen_jax.accuracy.report import Report
+from qwen_jax.accuracy.report.page import pictures
+from qwen_jax.accuracy.text_audit import TextFinding
+from qwen_jax.accuracy.weights_audit import WeightFinding
+from qwen_jax.errors import UserError
+from tests.engines import random_engine, random_tokens
+from tests.golden_cases import odd_config
+
+CONFIG = odd_config(num_layers=2)
+TOKENS = random_tokens(CONFIG, 24)
+FAULTS = "zero_qkv_bias,rope_interleaved"
+
+
+@functools.cache
+def traced(faults: str = "") -> Report:
+    """A candidate against float64, replayed and diagnosed."""
+    engine = random_engine(CONFIG)
+    source = EngineSource(engine)
+    with planted(engine, faults) as candidate:
+        trace = Recorder(candidate).record(TOKENS, prompt_length=20)
+    diagnosis = diagnose(trace, source)
+    reference = float64(source, TOKENS, chunks=trace.header.chunks)
+    comparison = compare(trace, reference, diagnosis.findings)
+    names = tuple(name for name in faults.split(",") if name)
+    return Report(trace.header, comparison, diagnosis, planted=names)
+
+
+def full() -> Report:
+    """The faulty run with every other part beside it."""
+    rng = np.random.default_rng(0)
+    nll = rng.exponential(2, 300)
+    scores = Scores(nll, nll + rng.normal(0, 0.1, 300), rng.exponential(0.01, 300), nll < 4)
+    klds = {frozenset(): 3.0, frozenset({"embed"}): 2.0, frozenset({"logits"}): 0.5}
+    found = dataclasses.replace(
+        traced(FAULTS),
+        distribution=statistics(scores, ("bf16", "f32"), np.zeros((3, 202), np.int32)),
+        precision=search_greedily(("embed", "logits"), klds.__getitem__, 1.0),
+        weights=[WeightFinding("output.weight", "lm_head", "missing", 1, 1, float("inf"))],
+        text=[TextFinding("chat", "same")],
+        cache=[],
+        notes=("A note.",),
+    )
+    outcomes = gates.check(gates.parse("mean_kld > 0.001, dp_rms < 0"), report.values(found))
+    return dataclasses.replace(found, gates=outcomes)
+
+
+def test_a_clean_run_reads_as_one() -> None:
+    text = report.text(traced())
+    assert "WITHIN ROUNDING: all 37 operations stay inside their bounds" in text
+    assert "FAULT" not in text and "causes" not in text
+    rows = re.findall(r"^(\w+) .* ok$", text, re.MULTILINE)
+    assert rows[:2] == ["embed", "attn_norm"] and len(rows) == 20
+
+
+def test_planted_faults_come_first_with_their_causes() -> None:
+    text = report.text(traced(FAULTS))
+    assert re.search(r"FAULT: \d+ of 37 operations; 2 causes named, 0 operations unexpl", text)
+    assert "First wrong tensor: layers.0.q_proj, from position 0 on." in text
+    for name in FAULTS.split(","):
+        assert re.search(rf"^{name} +all +\S+ +0\.\d+ +", text, re.MULTILINE), name
+    assert re.search(r"^q_rope .* FAULT in 2 of 2$", text, re.MULTILINE)
+    assert re.search(r"^attn_out .* ok$", text, re.MULTILINE)
+
+
+def test_text_fits_100_columns_and_holds_every_part() -> None:
+    text = report.text(full())
+    assert max(map(len, text.splitlines())) <= 100
+    for part in ("A note.", "1 missing", "1 the same", "PPL / PPL base", "stay in float32"):
+        assert part in text, part
+    assert re.search(r"^mean_kld > 0.001 .* FAILED$", text, re.MULTILINE)
+    assert re.search(r"^dp_rms < 0 .* passed$", text, re.MULTILINE)
+
+
+def test_figures_of_the_distribution_are_in_the_text() -> None:
+    d = full().distribution
+    assert d is not None
+    text = report.text(full())
+    assert f"{d.ppl.value:.6f} ± {d.ppl.error:.6f}" in text
+    assert re.search(rf"^median +{dict(d.kld_percentiles)[50.0]:.6f} ", text, re.MULTILINE)
+    assert f"{100 * d.dp_rms.value:.3f} ± {100 * d.dp_rms.error:.3f} %" in text
+
+
+def test_findings_without_a_reference_are_enough() -> None:
+    alone = dataclasses.replace(traced(FAULTS), comparison=None)
+    text = report.text(alone)
+    assert "2 causes named" in text
+    assert re.search(r"^operation +layer +own error +of bound +verdict$", text, re.MULTILINE)
+    assert [picture.title for picture in pictures(alone)] == [
+        "Calibration: own error against its bound"
+    ]
+    assert report.text(Report()) == "\n"
+
+
+def test_values_are_known_metrics_and_all_of_them() -> None:
+    found = report.values(full())
+    assert found.keys() == METRICS.keys()
+    faulty = traced(FAULTS)
+    assert faulty.diagnosis is not None and faulty.comparison is not None
+    assert found["faults"] == len(faulty.diagnosis.faulty) > 2
+    assert found["mean_kld"] == full().distribution.kld.value  # type: ignore[union-attr]
+    assert report.values(faulty)["mean_kld"] == faulty.comparison.logits.mean_kld  # type: ignore[union-attr]
+    assert (found["weights_faults"], found["text_faults"], found["kept_float32"]) == (1, 0, 1)
+
+
+def test_json_is_strict_and_complete() -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    held = json.loads(report.to_json(full()), parse_constant=refuse)
+    assert held["metrics"] == {k: pytest.approx(v) for k, v in report.values(full()).items()}
+    assert [cause["fault"]["name"] for cause in held["diagnosis"]["causes"]] == FAULTS.split(",")
+    assert held["comparison"]["first"] == {"name": "layers.0.q_proj", "layer": 0, "position": 0}
+    rows = {row["name"]: row for row in held["comparison"]["rows"]}
+    assert rows["layers.1.k_rope"]["verdict"] == "fault"
+    assert len(held["comparison"]["by_position"]["logits"]) == len(TOKENS)
+    assert held["weights"][0]["error"] == "inf"
+    assert [gate["failed"] for gate in held["gates"]] == [True, False]
+
+
+def test_the_page_is_one_file_with_its_pictures(tmp_path: Path) -> None:
+    paths = report.write(tmp_path / "new" / "report", full())
+    assert [path.name for path in paths] == ["report.json", "report.txt", "report.html"]
+    page = paths[2].read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    titles = re.findall(r"<img alt=\"([^\"]+)\"", page)
+    assert titles == [
+        "Calibration: own error against its bound",
+        "Error by operation",
+        "Error by layer",
+        "Error by head",
+        "Error by position",
+        "KL divergence, token by token",
+        "Precision search",
+    ]
+    for encoded in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page):
+        drawing = ElementTree.fromstring(base64.b64decode(encoded))
+        assert drawing.tag.endswith("svg")
+    assert "layers.1.down_proj" in page and "rope_interleaved" in page
+    assert paths[1].read_text(encoding="utf-8") == report.text(full())
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        report.write(tmp_path / "file", Report())

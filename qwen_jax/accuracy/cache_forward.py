@@ -69,14 +69,21 @@ def forward(
         held: dict[str, tuple[Array, Array]] = {"stream": stream}
         for name in INNER:
             pairs = [held[n] for n in OPERATIONS[name].inputs]
-            value, error = run(name, [p[0] for p in pairs], [p[1] for p in pairs], weights)
+            inputs: list[Array] = [p[0] for p in pairs]
+            errors: list[Error] = [p[1] for p in pairs]
+            if entries.poisoned and name in ("attn_scores", "attn_out"):
+                lost = np.isnan(held["k_rope"][0]).any(axis=(1, 2))
+                inputs, errors = [np.nan_to_num(x) for x in inputs], [_finite(e) for e in errors]
+            value, error = run(name, inputs, errors, weights)
             if name in ("k_rope", "v_proj"):
                 value[-1], error[-1] = 0.0, 0.0  # what an unwritten slot holds
             elif name == "attn_scores":
                 # An entry in several slots counts as often.
                 value = np.where(seen[:, None], value + several, value)
             elif name == "attn_out" and entries.poisoned:
-                value[entries.sees[:, -1] > 0] = np.nan
+                # NaN times a probability of 0 would be NaN here, and must not be in an engine.
+                lost[-1] = True
+                value[lost | seen[:, lost].any(axis=1)] = np.nan
             held[name] = value, error
             if name == "k_rope":  # the values are there too
                 for what, source_name in (("keys", "k_rope"), ("values", "v_proj")):
@@ -93,6 +100,10 @@ def forward(
     out, limit = np.full(shape, np.nan), np.full(shape, np.inf)
     out[known], limit[known] = value, error
     yield Expected("logits", None, out, limit)
+
+
+def _finite(error: Error) -> Error:
+    return np.nan_to_num(error, posinf=0.0) if isinstance(error, np.ndarray) else error
 
 
 def _log_softmax(x: Array, error: Array) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ from qwen_jax.errors import UserError
 TASKS = {
     "generate": "answer a prompt, or every prompt of a file",
     "inspect": "show what is in a model file, and what running it would take",
+    "compare": "find what is wrong in an engine, and why; or compare two settings",
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
     "report": "show an experiment, or several side by side: report WORKDIR [WORKDIR ...]",

@@ -53,8 +53,44 @@ def get_config() -> ConfigDict:
                 "logit_bias": "",
                 "seed": 0,
             },
+            # What generate records of its run: a file, globs over names, positions as a slice.
+            "trace": {"file": placeholder(str), "names": "*", "positions": ":"},
             # Where records and reports go.
             "workdir": placeholder(str),
+            # What compare holds against what.
+            "compare": {
+                # A trace, or another engine's dump; without one, this engine as set above.
+                "candidate": placeholder(str),
+                # Ids of the text, as in "2046,299,10"; without them, those of the prompt.
+                "tokens": placeholder(str),
+                # Of the text's tokens, so many enter last and one by one, as in decoding.
+                "decode_tokens": 16,
+                # float64, hf, llamacpp, or a trace.
+                "reference": "float64",
+                # Of tensors, weights, text, cache, distribution, precision, with commas.
+                "parts": placeholder(str),
+                # Faults to plant in this engine first, as in "zero_qkv_bias,rope_interleaved@3".
+                "plant": placeholder(str),
+                "list_faults": False,
+                # Exit code 1 where one holds, as in "faults > 0, mean_kld > 0.01".
+                "fail_if": placeholder(str),
+                # What distribution compares with: a saved base, or settings that differ.
+                "base": {
+                    "file": placeholder(str),
+                    "model": placeholder(str),
+                    "dtype": placeholder(str),
+                    "implementation": placeholder(str),
+                    "matmul_precision": placeholder(str),
+                },
+                "save_base": placeholder(str),
+                # Text of distribution and precision, and the tokens of one window.
+                "text": placeholder(str),
+                "context": 512,
+                # The mean KL divergence that precision searches for, in nats, and the dtype of
+                # what need not be float32.
+                "precision_kld": 1e-3,
+                "precision_dtype": "bfloat16",
+            },
             # What each point of an experiment does.
             "experiment": {
                 # generate, perplexity, compare, bench, eval, or module:Class of your own.
@@ -116,7 +152,24 @@ FLAGS: dict[str, tuple[str, str]] = {
     "top_p": ("sampling.top_p", "Keep the likeliest tokens up to this probability; 1 keeps all."),
     "min_p": ("sampling.min_p", "Drop tokens less likely than this share of the likeliest."),
     "seed": ("sampling.seed", "Decides what is drawn; the same seed gives the same text."),
+    "trace": ("trace.file", "Record the run's tensors in this .safetensors file."),
+    "trace_names": ("trace.names", "Which tensors, as globs with commas: 'layers.0.*,logits'."),
+    "trace_positions": ("trace.positions", "Which positions of the text, as in 0:16."),
     "workdir": ("workdir", "Where records and reports go; an experiment found there goes on."),
+    "candidate": ("compare.candidate", "The trace, or the other engine's dump, to be diagnosed."),
+    "tokens": ("compare.tokens", "Token ids of the text, as in 2046,299,10."),
+    "reference": ("compare.reference", "float64, hf, llamacpp, or a trace to compare with."),
+    "parts": ("compare.parts", "tensors, weights, text, cache, distribution, precision."),
+    "plant": ("compare.plant", "Plant faults in this engine first; with commas, name@layer."),
+    "list_faults": ("compare.list_faults", "Print the faults that can be planted and named."),
+    "fail_if": ("compare.fail_if", "Exit with 1 where this holds: 'faults > 0, mean_kld > 0.01'."),
+    "base": ("compare.base.file", "A saved base for the distribution's comparison."),
+    "base_model": ("compare.base.model", "Or the base's model, where it is another,"),
+    "base_dtype": ("compare.base.dtype", "or its dtype,"),
+    "base_implementation": ("compare.base.implementation", "or its implementation."),
+    "save_base": ("compare.save_base", "Save this model's log-probabilities as a base, and stop."),
+    "text": ("compare.text", "Text file of distribution and precision."),
+    "context": ("compare.context", "Tokens of one window of that text."),
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
     "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
     "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import api, prompts
+from qwen_jax.accuracy.recording import trace_generation
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
@@ -27,6 +28,7 @@ def run(command: Command) -> int:
     """
     config = command.config
     options = prompts.options_of(config)
+    _check_trace(config)
     with _writer(config) as out:
         single = config.prompt_file is None
         items = [prompts.single(config, options)] if single else prompts.read(config, options)
@@ -47,6 +49,18 @@ def run(command: Command) -> int:
         finally:
             summary.show()
     return 0
+
+
+def _check_trace(config: ConfigDict) -> None:
+    """Raises UserError where a trace is asked for that can't be recorded."""
+    if config.trace.file is None:
+        return
+    if config.prompt_file is not None or config.n != 1:
+        raise UserError("--trace records one text; leave out --prompt_file and --n.")
+    if Path(config.trace.file).exists():
+        raise UserError(
+            f"--trace={config.trace.file} exists already; move it or choose another name."
+        )
 
 
 @contextlib.contextmanager
@@ -113,6 +127,12 @@ def _run_single(model: Model, item: prompts.Item, config: ConfigDict, summary: S
     if config.top_logprobs is not None:
         for completion in batch.completions:
             _print_logprobs(model, completion)
+    if config.trace.file is not None:
+        names = config.trace.names.split(",")
+        trace_generation(
+            model, request, batch.completions[0], names=names, positions=config.trace.positions
+        ).save(config.trace.file)
+        print(f"wrote {config.trace.file}", file=sys.stderr)
 
 
 def _print_logprobs(model: Model, completion: Completion) -> None:

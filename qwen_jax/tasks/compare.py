@@ -1,0 +1,238 @@
+"""`run.py compare`: the accuracy laboratory, from a config to a report."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from qwen_jax import api, prompts
+from qwen_jax.accuracy import distribution, gates, report
+from qwen_jax.accuracy.base_file import SavedBase
+from qwen_jax.accuracy.cache_audit import audit_cache
+from qwen_jax.accuracy.catalogue import FAULTS
+from qwen_jax.accuracy.comparison import compare
+from qwen_jax.accuracy.diagnosis import diagnose
+from qwen_jax.accuracy.faults import parse as parse_faults
+from qwen_jax.accuracy.foreign import open_trace
+from qwen_jax.accuracy.parameters import CheckpointSource
+from qwen_jax.accuracy.planting import planted
+from qwen_jax.accuracy.precision_search import search_precision
+from qwen_jax.accuracy.recording import record
+from qwen_jax.accuracy.references import reference
+from qwen_jax.accuracy.report import Report
+from qwen_jax.accuracy.text_audit import audit_text
+from qwen_jax.accuracy.trace import Trace
+from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.api import Model
+from qwen_jax.errors import UserError
+from qwen_jax.settings import Command
+from qwen_jax.tasks.generate import load
+from qwen_jax.weights.loader import Checkpoint, open_checkpoint
+
+PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
+BASE = ("model", "dtype", "implementation", "matmul_precision")
+
+
+def run(command: Command) -> int:
+    """Prints the report and writes it into the workdir; 1 where a gate fails."""
+    config, settings = command.config, command.config.compare
+    if settings.list_faults:
+        _list_faults()
+        return 0
+    limits = gates.parse(settings.fail_if or "")
+    parts = _parts(settings)
+    if settings.save_base is not None:
+        return _save_base(config)
+    found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
+    outcomes = gates.check(limits, report.values(found))
+    found = dataclasses.replace(found, gates=outcomes)
+    print(report.text(found), end="")
+    if config.workdir is not None:
+        for path in report.write(config.workdir, found):
+            print(f"wrote {path}", file=sys.stderr)
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+def _list_faults() -> None:
+    for fault in FAULTS.values():
+        report_of = f" ({fault.report})" if fault.report else ""
+        print(f"{fault.name:<28} {', '.join(fault.operations)}\n    {fault.line}{report_of}")
+
+
+def _parts(settings: ConfigDict) -> tuple[str, ...]:
+    """What to run: all that is asked for, or what fits the candidate."""
+    if settings.parts is not None:
+        parts = tuple(part.strip() for part in settings.parts.split(","))
+        for part in parts:
+            if part not in PARTS:
+                raise UserError(f"parts has {part!r}, but the parts are {', '.join(PARTS)}.")
+        return parts
+    if any(settings.base[name] is not None for name in ("file", *BASE)):
+        return ("distribution",)
+    if settings.candidate:
+        return ("tensors", "text")
+    return ("tensors", "weights") if settings.plant else ("tensors", "weights", "text", "cache")
+
+
+def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
+    """A trace or a dump that is there already; nothing is run but the references."""
+    settings = config.compare
+    if settings.plant:
+        raise UserError(
+            "--plant puts faults into this engine, and --candidate is another's; leave out one."
+        )
+    if beside := set(parts) - {"tensors", "text"}:
+        raise UserError(
+            f"The candidate {settings.candidate} is a trace, which has no {min(beside)}; the parts "
+            "for it are tensors and text."
+        )
+    checkpoint = open_checkpoint(api.locate(config.model))
+    trace = open_trace(settings.candidate, checkpoint.config, tokens=_ids(settings.tokens))
+    found = Report(candidate=trace.header)
+    if "tensors" in parts:
+        found = _with_tensors(found, config, checkpoint, trace)
+    if "text" in parts and config.prompt is not None:
+        item = prompts.single(config, prompts.options_of(config))
+        case = item.prompt
+        if isinstance(case, str) and not config.raw:
+            system = [{"role": "system", "content": config.system}] if config.system else []
+            case = [*system, {"role": "user", "content": case}]
+        audited = audit_text(checkpoint, {"prompt": trace.header.tokens}, cases={"prompt": case})
+        found = dataclasses.replace(found, text=audited)
+    return found
+
+
+def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
+    """This engine, as the config sets it, perhaps with faults in it."""
+    settings = config.compare
+    options = prompts.options_of(config)
+    ids = _ids(settings.tokens)
+    item = prompts.single(config, options) if ids is None and "tensors" in parts else None
+    model = load(config)
+    checkpoint = open_checkpoint(api.locate(config.model))
+    tokens = ids or (
+        model.tokens(item.prompt, system=options["system"], raw=options["raw"]) if item else None
+    )
+    faults = parse_faults(settings.plant or "", model.config)
+    found = Report(planted=tuple(map(str, faults)))
+    with (
+        planted(model.engine, faults) if faults else contextlib.nullcontext(model.engine) as engine
+    ):
+        if "tensors" in parts and tokens is not None:
+            trace = record(
+                engine, tokens, prompt_length=max(1, len(tokens) - settings.decode_tokens)
+            )
+            found = _with_tensors(found, config, checkpoint, trace)
+        more: dict[str, Any] = {}
+        if "weights" in parts:
+            with _bar("weights") as progress:
+                more["weights"] = audit_weights(checkpoint, engine, progress=progress)
+        if "text" in parts:
+            more["text"] = audit_text(checkpoint, model)
+        if "cache" in parts:
+            with _bar("cache") as progress:
+                more["cache"] = audit_cache(engine, progress=progress)
+        wrong = Model(engine, model.tokenizer) if faults else model
+        if "distribution" in parts:
+            more["distribution"] = _distribution(config, wrong)
+        if "precision" in parts:
+            more["precision"] = search_precision(
+                wrong,
+                distribution.read_text(model, settings.text)[: settings.context],
+                settings.precision_kld,
+                dtype=settings.precision_dtype,
+            )
+    return dataclasses.replace(found, **more)
+
+
+def _with_tensors(
+    found: Report, config: ConfigDict, checkpoint: Checkpoint, trace: Trace
+) -> Report:
+    """Replay, diagnosis and the comparison with the reference."""
+    header = trace.header
+    with _bar("replay") as progress:
+        source = CheckpointSource(checkpoint, header.dtype)
+        diagnosis = diagnose(trace, source, progress)
+    right = reference(
+        config.compare.reference,
+        api.locate(config.model),
+        header.tokens,
+        dtype=header.dtype,
+        chunks=header.chunks,
+        start=header.start,
+        stop=header.stop,
+    )
+    compared = compare(trace, right, diagnosis.findings)
+    return dataclasses.replace(
+        found, candidate=header, diagnosis=diagnosis, comparison=compared, notes=header.notes
+    )
+
+
+def _distribution(config: ConfigDict, model: Model) -> distribution.Distribution:
+    settings = config.compare
+    changes = {name: settings.base[name] for name in BASE if settings.base[name] is not None}
+    if settings.base.file is not None:
+        if changes:
+            raise UserError(
+                f"The base is the file {settings.base.file}; leave out its {min(changes)}."
+            )
+        base: Model | SavedBase = SavedBase(settings.base.file)
+        tokens = None if settings.text is None else distribution.read_text(model, settings.text)
+        return distribution.compare_distributions(model, base, tokens)
+    if not changes:
+        raise UserError(
+            "There is no base to compare with; give --base=FILE, or --base_dtype, --base_model or "
+            "--base_implementation."
+        )
+    other = ConfigDict(config)
+    other.update_from_flattened_dict(changes)
+    tokens = distribution.read_text(model, settings.text)
+    names = (_describe(config), _describe(other))
+    return distribution.compare_distributions(
+        model, load(other), tokens, context=settings.context, names=names
+    )
+
+
+def _describe(config: ConfigDict) -> str:
+    return f"{config.model} {config.dtype} {config.implementation}"
+
+
+def _save_base(config: ConfigDict) -> int:
+    settings = config.compare
+    path = Path(settings.save_base)
+    if path.exists():
+        raise UserError(f"--save_base={path} exists already; move it or choose another name.")
+    model = load(config)
+    tokens = distribution.read_text(model, settings.text)
+    distribution.save_base(path, model, tokens, context=settings.context)
+    print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _ids(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"tokens is {text!r:.60}, but it must be like 2046,299,10.") from None
+    if min(ids) < 0:
+        raise UserError(f"tokens has {min(ids)}, but ids are 0 or more.")
+    return ids
+
+
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress on a terminal, from calls with things done and in all."""
+    with tqdm(desc=name, leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen_jax.accuracy.comparison import Comparison
@@ -50,12 +49,9 @@ def error_by_layer(comparison: Comparison) -> Figure | None:
         value = rows["logits"].metrics.rms_rel
         every.append(value)
         axes.plot([layers[-1] + 1], [value], "D", color=INK, ms=5, label="logits")
-    marks = [*layers, layers[-1] + 1]
-    step = max(1, len(layers) // 12)
-    axes.set_xticks(marks[::step], [str(i) for i in marks[::step]])
-    axes.set_xlim(-0.3, marks[-1] + 0.3)
-    if step == 1:
-        axes.set_xticklabels([*map(str, layers), "logits"])
+    shown = layers[:: max(1, len(layers) // 12)]
+    axes.set_xticks([*shown, layers[-1] + 1], [*map(str, shown), "logits"])
+    axes.set_xlim(-0.3, layers[-1] + 1.3)
     logarithmic(axes, "y", *span(np.array(every)))
     axes.set_xlabel("layer")
     axes.set_ylabel("RMS error / RMS of the reference")
@@ -112,22 +108,16 @@ def _strips(
         axes.axhline(y + 0.5, color=GRID, lw=0.6)
     if limit is not None:
         axes.axvspan(limit, right, color=RED, alpha=0.06, lw=0)
-        axes.axvline(limit, color=RED, lw=1)
-        axes.text(limit, -0.75, " bound", color=RED, fontsize=9, va="bottom", ha="left")
+        axes.axvline(limit, color=RED, lw=1, label="bound")
     axes.set_yticks(range(len(groups)), list(groups))
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(label)
-    _legend(axes, any(wrong for dots in groups.values() for _, wrong, _ in dots))
+    if limit is not None or any(wrong for dots in groups.values() for _, wrong, _ in dots):
+        for colour, name in ((BLUE, "within rounding"), (RED, "own fault")):
+            axes.scatter([], [], s=16, c=colour, label=name)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     return drawn
-
-
-def _legend(axes: Axes, faulty: bool) -> None:
-    if not faulty:
-        return
-    for colour, label in ((BLUE, "within rounding"), (RED, "own fault")):
-        axes.scatter([], [], s=16, c=colour, label=label)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
 def kld_histogram(distribution: Distribution) -> Figure:

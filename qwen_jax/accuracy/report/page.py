@@ -51,8 +51,8 @@ def pictures(report: Report) -> Iterator[Picture]:
             yield _picture(
                 "Calibration: own error against its bound",
                 "Each operation again in float64 from the candidate's own inputs; a dot a layer, "
-                "the first one highest. Left of the line rounding explains the error. None at all and "
-                "infinite ones stand at the ends.",
+                "the first one highest. Left of the line rounding explains the error. None at all "
+                "and infinite ones stand at the ends.",
                 pictures.calibration(report.findings),
             )
         if comparison := report.comparison:

@@ -12,7 +12,7 @@ test: $(VENV)/installed-test
 
 # The comparison with transformers itself, not with what it once said; installs PyTorch.
 parity: $(VENV)/installed-test
-	$(BIN)/pip install --quiet -e '.[parity]'
+	$(BIN)/pip install --quiet -e '.[hf]'
 	$(BIN)/python -m pytest -m live
 
 # Every kernel lowered for CUDA by the JAX of another Python: make lower PYTHON=python3.13

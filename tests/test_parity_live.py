@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="live parity needs pip install '.[parity]'")
-pytest.importorskip("transformers", reason="live parity needs pip install '.[parity]'")
+pytest.importorskip("torch", reason="live parity needs pip install '.[hf]'")
+pytest.importorskip("transformers", reason="live parity needs pip install '.[hf]'")
 
 from transformers import AutoModelForCausalLM
 

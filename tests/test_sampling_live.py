@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="live parity needs pip install '.[parity]'")
-pytest.importorskip("transformers", reason="live parity needs pip install '.[parity]'")
+pytest.importorskip("torch", reason="live parity needs pip install '.[hf]'")
+pytest.importorskip("transformers", reason="live parity needs pip install '.[hf]'")
 
 import torch
 from transformers import GenerationConfig

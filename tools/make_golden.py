@@ -1,6 +1,6 @@
 """Writes tests/golden/*.npz: what transformers makes of tiny random models, in float32.
 
-    pip install '.[test,parity]'
+    pip install '.[test,hf]'
     python -m tools.make_golden
 
 Each file holds, for one case of tests/golden_cases.py: the logits after every position of a

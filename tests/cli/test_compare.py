@@ -1,0 +1,114 @@
+"""`run.py compare`: one run from the command line to its report, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_jax.accuracy.catalogue import FAULTS
+from tests.cli.conftest import Run
+
+TOKENS = "--tokens=" + ",".join(map(str, range(300, 324)))
+"""A short text, so that a run is quick."""
+
+
+def test_two_planted_faults_are_named_and_fail_a_gate(run: Run, tmp_path: Path) -> None:
+    result = run(
+        "compare",
+        TOKENS,
+        "--plant=zero_qkv_bias,rope_interleaved",
+        "--fail_if=faults > 0, unknown > 0",
+        f"--workdir={tmp_path}",
+    )
+    assert result.code == 1, result.err
+    assert "2 causes named, 0 operations unexplained" in result.out
+    assert "First wrong tensor: layers.0.q_proj, from position 0 on" in result.out
+    assert all(len(line) <= 100 for line in result.out.splitlines())
+    report = json.loads((tmp_path / "report.json").read_text())
+    named = {cause["fault"]["name"] for cause in report["diagnosis"]["causes"]}
+    assert named == {"zero_qkv_bias", "rope_interleaved"}
+    page = (tmp_path / "report.html").read_text()
+    assert "zero_qkv_bias" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")  # self-contained
+
+
+def test_a_trace_of_generate_is_within_rounding(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    names = "--trace_names=layers.1.*,logits"
+    made = run("generate", "--max_tokens=4", f"--trace={path}", names, "--trace_positions=8:")
+    assert made.code == 0, made.err
+    result = run("compare", f"--candidate={path}", "--fail_if=faults > 0")
+    assert result.code == 0, result.err
+    assert "WITHIN ROUNDING" in result.out
+    assert "Its logits choose the tokens of the run, every one." in " ".join(result.out.split())
+
+
+def test_a_base_and_what_rounding_costs(run: Run, tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    assert run("compare", "--context=64", f"--save_base={base}").code == 0
+    same = run("compare", f"--base={base}", "--fail_if=mean_kld > 1e-9, top1 < 1")
+    assert same.code == 0, same.err + same.out
+    rounded = run("compare", f"--base={base}", "--dtype=bfloat16", "--fail_if=mean_kld > 1e-9")
+    assert rounded.code == 1, rounded.err
+
+
+def test_the_ids_of_another_engine(run: Run, tmp_path: Path) -> None:
+    """A dump whose text began with a token too many: the prompt's ids are audited."""
+    from qwen_jax.api import load
+
+    ids = load().tokens("haiku: snow")
+    wrong = [ids[-1], *ids]
+    np.save(tmp_path / "x.npy", np.zeros((len(wrong), 256), np.float32))
+    mapping = {"version": 1, "dtype": "float32", "tensors": {"embed": "x"}}
+    (tmp_path / "mapping.json").write_text(json.dumps(mapping))
+    result = run(
+        "compare",
+        f"--candidate={tmp_path}",
+        "--prompt=haiku: snow",
+        "--parts=text",
+        "--tokens=" + ",".join(map(str, wrong)),
+        "--fail_if=text_faults > 0",
+    )
+    assert result.code == 1, result.err
+
+
+def test_the_catalogue_is_printed(run: Run) -> None:
+    out = run("compare", "--list_faults").out
+    assert len(FAULTS) >= 30
+    assert all(name in out for name in FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--plant=rope_interleavd"], ["rope_interleavd", "rope_interleaved"]),
+        (["--plant=zero_qkv_bias@9"], ["layer", "9", "0 to 4"]),
+        (["--parts=tensor"], ["'tensor'", "tensors, weights"]),
+        (["--tokens=1,x"], ["1,x", "2046,299,10"]),
+        (["--tokens=1,-2"], ["-2"]),
+        (["--tokens=1,99999"], ["99999"]),
+        (["--fail_if=mean_kl > 1"], ["mean_kl", "mean_kld"]),
+        (["--fail_if=mean_kld"], ["mean_kld > 0.01"]),
+        (["--candidate=nowhere"], ["nowhere", "no such file"]),
+        (["--candidate=nowhere", "--plant=zero_qkv_bias"], ["--plant", "--candidate"]),
+        (["--candidate=nowhere", "--parts=cache"], ["cache", "tensors and text"]),
+        (["--parts=distribution"], ["--base"]),
+        (["--base=nowhere"], ["nowhere"]),
+        (["--reference=nowhere", TOKENS], ["nowhere", "float64, hf, llamacpp"]),
+        (["--base_dtype=float64"], ["float64", "bfloat16"]),
+        (["--parts=precision", "--dtype=bfloat16"], ["float32"]),
+        (["--text=nowhere", "--base_dtype=bfloat16"], ["nowhere"]),
+    ],
+)
+def test_refused(refuses: Callable[..., None], argv: list[str], words: list[str]) -> None:
+    refuses(["compare", *argv], *words)
+
+
+def test_nothing_is_overwritten(refuses: Callable[..., None], tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(b"old")
+    refuses(["generate", f"--trace={path}"], str(path), "exists already")
+    refuses(["compare", f"--save_base={path}"], str(path), "exists already")
+    assert path.read_bytes() == b"old"

@@ -8,8 +8,11 @@ pairs and triples at random, and faults that are not in the catalogue, which mus
 import argparse
 import collections
 import dataclasses
+import datetime
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -65,9 +68,17 @@ def text(engine: Engine, seed: int) -> list[int]:
     return rng.integers(0, engine.config.vocab_size, LENGTH).tolist()
 
 
+class Once(Recorder):
+    """Records without the run beside it, which would double what is compiled for every case."""
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine)
+        self._plain = self._traced
+
+
 def examine(engine: Engine, faults: Sequence[Fault], seed: int) -> Diagnosis:
     with planted(engine, [Planted(fault) for fault in faults]) as wrong:
-        trace = Recorder(wrong).record(text(engine, seed), prompt_length=PROMPT, chunk=CHUNK)
+        trace = Once(wrong).record(text(engine, seed), prompt_length=PROMPT, chunk=CHUNK)
     return diagnose(trace, EngineSource(engine))
 
 
@@ -178,9 +189,24 @@ OUTSIDE: dict[str, tuple[str, Strange]] = {
 """Faults that no entry of the catalogue describes: an operation, and what becomes of its tensor."""
 
 
-def outside(engines: dict[str, Engine]) -> list[dict[str, object]]:
-    """Whether each is answered "unknown", in its operation alone."""
-    out: list[dict[str, object]] = []
+@dataclasses.dataclass(frozen=True)
+class Outside:
+    """A fault that is not in the catalogue, and the answer."""
+
+    model: str
+    line: str
+    operation: str
+    unknown: tuple[str, ...]
+    named: tuple[str, ...]
+
+    @property
+    def right(self) -> bool:
+        """Unknown, in its operation and nowhere else."""
+        return self.unknown == (self.operation,) and not self.named
+
+
+def outside(engines: dict[str, Engine]) -> list[Outside]:
+    out = []
     for (model, engine), (line, (operation, strange)) in itertools.product(
         engines.items(), OUTSIDE.items()
     ):
@@ -191,19 +217,10 @@ def outside(engines: dict[str, Engine]) -> list[dict[str, object]]:
             return strange(x) if name.split(".")[-1] == operation else x
 
         with intervening(intervene):
-            trace = Recorder(engine).record(text(engine, 0), prompt_length=PROMPT, chunk=CHUNK)
+            trace = Once(engine).record(text(engine, 0), prompt_length=PROMPT, chunk=CHUNK)
         found = diagnose(trace, EngineSource(engine))
-        where = sorted({u.finding.operation for u in found.unknown})
-        right = where == [operation] and not found.causes
-        out.append(
-            {
-                "model": model,
-                "fault": line,
-                "unknown in": where,
-                "named": found.named,
-                "right": right,
-            }
-        )
+        where = tuple(sorted({u.finding.operation for u in found.unknown}))
+        out.append(Outside(model, line, operation, where, found.named))
     return out
 
 
@@ -255,6 +272,37 @@ def confusion(cases: Sequence[Case]) -> list[str]:
     return lines
 
 
+def clean_table(quiet: dict[str, dict[str, float]]) -> list[str]:
+    head = "| model, dtype | alarms | operations judged | largest error / bound |"
+    return ["\n## Clean runs\n", head, "| --- | ---: | ---: | ---: |"] + [
+        f"| {name} | {q['alarms']:.0f} | {q['judged']:.0f} | {q['largest']:.2f} |"
+        for name, q in quiet.items()
+    ]
+
+
+def outside_table(strange: Sequence[Outside]) -> list[str]:
+    lines = ["\n## Faults outside of the catalogue\n", "| model | fault | unknown in | right |"]
+    lines += ["| --- | --- | --- | --- |"]
+    for one in strange:
+        named = f" (named {', '.join(one.named)})" if one.named else ""
+        found, right = ", ".join(one.unknown) + named, "yes" if one.right else "NO"
+        lines.append(f"| {one.model} | {one.line} | {found} | {right} |")
+    return lines
+
+
+def heading() -> list[str]:
+    """Date, device, versions, commit and command of a recorded result."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    python = ".".join(map(str, sys.version_info[:3]))
+    return [
+        "# The accuracy laboratory on faults planted in the engine\n",
+        f"{datetime.date.today()}, {jax.devices()[0].device_kind}, Python {python}, "
+        f"JAX {jax.__version__}, NumPy {np.__version__}, commit {commit}\n",
+        f"    python -m benchmarks.diagnosis {' '.join(sys.argv[1:])}".rstrip(),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=20, help="clean runs of each dtype")
@@ -264,54 +312,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the tables here")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
+    lines: list[str] = []
+
+    def show(more: Sequence[str]) -> None:
+        print("\n".join(more), flush=True)
+        lines.extend(more)
+        if args.out:
+            args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    show(heading())
     quiet = clean(args.prompts)
+    show(clean_table(quiet))
     engines = models()
-    every = [
-        (model, (fault,))
-        for model, engine in engines.items()
-        for fault in possible_faults(engine.config)
-    ]
-    singles = run(engines, every, "single faults")
-    pairs = run(engines, draw(engines, args.pairs, 2, rng), "pairs")
-    triples = run(engines, draw(engines, args.triples, 3, rng), "triples")
     strange = outside(engines)
-    lines = [
-        "## Clean runs\n",
-        "| model, dtype | alarms | operations judged | largest error / bound |",
-    ]
-    lines += ["| --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {name} | {q['alarms']:.0f} | {q['judged']:.0f} | {q['largest']:.2f} |"
-        for name, q in quiet.items()
-    ]
-    groups = {"Single faults": singles, "Pairs": pairs, "Triples": triples}
-    for title, cases in groups.items():
-        lines += table(title, cases)
-    lines += ["\n## Faults outside of the catalogue\n", "| model | fault | unknown in | right |"]
-    lines += ["| --- | --- | --- | --- |"]
-    for one in strange:
-        where = ", ".join(one["unknown in"])  # type: ignore[arg-type]
-        named = ", ".join(one["named"])  # type: ignore[arg-type]
-        lines.append(
-            f"| {one['model']} | {one['fault']} | {where}{named and f' (named {named})'} | "
-            f"{'yes' if one['right'] else 'NO'} |"
-        )
-    lines += confusion([*singles, *pairs, *triples])
+    show(outside_table(strange))
+    singles = [(model, (f,)) for model, e in engines.items() for f in possible_faults(e.config)]
+    groups = {}
+    for title, drawn in {
+        "Single faults": singles,
+        "Pairs": draw(engines, args.pairs, 2, rng),
+        "Triples": draw(engines, args.triples, 3, rng),
+    }.items():
+        groups[title] = run(engines, drawn, title)
+        show(table(title, groups[title]))
+    show(confusion([case for cases in groups.values() for case in cases]))
     summary = {
         "faults": len(FAULTS),
         "clean_alarms": sum(q["alarms"] for q in quiet.values()),
         "clean_judged": sum(q["judged"] for q in quiet.values()),
-        **{
-            f"{title.split()[0].lower()}_exact": round(share(cases, lambda c: c.exact), 4)
-            for title, cases in groups.items()
-        },
-        "unknown_right": sum(bool(one["right"]) for one in strange) / len(strange),
+        **{title: round(share(cases, lambda c: c.exact), 4) for title, cases in groups.items()},
+        "unknown_right": sum(one.right for one in strange) / len(strange),
         "seed": args.seed,
     }
-    lines.append("\n" + json.dumps(summary))
-    print("\n".join(lines))
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    show(["\n" + json.dumps(summary)])
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def _mix(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped
 
 
 def _add(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
-    wider = sum(np.abs(x) for x in inputs) if a.storage > U32 else 0.0
+    """A multiplication before it may be fused with it, and so not be rounded."""
+    wider = sum(np.abs(x) for x in inputs)
     return a.storage * (np.abs(y) + wider) + np.hypot(*errors)
 
 

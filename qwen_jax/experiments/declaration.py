@@ -66,7 +66,7 @@ def label(overrides: Mapping[str, Any]) -> str:
 
 def short(field: str) -> str:
     """A field's name in tables: without `sampling.` and the like, where that is plain enough."""
-    for prefix in ("sampling.", "experiment.bench.", "experiment.reference.", "experiment."):
+    for prefix in ("sampling.", "experiment.bench.", "experiment."):
         if field.startswith(prefix):
             return field.removeprefix(prefix)
     return field
@@ -97,10 +97,10 @@ def declare(command: settings.Command) -> Declaration:
         config = copy.deepcopy(command.config)
         settings.update(config, overrides, f"{path}: point {number} of the sweep")
         for name in overrides:
-            if name in command.overrides:
-                raise UserError(f"{name} is given by a flag, but {path} sweeps it; drop one.")
             if name.startswith(NOT_HASHED):
                 raise UserError(f"{path}: a sweep can't set {name}, which changes no result.")
+            if name in command.overrides:
+                raise UserError(f"{name} is given by a flag, but {path} sweeps it; drop one.")
         points.append((overrides, config))
     prints = inputs.of_points(config for _, config in points)
     default = dict(settings.flatten(settings.get_config()))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qwen_jax.api import BUNDLED, locate
+from qwen_jax.api import locate
 from qwen_jax.errors import UserError
 
 _WHOLE = 64 << 20
@@ -51,7 +51,7 @@ def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
         experiment = config.experiment
         for model in (config.model, experiment.reference.model):
             if model is not None and model not in found and not model.startswith("hf:"):
-                found[model] = fingerprint(locate(model) if model == BUNDLED else Path(model))
+                found[model] = fingerprint(locate(model))
         for name in (config.prompt_file, experiment.text, experiment.eval.include):
             if name is not None and name not in found:
                 found[name] = fingerprint(Path(name))

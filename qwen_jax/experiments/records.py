@@ -68,7 +68,7 @@ def described(declaration: Declaration, assigned: list[Point], shard: str | None
         "inputs": declaration.inputs,
         "points": [{"id": p.id, "overrides": _plain(p.overrides)} for p in declaration.points],
         "shard": shard,
-        "assigned": [p.id for p in assigned],
+        "assigned": [p.id for p in declaration.points if p in assigned],
     }
 
 

@@ -90,7 +90,10 @@ def _against_axes(results: Results) -> Iterator[Picture]:
             continue
         columns = min(3, len(metrics))
         rows = -(-len(metrics) // columns)
-        figure = Figure(figsize=(3.7 * columns, 2.9 * rows + 0.5), layout="constrained")
+        # Names go down the side, and want a line each.
+        names = 0 if _numeric(results, axis) else len({r.overrides.get(axis) for r in results.rows})
+        height = max(2.9, 0.22 * names + 1)
+        figure = Figure(figsize=(3.7 * columns, height * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, metric in zip(panels, metrics, strict=False):
             _draw(panel, lines, axis, metric)
@@ -103,6 +106,14 @@ def _against_axes(results: Results) -> Iterator[Picture]:
         bars = f"{seeds} seeds (one standard deviation)" if seeds > 1 else "the metric's own error"
         caption = f"Each metric against {short(axis)}; bars are {bars}."
         yield Picture(f"by-{short(axis)}", figure, caption)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numeric(results: Results, axis: str) -> bool:
+    return all(_is_number(row.overrides.get(axis)) for row in results.rows)
 
 
 Lines = dict[tuple[str, ...], dict[Any, list[Row]]]
@@ -121,8 +132,10 @@ def _lines(results: Results, axis: str, others: Sequence[str]) -> Lines:
 
 
 def _draw(panel: Axes, lines: Lines, axis: str, metric: str) -> None:
+    """Numbers go along the bottom; names down the side, where they can be read."""
     values = list(dict.fromkeys(value for points in lines.values() for value in points))
-    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    numeric = all(map(_is_number, values))
+    seen: list[float] = []
     for number, (key, points) in enumerate(lines.items()):
         there = [
             (value, found)
@@ -133,42 +146,51 @@ def _draw(panel: Axes, lines: Lines, axis: str, metric: str) -> None:
             continue
         if numeric:
             there.sort(key=lambda pair: pair[0])
-        xs = [value if numeric else values.index(value) for value, _ in there]
-        ys, errors = zip(*(_mean(rows, metric) for _, rows in there), strict=True)
+        at = [value if numeric else values.index(value) for value, _ in there]
+        means, errors = zip(*(_mean(rows, metric) for _, rows in there), strict=True)
+        seen += means
+        bars = errors if any(errors) else None
+        # Between names there is nothing for a line to pass through.
         panel.errorbar(
-            xs,
-            ys,
-            yerr=errors if any(errors) else None,
+            *((at, means) if numeric else (means, at)),
+            **{"yerr" if numeric else "xerr": bars},
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,
-            # Between names there is nothing for a line to pass through.
             linestyle="-" if numeric else "none",
             linewidth=1.5,
             capsize=3,
             label=", ".join(key),
         )
     panel.set_title(LABELS.get(metric, metric.replace("_", " ")), loc="left", fontsize=10)
-    panel.set_xlabel(short(axis).replace("_", " "))
-    _scale(panel, values, numeric)
+    if numeric:
+        panel.set_xlabel(short(axis).replace("_", " "))
+        _scale_axis(panel, values)
+    else:
+        panel.set_yticks(range(len(values)), [shown(value) for value in values])
+        panel.set_ylim(len(values) - 0.5, -0.5)
+    _scale_metric(panel, seen, "y" if numeric else "x")
 
 
-def _scale(panel: Axes, values: Sequence[Any], numeric: bool) -> None:
-    """Powers of two stand evenly; names stand below their points; small ranges keep zero out."""
-    if not numeric:
-        panel.set_xticks(range(len(values)), [shown(value) for value in values])
-        if max(len(shown(value)) for value in values) * len(values) > 30:
-            panel.tick_params(axis="x", labelrotation=60)
-        panel.margins(x=0.08)
-    elif len(values) > 1 and min(values) > 0 and max(values) >= 8 * min(values):
+def _scale_axis(panel: Axes, values: Sequence[Any]) -> None:
+    """Powers of two stand evenly."""
+    if len(values) > 2 and min(values) > 0 and max(values) >= 8 * min(values):
         panel.set_xscale("log", base=2)
         panel.set_xticks(sorted(values), [shown(value) for value in sorted(values)])
         panel.xaxis.set_minor_locator(NullLocator())
-    low, high = panel.dataLim.intervaly
-    if low > 0 and high > 30 * low:
-        panel.set_yscale("log")
-    elif low >= 0 and low < 0.5 * high:
-        panel.set_ylim(bottom=0)
+
+
+def _scale_metric(panel: Axes, seen: Sequence[float], side: str) -> None:
+    """A share shows all from 0 to 1 unless all are close; several powers of ten stand evenly."""
+    low, high = min(seen), max(seen)
+    set_limits = panel.set_ylim if side == "y" else panel.set_xlim
+    if low >= 0 and high <= 1 and high > 0.5:
+        if low < 0.5:
+            set_limits(-0.03, 1.03)
+    elif low > 0 and high > 30 * low:
+        (panel.set_yscale if side == "y" else panel.set_xscale)("log")
+    elif 0 <= low < 0.5 * high:
+        set_limits(0)
 
 
 def _mean(rows: Sequence[Row], metric: str) -> tuple[float, float]:
@@ -191,25 +213,59 @@ def _pareto(results: Results) -> Picture | None:
     costs = {n: c for n, c in costs.items() if len({r.metrics.get(n) for r in rows}) > 1}
     if len(rows) < 3 or not costs:
         return None
-    figure = Figure(figsize=(6.4 * len(costs), 4.4), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(costs), 4.8), layout="constrained")
     panels = figure.subplots(1, len(costs), squeeze=False).ravel()
     for panel, (name, (title, unit, more_is_better)) in zip(panels, costs.items(), strict=True):
         points = [(r.metrics[name] / unit, r.metrics["kld"], _name(results, r)) for r in rows]
         best = _front(points, more_is_better)
-        panel.plot(*zip(*best, strict=True), color="#bbbbbb", linewidth=1.5, zorder=1)
-        for x, y, label in points:
-            on = (x, y) in best
-            panel.plot(x, y, "o", color=COLOURS[0] if on else "#999999", markersize=6)
-            panel.annotate(
-                label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8,
-                color="black" if on else "#777777",
-            )  # fmt: skip
+        panel.plot(*zip(*best, strict=True), color="#cccccc", linewidth=1.5, zorder=1)
+        for x, y, _ in points:
+            panel.plot(x, y, "o", color=COLOURS[0] if (x, y) in best else "#999999", markersize=6)
         panel.set_yscale("log")
+        xs = [x for x, _, _ in points]
+        if max(xs) > 8 * min(xs):
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(title)
         panel.set_ylabel(LABELS["kld"])
-        panel.margins(x=0.12, y=0.08)
+        panel.margins(x=0.14, y=0.08)
+        figure.canvas.draw()  # Where points lie on the page is known from here on.
+        _annotate(panel, sorted(points, key=lambda p: (p[0], p[1]) not in best), best)
     better = "Lower is better; blue points are those that no other beats in both."
     return Picture("pareto", figure, better)
+
+
+def _annotate(
+    panel: Axes, points: Sequence[tuple[float, float, str]], best: Sequence[tuple[float, float]]
+) -> None:
+    """Names beside points, best ones first, each where it covers no other; else left out."""
+    scale = panel.figure.dpi / 72
+    taken: list[tuple[float, float, float, float]] = []
+    for x, y, _ in points:
+        px, py = panel.transData.transform((x, y))
+        taken.append((px - 3 * scale, py - 3 * scale, px + 3 * scale, py + 3 * scale))
+    for x, y, name in points:
+        px, py = panel.transData.transform((x, y))
+        width, height = 5.2 * len(name) * scale, 9 * scale
+        for dx, dy, side in ((7, -3, "left"), (-7, -3, "right"), (5, 5, "left"), (5, -12, "left")):
+            left = px + dx * scale - (width if side == "right" else 0)
+            bottom = py + dy * scale
+            box = (left, bottom, left + width, bottom + height)
+            if not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                colour = "black" if (x, y) in best else "#666666"
+                panel.annotate(
+                    name, (x, y), (dx, dy), textcoords="offset points", ha=side, fontsize=8,
+                    color=colour,
+                )  # fmt: skip
+                break
+
+
+Box = tuple[float, float, float, float]
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _front(points: Sequence[tuple[float, float, str]], more: bool) -> list[tuple[float, float]]:

@@ -1,0 +1,157 @@
+"""Going on, refusing to, failing, and working in parts."""
+
+import fcntl
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.experiments.conftest import lines
+
+Experiment = Callable[..., list[str]]
+
+
+def finished(workdir: Path) -> list[dict]:
+    return [e for e in lines(workdir / "metrics.jsonl") if e["event"] == "finished"]
+
+
+def test_a_directory_that_explains_itself(
+    experiment: Experiment, run: Callable, tmp_path: Path
+) -> None:
+    result = run(*experiment(), "--max_tokens=7")
+    assert result.code == 0 and "8 finished." in result.out
+    w = tmp_path / "w"
+    config = json.loads((w / "config.json").read_text())
+    assert config["changed"] == {"experiment.task": "tests.experiments.fake:Count", "max_tokens": 7}
+    assert config["config"]["max_tokens"] == 7 and len(config["points"]) == 8
+    assert '"""What this is about."""' in (w / "config.py").read_text()
+    (session,) = (e for e in lines(w / "metrics.jsonl") if e["event"] == "session")
+    environment = json.loads((w / "environments" / f"{session['environment']}.json").read_text())
+    assert environment["packages"]["jax"] and environment["device"] == "cpu"
+    assert {"commit", "uncommitted", "driver", "variables"} <= environment.keys()
+    assert {e["metrics"]["total"] for e in finished(w)} == {
+        float(seed * 1200 + 66) for seed in range(4)
+    }
+    assert "finished" in (w / "log.txt").read_text()
+
+
+def test_finished_points_are_skipped(experiment: Experiment, run: Callable, tmp_path: Path) -> None:
+    argv = experiment()
+    run(*argv)
+    before = finished(tmp_path / "w")
+    result = run(*argv)
+    assert result.code == 0 and "8 of 8 points have been run" in result.err
+    assert finished(tmp_path / "w") == before
+
+
+def test_a_changed_config_is_refused(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    run(*experiment())
+    before = (tmp_path / "w" / "metrics.jsonl").read_bytes()
+    for argv, difference in (
+        ([*experiment(), "--max_tokens=9"], '+  "max_tokens": 9'),
+        (experiment('axis("sampling.seed", range(9))'), '+    "sampling.seed": 8'),
+    ):
+        result = run(*argv)
+        assert result.code == 2 and "holds an experiment with another config" in result.err
+        assert difference in result.err
+    assert (tmp_path / "w" / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_inputs_are_refused(experiment: Experiment, run: Callable, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    argv = experiment('axis("sampling.seed", [1])', f"config.prompt_file = {str(prompts)!r}")
+    assert run(*argv).code == 0
+    prompts.write_text("b\n")
+    result = run(*argv)
+    assert result.code == 2 and "prompts.txt" in result.err
+
+
+def test_one_process_at_a_time(
+    experiment: Experiment, refuses: Callable, run: Callable, tmp_path: Path
+) -> None:
+    argv = experiment()
+    run(*argv)
+    with (tmp_path / "w" / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refuses(argv, "is in use by another process")
+
+
+FAILURES = {
+    2: ("out of memory", "RESOURCE_EXHAUSTED"),
+    3: ("bad input", "line 7 is no prompt."),
+    4: ("error", "ZeroDivisionError: by accident"),
+    5: ("not finite", "{'total': nan}"),
+}
+
+
+def test_failures_are_recorded_and_stop_nothing(
+    experiment: Experiment, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = experiment('axis("max_tokens", [2, 3, 4, 5, 6])')
+    result = run(*argv)
+    assert result.code == 1 and "1 finished, 4 failed." in result.out
+    events = [e for e in lines(tmp_path / "w" / "metrics.jsonl") if e["event"] == "failed"]
+    for event, (kind, reason) in zip(events, FAILURES.values(), strict=True):
+        assert event["kind"] == kind and reason in event["reason"]
+    assert "Traceback" in (tmp_path / "w" / "log.txt").read_text()
+
+    assert run(*argv).code == 1  # They stay failed, and are not tried again,
+    assert sum(e["event"] == "failed" for e in lines(tmp_path / "w" / "metrics.jsonl")) == 4
+    monkeypatch.setattr("tests.experiments.fake.Count._fail", lambda self: None)
+    result = run(*argv, "--retry_failed")  # unless this is asked for.
+    assert result.code == 1 and "4 finished, 1 failed." in result.out
+    # What they had recorded before they failed is there once.
+    outputs = lines(tmp_path / "w" / "outputs.jsonl")
+    assert len({(o["point"], o["index"]) for o in outputs}) == len(outputs) == 5 * 12
+
+
+def test_shards_and_merge(experiment: Experiment, run: Callable, tmp_path: Path) -> None:
+    argv = experiment()
+    w = tmp_path / "w"
+    for shard in ("1/3", "2/3", "3/3"):
+        assert run(*argv, f"--shard={shard}").code == 0
+    shards = sorted(w.glob("shard-*-of-3"))
+    assert [len(finished(path)) for path in shards] == [2, 3, 3]
+    assert run("merge", str(w)).code == 0
+    assert len(finished(w)) == 8
+    whole = experiment(workdir="whole")
+    run(*whole)
+    results = [
+        {e["point"]: e["metrics"] for e in finished(directory)}
+        for directory in (w, tmp_path / "whole")
+    ]
+    assert results[0] == results[1]
+    assert run(*argv).code == 0  # The merged directory is an experiment as any other.
+    assert len(finished(w)) == 8
+
+
+def test_merge_notices_missing_and_doubled_points(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    argv = experiment()
+    w, out = tmp_path / "w", tmp_path / "out"
+    for shard in ("1/3", "3/3"):
+        run(*argv, f"--shard={shard}")
+    a, b = sorted(map(str, w.glob("shard-*")))
+    refuses(["merge", a, b], "--workdir=DIRECTORY must say")
+    refuses(["merge", a, a, f"--workdir={out}"], "is in", "leave one of them out")
+    result = run("merge", a, b, f"--workdir={out}")
+    assert result.code == 1 and "3 points are missing" in result.err
+    refuses(["merge", a, b, f"--workdir={out}"], "holds an experiment already")
+    assert run(*argv[:2], f"--workdir={out}").code == 0
+    assert len(finished(out)) == 8
+    other = experiment('axis("sampling.seed", range(5))', workdir="v")
+    run(*other, "--shard=1/2")
+    result = run("merge", a, str(tmp_path / "v" / "shard-1-of-2"), f"--workdir={tmp_path / 'x'}")
+    assert result.code == 2 and "different experiments" in result.err
+
+
+@pytest.mark.parametrize("task", ["merge", "report"])
+def test_directories_without_an_experiment(refuses: Callable, tmp_path: Path, task: str) -> None:
+    refuses([task], "There is nothing to")
+    refuses(["report", str(tmp_path)], "holds no experiment")
+    refuses(["merge", str(tmp_path)], "there are 0 shards")

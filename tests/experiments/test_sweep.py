@@ -1,0 +1,89 @@
+"""How sweeps combine, and how a config file's declaration is checked."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import axis, chain, product, zipped
+
+
+def test_combinations() -> None:
+    a, b = axis("a", [1, 2]), axis("b", "xyz")
+    pairs = [(p["a"], p["b"]) for p in product(a, b)]
+    assert pairs == list(itertools.product([1, 2], "xyz"))
+    assert zipped(a, axis("b", "xy")) == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+    assert chain(a, b) == [*a, *b]
+    assert product() == [{}]
+
+
+def test_values_of_numpy_become_pythons() -> None:
+    values = [point["a"] for point in axis("a", np.linspace(0, 1, 3))]
+    assert values == [0.0, 0.5, 1.0] and {type(v) for v in values} == {float}
+
+
+def test_sweeps_that_make_no_sense() -> None:
+    with pytest.raises(UserError, match=r"sweeps of \[2, 3\] points"):
+        zipped(axis("a", [1, 2]), axis("b", "xyz"))
+    with pytest.raises(UserError, match="sets a twice"):
+        product(axis("a", [1]), axis("a", [2]))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "config", "words"),
+    [
+        ('axis("sampling.temprature", [1.0])', "", "did you mean sampling.temperature?"),
+        ('axis("max_tokens", [1.5])', "", "sets max_tokens to 1.5, but it must be a whole number"),
+        ('axis("workdir", ["x"])', "", "a sweep can't set workdir"),
+        ('axis("n", [1, 1])', "", "has the point n=1 twice"),
+        ('axis("n", [])', "", "the sweep has no points"),
+        ("3", "", "get_sweep() must return a sweep"),
+        ("1 / 0", "", "ZeroDivisionError"),
+        ('axis("max_tokens", [9, 1])', "", "The point max_tokens=1: this point makes no sense"),
+        ('axis("dtype", ["float8"])', "", "The point dtype=float8: dtype is 'float8'"),
+        ('axis("n", [2])', "config.experiment.task = 'dance'", "is none of generate, perplexity"),
+        ('axis("n", [2])', "config.experiment.task = 'nowhere:X'", "No module named 'nowhere'"),
+        ('axis("n", [2])', "config.experiment.quantization = 'Q9'", "must be one of F32, BF16"),
+        ('axis("model", ["no.gguf"])', "", "no.gguf: there is no such file"),
+    ],
+)
+def test_refused_before_anything_runs(
+    experiment: Callable[..., list[str]],
+    refuses: Callable[..., None],
+    tmp_path: Path,
+    sweep: str,
+    config: str,
+    words: str,
+) -> None:
+    refuses(experiment(sweep, config), words)
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_a_command_must_have(
+    experiment: Callable[..., list[str]], refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    argv = experiment()
+    refuses(["experiment"], "needs --config=FILE.py")
+    refuses(argv[:2], "needs --workdir")
+    refuses([*argv, "--seed=3"], "sampling.seed is given by a flag", "sweeps it")
+    refuses([*argv, "--shard=0/2"], "--shard is '0/2'")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.txt").write_text("all of it")
+    refuses(argv, "holds thesis.txt and no experiment")
+
+
+def test_dry_run_lists_points_groups_and_memory(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    result = run(*experiment(), "--dry_run")
+    listed = result.out.splitlines()
+    assert result.code == 0 and not (tmp_path / "w").exists()
+    assert listed[-1] == "8 points, 2 compile groups, 2 sets of weights"
+    # Points of one dtype stand together: its weights are loaded once.
+    assert ["float32" in line for line in listed[1:-1]] == [True] * 4 + [False] * 4
+    # 3,314,304 parameters; keys and values of 64 in 5 layers for 512 tokens; 2048 logits.
+    megabytes = (4 * 3_314_304 + 4 * 2 * 5 * 64 * 512 + 4 * 2048) / 1e6
+    assert f"{megabytes:.1f} MB" in listed[1] and "7.3 MB" in listed[-2]

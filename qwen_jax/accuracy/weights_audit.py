@@ -7,7 +7,7 @@ to the held dtype is explained by planting the faults of loaders until one repro
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,6 @@ from jaxtyping import Shaped
 
 from qwen_jax.accuracy.checkpoint_values import CheckpointValues
 from qwen_jax.accuracy.residuals import Residual, residual
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.accuracy.weights_bytes import BLOCK_FAULTS
 from qwen_jax.accuracy.weights_faults import WHOLE_VALUES, Fault, Role, Tensor
 from qwen_jax.config import ModelConfig
@@ -86,32 +85,6 @@ def audit_weights(
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     return list(_Audit(checkpoint, _arrays(held)).run(progress))
-
-
-def weights_table(findings: Sequence[WeightFinding]) -> str:
-    """What differs, a tensor a row; one line where nothing does."""
-    counts = [
-        f"{n} {verdict}"
-        for verdict in ("exact", "within rounding", "fault", "missing")
-        if (n := sum(f.verdict == verdict for f in findings))
-    ]
-    summary = f"weights: {len(findings)} tensors, {', '.join(counts)}"
-    rows = [
-        _row(finding, cause)
-        for finding in findings
-        if finding.verdict in ("fault", "missing")
-        for cause in finding.causes or (None,)
-    ]
-    header = ("tensor", "cause", "error", "planted", "what")
-    return f"{summary}\n{table(header, rows)}" if rows else summary
-
-
-def _row(finding: WeightFinding, cause: Cause | None) -> tuple[str, ...]:
-    before = f"{finding.error:.2g}"
-    if cause is None:
-        return finding.tensor, "unknown", before, "", finding.evidence
-    what = f"{cause.line} {cause.detail}".strip()
-    return finding.tensor, cause.name, before, f"{cause.error:.2g}", f"{what}; {finding.evidence}"
 
 
 def _arrays(held: Engine | PackedWeights | Held) -> Held:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax.accuracy.residuals import residual, rounding
-from qwen_jax.accuracy.weights_audit import audit_weights, weights_table
+from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.accuracy.weights_table import weights_table
 from qwen_jax.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.packed import pack
@@ -286,6 +287,13 @@ class TestWholeTensors:
         assert max(map(len, text.splitlines())) <= 100
         assert text.startswith("weights: 27 tensors, 22 exact, 5 fault\n")
         assert "norm-plus-one" in text and "unknown" in text
+
+    def test_the_same_in_several_layers_is_one_row(self, written, held):
+        for i in range(CONFIG.num_layers):
+            held[f"layers.{i}.qkv_proj.bias"] = 0 * held[f"layers.{i}.qkv_proj.bias"]
+        text = weights_table(audit_weights(written.path, held))
+        assert text.count("zeroed") == 3
+        assert f"blk.*.attn_k.bias  zeroed  1      0        in {CONFIG.num_layers} layers;" in text
 
 
 class TestBound:

@@ -17,7 +17,7 @@ from qwen_jax.accuracy.report.contents import Report
 from qwen_jax.accuracy.text_audit import text_table
 from qwen_jax.accuracy.text_table import WIDTH, table
 from qwen_jax.accuracy.trace import AXES, Header
-from qwen_jax.accuracy.weights_audit import weights_table
+from qwen_jax.accuracy.weights_table import weights_table
 
 
 def text(report: Report) -> str:

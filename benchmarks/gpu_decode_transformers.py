@@ -35,7 +35,7 @@ def main() -> None:
         num_key_value_heads=c.num_kv_heads,
         tie_word_embeddings=c.tied,
         max_position_embeddings=c.context_length,
-        rope_theta=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         eos_token_id=None,
         pad_token_id=0,
     )

@@ -1,6 +1,7 @@
 """How another engine lays a tensor out, in one line of text, and from there to canonical axes.
 
-A layout names every axis of the stored array, outermost first, in the letters of docs/trace-format.md:
+A layout names every axis of the stored array, outermost first, in the letters of
+docs/trace-format.md:
 
     T N H              as it is here
     1 N T H            a batch of one, heads before positions

@@ -57,12 +57,12 @@ def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
             if one.fault.parameters and any(one.covers(n, layer) for n in OPERATIONS):
                 weights = Overlay(weights, one.fault)
                 changed |= set(one.fault.operations)
+        if layer is None and config.tied and changed & {"embed", "logits"}:
+            # The fault is in one of the two; they share an array no longer.
+            config, new["lm_head"] = dataclasses.replace(config, tied=False), new["embed"]
         for name in changed & set(OUTER if layer is None else LAYER):
             if layer is None:
                 key = "lm_head" if name == "logits" else name
-                if name == "logits" and config.tied:
-                    config = dataclasses.replace(config, tied=False)
-                    new[key] = new["embed"]
                 _put(new, key, slice(None), weights[name][0])
                 continue
             fused = FUSED.get(name, name)

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from qwen_jax.experiments.declaration import short
 from qwen_jax.experiments.report.results import Results, Row
@@ -86,7 +87,9 @@ def _against_axes(results: Results) -> Iterator[Picture]:
     for axis in swept:
         others = [field for field in swept if field != axis]
         lines = _lines(results, axis, others)
-        if not metrics or not any(len(points) > 1 for points in lines.values()):
+        # Where lines meet the axis more than once, single points beside them show no trend.
+        lines = {key: points for key, points in lines.items() if len(points) > 1}
+        if not metrics or not lines:
             continue
         columns = min(3, len(metrics))
         rows = -(-len(metrics) // columns)
@@ -136,6 +139,9 @@ def _draw(panel: Axes, lines: Lines, axis: str, metric: str) -> None:
     values = list(dict.fromkeys(value for points in lines.values() for value in points))
     numeric = all(map(_is_number, values))
     seen: list[float] = []
+    colours: Sequence[Any] = COLOURS
+    if len(lines) > len(COLOURS):  # In the order of the lines, which is that of their values.
+        colours = mpl.colormaps["viridis"](np.linspace(0, 0.92, len(lines))).tolist()
     for number, (key, points) in enumerate(lines.items()):
         there = [
             (value, found)
@@ -152,9 +158,11 @@ def _draw(panel: Axes, lines: Lines, axis: str, metric: str) -> None:
         bars = errors if any(errors) else None
         # Between names there is nothing for a line to pass through.
         panel.errorbar(
-            *((at, means) if numeric else (means, at)),
-            **{"yerr" if numeric else "xerr": bars},
-            color=COLOURS[number % len(COLOURS)],
+            at if numeric else means,
+            means if numeric else at,
+            yerr=bars if numeric else None,
+            xerr=None if numeric else bars,
+            color=colours[number],
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,
             linestyle="-" if numeric else "none",
@@ -181,16 +189,24 @@ def _scale_axis(panel: Axes, values: Sequence[Any]) -> None:
 
 
 def _scale_metric(panel: Axes, seen: Sequence[float], side: str) -> None:
-    """A share shows all from 0 to 1 unless all are close; several powers of ten stand evenly."""
+    """A share shows all from 0 to 1; several powers of ten stand evenly."""
     low, high = min(seen), max(seen)
-    set_limits = panel.set_ylim if side == "y" else panel.set_xlim
-    if low >= 0 and high <= 1 and high > 0.5:
-        if low < 0.5:
-            set_limits(-0.03, 1.03)
+    upright = side == "y"
+    set_limits = panel.set_ylim if upright else panel.set_xlim
+    ticks = panel.yaxis if upright else panel.xaxis
+    if 0 <= low < 0.9 and 0.5 < high <= 1:
+        set_limits(-0.03, 1.03)
     elif low > 0 and high > 30 * low:
-        (panel.set_yscale if side == "y" else panel.set_xscale)("log")
+        (panel.set_yscale if upright else panel.set_xscale)("log")
+        if high < 1000 * low:  # 20 and not 2 x 10^1
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_formatter(NullFormatter())
+        return
     elif 0 <= low < 0.5 * high:
         set_limits(0)
+    ticks.set_major_formatter("{x:g}")
+    if not upright:
+        ticks.set_major_locator(MaxNLocator(4))
 
 
 def _mean(rows: Sequence[Row], metric: str) -> tuple[float, float]:

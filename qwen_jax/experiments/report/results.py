@@ -59,7 +59,10 @@ class Results:
             for point in content.config["points"]:
                 if point["id"] in wanted:
                     end = ends.get(point["id"], {})
-                    overrides = fixed | point["overrides"]
+                    overrides = {
+                        name: tuple(value) if isinstance(value, list) else value
+                        for name, value in (fixed | point["overrides"]).items()
+                    }
                     state = STATES[end.get("event")]
                     rows.append(Row(name, point["id"], overrides, state, end))
         return cls(contents, names, tuple(rows))

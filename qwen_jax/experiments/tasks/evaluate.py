@@ -1,5 +1,6 @@
 """`eval`: tasks of lm-evaluation-harness, one item a request to the model; needs extra `eval`."""
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ class Evaluate(Task):
     def run(self, work: Work) -> Metrics:
         # Heavy, and of an extra: imported where it is needed.
         import lm_eval
-        from lm_eval.tasks import TaskManager
 
         from qwen_jax.experiments.harness import Harness
 
@@ -40,16 +40,12 @@ class Evaluate(Task):
         def keep(key: str, line: dict[str, Any]) -> None:
             work.record(request=key, **line)
 
-        manager = TaskManager(include_path=settings.include)
-        unknown = set(settings.tasks) - set(manager.all_tasks)
-        if unknown:
-            raise UserError(f"lm-evaluation-harness has no task {min(unknown)!r}.")
         found = lm_eval.simple_evaluate(
             model=Harness(work.model(), self.config.batch_size, answers=answers, keep=keep),
             tasks=list(settings.tasks),
             num_fewshot=settings.shots,
             limit=settings.limit,
-            task_manager=manager,
+            task_manager=_manager(settings.tasks, settings.include),
             random_seed=self.config.sampling.seed,
             numpy_random_seed=self.config.sampling.seed,
             fewshot_random_seed=self.config.sampling.seed,
@@ -58,6 +54,22 @@ class Evaluate(Task):
             verbosity="ERROR",
         )
         return _metrics(found["results"])
+
+
+@functools.cache
+def _manager(tasks: tuple[str, ...], include: str | None) -> Any:
+    """Knows the tasks. The harness' own, thousands of files, are read only where they are needed:
+    that takes half a minute. Raises UserError for a task that nobody knows."""
+    from lm_eval.tasks import TaskManager
+
+    if include is not None:
+        own = TaskManager(include_path=include, include_defaults=False)
+        if set(tasks) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=include)
+    if unknown := set(tasks) - set(manager.all_tasks):
+        raise UserError(f"lm-evaluation-harness has no task {min(unknown)!r}.")
+    return manager
 
 
 def _metrics(results: dict[str, dict[str, Any]]) -> Metrics:

@@ -137,17 +137,16 @@ class _Tally:
         self._timings = [Timings(*(a + b for a, b in pairs))]
 
     def metrics(self) -> Metrics:
-        answers = self._prompts * self._n
-        found: Metrics = {
-            "prompts": self._prompts,
-            "tokens_per_answer": self._tokens / answers,
-            "ended_by_itself": self._stopped / answers,
-        }
+        found: Metrics = {}
         for name, (total, squares) in self._sums.items():
             mean = total / self._prompts
             variance = max(squares / self._prompts - mean * mean, 0.0)
             found[name] = mean
             found[f"{name}_error"] = math.sqrt(variance / max(self._prompts - 1, 1))
+        answers = self._prompts * self._n
+        found["tokens_per_answer"] = self._tokens / answers
+        found["ended_by_itself"] = self._stopped / answers
+        found["prompts"] = self._prompts
         if self._timings:  # nothing is timed where all was recorded before
             total_time = self._timings[0]
             found["prompt_tokens_per_s"] = total_time.prompt_rate

@@ -1,0 +1,123 @@
+"""Tables, pictures and pages of results."""
+
+import csv
+import html.parser
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_jax.experiments.report import plots, tables
+from qwen_jax.experiments.report.results import Results
+
+pytest.importorskip("matplotlib")
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag that refers to something, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_csv_and_page_hold_every_point(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    sweep = 'product(axis("sampling.seed", [1, 2, 3]), axis("max_tokens", [6, 7, 4]))'
+    result = run(*experiment(sweep, 'config.system = "</pre><script>"'))
+    assert result.code == 1
+    w = tmp_path / "w"
+    with (w / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 and sum(row["state"] == "failed" for row in rows) == 3
+    assert {float(r["total"]) for r in rows if r["total"]} == {1266.0, 2466.0, 3666.0}
+    text = (w / "report.html").read_text("utf-8")
+    page = Page(text)
+    assert page.sources and all(s.startswith("data:image/svg+xml") for s in page.sources)
+    for words in ("What this is about.", "ZeroDivisionError: by accident", "6 finished, 3 failed"):
+        assert words in page.text
+    assert "<script>" not in text  # What users write is text and nothing else.
+    # The terminal's table fits.
+    assert max(map(len, result.out.splitlines()[:11])) <= tables.WIDTH
+
+
+def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_path: Path) -> None:
+    run(*experiment(workdir="a"))
+    run(*experiment(workdir="b"), "--max_tokens=9")
+    result = run("report", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert result.code == 0 and "16 finished." in result.out
+    header = result.out.splitlines()[0].split()
+    # What differs between the two is a column, as if it had been swept.
+    assert header[:4] == ["run", "max_tokens", "seed", "dtype"]
+    with (tmp_path / "a+b.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["run"], row["max_tokens"]) for row in rows} == {("a", "256"), ("b", "9")}
+    assert (tmp_path / "a+b.html").exists()
+
+
+def test_error_bars_are_deviations_over_seeds(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    run(*experiment('product(axis("sampling.seed", [1, 3]), axis("max_tokens", [6, 7]))'))
+    results = Results.read([tmp_path / "w"])
+    pictures = list(plots.pictures(results))
+    assert [picture.name for picture in pictures] == ["by-max_tokens"]
+    (panel,) = (axes for axes in pictures[0].figure.axes if axes.get_visible())
+    (container,) = panel.containers
+    line, _, (bars,) = container.lines
+    # Totals are 1266 and 3666: the mean 2466, the deviation 1200 sqrt(2).
+    assert list(line.get_ydata()) == [2466, 2466]
+    low, high = bars.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(1200 * 2**0.5)
+
+
+POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)
+
+
+@given(POINTS, st.booleans())
+def test_the_pareto_front_is_what_nothing_beats(points: list[tuple[int, int]], more: bool) -> None:
+    sign = -1 if more else 1
+
+    def beaten(p: tuple[int, int]) -> bool:
+        return any(sign * q[0] <= sign * p[0] and q[1] <= p[1] and q != p for q in points)
+
+    expected = sorted({p for p in points if not beaten(p)})
+    assert plots._front([(x, y, "") for x, y in points], more) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.97512, 0.0251, "0.975 ± 0.025"),
+        (451.2, 44.3, "451 ± 44"),
+        (1.6e-11, 3e-10, "1.6e-11 ± 3e-10"),
+        (21.0, None, "21"),
+        (12345.6, None, "12,346"),
+        (0.00123456, None, "0.001235"),
+    ],
+)
+def test_numbers(value: float, error: float | None, text: str) -> None:
+    assert tables.number(value, error) == text
+
+
+def test_csv_quotes_what_it_must(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    run(*experiment("axis(\"prompt\", ['a,b', 'say \"x\"\\nand y'])"))
+    text = (tmp_path / "w" / "results.csv").read_text()
+    assert [row["prompt"] for row in csv.DictReader(io.StringIO(text))] == [
+        "a,b",
+        'say "x"\nand y',
+    ]

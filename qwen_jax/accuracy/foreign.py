@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import tokenize
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,17 @@ HEADER_KEYS = {
 """Keys of a mapping that are a header's fields, and their JSON types."""
 
 TENSOR_KEYS = {"from": (str, list), "axes": str, "join": int, "dtype": str, "masked": (int, float)}
+
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    MemoryError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
+"""What NumPy raises for an .npy file whose header or content is not one."""
 
 Arrays = Mapping[str, Callable[[], np.ndarray]]
 """Every dumped array by name, read when it is needed."""
@@ -123,7 +136,7 @@ def _read_foreign(
 ) -> Trace:
     try:
         fields = json.loads(mapping.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{mapping}: the mapping cannot be read ({error}).") from None
     arrays = _arrays(path)
     try:
@@ -224,7 +237,8 @@ def _tensor(
         except ValueError as error:  # of np.concatenate
             raise UserError(f"{name!r}: {', '.join(sources)} cannot be joined: {error}.") from None
         if kind == "attn_scores" and "masked" in spec:
-            part = np.where(part <= spec["masked"], part.dtype.type(-np.inf), part)
+            with np.errstate(over="ignore"):  # -1e9 is -inf in float16
+                part = np.where(part <= spec["masked"], part.dtype.type(-np.inf), part)
         collector.add(name, position, part)
         position += length
     return collector.trace().tensors[name]
@@ -281,7 +295,7 @@ def _arrays(path: Path) -> Arrays:
 def _read_npy(path: Path) -> Shaped[np.ndarray, "..."]:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: the file is no .npy file, or truncated ({error}).") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: the file holds several arrays; write one .npy file each.")

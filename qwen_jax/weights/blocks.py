@@ -28,6 +28,7 @@ DECODABLE = frozenset(_FORMATS) | frozenset(_PLAIN)
 
 # The exponent bits of each dtype as an unsigned integer: all set in infinities and NaNs alone.
 _EXPONENTS: dict[np.dtype, np.unsignedinteger] = {
+    np.dtype(np.float64): np.uint64(0x7FF0000000000000),
     np.dtype(np.float32): np.uint32(0x7F800000),
     np.dtype(np.float16): np.uint16(0x7C00),
     BFLOAT16: np.uint16(0x7F80),
@@ -41,8 +42,8 @@ def decode_into(
 
     Args:
         raw: the tensor's bytes, whole blocks.
-        out: C-contiguous float32, bfloat16 or float16, as many values as `raw` holds; rounded to
-            nearest even. What float16 cannot hold becomes an infinity.
+        out: C-contiguous float64, float32, bfloat16 or float16, as many values as `raw` holds;
+            rounded to nearest even. What float16 cannot hold becomes an infinity.
 
     Returns:
         Whether every value in `out` is finite.

@@ -222,6 +222,26 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         open_trace(folder / "none", CONFIG)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x03\x04 the beginning of an archive",
+        b"\x93NUMPY\x01\x00\x10\x00(((((((((((((((\n",
+        b"\x93NUMPY\x01\x00\x50\x00"
+        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 64)}".ljust(80),
+    ],
+    ids=["archive", "header", "size"],
+)
+def test_files_that_are_no_arrays_are_refused(content: bytes, tmp_path: Path) -> None:
+    dump(tmp_path, {"x": ours().tensors["embed"]}, tensors={"embed": "x"})
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.npy: the file is no \.npy file, or truncated"):
+        open_trace(tmp_path, CONFIG)
+    (tmp_path / "mapping.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(UserError, match=r"mapping\.json: the mapping cannot be read"):
+        open_trace(tmp_path, CONFIG)
+
+
 def test_traces_of_another_model_or_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     ours().save(path)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qwen_jax.weights import blocks, simple_quants
 
 TYPES = sorted(blocks.DECODABLE, key=lambda kind: kind.name)
-DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 
 
 def random_raw(kind: Type, num_blocks: int, seed: int = 0) -> np.ndarray:
@@ -40,7 +40,7 @@ def decode(raw: np.ndarray, kind: Type, dtype: type = np.float32) -> tuple[np.nd
 def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
     """Equal to the bit, signs of zeros included; a NaN equals any NaN."""
     assert actual.dtype == expected.dtype
-    bits = np.uint32 if actual.dtype.itemsize == 4 else np.uint16
+    bits = np.dtype(f"u{actual.dtype.itemsize}")
     with np.errstate(invalid="ignore"):  # bfloat16's isnan signals
         nan = np.isnan(expected)
         np.testing.assert_array_equal(np.isnan(actual), nan)

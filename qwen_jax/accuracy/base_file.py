@@ -133,7 +133,11 @@ def save(
     write = _write_ours if path.suffix == ".safetensors" else _write_theirs
     try:
         with path.open("xb") as file:
-            write(file, name, np.ascontiguousarray(windows, "<i4"), logits, vocab)
+            try:
+                write(file, name, np.ascontiguousarray(windows, "<i4"), logits, vocab)
+            except BaseException:  # Ctrl-C too: half a base is none
+                path.unlink()
+                raise
     except FileExistsError:
         raise UserError(f"{path} exists already; move it or choose another name.") from None
     except OSError as error:

@@ -48,6 +48,8 @@ def run(command: Command) -> int:
     parts = _parts(settings)
     if settings.save_base is not None:
         return _save_base(config)
+    if config.workdir is not None:
+        report.prepare(config.workdir)
     found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
     outcomes = gates.check(limits, report.values(found))
     found = dataclasses.replace(found, gates=outcomes)
@@ -91,6 +93,8 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
             f"The candidate {settings.candidate} is a trace, which has no {min(beside)}; the parts "
             "for it are tensors and text."
         )
+    if settings.parts is not None and "text" in parts and config.prompt is None:
+        raise UserError("The part text needs --prompt, the message whose token ids the trace has.")
     checkpoint = open_checkpoint(api.locate(config.model))
     trace = open_trace(settings.candidate, checkpoint.config, tokens=_ids(settings.tokens))
     found = Report(candidate=trace.header)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,14 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     path = written(tmp_path / "b.kld")
     with pytest.raises(UserError, match="exists already"):
         written(path)
+
+
+@pytest.mark.parametrize("name", ["b.kld", "b.safetensors"])
+def test_an_interrupted_one_is_not_left_behind(name: str, tmp_path: Path) -> None:
+    def interrupted() -> Iterator[np.ndarray]:
+        yield logits()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / name, "a model", WINDOWS, interrupted(), VOCAB)
+    assert not list(tmp_path.iterdir())

@@ -94,6 +94,8 @@ def test_the_catalogue_is_printed(run: Run) -> None:
         (["--candidate=nowhere"], ["nowhere", "no such file"]),
         (["--candidate=nowhere", "--plant=zero_qkv_bias"], ["--plant", "--candidate"]),
         (["--candidate=nowhere", "--parts=cache"], ["cache", "tensors and text"]),
+        (["--candidate=nowhere", "--parts=text"], ["text", "--prompt"]),
+        (["--workdir=/dev/null/report"], ["/dev/null/report", "can't be written"]),
         (["--parts=distribution"], ["--base"]),
         (["--base=nowhere"], ["nowhere"]),
         (["--reference=nowhere", TOKENS], ["nowhere", "float64, hf, llamacpp"]),

@@ -1,5 +1,6 @@
 """Reports: text for a terminal, and report.json and report.html for a directory."""
 
+import tempfile
 from pathlib import Path
 
 from qwen_jax.accuracy.report.as_json import to_json
@@ -7,7 +8,21 @@ from qwen_jax.accuracy.report.contents import Report, values
 from qwen_jax.accuracy.report.tables import text
 from qwen_jax.errors import UserError
 
-__all__ = ["Report", "text", "to_json", "values", "write"]
+__all__ = ["Report", "prepare", "text", "to_json", "values", "write"]
+
+
+def prepare(workdir: str | Path) -> None:
+    """Makes the directory, so that a long run need not end with one that can't be made.
+
+    Raises:
+        UserError: it can't be made or written.
+    """
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UserError(f"{workdir}: the report can't be written ({error.strerror}).") from None
 
 
 def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:

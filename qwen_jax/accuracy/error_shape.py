@@ -61,16 +61,21 @@ def describe(
 
 
 def _look(candidate: np.ndarray, expected: np.ndarray, limit: np.ndarray) -> str | None:
-    if not np.isfinite(candidate).all():
-        return f"{int((~np.isfinite(candidate)).sum())} elements are not finite"
-    if not np.isfinite(expected).all():
+    # A masked score is -inf, and right; a NaN is wrong in its place.
+    odd = ~np.isfinite(candidate) & np.isfinite(expected)
+    odd |= np.isnan(candidate) & ~np.isnan(expected)
+    if odd.any():
+        return f"{int(odd.sum())} elements are not finite"
+    if not np.isfinite(candidate).all() or not np.isfinite(expected).all():
         return None
     if not candidate.any():
         return "all elements are zero"
     size = float((expected * expected).sum())
     factor = float((candidate * expected).sum()) / size if size else 0.0
-    if (np.abs(candidate - factor * expected) <= 2 * limit * max(abs(factor), 1)).all():
-        return f"the tensor is {factor:.6g} times what it should be"
+    scaled = (np.abs(candidate - factor * expected) <= 2 * limit * max(abs(factor), 1)).all()
+    if scaled:
+        times = f"{factor:.6g}"
+        return None if times == "1" else f"the tensor is {times} times what it should be"
     error = candidate - expected
     if len(error) > 1 and (np.abs(error - error.mean(axis=0)) <= 2 * limit).all():
         return "the error is the same at every position, as of a wrong bias"

@@ -135,7 +135,10 @@ def verdict(report: Report) -> str:
     causes = ""
     if report.diagnosis:
         named, unknown = len(report.diagnosis.causes), len(report.diagnosis.unknown)
-        causes = f"; {named} cause{'s' * (named != 1)} named, {unknown} operations unexplained"
+        causes = (
+            f"; {named} cause{'s' * (named != 1)} named, "
+            f"{unknown} operation{'s' * (unknown != 1)} unexplained"
+        )
     return (
         f"FAULT: {len(faulty)} of {len(findings)} operations{causes}.\n"
         f"First wrong tensor: {first.name}, from position {first.position} on."

@@ -9,7 +9,7 @@ agrees with the layer's other operations, then the one that explains most of the
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -148,7 +148,10 @@ def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> 
     for _, group in itertools.groupby(counted(), part):
         layer = list(group)
         findings += [r.finding for r in layer]
-        for one in _explain_layer(layer, replay.arithmetic, known):
+        # Where an operation of an earlier layer defied every set of faults, as all do under a
+        # wrong mapping, only single ones are tried: pairs would take minutes.
+        hopeless = {u.finding.operation for u in unknown}
+        for one in _explain_layer(layer, replay.arithmetic, known, hopeless):
             if isinstance(one, Unknown):
                 unknown.append(one)
                 continue
@@ -159,11 +162,16 @@ def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> 
 
 
 def _explain_layer(
-    layer: Sequence[Replayed], arithmetic: Arithmetic, known: Sequence[Set]
+    layer: Sequence[Replayed],
+    arithmetic: Arithmetic,
+    known: Sequence[Set],
+    hopeless: Collection[str],
 ) -> Iterator[Explained | Unknown]:
-    fits = {
-        r.finding.operation: _explanations(r, arithmetic, known) for r in layer if r.finding.faulty
-    }
+    fits = {}
+    for r in layer:
+        if r.finding.faulty:
+            most = 1 if r.finding.operation in hopeless else MOST
+            fits[r.finding.operation] = _explanations(r, arithmetic, known, most)
     covered = {
         name: sum(any(name in e.faults for e in found) for found in fits.values())
         for name in {n for found in fits.values() for e in found for n in e.faults}
@@ -187,16 +195,16 @@ def _explain_layer(
 
 
 def _explanations(
-    replayed: Replayed, arithmetic: Arithmetic, known: Sequence[Set]
+    replayed: Replayed, arithmetic: Arithmetic, known: Sequence[Set], most: int
 ) -> list[Explanation]:
-    """The smallest sets of faults that reproduce the tensor, all of one size."""
+    """The smallest sets of at most so many faults that reproduce the tensor, all of one size."""
     config = replayed.ctx.config
     able = [
         fault
         for fault in FAULTS.values()
         if set(replayed.finding.span) & set(fault.operations) and fault.possible(config)
     ]
-    for size in range(1, MOST + 1):
+    for size in range(1, most + 1):
         if math.comb(len(able), size) > SETS:
             break
         # What explained an earlier layer is tried first: it spares the search of all sets.

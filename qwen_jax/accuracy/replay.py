@@ -121,7 +121,7 @@ def compare(
 ) -> Residual:
     """Equal infinities and two NaN agree; other non-finite values are infinitely far apart."""
     with np.errstate(all="ignore"):
-        same = (candidate == expected) | (np.isnan(candidate) & np.isnan(expected))
+        same = _same(candidate, expected)
         error = np.where(same, 0, np.abs(candidate - expected))
         error = np.where(np.isfinite(error), error, np.inf)
         ratio = np.where(error > 0, error / limit, 0)
@@ -133,10 +133,19 @@ def compare(
     return Residual(float(ratio.max()), float(relative), tuple(int(i) for i in worst))
 
 
+def _same(candidate: Array, expected: Array) -> Array:
+    """Where both are the same, or the candidate's NaN lies in a row with NaN of the inputs'.
+
+    An additive mask turns the NaN of such a row's scores into NaN, another one into -inf.
+    """
+    inherited = np.isnan(expected).any(axis=-1, keepdims=True)
+    return (candidate == expected) | (np.isnan(candidate) & inherited)
+
+
 def first_position(candidate: Array, expected: Array, limit: Array) -> int:
     """The first row with an error past its bound."""
     with np.errstate(all="ignore"):
-        same = (candidate == expected) | (np.isnan(candidate) & np.isnan(expected))
+        same = _same(candidate, expected)
         wrong = ~(same | (np.abs(candidate - expected) <= limit))
     return int(wrong.reshape(len(wrong), -1).any(axis=1).argmax())
 

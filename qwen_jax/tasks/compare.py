@@ -35,6 +35,7 @@ from qwen_jax.tasks.generate import load
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
 PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
+ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
 BASE = ("model", "dtype", "implementation", "matmul_precision")
 
 
@@ -159,9 +160,7 @@ def _with_tensors(
 ) -> Report:
     """Replay, diagnosis and the comparison with the reference."""
     header = trace.header
-    with _bar("replay") as progress:
-        source = CheckpointSource(checkpoint, header.dtype)
-        diagnosis = diagnose(trace, source, progress)
+    # First: what is wrong with a reference should show before minutes of replay.
     right = reference(
         config.compare.reference,
         api.locate(config.model),
@@ -171,9 +170,15 @@ def _with_tensors(
         start=header.start,
         stop=header.stop,
     )
+    with _bar("replay") as progress:
+        diagnosis = diagnose(trace, CheckpointSource(checkpoint, header.dtype), progress)
     compared = compare(trace, right, diagnosis.findings)
     return dataclasses.replace(
-        found, candidate=header, diagnosis=diagnosis, comparison=compared, notes=header.notes
+        found,
+        candidate=header,
+        diagnosis=diagnosis,
+        comparison=compared,
+        notes=(*header.notes, *([ONE_POSITION] if header.stop == 1 else [])),
     )
 
 

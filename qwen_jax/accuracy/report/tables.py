@@ -132,16 +132,21 @@ def verdict(report: Report) -> str:
             f"{worst.name} comes closest, to {worst.residual.ratio:.2f} of it."
         )
     first = faulty[0]
-    causes = ""
+    causes = hint = ""
     if report.diagnosis:
         named, unknown = len(report.diagnosis.causes), len(report.diagnosis.unknown)
         causes = (
             f"; {named} cause{'s' * (named != 1)} named, "
             f"{unknown} operation{'s' * (unknown != 1)} unexplained"
         )
+        if 3 * unknown > len(findings):
+            hint = "\n" + filled(
+                "So much that no fault explains: if this is another engine's dump, its mapping, "
+                "its dtype or the model file is likelier to be wrong than so many operations."
+            )
     return (
         f"FAULT: {len(faulty)} of {len(findings)} operations{causes}.\n"
-        f"First wrong tensor: {first.name}, from position {first.position} on."
+        f"First wrong tensor: {first.name}, from position {first.position} on.{hint}"
     )
 
 

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from qwen_jax import api, settings
-from qwen_jax.api import BUNDLED, Message, Model, Options
+from qwen_jax.api import BUNDLED, Message, Options
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.sampling import Sampling
@@ -126,12 +126,14 @@ def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
         raise UserError(f"--prompt_file={path} can't be read: {error.strerror}.") from error
 
 
-def rows(model: Model, items: Iterable[Item], n: int) -> Iterator[tuple[Item, int, Request]]:
+def rows(
+    items: Iterable[Item], n: int, request_of: Callable[[Item], Request]
+) -> Iterator[tuple[Item, int, Request]]:
     """Every sample of every prompt. Row i uses the config's seed + i, unless its prompt names
     a seed of its own: then sample j uses that seed + j."""
     for index, item in enumerate(items):
         try:
-            request = model.request(item.prompt, **item.options)
+            request = request_of(item)
         except UserError as error:
             raise UserError(f"{item.where}: {error}") from error
         seed = 0 if item.has_seed else index * n

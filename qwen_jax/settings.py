@@ -5,6 +5,7 @@ Light on purpose: `--help` and a refused flag must not wait for JAX.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import runpy
 import traceback
@@ -208,6 +209,7 @@ class Command:
     arguments: tuple[str, ...] = ()
 
 
+@functools.cache
 def type_of(field: str) -> type:
     """The type of a config field, placeholders included."""
     *parents, name = field.split(".")
@@ -280,9 +282,14 @@ def _checked(config: Any, path: str) -> ConfigDict:
     return result
 
 
+@functools.cache
+def _defaults() -> Mapping[str, Any]:
+    return dict(flatten(get_config()))
+
+
 def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
     """Sets fields by their dotted names. Raises UserError for an unknown name or a wrong type."""
-    defaults = dict(flatten(get_config()))
+    defaults = _defaults()
     for name, value in fields.items():
         if name not in defaults:
             raise UserError(f"{where} sets {name}, which is no field; {near(name)}")

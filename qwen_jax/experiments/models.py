@@ -1,6 +1,8 @@
 """The model of a point: kept while points ask for it, its programs kept for other weights."""
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,12 @@ from ml_collections import ConfigDict
 from qwen_jax import api
 from qwen_jax.engine import Engine
 from qwen_jax.experiments import quantize
+from qwen_jax.generation import Request
+from qwen_jax.prompts import Item
+from qwen_jax.sampling import Sampling
+
+_PROMPTS = 4096
+"""Prompts whose ids are kept for other points."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Models:
     def __init__(self, directory: Path):
         self._directory = directory
         self._held: tuple[Choice, api.Model] | None = None
+        self._tokens: dict[tuple[str | bool | None, ...], Sequence[int]] = {}
         self._programs: dict[tuple[Any, ...], Engine] = {}
 
     def get(self, choice: Choice) -> api.Model:
@@ -48,6 +57,20 @@ class Models:
             self._held = None  # Before the next is loaded: two might not fit.
             self._held = choice, self._load(choice)
         return self._held[1]
+
+    def request(self, choice: Choice, item: Item) -> Request:
+        """A prompt as the model's ids, and how to answer it."""
+        model, options = self.get(choice), item.options
+        # Other weights of the same model have the same chat template and vocabulary.
+        frame = (choice.model, options.get("system"), options.get("raw", False))
+        key = (*frame, json.dumps(item.prompt))
+        if key not in self._tokens:
+            if len(self._tokens) >= _PROMPTS:
+                self._tokens.clear()
+            self._tokens[key] = model.request(item.prompt, **options).tokens
+        sampling = options.get("sampling") or Sampling()
+        stop = options.get("stop", ())
+        return Request(self._tokens[key], options.get("max_tokens", 256), sampling, stop)
 
     def _load(self, choice: Choice) -> api.Model:
         path: str | Path = choice.model

@@ -21,6 +21,8 @@ from qwen_jax.experiments.models import Choice, Models
 from qwen_jax.experiments.plan import Planned
 from qwen_jax.experiments.records import Records
 from qwen_jax.experiments.task import Metrics, Work
+from qwen_jax.generation import Request
+from qwen_jax.prompts import Item
 
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.INFO)
@@ -109,6 +111,9 @@ class PointWork(Work):
 
     def model(self, config: ConfigDict | None = None) -> Model:
         return self._models.get(Choice.of(config or self.config))
+
+    def request(self, item: Item) -> Request:
+        return self._models.request(Choice.of(self.config), item)
 
     def recorded(self) -> Iterator[dict[str, Any]]:
         return self._records.outputs(self._point)

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
+from qwen_jax.generation import Request
+from qwen_jax.prompts import Item
 
 Metrics = dict[str, float]
 
@@ -40,6 +42,10 @@ class Work(abc.ABC):
     @abc.abstractmethod
     def model(self, config: ConfigDict | None = None) -> Model:
         """The model of the point's config, or of another one; loaded if it isn't there yet."""
+
+    @abc.abstractmethod
+    def request(self, item: Item) -> Request:
+        """A prompt's work for the point's model; what another point has tokenised is reused."""
 
     @abc.abstractmethod
     def recorded(self) -> Iterator[dict[str, Any]]:

@@ -154,7 +154,11 @@ def _run_file(
     The last batch is padded with rows that generate nothing: a smaller one would have to be
     compiled for itself.
     """
-    rows = list(prompts.rows(model, items, config.n))
+
+    def request(item: prompts.Item) -> Request:
+        return model.request(item.prompt, **item.options)
+
+    rows = list(prompts.rows(items, config.n, request))
     size = min(config.batch_size, len(rows))
     with tqdm(total=len(rows), desc="prompts", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, len(rows), size):

@@ -78,7 +78,7 @@ def pictures(results: Results) -> Iterator[Picture]:
 
 def _against_axes(results: Results) -> Iterator[Picture]:
     """One figure an axis, one panel a metric; other axes are lines, seeds are error bars."""
-    swept = [field for field in results.swept if field != SEED]
+    swept = [f for f in results.swept if f != SEED and _swept_within_a_run(results, f)]
     metrics = [
         name
         for name in shown_metrics(results)
@@ -117,6 +117,14 @@ def _is_number(value: Any) -> bool:
 
 def _numeric(results: Results, axis: str) -> bool:
     return all(_is_number(row.overrides.get(axis)) for row in results.rows)
+
+
+def _swept_within_a_run(results: Results, field: str) -> bool:
+    """Other fields differ between runs alone, whose names say so already."""
+    values: dict[str, set[Any]] = {}
+    for row in results.rows:
+        values.setdefault(row.run, set()).add(row.overrides.get(field))
+    return any(len(seen) > 1 for seen in values.values())
 
 
 Lines = dict[tuple[str, ...], dict[Any, list[Row]]]

@@ -62,12 +62,11 @@ class Generate(Task):
         return max(map(len, self._lines()), default=0)
 
     def run(self, work: Work) -> Metrics:
-        model, size = work.model(), self.config.batch_size
         total = sum(1 for _ in self._lines()) * self.config.n
         if total == 0:
             raise UserError(f"--prompt_file={self.config.prompt_file} holds no prompts.")
-        size = min(size, total)
-        rows = prompts.rows(model, self._items(), self.config.n)
+        size = min(self.config.batch_size, total)
+        rows = prompts.rows(self._items(), self.config.n, work.request)
         earlier = work.recorded()
         pending = next(earlier, None)
         tally, start = _Tally(self), 0

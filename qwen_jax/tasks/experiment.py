@@ -40,5 +40,5 @@ def _announce(declared: declaration.Declaration, opened: records.Records, count:
     print(declaration.title(declared.source, declared.name), file=sys.stderr)
     for name, value in declared.changed.items():
         print(f"  {name} = {value!r}", file=sys.stderr)
-    state = f"{len(opened.ends)} of {count} points are there" if opened.resumed else "a new one"
+    state = f"{len(opened.ends)} of {count} points have been run" if opened.resumed else "a new one"
     print(f"{opened.directory}: {state}; {devices_line()}", file=sys.stderr)

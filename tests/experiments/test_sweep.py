@@ -9,6 +9,7 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import axis, chain, product, zipped
+from tests.cli.conftest import REPOSITORY
 
 
 def test_combinations() -> None:
@@ -87,3 +88,15 @@ def test_dry_run_lists_points_groups_and_memory(
     # 3,314,304 parameters; keys and values of 64 in 5 layers for 512 tokens; 2048 logits.
     megabytes = (4 * 3_314_304 + 4 * 2 * 5 * 64 * 512 + 4 * 2048) / 1e6
     assert f"{megabytes:.1f} MB" in listed[1] and "7.3 MB" in listed[-2]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/experiments").glob("*.py")), ids=str)
+def test_shipped(run: Callable, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    if path.stem == "evaluation":
+        pytest.importorskip("lm_eval")
+    monkeypatch.chdir(REPOSITORY)
+    name = path.relative_to(REPOSITORY)
+    result = run("experiment", f"--config={name}", "--dry_run")
+    assert result.code == 0, result.err
+    # The docstring gives the command that runs it.
+    assert f"run.py experiment --config={name}" in path.read_text("utf-8")

@@ -104,7 +104,10 @@ def _against_axes(results: Results) -> Iterator[Picture]:
             panel.set_visible(False)
         if len(lines) > 1:
             handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(lines)))
+            # A legend of 10 point letters: some 12 of them an inch, and a line before each.
+            fitting = int(12 * figure.get_figwidth() / (max(map(len, labels)) + 7))
+            fitting = max(1, min(fitting, len(lines)))
+            figure.legend(handles, labels, loc="outside lower center", ncols=fitting)
         seeds = len({row.overrides.get(SEED) for row in results.rows})
         bars = f"{seeds} seeds (one standard deviation)" if seeds > 1 else "the metric's own error"
         caption = f"Each metric against {short(axis)}; bars are {bars}."

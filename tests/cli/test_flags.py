@@ -24,7 +24,7 @@ from tests.cli.conftest import REPOSITORY
         ("--helpxml", "no flag --helpxml"),
         ("--prompt", "Missing value for flag --prompt"),
         ("generat", "'generat' is not a task; did you mean 'generate'?"),
-        ("stray", "'stray' is not a task; the tasks are generate, inspect, experiment"),
+        ("stray", "'stray' is not a task; the tasks are generate, inspect, compare, experiment"),
         ("-- foo", "'foo' is not a task"),
         ("generate stray", "'stray' belongs to no flag"),
         ("inspect model.gguf", "'model.gguf' belongs to no flag"),

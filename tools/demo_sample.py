@@ -10,8 +10,6 @@ from absl import app, flags
 from tools.demo_corpus import chats, word_source
 from tools.demo_tokenizer import END_OF_TEXT
 
-_OUT = flags.DEFINE_string("out", "qwen_jax/data/haiku.txt", "The text file to write.")
-
 SEED = 1
 """Training draws from seed 0."""
 
@@ -27,8 +25,10 @@ def sample() -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"The argument {argv[1]!r} belongs to no flag.")
-    Path(_OUT.value).write_text(sample(), encoding="utf-8")
+    Path(flags.FLAGS.out).write_text(sample(), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    # Here, since a test imports this module beside others that have a flag of the same name.
+    flags.DEFINE_string("out", "qwen_jax/data/haiku.txt", "The text file to write.")
     app.run(main)

@@ -292,7 +292,7 @@ def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
     defaults = _defaults()
     for name, value in fields.items():
         if name not in defaults:
-            raise UserError(f"{where} sets {name}, which is no field; {near(name)}")
+            raise UserError(f"{where} sets {name}, which is no field; {near(str(name))}")
         kind = type_of(name)
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not (fits or value is None is defaults[name]):

@@ -61,7 +61,13 @@ class Declaration:
 
 def label(overrides: Mapping[str, Any]) -> str:
     """Short names and values of what the sweep sets, as in "temperature=0.5 seed=1"."""
-    return " ".join(f"{short(name)}={value}" for name, value in overrides.items()) or "(one point)"
+    pairs = (f"{short(name)}={one_line(value)}" for name, value in overrides.items())
+    return " ".join(pairs) or "(one point)"
+
+
+def one_line(value: Any) -> str:
+    """A value where a line is all there is."""
+    return str(value).replace("\r", "\\r").replace("\n", "\\n")
 
 
 def short(field: str) -> str:

@@ -106,7 +106,7 @@ def listed(planned: list[Planned]) -> str:
         lines.append(f"{point.id}  {item.group:<5}  {memory:<9}  {point.label}")
     groups, models = ({f(p) for p in planned} for f in (_group, _weights))
     lines.append(
-        f"{len(planned)} points, {len(groups)} compile groups, {len(models)} sets of weights"
+        f"points: {len(planned)}, compile groups: {len(groups)}, sets of weights: {len(models)}"
     )
     return "\n".join(lines)
 

@@ -121,3 +121,33 @@ def test_csv_quotes_what_it_must(
         "a,b",
         'say "x"\nand y',
     ]
+
+
+def test_long_texts_fit_and_stay_apart(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    """Prompts that differ in their middle alone: one look, two lines, and no bars of seeds."""
+    prompts = ["a\n" + "x" * 60 + middle + "y" * 60 for middle in "mn"]
+    sweep = f'product(axis("prompt", {prompts!r}), axis("max_tokens", [6, 7]))'
+    table = run(*experiment(sweep)).out.splitlines()[:6]
+    assert all(len(line) <= tables.WIDTH for line in table)
+    assert sum(line.lstrip().startswith("a\\nx") for line in table) == 4
+    lines = plots._lines(Results.read([tmp_path / "w"]), "max_tokens", ["prompt"])
+    assert [len(rows) for points in lines.values() for rows in points.values()] == [1] * 4
+
+
+def test_a_shard_without_points(experiment: Callable[..., list[str]], run: Callable) -> None:
+    result = run(*experiment('axis("n", [1, 2])'), "--shard=1/9")
+    assert result.code == 0 and result.out.startswith("No points.")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[]", "has a format"), ("{", "can't be read"), ('{"format": 99}', "has a format")],
+)
+def test_damaged_configs(
+    refuses: Callable[..., None], tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    refuses(["report", str(tmp_path)], words)
+    refuses(["report", str(tmp_path / "config.json")], "is no directory")

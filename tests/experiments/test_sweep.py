@@ -39,6 +39,7 @@ def test_sweeps_that_make_no_sense() -> None:
         ('axis("sampling.temprature", [1.0])', "", "did you mean sampling.temperature?"),
         ('axis("max_tokens", [1.5])', "", "sets max_tokens to 1.5, but it must be a whole number"),
         ('axis("workdir", ["x"])', "", "a sweep can't set workdir"),
+        ("[{1: 2}]", "", "point 1 of the sweep sets 1, which is no field"),
         ('axis("n", [1, 1])', "", "has the point n=1 twice"),
         ('axis("n", [])', "", "the sweep has no points"),
         ("3", "", "get_sweep() must return a sweep"),
@@ -82,7 +83,7 @@ def test_dry_run_lists_points_groups_and_memory(
     result = run(*experiment(), "--dry_run")
     listed = result.out.splitlines()
     assert result.code == 0 and not (tmp_path / "w").exists()
-    assert listed[-1] == "8 points, 2 compile groups, 2 sets of weights"
+    assert listed[-1] == "points: 8, compile groups: 2, sets of weights: 2"
     # Points of one dtype stand together: its weights are loaded once.
     assert ["float32" in line for line in listed[1:-1]] == [True] * 4 + [False] * 4
     # 3,314,304 parameters; keys and values of 64 in 5 layers for 512 tokens; 2048 logits.

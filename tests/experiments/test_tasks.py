@@ -97,14 +97,14 @@ def test_bench_and_profile(
     argv = experiment(
         'axis("batch_size", [2])',
         "config.experiment.task = 'bench'; config.experiment.bench.prompt_tokens = 20; "
-        "config.experiment.bench.new_tokens = 4; config.experiment.bench.repeats = 3",
+        "config.experiment.bench.new_tokens = 32; config.experiment.bench.repeats = 3",
     )
     assert run(*argv, "--profile").code == 0
     event, outputs = finished(tmp_path / "w"), lines(tmp_path / "w" / "outputs.jsonl")
     decode = [o["decode_seconds"] for o in outputs]
     assert len(decode) == 3
-    assert event["metrics"]["decode_tokens_per_s"] == pytest.approx(8 / np.median(decode))
-    assert event["metrics"]["ms_per_step"] == pytest.approx(1e3 * np.median(decode) / 4)
+    assert event["metrics"]["decode_tokens_per_s"] == pytest.approx(64 / np.median(decode))
+    assert event["metrics"]["ms_per_step"] == pytest.approx(1e3 * np.median(decode) / 32)
     operations = event["operations"]
     programs = {o["operation"].split(": ")[0] for o in operations}
     assert programs <= {"decode_many", "prefill_chunk", "begin", "create_cache"}, programs

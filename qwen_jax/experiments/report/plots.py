@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from qwen_jax.experiments.declaration import short
 from qwen_jax.experiments.report.results import Results, Row
-from qwen_jax.experiments.report.tables import shown, shown_metrics
+from qwen_jax.experiments.report.tables import clipped, shown, shown_metrics
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = "osD^vPX"
@@ -179,14 +179,14 @@ def _draw(panel: Axes, lines: Lines, axis: str, metric: str) -> None:
             linestyle="-" if numeric else "none",
             linewidth=1.5,
             capsize=3,
-            label=", ".join(key),
+            label=", ".join(map(clipped, key)),
         )
     panel.set_title(LABELS.get(metric, metric.replace("_", " ")), loc="left", fontsize=10)
     if numeric:
         panel.set_xlabel(short(axis).replace("_", " "))
         _scale_axis(panel, values)
     else:
-        panel.set_yticks(range(len(values)), [shown(value) for value in values])
+        panel.set_yticks(range(len(values)), [clipped(shown(value)) for value in values])
         panel.set_ylim(len(values) - 0.5, -0.5)
     _scale_metric(panel, seen, "y" if numeric else "x")
 
@@ -305,5 +305,7 @@ def _front(points: Sequence[tuple[float, float, str]], more: bool) -> list[tuple
 
 
 def _name(results: Results, row: Row) -> str:
-    values = [shown(row.overrides[f]) for f in results.swept if row.overrides.get(f) is not None]
+    values = [
+        clipped(shown(row.overrides[f])) for f in results.swept if row.overrides.get(f) is not None
+    ]
     return " ".join([*([row.run] if len(results.names) > 1 else []), *values]) or row.run

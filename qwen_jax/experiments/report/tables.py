@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_jax.experiments.declaration import short
+from qwen_jax.experiments.declaration import one_line, short
 from qwen_jax.experiments.report.results import Results, Row
 
 WIDTH = 100
 """Columns of the terminal's table, at most."""
+
+LONGEST = 40
+"""Letters of a value, such as a prompt, in a table or a picture."""
 
 
 def number(value: float, error: float | None = None) -> str:
@@ -34,7 +37,7 @@ def cells(results: Results, rows: Sequence[Row]) -> list[list[str]]:
     table = [[*(["run"] if several else []), *map(short, swept), *metrics]]
     for row in rows:
         line = [row.run] if several else []
-        line += [shown(row.overrides.get(field)) for field in swept]
+        line += [clipped(shown(row.overrides.get(field))) for field in swept]
         for index, name in enumerate(metrics):
             if name in row.metrics:
                 line.append(number(row.metrics[name], row.metrics.get(f"{name}_error")))
@@ -55,14 +58,22 @@ def shown_metrics(results: Results) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A config value in a cell."""
+    """A config value in a line."""
     if value is None:
         return "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else one_line(value)
+
+
+def clipped(text: str) -> str:
+    """A text without its middle, if it is long: prompts differ first, and paths last."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def terminal_table(results: Results) -> str:
     """The table, a line on what failed, and how many points there are."""
+    if not results.rows:
+        return "No points."
     table = cells(results, results.rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     # Metrics that don't fit are in the CSV and on the page.

@@ -16,6 +16,10 @@ from qwen_jax.errors import UserError
 _total = 0.0
 
 
+class TooLarge(UserError):
+    """What is asked for takes more memory than the device has free."""
+
+
 def _add(event: str, duration_secs: float, **kwargs: str | int) -> None:
     # Tracing, lowering and compiling; a hit in the persistent cache counts its retrieval.
     global _total
@@ -86,7 +90,7 @@ def check_weights_fit(config: ModelConfig, dtype: jnp.dtype) -> None:
     budget = Budget.of(config, dtype)
     if budget.weights > budget.free:
         smaller = "dtype bfloat16, " if dtype.itemsize > 2 else ""
-        raise UserError(
+        raise TooLarge(
             f"{config.source}: its weights take {show_bytes(budget.weights)} in {dtype.name}, but "
             f"the {device().device_kind} has {show_bytes(budget.free)} free; choose {smaller}a "
             "smaller model or a larger machine."
@@ -97,7 +101,7 @@ def check_cache_fits(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity:
     """Raises UserError where a cache of `capacity` tokens a row is more than is free."""
     budget = Budget.of(config, dtype)
     if (size := rows * capacity * budget.cache_per_token) > budget.free:
-        raise UserError(
+        raise TooLarge(
             f"{rows} texts of up to {capacity} tokens need {show_bytes(size)} for keys and values, "
             f"but the {device().device_kind} has {show_bytes(budget.free)} free; lower n, the "
             "batch size or max_tokens."

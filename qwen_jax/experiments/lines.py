@@ -11,6 +11,10 @@ from qwen_jax.errors import UserError
 _BLOCK = 1 << 16
 
 
+class NotWritten(UserError):
+    """Records can't be kept any more, so that there is no use in going on."""
+
+
 class Lines:
     """A file to which lines are added. What a killed process left of a line is cut off first."""
 
@@ -38,8 +42,23 @@ class Lines:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         # Half of a surrogate pair, as a prompt's id may hold, becomes its JSON escape.
         data = memoryview((text + "\n").encode("utf-8", "backslashreplace"))
-        while data:
-            data = data[os.write(self._file, data) :]
+        end = os.fstat(self._file).st_size
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            # A full disk takes half a line, on which the next one would continue.
+            os.ftruncate(self._file, end)
+            raise NotWritten(f"{self.path} can't be written: {error.strerror}.") from error
+
+    def check_in_place(self) -> None:
+        """Raises NotWritten where the file was deleted or replaced: what is added would be lost."""
+        try:
+            there = os.path.samestat(self.path.stat(), os.fstat(self._file))
+        except OSError:
+            there = False
+        if not there:
+            raise NotWritten(f"{self.path} was deleted or replaced while it was being written.")
 
     def sync(self) -> None:
         """Waits until the disk has what was added, for the day the power fails."""
@@ -54,7 +73,7 @@ def read(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
 
     A last line without its end is left out: a process writes it now, or was killed.
 
-    Raises UserError where a line is not JSON.
+    Raises UserError where a line is no JSON object.
     """
     if not path.exists():
         return
@@ -63,9 +82,16 @@ def read(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n") or containing not in line:
                 continue
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}, line {number} is damaged: {error}.") from error
+                raise UserError(_damaged(path, number, str(error))) from error
+            if not isinstance(record, dict):
+                raise UserError(_damaged(path, number, "it is no object"))
+            yield record
+
+
+def _damaged(path: Path, number: int, why: str) -> str:
+    return f"{path}, line {number} is damaged ({why}); delete the line, or restore the file."
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Shards into one directory, which is then as if one machine had run all points."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -8,7 +9,15 @@ from typing import Any
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
-from qwen_jax.experiments.records import CONFIG, METRICS, OUTPUTS, Contents, difference
+from qwen_jax.experiments.records import (
+    CONFIG,
+    LOG,
+    METRICS,
+    OUTPUTS,
+    Contents,
+    difference,
+    unused,
+)
 
 
 def shards_in(workdir: Path) -> list[Path]:
@@ -17,19 +26,28 @@ def shards_in(workdir: Path) -> list[Path]:
 
 
 def merge(shards: Sequence[Path], out: Path) -> list[str]:
-    """Writes the shards' records into `out`; returns the ids of points that none has finished.
+    """Writes the shards' records into `out`; returns the ids of points that none has ended.
 
     `out` is then an experiment that the command without --shard goes on with.
 
     Raises:
-        UserError: there is nothing to merge, shards are of different experiments, a point is in
-            two of them, or `out` holds an experiment already.
+        UserError: there is nothing to merge, a shard is in use, shards are of different
+            experiments, a point is in two of them, or `out` holds an experiment already.
     """
-    contents = [Contents.read(path) for path in shards]
-    if len(contents) < 2:
-        raise UserError(f"{out}: there are {len(contents)} shards, but merging takes two or more.")
+    if len(shards) < 2:
+        raise UserError(
+            f"There are {len(shards)} shards to merge in {out}, but merging takes two or more."
+        )
     if (out / CONFIG).exists():
         raise UserError(f"{out} holds an experiment already; give --workdir=DIRECTORY, a new one.")
+    _refuse_named_twice(shards)
+    with contextlib.ExitStack() as stack:
+        for path in shards:
+            stack.enter_context(unused(path))
+        return _merged([Contents.read(path) for path in shards], out)
+
+
+def _merged(contents: Sequence[Contents], out: Path) -> list[str]:
     own: dict[str, Any] = {"shard": None, "assigned": [], "config_file": ""}
     for other in contents[1:]:
         if changes := difference(contents[0].config | own, other.config | own):
@@ -43,10 +61,19 @@ def merge(shards: Sequence[Path], out: Path) -> list[str]:
     return [point for point in ids if point not in ended]
 
 
+def _refuse_named_twice(shards: Sequence[Path]) -> None:
+    seen: set[Path] = set()
+    for path in shards:
+        if path.resolve() in seen:
+            raise UserError(f"{path} is named twice; leave one of them out.")
+        seen.add(path.resolve())
+
+
 def _refuse_doubled(contents: Sequence[Contents]) -> None:
+    """A point that was only begun counts: its outputs would be doubled, too."""
     holder: dict[str, Path] = {}
     for content in contents:
-        for point in content.ends:
+        for point in content.begun:
             if point in holder:
                 raise UserError(
                     f"The point {point} is in {holder[point]} and in {content.path}; each point "
@@ -57,8 +84,11 @@ def _refuse_doubled(contents: Sequence[Contents]) -> None:
 
 def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
     """The config goes last: without it, a merge that was cut short can be repeated."""
-    (out / "environments").mkdir(parents=True, exist_ok=True)
-    for name in (METRICS, OUTPUTS):
+    try:
+        (out / "environments").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={out} can't be written: {error.strerror}.") from error
+    for name in (METRICS, OUTPUTS, LOG):
         with (out / f".{name}").open("wb") as merged:
             for content in contents:
                 if (content.path / name).exists():

@@ -8,11 +8,13 @@ outputs.jsonl    one line an item of a point: an answer, a window of a text, a r
 log.txt          what happened, with tracebacks
 """
 
+import contextlib
 import dataclasses
 import difflib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from qwen_jax.experiments import lines
 from qwen_jax.experiments.declaration import Declaration, Point
 from qwen_jax.experiments.lines import Lines
 
-CONFIG, METRICS, OUTPUTS = "config.json", "metrics.jsonl", "outputs.jsonl"
+CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
+LOCK = "lock"
+SHARD = re.compile(r"shard-\d+-of-\d+")
 FORMAT = 1
 
 
@@ -41,9 +45,11 @@ class Contents:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path} holds no experiment: it has no {CONFIG}.") from None
+        except NotADirectoryError:
+            raise UserError(f"{path} is no directory; name an experiment's workdir.") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path / CONFIG} can't be read: {error}.") from error
-        if config.get("format") != FORMAT:
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{path / CONFIG} has a format that this version does not know.")
         return cls(path, config, list(lines.read(path / METRICS)))
 
@@ -51,6 +57,11 @@ class Contents:
     def ends(self) -> dict[str, dict[str, Any]]:
         """Each point's last `finished` or `failed` event, by its id."""
         return {e["point"]: e for e in self.events if e["event"] in ("finished", "failed")}
+
+    @property
+    def begun(self) -> set[str]:
+        """Ids of the points that may have outputs."""
+        return {e["point"] for e in self.events if e["event"] == "started"}
 
     @property
     def assigned(self) -> list[str]:
@@ -84,6 +95,31 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "\n".join(line for line in changes if not line.startswith("@@"))
 
 
+def _lock(file: int, directory: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--workdir={directory} is in use by another process; wait for it, or end it."
+        ) from None
+    except OSError as error:  # as of a file system that knows no locks
+        raise UserError(
+            f"{directory / LOCK} can't be locked: {error.strerror}; choose a --workdir on another "
+            "file system."
+        ) from error
+
+
+@contextlib.contextmanager
+def unused(directory: Path) -> Iterator[None]:
+    """Nobody writes into an experiment's directory meanwhile. Raises UserError where one does."""
+    if not (directory / LOCK).exists():  # A copy may lack it.
+        yield
+        return
+    with (directory / LOCK).open("rb") as file:
+        _lock(file.fileno(), directory)
+        yield
+
+
 class Records:
     """An experiment's directory, open for writing by this process alone.
 
@@ -94,19 +130,14 @@ class Records:
 
     def __init__(self, directory: Path, description: dict[str, Any], source: str):
         self.directory = directory
+        self._refuse_foreign()
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise UserError(
-                f"--workdir={directory} is in use by another process; wait for it, or end it."
-            ) from None
-        try:
+            _lock(self._lock, directory)
             self.resumed = self._claim(description, source)
             self._metrics = Lines(directory / METRICS)
             self._outputs = Lines(directory / OUTPUTS)
@@ -115,6 +146,30 @@ class Records:
             raise
         self.ends = Contents.read(directory).ends
         self._with_outputs = {r["point"] for r in lines.read(directory / OUTPUTS)}
+
+    def _refuse_foreign(self) -> None:
+        """Looks before anything is written whether the directory is an experiment's, or empty."""
+        directory, whole = self.directory, self.directory.parent / CONFIG
+        if directory.name.startswith("shard-") and whole.exists() and not directory.exists():
+            raise UserError(
+                f"--workdir={directory.parent} holds the whole experiment; choose another "
+                "directory for its shards, or drop --shard."
+            )
+        if not directory.is_dir() or (directory / CONFIG).exists():
+            return
+        # A process killed before it wrote the config leaves a lock and temporary files.
+        names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+        foreign = names - {LOCK, "config.py"}
+        if shards := sorted(name for name in foreign if SHARD.fullmatch(name)):
+            raise UserError(
+                f"--workdir={directory} holds {shards[0]}; run.py merge {directory} puts shards "
+                "together, and then the command without --shard goes on."
+            )
+        if foreign:
+            raise UserError(
+                f"--workdir={directory} holds {min(foreign)} and no experiment; choose an "
+                "empty directory."
+            )
 
     def _claim(self, description: dict[str, Any], source: str) -> bool:
         """Writes the description, or compares it with the one that is there."""
@@ -129,18 +184,6 @@ class Records:
                     f"another directory, or undo the difference:\n{changes}"
                 )
             return True
-        # A process killed before this point leaves a lock and temporary files.
-        shards = self.directory.glob("shard-*-of-*")
-        ours = {"lock", "config.py", *(path.name for path in shards)}
-        if foreign := [
-            p.name
-            for p in self.directory.iterdir()
-            if p.name not in ours and not p.name.startswith((".config.", "."))
-        ]:
-            raise UserError(
-                f"--workdir={self.directory} holds {min(foreign)} and no experiment; choose an "
-                "empty directory."
-            )
         lines.write_atomically(self.directory / "config.py", source)
         text = json.dumps(description, indent=1, ensure_ascii=False)
         lines.write_atomically(self.directory / CONFIG, text)
@@ -148,6 +191,8 @@ class Records:
 
     def event(self, event: str, **fields: Any) -> None:
         record = {"event": event, **fields}
+        for file in (self._metrics, self._outputs):
+            file.check_in_place()
         self._metrics.append(record)
         if event in ("finished", "failed"):
             self._outputs.sync()

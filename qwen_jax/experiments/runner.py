@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 import time
 import traceback
@@ -17,9 +18,10 @@ from qwen_jax import measure
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import environment, profiling
+from qwen_jax.experiments.lines import NotWritten
 from qwen_jax.experiments.models import Choice, Models
 from qwen_jax.experiments.plan import Planned
-from qwen_jax.experiments.records import Records
+from qwen_jax.experiments.records import LOG, Records
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
@@ -39,7 +41,7 @@ class Runner:
     def run(self, planned: list[Planned]) -> int:
         """Runs what is left of the points; counts those that have failed, now or before."""
         records = self._records
-        with _logged_to(records.directory / "log.txt"):
+        with _logged_to(records.directory / LOG):
             left = [item for item in planned if self._is_left(item.point.id)]
             name = environment.save(records.directory)
             records.event("session", time=_now(), environment=name, points=len(left))
@@ -70,10 +72,11 @@ class Runner:
                 PointWork(item, records, self._models) as work,
                 profiling.traced(records.directory, point.id, self._profile) as operations,
             ):
-                metrics = item.task.run(work)
-            _check(metrics)
+                metrics = _checked(item.task.run(work))
         except KeyboardInterrupt:
             records.event("interrupted", point=point.id, time=_now())
+            raise
+        except NotWritten:
             raise
         except Exception as error:
             # Whatever it is, the other points may well run; the log has the traceback.
@@ -126,19 +129,26 @@ class PointWork(Work):
         self._bar.update(done - self._bar.n)
 
 
-def _check(metrics: Metrics) -> None:
-    wrong = {name: value for name, value in metrics.items() if not abs(value) < float("inf")}
+def _checked(metrics: Metrics) -> Metrics:
+    """The metrics as Python's numbers, which NumPy's and JAX's need not be."""
+    plain = {name: getattr(value, "item", lambda v=value: v)() for name, value in metrics.items()}
+    wrong = {
+        name: value
+        for name, value in plain.items()
+        if not isinstance(value, int | float) or not math.isfinite(value)
+    }
     if wrong:
         raise UserError(f"The metrics {wrong} are not finite numbers.")
+    return plain
 
 
 def _explain(error: Exception) -> dict[str, str]:
     """What kind of failure it was, and one sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError | measure.TooLarge) or "RESOURCE_EXHAUSTED" in text:
+        return {"kind": "out of memory", "reason": text[:500]}
     if isinstance(error, UserError):
         return {"kind": "not finite" if "not finite" in text else "bad input", "reason": text}
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return {"kind": "out of memory", "reason": text[:500]}
     if isinstance(error, NotImplementedError):
         return {"kind": "not implemented", "reason": text}
     return {"kind": "error", "reason": f"{type(error).__name__}: {text[:500]}"}

@@ -29,6 +29,13 @@ def run(command: Command) -> int:
             opened, retry_failed=config.runner.retry_failed, profile=config.runner.profile
         )
         failed = runner.run(planned)
+    except KeyboardInterrupt:
+        done = sum(item.point.id in opened.ends for item in planned)
+        print(
+            f"\n{workdir} has {done} of {len(planned)} points; the same command goes on.",
+            file=sys.stderr,
+        )
+        raise
     finally:
         opened.close()
     report.show([workdir], workdir)

@@ -9,7 +9,8 @@ from qwen_jax.settings import Command
 
 
 def run(command: Command) -> int:
-    """Merges the directories named, or the shards in the one named; 1 where points are missing."""
+    """Merges the directories named, or the shards in the one named; 1 where points are
+    missing or have failed."""
     paths = [Path(argument) for argument in command.arguments]
     if not paths:
         raise UserError("There is nothing to merge; name a workdir, or the shards' directories.")
@@ -17,11 +18,11 @@ def run(command: Command) -> int:
         raise UserError("--workdir=DIRECTORY must say where the merged experiment goes.")
     out = Path(command.config.workdir or paths[0])
     missing = merge.merge(merge.shards_in(paths[0]) if len(paths) == 1 else paths, out)
-    report.show([out], out)
+    results = report.show([out], out)
     if missing:
         print(
-            f"{len(missing)} points are missing: {', '.join(missing)}; the same command without "
-            f"--shard, with --workdir={out}, runs them.",
+            f"Missing points: {len(missing)} ({', '.join(missing)}). The command without --shard, "
+            f"with --workdir={out}, runs them.",
             file=sys.stderr,
         )
-    return 1 if missing else 0
+    return 0 if all(row.state == "ok" for row in results.rows) else 1

@@ -2,14 +2,25 @@
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.experiments.conftest import lines
+from tests.experiments.fake import ITEMS, Count
 
 Experiment = Callable[..., list[str]]
+
+
+def part(run: Callable, argv: list[str], workdir: Path, shard: str) -> Path:
+    """Runs a shard; the directory it goes to."""
+    run(*argv, f"--shard={shard}")
+    return workdir / f"shard-{shard.replace('/', '-of-')}"
 
 
 def finished(workdir: Path) -> list[dict]:
@@ -138,12 +149,14 @@ def test_merge_notices_missing_and_doubled_points(
         run(*argv, f"--shard={shard}")
     a, b = sorted(map(str, w.glob("shard-*")))
     refuses(["merge", a, b], "--workdir=DIRECTORY must say")
-    refuses(["merge", a, a, f"--workdir={out}"], "is in", "leave one of them out")
+    refuses(["merge", a, a, f"--workdir={out}"], "is named twice; leave one of them out")
     result = run("merge", a, b, f"--workdir={out}")
-    assert result.code == 1 and "3 points are missing" in result.err
+    assert result.code == 1 and "Missing points: 3 (" in result.err
     refuses(["merge", a, b, f"--workdir={out}"], "holds an experiment already")
     assert run(*argv[:2], f"--workdir={out}").code == 0
     assert len(finished(out)) == 8
+    result = run("merge", a, str(part(run, argv, w, "1/2")), f"--workdir={tmp_path / 'x'}")
+    assert result.code == 2 and "each point may be in one shard only" in result.err
     other = experiment('axis("sampling.seed", range(5))', workdir="v")
     run(*other, "--shard=1/2")
     result = run("merge", a, str(tmp_path / "v" / "shard-1-of-2"), f"--workdir={tmp_path / 'x'}")
@@ -154,4 +167,107 @@ def test_merge_notices_missing_and_doubled_points(
 def test_directories_without_an_experiment(refuses: Callable, tmp_path: Path, task: str) -> None:
     refuses([task], "There is nothing to")
     refuses(["report", str(tmp_path)], "holds no experiment")
-    refuses(["merge", str(tmp_path)], "there are 0 shards")
+    refuses(["merge", str(tmp_path)], "There are 0 shards")
+
+
+def test_points_that_two_shards_have_begun_are_not_merged(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    """Neither has finished, but both have outputs, which would be there twice."""
+    argv, w = experiment(), tmp_path / "w"
+    shards = [part(run, argv, w, shard) for shard in ("1/8", "1/4")]
+    for shard in shards:
+        events = (shard / "metrics.jsonl").read_text().splitlines(True)
+        (shard / "metrics.jsonl").write_text("".join(e for e in events if "finished" not in e))
+    refuses(["merge", *map(str, shards), f"--workdir={tmp_path / 'out'}"], "in one shard only")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_tells_of_failures_and_keeps_their_tracebacks(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    argv, w = experiment('axis("max_tokens", [4, 6])'), tmp_path / "w"
+    shards = [part(run, argv, w, shard) for shard in ("1/2", "2/2")]
+    with (shards[1] / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refuses(["merge", str(w)], "shard-2-of-2 is in use by another process")
+    result = run("merge", str(w))
+    assert result.code == 1 and "1 finished, 1 failed." in result.out
+    log = (w / "log.txt").read_text()
+    assert "ZeroDivisionError" in log and "finished" in log
+
+
+def test_shards_and_the_whole_do_not_share_a_directory(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    argv, w = experiment(), tmp_path / "w"
+    part(run, argv, w, "1/2")
+    refuses(argv, "holds shard-1-of-2; run.py merge")
+    part(run, argv, w, "2/2")
+    assert run("merge", str(w)).code == 0
+    refuses([*argv, "--shard=1/3"], "holds the whole experiment")
+    assert run(*argv, "--shard=1/2").code == 0  # It had been run: there is nothing to do.
+
+
+def test_a_strange_directory_stays_as_it_is(
+    experiment: Experiment, refuses: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.txt").write_text("all of it")
+    refuses(experiment(), "holds thesis.txt and no experiment")
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["thesis.txt"]
+
+
+def test_a_directory_that_goes_while_it_is_written(
+    experiment: Experiment, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete(task: Count) -> None:
+        shutil.rmtree(tmp_path / "w", ignore_errors=True)
+
+    monkeypatch.setattr(Count, "_fail", delete)
+    result = run(*experiment())
+    assert result.code == 2 and "metrics.jsonl was deleted or replaced" in result.err
+    assert not (tmp_path / "w").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(
+    experiment: Experiment, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(task: Count) -> None:
+        if task.config.sampling.seed == 2:
+            raise KeyboardInterrupt
+
+    argv = experiment('axis("sampling.seed", range(4))')
+    with monkeypatch.context() as patch:
+        patch.setattr(Count, "_fail", interrupt)
+        result = run(*argv)
+    assert result.code == 130 and "has 2 of 4 points; the same command goes on" in result.err
+    assert lines(tmp_path / "w" / "metrics.jsonl")[-1]["event"] == "interrupted"
+    assert run(*argv).code == 0
+    outputs = lines(tmp_path / "w" / "outputs.jsonl")
+    assert len({(o["point"], o["index"]) for o in outputs}) == len(outputs) == 4 * ITEMS
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [
+        (np.float32(2.5), "finished"),
+        (jnp.int32(3), "finished"),
+        (np.float32("nan"), "not finite"),
+        ("many", "not finite"),
+    ],
+)
+def test_metrics_of_other_types(
+    experiment: Experiment,
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: Any,
+    outcome: str,
+) -> None:
+    monkeypatch.setattr(Count, "run", lambda task, work: {"value": value})
+    run(*experiment('axis("n", [1])'))
+    event = lines(tmp_path / "w" / "metrics.jsonl")[-1]
+    assert event.get("kind", event["event"]) == outcome
+    if outcome == "finished":
+        assert event["metrics"]["value"] == float(value)

@@ -63,9 +63,7 @@ class Generate(Task):
 
     def run(self, work: Work) -> Metrics:
         total = sum(1 for _ in self._lines()) * self.config.n
-        if total == 0:
-            raise UserError(f"--prompt_file={self.config.prompt_file} holds no prompts.")
-        size = min(self.config.batch_size, total)
+        size = max(1, min(self.config.batch_size, total))
         rows = prompts.rows(self._items(), self.config.n, work.request)
         earlier = work.recorded()
         pending = next(earlier, None)
@@ -86,6 +84,8 @@ class Generate(Task):
             tally.add([(part[index][0], done[index]) for index in sorted(done)])
             start += len(part)
             work.progress(start, total)
+        if start == 0:
+            raise UserError(f"--prompt_file={self.config.prompt_file} holds no prompts.")
         return tally.metrics()
 
     def _run_batch(

@@ -1,7 +1,9 @@
 """What an experiment costs besides running the model, and whether its memory stays constant.
 
 A sweep of 200 points of the bundled model, each 16 haiku: how much of the wall time, from the start
-of the process to its end, is neither execution nor compilation. Then a point with 100,000 prompts:
+of the process to its end, is neither execution nor compilation. Execution is the engine's two
+functions, from the call until the device has the result; what the host does between two of them,
+such as turning ids into text and writing records, is not. Then a point with 100,000 prompts:
 resident memory while they stream through.
 
     python -m benchmarks.experiment_overhead [--prompts 100000]
@@ -16,7 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import jax
+
+from qwen_jax.experiments.task import Metrics, Work
+from qwen_jax.experiments.tasks.generate import Generate
+from qwen_jax.measure import compile_seconds
 
 RUN = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "experiment"]
 CONFIG = """
@@ -26,6 +36,7 @@ def get_config():
     config = defaults()
     config.prompt_file = {prompts!r}
     config.batch_size, config.max_tokens, config.raw = {batch_size}, {max_tokens}, {raw}
+    config.experiment.task = "benchmarks.experiment_overhead:Timed"
     return config
 def get_sweep():
     return product(
@@ -33,6 +44,29 @@ def get_sweep():
         axis("sampling.seed", range(0, 16 * {seeds}, 16)),
     )
 """
+
+
+class Timed(Generate):
+    """The task `generate`, with a clock around the engine."""
+
+    def run(self, work: Work) -> Metrics:
+        engine: Any = work.model().engine
+        self.seconds = 0.0
+        engine.prefill, engine.decode_many = map(self._timed, (engine.prefill, engine.decode_many))
+        try:
+            metrics = super().run(work)
+        finally:
+            del engine.prefill, engine.decode_many
+        return metrics | {"engine_seconds": self.seconds}
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start, compiled = time.perf_counter(), compile_seconds()
+            result = jax.block_until_ready(function(*args))
+            self.seconds += time.perf_counter() - start - (compile_seconds() - compiled)
+            return result
+
+        return timed
 
 
 def command(folder: Path, **fields: object) -> tuple[list[str], Path]:
@@ -55,16 +89,16 @@ def overhead(folder: Path) -> dict[str, float]:
     total = time.perf_counter() - start
     with (workdir / "metrics.jsonl").open() as file:
         ends = [e for line in file if (e := json.loads(line))["event"] == "finished"]
-    model = sum(end["metrics"]["model_seconds"] for end in ends)
+    execution = sum(end["metrics"]["engine_seconds"] for end in ends)
     compiling = sum(end["compile_seconds"] for end in ends)
     return {
         "points": len(ends),
         "total": total,
-        "model": model,
+        "execution": execution,
         "compilation": compiling,
-        "other": total - model - compiling,
+        "other": total - execution - compiling,
         "of which outside points": total - sum(end["seconds"] for end in ends),
-        "share": (total - model - compiling) / total,
+        "share": (total - execution - compiling) / total,
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from qwen_jax.engine import Emitted, Engine, Prompt
 from qwen_jax.errors import UserError
 from qwen_jax.measure import check_cache_fits, compile_seconds
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.sampling import Choice, Sampling, plan_rows
 from qwen_jax.text.streaming import StopStrings, TextStream
 from qwen_jax.text.tokenizer import Tokenizer
 
@@ -160,13 +160,16 @@ class Batch:
         self._mark()
         state, first = self._engine.prefill(self._prompts, plan, params)
         steps_left = max(row.limit for row in self._rows) - 1
+        # The device knows stop tokens and limits by itself.
+        tells = any(request.stop for request in self._requests)
 
         def next_chunk() -> Emitted | None:
             nonlocal state, steps_left
             if steps_left <= 0 or all(row.finish_reason for row in self._rows):
                 return None
-            ended = np.array([row.finish_reason is not None for row in self._rows])
-            state = dataclasses.replace(state, done=state.done | jnp.asarray(ended))
+            if tells:
+                ended = np.array([row.finish_reason is not None for row in self._rows])
+                state = dataclasses.replace(state, done=state.done | jnp.asarray(ended))
             state, emitted = self._engine.decode_many(state, params, plan, self._chunk)
             steps_left -= self._chunk
             return emitted
@@ -175,7 +178,7 @@ class Batch:
         # compete with itself, for a chunk that may not be needed.
         ahead = self._engine.platform != "cpu"
         # The first token is shown before the decode loop is compiled.
-        yield self._read(jax.tree.map(lambda x: x[None], first))
+        yield self._read(first, one_step=True)
         pending = next_chunk()
         while pending is not None:
             upcoming = next_chunk() if ahead else None
@@ -185,17 +188,28 @@ class Batch:
     def _mark(self) -> None:
         self._marks.append((time.perf_counter(), compile_seconds()))
 
-    def _read(self, emitted: Emitted) -> list[str]:
-        """Hands each row what a chunk of steps chose for it; returns the text that completes."""
-        host: Emitted = jax.device_get(emitted)
+    def _read(self, emitted: Emitted, *, one_step: bool = False) -> list[str]:
+        """Hands each row what a chunk of steps, or one step without a leading axis, chose for it;
+        returns the text that completes."""
+        choice, wanted = emitted.choice, (emitted.choice.token, emitted.live, emitted.finite)
+        # A CPU's memory is the host's: nothing has to be fetched.
+        on_host = self._engine.platform == "cpu"
+        fetched = map(np.asarray, wanted) if on_host else jax.device_get(wanted)
+        token, live, finite = map(np.atleast_2d, fetched)
         self._mark()
-        if not host.finite[host.live].all():
+        if not finite[live].all():
             raise UserError(
                 f"The logits are not finite in {self._engine.cache_dtype}: a value has overflowed; "
                 "choose --dtype=bfloat16 or float32, and check the model's file."
             )
+        if self._plan.logprobs:
+            choice = jax.device_get(choice)
+            choice = jax.tree.map(lambda x: x[None], choice) if one_step else choice
+        # As lists, since Python asks for one token after another; a row is live up to its end.
+        tokens, counts = token.T.tolist(), live.sum(0).tolist()
         return [
-            row.feed(host, index, self._engine.stop_ids) for index, row in enumerate(self._rows)
+            row.feed(tokens[index][: counts[index]], choice, index, self._engine.stop_ids)
+            for index, row in enumerate(self._rows)
         ]
 
 
@@ -212,23 +226,27 @@ class _Row:
         self._stop = StopStrings(request.stop)
         self._text: list[str] = []
 
-    def feed(self, emitted: Emitted, row: int, stop_ids: Sequence[int]) -> str:
-        """Takes the row's live tokens of `[steps, B]` choices; returns text safe to show."""
-        choice, piece, before = emitted.choice, "", len(self.tokens)
-        for step in np.flatnonzero(emitted.live[:, row]):
-            if self.finish_reason is not None:
-                break
-            token = int(choice.token[step, row])
+    def feed(self, tokens: Sequence[int], choice: Choice, row: int, stop_ids: Sequence[int]) -> str:
+        """Takes the row's live tokens of a chunk of steps; returns text safe to show."""
+        if self.finish_reason is not None:
+            return ""
+        piece, before = "", len(self.tokens)
+        for step, token in enumerate(tokens):
             self.tokens.append(token)
             if self._logprobs is not None:
                 top = zip(choice.top_ids[step, row], choice.top_logprobs[step, row], strict=True)
                 pairs = tuple((int(i), float(p)) for i, p in top)
                 self._logprobs.append(TokenLogprob(token, float(choice.logprob[step, row]), pairs))
-            piece += self._stop.feed(self._stream.feed([token]))
+            if self.request.stop:  # Which token completes one has to be known.
+                piece += self._stop.feed(self._stream.feed([token]))
             if self._stop.found is not None or token in stop_ids:
                 self.finish_reason = "stop"
             elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"
+            if self.finish_reason is not None:
+                break
+        if not self.request.stop:
+            piece = self._stream.feed(self.tokens[before:])
         if self.finish_reason is not None and len(self.tokens) > before:
             # What was held back: half a character, or the possible start of a stop string.
             piece += self._stop.feed(self._stream.finish()) + self._stop.finish()

@@ -9,7 +9,7 @@ they count generated tokens only, while the repetition penalty sees the prompt t
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,10 +173,10 @@ def plan_rows(
             assert bias is not None
             bias[i, token] = value
 
-    def column(name: str, dtype: type) -> jax.Array:
-        return jnp.asarray(np.array([getattr(r, name) for r in rows], dtype))
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(r, name) for r in rows], dtype)
 
-    return plan, RowParameters(
+    return plan, _on_device(
         temperature=column("temperature", np.float32),
         top_k=column("top_k", np.int32),
         top_p=column("top_p", np.float32),
@@ -184,9 +184,16 @@ def plan_rows(
         repetition=column("repetition_penalty", np.float32),
         presence=column("presence_penalty", np.float32),
         frequency=column("frequency_penalty", np.float32),
-        bias=None if bias is None else jnp.asarray(bias),
-        key=jax.vmap(jax.random.key)(column("seed", np.uint32)),
+        bias=bias,
+        seeds=column("seed", np.uint32),
     )
+
+
+@jax.jit
+def _on_device(seeds: Int[Array, "B"], **columns: Any) -> RowParameters:
+    """One call for all of them, compiled: one by one, and the keys traced anew for every batch,
+    they would cost milliseconds."""
+    return RowParameters(key=jax.vmap(jax.random.key)(seeds), **columns)
 
 
 def penalise(

@@ -1,7 +1,6 @@
 """From a config file and flags to the points of an experiment, every value checked."""
 
 import ast
-import copy
 import dataclasses
 import hashlib
 import json
@@ -100,7 +99,7 @@ def declare(command: settings.Command) -> Declaration:
     sweep = _swept(settings.call(command.config_file, "get_sweep", EXAMPLE), path)
     points: list[tuple[dict[str, Any], ConfigDict]] = []
     for number, overrides in enumerate(sweep, start=1):
-        config = copy.deepcopy(command.config)
+        config = command.config.copy_and_resolve_references()
         settings.update(config, overrides, f"{path}: point {number} of the sweep")
         for name in overrides:
             if name.startswith(NOT_HASHED):
@@ -112,7 +111,7 @@ def declare(command: settings.Command) -> Declaration:
     default = dict(settings.flatten(settings.get_config()))
     return Declaration(
         name=command.config_file,
-        source=Path(path).read_text(encoding="utf-8"),
+        source=_source(path),
         base=hashed_fields(command.config),
         changed={
             name: value
@@ -122,6 +121,13 @@ def declare(command: settings.Command) -> Declaration:
         points=_identified(points, prints, path),
         inputs=prints,
     )
+
+
+def _source(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:  # Python reads other encodings, too, where told which.
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it.") from error
 
 
 def _swept(sweep: Any, path: str) -> list[dict[str, Any]]:
@@ -153,5 +159,8 @@ def _is_input(value: Any, prints: dict[str, str]) -> bool:
 
 def title(source: str, name: str) -> str:
     """The first line of a config file's docstring, or its name."""
-    text = ast.get_docstring(ast.parse(source))
+    try:
+        text = ast.get_docstring(ast.parse(source))
+    except SyntaxError:  # written for a newer Python, or changed by hand
+        return name
     return text.splitlines()[0] if text else name

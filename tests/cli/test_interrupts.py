@@ -84,8 +84,9 @@ def test_the_process_ends_without_more_ado(result: str, code: int) -> None:
     program = (
         "import atexit, sys; from qwen_jax import cli\n"
         "def main():\n"
+        "    atexit.register(lambda: print(', end', end=''))\n"
         f"    print('text', end=''); return {result}\n"
-        "cli.main = main; atexit.register(lambda: print(', end', end='')); cli.entry()"
+        "cli.main = main; cli.entry()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == code

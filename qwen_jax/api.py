@@ -76,7 +76,7 @@ def load(
             argument isn't one of the values above.
     """
     parameter_dtype = dtype_of(dtype)
-    _one_of("matmul_precision", matmul_precision, PRECISIONS)
+    check_precision(matmul_precision)
     check_implementation(implementation)
     _use_compilation_cache()
     checkpoint = open_checkpoint(locate(model), sha256=sha256)
@@ -115,6 +115,11 @@ def check_implementation(name: str) -> None:
         except pallas_kernels.UnsupportedError as error:
             reason = str(error).rstrip(".")
             raise UserError(f"{reason}; use implementation 'auto' or 'xla'.") from error
+
+
+def check_precision(name: str) -> None:
+    """Raises UserError for a matmul precision that there is not."""
+    _one_of("matmul_precision", name, PRECISIONS)
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

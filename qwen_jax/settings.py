@@ -295,6 +295,8 @@ def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where} sets {name}, which is no field; {near(str(name))}")
         kind = type_of(name)
         fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind is tuple:
+            fits = fits and all(isinstance(text, str) for text in value)
         if not (fits or value is None is defaults[name]):
             raise UserError(f"{where} sets {name} to {value!r:.80}, but it must be {KINDS[kind]}.")
     config.update_from_flattened_dict(dict(fields))

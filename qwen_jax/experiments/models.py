@@ -41,6 +41,14 @@ class Choice:
             },
         )
 
+    def check(self) -> None:
+        """Raises UserError for a setting that there is not, or not on this device."""
+        api.dtype_of(self.dtype)
+        api.check_implementation(self.implementation)
+        api.check_precision(self.matmul_precision)
+        if self.quantization is not None:
+            quantize.check(self.quantization)
+
 
 class Models:
     """Holds one model at a time, so that a sweep over models needs no more memory than one."""

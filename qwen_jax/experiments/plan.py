@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import api
+from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import bucket
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import quantize
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
@@ -73,10 +73,7 @@ def part_of(planned: list[Planned], shard: str | None) -> list[Planned]:
 def _task(point: Point) -> Task:
     config = point.config
     try:
-        api.dtype_of(config.dtype)
-        api.check_implementation(config.implementation)
-        if config.experiment.quantization is not None:
-            quantize.check(config.experiment.quantization)
+        Choice.of(config).check()
         return task_class(config.experiment.task)(config)
     except UserError as error:
         raise UserError(f"The point {point.label}: {error}") from error
@@ -93,7 +90,7 @@ def _memory(task: Task, size: ModelConfig | None) -> int | None:
         return None
     budget = Budget.of(size, api.dtype_of(task.config.dtype))
     rows, tokens = task.rows()
-    slots = bucket(min(tokens, size.context_length), 16)
+    slots = bucket(min(tokens, size.context_length), SMALLEST_CAPACITY)
     return budget.weights + rows * (slots * budget.cache_per_token + 4 * size.vocab_size)
 
 

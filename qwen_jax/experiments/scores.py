@@ -75,4 +75,7 @@ SCORES: dict[str, Score] = {"diversity": diversity, "haiku": haiku, "match": mat
 
 def score(name: str) -> Score:
     """A score by its name here, or by `module:function`. Raises UserError for an unknown one."""
-    return SCORES.get(name) or imported(name, "experiment.scores", SCORES)
+    found = SCORES.get(name) or imported(name, "experiment.scores", SCORES)
+    if not callable(found):
+        raise UserError(f"experiment.scores names {name!r}, but that is no function.")
+    return found

@@ -6,7 +6,7 @@ is `module:Class`.
 
 import abc
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,12 @@ class Task(abc.ABC):
         """
 
 
-def task_class(name: str) -> Callable[[ConfigDict], Task]:
+def task_class(name: str) -> type[Task]:
     """The class of a task by its name in the table, or by `module:Class`."""
-    return imported(TASKS.get(name, name), "experiment.task", TASKS)
+    found = imported(TASKS.get(name, name), "experiment.task", TASKS)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UserError(f"experiment.task names {name!r}, but that is no subclass of Task.")
+    return found
 
 
 def imported(where: str, field: str, known: dict[str, Any]) -> Any:
@@ -96,8 +99,9 @@ def imported(where: str, field: str, known: dict[str, Any]) -> Any:
     module, _, name = where.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:
+        # It is the user's module and may fail in any way.
         raise UserError(
             f"{field} names {where!r}, which is none of {', '.join(known)} and can't be imported "
-            f"as module:name: {error}."
+            f"as module:name: {type(error).__name__}: {error}."
         ) from error

@@ -38,6 +38,7 @@ def test_sweeps_that_make_no_sense() -> None:
     [
         ('axis("sampling.temprature", [1.0])', "", "did you mean sampling.temperature?"),
         ('axis("max_tokens", [1.5])', "", "sets max_tokens to 1.5, but it must be a whole number"),
+        ('axis("experiment.scores", [(1,)])', "", "must be a tuple of texts"),
         ('axis("workdir", ["x"])', "", "a sweep can't set workdir"),
         ("[{1: 2}]", "", "point 1 of the sweep sets 1, which is no field"),
         ('axis("n", [1, 1])', "", "has the point n=1 twice"),
@@ -75,6 +76,14 @@ def test_what_a_command_must_have(
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.txt").write_text("all of it")
     refuses(argv, "holds thesis.txt and no experiment")
+
+
+def test_a_config_in_another_encoding(
+    experiment: Callable[..., list[str]], refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    argv, config = experiment(), tmp_path / "config.py"
+    config.write_bytes(f"# coding: latin-1\n# caf\u00e9\n{config.read_text()}".encode("latin-1"))
+    refuses(argv, "config.py is not UTF-8 at byte 23; convert it")
 
 
 def test_dry_run_lists_points_groups_and_memory(

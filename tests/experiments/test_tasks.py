@@ -114,9 +114,35 @@ def test_bench_and_profile(
     assert "Slowest operations" in (tmp_path / "w" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("loaded")
+def test_a_batch_that_fits_nowhere_stops_no_other(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    argv = experiment(
+        'axis("batch_size", [10**9, 1])',
+        "config.experiment.task = 'bench'; config.experiment.bench.prompt_tokens = 4; "
+        "config.experiment.bench.new_tokens = 2; config.experiment.bench.repeats = 1",
+    )
+    result = run(*argv)
+    assert result.code == 1 and "1 finished, 1 failed." in result.out
+    assert "out of memory: 1000000000 texts of up to" in result.out
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
+        ("config.experiment.task = 'os:getcwd'", "'os:getcwd', but that is no subclass of Task"),
+        ("config.experiment.task = 'tests.experiments.fake:Missing'", "can't be imported"),
+        (
+            "config.experiment.task = 'generate'; config.experiment.scores = ('os:sep',)",
+            "'os:sep', but that is no function",
+        ),
+        ("config.experiment.task = 'bench'; config.sampling.seed = -1", "sampling.seed is -1"),
+        ("config.matmul_precision = 'exact'", "matmul_precision is 'exact'"),
+        (
+            "config.experiment.task = 'compare'; config.experiment.reference.dtype = 'float8'",
+            "experiment.reference: dtype is 'float8'",
+        ),
         ("config.experiment.task = 'bench'; config.experiment.bench.repeats = 0", "repeats is 0"),
         ("config.experiment.task = 'perplexity'; config.experiment.text = 'no.txt'", "no.txt"),
         ("config.experiment.task = 'eval'", "experiment.eval.tasks is empty"),
@@ -129,4 +155,16 @@ def test_refused(
 ) -> None:
     if "eval" in setting:
         pytest.importorskip("lm_eval")
-    refuses(experiment('axis("sampling.seed", [1])', setting), words)
+    refuses(experiment('axis("max_tokens", [8])', setting), words)
+
+
+def test_a_task_whose_module_fails(
+    experiment: Callable[..., list[str]],
+    refuses: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "module_that_fails.py").write_text("1 / 0\n")
+    argv = experiment('axis("n", [1])', "config.experiment.task = 'module_that_fails:Task'")
+    refuses(argv, "names 'module_that_fails:Task'", "ZeroDivisionError: division by zero")

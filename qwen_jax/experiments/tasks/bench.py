@@ -8,9 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qwen_jax.engine import Engine, Prompt
+from qwen_jax.cache import SMALLEST_CAPACITY
+from qwen_jax.engine import Engine, Prompt, bucket
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.task import Metrics, Task, Work
+from qwen_jax.measure import check_cache_fits
+from qwen_jax.prompts import sampling_of
 from qwen_jax.sampling import Sampling, plan_rows
 
 
@@ -26,6 +29,7 @@ class Bench(Task):
         for name, value in bench.items():
             if value < 1:
                 raise UserError(f"experiment.bench.{name} is {value}, but it must be at least 1.")
+        sampling_of(config)  # Checks the seed, from which the tokens are drawn.
         if config.batch_size < 1:
             raise UserError(f"batch_size is {config.batch_size}, but it must be at least 1.")
 
@@ -36,11 +40,15 @@ class Bench(Task):
     def run(self, work: Work) -> Metrics:
         engine, bench = work.model().engine, self.config.experiment.bench
         context = engine.config.context_length
-        if sum(self.rows()[1:]) > context:
+        rows, longest = self.rows()
+        if longest > context:
             raise UserError(
                 f"{bench.prompt_tokens} tokens of a prompt and {bench.new_tokens} new ones are "
                 f"more than the context of {context}."
             )
+        check_cache_fits(
+            engine.config, engine.cache_dtype, rows, bucket(longest, SMALLEST_CAPACITY)
+        )
         taken = [(item["prefill_seconds"], item["decode_seconds"]) for item in work.recorded()]
         if len(taken) < bench.repeats:
             self._once(engine)  # compiles
@@ -49,7 +57,6 @@ class Bench(Task):
             work.record(repeat=repeat, prefill_seconds=taken[-1][0], decode_seconds=taken[-1][1])
             work.progress(repeat + 1, bench.repeats)
         prefill, decode = zip(*taken, strict=True)
-        rows = self.config.batch_size
         return {
             **_speed("prefill", rows * bench.prompt_tokens, prefill),
             **_speed("decode", rows * bench.new_tokens, decode),

@@ -40,7 +40,6 @@ class Compare(Task):
             raise UserError("compare needs a reference; set a field of experiment.reference.")
         self.reference = copy.deepcopy(config)
         if (quantization := given.pop("quantization", None)) is not None:
-            quantize.check(quantization)
             self.reference.experiment.quantization = quantization
         elif "model" in given:
             self.reference.experiment.quantization = None
@@ -48,6 +47,10 @@ class Compare(Task):
         if self.exact:
             del given["dtype"]
         self.reference.update(given)
+        try:
+            Choice.of(self.reference).check()
+        except UserError as error:
+            raise UserError(f"experiment.reference: {error}") from error
 
     def run(self, work: Work) -> Metrics:
         base = SavedBase(self._base(work))

@@ -32,6 +32,7 @@ from qwen_jax.api import BUNDLED, Model, locate
 from qwen_jax.errors import UserError
 
 CONTEXT = 512
+SMALLEST_CONTEXT = 4
 SMALLEST_COUNT = 100
 FLOOR = -16.0
 
@@ -208,8 +209,8 @@ def sample_tokens(model: Model) -> list[int]:
 
 def cut(tokens: Sequence[int], context: int) -> Int[np.ndarray, "C W"]:
     """The text in whole windows. Raises UserError where it holds fewer than two."""
-    if context < 4:
-        raise UserError(f"context is {context}, but it must be at least 4 tokens.")
+    if context < SMALLEST_CONTEXT:
+        raise UserError(f"context is {context}, but it must be at least {SMALLEST_CONTEXT} tokens.")
     if len(tokens) < 2 * context:
         raise UserError(
             f"The text has {len(tokens)} tokens, but windows of {context} need at least "

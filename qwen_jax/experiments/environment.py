@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from qwen_jax.experiments.lines import write_atomically
+from qwen_jax.experiments.records import ENVIRONMENTS
 
 PACKAGES = (
     *("qwen_jax", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers", "ml_collections"),
@@ -50,7 +51,7 @@ def save(directory: Path) -> str:
     found = describe()
     text = json.dumps(found, indent=1, ensure_ascii=False)
     name = hashlib.sha256(text.encode()).hexdigest()[:8]
-    folder = directory / "environments"
+    folder = directory / ENVIRONMENTS
     folder.mkdir(exist_ok=True)
     if not (folder / f"{name}.json").exists():
         write_atomically(folder / f"{name}.json", text)

@@ -1,8 +1,9 @@
 """Files of JSON lines that survive `kill -9`: a line is there whole, or not at all."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            _sync_directory(path.parent)
+        except OSError as error:
+            raise NotWritten(f"{path} can't be written: {error.strerror}.") from error
         size = os.fstat(self._file).st_size
         if (end := self._end_of_last_line(size)) < size:
             os.ftruncate(self._file, end)
@@ -68,12 +73,17 @@ class Lines:
         os.close(self._file)
 
 
-def read(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
+Record = dict[str, Any]
+
+
+def read(
+    path: Path, containing: bytes = b"", *, needs: Callable[[Record], Sequence[str]] | None = None
+) -> Iterator[Record]:
     """The records of a file one by one, only those whose line contains the given bytes.
 
     A last line without its end is left out: a process writes it now, or was killed.
 
-    Raises UserError where a line is no JSON object.
+    Raises UserError where a line is no JSON object, or lacks a field that `needs` names for it.
     """
     if not path.exists():
         return
@@ -87,6 +97,8 @@ def read(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
                 raise UserError(_damaged(path, number, str(error))) from error
             if not isinstance(record, dict):
                 raise UserError(_damaged(path, number, "it is no object"))
+            if needs and (lacking := [name for name in needs(record) if name not in record]):
+                raise UserError(_damaged(path, number, f"it has no {lacking[0]!r}"))
             yield record
 
 
@@ -95,10 +107,30 @@ def _damaged(path: Path, number: int, why: str) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Puts a whole file in its place at once."""
+    """Puts a whole file in its place at once. Raises NotWritten where that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        put(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise NotWritten(f"{path} can't be written: {error.strerror}.") from error
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Gives a file that is complete its name, once the disk has it."""
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Waits until the disk has the names in a directory."""
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,18 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
 from qwen_jax.experiments.records import (
     CONFIG,
+    CONFIG_FILE,
+    ENVIRONMENTS,
+    LOCK,
     LOG,
     METRICS,
     OUTPUTS,
+    SHARD,
     Contents,
     difference,
+    foreign_in,
+    hold,
+    refuse_foreign,
     unused,
 )
 
@@ -40,30 +48,41 @@ def merge(shards: Sequence[Path], out: Path) -> list[str]:
         )
     if (out / CONFIG).exists():
         raise UserError(f"{out} holds an experiment already; give --workdir=DIRECTORY, a new one.")
-    _refuse_named_twice(shards)
+    refuse_named_twice(shards)
+    foreign = foreign_in(out, {LOCK, CONFIG_FILE, METRICS, OUTPUTS, LOG, ENVIRONMENTS})
+    refuse_foreign(out, {name for name in foreign if not SHARD.fullmatch(name)})
     with contextlib.ExitStack() as stack:
         for path in shards:
             stack.enter_context(unused(path))
-        return _merged([Contents.read(path) for path in shards], out)
+        contents = [Contents.read(path) for path in shards]
+        _refuse_others(contents)
+        _refuse_doubled(contents)
+        stack.callback(os.close, hold(out))
+        return _merged(contents, out)
 
 
 def _merged(contents: Sequence[Contents], out: Path) -> list[str]:
+    ended = {point for content in contents for point in content.ends}
+    ids = [point["id"] for point in contents[0].config["points"]]
+    try:
+        _write(contents, out, ids)
+    except OSError as error:
+        raise UserError(f"{error.filename or out} can't be written: {error.strerror}.") from error
+    return [point for point in ids if point not in ended]
+
+
+def _refuse_others(contents: Sequence[Contents]) -> None:
     own: dict[str, Any] = {"shard": None, "assigned": [], "config_file": ""}
     for other in contents[1:]:
         if changes := difference(contents[0].config | own, other.config | own):
             raise UserError(
                 f"{contents[0].path} and {other.path} are of different experiments:\n{changes}"
             )
-    _refuse_doubled(contents)
-    ended = {point for content in contents for point in content.ends}
-    ids = [point["id"] for point in contents[0].config["points"]]
-    _write(contents, out, ids)
-    return [point for point in ids if point not in ended]
 
 
-def _refuse_named_twice(shards: Sequence[Path]) -> None:
+def refuse_named_twice(workdirs: Sequence[Path]) -> None:
     seen: set[Path] = set()
-    for path in shards:
+    for path in workdirs:
         if path.resolve() in seen:
             raise UserError(f"{path} is named twice; leave one of them out.")
         seen.add(path.resolve())
@@ -84,10 +103,7 @@ def _refuse_doubled(contents: Sequence[Contents]) -> None:
 
 def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
     """The config goes last: without it, a merge that was cut short can be repeated."""
-    try:
-        (out / "environments").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={out} can't be written: {error.strerror}.") from error
+    (out / ENVIRONMENTS).mkdir(exist_ok=True)
     for name in (METRICS, OUTPUTS, LOG):
         with (out / f".{name}").open("wb") as merged:
             for content in contents:
@@ -95,11 +111,11 @@ def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
                     # Line by line: a killed process may have left half of one.
                     with (content.path / name).open("rb") as file:
                         merged.writelines(line for line in file if line.endswith(b"\n"))
-        (out / f".{name}").replace(out / name)
+        lines.put(out / f".{name}", out / name)
     for content in contents:
-        for path in (content.path / "environments").glob("*.json"):
-            shutil.copy(path, out / "environments" / path.name)
-    shutil.copy(contents[0].path / "config.py", out / "config.py")
+        for path in (content.path / ENVIRONMENTS).glob("*.json"):
+            shutil.copy(path, out / ENVIRONMENTS / path.name)
+    lines.write_atomically(out / CONFIG_FILE, contents[0].source)
     config = contents[0].config | {"shard": None, "assigned": ids}
     text = json.dumps(config, indent=1, ensure_ascii=False)
     lines.write_atomically(out / CONFIG, text)

@@ -61,13 +61,17 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
 
 def part_of(planned: list[Planned], shard: str | None) -> list[Planned]:
     """Shard `i/n`, from 1/n to n/n, as a run of neighbours. Raises UserError for another form."""
+    i, n = _parsed(shard)
+    return planned[(i - 1) * len(planned) // n : i * len(planned) // n]
+
+
+def _parsed(shard: str | None) -> tuple[int, int]:
     if shard is None:
-        return planned
+        return 1, 1
     number, _, count = shard.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise UserError(f"--shard is {shard!r}, but it must be i/n, from 1/n to n/n.")
-    i, n = int(number), int(count)
-    return planned[(i - 1) * len(planned) // n : i * len(planned) // n]
+    return int(number), int(count)
 
 
 def _task(point: Point) -> Task:
@@ -118,4 +122,4 @@ def _weights(item: Planned) -> Choice:
 
 def shard_directory(workdir: Path, shard: str | None) -> Path:
     """A shard's own directory in the workdir, so that two machines never write one file."""
-    return workdir if shard is None else workdir / f"shard-{shard.replace('/', '-of-')}"
+    return workdir if shard is None else workdir / "shard-{}-of-{}".format(*_parsed(shard))

@@ -21,13 +21,27 @@ from typing import Any
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
-from qwen_jax.experiments.declaration import Declaration, Point
+from qwen_jax.experiments.declaration import Declaration, Point, label
 from qwen_jax.experiments.lines import Lines
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
-LOCK = "lock"
+CONFIG_FILE, ENVIRONMENTS, LOCK = "config.py", "environments", "lock"
 SHARD = re.compile(r"shard-\d+-of-\d+")
 FORMAT = 1
+_SHOWN = 40
+"""Lines of a difference that are shown."""
+_FIELDS = {"config_file", "changed", "config", "inputs", "points", "shard", "assigned"}
+_NEEDED: dict[Any, tuple[str, ...]] = {
+    "session": ("environment",),
+    "started": ("point",),
+    "finished": ("point", "metrics"),
+    "failed": ("point", "kind", "reason"),
+}
+"""What must be in an event, besides its name."""
+
+
+def _needs(event: dict[str, Any]) -> tuple[str, ...]:
+    return ("event", *_NEEDED.get(event.get("event"), ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +65,15 @@ class Contents:
             raise UserError(f"{path / CONFIG} can't be read: {error}.") from error
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise UserError(f"{path / CONFIG} has a format that this version does not know.")
-        return cls(path, config, list(lines.read(path / METRICS)))
+        if lacking := _FIELDS - config.keys():
+            raise UserError(f"{path / CONFIG} has no {min(lacking)}; restore the file.")
+        return cls(path, config, list(lines.read(path / METRICS, needs=_needs)))
+
+    @property
+    def source(self) -> str:
+        """The config file as it was, or nothing where it is gone."""
+        path = self.path / CONFIG_FILE
+        return path.read_text("utf-8", "replace") if path.is_file() else ""
 
     @property
     def ends(self) -> dict[str, dict[str, Any]]:
@@ -89,10 +111,24 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The lines in which two descriptions differ, or nothing."""
+    return _difference(_asked(old), _asked(new)) or _difference(old, new)
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     before, after = (json.dumps(d, indent=1, sort_keys=True).splitlines() for d in (old, new))
     names = ("in the workdir", "asked for now")
-    changes = difflib.unified_diff(before, after, *names, n=0, lineterm="")
-    return "\n".join(line for line in changes if not line.startswith("@@"))
+    found = difflib.unified_diff(before, after, *names, n=0, lineterm="")
+    changes = [line for line in found if not line.startswith("@@")]
+    if (more := len(changes) - _SHOWN) > 0:
+        changes[_SHOWN:] = [f"... and {more} more lines"]
+    return "\n".join(changes)
+
+
+def _asked(description: dict[str, Any]) -> dict[str, Any]:
+    """Without what follows from the rest, as the points' ids do: all change with anything."""
+    points = [label(point["overrides"]) for point in description["points"]]
+    rest = {name: value for name, value in description.items() if name != "changed"}
+    return rest | {"points": points, "assigned": len(description["assigned"])}
 
 
 def _lock(file: int, directory: Path) -> None:
@@ -109,6 +145,22 @@ def _lock(file: int, directory: Path) -> None:
         ) from error
 
 
+def hold(directory: Path) -> int:
+    """Makes a directory, if need be, and keeps others from writing into it while the file that is
+    returned is open. Raises UserError where that can't be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
+    try:
+        _lock(file, directory)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
 @contextlib.contextmanager
 def unused(directory: Path) -> Iterator[None]:
     """Nobody writes into an experiment's directory meanwhile. Raises UserError where one does."""
@@ -118,6 +170,23 @@ def unused(directory: Path) -> Iterator[None]:
     with (directory / LOCK).open("rb") as file:
         _lock(file.fileno(), directory)
         yield
+
+
+def foreign_in(directory: Path, ours: set[str]) -> set[str]:
+    """Names in a directory without an experiment that did not come from here."""
+    if not directory.is_dir() or (directory / CONFIG).exists():
+        return set()
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    # Whatever we write into a directory, the lock is first.
+    return names - ours if LOCK in names else names
+
+
+def refuse_foreign(directory: Path, foreign: set[str]) -> None:
+    if foreign:
+        raise UserError(
+            f"--workdir={directory} holds {min(foreign)} and no experiment; choose an empty "
+            "directory."
+        )
 
 
 class Records:
@@ -131,21 +200,17 @@ class Records:
     def __init__(self, directory: Path, description: dict[str, Any], source: str):
         self.directory = directory
         self._refuse_foreign()
+        self._lock = hold(directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
-        try:
-            _lock(self._lock, directory)
             self.resumed = self._claim(description, source)
             self._metrics = Lines(directory / METRICS)
             self._outputs = Lines(directory / OUTPUTS)
+            self.ends = Contents.read(directory).ends
+            recorded = lines.read(directory / OUTPUTS, needs=lambda item: ("point",))
+            self._with_outputs = {item["point"] for item in recorded}
         except BaseException:
             os.close(self._lock)
             raise
-        self.ends = Contents.read(directory).ends
-        self._with_outputs = {r["point"] for r in lines.read(directory / OUTPUTS)}
 
     def _refuse_foreign(self) -> None:
         """Looks before anything is written whether the directory is an experiment's, or empty."""
@@ -155,21 +220,14 @@ class Records:
                 f"--workdir={directory.parent} holds the whole experiment; choose another "
                 "directory for its shards, or drop --shard."
             )
-        if not directory.is_dir() or (directory / CONFIG).exists():
-            return
         # A process killed before it wrote the config leaves a lock and temporary files.
-        names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
-        foreign = names - {LOCK, "config.py"}
+        foreign = foreign_in(directory, {LOCK, CONFIG_FILE})
         if shards := sorted(name for name in foreign if SHARD.fullmatch(name)):
             raise UserError(
                 f"--workdir={directory} holds {shards[0]}; run.py merge {directory} puts shards "
                 "together, and then the command without --shard goes on."
             )
-        if foreign:
-            raise UserError(
-                f"--workdir={directory} holds {min(foreign)} and no experiment; choose an "
-                "empty directory."
-            )
+        refuse_foreign(directory, foreign)
 
     def _claim(self, description: dict[str, Any], source: str) -> bool:
         """Writes the description, or compares it with the one that is there."""
@@ -184,7 +242,7 @@ class Records:
                     f"another directory, or undo the difference:\n{changes}"
                 )
             return True
-        lines.write_atomically(self.directory / "config.py", source)
+        lines.write_atomically(self.directory / CONFIG_FILE, source)
         text = json.dumps(description, indent=1, ensure_ascii=False)
         lines.write_atomically(self.directory / CONFIG, text)
         return False

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import report
+from qwen_jax.experiments import merge, report
 from qwen_jax.settings import Command
 
 
@@ -13,6 +13,7 @@ def run(command: Command) -> int:
     paths = [Path(argument) for argument in command.arguments]
     if not paths:
         raise UserError("There is nothing to report on; name a workdir, as in report runs/a.")
+    merge.refuse_named_twice(paths)
     out, names = paths[0], None
     if len(paths) > 1:
         # Beside the experiments, under a name that says which they are.
@@ -21,6 +22,9 @@ def run(command: Command) -> int:
         names = (f"{stem}.csv", f"{stem}.html")
     if command.config.workdir is not None:
         out = Path(command.config.workdir)
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={out} can't be written: {error.strerror}.") from error
     report.show(paths, out, names)
     return 0

@@ -2,7 +2,8 @@
 
     python -m tests.experiments.killer OUTPUTS ARGUMENT...
 
-Prints how often it has killed. Everything is imported once and children are forked before JAX has
+Prints how often it has killed. After each kill, every line that was whole before must still be
+where it was. Everything is imported once and children are forked before JAX has
 any threads, so that a child starts soon; each is a process of its own, killed by SIGKILL: one in
 five while it starts, the others some moment after OUTPUTS has grown.
 """
@@ -38,14 +39,24 @@ def ends(child: int, outputs: Path, rng: random.Random) -> int | None:
     return None
 
 
+def whole_lines(path: Path) -> bytes:
+    """What a file holds up to the end of its last whole line."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
+
+
 def main(outputs: Path, argv: list[str]) -> None:
     rng, kills, code = random.Random(7), 0, None
+    kept = dict.fromkeys((outputs, outputs.with_name("metrics.jsonl")), b"")
     while kills < KILLS and code is None:
         child = os.fork()
         if child == 0:
             os._exit(cli.main(argv))
         code = ends(child, outputs, rng)
         kills += code is None
+        for path, before in kept.items():
+            kept[path] = whole_lines(path)
+            assert kept[path].startswith(before), f"{path} has lost a line"
     if code is None:
         code = cli.main(argv)
     print(f"{kills} kills, then {code}")

@@ -1,6 +1,7 @@
 """kill -9 at random moments: no record is lost, doubled or torn."""
 
 import collections
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from tests.cli.conftest import REPOSITORY
 from tests.experiments.conftest import lines
-from tests.experiments.fake import ITEMS
+from tests.experiments.fake import DONE, ITEMS
 
 POINTS = 150
 
@@ -26,11 +27,15 @@ def test_killed_and_resumed(experiment: Callable[..., list[str]], tmp_path: Path
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        timeout=120,
+        env=os.environ | {DONE: str(tmp_path / "done")},
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     kills, _, code = done.stdout.splitlines()[-1].partition(" kills, then ")
     assert int(kills) >= 30 and code == "0"
+    # A kill loses the item in progress at most, which is then done once more.
+    again = (tmp_path / "done").stat().st_size - POINTS * ITEMS
+    assert 0 <= again <= int(kills)
 
     workdir = tmp_path / "w"
     outputs = lines(workdir / "outputs.jsonl")  # Every line is whole, or this fails.

@@ -143,7 +143,12 @@ def test_a_shard_without_points(experiment: Callable[..., list[str]], run: Calla
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[]", "has a format"), ("{", "can't be read"), ('{"format": 99}', "has a format")],
+    [
+        ("[]", "has a format"),
+        ("{", "can't be read"),
+        ('{"format": 99}', "has a format"),
+        ('{"format": 1}', "has no assigned"),
+    ],
 )
 def test_damaged_configs(
     refuses: Callable[..., None], tmp_path: Path, text: str, words: str
@@ -151,3 +156,19 @@ def test_damaged_configs(
     (tmp_path / "config.json").write_text(text)
     refuses(["report", str(tmp_path)], words)
     refuses(["report", str(tmp_path / "config.json")], "is no directory")
+
+
+def test_what_a_page_can_do_without(
+    experiment: Callable[..., list[str]], run: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    run(*experiment())
+    w = tmp_path / "w"
+    for text in ("def (", None):
+        (w / "config.py").unlink() if text is None else (w / "config.py").write_text(text)
+        assert run("report", str(w)).code == 0
+        assert f"<title>{tmp_path / 'config.py'}</title>" in (w / "report.html").read_text()
+    refuses(["report", str(w), str(w)], "is named twice")
+    (environment,) = (w / "environments").iterdir()
+    environment.write_text("{")
+    result = run("report", str(w))
+    assert result.code == 2 and f"{environment.name} is damaged" in result.err

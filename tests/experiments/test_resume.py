@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.experiments import merge
 from tests.experiments.conftest import lines
 from tests.experiments.fake import ITEMS, Count
 
@@ -20,7 +21,8 @@ Experiment = Callable[..., list[str]]
 def part(run: Callable, argv: list[str], workdir: Path, shard: str) -> Path:
     """Runs a shard; the directory it goes to."""
     run(*argv, f"--shard={shard}")
-    return workdir / f"shard-{shard.replace('/', '-of-')}"
+    i, n = map(int, shard.split("/"))
+    return workdir / f"shard-{i}-of-{n}"
 
 
 def finished(workdir: Path) -> list[dict]:
@@ -63,11 +65,12 @@ def test_a_changed_config_is_refused(
     before = (tmp_path / "w" / "metrics.jsonl").read_bytes()
     for argv, difference in (
         ([*experiment(), "--max_tokens=9"], '+  "max_tokens": 9'),
-        (experiment('axis("sampling.seed", range(9))'), '+    "sampling.seed": 8'),
+        (experiment('axis("sampling.seed", range(9))'), '+  "seed=8"'),
+        (experiment('axis("sampling.seed", range(99))'), "more lines"),
     ):
         result = run(*argv)
         assert result.code == 2 and "holds an experiment with another config" in result.err
-        assert difference in result.err
+        assert difference in result.err and len(result.err.splitlines()) < 50
     assert (tmp_path / "w" / "metrics.jsonl").read_bytes() == before
 
 
@@ -209,13 +212,33 @@ def test_shards_and_the_whole_do_not_share_a_directory(
     assert run(*argv, "--shard=1/2").code == 0  # It had been run: there is nothing to do.
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", "config.py"])
 def test_a_strange_directory_stays_as_it_is(
-    experiment: Experiment, refuses: Callable, tmp_path: Path
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path, name: str
 ) -> None:
-    (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "thesis.txt").write_text("all of it")
-    refuses(experiment(), "holds thesis.txt and no experiment")
-    assert [path.name for path in (tmp_path / "w").iterdir()] == ["thesis.txt"]
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / name).write_text("all of it")
+    argv = experiment()
+    refuses([*argv, f"--workdir={strange}"], f"holds {name} and no experiment")
+    shards = [str(part(run, argv, tmp_path / "w", shard)) for shard in ("1/2", "02/2")]
+    refuses(["merge", *shards, f"--workdir={strange}"], f"holds {name} and no experiment")
+    assert [path.name for path in strange.iterdir()] == [name]
+
+
+def test_a_merge_that_was_cut_short_can_be_repeated(
+    experiment: Experiment, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, w = experiment(), tmp_path / "w"
+    for shard in ("1/2", "2/2"):
+        part(run, argv, w, shard)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge.lines, "write_atomically", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("merge", str(w))
+    assert (w / "metrics.jsonl").exists() and not (w / "config.json").exists()
+    assert run("merge", str(w)).code == 0
+    assert len(finished(w)) == 8
 
 
 def test_a_directory_that_goes_while_it_is_written(
@@ -228,6 +251,45 @@ def test_a_directory_that_goes_while_it_is_written(
     result = run(*experiment())
     assert result.code == 2 and "metrics.jsonl was deleted or replaced" in result.err
     assert not (tmp_path / "w").exists()
+
+
+def test_files_that_cannot_be_written(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    argv, w, file = experiment(), tmp_path / "w", tmp_path / "file"
+    file.touch()
+    refuses([*argv, f"--workdir={file}"], f"--workdir={file} can't be written")
+    run(*argv)
+    refuses(["report", str(w), f"--workdir={file}"], f"--workdir={file} can't be written")
+    (w / "results.csv").unlink()
+    (w / "results.csv").mkdir()
+    result = run("report", str(w))
+    assert result.code == 2 and "results.csv can't be written: Is a directory" in result.err
+    assert not list(w.glob(".results*"))
+    (w / "outputs.jsonl").unlink()
+    (w / "outputs.jsonl").mkdir()
+    refuses(argv, "outputs.jsonl can't be written: Is a directory")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"),
+    [
+        ("metrics.jsonl", '{"a": 1}', "it has no 'event'"),
+        ("metrics.jsonl", '{"event": "finished", "metrics": {}}', "it has no 'point'"),
+        ("metrics.jsonl", '{"event": "failed", "point": "x", "kind": "y"}', "it has no 'reason'"),
+        ("outputs.jsonl", '{"a": 1}', "it has no 'point'"),
+    ],
+)
+def test_records_changed_by_hand(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path, *, name: str,
+    line: str, words: str,
+) -> None:  # fmt: skip
+    argv, path = experiment('axis("n", [1])'), tmp_path / "w" / name
+    run(*argv)
+    count = path.read_text().count("\n")
+    with path.open("a") as file:
+        file.write(line + "\n")
+    refuses(argv, f"{name}, line {count + 1} is damaged ({words})")
 
 
 def test_ctrl_c_says_how_to_go_on(

@@ -145,6 +145,7 @@ def test_a_batch_that_fits_nowhere_stops_no_other(
         ),
         ("config.experiment.task = 'bench'; config.experiment.bench.repeats = 0", "repeats is 0"),
         ("config.experiment.task = 'perplexity'; config.experiment.text = 'no.txt'", "no.txt"),
+        ("config.experiment.task = 'perplexity'; config.experiment.context = 3", "at least 4"),
         ("config.experiment.task = 'eval'", "experiment.eval.tasks is empty"),
         ("config.prompt = '-'; config.experiment.task = 'generate'", "can't read stdin"),
         ("config.experiment.task = 'generate'; config.n = 0", "n is 0"),

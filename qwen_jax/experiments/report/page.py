@@ -88,12 +88,12 @@ def html(results: Results) -> str:
             (
                 f"{name} ({content.config['config_file']})",
                 json.dumps(content.config["changed"], indent=1),
-                (content.path / "config.py").read_text("utf-8"),
+                content.source,
             )
             for name, content in zip(results.names, results.contents, strict=True)
         ],
         environments=[
-            (name, json.dumps(_without_diff(found), indent=1), found["uncommitted"])
+            (name, json.dumps(_without_diff(found), indent=1), found.get("uncommitted"))
             for name, found in results.environments()
         ],
     )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import label, title
-from qwen_jax.experiments.records import Contents
+from qwen_jax.experiments.records import ENVIRONMENTS, Contents
 
 STATES = {"finished": "ok", "failed": "failed", None: "missing"}
 
@@ -69,10 +70,7 @@ class Results:
 
     @property
     def title(self) -> str:
-        titles = []
-        for content in self.contents:
-            name, source = content.config["config_file"], content.path / "config.py"
-            titles.append(title(source.read_text("utf-8"), name) if source.exists() else name)
+        titles = [title(c.source, c.config["config_file"]) for c in self.contents]
         return " / ".join(dict.fromkeys(titles))
 
     @property
@@ -101,9 +99,12 @@ class Results:
                 e["environment"] for e in content.events if e["event"] == "session"
             )
             for environment in used:
-                path = content.path / "environments" / f"{environment}.json"
+                path = content.path / ENVIRONMENTS / f"{environment}.json"
                 if path.exists():
-                    found.append((name, json.loads(path.read_text("utf-8"))))
+                    try:
+                        found.append((name, json.loads(path.read_text("utf-8"))))
+                    except ValueError as error:
+                        raise UserError(f"{path} is damaged ({error}); restore it.") from error
         return found
 
 

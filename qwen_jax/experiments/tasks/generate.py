@@ -64,6 +64,7 @@ class Generate(Task):
     def run(self, work: Work) -> Metrics:
         total = sum(1 for _ in self._lines()) * self.config.n
         size = max(1, min(self.config.batch_size, total))
+        work.model()  # What is wrong with it is not the first prompt's fault.
         rows = prompts.rows(self._items(), self.config.n, work.request)
         earlier = work.recorded()
         pending = next(earlier, None)

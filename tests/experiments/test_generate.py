@@ -5,12 +5,15 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwen_jax import api
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import scores
+from qwen_jax.experiments.tasks.generate import _Tally
+from qwen_jax.generation import Timings
 from qwen_jax.prompts import Item
 from qwen_jax.sampling import Sampling
 from tests.experiments.conftest import lines
@@ -119,6 +122,17 @@ def test_templates_that_cannot_be_filled(
     )
     result = run(*argv)
     assert result.code == 1 and words in result.out
+
+
+def test_speeds_are_those_of_batches_that_compile_nothing() -> None:
+    tally = _Tally(SimpleNamespace(config=SimpleNamespace(n=1), scores=[]))  # type: ignore[arg-type]
+    tally.add([(Item("x", {}, "here"), {"tokens": [1, 2], "finish_reason": "stop"})])
+    tally.time(Timings(10, 0.001, 5, 1.0, 2.001, compile_seconds=2.0))
+    assert tally.metrics().keys() & {"prompt_tokens_per_s", "tokens_per_s"} == set()
+    tally.time(Timings(100, 2.0, 50, 5.0, 2.0, compile_seconds=0.0))
+    metrics = tally.metrics()
+    assert (metrics["prompt_tokens_per_s"], metrics["tokens_per_s"]) == (50, 10)
+    assert metrics["model_seconds"] == pytest.approx(8.001)
 
 
 def test_diversity_by_hand() -> None:

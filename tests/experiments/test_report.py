@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from qwen_jax.experiments.report import plots, tables
 from qwen_jax.experiments.report.results import Results
+from qwen_jax.experiments.task import Work
+from tests.experiments.fake import Count
 
 pytest.importorskip("matplotlib")
 
@@ -81,6 +83,26 @@ def test_error_bars_are_deviations_over_seeds(
     assert list(line.get_ydata()) == [2466, 2466]
     low, high = bars.get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(1200 * 2**0.5)
+
+
+def test_points_without_a_cost_are_not_on_its_front(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def metrics(task: Count, work: Work) -> dict[str, float]:
+        seed = task.config.sampling.seed
+        timed = {"tokens_per_s": 100.0 * seed} if seed else {}  # the first one compiles
+        return {"kld": 1 / (1 + seed), "weight_bytes": 1e6, **timed}
+
+    monkeypatch.setattr(Count, "run", metrics)
+    assert run(*experiment('axis("sampling.seed", range(4))')).code == 0
+    (picture,) = plots.pictures(Results.read([tmp_path / "w"]))
+    (panel,) = picture.figure.axes
+    front, *points = panel.get_lines()
+    assert picture.name == "pareto" and len(points) == 3
+    assert list(front.get_xdata()) == [300]  # the fastest is the nearest, too
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)

@@ -237,13 +237,21 @@ def _pareto(results: Results) -> Picture | None:
         "tokens_per_s": ("generation (tokens/s)", 1.0, True),
         "decode_tokens_per_s": ("decoding (tokens/s)", 1.0, True),
     }
-    costs = {n: c for n, c in costs.items() if len({r.metrics.get(n) for r in rows}) > 1}
-    if len(rows) < 3 or not costs:
+    having = {name: [row for row in rows if name in row.metrics] for name in costs}
+    costs = {
+        name: cost
+        for name, cost in costs.items()
+        if len(having[name]) > 2 and len({row.metrics[name] for row in having[name]}) > 1
+    }
+    if not costs:
         return None
     figure = Figure(figsize=(6.4 * len(costs), 4.8), layout="constrained")
     panels = figure.subplots(1, len(costs), squeeze=False).ravel()
     for panel, (name, (title, unit, more_is_better)) in zip(panels, costs.items(), strict=True):
-        points = [(r.metrics[name] / unit, r.metrics["kld"], _name(results, r)) for r in rows]
+        points = [
+            (row.metrics[name] / unit, row.metrics["kld"], _name(results, row))
+            for row in having[name]
+        ]
         best = _front(points, more_is_better)
         panel.plot(*zip(*best, strict=True), color="#cccccc", linewidth=1.5, zorder=1)
         for x, y, _ in points:

@@ -113,7 +113,8 @@ class _Tally:
         self._sums: dict[str, tuple[float, float]] = {}
         self._samples: list[dict[str, Any]] = []
         self._prompts = self._tokens = self._stopped = 0
-        self._timings: list[Timings] = []
+        self._seconds = 0.0
+        self._timings = Timings(0, 0, 0, 0, 0, 0)
 
     def add(self, answers: list[tuple[Item, dict[str, Any]]]) -> None:
         for item, answer in answers:
@@ -132,9 +133,12 @@ class _Tally:
                 self._sums[name] = total + value, squares + value * value
 
     def time(self, timings: Timings) -> None:
-        old = self._timings[0] if self._timings else Timings(0, 0, 0, 0, 0, 0)
-        pairs = zip(vars(old).values(), vars(timings).values(), strict=True)
-        self._timings = [Timings(*(a + b for a, b in pairs))]
+        """Speeds are those of batches that compile nothing: a program runs while the next one is
+        compiled, so that what is left of the time says little."""
+        self._seconds += timings.prompt_seconds + timings.generation_seconds
+        if timings.compile_seconds == 0:
+            pairs = zip(vars(self._timings).values(), vars(timings).values(), strict=True)
+            self._timings = Timings(*(a + b for a, b in pairs))
 
     def metrics(self) -> Metrics:
         found: Metrics = {}
@@ -147,9 +151,10 @@ class _Tally:
         found["tokens_per_answer"] = self._tokens / answers
         found["ended_by_itself"] = self._stopped / answers
         found["prompts"] = self._prompts
-        if self._timings:  # nothing is timed where all was recorded before
-            total_time = self._timings[0]
-            found["prompt_tokens_per_s"] = total_time.prompt_rate
-            found["tokens_per_s"] = total_time.generation_rate
-            found["model_seconds"] = total_time.prompt_seconds + total_time.generation_seconds
+        if self._timings.prompt_tokens:
+            found["prompt_tokens_per_s"] = self._timings.prompt_rate
+        if self._timings.generated_tokens:
+            found["tokens_per_s"] = self._timings.generation_rate
+        if self._seconds:  # Nothing is timed where all was recorded before.
+            found["model_seconds"] = self._seconds
         return found

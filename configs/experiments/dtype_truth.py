@@ -2,7 +2,7 @@
 
     python run.py experiment --config=configs/experiments/dtype_truth.py --workdir=runs/dtype_truth
 
-Needs nothing but the package; 5 points, about five minutes on two CPU cores, most of it the
+Needs nothing but the package; 5 points, a minute or two on two CPU cores, most of it the
 truth's. Expect KL divergences of some 1e-10 nats in float32, which is the rounding of what is
 compared, 1e-6 in float16 and 2e-4 in bfloat16: it has three bits less, so errors are 8 times as
 large, and KL divergence goes with their square. On a CPU the matmul precisions agree: it has no

@@ -3,7 +3,7 @@
     pip install '.[eval]'
     python run.py experiment --config=configs/experiments/evaluation.py --workdir=runs/evaluation
 
-Five points, three minutes on two CPU cores. Each line of tasks/haiku_word.jsonl asks for a haiku on
+Five points, a minute on two CPU cores. Each line of tasks/haiku_word.jsonl asks for a haiku on
 a word and offers two that differ in that word alone; the model should find the one with the word
 more likely. Expect an accuracy of 0.9 or more down to Q2_K and a coin's for the ternary type.
 Tasks that the harness knows, such as arc_easy, go the same way with

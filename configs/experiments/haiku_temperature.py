@@ -3,7 +3,7 @@
     python run.py experiment --config=configs/experiments/haiku_temperature.py \\
         --workdir=runs/haiku_temperature
 
-Needs nothing but the package; 21 points, a minute or two on two CPU cores. Asks for haiku on 40
+Needs nothing but the package; 21 points, half a minute on two CPU cores. Asks for haiku on 40
 words that training never saw, seven temperatures and three seeds each. Expect nearly all haiku to
 be good up to temperature 0.6, and fewer and fewer from 1.0 on: the asked word goes first.
 """

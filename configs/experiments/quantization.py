@@ -3,7 +3,7 @@
     python run.py experiment --config=configs/experiments/quantization.py \
         --workdir=runs/quantization
 
-Needs nothing but the package; 17 points, about two minutes on two CPU cores. Each type is made
+Needs nothing but the package; 17 points, about a minute on two CPU cores. Each type is made
 from the bundled model (whose own weights are Q8_0) and compared with it over its sample text.
 Expect KL divergence to grow with every bit that goes: nothing at Q8_0, about 0.002 nats at Q6_K
 and four times more for each bit less down to Q4_0, and gibberish for the ternary types, which

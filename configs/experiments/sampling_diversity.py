@@ -3,7 +3,7 @@
     python run.py experiment --config=configs/experiments/sampling_diversity.py \\
         --workdir=runs/sampling_diversity
 
-Needs nothing but the package; 18 points, a few minutes on two CPU cores. Expect different texts to
+Needs nothing but the package; 18 points, three minutes on two CPU cores. Expect different texts to
 grow with temperature, top-p 0.9 and min-p 0.1 to take back some of it, and the share of good haiku
 to fall least under min-p, which bounds how unlikely a token may be whatever the temperature.
 """

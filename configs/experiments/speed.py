@@ -4,7 +4,7 @@
     python run.py experiment --config=configs/experiments/speed.py:long --model=my.gguf \\
         --workdir=runs/my-speed
 
-Needs nothing but the package; 16 points, two minutes on two CPU cores, most of it compilation. Each
+Needs nothing but the package; 16 points, three minutes on two CPU cores. Each
 point is warmed up and measured seven times. Expect a batch to decode almost as fast as a single row
 while weights are what is read, so tokens/s grow with the batch, and to fall slowly with context.
 """

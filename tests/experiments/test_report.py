@@ -16,6 +16,7 @@ from qwen_jax.experiments.task import Work
 from tests.experiments.fake import Count
 
 pytest.importorskip("matplotlib")
+from matplotlib.figure import Figure
 
 
 class Page(html.parser.HTMLParser):
@@ -103,6 +104,25 @@ def test_points_without_a_cost_are_not_on_its_front(
     front, *points = panel.get_lines()
     assert picture.name == "pareto" and len(points) == 3
     assert list(front.get_xdata()) == [300]  # the fastest is the nearest, too
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([-4e-11, 2.8e-7, 8.2], "symlog"),  # what is less than 0 is rounding
+        ([0.0, 1e-6, 2.0], "symlog"),
+        ([1e-6, 1e-3, 2.0], "log"),
+        ([-3.0, 0.5, 400.0], "linear"),
+        ([0.0, 0.0, 0.0], "linear"),
+        ([5.0, 6.0, 7.0], "linear"),
+    ],
+)
+def test_scales(values: list[float], scale: str) -> None:
+    panel = Figure().subplots()
+    panel.plot(range(3), values)
+    plots._scale_metric(panel, values, "y")
+    low, high = panel.get_ylim()
+    assert panel.get_yscale() == scale and low <= min(values) and max(values) <= high
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)

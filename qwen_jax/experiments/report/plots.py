@@ -5,6 +5,7 @@ markers, too.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -207,9 +208,9 @@ def _scale_metric(panel: Axes, seen: Sequence[float], side: str) -> None:
     ticks = panel.yaxis if upright else panel.xaxis
     if 0 <= low < 0.9 and 0.5 < high <= 1:
         set_limits(-0.03, 1.03)
-    elif low > 0 and high > 30 * low:
-        (panel.set_yscale if upright else panel.set_xscale)("log")
-        if high < 1000 * low:  # 20 and not 2 x 10^1
+    elif (smallest := _smallest(seen)) and high > (30 if low > 0 else 1000) * smallest:
+        _set_logarithmic(panel, side, seen)
+        if low > 0 and high < 1000 * low:  # 20 and not 2 x 10^1
             ticks.set_major_formatter("{x:g}")
             ticks.set_minor_formatter(NullFormatter())
         return
@@ -218,6 +219,27 @@ def _scale_metric(panel: Axes, seen: Sequence[float], side: str) -> None:
     ticks.set_major_formatter("{x:g}")
     if not upright:
         ticks.set_major_locator(MaxNLocator(4))
+
+
+def _smallest(values: Sequence[float]) -> float | None:
+    """The least value that is more than rounding, which may leave less than 0 of nothing."""
+    noise = max(0.0, -min(values))
+    return min((value for value in values if value > 10 * noise), default=None)
+
+
+def _set_logarithmic(panel: Axes, side: str, values: Sequence[float]) -> None:
+    """Powers of ten stand evenly; there is a 0 for what is at or below it."""
+    upright, smallest, high = side == "y", _smallest(values), max(values)
+    set_scale = panel.set_yscale if upright else panel.set_xscale
+    if min(values) > 0:
+        set_scale("log")
+    elif smallest is not None:
+        first, last = (math.floor(math.log10(value)) for value in (smallest, high))
+        set_scale("symlog", linthresh=10.0**first, linscale=0.5)
+        (panel.set_ylim if upright else panel.set_xlim)(-(10.0**first) / 2, 4 * high)
+        step = max(1, (last - first) // (6 if upright else 3))
+        powers = [10.0**power for power in range(last, first, -step)]
+        (panel.yaxis if upright else panel.xaxis).set_ticks([0.0, *powers])
 
 
 def _mean(rows: Sequence[Row], metric: str) -> tuple[float, float]:
@@ -230,7 +252,7 @@ def _mean(rows: Sequence[Row], metric: str) -> tuple[float, float]:
 
 def _pareto(results: Results) -> Picture | None:
     """KL divergence against speed and memory, with the points that nothing beats in both."""
-    rows = [row for row in results.rows if row.metrics.get("kld", 0) > 0]
+    rows = [row for row in results.rows if "kld" in row.metrics]
     costs = {
         "weight_bytes": ("size of the weights in the file (MB)", 1e6, False),
         "device_bytes": ("weights on the device (MB)", 1e6, False),
@@ -256,7 +278,7 @@ def _pareto(results: Results) -> Picture | None:
         panel.plot(*zip(*best, strict=True), color="#cccccc", linewidth=1.5, zorder=1)
         for x, y, _ in points:
             panel.plot(x, y, "o", color=COLOURS[0] if (x, y) in best else "#999999", markersize=6)
-        panel.set_yscale("log")
+        _set_logarithmic(panel, "y", [y for _, y, _ in points])
         xs = [x for x, _, _ in points]
         if max(xs) > 8 * min(xs):
             panel.set_xscale("log", base=2)

@@ -1,5 +1,6 @@
 """`generate`: answers to prompts, one item an answer, judged by scores."""
 
+import functools
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -34,8 +35,13 @@ class Generate(Task):
             prompts.single(config, self.options)
 
     def rows(self) -> tuple[int, int]:
+        if self.config.prompt_file is None:
+            longest = max(map(len, self._lines()))
+        else:
+            path = Path(self.config.prompt_file)
+            longest = _longest_line(path, path.stat().st_mtime_ns)
         # A token is four bytes of English; a chat's frame is 40 tokens or so.
-        return self.config.batch_size, 40 + self._longest() // 4 + self.config.max_tokens
+        return self.config.batch_size, 40 + longest // 4 + self.config.max_tokens
 
     def shapes(self) -> tuple[Any, ...]:
         s = self.options["sampling"]
@@ -57,9 +63,6 @@ class Generate(Task):
         else:
             with Path(self.config.prompt_file).open("rb") as file:
                 yield from (line for line in file if line.strip())
-
-    def _longest(self) -> int:
-        return max(map(len, self._lines()), default=0)
 
     def run(self, work: Work) -> Metrics:
         total = sum(1 for _ in self._lines()) * self.config.n
@@ -103,6 +106,13 @@ class Generate(Task):
                 waiting.remove(index)
                 yield index, prompts.answer(batch.completion(index))
         tally.time(batch.timings)
+
+
+@functools.cache
+def _longest_line(path: Path, changed: int) -> int:
+    """Bytes of a file's longest line; points share files, whose time of change is `changed`."""
+    with path.open("rb") as file:
+        return max(map(len, file), default=0)
 
 
 class _Tally:

@@ -18,6 +18,9 @@ EXAMPLE = "configs/experiments/haiku_temperature.py"
 NOT_HASHED = ("workdir", "output", "runner.")
 """Fields that say where and how, but not what."""
 
+LONGEST = 40
+"""Letters of a value, such as a prompt, in a table, a picture or a point's label."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -60,13 +63,19 @@ class Declaration:
 
 def label(overrides: Mapping[str, Any]) -> str:
     """Short names and values of what the sweep sets, as in "temperature=0.5 seed=1"."""
-    pairs = (f"{short(name)}={one_line(value)}" for name, value in overrides.items())
+    pairs = (f"{short(name)}={clipped(one_line(value))}" for name, value in overrides.items())
     return " ".join(pairs) or "(one point)"
 
 
 def one_line(value: Any) -> str:
     """A value where a line is all there is."""
     return str(value).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def clipped(text: str) -> str:
+    """A text without its middle, if it is long: prompts differ first, and paths last."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def short(field: str) -> str:

@@ -81,6 +81,7 @@ def _refuse_others(contents: Sequence[Contents]) -> None:
 
 
 def refuse_named_twice(workdirs: Sequence[Path]) -> None:
+    """Raises UserError where two paths are one directory."""
     seen: set[Path] = set()
     for path in workdirs:
         if path.resolve() in seen:

@@ -182,6 +182,7 @@ def foreign_in(directory: Path, ours: set[str]) -> set[str]:
 
 
 def refuse_foreign(directory: Path, foreign: set[str]) -> None:
+    """Raises UserError where there is anything foreign."""
     if foreign:
         raise UserError(
             f"--workdir={directory} holds {min(foreign)} and no experiment; choose an empty "

@@ -171,8 +171,10 @@ def test_long_texts_fit_and_stay_apart(
     """Prompts that differ in their middle alone: one look, two lines, and no bars of seeds."""
     prompts = ["a\n" + "x" * 60 + middle + "y" * 60 for middle in "mn"]
     sweep = f'product(axis("prompt", {prompts!r}), axis("max_tokens", [6, 7]))'
-    table = run(*experiment(sweep)).out.splitlines()[:6]
-    assert all(len(line) <= tables.WIDTH for line in table)
+    argv = experiment(sweep)
+    listed = run(*argv, "--dry_run").out.splitlines()
+    table = run(*argv).out.splitlines()[:6]
+    assert all(len(line) <= tables.WIDTH for line in (*listed, *table))
     assert sum(line.lstrip().startswith("a\\nx") for line in table) == 4
     lines = plots._lines(Results.read([tmp_path / "w"]), "max_tokens", ["prompt"])
     assert [len(rows) for points in lines.values() for rows in points.values()] == [1] * 4

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
-from qwen_jax.experiments.declaration import short
+from qwen_jax.experiments.declaration import clipped, short
 from qwen_jax.experiments.report.results import Results, Row
-from qwen_jax.experiments.report.tables import clipped, shown, shown_metrics
+from qwen_jax.experiments.report.tables import shown, shown_metrics
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = "osD^vPX"

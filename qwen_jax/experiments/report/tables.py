@@ -6,14 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwen_jax.experiments.declaration import one_line, short
+from qwen_jax.experiments.declaration import clipped, one_line, short
 from qwen_jax.experiments.report.results import Results, Row
 
 WIDTH = 100
 """Columns of the terminal's table, at most."""
-
-LONGEST = 40
-"""Letters of a value, such as a prompt, in a table or a picture."""
 
 
 def number(value: float, error: float | None = None) -> str:
@@ -62,12 +59,6 @@ def shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:g}" if isinstance(value, float) else one_line(value)
-
-
-def clipped(text: str) -> str:
-    """A text without its middle, if it is long: prompts differ first, and paths last."""
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def terminal_table(results: Results) -> str:

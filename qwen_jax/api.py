@@ -19,7 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, Prompt
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Batch, Completion, Request
-from qwen_jax.measure import check_weights_fit, device
+from qwen_jax.measure import check_cache_fits, check_weights_fit, device
 from qwen_jax.packed import prepare
 from qwen_jax.sampling import Sampling
 from qwen_jax.text.chat import DEFAULT_SYSTEM, render_chat
@@ -253,6 +253,15 @@ class Model:
         self.engine.capacity([Prompt(tokens, max_tokens)])
         return Request(tokens, max_tokens, sampling or Sampling(), stop)
 
+    def check_fits(self, request: Request, n: int) -> None:
+        """Raises UserError where a batch of n times this request doesn't fit the device.
+
+        `batch` checks it too, but of requests that all have to be made first.
+        """
+        engine = self.engine
+        capacity = engine.capacity([Prompt(request.tokens, request.max_tokens)])
+        check_cache_fits(engine.config, engine.cache_dtype, n, capacity)
+
     def generate(
         self,
         prompt: str | Sequence[Message] | Sequence[str],
@@ -286,7 +295,10 @@ class Model:
             )
         several = not isinstance(prompt, str) and all(isinstance(p, str) for p in prompt)
         prompts = cast(list[str | Sequence[Message]], prompt if several else [prompt])
-        requests = [r for p in prompts for r in [self.request(p, **options)] * n]
+        firsts = [self.request(p, **options) for p in prompts]
+        for request in firsts:
+            self.check_fits(request, n)
+        requests = [request for request in firsts for _ in range(n)]
         if not requests:
             return []
         batch = self.batch(reseeded(requests), top_logprobs)

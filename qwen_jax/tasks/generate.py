@@ -112,6 +112,7 @@ def load(config: ConfigDict) -> Model:
 def _run_single(model: Model, item: prompts.Item, config: ConfigDict, summary: Summary) -> None:
     """Streams one sample as it comes; several samples are printed one after another."""
     request = model.request(item.prompt, **item.options)
+    model.check_fits(request, config.n)
     batch = model.batch(api.reseeded([request] * config.n), config.top_logprobs)
     try:
         for pieces in batch:

@@ -116,6 +116,8 @@ def test_a_cache_that_does_not_fit(
     refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuses(["--n=100000"], "100000 texts of up to", "lower n")
+    # Before a request is made for each, which would take minutes.
+    refuses(["--n=2000000000"], "2000000000 texts of up to", "lower n")
     # Read where it is known, as of an accelerator.
     monkeypatch.setattr(measure, "free_memory", lambda: 1000)
     refuses([], "1 texts of up to", "1.0 kB free")

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
 from pallas_kernels.decode_step import Plan, Shape, mosaic_gpu
+from tests.kernels import hopper
 
 SIZES = {
     "0.5b": Shape(24, 896, 14, 2, 64, 4864, 151936, 1e-6),
@@ -39,8 +39,7 @@ def lower(shape: Shape, capacity: int) -> str:
         ShapeDtypeStruct(dims, jnp.bfloat16),
         ShapeDtypeStruct((1,), jnp.int32),
     )
-    kernel = jax.jit(mosaic_gpu.build(plan, capacity))
-    return kernel.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return hopper.lower(mosaic_gpu.build(plan, capacity), *arguments)
 
 
 @pytest.mark.parametrize("capacity", [256, 32768])

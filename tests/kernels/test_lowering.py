@@ -13,6 +13,7 @@ import pytest
 from jax import ShapeDtypeStruct
 
 import pallas_kernels
+from tests.kernels import hopper
 from tests.kernels.sizes import HEADS
 
 
@@ -60,7 +61,7 @@ def lower(operation: str, arguments: tuple[Any, ...]) -> str:
     def run(*args):
         return getattr(pallas_kernels, operation)(*args, implementation="mosaic_gpu")
 
-    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return hopper.lower(run, *arguments)
 
 
 @pytest.mark.parametrize(

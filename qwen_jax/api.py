@@ -16,10 +16,10 @@ from jaxtyping import Float
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine, Prompt
+from qwen_jax.engine import Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Batch, Completion, Request
-from qwen_jax.measure import check_cache_fits, check_weights_fit, device
+from qwen_jax.measure import check_weights_fit, device
 from qwen_jax.packed import prepare
 from qwen_jax.sampling import Sampling
 from qwen_jax.text.chat import DEFAULT_SYSTEM, render_chat
@@ -258,9 +258,7 @@ class Model:
 
         `batch` checks it too, but of requests that all have to be made first.
         """
-        engine = self.engine
-        capacity = engine.capacity([Prompt(request.tokens, request.max_tokens)])
-        check_cache_fits(engine.config, engine.cache_dtype, n, capacity)
+        check_fits(self.engine, [Prompt(request.tokens, request.max_tokens)], n)
 
     def generate(
         self,

@@ -17,6 +17,7 @@ from qwen_jax import programs
 from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.measure import check_cache_fits
 from qwen_jax.model import Parameters, activation_dtype
 from qwen_jax.packed import PackedWeights
 from qwen_jax.programs import Emitted, Rows
@@ -240,3 +241,9 @@ def _count_prompts(prompts: Sequence[Prompt], vocab: int) -> Counts:
     for i, prompt in enumerate(prompts):
         seen[i, list(prompt.tokens)] = True
     return Counts(jnp.asarray(seen), jnp.zeros(seen.shape, jnp.int32))
+
+
+def check_fits(engine: Engine, prompts: Sequence[Prompt], rows: int) -> None:
+    """Raises UserError, besides where `Engine.capacity` does, where a cache of so many rows, each
+    with room for any of these prompts, is more than the device has free."""
+    check_cache_fits(engine.config, engine.cache_dtype, rows, engine.capacity(prompts))

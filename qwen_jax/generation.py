@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.engine import Emitted, Engine, Prompt
+from qwen_jax.engine import Emitted, Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
-from qwen_jax.measure import check_cache_fits, compile_seconds
+from qwen_jax.measure import compile_seconds
 from qwen_jax.sampling import Choice, Sampling, plan_rows
 from qwen_jax.text.streaming import StopStrings, TextStream
 from qwen_jax.text.tokenizer import Tokenizer
@@ -113,8 +113,7 @@ class Batch:
         self._engine, self._chunk = engine, chunk
         self._requests = requests
         self._prompts = [Prompt(r.tokens, r.max_tokens) for r in requests]
-        capacity = engine.capacity(self._prompts)
-        check_cache_fits(engine.config, engine.cache_dtype, len(requests), capacity)
+        check_fits(engine, self._prompts, len(requests))
         self._plan, self._params = plan_rows(
             [r.sampling for r in requests],
             engine.config.vocab_size,

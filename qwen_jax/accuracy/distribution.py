@@ -207,10 +207,15 @@ def sample_tokens(model: Model) -> list[int]:
     return model.tokenizer.encode(sample.read_text(encoding="utf-8"))
 
 
+def check_context(context: int, name: str = "context") -> None:
+    """Raises UserError where windows of so many tokens have nothing to compare."""
+    if context < SMALLEST_CONTEXT:
+        raise UserError(f"{name} is {context}, but it must be at least {SMALLEST_CONTEXT} tokens.")
+
+
 def cut(tokens: Sequence[int], context: int) -> Int[np.ndarray, "C W"]:
     """The text in whole windows. Raises UserError where it holds fewer than two."""
-    if context < SMALLEST_CONTEXT:
-        raise UserError(f"context is {context}, but it must be at least {SMALLEST_CONTEXT} tokens.")
+    check_context(context)
     if len(tokens) < 2 * context:
         raise UserError(
             f"The text has {len(tokens)} tokens, but windows of {context} need at least "

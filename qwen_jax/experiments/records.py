@@ -145,14 +145,26 @@ def _lock(file: int, directory: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def _written(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
+
+
+def make(directory: Path) -> None:
+    """Makes a directory, if need be. Raises UserError where that can't be."""
+    with _written(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+
+
 def hold(directory: Path) -> int:
     """Makes a directory, if need be, and keeps others from writing into it while the file that is
     returned is open. Raises UserError where that can't be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    make(directory)
+    with _written(directory):
         file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
     try:
         _lock(file, directory)
     except BaseException:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import merge, report
+from qwen_jax.experiments import merge, records, report
 from qwen_jax.settings import Command
 
 
@@ -22,9 +22,6 @@ def run(command: Command) -> int:
         names = (f"{stem}.csv", f"{stem}.html")
     if command.config.workdir is not None:
         out = Path(command.config.workdir)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir={out} can't be written: {error.strerror}.") from error
+        records.make(out)
     report.show(paths, out, names)
     return 0

@@ -8,11 +8,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qwen_jax.cache import SMALLEST_CAPACITY
-from qwen_jax.engine import Engine, Prompt, bucket
+from qwen_jax.engine import Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.task import Metrics, Task, Work
-from qwen_jax.measure import check_cache_fits
 from qwen_jax.prompts import sampling_of
 from qwen_jax.sampling import Sampling, plan_rows
 
@@ -46,9 +44,7 @@ class Bench(Task):
                 f"{bench.prompt_tokens} tokens of a prompt and {bench.new_tokens} new ones are "
                 f"more than the context of {context}."
             )
-        check_cache_fits(
-            engine.config, engine.cache_dtype, rows, bucket(longest, SMALLEST_CAPACITY)
-        )
+        check_fits(engine, [Prompt([0] * bench.prompt_tokens, bench.new_tokens + 1)], rows)
         taken = [(item["prefill_seconds"], item["decode_seconds"]) for item in work.recorded()]
         if len(taken) < bench.repeats:
             self._once(engine)  # compiles

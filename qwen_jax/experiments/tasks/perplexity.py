@@ -17,11 +17,7 @@ from qwen_jax.weights.loader import open_checkpoint
 
 def check_text(config: ConfigDict) -> None:
     """Raises UserError where the config's text is no file; None is the bundled model's sample."""
-    if config.experiment.context < distribution.SMALLEST_CONTEXT:
-        raise UserError(
-            f"experiment.context is {config.experiment.context}, but it must be at least "
-            f"{distribution.SMALLEST_CONTEXT} tokens."
-        )
+    distribution.check_context(config.experiment.context, "experiment.context")
     text = config.experiment.text
     if text is not None and not Path(text).is_file():
         raise UserError(f"experiment.text={text} is no file that can be read.")

@@ -9,7 +9,7 @@ from absl import logging
 Implementation = Literal["auto", "mosaic_gpu", "xla"]
 
 OPERATIONS = ("rope", "gqa_prefill_attention", "gqa_decode_attention", "decode_step")
-"""Every operation the engine calls: those of a layer, then the whole step of one row."""
+"""Every operation the engine calls: those of a layer, then a whole step of a few rows."""
 
 COMPUTE_CAPABILITY = "9.0"
 """Hopper: the kernels use its wgmma instructions and its bulk copies."""

@@ -3,7 +3,7 @@
 Packing is made once, while loading, parameter by parameter. Prefill reads the same tape: each
 matrix is put together again inside the compiled program, which costs it two more passes over
 the weights a chunk and no lasting memory. So do decode steps that the kernel doesn't serve
-(several rows, long caches), once for every chunk of steps.
+(more than eight rows), once for every chunk of steps.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from pallas_kernels.decode_step import (
     HEAD,
+    MOST_ROWS,
     Packed,
     Plan,
     Shape,
@@ -59,11 +60,9 @@ class PackedWeights:
         Raises:
             UnsupportedError: the kernel was asked for by name and can't serve the case.
         """
-        why_not = kernel_refusal(self.plan, capacity, self.packed.tape.dtype)
-        if rows != 1:
-            why_not = f"it takes one row, not {rows}"
         if self.implementation == "xla":
-            return rows == 1
+            return rows <= MOST_ROWS
+        why_not = kernel_refusal(self.plan, rows, capacity, self.packed.tape.dtype)
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:
@@ -83,17 +82,17 @@ class PackedWeights:
 
     def decode(
         self,
-        token: Int[Array, "1"],
-        cache: Float[Array, "2L K S H"],
-        position: Int[Array, ""],
-    ) -> tuple[Float[Array, "1 V"], Float[Array, "2L K H"]]:
-        """One step of one row: logits, and the token's keys, then values, of every layer."""
+        token: Int[Array, "B"],
+        cache: Float[Array, "2L B K S H"],
+        position: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
+        """One step of every row: logits, and the tokens' keys, then values, of every layer."""
         if self.embed is None:
-            hidden = self.packed.head_row(self.plan, token[0])
+            hidden = self.packed.head_rows(self.plan, token)
         else:
-            hidden = self.embed[token[0]]
+            hidden = self.embed[token]
         yarn = self.config.yarn
-        logits, new = pallas_kernels.decode_step(
+        return pallas_kernels.decode_step(
             self.packed,
             self.plan,
             hidden,
@@ -103,7 +102,6 @@ class PackedWeights:
             attention_factor=yarn.attention_factor if yarn else 1.0,
             implementation=self.implementation,
         )
-        return logits[None], new
 
 
 def plan_for(config: ModelConfig) -> Plan:
@@ -123,8 +121,8 @@ def plan_for(config: ModelConfig) -> Plan:
 
 
 def refusal(config: ModelConfig, dtype: jnp.dtype) -> str | None:
-    """Why the decode-step kernel can't run this model, or None."""
-    return kernel_refusal(plan_for(config), SMALLEST_CAPACITY, dtype)
+    """Why the decode-step kernel can't run this model, were it for one row; or None."""
+    return kernel_refusal(plan_for(config), 1, SMALLEST_CAPACITY, dtype)
 
 
 def prepare(
@@ -161,9 +159,10 @@ def pack(
     for name, value in parameters:
         parts = name.split(".")
         if name == head:
-            tape = put(tape, where[HEAD], value, 0)
+            tape = put(tape, where[HEAD], value, 0, HEAD)
         elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
-            tape = put(tape, where[MATRICES.index(parts[2])], value, int(parts[1]))
+            phase = MATRICES.index(parts[2])
+            tape = put(tape, where[phase], value, int(parts[1]), phase)
         else:
             small[name] = value
     layers = range(config.num_layers)

@@ -183,7 +183,7 @@ def decode_many(
     capacity = rows.cache.capacity
     if isinstance(weights, PackedWeights) and weights.serves(rows.cache.rows, capacity):
         forward: Forward = functools.partial(forward_packed, weights)
-        cache: Any = jnp.concatenate([*rows.cache.k, *rows.cache.v])
+        cache: Any = stack(rows.cache)
     else:
         forward, cache = functools.partial(_forward, make(weights)), rows.cache
 
@@ -212,8 +212,7 @@ def decode_many(
         step, (dataclasses.replace(rows, cache=empty), cache), length=steps
     )
     if not isinstance(cache, KVCache):
-        layers = jnp.split(cache, len(cache))
-        cache = KVCache(tuple(layers[: len(layers) // 2]), tuple(layers[len(layers) // 2 :]))
+        cache = unstack(cache)
     return dataclasses.replace(rows, cache=cache), emitted
 
 
@@ -231,11 +230,33 @@ def _forward(
 
 def forward_packed(
     weights: PackedWeights,
-    token: Int[Array, "1"],
-    cache: Float[Array, "2L K S H"],
-    at: Int[Array, "1"],
-    lengths: Int[Array, "1"],
-) -> tuple[Float[Array, "1 V"], Float[Array, "2L K S H"]]:
-    """The same for one row through the decode-step kernel, which wants all layers in one array."""
-    logits, new = weights.decode(token, cache, lengths[0] - 1)
-    return logits, cache.at[:, :, at[0]].set(new, mode="drop")
+    token: Int[Array, "B"],
+    cache: Float[Array, "2L B K S H"],
+    at: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], Float[Array, "2L B K S H"]]:
+    """The same through the decode-step kernel, which wants all layers in one array.
+
+    A done row, whose `at` is past the cache, goes along as the shortest text, which costs least.
+    """
+    live = at < cache.shape[3]
+    logits, new = weights.decode(token, cache, jnp.where(live, lengths - 1, 0))
+    if len(token) == 1:
+        # As below, but XLA makes one kernel of it on a GPU, and two of index arrays of length 1.
+        return logits, cache.at[:, 0, :, at[0]].set(new[:, 0], mode="drop")
+    # Of two index arrays with a slice between them, the dimension comes first: [B, 2L, K, H].
+    cache = cache.at[:, jnp.arange(len(token)), :, at].set(
+        new.swapaxes(0, 1), mode="drop", indices_are_sorted=True, unique_indices=True
+    )
+    return logits, cache
+
+
+def stack(cache: KVCache) -> Float[Array, "2L B K S H"]:
+    """The keys of every layer, then the values, in one array; a copy."""
+    return jnp.stack([*cache.k, *cache.v])
+
+
+def unstack(stacked: Float[Array, "2L B K S H"]) -> KVCache:
+    layers = jnp.unstack(stacked)
+    half = len(layers) // 2
+    return KVCache(layers[:half], layers[half:])

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import HEAD, Packed, Plan, Shape, empty_tape, places, put
+from pallas_kernels.decode_step import (
+    HEAD,
+    MOST_ROWS,
+    Packed,
+    Plan,
+    Shape,
+    empty_tape,
+    places,
+    put,
+)
+from pallas_kernels.decode_step.plan import DOWN, Phase
 from qwen_jax.engine import Engine, Prompt
 from qwen_jax.packed import pack
 from tests.engines import device_parameters, generate
@@ -17,56 +27,83 @@ CONFIG = tiny_config(
     num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=384,
     vocab_size=320, context_length=600,
 )  # fmt: skip
-SHAPE = Shape(2, 256, 4, 2, 64, 384, 320, 1e-6)
+SHAPES = {
+    "small": Shape(2, 256, 4, 2, 64, 384, 320, 1e-6),
+    # 23 tiles across: more than a part may have, and no parts of one length.
+    "wide": Shape(2, 256, 4, 2, 64, 2944, 320, 1e-6),
+}
+# With 7, one block has no part of the small shape's down projection; 132 have more than its bands.
+PLANS = [Plan(shape, blocks) for shape in SHAPES.values() for blocks in (1, 3, 7, 132)]
+every_plan = pytest.mark.parametrize(
+    "plan", PLANS, ids=[f"{name}, {blocks}" for name in SHAPES for blocks in (1, 3, 7, 132)]
+)
 
 
-@pytest.mark.parametrize("blocks", [1, 3, 132])
-def test_every_tile_has_one_place(blocks: int) -> None:
-    plan = Plan(SHAPE, blocks)
-    at = [plan.places(p)[0] + layer * plan.places(p)[1] for layer in range(2) for p in range(4)]
-    every = np.concatenate([*at, plan.places(HEAD)[0]])
-    assert np.array_equal(np.sort(every), np.arange(plan.tape_tiles))
+def tiles_of(phase: Phase, block: int) -> np.ndarray:
+    """The numbers of a block's tiles, in the order it reads them; a matrix counts them by rows."""
+    bands = np.arange(phase.first[block], phase.first[block] + phase.count[block])
+    part = phase.part[block]
+    columns = np.arange(phase.begin[part], phase.begin[part + 1])
+    return (bands[:, None] * phase.across + columns).ravel()
 
 
-@pytest.mark.parametrize("blocks", [1, 3, 132])
-def test_a_block_reads_its_tape_in_order(blocks: int) -> None:
-    plan = Plan(SHAPE, blocks)
+def test_the_plans_hold_what_is_hard_about_parts() -> None:
+    down = [plan.phases[DOWN] for plan in PLANS]
+    assert [phase.parts > 1 for phase in down] == 2 * [False, True, True, True]
+    assert any(len(set(np.diff(phase.begin))) > 1 for phase in down)
+    assert any((phase.count == 0).any() for phase in down)
+
+
+@every_plan
+def test_every_tile_is_the_work_of_one_block(plan: Plan) -> None:
     for phase in plan.phases:
-        owners = phase.owner(np.arange(phase.tiles))
-        assert np.all(np.diff(owners) >= 0)
-        for block in range(blocks):
-            run_of = np.flatnonzero(owners == block)
-            assert run_of.tolist() == list(range(phase.first(block), phase.first(block + 1)))
-        # No row of tiles is shared by more blocks than there are slots for.
-        grid = owners.reshape(-1, phase.across)
-        assert (grid[:, -1] - grid[:, 0]).max() + 1 == phase.slots
+        every = np.concatenate([tiles_of(phase, block) for block in range(plan.blocks)])
+        assert np.array_equal(np.sort(every), np.arange(phase.bands * phase.across))
 
 
-def test_the_layers_of_a_block_follow_each_other() -> None:
-    plan = Plan(SHAPE, 3)
-    first, last = (plan.places(p)[:, plan.phases[p].owner(np.arange(plan.phases[p].tiles)) == 1]
-                   for p in (0, 3))  # fmt: skip
-    assert first[0, 0] + first[1, 0] == last[0, -1] + 1
+@every_plan
+def test_a_block_reads_its_tape_in_order(plan: Plan) -> None:
+    """Layer after layer, then the head, without a gap; then comes the next block."""
+    where = [plan.places(phase) for phase in range(len(plan.phases))]
+    for block in range(plan.blocks):
+        mine = [places[:, tiles_of(p, block)] for p, places in zip(plan.phases, where, strict=True)]
+        layers = range(plan.shape.layers)
+        every = [at + layer * further for layer in layers for at, further in mine[:HEAD]]
+        places = np.concatenate([*every, mine[HEAD][0]])
+        assert np.array_equal(places, np.arange(*plan.first_tile[block : block + 2]))
 
 
-def test_what_is_put_on_the_tape_is_read_back() -> None:
-    plan, rng = Plan(SHAPE, 7), np.random.default_rng()
+@every_plan
+def test_what_is_put_on_the_tape_is_read_back(plan: Plan) -> None:
+    rng, shape = np.random.default_rng(), plan.shape
     matrices = {
-        (phase, layer): jnp.asarray(rng.standard_normal(SHAPE.matrices[phase]), jnp.float32)
-        for phase, layer in [(p, i) for p in range(4) for i in range(2)] + [(HEAD, 0)]
+        (phase, layer): jnp.asarray(rng.standard_normal(shape.matrices[phase]), jnp.float32)
+        for phase, layer in [(p, i) for p in range(HEAD) for i in range(2)] + [(HEAD, 0)]
     }
     tape, where = empty_tape(plan, jnp.dtype(jnp.float32)), places(plan)
     for (phase, layer), value in matrices.items():
-        tape = put(tape, where[phase], value, layer)
-    packed = Packed(tape, jnp.zeros((2, SHAPE.qkv)), jnp.zeros((5, SHAPE.hidden)), where)
+        tape = put(tape, where[phase], value, layer, phase)
+    packed = Packed(tape, jnp.zeros((2, shape.qkv)), jnp.zeros((5, shape.hidden)), where)
     for (phase, layer), value in matrices.items():
         assert np.array_equal(packed.matrix(plan, phase, layer), value)
-    for row in (0, 63, 64, 319):
-        assert np.array_equal(packed.head_row(plan, jnp.asarray(row)), matrices[HEAD, 0][row])
+    for rows in ([0], [319, 15, 16, 7, 8, 319, 0, 64]):
+        got = packed.head_rows(plan, jnp.asarray(rows))
+        assert np.array_equal(got, matrices[HEAD, 0][np.array(rows)])
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_engine_decodes_the_same_on_packed_weights(tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("tied", "sizes"),
+    [
+        (True, [(530, 40)]),
+        (False, [(530, 40)]),
+        # The second ends first, the third in the middle of a chunk of steps.
+        (True, [(530, 40), (3, 5), (70, 21)]),
+        (False, [(3, 5), (530, 40), (70, 21)]),
+    ],
+)
+def test_the_engine_decodes_the_same_on_packed_weights(
+    tied: bool, sizes: list[tuple[int, int]]
+) -> None:
     config = dataclasses.replace(CONFIG, tied=tied)
     params = device_parameters(random_parameters(config, 5), "float32")
     packed = pack(config, params.items(), jnp.dtype(jnp.float32), "xla")
@@ -75,8 +112,22 @@ def test_the_engine_decodes_the_same_on_packed_weights(tied: bool) -> None:
     assert all(np.array_equal(back[name], value) for name, value in params.items())
 
     rng = np.random.default_rng(5)
-    prompt = Prompt(rng.integers(0, config.vocab_size, 530).tolist(), 40)
+    prompts = [Prompt(rng.integers(0, config.vocab_size, n).tolist(), more) for n, more in sizes]
     plain, on_tape = Engine(config, params), Engine(config, packed)
-    expected, got = (generate(engine, [prompt], logprobs=True) for engine in (plain, on_tape))
+    expected, got = (generate(engine, prompts, logprobs=True) for engine in (plain, on_tape))
     assert got.tokens == expected.tokens
-    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-4)
+    for ours, theirs in zip(got.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    # Whole caches: a row that is done writes nothing.
+    ours, theirs = (jnp.stack([*x.rows.cache.k, *x.rows.cache.v]) for x in (got, expected))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:
+    params = device_parameters(random_parameters(CONFIG, 5), "float32")
+    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    assert packed.serves(MOST_ROWS, 256)
+    assert not packed.serves(MOST_ROWS + 1, 256)
+    prompts = [Prompt([i, 2 * i], 3) for i in range(MOST_ROWS + 1)]
+    plain, on_tape = (generate(Engine(CONFIG, w), prompts) for w in (params, packed))
+    assert on_tape.tokens == plain.tokens

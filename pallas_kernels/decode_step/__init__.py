@@ -1,18 +1,18 @@
-"""A whole decode step of one row: from its embedding to the logits of the next token."""
+"""A whole decode step of one to eight rows: from embeddings to the logits of the next tokens."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import mosaic_gpu
-from pallas_kernels.decode_step.packing import HEAD, Packed, empty_tape, places, put
-from pallas_kernels.decode_step.plan import ROWS, Plan, Shape
+from pallas_kernels.decode_step.packing import Packed, empty_tape, places, put
+from pallas_kernels.decode_step.plan import HEAD, MOST_ROWS, Plan, Shape
 from pallas_kernels.decode_step.reference import reference
 from pallas_kernels.implementation import choose
 
 __all__ = [
     "HEAD",
+    "MOST_ROWS",
     "Packed",
     "Plan",
     "Shape",
@@ -29,15 +29,15 @@ refusal = mosaic_gpu.refusal
 def decode_step(
     packed: Packed,
     plan: Plan,
-    hidden: Float[Array, "D"],
-    cache: Float[Array, "2L K S H"],
-    position: Int[Array, ""],
+    hidden: Float[Array, "B D"],
+    cache: Float[Array, "2L B K S H"],
+    position: Int[Array, "B"],
     inv_freq: Float[Array, "H2"],
     *,
     attention_factor: float = 1.0,
     implementation: str = "auto",
-) -> tuple[Float[Array, "V"], Float[Array, "2L K H"]]:
-    """Runs one token through every layer and the head.
+) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
+    """Runs one token of every row through every layer and the head.
 
     Sums, norms, softmax and the residual stream are float32; keys, values, queries and
     attention weights are rounded to the cache's dtype where they enter a product. The
@@ -45,44 +45,39 @@ def decode_step(
 
     Args:
         plan: how the weights in `packed` are cut and dealt out.
-        hidden: the token's embedding.
+        hidden: the tokens' embeddings.
         cache: keys of every layer, after rotary embedding, then values of every layer; slots
-            from `position` on may hold anything, NaN included.
-        position: of the token, from 0, below S.
+            from a row's `position` on may hold anything, NaN included.
+        position: of each row's token, from 0, at most S.
         inv_freq: radians per position of each pair, float32.
         attention_factor: multiplies cos and sin (YaRN; 1 elsewhere).
 
     Returns:
-        The logits, float32, and the token's keys, then values, in the cache's dtype.
+        The logits, float32, and the tokens' keys, then values, in the cache's dtype.
 
     Raises:
         ValueError: shapes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
-    shape = plan.shape
-    expected = (2 * shape.layers, shape.kv_heads, cache.shape[2], shape.head_dim)
-    if cache.shape != expected or hidden.shape != (shape.hidden,):
+    shape, rows = plan.shape, hidden.shape[0]
+    capacity, dtype = cache.shape[3], packed.tape.dtype
+    expected = (2 * shape.layers, rows, shape.kv_heads, capacity, shape.head_dim)
+    if cache.shape != expected or hidden.shape != (rows, shape.hidden):
         raise ValueError(f"hidden {hidden.shape} and cache {cache.shape} don't fit {shape}")
-    capacity, dtype = cache.shape[2], packed.tape.dtype
-    why_not = refusal(plan, capacity, dtype)
+    why_not = refusal(plan, rows, capacity, dtype)
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":
             return reference(packed, plan, hidden, cache, position, inv_freq, attention_factor)
-        angles = position.astype(jnp.float32) * inv_freq
-        rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * attention_factor
-        parts, new, *_ = mosaic_gpu.build(plan, capacity)(
+        angles = position[:, None].astype(jnp.float32) * inv_freq
+        rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
+        logits, new, _ = mosaic_gpu.build(plan, rows, capacity)(
             packed.tape,
+            plan.table(),
             packed.bias,
             packed.norms,
             hidden.astype(jnp.float32),
             rope,
             cache,
-            position[None],
+            position,
         )
-        head = plan.phases[HEAD]
-        # A slot that no block fills holds anything.
-        filled = head.fills(np.arange(head.slots)[:, None], np.arange(head.rows // ROWS))
-        parts = parts[: head.slots * head.rows].reshape(*filled.shape, ROWS)
-        logits = jnp.where(filled[..., None], parts, 0).sum(axis=0).reshape(-1)
-        new = new.reshape(2 * shape.layers, shape.kv_heads, shape.head_dim)
-        return logits, new.astype(cache.dtype)
+        return logits, new

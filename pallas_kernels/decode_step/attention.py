@@ -1,275 +1,291 @@
-"""The attention of a decode step: a block takes some tiles of slots of one key/value head.
+"""Attention inside a step: one row and key/value head to a block, or to several for a long text.
 
-Block b serves head b // splits and every `active_splits`-th tile of its slots. All query heads
-of the group sit in the rows of one matrix, so they share each read of the cache. The results of
-the splits are combined exactly by whoever reads them.
+Eight warps take a run of slots each and keep a running softmax for all query heads of the group.
+Keys and values go from memory straight to the tensor cores. The new token is the last slot.
 """
 
 import dataclasses
-import math
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step import words as w
+from pallas_kernels.decode_step.packing import WARPS
+from pallas_kernels.decode_step.plan import Plan
+from pallas_kernels.decode_step.products import THREADS
+from pallas_kernels.decode_step.softmax import NEVER, Found, Softmax
+from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.words import Layout, awaited, leave, over
 
-from pallas_kernels import compat
-from pallas_kernels.decode_step.plan import COLUMNS, ROWS, Plan
-from pallas_kernels.decode_step.tagged import totals
-from pallas_kernels.decode_step.vectors import (
-    ALONG_COLUMNS,
-    ALONG_ROWS,
-    MATRIX,
-    columns_of,
-    gmem,
-    rounded,
-    rows_of,
-    strided,
-)
-
-SLOT_TILE = 64
-"""Cache slots taken at a time."""
-TOGETHER = 4
-"""Splits whose results are loaded at a time."""
-NEVER = -1e30
-"""Stands for a score of minus infinity, without its NaN."""
-
-Softmax = tuple[jax.Array, jax.Array, jax.Array]
-"""Running maximum (in units of log 2), sum of weights and weighted values."""
+SLOTS_A_SPLIT = 512
+"""Slots from which on it pays to have one more block attend."""
+SPLITS_AT_ONCE = 4
+"""Splits of a warp that are waited for together."""
 
 
-@dataclasses.dataclass
+def most_splits(plan: Plan, rows: int, capacity: int) -> int:
+    """Blocks that can share one row and key/value head of a full cache."""
+    units = rows * plan.shape.kv_heads
+    return max(1, min(plan.blocks // units, -(-capacity // SLOTS_A_SPLIT)))
+
+
+def heads_bytes(plan: Plan) -> int:
+    """The group's queries, the key and the value, in 16 bits."""
+    return (plan.shape.group + 2) * plan.shape.head_dim * 2
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
-    """One block's part in the attention of every layer.
+    """Attention of one block.
 
     Attributes:
-        splits: blocks that share a key/value head.
-        stages: cache tiles in flight.
-        position: of the token; the cache holds the slots before it.
-        cache, new: of every layer's keys, then of its values: of the text, of the token.
-        tiles: of keys, then of values, in flight.
-        out, stats: each block's weighted values, and its maximum and sum of weights.
-        raw, queries: of the group's heads, in shared memory: as they come, and rotated.
-        full: the barrier of each cache tile in flight.
-        head, split: what this block serves; `mine` counts its tiles of slots.
-        active_splits: splits that have anything to say; `attends`: whether this block has.
+        splits: blocks for one row and key/value head, at most.
+        block: the block's number.
+        cache, rope, positions: addresses of the inputs.
+        new: of the new keys and values.
+        memory, layout: the words blocks leave for each other.
+        heads: shared memory for the group's queries, the key and the value.
+        found: shared memory for what the warps found.
     """
 
     plan: Plan
+    rows: int
+    capacity: int
     splits: int
-    stages: int
-    block: jax.Array
-    position: jax.Array
-    bias: Any
-    qkv_sum: Any
-    rope: Any
-    cache: Any
-    new: Any
-    out: Any
-    stats: Any
-    raw: Any
-    queries: Any
-    tiles: tuple[Any, Any]
-    full: Any
-
-    def __post_init__(self) -> None:
-        self.head, self.split = lax.div(self.block, self.splits), lax.rem(self.block, self.splits)
-        tiles = lax.div(self.position + SLOT_TILE - 1, SLOT_TILE)
-        self.active_splits = jnp.minimum(_splits_for(tiles), self.splits)
-        left = tiles - self.split + self.active_splits - 1
-        self.mine = jnp.maximum(lax.div(left, self.active_splits), 0)
-        self.attends = (self.head < self.plan.shape.kv_heads) & (self.split < self.active_splits)
-
-    def prefetch(self, layer: jax.Array) -> None:
-        """Starts the copies of a layer's first tiles, which don't depend on the step so far."""
-        for stage in range(self.stages):
-            self._fetch(layer, stage, stage)
-
-    def _fetch(self, layer: jax.Array, j: Any, stage: Any) -> None:
-        @pl.when(self.attends & (j < self.mine))
-        def _() -> None:
-            at = pl.ds((self.split + j * self.active_splits) * SLOT_TILE, SLOT_TILE)
-            for tile, index in zip(self.tiles, self._rows_of(layer), strict=True):
-                plgpu.copy_gmem_to_smem(
-                    self.cache.at[index, self.head, at], tile.at[stage], self.full.at[stage]
-                )
-
-    def _rows_of(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Where a layer's keys and values are."""
-        return layer, self.plan.shape.layers + layer
-
-    def attend(self, layer: jax.Array, tag: jax.Array) -> None:
-        """This block's splits of one layer, into `out` and `stats`; split 0 fills `new` too."""
-        h = self.plan.shape.head_dim
-        keys, value, own = self._token(layer, tag)
-        # Split 0 starts from the new token, which is not in the cache yet.
-        leads = self.split == 0
-
-        @pl.when(leads)
-        def _() -> None:
-            of_keys, of_values = self._rows_of(layer)
-            for i, part in enumerate(keys):
-                self.new[of_keys, pl.ds(self.head * h + i * (h // 2), h // 2)] = part
-            self.new[of_values, pl.ds(self.head * h, h)] = value
-
-        maximum = jnp.where(leads, own * self._scale, NEVER)
-        weight = plgpu.layout_cast(
-            jnp.broadcast_to(jnp.where(leads, 1.0, 0.0), (ROWS,)), ALONG_ROWS
-        )
-        carry = maximum, weight, jnp.where(leads, columns_of(value), 0.0)
-        carry = lax.fori_loop(0, self.mine, lambda j, c: self._tile(layer, j, c), carry)
-        self.stats[self.block, 0], self.stats[self.block, 1], self.out[self.block] = carry
+    block: V
+    cache: V
+    rope: V
+    positions: V
+    new: V
+    memory: V
+    layout: Layout
+    heads: V
+    found: V
 
     @property
-    def _scale(self) -> float:
-        return self.plan.shape.head_dim**-0.5 * math.log2(math.e)
+    def _of_group(self) -> Found:
+        return Found(self.found, self.plan.shape.group, self.plan.shape.head_dim)
 
-    def _token(
-        self, layer: jax.Array, tag: jax.Array
-    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-        """The token's key (in halves), its value and its own scores; queries go to memory."""
+    def _position(self, row: V) -> V:
+        return t.load_global(self.positions + (row << 2).wide())[0]
+
+    def _active(self, position: V) -> V:
+        """Blocks that share a text."""
+        wanted = (position + (SLOTS_A_SPLIT - 1)) // SLOTS_A_SPLIT
+        return t.larger(t.smaller(wanted, self.splits), 1)
+
+    def prefetch(self, layer: V) -> None:
+        """Brings the first keys and values of each warp nearer, while the queries are made."""
         shape = self.plan.shape
-        h, half = shape.head_dim, shape.head_dim // 2
-        cos, sin = (gmem(self.rope.at[i], ALONG_COLUMNS) for i in (0, 1))
-        at_q = self.head * shape.group * h
-        at_k = (shape.heads + self.head) * h
-        at_v = at_k + shape.kv_heads * h
-        width = -(-shape.group * h // 128) * 128
-        # A head of 64 dimensions comes with its neighbour, or with what follows the last.
-        runs = [(at_q, width), (at_k, 128), (at_v, 128)]
-        biases = [gmem(self.bias.at[layer, pl.ds(at_q, width)], strided(width))]
-        biases += [
-            gmem(self.bias.at[layer, pl.ds(at, n)], ALONG_COLUMNS)
-            for at, n in ((at_k, half), (at_k + half, half), (at_v, h))
+        row, _, unit, split = self._mine()
+        position = self._position(row)
+        active = self._active(position)
+
+        def bring() -> None:
+            begin, end = self._run(split, position, active)
+            lines = shape.head_dim // 64  # of 128 bytes, in a slot
+            slot = begin + (t.me() % t.WARP) // lines
+            at = ((slot * lines + (t.me() % t.WARP) % lines) << 7).wide()
+
+            def lines_of_both() -> None:
+                for which in range(2):
+                    t.prefetch(self._cached(which, layer, unit) + at)
+
+            t.when((slot < end) & (slot < position), lines_of_both)
+
+        t.when(split < active, bring)
+
+    def _mine(self) -> tuple[V, V, V, V]:
+        """Row, key/value head, both in one number, and split of this block."""
+        units = self.rows * self.plan.shape.kv_heads
+        unit, split = self.block % units, self.block // units
+        return unit // self.plan.shape.kv_heads, unit % self.plan.shape.kv_heads, unit, split
+
+    def _run(self, split: V, position: V, active: V) -> tuple[V, V]:
+        """This warp's slots, from the first to the one after the last."""
+        each = (position + active * WARPS) // (active * WARPS)
+        begin = (split * WARPS + t.me() // t.WARP) * each
+        return begin, t.smaller(begin + each, position + 1)
+
+    def _cached(self, which: int, layer: V, unit: V) -> V:
+        """Address of a head's keys (0) or values (1) in the cache."""
+        shape = self.plan.shape
+        index = (which * shape.layers + layer) * (self.rows * shape.kv_heads) + unit
+        return self.cache + index.wide() * (self.capacity * shape.head_dim * 2)
+
+    def attend(self, layer: V, tag: V) -> None:
+        """This block's share of attention; its result is left for everyone, or for `combine`."""
+        row, kv_head, unit, split = self._mine()
+        row_position = self._position(row)
+        active = self._active(row_position)
+
+        def share() -> None:
+            self._take_heads(layer, row, kv_head, split, tag)
+            t.together(THREADS)
+            self._of_group.keep(self._slots(layer, unit, split, row_position, active))
+            t.together(THREADS)
+            self._leave(row, kv_head, split, active, tag)
+            t.together(THREADS)
+
+        t.when(split < active, share)
+
+    def _take_heads(self, layer: V, row: V, kv_head: V, split: V, tag: V) -> None:
+        """Rotates the group's queries and the key; they and the value are rounded and kept."""
+        shape = self.plan.shape
+        h, half, group = shape.head_dim, shape.head_dim // 2, shape.group
+
+        def pair(item: V) -> None:
+            head, i = item // half, item % half
+            column = t.select(head < group, (kv_head * group + head) * h, 0)
+            own = (shape.heads + kv_head + (head - group) * shape.kv_heads) * h
+            column = t.select(head < group, column, own) + i
+            index = row * shape.qkv + column
+            at = [self.layout.at(self.memory, w.QKV, index + n * half) for n in range(2)]
+            angle = self.rope + ((row * h + i) << 2).wide()
+            cos, sin = (t.load_global(angle + 4 * n * half)[0].bits() for n in range(2))
+            (first,), (second,) = awaited(at, 1, tag)
+            turns = head <= group
+            a = t.select(turns, first * cos - second * sin, first)
+            b = t.select(turns, second * cos + first * sin, second)
+            both = t.bfloat16_pair(a, b)
+            place = self.heads + (head * h + i) * 2
+            t.store_shared_half(place, both)
+            t.store_shared_half(place + h, both >> 16)
+
+            def write() -> None:
+                cached = ((head - group) * shape.layers + layer) * self.rows + row
+                at = self.new + (((cached * shape.kv_heads + kv_head) * h + i) << 1).wide()
+                t.store_global_half(at, both)
+                t.store_global_half(at + h, both >> 16)
+
+            t.when((head >= group) & split.equals(0), write)
+
+        over((group + 2) * half, THREADS, pair)
+
+    def _slots(self, layer: V, unit: V, split: V, position: V, active: V) -> Softmax:
+        """The running softmax of this warp's slots, in one lane's share."""
+        shape = self.plan.shape
+        h = shape.head_dim
+        at_once = 2048 // h  # so many that their loads fit the registers
+        lane = t.me() % t.WARP
+        g, quarter = lane // 4, lane % 4
+        queries = [
+            t.load_shared(self.heads + (g * h + 32 * i + quarter * 8) * 2, 4, g < shape.group)
+            for i in range(h // 32)
         ]
-        q, k, v = totals(self.qkv_sum, self.plan.phases[0], runs, tag)
-        after = ROWS * h - 256  # rows past the group may hold anything
-        self.raw[pl.ds(after, 128)] = k
-        self.raw[pl.ds(after + 128, 128)] = v
+        begin, end = self._run(split, position, active)
+        keys, values = (self._cached(which, layer, unit) for which in range(2))
 
-        def staged(at: int, n: int) -> jax.Array:
-            return compat.load(self.raw.at[pl.ds(at, n)], layout=ALONG_COLUMNS)
+        def tile(i: V, carry: list[V]) -> list[V]:
+            first = begin + i * at_once
 
-        first, second = (staged(after + i * half, half) + biases[1 + i] for i in (0, 1))
-        value = rounded(staged(after + 128, h) + biases[3])
-        keys = [rounded(first * cos - second * sin), rounded(second * cos + first * sin)]
-        self.raw[pl.ds(0, width)] = q + biases[0]
-        # One head a row; rows past the group hold anything and touch nothing else.
-        raw = self.raw.reshape(ROWS, h)
-        first, second = (gmem(raw.at[:, pl.ds(i * half, half)], MATRIX) for i in (0, 1))
-        c, s = columns_of(cos), columns_of(sin)
-        queries = [rounded(first * c - second * s), rounded(second * c + first * s)]
-        halves = zip(queries, keys, strict=True)
-        own = sum(((a * columns_of(b)).sum(axis=1) for a, b in halves), start=jnp.float32(0))
-        for i, part in enumerate(queries):
-            self.queries[:, pl.ds(i * half, half)] = part.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        return keys, value, own
+            def there(slot: V) -> V:
+                return first + slot < end
 
-    def _tile(self, layer: jax.Array, j: jax.Array, carry: Softmax) -> Softmax:
-        """Adds a tile of slots to the running softmax (Milakov and Gimelshein, 2018)."""
-        maximum, weight, values = carry
-        h, position = self.plan.shape.head_dim, self.position
-        stage = lax.rem(j, self.stages)
-        base = (self.split + j * self.active_splits) * SLOT_TILE
-        keys_tile, values_tile = (tile.at[stage] for tile in self.tiles)
-        plgpu.barrier_wait(self.full.at[stage])
+            def load(which: int, slot: V, column: V) -> list[V]:
+                """From the cache, or for the new token from where its head was put."""
+                at = first + slot
+                old = (keys, values)[which] + ((at * h + column) << 1).wide()
+                new = t.anywhere(self.heads + ((shape.group + which) * h + column) * 2)
+                source = t.select(at.equals(position), new, old)
+                return t.load_global_where(there(slot), source, 4, "anywhere")
 
-        @pl.when(base + SLOT_TILE > position)
-        def _() -> None:
-            # 0 * NaN is NaN: a value past the length must not enter even with weight 0.
-            old = compat.load(values_tile, layout=MATRIX)
-            index = plgpu.broadcasted_iota(jnp.int32, (SLOT_TILE, h), 0, layout=MATRIX)
-            values_tile[...] = jnp.where(base + index < position, old, jnp.zeros_like(old))
-            plgpu.commit_smem()
+            found = Softmax.carried(carry).over(
+                at_once,
+                queries,
+                lambda slot, i: load(0, slot, quarter * 8 + 32 * i),
+                lambda slot, i: load(1, slot, g * 8 + 64 * i),
+                there,
+            )
+            return found.carry()
 
-        def scores(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, self.queries, keys_tile.T)
-            plgpu.wgmma_wait(0)
-            return acc[...]
+        tiles = (t.larger(end - begin, 0) + (at_once - 1)) // at_once
+        return Softmax.carried(t.loop(tiles, Softmax.empty(h).carry(), tile))
 
-        logit = pl.run_scoped(scores, plgpu.ACC((ROWS, SLOT_TILE), jnp.float32)) * self._scale
-        index = plgpu.broadcasted_iota(jnp.int32, (ROWS, SLOT_TILE), 1, layout=MATRIX)
-        logit = jnp.where(base + index < position, logit, NEVER)
-        new_maximum = jnp.maximum(maximum, jnp.max(logit, axis=1))
-        p = jnp.exp2(logit - rows_of(new_maximum, SLOT_TILE))
-        shrink = jnp.exp2(maximum - new_maximum)
-
-        def weighted(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, p.astype(jnp.bfloat16), values_tile)
-            plgpu.wgmma_wait(0)
-            return acc[...]
-
-        more = pl.run_scoped(weighted, plgpu.ACC((ROWS, h), jnp.float32))
-        plgpu.commit_smem()
-        self._fetch(layer, j + self.stages, stage)
-        return (
-            new_maximum,
-            weight * shrink + jnp.sum(p, axis=1),
-            values * rows_of(shrink, h) + more,
-        )
-
-    def combined(self, chunks: list[jax.Array]) -> list[list[jax.Array]]:
-        """Some runs of 128 columns of the attention output, head by head: all splits together.
-
-        All loads of a turn are independent of each other, so that they overlap.
-        """
+    def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:
         shape = self.plan.shape
-        per = COLUMNS // shape.head_dim
-        heads = [chunk * per + n for chunk in chunks for n in range(per)]
+        h, group = shape.head_dim, shape.group
 
-        def add(turn: jax.Array, carries: list[Softmax]) -> list[Softmax]:
-            splits = [turn * TOGETHER + i for i in range(TOGETHER)]
-            theirs = [[self._part(head, split) for split in splits] for head in heads]
-            return [_merged(*pair) for pair in zip(carries, theirs, strict=True)]
+        def number(item: V) -> None:
+            head, column = item // h, item % h
+            maximum, total, value = self._of_group.merged(head, column)
+            index = row * shape.heads + kv_head * group + head
 
-        zero = plgpu.layout_cast(jnp.zeros((shape.head_dim,), jnp.float32), self._out_layout)
-        none = (jnp.float32(NEVER), jnp.float32(0), zero)
-        turns = lax.div(self.active_splits + TOGETHER - 1, TOGETHER)
-        sums = lax.fori_loop(0, turns, add, [none] * len(heads))
-        out = [values / weight for _, weight, values in sums]
-        return [out[i : i + per] for i in range(0, len(out), per)]
+            def whole() -> None:
+                at = self.layout.at(self.memory, w.ATTENDED, index * h + column)
+                leave(at, value * t.reciprocal(total), tag)
 
-    @property
-    def _out_layout(self) -> Any:
+            def part() -> None:
+                place = index * self.splits + split
+                leave(self.layout.at(self.memory, w.SPLITS, place * h + column), value, tag)
+
+                def stats() -> None:
+                    for n, stat in enumerate((maximum, total)):
+                        leave(self.layout.at(self.memory, w.STATS, place * 2 + n), stat, tag)
+
+                t.when(column.equals(0), stats)
+
+            t.when(active.equals(1), whole)
+            if self.splits > 1:
+                t.when(active > 1, part)
+
+        over(group * h, THREADS, number)
+
+    def combine(self, tag: V) -> None:
+        """Puts together what the splits of a text found, head by head."""
+        if self.splits == 1:
+            return
+        blocks, heads = self.plan.blocks, self.rows * self.plan.shape.heads
+
+        def one(i: V, _: list[V]) -> list[V]:
+            index = self.block + i * blocks
+            active = self._active(self._position(index // self.plan.shape.heads))
+            t.when(active > 1, lambda: self._combine(index, active, tag))
+            return []
+
+        t.loop((t.integer(heads) - self.block + (blocks - 1)) // blocks, [], one)
+
+    def _combine(self, index: V, active: V, tag: V) -> None:
         h = self.plan.shape.head_dim
-        return strided(h) if h % 128 == 0 else ALONG_COLUMNS
+        each = h // t.WARP
+        lane, warp = t.me() % t.WARP, t.me() // t.WARP
 
-    def _part(self, head: jax.Array, split: jax.Array) -> Softmax:
-        """What a split found for a head; nothing where there is no such split."""
-        group = self.plan.shape.group
-        kv_head, row = lax.div(head, group), lax.rem(head, group)
-        there = split < self.active_splits
-        block = kv_head * self.splits + jnp.where(there, split, 0)
-        return (
-            jnp.where(there, self.stats[block, 0, row], NEVER),
-            jnp.where(there, self.stats[block, 1, row], 0.0),
-            gmem(self.out.at[block, row], self._out_layout),
-        )
+        def some(i: V, carry: list[V]) -> list[V]:
+            wanted = [(i * SPLITS_AT_ONCE + n) * WARPS + warp for n in range(SPLITS_AT_ONCE)]
+            places = [index * self.splits + t.smaller(s, active - 1) for s in wanted]
+            ats = []
+            for place in places:
+                ats += [self.layout.at(self.memory, w.STATS, place * 2 + n) for n in range(2)]
+                first = place * h + lane
+                ats += [
+                    self.layout.at(self.memory, w.SPLITS, first + n * t.WARP) for n in range(each)
+                ]
+            words = [word for (word,) in awaited(ats, 1, tag)]
+            maximum, total, *values = carry
+            for n, s in enumerate(wanted):
+                theirs, weight, *parts = words[n * (2 + each) : (n + 1) * (2 + each)]
+                theirs = t.select(s < active, theirs, NEVER)
+                new = t.larger(maximum, theirs)
+                ours, shrink = t.exp2(maximum - new), t.exp2(theirs - new)
+                shrink = t.select(s < active, shrink, 0.0)
+                total = total * ours + weight * shrink
+                values = [v * ours + p * shrink for v, p in zip(values, parts, strict=True)]
+                maximum = new
+            return [maximum, total, *values]
 
+        stripe = WARPS * SPLITS_AT_ONCE
+        none = [t.number(NEVER), *[t.number(0)] * (1 + each)]
+        found = t.loop((active + (stripe - 1)) // stripe, none, some)
+        of_head, head = Found(self.found, 1, h), t.integer(0)
+        for n, value in enumerate(found[2:]):
+            t.store_shared(of_head.value(warp, head, lane + n * t.WARP), [value])
+        at = of_head.stats(warp, head)
+        t.when(lane.equals(0), lambda: t.store_shared(at, found[:2]))
+        t.together(THREADS)
 
-def _splits_for(tiles: jax.Array) -> jax.Array:
-    """How many splits attend to so many tiles of slots.
+        def write() -> None:
+            column = t.me()
+            _, total, value = of_head.merged(head, column)
+            at = self.layout.at(self.memory, w.ATTENDED, index * h + column)
+            leave(at, value * t.reciprocal(total), tag)
 
-    A tile costs a split about 1 us and TOGETHER splits cost the combine about 0.75 us, so the
-    best number grows with the root of the tiles.
-    """
-    few = jnp.where(tiles <= 4, jnp.maximum(tiles, 1), 8)
-    some = jnp.where(tiles <= 64, 16, 32)
-    return jnp.where(tiles <= 256, jnp.where(tiles <= 16, few, some), tiles)
-
-
-def _merged(carry: Softmax, parts: list[Softmax]) -> Softmax:
-    """A running softmax and some more parts of it."""
-    maximum, weight, values = carry
-    new_maximum = maximum
-    for theirs, _, _ in parts:
-        new_maximum = jnp.maximum(new_maximum, theirs)
-    shrink = jnp.exp2(maximum - new_maximum)
-    weight, values = weight * shrink, values * shrink
-    for theirs, their_weight, their_values in parts:
-        shrink = jnp.exp2(theirs - new_maximum)
-        weight, values = weight + their_weight * shrink, values + their_values * shrink
-    return new_maximum, weight, values
+        t.when(t.me() < h, write)
+        t.together(THREADS)

@@ -6,27 +6,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.plan import COLUMNS, ROWS, Plan
-
-HEAD = 4
-"""The phase of the head; those of a layer are 0 QKV, 1 output, 2 gate and up, 3 down."""
-
+from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, HEAD, Plan
 
 Places = tuple[Int[Array, "2 tiles"], ...]
 """`Plan.places` of every phase: data, since as constants they would be compiled 100 times."""
+
+WARPS = COLUMNS // 16
+PIECE = BAND * COLUMNS // WARPS
+"""Numbers of a tile that one warp reads, 16 rows by 16 columns, in the order [g, t, half, c]:
+
+row 8 half + g, column 4 t + c. So lane 4 g + t reads eight numbers in a row, which are its
+operand of a tensor-core product.
+"""
 
 
 class Packed(NamedTuple):
     """What a step reads of a model.
 
     Attributes:
-        tape: the weight matrices, tile after tile in the order of `Plan`.
+        tape: the weight matrices, tile after tile in the order of `Plan`, each in the pieces of
+            the eight warps.
         bias: of q, k and v, float32.
         norms: attention and feed-forward norm of each layer in turn, then the final one.
         places: where each phase's tiles lie on the tape.
     """
 
-    tape: Float[Array, "tiles 64 128"]
+    tape: Float[Array, "tiles 8 256"]
     bias: Float[Array, "L QKV"]
     norms: Float[Array, "norms D"]
     places: Places
@@ -35,18 +40,22 @@ class Packed(NamedTuple):
         """A matrix read back from the tape, `[out, in]`."""
         p = plan.phases[phase]
         tiles = self.tape[_at(self.places[phase], layer)]
-        grid = tiles.reshape(p.rows // ROWS, p.across, ROWS, COLUMNS)
-        return grid.swapaxes(1, 2).reshape(p.rows, p.columns)
+        grid = tiles.reshape(p.bands, p.across, WARPS, 8, 4, 2, 4).transpose(0, 5, 3, 1, 2, 4, 6)
+        if phase == GATE_UP:
+            grid = grid.swapaxes(0, 1)
+        return grid.reshape(p.rows, p.columns)
 
-    def head_row(self, plan: Plan, row: Int[Array, ""]) -> Float[Array, "D"]:
-        """One row of the head, which is an embedding where the head is tied."""
-        across = plan.phases[HEAD].across
-        places = _at(self.places[HEAD], 0).reshape(-1, across)[row // ROWS]
-        return self.tape[places, row % ROWS].reshape(-1)
+    def head_rows(self, plan: Plan, rows: Int[Array, "B"]) -> Float[Array, "B D"]:
+        """Rows of the head, which is an embedding where the head is tied."""
+        at = _at(self.places[HEAD], 0).reshape(-1, plan.phases[HEAD].across)[rows // BAND]
+        tiles = self.tape[at].reshape(*at.shape, WARPS, 8, 4, 2, 4)
+        batch = jnp.arange(rows.shape[0])
+        picked = tiles[batch, :, :, rows % 8, :, rows % BAND // 8]
+        return picked.reshape(rows.shape[0], -1)
 
 
-def empty_tape(plan: Plan, dtype: jnp.dtype) -> Float[Array, "tiles 64 128"]:
-    return jnp.zeros((plan.tape_tiles, ROWS, COLUMNS), dtype)
+def empty_tape(plan: Plan, dtype: jnp.dtype) -> Float[Array, "tiles 8 256"]:
+    return jnp.zeros((plan.tape_tiles, WARPS, PIECE), dtype)
 
 
 def places(plan: Plan) -> Places:
@@ -58,16 +67,22 @@ def _at(places: Int[Array, "2 tiles"], layer: int | Int[Array, ""]) -> Int[Array
 
 
 def _put(
-    tape: Float[Array, "tiles 64 128"],
+    tape: Float[Array, "tiles 8 256"],
     places: Int[Array, "2 n"],
     matrix: Float[Array, "rows columns"],
     layer: Int[Array, ""],
-) -> Float[Array, "tiles 64 128"]:
+    phase: int,
+) -> Float[Array, "tiles 8 256"]:
     rows, columns = matrix.shape
-    tiles = matrix.reshape(rows // ROWS, ROWS, columns // COLUMNS, COLUMNS).swapaxes(1, 2)
-    tiles = tiles.reshape(-1, ROWS, COLUMNS)
+    bands, across = rows // BAND, columns // COLUMNS
+    # A band of gate and up holds eight rows of each, so that their product is made in place.
+    halves = (2, bands) if phase == GATE_UP else (bands, 2)
+    grid = matrix.reshape(*halves, 8, across, WARPS, 4, 4)
+    if phase == GATE_UP:
+        grid = grid.swapaxes(0, 1)
+    tiles = grid.transpose(0, 3, 4, 2, 5, 1, 6).reshape(-1, WARPS, PIECE)
     return tape.at[_at(places, layer)].set(tiles, unique_indices=True)
 
 
-put = jax.jit(_put, donate_argnums=0)
-"""Puts a matrix, `[out, in]`, in its places in one layer; the tape passed in is donated."""
+put = jax.jit(_put, donate_argnums=0, static_argnums=4)
+"""Puts a phase's matrix, `[out, in]`, in its places in one layer; the tape is donated."""

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.packing import HEAD, Packed
-from pallas_kernels.decode_step.plan import Plan
+from pallas_kernels.decode_step.packing import Packed
+from pallas_kernels.decode_step.plan import DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
 from pallas_kernels.gqa_decode_attention.reference import reference as attention
 from pallas_kernels.rope.reference import reference as rope
 
@@ -14,39 +14,42 @@ from pallas_kernels.rope.reference import reference as rope
 def reference(
     packed: Packed,
     plan: Plan,
-    hidden: Float[Array, "D"],
-    cache: Float[Array, "2L K S H"],
-    position: Int[Array, ""],
+    hidden: Float[Array, "B D"],
+    cache: Float[Array, "2L B K S H"],
+    position: Int[Array, "B"],
     inv_freq: Float[Array, "H2"],
     attention_factor: float,
-) -> tuple[Float[Array, "V"], Float[Array, "2L K H"]]:
+) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     shape, dtype = plan.shape, cache.dtype
-    k_cache, v_cache = cache[: shape.layers], cache[shape.layers :]
     heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+    rows = jnp.arange(hidden.shape[0])
 
-    def product(x: Float[Array, "columns"], phase: int, layer: int = 0) -> Float[Array, "rows"]:
+    def product(x: Float[Array, "B columns"], phase: int, layer: int = 0) -> Float[Array, "B rows"]:
         weights = packed.matrix(plan, phase, layer)
         f32 = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-        return jnp.einsum("oi,i->o", weights, x.astype(dtype), **f32)
+        return jnp.einsum("oi,bi->bo", weights, x.astype(dtype), **f32)
 
-    def norm(x: Float[Array, "D"], index: int) -> Float[Array, "D"]:
-        return x * lax.rsqrt(jnp.mean(x * x) + shape.eps) * packed.norms[index]
+    def norm(x: Float[Array, "B D"], index: int) -> Float[Array, "B D"]:
+        mean = jnp.mean(x * x, axis=1, keepdims=True)
+        return x * lax.rsqrt(mean + shape.eps) * packed.norms[index]
 
     x = hidden.astype(jnp.float32)
     keys, values = [], []
     for i in range(shape.layers):
-        qkv = (product(norm(x, 2 * i), 0, i) + packed.bias[i]).reshape(1, 1, -1, dim)
+        qkv = product(norm(x, 2 * i), QKV, i) + packed.bias[i]
+        qkv = qkv.reshape(len(rows), 1, -1, dim)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
-        q, k = rope(q, k, position[None, None], inv_freq, attention_factor)
-        q, k, v = (y[0, 0].astype(dtype) for y in (q, k, v))
-        at = (0, position, 0)
-        k_all = lax.dynamic_update_slice(k_cache[i], k[:, None], at)
-        v_all = lax.dynamic_update_slice(v_cache[i], v[:, None], at)
-        attended = attention(q[None], k_all[None], v_all[None], position[None] + 1)
-        x = x + product(attended.reshape(-1), 1, i)
-        gate, up = jnp.split(product(norm(x, 2 * i + 1), 2, i), 2)
-        x = x + product(jax.nn.silu(gate) * up, 3, i)
+        q, k = rope(q, k, position[:, None], inv_freq, attention_factor)
+        q, k, v = (y[:, 0].astype(dtype) for y in (q, k, v))
+        # A position past the capacity has no slot.
+        k_all, v_all = (
+            c.at[rows, :, position].set(y, mode="drop")
+            for c, y in ((cache[i], k), (cache[shape.layers + i], v))
+        )
+        attended = attention(q, k_all, v_all, position + 1)
+        x = x + product(attended.reshape(len(rows), -1), OUTPUT, i)
+        gate, up = jnp.split(product(norm(x, 2 * i + 1), GATE_UP, i), 2, axis=1)
+        x = x + product(jax.nn.silu(gate) * up, DOWN, i)
         keys.append(k)
         values.append(v)
-    logits = product(norm(x, 2 * shape.layers), HEAD)
-    return logits, jnp.stack(keys + values)
+    return product(norm(x, 2 * shape.layers), HEAD), jnp.stack(keys + values)

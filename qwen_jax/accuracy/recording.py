@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
@@ -298,13 +297,10 @@ def _plain_chunk(
     """A call as the engine makes it; one token goes through the decode-step kernel, if any does."""
     one = tokens.shape[1] == 1
     if one and isinstance(weights, PackedWeights) and weights.serves(1, cache.capacity):
-        stacked = jnp.concatenate([*cache.k, *cache.v])
         logits, stacked = programs.forward_packed(
-            weights, tokens[:, 0], stacked, start[None], lengths
+            weights, tokens[:, 0], programs.stack(cache), start[None], lengths
         )
-        layers = jnp.split(stacked, len(stacked))
-        half = len(layers) // 2
-        return KVCache(tuple(layers[:half]), tuple(layers[half:])), {}, logits[:, None]
+        return programs.unstack(stacked), {}, logits[:, None]
     cache, logits = programs.chunk_logits(make, weights, cache, tokens, start, lengths)
     return cache, {}, logits
 

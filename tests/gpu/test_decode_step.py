@@ -1,5 +1,6 @@
-"""A whole decode step of one row on a GPU, against the model in float32 on the same weights."""
+"""A whole decode step of a few rows on a GPU, against the model in float32 on the same weights."""
 
+import dataclasses
 import functools
 import secrets
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.decode_step import MOST_ROWS
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, Prompt
 from qwen_jax.packed import PackedWeights, pack
@@ -42,24 +44,27 @@ def parameters(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
     return params
 
 
-def after_prompt(engine: Engine, tokens: list[int], poison: bool) -> np.ndarray:
-    """Log-probabilities of what follows `tokens`, its last one fed through a decode step."""
+def after_prompts(engine: Engine, texts: list[list[int]], poison: bool) -> np.ndarray:
+    """Log-probabilities `[B, V]` of what follows each text, its last token fed by a decode step."""
     vocab = engine.config.vocab_size
-    plan, numbers = plan_rows([Sampling()], vocab, top_logprobs=vocab)
-    rows, _ = engine.prefill([Prompt(tokens[:-1], 8)], plan, numbers)
-    keep = jnp.arange(rows.cache.capacity)[:, None] < len(tokens) - 1
+    plan, numbers = plan_rows([Sampling()] * len(texts), vocab, top_logprobs=vocab)
+    rows, _ = engine.prefill([Prompt(text[:-1], 8) for text in texts], plan, numbers)
+    filled = jnp.arange(rows.cache.capacity) < rows.length[:, None]
+    keep = filled[:, None, :, None]
 
     def poisoned(x: jax.Array) -> jax.Array:
         return jnp.where(keep, x, jnp.nan) if poison else x
 
-    cache = jax.tree.map(poisoned, rows.cache)
-    token = jnp.asarray(tokens[-1:], jnp.int32)
-    rows = type(rows)(
-        cache, rows.length, token, rows.generated, rows.limit, jnp.zeros(1, bool), rows.counts
+    rows = dataclasses.replace(
+        rows,
+        cache=jax.tree.map(poisoned, rows.cache),
+        token=jnp.asarray([text[-1] for text in texts], jnp.int32),
+        done=jnp.zeros(len(texts), bool),
     )
     _, emitted = engine.decode_step(rows, numbers, plan)
-    out = np.empty(vocab, np.float32)
-    out[np.asarray(emitted.choice.top_ids[0])] = np.asarray(emitted.choice.top_logprobs[0])
+    ids, logprobs = (np.asarray(x) for x in (emitted.choice.top_ids, emitted.choice.top_logprobs))
+    out = np.empty((len(texts), vocab), np.float32)
+    np.put_along_axis(out, ids, logprobs, axis=1)
     return out
 
 
@@ -84,27 +89,39 @@ def engines(name: str) -> Engines:
     )
 
 
-# The last has several tiles of slots for each block.
-@pytest.mark.parametrize("length", [2, 64, 65, 129, 700, 2047, 9001])
+# 9001 gives each block several tiles of slots; of many rows, blocks serve long ones and short.
+LENGTHS = [
+    *((n,) for n in (2, 64, 65, 129, 700, 2047, 9001)),
+    (700, 2, 9001),
+    (65, 2047, 2, 333, 129, 64, 1024, 700),
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_worse_than_twice_the_xla_path(name: str, length: int) -> None:
+def test_no_worse_than_twice_the_xla_path(name: str, lengths: tuple[int, ...]) -> None:
     three = engines(name)
-    vocab = CONFIGS[name].vocab_size
-    tokens = np.random.default_rng(SEED + length).integers(0, vocab, length).tolist()
-    truth = after_prompt(three.truth, tokens, False)
-    xla = after_prompt(three.xla, tokens, False)
-    kernel, again = (after_prompt(three.kernel, tokens, True) for _ in range(2))
-    ours, theirs = relative(kernel, truth), relative(xla, truth)
-    print(f"seed {SEED}, {name}, length {length}: kernel {ours:.2e}, xla {theirs:.2e}")
-    assert ours <= 2 * theirs
+    vocab, rng = CONFIGS[name].vocab_size, np.random.default_rng([SEED, *lengths])
+    texts = [rng.integers(0, vocab, length).tolist() for length in lengths]
+    truth = after_prompts(three.truth, texts, False)
+    xla = after_prompts(three.xla, texts, False)
+    kernel, again = (after_prompts(three.kernel, texts, True) for _ in range(2))
+    ours, theirs = ([relative(*row) for row in zip(x, truth, strict=True)] for x in (kernel, xla))
+    for length, mine, xlas in zip(lengths, ours, theirs, strict=True):
+        print(f"seed {SEED}, {name}, length {length}: kernel {mine:.2e}, xla {xlas:.2e}")
+    # A single row's error scatters: on a CPU, small sizes, the kernel's own reference is past
+    # twice XLA's in 2 rows of 100. Of eight rows the worst two are within 1.9 in 59 draws.
+    assert max(ours) <= 2 * max(theirs)
     assert np.array_equal(kernel, again)
 
 
-def test_a_thousand_steps_stay_with_the_reference() -> None:
-    params = parameters(SMALL, 3)
-    packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
+@pytest.mark.parametrize("name", ["small", "0.5b"])
+def test_a_thousand_steps_stay_with_the_reference(name: str) -> None:
+    config = CONFIGS[name]
+    params = parameters(config, 3)
+    packed = pack(config, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
     truth_params = {name: value.astype(jnp.float32) for name, value in params.items()}
-    truth = Engine(SMALL, truth_params, implementation="xla")
+    truth = Engine(config, truth_params, implementation="xla")
     prompt = Prompt([1, 2, 3], 1001)
 
     def behind(engine: Engine) -> np.ndarray:
@@ -114,19 +131,34 @@ def test_a_thousand_steps_stay_with_the_reference() -> None:
         logits = truth.logits([*prompt.tokens, *tokens[:-1]])[2:]
         return logits.max(axis=1) - np.take_along_axis(logits, np.array(tokens)[:, None], 1)[:, 0]
 
-    kernel, xla = behind(Engine(SMALL, packed)), behind(Engine(SMALL, params))
-    print(f"mean behind the best: kernel {kernel.mean():.2e}, xla {xla.mean():.2e}")
+    kernel, xla = behind(Engine(config, packed)), behind(Engine(config, params))
+    print(f"{name}: mean behind the best: kernel {kernel.mean():.2e}, xla {xla.mean():.2e}")
     assert kernel.mean() <= 2 * xla.mean()
     assert kernel[-250:].mean() <= 2 * xla.mean()
 
 
-def test_larger_models_and_batches_take_another_way() -> None:
-    assert isinstance(
-        pack(SMALL, parameters(SMALL, 0).items(), jnp.dtype(jnp.bfloat16), "auto"), PackedWeights
-    )
-    prompts = [Prompt([1, 2, 3], 20), Prompt([4, 5], 20)]
+def test_two_rows_choose_as_the_plain_model_does() -> None:
+    """One of them ends early.
+
+    Of two tokens the float32 model prefers one by 0.33 at least in every step of these texts,
+    while bfloat16 moves that difference by 0.08 at most: four times less.
+    """
+    params = parameters(SMALL, 0)
+    packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
+    prompts = [Prompt([7, 8, 9], 20), Prompt([66, 67, 68], 12)]
+    kernel = generate(Engine(SMALL, packed, valid_tokens=2), prompts)
+    plain = generate(Engine(SMALL, params, valid_tokens=2, implementation="xla"), prompts)
+    assert kernel.tokens == plain.tokens
+    assert {len(set(tokens)) for tokens in plain.tokens} == {2}
+
+
+def test_larger_batches_take_another_way() -> None:
     params = parameters(SMALL, 0)
     packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "auto")
+    assert isinstance(packed, PackedWeights)
+    assert packed.serves(MOST_ROWS, 256)
+    assert not packed.serves(MOST_ROWS + 1, 256)
+    prompts = [Prompt([i, 2 * i, 3 * i][: 1 + i % 3], 20) for i in range(MOST_ROWS + 1)]
     both = generate(Engine(SMALL, packed), prompts)
     plain = generate(Engine(SMALL, params), prompts)
     assert both.tokens == plain.tokens

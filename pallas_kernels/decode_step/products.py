@@ -1,0 +1,220 @@
+"""A matrix product of a phase: its input into shared memory, then band after band.
+
+The warps of a block share each band: of every 128 columns a warp has 16. Weights are the first
+operand of the tensor-core product, up to eight texts the second. An input is float32; it
+enters as two bfloat16 numbers, rounded and the rest, which keeps 16 bits of it.
+"""
+
+import functools
+from collections.abc import Callable
+
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.packing import WARPS
+from pallas_kernels.decode_step.plan import BAND, Phase
+from pallas_kernels.decode_step.stream import PIECE_BYTES, TILE_BYTES, Place, Stream
+from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.words import awaited
+
+THREADS = WARPS * t.WARP
+QUAD = 4
+"""Numbers of an input that a lane takes at once: its operand of one product."""
+AT_ONCE = 4
+"""Quads that a lane waits for together."""
+
+
+def input_bytes(tiles: int, rows: int) -> int:
+    """Shared memory for an input of so many tiles' columns."""
+    return tiles * WARPS * rows * 64
+
+
+def sums_bytes(bands: int, rows: int) -> int:
+    """Shared memory for the warps' sums of so many bands, twice."""
+    return 2 * bands * WARPS * rows * BAND * 4
+
+
+Prepare = Callable[[V, V], list[V]]
+Finish = Callable[[V, V, V, list[V]], None]
+
+
+class Products:
+    """What the products of a block share.
+
+    Attributes:
+        rows: texts, 1 to 8.
+        stream: the block's weights.
+        inputs: shared memory for the input, as operands: of every 16 columns each text's four
+            quads, four rounded numbers and their four rests.
+        sums: shared memory for the warps' sums, twice.
+        most_bands: bands whose sums are added up together.
+        squares: shared memory for sums of squares, twice eight float32.
+    """
+
+    def __init__(self, rows: int, stream: Stream, inputs: V, sums: V, squares: V, most_bands: int):
+        self.rows, self.stream, self.most_bands = rows, stream, most_bands
+        self.inputs, self.sums, self.squares = inputs, sums, squares
+        self.warps_each = WARPS // rows
+
+    def absorb(
+        self,
+        source: V,
+        stride: int,
+        quads: int | V,
+        most_quads: int,
+        tag: V,
+        norm: V | None = None,
+        which: int = 0,
+    ) -> None:
+        """Waits for an input and puts it into shared memory.
+
+        Args:
+            source: address of the first text's words.
+            stride: words from a text to the next.
+            quads: a quarter of the input's length, `most_quads` of them on any block.
+            norm: address of weights to multiply with; the sum of squares of what they are
+                multiplied with is kept as well, in place `which`.
+        """
+        warp, lane = t.me() // t.WARP, t.me() % t.WARP
+        text, turn = warp // self.warps_each, warp % self.warps_each
+        stripe = t.WARP * self.warps_each
+        at_once = min(AT_ONCE, -(-most_quads // stripe))
+
+        def some(i: V, squares: list[V]) -> list[V]:
+            first = (i * at_once * self.warps_each + turn) * t.WARP + lane
+            wanted = [first + n * stripe for n in range(at_once)]
+            there = [q < quads for q in wanted]
+            begin = source + (text * (4 * stride)).wide()
+            weights = []
+            if norm:
+                weights = [
+                    t.load_global_where(inside, norm + (q << 4).wide(), 4)
+                    for q, inside in zip(wanted, there, strict=True)
+                ]
+            words = awaited([begin + (q << 4).wide() for q in wanted], 4, tag, there)
+            (total,) = squares
+            for n, (q, values) in enumerate(zip(wanted, words, strict=True)):
+                if norm:
+                    total = sum((v * v for v in values), start=total)
+                    values = [v * w.bits() for v, w in zip(values, weights[n], strict=True)]
+                pairs = [t.split_pair(*values[:2]), t.split_pair(*values[2:])]
+                operand = [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
+                at = (q // QUAD) * (64 * self.rows) + text * 64 + (q % QUAD) * 16
+                place = self.inputs + at
+                t.when(there[n], functools.partial(t.store_shared, place, operand))
+            return [total]
+
+        def all_of_it() -> None:
+            turns = (t.integer(quads) + (stripe * at_once - 1)) // (stripe * at_once)
+            (squares,) = t.loop(turns, [t.number(0)], some)
+            if norm:
+                total = t.warp_sum(squares)
+                at = self.squares + 32 * which + warp * 4
+                t.when(lane.equals(0), lambda: t.store_shared(at, [total]))
+
+        # One thread looks out for the first word. If all of them did, in every block, they would
+        # slow down what they wait for.
+        t.when(t.me().equals(0), lambda: awaited([source], 1, tag))
+        t.together(THREADS)
+        t.when(text < self.rows, all_of_it)
+        t.together(THREADS)
+
+    def mean_square(self, text: V, which: int, length: int) -> V:
+        """Of the input absorbed with weights."""
+        at = self.squares + 32 * which + text * (4 * self.warps_each)
+        each = [t.load_shared_floats(at + 4 * i)[0] for i in range(self.warps_each)]
+        return sum(each[1:], start=each[0]) * (1 / length)
+
+    def product(
+        self,
+        place: Place,
+        phase: Phase,
+        bands: V,
+        tiles: int | V,
+        finish: Finish,
+        prepare: Prepare = lambda first, count: [],
+    ) -> Place:
+        """Multiplies a block's bands with the input.
+
+        Args:
+            prepare: what a thread loads before some bands of the block, `count` of them from
+                number `first` on, for `finish`.
+            finish: takes the bands' sums; every thread calls both.
+        """
+
+        def group(i: V, carry: list[V]) -> list[V]:
+            first = i * self.most_bands
+            count = t.smaller(bands - first, self.most_bands)
+            sums = self.sums + (i & 1) * (sums_bytes(self.most_bands, self.rows) // 2)
+
+            ready = prepare(first, count)
+
+            def band(n: V, carry: list[V]) -> list[V]:
+                return [*self._band(Place(*carry), phase, tiles, n, sums)]
+
+            carry = t.loop(count, carry, band)
+            t.together(THREADS)
+            finish(first, count, sums, ready)
+            return carry
+
+        groups = (bands + (self.most_bands - 1)) // self.most_bands
+        return Place(*t.loop(groups, [*place], group))
+
+    def _band(self, place: Place, phase: Phase, tiles: int | V, number: V, sums: V) -> Place:
+        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        even = isinstance(tiles, int) and tiles % phase.pages == 0
+
+        def page(i: V, carry: list[V]) -> list[V]:
+            place, totals = Place(*carry[:2]), carry[2:]
+            begin, end = ((tiles * (i + n)) // phase.pages for n in (0, 1))
+            weights = self.stream.wait(place) + warp * PIECE_BYTES + lane * 16
+            inputs = self.inputs + (begin * WARPS + warp) * (64 * self.rows) + lane * 16
+            operands = []
+            for n in range(phase.page_tiles):
+                inside = None if even or n + 1 < phase.page_tiles else begin + n < end
+                there = inside
+                if self.rows < 8:
+                    there = lane < 4 * self.rows
+                    there = there if inside is None else there & inside
+                at = inputs + n * (WARPS * 64 * self.rows)
+                w = t.load_shared(weights + n * TILE_BYTES, 4, inside)
+                operands.append((w, t.load_shared(at, 4, there)))
+            for n, (w, x) in enumerate(operands):
+                # The memory has a lane's row first, the instruction its column.
+                a = [w[0], w[2], w[1], w[3]]
+                for half in range(2):
+                    # Four sums, so that a product needn't wait for the one before it.
+                    at_ = 4 * (2 * (n % 2) + half)
+                    b = x[2 * half : 2 * half + 2]
+                    totals[at_ : at_ + 4] = t.multiply(a, b, totals[at_ : at_ + 4])
+            return [*self.stream.release(place), *totals]
+
+        carry = [*place, *[t.number(0)] * 16]
+        slot, parity, *totals = t.loop(phase.pages, carry, page)
+        c = [sum(totals[i + 4 :: 4], start=totals[i]) for i in range(4)]
+        row, column = lane // 4, (lane % 4) * 2
+        base = sums + (number * WARPS + warp) * (self.rows * BAND * 4)
+
+        def store(column: V, pair: list[V]) -> None:
+            at = base + (column * BAND + row) * 4
+            t.store_shared(at, pair[:1])
+            t.store_shared(at + 32, pair[1:])
+
+        t.when(column < self.rows, lambda: store(column, [c[0], c[2]]))
+        if self.rows > 1:
+            t.when(column + 1 < self.rows, lambda: store(column + 1, [c[1], c[3]]))
+        return Place(slot, parity)
+
+    def total(self, sums: V, band: V, text: V, row: V) -> V:
+        """One number of a band: the sum over the warps."""
+        at = sums + ((band * (WARPS * self.rows) + text) * BAND + row) * 4
+        parts = [t.load_shared_floats(at + w * (self.rows * BAND * 4))[0] for w in range(WARPS)]
+        return sum(parts[1:], start=parts[0])
+
+    def each(self, count: V, height: int, body: Callable[[V, V, V], None]) -> None:
+        """`body(band, text, row)` for every number of bands of this height, a thread each."""
+        band, text, row = self.mine(height)
+        t.when(band < count, lambda: body(band, text, row))
+
+    def mine(self, height: int) -> tuple[V, V, V]:
+        """Band, text and row of the thread's number."""
+        row, rest = t.me() % height, t.me() // height
+        return rest // self.rows, rest % self.rows, row

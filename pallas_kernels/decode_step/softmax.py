@@ -1,0 +1,159 @@
+"""A running softmax over slots of a cache, spread over the lanes of a warp, then over warps.
+
+Scores are q K^T with the heads of a group as rows, so that a lane's share of them is already its
+operand of the product with V. Lane 4 g + t has head g.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.packing import WARPS
+from pallas_kernels.decode_step.thread import V
+
+NEVER = -1e30
+"""The score of a slot that isn't there."""
+LOG2_E = 1.4426950408889634
+
+Load = Callable[[V, int], list[V]]
+"""Eight numbers of a slot, the lane's in the i-th run of a head dimension; zeroes if not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """A lane's share of a running softmax.
+
+    `values` holds pairs of columns, for 64 columns at a time: 16 t + j and 16 t + 8 + j.
+    """
+
+    maximum: V
+    total: V
+    values: list[V]
+
+    @classmethod
+    def empty(cls, head_dim: int) -> "Softmax":
+        return cls(t.number(NEVER), t.number(0), [t.number(0)] * (head_dim // 4))
+
+    def carry(self) -> list[V]:
+        return [self.maximum, self.total, *self.values]
+
+    @classmethod
+    def carried(cls, carry: list[V]) -> "Softmax":
+        return cls(carry[0], carry[1], carry[2:])
+
+    def over(
+        self,
+        slots: int,
+        queries: list[list[V]],
+        keys: Load,
+        values: Load,
+        there: Callable[[V], V],
+    ) -> "Softmax":
+        """With some more slots, a multiple of 16.
+
+        Args:
+            queries: the lane's operands, four words for every 32 columns: 8 t to 8 t + 7.
+            keys: the same columns of a slot's key.
+            values: of every 64 columns of a slot's value, 8 g to 8 g + 7.
+            there: whether a slot is to be attended to.
+        """
+        head_dim = 4 * len(self.values)
+        lane = t.me() % t.WARP
+        g, quarter = lane // 4, lane % 4
+        zero, none = t.number(0), t.integer(0)
+        # All loads first. Of every eight slots a lane reads slot g's key, and has the scores of
+        # slots 2 t and 2 t + 1, whose values it reads.
+        k = [[keys(g + 8 * n, i) for i in range(head_dim // 32)] for n in range(slots // 8)]
+        columns = [[quarter * 2 + (8 * n + i) for i in range(2)] for n in range(slots // 8)]
+        v = [[[values(s, i) for i in range(head_dim // 64)] for s in pair] for pair in columns]
+
+        scores = []
+        for n, pair in enumerate(columns):
+            sums = [zero, zero]
+            for query, key in zip(queries, k[n], strict=True):
+                for i in (0, 2):
+                    a = [query[i], none, query[i + 1], none]
+                    sums = t.multiply(a, key[i : i + 2], [*sums, zero, zero])[:2]
+            scaled = [s * (LOG2_E * head_dim**-0.5) for s in sums]
+            scores.append(
+                [t.select(there(at), s, NEVER) for at, s in zip(pair, scaled, strict=True)]
+            )
+        maximum = self.maximum
+        for score in (s for pair in scores for s in pair):
+            maximum = t.larger(maximum, score)
+        for mask in (1, 2):
+            maximum = t.larger(maximum, t.from_lane(maximum, mask))
+        shrink = t.exp2(self.maximum - maximum)
+        total, weights = self.total * shrink, []
+        for pair, both in zip(columns, scores, strict=True):
+            # Where no slot was there so far, the maximum is no score either.
+            each = [
+                t.select(there(at), t.exp2(s - maximum), 0.0)
+                for at, s in zip(pair, both, strict=True)
+            ]
+            total = total + each[0] + each[1]
+            weights.append(t.bfloat16_pair(*each))
+        out = [value * shrink for value in self.values]
+        for n in range(0, slots // 8, 2):
+            a = [weights[n], none, weights[n + 1], none]
+            for i in range(head_dim // 64):
+                rows = [value[i] for m in (n, n + 1) for value in v[m]]
+                for j in range(8):
+                    b = [t.halves(rows[m][j // 2], rows[m + 1][j // 2], j % 2) for m in (0, 2)]
+                    at = 2 * (8 * i + j)
+                    out[at : at + 2] = t.multiply(a, b, [*out[at : at + 2], zero, zero])[:2]
+        return Softmax(maximum, total, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What the warps of a block found for `heads` heads, in shared memory."""
+
+    memory: V
+    heads: int
+    head_dim: int
+
+    @staticmethod
+    def size(heads: int, head_dim: int) -> int:
+        """Bytes."""
+        return WARPS * heads * (head_dim + 2) * 4
+
+    def value(self, warp: int | V, head: V, column: int | V) -> V:
+        """The address of a number."""
+        return self.memory + ((head + warp * self.heads) * self.head_dim + column) * 4
+
+    def stats(self, warp: int | V, head: V) -> V:
+        """The address of a maximum and the sum after it."""
+        values = WARPS * self.heads * self.head_dim * 4
+        return self.memory + values + (head + warp * self.heads) * 8
+
+    def keep(self, found: Softmax) -> None:
+        """Leaves what this warp found."""
+        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        head, quarter = lane // 4, lane % 4
+        total = t.warp_sum(found.total, (1, 2))
+
+        def store() -> None:
+            for i in range(0, len(found.values), 16):
+                for side in range(2):
+                    column = found.values[i + side : i + 16 : 2]
+                    at = self.value(warp, head, quarter * 16 + (4 * i + 8 * side))
+                    for j in (0, 4):
+                        t.store_shared(at + 4 * j, column[j : j + 4])
+            at = self.stats(warp, head)
+            t.when(quarter.equals(0), lambda: t.store_shared(at, [found.maximum, total]))
+
+        t.when(head < self.heads, store)
+
+    def merged(self, head: V, column: V) -> tuple[V, V, V]:
+        """Maximum, sum and one column's value over the warps."""
+        stats = [t.load_shared_floats(self.stats(n, head), 2) for n in range(WARPS)]
+        parts = [t.load_shared_floats(self.value(n, head, column))[0] for n in range(WARPS)]
+        maximum = stats[0][0]
+        for theirs, _ in stats[1:]:
+            maximum = t.larger(maximum, theirs)
+        total, value = t.number(0), t.number(0)
+        for (theirs, weight), part in zip(stats, parts, strict=True):
+            shrink = t.exp2(theirs - maximum)
+            total, value = total + weight * shrink, value + part * shrink
+        return maximum, total, value

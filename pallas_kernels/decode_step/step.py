@@ -1,0 +1,245 @@
+"""The phases of a decode step on one block, each a function, and their order."""
+
+import dataclasses
+
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step import words as w
+from pallas_kernels.decode_step.attention import Attention
+from pallas_kernels.decode_step.plan import (
+    BAND,
+    COLUMNS,
+    DOWN,
+    GATE_UP,
+    HEAD,
+    OUTPUT,
+    QKV,
+    Plan,
+)
+from pallas_kernels.decode_step.products import THREADS, Finish, Prepare, Products
+from pallas_kernels.decode_step.stream import Place
+from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.words import Layout, awaited, leave, over
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the plan's table says of this block: its bands, and its part of the down projection."""
+
+    tile: V
+    first: list[V]
+    count: list[V]
+    part: V
+    part_column: V
+    part_tiles: V
+
+    @classmethod
+    def read(cls, table: V) -> "Work":
+        """From the address of the block's row."""
+        n = [v for at in range(0, 16, 4) for v in t.load_global(table + 4 * at, 4)]
+        return cls(n[0], n[1:11:2], n[2:11:2], *n[11:14])
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One block's part of a decode step.
+
+    Attributes:
+        own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
+        bias, norms, hidden: addresses of the inputs.
+        logits: of the output.
+        memory, layout: the words blocks leave for each other.
+    """
+
+    plan: Plan
+    rows: int
+    work: Work
+    products: Products
+    attention: Attention
+    own: V
+    bias: V
+    norms: V
+    hidden: V
+    logits: V
+    memory: V
+    layout: Layout
+
+    def _word(self, section: int, width: int, text: V, at: V) -> V:
+        return self.layout.at(self.memory, section, text * width + at)
+
+    def _scale(self, text: V, which: int) -> V:
+        """What a norm divides by, which the products leave for their results."""
+        shape = self.plan.shape
+        mean = self.products.mean_square(text, which, shape.hidden)
+        return t.rsqrt(mean + shape.eps)
+
+    def _absorb(
+        self, phase: int, section: int, width: int, tag: V, norm: V | None = None, which: int = 0
+    ) -> None:
+        """A phase's input, where this block has bands of it."""
+        quads: int | V = self.plan.phases[phase].columns // 4
+        most = self.plan.phases[phase].longest * COLUMNS // 4
+        begin = self.layout.at(self.memory, section)
+        if phase == DOWN:
+            quads = self.work.part_tiles * (COLUMNS // 4)
+            begin = begin + (self.work.part_column * (4 * COLUMNS)).wide()
+        weights = None
+        if norm is not None:
+            weights = self.norms + norm.wide() * (4 * self.plan.shape.hidden)
+        t.when(
+            self.work.count[phase] > 0,
+            lambda: self.products.absorb(begin, width, quads, most, tag, weights, which),
+        )
+
+    def _product(
+        self,
+        place: Place,
+        phase: int,
+        finish: Finish,
+        prepare: Prepare = lambda first, count: [],
+    ) -> Place:
+        p = self.plan.phases[phase]
+        tiles = self.work.part_tiles if p.parts > 1 else p.across
+        return self.products.product(place, p, self.work.count[phase], tiles, finish, prepare)
+
+    def begin(self) -> None:
+        """Takes the embeddings of this block's bands."""
+        d = self.plan.shape.hidden
+
+        def take(item: V) -> None:
+            at, text, row = self._own(item)
+            word = t.load_global(self.hidden + ((text * d + row) << 2).wide())
+            t.store_shared(at, word)
+
+        over(self.work.count[OUTPUT] * (self.rows * BAND), THREADS, take)
+
+    def _own(self, item: V) -> tuple[V, V, V]:
+        """Of a number of the block's hidden state: its place, text and row."""
+        rest = item // BAND
+        band = self.work.first[OUTPUT] + rest // self.rows
+        return self.own + item * 4, rest % self.rows, band * BAND + item % BAND
+
+    def qkv(self, place: Place, layer: V, tag: V, before: V) -> Place:
+        shape, p = self.plan.shape, self.products
+        self._absorb(QKV, w.HIDDEN, shape.hidden, before, layer * 2)
+
+        def bias(first: V, count: V) -> list[V]:
+            band, _, row = p.mine(BAND)
+            at = layer * shape.qkv + (self.work.first[QKV] + first + band) * BAND + row
+            return t.load_global_where(band < count, self.bias + (at << 2).wide(), 1)
+
+        def finish(first: V, count: V, sums: V, bias: list[V]) -> None:
+            def number(band: V, text: V, row: V) -> None:
+                at = (self.work.first[QKV] + first + band) * BAND + row
+                value = p.total(sums, band, text, row) * self._scale(text, 0) + bias[0].bits()
+                leave(self._word(w.QKV, shape.qkv, text, at), value, tag)
+
+            p.each(count, BAND, number)
+
+        return self._product(place, QKV, finish, bias)
+
+    def output(self, place: Place, tag: V) -> Place:
+        shape, p = self.plan.shape, self.products
+        self._absorb(OUTPUT, w.ATTENDED, shape.heads * shape.head_dim, tag)
+
+        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
+            def number(band: V, text: V, row: V) -> None:
+                at = self.own + (((first + band) * self.rows + text) * BAND + row) * 4
+                value = t.load_shared_floats(at)[0] + p.total(sums, band, text, row)
+                t.store_shared(at, [value])
+                row = (self.work.first[OUTPUT] + first + band) * BAND + row
+                leave(self._word(w.MIDDLE, shape.hidden, text, row), value, tag)
+
+            p.each(count, BAND, number)
+
+        return self._product(place, OUTPUT, finish)
+
+    def gate_up(self, place: Place, layer: V, tag: V) -> Place:
+        shape, p = self.plan.shape, self.products
+        self._absorb(GATE_UP, w.MIDDLE, shape.hidden, tag, layer * 2 + 1, 1)
+
+        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
+            def number(band: V, text: V, row: V) -> None:
+                scale = self._scale(text, 1)
+                gate = p.total(sums, band, text, row) * scale
+                up = p.total(sums, band, text, row + BAND // 2) * scale
+                value = gate * t.reciprocal(t.exp2(gate * -LOG2_E) + 1.0) * up
+                at = (self.work.first[GATE_UP] + first + band) * (BAND // 2) + row
+                leave(self._word(w.FFN, shape.ffn, text, at), value, tag)
+
+            p.each(count, BAND // 2, number)
+
+        return self._product(place, GATE_UP, finish)
+
+    def down(self, place: Place, tag: V) -> Place:
+        shape, p = self.plan.shape, self.products
+        self._absorb(DOWN, w.FFN, shape.ffn, tag)
+
+        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
+            def number(band: V, text: V, row: V) -> None:
+                at = (self.work.first[DOWN] + first + band) * BAND + row
+                text_of_part = self.work.part * self.rows + text
+                value = p.total(sums, band, text, row)
+                leave(self._word(w.PARTS, shape.hidden, text_of_part, at), value, tag)
+
+            p.each(count, BAND, number)
+
+        return self._product(place, DOWN, finish)
+
+    def add_parts(self, tag: V) -> None:
+        """Adds the down projection's parts to the hidden state of this block's bands."""
+        shape, parts = self.plan.shape, self.plan.phases[DOWN].parts
+
+        def add(item: V) -> None:
+            place, text, row = self._own(item)
+            at = [
+                self._word(w.PARTS, shape.hidden, text + part * self.rows, row)
+                for part in range(parts)
+            ]
+            value = t.load_shared_floats(place)[0]
+            for (part,) in awaited(at, 1, tag):
+                value = value + part
+            t.store_shared(place, [value])
+            leave(self._word(w.HIDDEN, shape.hidden, text, row), value, tag)
+
+        def every() -> None:
+            # Another thread wrote these numbers.
+            t.together(THREADS)
+            over(self.work.count[OUTPUT] * (self.rows * BAND), THREADS, add)
+
+        t.when(self.work.count[OUTPUT] > 0, every)
+
+    def head(self, place: Place, tag: V) -> None:
+        shape, p = self.plan.shape, self.products
+        self._absorb(HEAD, w.HIDDEN, shape.hidden, tag, t.integer(2 * shape.layers))
+
+        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
+            def number(band: V, text: V, row: V) -> None:
+                at = (self.work.first[HEAD] + first + band) * BAND + row
+                value = p.total(sums, band, text, row) * self._scale(text, 0)
+                index = (text * shape.vocab + at) << 2
+                t.store_global(self.logits + index.wide(), value)
+
+            p.each(count, BAND, number)
+
+        self._product(place, HEAD, finish)
+
+    def run(self) -> None:
+        """Every layer, then the head. Layers take turns with their tag; the first has 1."""
+        layers = self.plan.shape.layers
+
+        def layer(index: V, carry: list[V]) -> list[V]:
+            place, tag, before = Place(*carry), (index + 1) & 1, index & 1
+            self.attention.prefetch(index)
+            place = self.qkv(place, index, tag, before)
+            self.attention.attend(index, tag)
+            self.attention.combine(tag)
+            place = self.output(place, tag)
+            place = self.gate_up(place, index, tag)
+            place = self.down(place, tag)
+            self.add_parts(tag)
+            return [*place]
+
+        place = Place(*t.loop(layers, [*Place.begin()], layer))
+        self.head(place, t.integer(layers & 1))

@@ -1,0 +1,118 @@
+"""A block's stream of weights: one thread fetches pages of the tape ahead, eight warps read them.
+
+The stream runs on across bands, phases and layers, through a ring of shared memory. So the
+weights of the next phases arrive while the blocks wait for each other.
+"""
+
+from typing import NamedTuple
+
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.packing import PIECE, WARPS
+from pallas_kernels.decode_step.plan import HEAD, Plan
+from pallas_kernels.decode_step.thread import V
+
+PIECE_BYTES = 2 * PIECE
+TILE_BYTES = WARPS * PIECE_BYTES
+IN_FLIGHT = 3
+"""Pages on their way at a time. More fill the memory's queues, and the words that blocks leave for
+each other come late; fewer leave it idle."""
+
+
+class Place(NamedTuple):
+    """Where a reader or the fetching thread stands: a slot of the ring and its turn's parity."""
+
+    slot: V
+    parity: V
+
+    @classmethod
+    def begin(cls) -> "Place":
+        return cls(t.integer(0), t.integer(0))
+
+
+class Stream:
+    """The pages of one block.
+
+    Attributes:
+        ring: address of the slots, in shared memory, of `slot_bytes` each.
+        barriers: of two mbarriers a slot: that it is full, and that all warps have read it.
+    """
+
+    def __init__(self, ring: V, barriers: V, stages: int, slot_bytes: int):
+        self.ring, self.barriers = ring, barriers
+        self.stages, self.slot_bytes = stages, slot_bytes
+
+    def make(self) -> None:
+        """Sets up the barriers; one thread calls this, and all others wait for it."""
+        for slot in range(self.stages):
+            t.make_barrier(self._full(t.integer(slot)), 1)
+            t.make_barrier(self._empty(t.integer(slot)), WARPS)
+        t.barriers_made()
+
+    def _full(self, slot: V) -> V:
+        return self.barriers + slot * 16
+
+    def _empty(self, slot: V) -> V:
+        return self.barriers + slot * 16 + 8
+
+    def _next(self, place: Place) -> Place:
+        wraps = place.slot.equals(self.stages - 1)
+        slot = t.select(wraps, t.integer(0), place.slot + 1)
+        return Place(slot, t.select(wraps, place.parity ^ 1, place.parity))
+
+    def wait(self, place: Place) -> V:
+        """Waits for the page at hand and returns its address."""
+        t.await_turn(self._full(place.slot), place.parity)
+        return self.ring + place.slot * self.slot_bytes
+
+    def release(self, place: Place) -> Place:
+        """This warp has read the page: on to the next one."""
+        t.warp_together()
+        t.when((t.me() % t.WARP).equals(0), lambda: t.arrive(self._empty(place.slot)))
+        return self._next(place)
+
+    def fetch(self, plan: Plan, tape: V, first: V, count: list[V], part_tiles: V) -> None:
+        """Fetches all pages of the block in order; for one thread alone.
+
+        Args:
+            tape: address of the tape.
+            first: the block's first tile.
+            count: its bands of each phase.
+            part_tiles: tiles in a band of its part of the down projection.
+        """
+
+        def bands(phase: int, carry: list[V]) -> list[V]:
+            p = plan.phases[phase]
+            tiles = part_tiles if p.parts > 1 else t.integer(p.across)
+
+            def band(_: V, carry: list[V]) -> list[V]:
+                return t.loop(p.pages, carry, page)
+
+            def page(i: V, carry: list[V]) -> list[V]:
+                tile, number, *at = carry
+                place, landed = Place(*at[:2]), Place(*at[2:])
+                size = (tiles * (i + 1)) // p.pages - (tiles * i) // p.pages
+                late = number >= IN_FLIGHT
+                t.when(late, lambda: t.await_turn(self._full(landed.slot), landed.parity))
+                after = self._next(landed)
+                landed = Place(*(t.select(late, x, y) for x, y in zip(after, landed, strict=True)))
+                # A slot that was never used is empty: the turn before the first is over.
+                t.await_turn(self._empty(place.slot), place.parity ^ 1)
+                t.copy_in(
+                    self.ring + place.slot * self.slot_bytes,
+                    tape + tile.wide() * TILE_BYTES,
+                    size * TILE_BYTES,
+                    self._full(place.slot),
+                )
+                return [tile + size, number + 1, *self._next(place), *landed]
+
+            return t.loop(count[phase], carry, band)
+
+        def layer(_: V, carry: list[V]) -> list[V]:
+            for phase in range(HEAD):
+                carry = bands(phase, carry)
+            return carry
+
+        bands(
+            HEAD,
+            t.loop(plan.shape.layers, [first, t.integer(0), *Place.begin(), *Place.begin()], layer),
+        )

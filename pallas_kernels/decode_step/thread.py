@@ -1,0 +1,397 @@
+"""Code for single threads, written in Python: what Pallas has no words for.
+
+Pallas speaks of arrays that a warpgroup holds together. The decode step is made of things below
+that: words polled one by one, operands that lanes load for themselves, warps with streams of
+their own. So its body is emitted as MLIR through `plgpu.inline_mgpu`, with memory and tensor-core
+instructions as PTX. Nothing here knows about the step.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+
+# Their stubs don't know what is added to the generated classes.
+arith: Any = importlib.import_module("jaxlib.mlir.dialects.arith")
+llvm: Any = importlib.import_module("jaxlib.mlir.dialects.llvm")
+scf: Any = importlib.import_module("jaxlib.mlir.dialects.scf")
+
+WARP = 32
+OURS = 8
+"""Of a block's 16 barriers the one that is ours; Mosaic's warpgroups use those from 1 on."""
+
+
+def i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> Any:
+    return ir.IntegerType.get_signless(64)
+
+
+def f32() -> Any:
+    return ir.F32Type.get()
+
+
+class V:
+    """A number in a thread: int32 (unsigned where it matters), int64, float32, or a condition."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, raw: Any):
+        self.raw = raw
+
+    def _with(self, other: Any) -> Any:
+        if isinstance(other, V):
+            return other.raw
+        return arith.constant(self.raw.type, float(other) if self._is_float else int(other))
+
+    @property
+    def _is_float(self) -> bool:
+        return bool(self.raw.type == f32())
+
+    def __add__(self, other: Any) -> "V":
+        make = arith.addf if self._is_float else arith.addi
+        return V(make(self.raw, self._with(other)))
+
+    def __radd__(self, other: Any) -> "V":
+        return self + other
+
+    def __sub__(self, other: Any) -> "V":
+        make = arith.subf if self._is_float else arith.subi
+        return V(make(self.raw, self._with(other)))
+
+    def __rsub__(self, other: Any) -> "V":
+        return V(self._with(other)) - self
+
+    def __mul__(self, other: Any) -> "V":
+        make = arith.mulf if self._is_float else arith.muli
+        return V(make(self.raw, self._with(other)))
+
+    def __rmul__(self, other: Any) -> "V":
+        return self * other
+
+    def __floordiv__(self, other: Any) -> "V":
+        return V(arith.divui(self.raw, self._with(other)))
+
+    def __mod__(self, other: Any) -> "V":
+        return V(arith.remui(self.raw, self._with(other)))
+
+    def __and__(self, other: Any) -> "V":
+        return V(arith.andi(self.raw, self._with(other)))
+
+    def __or__(self, other: Any) -> "V":
+        return V(arith.ori(self.raw, self._with(other)))
+
+    def __xor__(self, other: Any) -> "V":
+        return V(arith.xori(self.raw, self._with(other)))
+
+    def __lshift__(self, other: Any) -> "V":
+        return V(arith.shli(self.raw, self._with(other)))
+
+    def __rshift__(self, other: Any) -> "V":
+        return V(arith.shrui(self.raw, self._with(other)))
+
+    def _compared(self, kind: str, other: Any) -> "V":
+        if self._is_float:
+            predicate = getattr(arith.CmpFPredicate, "O" + kind.upper())
+            return V(arith.cmpf(predicate, self.raw, self._with(other)))
+        name = kind if kind in ("eq", "ne") else "s" + kind
+        return V(arith.cmpi(getattr(arith.CmpIPredicate, name), self.raw, self._with(other)))
+
+    def __lt__(self, other: Any) -> "V":
+        return self._compared("lt", other)
+
+    def __le__(self, other: Any) -> "V":
+        return self._compared("le", other)
+
+    def __gt__(self, other: Any) -> "V":
+        return self._compared("gt", other)
+
+    def __ge__(self, other: Any) -> "V":
+        return self._compared("ge", other)
+
+    def equals(self, other: Any) -> "V":
+        return self._compared("eq", other)
+
+    def differs(self, other: Any) -> "V":
+        return self._compared("ne", other)
+
+    def bits(self) -> "V":
+        """A float's bits, or the float of these bits."""
+        return V(arith.bitcast(i32() if self._is_float else f32(), self.raw))
+
+    def wide(self) -> "V":
+        """An int32 that isn't negative, as int64."""
+        return V(arith.extui(i64(), self.raw))
+
+
+def integer(value: int | V) -> V:
+    return value if isinstance(value, V) else V(arith.constant(i32(), value))
+
+
+def number(value: float) -> V:
+    return V(arith.constant(f32(), float(value)))
+
+
+def select(condition: V, then: V, other: Any) -> V:
+    return V(arith.select(condition.raw, then.raw, then._with(other)))
+
+
+def smaller(a: V, b: Any) -> V:
+    return select(a < b, a, b)
+
+
+def larger(a: V, b: Any) -> V:
+    if a._is_float:
+        return V(arith.maximumf(a.raw, a._with(b)))
+    return select(a > b, a, b)
+
+
+def loop(
+    count: int | V, carry: Sequence[V], body: Callable[[V, list[V]], Sequence[V]], first: Any = 0
+) -> list[V]:
+    """`body(i, carry)` for i from `first` to below `count`; the carry after the last."""
+    bounds = [integer(x).raw for x in (first, count, 1)]
+    op = scf.ForOp(*bounds, [v.raw for v in carry])
+    with ir.InsertionPoint(op.body):
+        results = body(V(op.induction_variable), [V(a) for a in op.inner_iter_args])
+        scf.yield_([v.raw for v in results])
+    return [V(r) for r in op.results]
+
+
+def repeat_while(body: Callable[[], tuple[V, Sequence[V]]], count: int) -> list[V]:
+    """Runs `body` until its condition is false; the `count` int32 it returned last."""
+    op = scf.WhileOp([i32()] * count, [])
+    with ir.InsertionPoint.at_block_begin(op.before.blocks.append()):
+        again, values = body()
+        scf.condition(again.raw, [v.raw for v in values])
+    with ir.InsertionPoint.at_block_begin(op.after.blocks.append(*[i32()] * count)):
+        scf.yield_([])
+    return [V(r) for r in op.results]
+
+
+def when(condition: V, then: Callable[[], Any]) -> None:
+    op = scf.IfOp(condition.raw)
+    with ir.InsertionPoint(op.then_block):
+        then()
+        scf.yield_([])
+
+
+def asm(text: str, results: Sequence[Any], constraints: str, *operands: V) -> list[V]:
+    """A PTX instruction that stays where it is; `$0` and so on are results, then operands."""
+    kind = None
+    if len(results) == 1:
+        kind = results[0]
+    elif results:
+        kind = llvm.StructType.get_literal(list(results))
+    made = llvm.inline_asm(
+        kind, [v.raw for v in operands], text, constraints, has_side_effects=True
+    )
+    if len(results) < 2:
+        return [V(made)] if results else []
+    return [V(llvm.extractvalue(t, made, [i])) for i, t in enumerate(results)]
+
+
+def _registers(first: int, count: int) -> str:
+    names = ", ".join(f"${first + i}" for i in range(count))
+    return names if count == 1 else f"{{{names}}}"
+
+
+def _width(count: int) -> str:
+    return "b32" if count == 1 else f"v{count}.b32"
+
+
+def me() -> V:
+    """The thread's number in its block, asked for anew each time.
+
+    LLVM can't move what depends on it out of loops, which fills the registers with addresses.
+    """
+    return asm("mov.u32 $0, %tid.x;", [i32()], "=r")[0]
+
+
+def block() -> V:
+    return asm("mov.u32 $0, %ctaid.x;", [i32()], "=r")[0]
+
+
+def together(threads: int) -> None:
+    """Waits for so many threads of the block, always the same ones."""
+    asm(f"bar.sync {OURS}, {threads};", [], "~{memory}")
+
+
+def warp_together() -> None:
+    asm("bar.warp.sync 0xffffffff;", [], "~{memory}")
+
+
+def from_lane(value: V, mask: int) -> V:
+    """The value of the lane whose number differs in the bits of `mask`."""
+    kind, c = (f32(), "f") if value._is_float else (i32(), "r")
+    text = f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, 0xffffffff;"
+    return asm(text, [kind], f"={c},{c}", value)[0]
+
+
+def warp_sum(value: V, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> V:
+    for mask in masks:
+        value = value + from_lane(value, mask)
+    return value
+
+
+def load_shared(address: V, count: int = 1, where: V | None = None) -> list[V]:
+    """Int32 from shared memory, in one instruction; zeroes where `where` is false."""
+    outs = ",".join(["=r"] * count)
+    if where is None:
+        text = f"ld.shared.{_width(count)} {_registers(0, count)}, [${count}];"
+        return asm(text, [i32()] * count, outs + ",r", address)
+    clear = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    text = (
+        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} "
+        f"@p ld.shared.{_width(count)} {_registers(0, count)}, [${count}]; }}"
+    )
+    outs = ",".join(["=&r"] * count)
+    flag = V(arith.extui(i32(), where.raw))
+    return asm(text, [i32()] * count, outs + ",r,r", address, flag)
+
+
+def load_shared_floats(address: V, count: int = 1) -> list[V]:
+    return [v.bits() for v in load_shared(address, count)]
+
+
+def store_shared(address: V, values: Sequence[V]) -> None:
+    """Int32 or float32 to shared memory, in one instruction."""
+    count = len(values)
+    ins = ",".join("f" if v._is_float else "r" for v in values)
+    text = f"st.shared.{_width(count)} [$0], {_registers(1, count)};"
+    asm(text, [], "r," + ins, address, *values)
+
+
+def store_shared_half(address: V, value: V) -> None:
+    """The lower 16 bits."""
+    asm("{ .reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h; }", [], "r,r", address, value)
+
+
+SPACES = {"nc": "global.nc.", "relaxed.gpu": "relaxed.gpu.global.", "anywhere": ""}
+
+
+def anywhere(shared: V) -> V:
+    """The address, for loads from "anywhere", of a place in shared memory."""
+    text = "{ .reg .u64 a; cvt.u64.u32 a, $1; cvta.shared.u64 $0, a; }"
+    return asm(text, [i64()], "=l,r", shared)[0]
+
+
+def load_global(address: V, count: int = 1, kind: str = "nc") -> list[V]:
+    """Int32 from global memory: "nc" what nobody writes, "relaxed.gpu" what others write."""
+    text = f"ld.{SPACES[kind]}{_width(count)} {_registers(0, count)}, [${count}];"
+    return asm(text, [i32()] * count, ",".join(["=r"] * count) + ",l", address)
+
+
+def load_global_where(
+    where: V, address: V, count: int, kind: str = "nc", otherwise: int | V = 0
+) -> list[V]:
+    """The same; `otherwise` where `where` is false."""
+    clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
+    text = (
+        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} "
+        f"@p ld.{SPACES[kind]}{_width(count)} {_registers(0, count)}, [${count}]; }}"
+    )
+    flag = V(arith.extui(i32(), where.raw))
+    outs = ",".join(["=&r"] * count)
+    return asm(text, [i32()] * count, outs + ",l,r,r", address, flag, integer(otherwise))
+
+
+def prefetch(address: V) -> None:
+    """Brings a line of global memory into the L2 cache."""
+    asm("prefetch.global.L2 [$0];", [], "l", address)
+
+
+def store_global(address: V, value: V, kind: str = "") -> None:
+    c = "f" if value._is_float else "r"
+    asm(f"st.{kind}global.b32 [$0], $1;", [], f"l,{c}", address, value)
+
+
+def store_global_half(address: V, value: V) -> None:
+    """The lower 16 bits."""
+    text = "{ .reg .b16 h; cvt.u16.u32 h, $1; st.global.b16 [$0], h; }"
+    asm(text, [], "l,r", address, value)
+
+
+def bfloat16_pair(low: V, high: V) -> V:
+    """Two float32 rounded to bfloat16, in one word."""
+    return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", [i32()], "=r,f,f", high, low)[0]
+
+
+def split_pair(low: V, high: V) -> tuple[V, V]:
+    """Two float32 as two pairs of bfloat16: rounded, and what rounding left."""
+    rounded = bfloat16_pair(low, high)
+    low_rest = low - (rounded << 16).bits()
+    high_rest = high - (rounded & -65536).bits()
+    return rounded, bfloat16_pair(low_rest, high_rest)
+
+
+def exp2(x: V) -> V:
+    return asm("ex2.approx.ftz.f32 $0, $1;", [f32()], "=f,f", x)[0]
+
+
+def reciprocal(x: V) -> V:
+    return asm("rcp.approx.f32 $0, $1;", [f32()], "=f,f", x)[0]
+
+
+def rsqrt(x: V) -> V:
+    return asm("rsqrt.approx.f32 $0, $1;", [f32()], "=f,f", x)[0]
+
+
+def multiply(a: Sequence[V], b: Sequence[V], c: Sequence[V]) -> list[V]:
+    """c + a b on the tensor cores: bfloat16 `[16, 16]` by `[16, 8]`, float32 sums.
+
+    Of lane 4 g + t, a is rows g, g + 8, g, g + 8 in columns 2 t, 2 t, 2 t + 8, 2 t + 8 (and the
+    next), b the same columns' rows of column g, and c rows g, g, g + 8, g + 8 in columns 2 t,
+    2 t + 1, 2 t, 2 t + 1.
+    """
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    return asm(text, [f32()] * 4, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *a, *b, *c)
+
+
+def halves(low: V, high: V, which: int) -> V:
+    """The lower (0) or upper (1) 16 bits of two words, in one."""
+    selector = ("0x5410", "0x7632")[which]
+    return asm(f"prmt.b32 $0, $1, $2, {selector};", [i32()], "=r,r,r", low, high)[0]
+
+
+def make_barrier(address: V, arrivals: int) -> None:
+    """An mbarrier in shared memory."""
+    asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [], "r", address)
+
+
+def barriers_made() -> None:
+    """Makes barriers that were set up visible to copies."""
+    asm("fence.mbarrier_init.release.cluster;", [], "~{memory}")
+    asm("fence.proxy.async.shared::cta;", [], "~{memory}")
+
+
+def arrive(barrier: V) -> None:
+    asm("mbarrier.arrive.shared::cta.b64 _, [$0];", [], "r,~{memory}", barrier)
+
+
+def copy_in(shared: V, source: V, size: V, barrier: V) -> None:
+    """Starts a copy of `size` bytes to shared memory that completes the barrier's turn."""
+    expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2;"
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    asm(f"{expect} {copy}", [], "r,l,r,r,~{memory}", shared, source, size, barrier)
+
+
+def await_turn(barrier: V, parity: V) -> None:
+    """Waits until the barrier's turn of this parity is complete."""
+    text = (
+        "{ .reg .pred p; WAIT: "
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }"
+    )
+    asm(text, [], "r,r,~{memory}", barrier, parity)
+
+
+def address(ref: Any, shared: bool = False) -> V:
+    """Where a reference begins: int64, or int32 in shared memory."""
+    return V(llvm.ptrtoint(i32() if shared else i64(), utils.memref_ptr(ref)))

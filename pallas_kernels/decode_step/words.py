@@ -1,0 +1,94 @@
+"""Memory in which blocks leave numbers for each other, each saying which layer it belongs to.
+
+The last bit of a float32 is the parity of its layer: a reader loads until every word has it.
+Each word stands for itself, so no fence and no barrier across the grid is needed, and what
+arrives first is already there when the last does. The bit costs 2^-23 of the value. This is
+the idea of NCCL's low-latency protocol, with the flag inside the word.
+
+A word may be overwritten one layer later without asking, since every layer's words depend on
+all of the layer before: whoever writes has waited for those who read.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.plan import DOWN, Plan
+from pallas_kernels.decode_step.thread import V
+
+QKV, ATTENDED, MIDDLE, FFN, PARTS, HIDDEN, SPLITS, STATS = range(8)
+"""The sections: products of QKV; attention's result; the hidden state after attention; gate and
+up; parts of the down projection; the hidden state after a layer; then what every split of a text
+found, its values and its maximum and sum, where a text is attended to by several blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the sections lie: `sizes` words each, one after the other."""
+
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, rows: int, splits: int) -> "Layout":
+        shape = plan.shape
+        query = shape.heads * shape.head_dim
+        parts = plan.phases[DOWN].parts
+        widths = (shape.qkv, query, shape.hidden, shape.ffn, parts * shape.hidden, shape.hidden)
+        several = splits if splits > 1 else 0
+        split = (query * several, 2 * shape.heads * several)
+        return cls(tuple(rows * width for width in (*widths, *split)))
+
+    @property
+    def begins(self) -> list[int]:
+        return [0, *itertools.accumulate(self.sizes)]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    def at(self, words: V, section: int, index: int | V = 0) -> V:
+        """The address of a word of a section."""
+        begin = words + 4 * self.begins[section]
+        if isinstance(index, V):
+            return begin + (index << 2).wide()
+        return begin + 4 * index
+
+
+def leave(address: V, value: V, tag: V) -> None:
+    """Leaves a float32 with its last bit replaced by the tag, 0 or 1."""
+    t.store_global(address, (value.bits() & -2) | tag, "relaxed.gpu.")
+
+
+def awaited(
+    addresses: Sequence[V], count: int, tag: V, where: Sequence[V] | None = None
+) -> list[list[V]]:
+    """`count` float32 at each address, once all of them carry the tag; 0 where `where` is false."""
+
+    def look() -> tuple[V, list[V]]:
+        if where is None:
+            words = [w for a in addresses for w in t.load_global(a, count, "relaxed.gpu")]
+        else:
+            words = [
+                w
+                for a, there in zip(addresses, where, strict=True)
+                for w in t.load_global_where(there, a, count, "relaxed.gpu", tag)
+            ]
+        late = words[0] ^ tag
+        for word in words[1:]:
+            late = late | (word ^ tag)
+        return (late & 1).differs(0), words
+
+    words = [w.bits() for w in t.repeat_while(look, len(addresses) * count)]
+    return [words[i : i + count] for i in range(0, len(words), count)]
+
+
+def over(items: int | V, threads: int, body: Callable[[V], None]) -> None:
+    """Deals items out to the block's threads."""
+
+    def turn(i: V, _: list[V]) -> list[V]:
+        item = i * threads + t.me()
+        t.when(item < items, lambda: body(item))
+        return []
+
+    t.loop((t.integer(items) + (threads - 1)) // threads, [], turn)

@@ -17,6 +17,9 @@ from pallas_kernels.decode_step.words import Layout, awaited, leave, over
 
 SLOTS_A_SPLIT = 512
 """Slots from which on it pays to have one more block attend."""
+SLOTS_AT_ONCE = 16
+FEW_BLOCKS = 8
+"""Attending blocks up to which each warp asks for 64 lines ahead, above which for 32."""
 SPLITS_AT_ONCE = 4
 """Splits of a warp that are waited for together."""
 
@@ -73,23 +76,30 @@ class Attention:
         return t.larger(t.smaller(wanted, self.splits), 1)
 
     def prefetch(self, layer: V) -> None:
-        """Brings the first keys and values of each warp nearer, while the queries are made."""
-        shape = self.plan.shape
+        """Brings each warp's keys and values nearer, while the queries are made."""
         row, _, unit, split = self._mine()
         position = self._position(row)
         active = self._active(position)
+        lines = self.plan.shape.head_dim // 64  # of 128 bytes, in a slot
 
         def bring() -> None:
             begin, end = self._run(split, position, active)
-            lines = shape.head_dim // 64  # of 128 bytes, in a slot
-            slot = begin + (t.me() % t.WARP) // lines
-            at = ((slot * lines + (t.me() % t.WARP) % lines) << 7).wide()
+            count = (t.smaller(end, position) - begin) * lines
 
-            def lines_of_both() -> None:
-                for which in range(2):
-                    t.prefetch(self._cached(which, layer, unit) + at)
+            def line(i: V, _: list[V]) -> list[V]:
+                at = i * t.WARP + t.me() % t.WARP
 
-            t.when((slot < end) & (slot < position), lines_of_both)
+                def both() -> None:
+                    for which in range(2):
+                        base = self._cached(which, layer, unit)
+                        t.prefetch(base + ((begin * lines + at) << 7).wide())
+
+                t.when(at < count, both)
+                return []
+
+            turns = (t.larger(count, 0) + (t.WARP - 1)) // t.WARP
+            few = (active * (self.rows * self.plan.shape.kv_heads)) <= FEW_BLOCKS
+            t.loop(t.smaller(turns, t.select(few, t.integer(2), 1)), [], line)
 
         t.when(split < active, bring)
 
@@ -164,7 +174,6 @@ class Attention:
         """The running softmax of this warp's slots, in one lane's share."""
         shape = self.plan.shape
         h = shape.head_dim
-        at_once = 2048 // h  # so many that their loads fit the registers
         lane = t.me() % t.WARP
         g, quarter = lane // 4, lane % 4
         queries = [
@@ -173,61 +182,73 @@ class Attention:
         ]
         begin, end = self._run(split, position, active)
         keys, values = (self._cached(which, layer, unit) for which in range(2))
+        slot_bytes = 2 * h
+        # Of slot g, or 2 t, of the run, and of the new token, which is not in the cache yet.
+        key = keys + ((begin + g) * slot_bytes + quarter * 16).wide()
+        value = values + ((begin + quarter * 2) * slot_bytes + g * 16).wide()
+        own = self.heads + shape.group * slot_bytes
+        own_key, own_value = (
+            t.anywhere(own + quarter * 16),
+            t.anywhere(own + slot_bytes + g * 16),
+        )
 
         def tile(i: V, carry: list[V]) -> list[V]:
-            first = begin + i * at_once
+            first = begin + i * SLOTS_AT_ONCE
+            ahead = (i * (SLOTS_AT_ONCE * slot_bytes)).wide()
 
-            def there(slot: V) -> V:
-                return first + slot < end
+            def load(slot: V, base: V, new: V, offset: int, stride: int) -> list[list[V]]:
+                at = t.select(slot.equals(position), new, base + ahead + offset)
+                count = slot_bytes // stride
+                return [
+                    t.load_global_where(slot < end, at, 4, "anywhere", offset=n * stride)
+                    for n in range(count)
+                ]
 
-            def load(which: int, slot: V, column: V) -> list[V]:
-                """From the cache, or for the new token from where its head was put."""
-                at = first + slot
-                old = (keys, values)[which] + ((at * h + column) << 1).wide()
-                new = t.anywhere(self.heads + ((shape.group + which) * h + column) * 2)
-                source = t.select(at.equals(position), new, old)
-                return t.load_global_where(there(slot), source, 4, "anywhere")
-
-            found = Softmax.carried(carry).over(
-                at_once,
-                queries,
-                lambda slot, i: load(0, slot, quarter * 8 + 32 * i),
-                lambda slot, i: load(1, slot, g * 8 + 64 * i),
-                there,
-            )
+            eights = range(0, SLOTS_AT_ONCE, 8)
+            loaded_keys = [load(first + g + n, key, own_key, n * slot_bytes, 64) for n in eights]
+            pairs = [[n, n + 1] for n in eights]
+            slots = [[first + quarter * 2 + n for n in pair] for pair in pairs]
+            loaded_values = [
+                [
+                    load(slot, value, own_value, n * slot_bytes, 128)
+                    for slot, n in zip(both, pair, strict=True)
+                ]
+                for both, pair in zip(slots, pairs, strict=True)
+            ]
+            there = [[slot < end for slot in both] for both in slots]
+            found = Softmax.carried(carry).over(queries, loaded_keys, loaded_values, there)
             return found.carry()
 
-        tiles = (t.larger(end - begin, 0) + (at_once - 1)) // at_once
+        tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         return Softmax.carried(t.loop(tiles, Softmax.empty(h).carry(), tile))
 
     def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:
         shape = self.plan.shape
         h, group = shape.head_dim, shape.group
 
-        def number(item: V) -> None:
-            head, column = item // h, item % h
-            maximum, total, value = self._of_group.merged(head, column)
+        quads = h // 4
+
+        def four(item: V) -> None:
+            head, column = item // quads, item % quads * 4
+            maximum, total, values = self._of_group.merged(head, column, 4)
             index = row * shape.heads + kv_head * group + head
 
             def whole() -> None:
                 at = self.layout.at(self.memory, w.ATTENDED, index * h + column)
-                leave(at, value * t.reciprocal(total), tag)
+                scale = t.reciprocal(total)
+                leave(at, [value * scale for value in values], tag)
 
             def part() -> None:
                 place = index * self.splits + split
-                leave(self.layout.at(self.memory, w.SPLITS, place * h + column), value, tag)
-
-                def stats() -> None:
-                    for n, stat in enumerate((maximum, total)):
-                        leave(self.layout.at(self.memory, w.STATS, place * 2 + n), stat, tag)
-
-                t.when(column.equals(0), stats)
+                leave(self.layout.at(self.memory, w.SPLITS, place * h + column), values, tag)
+                at = self.layout.at(self.memory, w.STATS, place * 2)
+                t.when(column.equals(0), lambda: leave(at, [maximum, total], tag))
 
             t.when(active.equals(1), whole)
             if self.splits > 1:
                 t.when(active > 1, part)
 
-        over(group * h, THREADS, number)
+        over(group * quads, THREADS, four)
 
     def combine(self, tag: V) -> None:
         """Puts together what the splits of a text found, head by head."""
@@ -283,9 +304,9 @@ class Attention:
 
         def write() -> None:
             column = t.me()
-            _, total, value = of_head.merged(head, column)
+            _, total, (value,) = of_head.merged(head, column, 1)
             at = self.layout.at(self.memory, w.ATTENDED, index * h + column)
-            leave(at, value * t.reciprocal(total), tag)
+            leave(at, [value * t.reciprocal(total)], tag)
 
         t.when(t.me() < h, write)
         t.together(THREADS)

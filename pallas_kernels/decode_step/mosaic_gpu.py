@@ -157,7 +157,7 @@ def build(plan: Plan, rows: int, capacity: int) -> Callable[..., Any]:
             # Tag 0 is that of the layer before the first; the first waits for 1.
             value = t.select(inside, value & -2, 0)
             at = words_at + (word << 2).wide()
-            t.when(word < layout.total, lambda: t.store_global(at, value))
+            t.when(word < layout.total, lambda: t.store_global(at, [value]))
             return []
 
         t.loop(-(-layout.total // (THREADS * blocks)), [], clear)

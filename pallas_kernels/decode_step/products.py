@@ -2,10 +2,11 @@
 
 The warps of a block share each band: of every 128 columns a warp has 16. Weights are the first
 operand of the tensor-core product, up to eight texts the second. An input is float32; it
-enters as two bfloat16 numbers, rounded and the rest, which keeps 16 bits of it.
+enters as two bfloat16 numbers, rounded and the rest, which keep 16 bits of it.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 from pallas_kernels.decode_step import thread as t
@@ -18,7 +19,7 @@ from pallas_kernels.decode_step.words import awaited
 THREADS = WARPS * t.WARP
 QUAD = 4
 """Numbers of an input that a lane takes at once: its operand of one product."""
-AT_ONCE = 4
+AT_ONCE = 8
 """Quads that a lane waits for together."""
 
 
@@ -53,6 +54,9 @@ class Products:
         self.rows, self.stream, self.most_bands = rows, stream, most_bands
         self.inputs, self.sums, self.squares = inputs, sums, squares
         self.warps_each = WARPS // rows
+        # A product has eight columns: a text's rounded numbers and their rests in two of them,
+        # or all in one and two products.
+        self.narrow = rows <= 4
 
     def absorb(
         self,
@@ -160,47 +164,57 @@ class Products:
 
     def _band(self, place: Place, phase: Phase, tiles: int | V, number: V, sums: V) -> Place:
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        row, quarter = lane // 4, lane % 4
         even = isinstance(tiles, int) and tiles % phase.pages == 0
+        tile_inputs = WARPS * 64 * self.rows
+        if self.narrow:
+            words, used = 2, row < 2 * self.rows
+            own = row // 2 * 64 + quarter * 16 + row % 2 * 8
+        else:
+            words, used = 4, row < self.rows
+            own = lane * 16
 
         def page(i: V, carry: list[V]) -> list[V]:
             place, totals = Place(*carry[:2]), carry[2:]
             begin, end = ((tiles * (i + n)) // phase.pages for n in (0, 1))
             weights = self.stream.wait(place) + warp * PIECE_BYTES + lane * 16
-            inputs = self.inputs + (begin * WARPS + warp) * (64 * self.rows) + lane * 16
+            inputs = self.inputs + begin * tile_inputs + warp * (64 * self.rows) + own
             operands = []
             for n in range(phase.page_tiles):
-                inside = None if even or n + 1 < phase.page_tiles else begin + n < end
-                there = inside
-                if self.rows < 8:
-                    there = lane < 4 * self.rows
-                    there = there if inside is None else there & inside
-                at = inputs + n * (WARPS * 64 * self.rows)
-                w = t.load_shared(weights + n * TILE_BYTES, 4, inside)
-                operands.append((w, t.load_shared(at, 4, there)))
-            for n, (w, x) in enumerate(operands):
+                there = None if even or n + 1 < phase.page_tiles else begin + n < end
+                w = t.load_shared(weights + n * TILE_BYTES, 4, there)
+                x_there = used if there is None else used & there
+                operands.append((w, t.load_shared(inputs + n * tile_inputs, words, x_there)))
+            sets = itertools.cycle(range(0, 16, 4))
+            for w, x in operands:
                 # The memory has a lane's row first, the instruction its column.
                 a = [w[0], w[2], w[1], w[3]]
-                for half in range(2):
+                for half in range(0, words, 2):
                     # Four sums, so that a product needn't wait for the one before it.
-                    at_ = 4 * (2 * (n % 2) + half)
-                    b = x[2 * half : 2 * half + 2]
-                    totals[at_ : at_ + 4] = t.multiply(a, b, totals[at_ : at_ + 4])
+                    at = next(sets)
+                    totals[at : at + 4] = t.multiply(a, x[half : half + 2], totals[at : at + 4])
             return [*self.stream.release(place), *totals]
 
         carry = [*place, *[t.number(0)] * 16]
         slot, parity, *totals = t.loop(phase.pages, carry, page)
         c = [sum(totals[i + 4 :: 4], start=totals[i]) for i in range(4)]
-        row, column = lane // 4, (lane % 4) * 2
         base = sums + (number * WARPS + warp) * (self.rows * BAND * 4)
 
-        def store(column: V, pair: list[V]) -> None:
-            at = base + (column * BAND + row) * 4
-            t.store_shared(at, pair[:1])
-            t.store_shared(at + 32, pair[1:])
+        def store(text: V, low: V, high: V) -> None:
+            """The text's sums of the band's rows g and g + 8."""
+            at = base + (text * BAND + row) * 4
 
-        t.when(column < self.rows, lambda: store(column, [c[0], c[2]]))
-        if self.rows > 1:
-            t.when(column + 1 < self.rows, lambda: store(column + 1, [c[1], c[3]]))
+            def both() -> None:
+                t.store_shared(at, [low])
+                t.store_shared(at + 32, [high])
+
+            t.when(text < self.rows, both)
+
+        if self.narrow:
+            store(quarter, c[0] + c[1], c[2] + c[3])
+        else:
+            store(quarter * 2, c[0], c[2])
+            store(quarter * 2 + 1, c[1], c[3])
         return Place(slot, parity)
 
     def total(self, sums: V, band: V, text: V, row: V) -> V:

@@ -5,7 +5,6 @@ operand of the product with V. Lane 4 g + t has head g.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.packing import WARPS
@@ -14,9 +13,6 @@ from pallas_kernels.decode_step.thread import V
 NEVER = -1e30
 """The score of a slot that isn't there."""
 LOG2_E = 1.4426950408889634
-
-Load = Callable[[V, int], list[V]]
-"""Eight numbers of a slot, the lane's in the i-th run of a head dimension; zeroes if not there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,41 +39,31 @@ class Softmax:
 
     def over(
         self,
-        slots: int,
         queries: list[list[V]],
-        keys: Load,
-        values: Load,
-        there: Callable[[V], V],
+        keys: list[list[list[V]]],
+        values: list[list[list[list[V]]]],
+        there: list[list[V]],
     ) -> "Softmax":
-        """With some more slots, a multiple of 16.
+        """With some more slots, a multiple of 16, eight at a time.
 
         Args:
             queries: the lane's operands, four words for every 32 columns: 8 t to 8 t + 7.
-            keys: the same columns of a slot's key.
-            values: of every 64 columns of a slot's value, 8 g to 8 g + 7.
-            there: whether a slot is to be attended to.
+            keys: of every eight slots, the same columns of slot g's key.
+            values: of every eight slots, of slots 2 t and 2 t + 1, for every 64 columns the
+                value's columns 8 g to 8 g + 7.
+            there: of every eight slots, whether to attend to slots 2 t and 2 t + 1.
         """
         head_dim = 4 * len(self.values)
-        lane = t.me() % t.WARP
-        g, quarter = lane // 4, lane % 4
         zero, none = t.number(0), t.integer(0)
-        # All loads first. Of every eight slots a lane reads slot g's key, and has the scores of
-        # slots 2 t and 2 t + 1, whose values it reads.
-        k = [[keys(g + 8 * n, i) for i in range(head_dim // 32)] for n in range(slots // 8)]
-        columns = [[quarter * 2 + (8 * n + i) for i in range(2)] for n in range(slots // 8)]
-        v = [[[values(s, i) for i in range(head_dim // 64)] for s in pair] for pair in columns]
-
         scores = []
-        for n, pair in enumerate(columns):
+        for eight, both in zip(keys, there, strict=True):
             sums = [zero, zero]
-            for query, key in zip(queries, k[n], strict=True):
+            for query, key in zip(queries, eight, strict=True):
                 for i in (0, 2):
                     a = [query[i], none, query[i + 1], none]
                     sums = t.multiply(a, key[i : i + 2], [*sums, zero, zero])[:2]
             scaled = [s * (LOG2_E * head_dim**-0.5) for s in sums]
-            scores.append(
-                [t.select(there(at), s, NEVER) for at, s in zip(pair, scaled, strict=True)]
-            )
+            scores.append([t.select(c, s, NEVER) for c, s in zip(both, scaled, strict=True)])
         maximum = self.maximum
         for score in (s for pair in scores for s in pair):
             maximum = t.larger(maximum, score)
@@ -85,19 +71,16 @@ class Softmax:
             maximum = t.larger(maximum, t.from_lane(maximum, mask))
         shrink = t.exp2(self.maximum - maximum)
         total, weights = self.total * shrink, []
-        for pair, both in zip(columns, scores, strict=True):
+        for both, pair in zip(there, scores, strict=True):
             # Where no slot was there so far, the maximum is no score either.
-            each = [
-                t.select(there(at), t.exp2(s - maximum), 0.0)
-                for at, s in zip(pair, both, strict=True)
-            ]
+            each = [t.select(c, t.exp2(s - maximum), 0.0) for c, s in zip(both, pair, strict=True)]
             total = total + each[0] + each[1]
             weights.append(t.bfloat16_pair(*each))
         out = [value * shrink for value in self.values]
-        for n in range(0, slots // 8, 2):
+        for n in range(0, len(keys), 2):
             a = [weights[n], none, weights[n + 1], none]
             for i in range(head_dim // 64):
-                rows = [value[i] for m in (n, n + 1) for value in v[m]]
+                rows = [slot[i] for eight in values[n : n + 2] for slot in eight]
                 for j in range(8):
                     b = [t.halves(rows[m][j // 2], rows[m + 1][j // 2], j % 2) for m in (0, 2)]
                     at = 2 * (8 * i + j)
@@ -145,15 +128,16 @@ class Found:
 
         t.when(head < self.heads, store)
 
-    def merged(self, head: V, column: V) -> tuple[V, V, V]:
-        """Maximum, sum and one column's value over the warps."""
+    def merged(self, head: V, column: V, count: int) -> tuple[V, V, list[V]]:
+        """Maximum, sum and values of `count` columns, over the warps."""
         stats = [t.load_shared_floats(self.stats(n, head), 2) for n in range(WARPS)]
-        parts = [t.load_shared_floats(self.value(n, head, column))[0] for n in range(WARPS)]
+        parts = [t.load_shared_floats(self.value(n, head, column), count) for n in range(WARPS)]
         maximum = stats[0][0]
         for theirs, _ in stats[1:]:
             maximum = t.larger(maximum, theirs)
-        total, value = t.number(0), t.number(0)
+        total, values = t.number(0), [t.number(0)] * count
         for (theirs, weight), part in zip(stats, parts, strict=True):
             shrink = t.exp2(theirs - maximum)
-            total, value = total + weight * shrink, value + part * shrink
-        return maximum, total, value
+            total = total + weight * shrink
+            values = [v + p * shrink for v, p in zip(values, part, strict=True)]
+        return maximum, total, values

@@ -133,7 +133,7 @@ class Step:
             def number(band: V, text: V, row: V) -> None:
                 at = (self.work.first[QKV] + first + band) * BAND + row
                 value = p.total(sums, band, text, row) * self._scale(text, 0) + bias[0].bits()
-                leave(self._word(w.QKV, shape.qkv, text, at), value, tag)
+                leave(self._word(w.QKV, shape.qkv, text, at), [value], tag)
 
             p.each(count, BAND, number)
 
@@ -149,7 +149,7 @@ class Step:
                 value = t.load_shared_floats(at)[0] + p.total(sums, band, text, row)
                 t.store_shared(at, [value])
                 row = (self.work.first[OUTPUT] + first + band) * BAND + row
-                leave(self._word(w.MIDDLE, shape.hidden, text, row), value, tag)
+                leave(self._word(w.MIDDLE, shape.hidden, text, row), [value], tag)
 
             p.each(count, BAND, number)
 
@@ -166,7 +166,7 @@ class Step:
                 up = p.total(sums, band, text, row + BAND // 2) * scale
                 value = gate * t.reciprocal(t.exp2(gate * -LOG2_E) + 1.0) * up
                 at = (self.work.first[GATE_UP] + first + band) * (BAND // 2) + row
-                leave(self._word(w.FFN, shape.ffn, text, at), value, tag)
+                leave(self._word(w.FFN, shape.ffn, text, at), [value], tag)
 
             p.each(count, BAND // 2, number)
 
@@ -181,7 +181,7 @@ class Step:
                 at = (self.work.first[DOWN] + first + band) * BAND + row
                 text_of_part = self.work.part * self.rows + text
                 value = p.total(sums, band, text, row)
-                leave(self._word(w.PARTS, shape.hidden, text_of_part, at), value, tag)
+                leave(self._word(w.PARTS, shape.hidden, text_of_part, at), [value], tag)
 
             p.each(count, BAND, number)
 
@@ -201,7 +201,7 @@ class Step:
             for (part,) in awaited(at, 1, tag):
                 value = value + part
             t.store_shared(place, [value])
-            leave(self._word(w.HIDDEN, shape.hidden, text, row), value, tag)
+            leave(self._word(w.HIDDEN, shape.hidden, text, row), [value], tag)
 
         def every() -> None:
             # Another thread wrote these numbers.
@@ -219,7 +219,7 @@ class Step:
                 at = (self.work.first[HEAD] + first + band) * BAND + row
                 value = p.total(sums, band, text, row) * self._scale(text, 0)
                 index = (text * shape.vocab + at) << 2
-                t.store_global(self.logits + index.wide(), value)
+                t.store_global(self.logits + index.wide(), [value])
 
             p.each(count, BAND, number)
 

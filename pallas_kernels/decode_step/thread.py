@@ -287,13 +287,13 @@ def load_global(address: V, count: int = 1, kind: str = "nc") -> list[V]:
 
 
 def load_global_where(
-    where: V, address: V, count: int, kind: str = "nc", otherwise: int | V = 0
+    where: V, address: V, count: int, kind: str = "nc", otherwise: int | V = 0, offset: int = 0
 ) -> list[V]:
-    """The same; `otherwise` where `where` is false."""
+    """The same, `offset` bytes from the address; `otherwise` where `where` is false."""
     clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
     text = (
         f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} "
-        f"@p ld.{SPACES[kind]}{_width(count)} {_registers(0, count)}, [${count}]; }}"
+        f"@p ld.{SPACES[kind]}{_width(count)} {_registers(0, count)}, [${count} + {offset}]; }}"
     )
     flag = V(arith.extui(i32(), where.raw))
     outs = ",".join(["=&r"] * count)
@@ -305,9 +305,12 @@ def prefetch(address: V) -> None:
     asm("prefetch.global.L2 [$0];", [], "l", address)
 
 
-def store_global(address: V, value: V, kind: str = "") -> None:
-    c = "f" if value._is_float else "r"
-    asm(f"st.{kind}global.b32 [$0], $1;", [], f"l,{c}", address, value)
+def store_global(address: V, values: Sequence[V], kind: str = "") -> None:
+    """Int32 or float32 to global memory, in one instruction."""
+    count = len(values)
+    ins = ",".join("f" if v._is_float else "r" for v in values)
+    text = f"st.{kind}global.{_width(count)} [$0], {_registers(1, count)};"
+    asm(text, [], "l," + ins, address, *values)
 
 
 def store_global_half(address: V, value: V) -> None:

@@ -55,9 +55,9 @@ class Layout:
         return begin + 4 * index
 
 
-def leave(address: V, value: V, tag: V) -> None:
-    """Leaves a float32 with its last bit replaced by the tag, 0 or 1."""
-    t.store_global(address, (value.bits() & -2) | tag, "relaxed.gpu.")
+def leave(address: V, values: Sequence[V], tag: V) -> None:
+    """Leaves float32 numbers, each with its last bit replaced by the tag, 0 or 1."""
+    t.store_global(address, [(value.bits() & -2) | tag for value in values], "relaxed.gpu.")
 
 
 def awaited(

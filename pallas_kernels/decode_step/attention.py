@@ -15,8 +15,10 @@ from pallas_kernels.decode_step.softmax import NEVER, Found, Softmax
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
 
-SLOTS_A_SPLIT = 512
-"""Slots from which on it pays to have one more block attend."""
+SLOTS_A_SPLIT = 128
+"""Slots a block takes of a text that several attend to: one turn of its warps."""
+SLOTS_ALONE = 256
+"""Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
 FEW_BLOCKS = 8
 """Attending blocks up to which each warp asks for 64 lines ahead, above which for 32."""
@@ -72,8 +74,8 @@ class Attention:
 
     def _active(self, position: V) -> V:
         """Blocks that share a text."""
-        wanted = (position + (SLOTS_A_SPLIT - 1)) // SLOTS_A_SPLIT
-        return t.larger(t.smaller(wanted, self.splits), 1)
+        several = t.smaller(position // SLOTS_A_SPLIT + 1, self.splits)
+        return t.select(position < SLOTS_ALONE, t.integer(1), several)
 
     def prefetch(self, layer: V) -> None:
         """Brings each warp's keys and values nearer, while the queries are made."""

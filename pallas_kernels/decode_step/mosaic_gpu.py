@@ -38,6 +38,9 @@ WARPGROUP = 128
 FETCHERS = WARPGROUP
 """Threads beside those that compute: one of them fetches, but they come by the warpgroup."""
 
+REGISTERS, FETCHER_REGISTERS = 232, 40
+"""Of a thread that computes and one that fetches: 64,512 together, where a block has 65,536."""
+
 HEAD_DIMS = (64, 128)
 FEWEST_STAGES = 3
 """Pages in flight below which the copies can't keep up with the reads."""
@@ -212,10 +215,12 @@ def build(plan: Plan, rows: int, capacity: int) -> Callable[..., Any]:
 
         @pl.when(warpgroup == THREADS // WARPGROUP)
         def _() -> None:
+            plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
             emit(fetch, tape, table, smem)
 
         @pl.when(warpgroup < THREADS // WARPGROUP)
         def _() -> None:
+            plgpu.set_max_registers(REGISTERS, action="increase")
             emit(start, hidden, words)
             plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
             count = blocks * THREADS // WARPGROUP

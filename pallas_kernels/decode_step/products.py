@@ -7,7 +7,7 @@ enters as two bfloat16 numbers, rounded and the rest, which keep 16 bits of it.
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.packing import WARPS
@@ -21,6 +21,9 @@ QUAD = 4
 """Numbers of an input that a lane takes at once: its operand of one product."""
 AT_ONCE = 8
 """Quads that a lane waits for together."""
+
+MOST_KEPT = 8
+"""Tiles up to which an input is kept in registers for all bands."""
 
 
 def input_bytes(tiles: int, rows: int) -> int:
@@ -152,51 +155,91 @@ class Products:
             ready = prepare(first, count)
 
             def band(n: V, carry: list[V]) -> list[V]:
-                return [*self._band(Place(*carry), phase, tiles, n, sums)]
+                at = Place(*carry)
+                if kept:
+                    return [*self._short_band(at, phase, n, sums, kept)]
+                return [*self._band(at, phase, tiles, n, sums)]
 
             carry = t.loop(count, carry, band)
             t.together(THREADS)
             finish(first, count, sums, ready)
             return carry
 
+        kept = []
+        if isinstance(tiles, int) and tiles <= MOST_KEPT:
+            kept = [self._input(t.integer(n)) for n in range(tiles)]
         groups = (bands + (self.most_bands - 1)) // self.most_bands
         return Place(*t.loop(groups, [*place], group))
 
-    def _band(self, place: Place, phase: Phase, tiles: int | V, number: V, sums: V) -> Place:
+    def _input(self, tile: V, there: V | None = None) -> list[V]:
+        """This lane's operand of a tile, for one product or two."""
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
-        row, quarter = lane // 4, lane % 4
-        even = isinstance(tiles, int) and tiles % phase.pages == 0
-        tile_inputs = WARPS * 64 * self.rows
+        column, quarter = lane // 4, lane % 4
         if self.narrow:
-            words, used = 2, row < 2 * self.rows
-            own = row // 2 * 64 + quarter * 16 + row % 2 * 8
+            words, used = 2, column < 2 * self.rows
+            own = column // 2 * 64 + quarter * 16 + column % 2 * 8
         else:
-            words, used = 4, row < self.rows
+            words, used = 4, column < self.rows
             own = lane * 16
+        at = self.inputs + (tile * WARPS + warp) * (64 * self.rows) + own
+        return t.load_shared(at, words, used if there is None else used & there)
+
+    def _weights(self, place: Place, count: int, there: Sequence[V | None]) -> list[list[V]]:
+        """This lane's operands of a page's tiles, once the page has come."""
+        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        at = self.stream.wait(place) + warp * PIECE_BYTES + lane * 16
+        return [t.load_shared(at + n * TILE_BYTES, 4, there[n]) for n in range(count)]
+
+    def _multiplied(
+        self, totals: Sequence[V], weights: list[list[V]], inputs: list[list[V]]
+    ) -> list[V]:
+        """Four sums with some tiles added: a product needn't wait for the one before it."""
+        totals, sets = list(totals), itertools.cycle(range(0, 16, 4))
+        for w, x in zip(weights, inputs, strict=True):
+            # The memory has a lane's row first, the instruction its column.
+            a = [w[0], w[2], w[1], w[3]]
+            for half in range(0, len(x), 2):
+                at = next(sets)
+                totals[at : at + 4] = t.multiply(a, x[half : half + 2], totals[at : at + 4])
+        return totals
+
+    def _band(self, place: Place, phase: Phase, tiles: int | V, number: V, sums: V) -> Place:
+        """Multiplies one band with the input, page by page."""
+        even = isinstance(tiles, int) and tiles % phase.pages == 0
 
         def page(i: V, carry: list[V]) -> list[V]:
             place, totals = Place(*carry[:2]), carry[2:]
             begin, end = ((tiles * (i + n)) // phase.pages for n in (0, 1))
-            weights = self.stream.wait(place) + warp * PIECE_BYTES + lane * 16
-            inputs = self.inputs + begin * tile_inputs + warp * (64 * self.rows) + own
-            operands = []
-            for n in range(phase.page_tiles):
-                there = None if even or n + 1 < phase.page_tiles else begin + n < end
-                w = t.load_shared(weights + n * TILE_BYTES, 4, there)
-                x_there = used if there is None else used & there
-                operands.append((w, t.load_shared(inputs + n * tile_inputs, words, x_there)))
-            sets = itertools.cycle(range(0, 16, 4))
-            for w, x in operands:
-                # The memory has a lane's row first, the instruction its column.
-                a = [w[0], w[2], w[1], w[3]]
-                for half in range(0, words, 2):
-                    # Four sums, so that a product needn't wait for the one before it.
-                    at = next(sets)
-                    totals[at : at + 4] = t.multiply(a, x[half : half + 2], totals[at : at + 4])
-            return [*self.stream.release(place), *totals]
+            count = phase.page_tiles
+            there = [None if even or n + 1 < count else begin + n < end for n in range(count)]
+            weights = self._weights(place, count, there)
+            inputs = [self._input(begin + n, c) for n, c in enumerate(there)]
+            totals = self._multiplied(totals, weights, inputs)
+            self.stream.release(place)
+            return [*self.stream.next(place), *totals]
 
         carry = [*place, *[t.number(0)] * 16]
         slot, parity, *totals = t.loop(phase.pages, carry, page)
+        self._store(totals, number, sums)
+        return Place(slot, parity)
+
+    def _short_band(
+        self, place: Place, phase: Phase, number: V, sums: V, inputs: list[list[V]]
+    ) -> Place:
+        """The same with an input in registers, all pages at once."""
+        tiles, weights = len(inputs), []
+        for i in range(phase.pages):
+            count = tiles * (i + 1) // phase.pages - tiles * i // phase.pages
+            weights += self._weights(place, count, [None] * count)
+            self.stream.release(place)
+            place = self.stream.next(place)
+        self._store(self._multiplied([t.number(0)] * 16, weights, inputs), number, sums)
+        return place
+
+    def _store(self, totals: Sequence[V], number: V, sums: V) -> None:
+        """Leaves this warp's sums of a band for `total`."""
+        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        row, quarter = lane // 4, lane % 4
         c = [sum(totals[i + 4 :: 4], start=totals[i]) for i in range(4)]
         base = sums + (number * WARPS + warp) * (self.rows * BAND * 4)
 
@@ -215,7 +258,6 @@ class Products:
         else:
             store(quarter * 2, c[0], c[2])
             store(quarter * 2 + 1, c[1], c[3])
-        return Place(slot, parity)
 
     def total(self, sums: V, band: V, text: V, row: V) -> V:
         """One number of a band: the sum over the warps."""

@@ -55,6 +55,10 @@ class Softmax:
         """
         head_dim = 4 * len(self.values)
         zero, none = t.number(0), t.integer(0)
+        # Without this ptxas asks for the values only when the scores are done, and what could be
+        # waited for together is waited for twice.
+        loads = [words for eight in values for slot in eight for words in slot]
+        queries = [[t.after(q[0], [words[0] for words in loads]), *q[1:]] for q in queries]
         scores = []
         for eight, both in zip(keys, there, strict=True):
             sums = [zero, zero]

@@ -54,7 +54,7 @@ class Stream:
     def _empty(self, slot: V) -> V:
         return self.barriers + slot * 16 + 8
 
-    def _next(self, place: Place) -> Place:
+    def next(self, place: Place) -> Place:
         wraps = place.slot.equals(self.stages - 1)
         slot = t.select(wraps, t.integer(0), place.slot + 1)
         return Place(slot, t.select(wraps, place.parity ^ 1, place.parity))
@@ -64,11 +64,10 @@ class Stream:
         t.await_turn(self._full(place.slot), place.parity)
         return self.ring + place.slot * self.slot_bytes
 
-    def release(self, place: Place) -> Place:
-        """This warp has read the page: on to the next one."""
+    def release(self, place: Place) -> None:
+        """This warp has read the page."""
         t.warp_together()
         t.when((t.me() % t.WARP).equals(0), lambda: t.arrive(self._empty(place.slot)))
-        return self._next(place)
 
     def fetch(self, plan: Plan, tape: V, first: V, count: list[V], part_tiles: V) -> None:
         """Fetches all pages of the block in order; for one thread alone.
@@ -93,7 +92,7 @@ class Stream:
                 size = (tiles * (i + 1)) // p.pages - (tiles * i) // p.pages
                 late = number >= IN_FLIGHT
                 t.when(late, lambda: t.await_turn(self._full(landed.slot), landed.parity))
-                after = self._next(landed)
+                after = self.next(landed)
                 landed = Place(*(t.select(late, x, y) for x, y in zip(after, landed, strict=True)))
                 # A slot that was never used is empty: the turn before the first is over.
                 t.await_turn(self._empty(place.slot), place.parity ^ 1)
@@ -103,7 +102,7 @@ class Stream:
                     size * TILE_BYTES,
                     self._full(place.slot),
                 )
-                return [tile + size, number + 1, *self._next(place), *landed]
+                return [tile + size, number + 1, *self.next(place), *landed]
 
             return t.loop(count[phase], carry, band)
 

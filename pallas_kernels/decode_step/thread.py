@@ -216,6 +216,15 @@ def block() -> V:
     return asm("mov.u32 $0, %ctaid.x;", [i32()], "=r")[0]
 
 
+def after(value: V, others: Sequence[V]) -> V:
+    """`value`, but not before the other int32 are there."""
+    seen = others[0]
+    for other in others[1:]:
+        seen = seen | other
+    # Zero, which the compiler can't know.
+    return value ^ (seen & (block() >> 16))
+
+
 def together(threads: int) -> None:
     """Waits for so many threads of the block, always the same ones."""
     asm(f"bar.sync {OURS}, {threads};", [], "~{memory}")

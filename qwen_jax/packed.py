@@ -23,6 +23,7 @@ from pallas_kernels.decode_step import (
     empty_tape,
     places,
     put,
+    unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from qwen_jax.cache import SMALLEST_CAPACITY
@@ -67,18 +68,21 @@ class PackedWeights:
 
     def parameters(self) -> dict[str, jax.Array]:
         """Every parameter by its canonical name, as `qwen_jax.model.Qwen2` takes them."""
-        packed, plan, norms = self.packed, self.plan, self.packed.norms
+        packed, norms = self.packed, self.packed.norms
         params = {"final_norm": norms[-1]}
         for i in range(self.config.num_layers):
             params[f"layers.{i}.attn_norm"] = norms[2 * i]
             params[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
             params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(packed.tape.dtype)
             for phase, name in enumerate(MATRICES):
-                params[f"layers.{i}.{name}.weight"] = packed.matrix(plan, phase, i)
-        head = packed.matrix(plan, HEAD)
+                params[f"layers.{i}.{name}.weight"] = self._matrix(phase, i)
+        head = self._matrix(HEAD)
         if self.embed is None:
             return params | {"embed": head}
         return params | {"embed": self.embed, "lm_head": head}
+
+    def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
+        return unpacked(self.packed, self.plan, phase, layer, implementation=self.implementation)
 
     def decode(
         self,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step import mosaic_gpu
+from pallas_kernels.decode_step import mosaic_gpu, unpack
 from pallas_kernels.decode_step.packing import Packed, empty_tape, places, put
 from pallas_kernels.decode_step.plan import HEAD, MOST_ROWS, Plan, Shape
 from pallas_kernels.decode_step.reference import reference
@@ -21,9 +21,24 @@ __all__ = [
     "places",
     "put",
     "refusal",
+    "unpacked",
 ]
 
 refusal = mosaic_gpu.refusal
+
+
+def unpacked(
+    packed: Packed, plan: Plan, phase: int, layer: int = 0, *, implementation: str = "auto"
+) -> Float[Array, "rows columns"]:
+    """A matrix read back from the tape, `[out, in]`; the same numbers either way.
+
+    Raises:
+        UnsupportedError: `implementation` can't serve the case.
+    """
+    why_not = unpack.refusal(packed.tape.dtype)
+    if choose("decode_step", implementation, why_not) == "xla":
+        return packed.matrix(plan, phase, layer)
+    return unpack.matrix(packed, plan, phase, layer)
 
 
 def decode_step(

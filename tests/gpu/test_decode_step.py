@@ -137,6 +137,16 @@ def test_a_thousand_steps_stay_with_the_reference(name: str) -> None:
     assert kernel[-250:].mean() <= 2 * xla.mean()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_matrices_are_put_together_again(name: str) -> None:
+    config = CONFIGS[name]
+    params = parameters(config, SEED)
+    packed = pack(config, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
+    back = jax.jit(PackedWeights.parameters)(packed)
+    assert back.keys() == params.keys()
+    assert all(np.array_equal(back[name], value) for name, value in params.items())
+
+
 def test_two_rows_choose_as_the_plain_model_does() -> None:
     """One of them ends early.
 

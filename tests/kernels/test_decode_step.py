@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import Plan, Shape, mosaic_gpu
+from pallas_kernels.decode_step import Packed, Plan, Shape, mosaic_gpu, unpack
 from pallas_kernels.decode_step.plan import DOWN
 from tests.kernels import hopper
 
@@ -51,6 +51,20 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int) -> None:
     text = lower(SIZES[size], rows, capacity)
     assert "mosaic_gpu" in text
     assert "decode_step" in text
+
+
+@pytest.mark.parametrize("phase", range(5))
+@pytest.mark.parametrize("size", SIZES)
+def test_unpacking_lowers(size: str, phase: int) -> None:
+    plan = Plan(SIZES[size], 132)
+
+    def matrix(tape: Any, places: Any) -> Any:
+        packed = Packed(tape, places, places, (places,) * 5)
+        return unpack.matrix(packed, plan, phase, 1)
+
+    tape = ShapeDtypeStruct((plan.tape_tiles, 8, 256), jnp.bfloat16)
+    places = ShapeDtypeStruct(plan.places(phase).shape, jnp.int32)
+    assert "decode_step_unpack" in hopper.lower(matrix, tape, places)
 
 
 @pytest.mark.parametrize("rows", range(1, 9))

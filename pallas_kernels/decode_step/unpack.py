@@ -1,0 +1,90 @@
+"""Matrices put together again from the tape, on Hopper: for prefill, which multiplies them whole.
+
+XLA's own gather and transpose of `Packed.matrix` moves four numbers at a time and takes ten
+times as long.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels import compat
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.packing import Packed
+from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, Plan
+from pallas_kernels.decode_step.stream import TILE_BYTES
+
+THREADS = 256
+"""One for each 16 bytes of a tile."""
+BLOCKS_EACH = 4
+"""Blocks a multiprocessor."""
+AT_ONCE = 4
+"""Tiles a block has on their way."""
+
+
+def refusal(dtype: DTypeLike) -> str | None:
+    """Why the kernel can't move these numbers, or None."""
+    if jnp.dtype(dtype).itemsize == 2:
+        return None
+    return f"the weights are {jnp.dtype(dtype).name}, not of 16 bits"
+
+
+def matrix(packed: Packed, plan: Plan, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
+    """`packed.matrix` by a kernel."""
+    at = packed.places[phase][0] + layer * packed.places[phase][1]
+    p = plan.phases[phase]
+    build = _build(p.rows, p.columns, packed.tape.dtype, phase == GATE_UP, plan.blocks)
+    return build(packed.tape, at)
+
+
+@functools.cache
+def _build(
+    rows: int, columns: int, dtype: jnp.dtype, halves_apart: bool, multiprocessors: int
+) -> Callable[..., Any]:
+    """The kernel for a matrix; `halves_apart` where a band holds rows of both its halves."""
+    across, tiles = columns // COLUMNS, rows // BAND * (columns // COLUMNS)
+    blocks = BLOCKS_EACH * multiprocessors
+
+    def move(context: Any, *refs: Any) -> None:
+        tape, places, out = map(t.address, refs)
+        thread = t.me()
+        warp, g, quarter = thread // t.WARP, thread % t.WARP // 4, thread % 4
+
+        def some(i: t.V, _: list[t.V]) -> list[t.V]:
+            numbers = [(i * AT_ONCE + n) * blocks + t.block() for n in range(AT_ONCE)]
+            there = [number < tiles for number in numbers]
+            loaded = []
+            for number, inside in zip(numbers, there, strict=True):
+                (at,) = t.load_global_where(inside, places + (number << 2).wide(), 1)
+                source = tape + at.wide() * TILE_BYTES + (thread << 4).wide()
+                loaded.append(t.load_global_where(inside, source, 4))
+            for number, inside, words in zip(numbers, there, loaded, strict=True):
+                band, tile = number // across, number % across
+                column = (tile * COLUMNS + warp * 16 + quarter * 4).wide() * 2
+                height = 8 if halves_apart else BAND
+                for half in range(2):
+                    row = band * height + half * (rows // 2 if halves_apart else 8) + g
+                    target = out + row.wide() * (2 * columns) + column
+                    pair = words[2 * half : 2 * half + 2]
+                    t.when(inside, functools.partial(t.store_global, target, pair))
+            return []
+
+        t.loop(-(-tiles // (blocks * AT_ONCE)), [], some)
+
+    def body(*refs: Any) -> None:
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(move)(*refs)
+
+    return compat.kernel(
+        body,
+        name="decode_step_unpack",
+        out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
+        grid=(blocks,),
+        grid_names=("block",),
+        warpgroups=THREADS // 128,
+    )

@@ -26,7 +26,6 @@ from pallas_kernels.decode_step import (
     unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
-from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Parameters
 from qwen_jax.rotary import inverse_frequencies
@@ -55,7 +54,7 @@ class PackedWeights:
     plan: Plan = dataclasses.field(metadata={"static": True})
     implementation: str = dataclasses.field(metadata={"static": True})
 
-    def serves(self, rows: int, capacity: int) -> bool:
+    def serves(self, rows: int) -> bool:
         """Whether the step runs on the packed weights; else the model runs on `parameters`.
 
         Raises:
@@ -63,7 +62,7 @@ class PackedWeights:
         """
         if self.implementation == "xla":
             return rows <= MOST_ROWS
-        why_not = kernel_refusal(self.plan, rows, capacity, self.packed.tape.dtype)
+        why_not = kernel_refusal(self.plan, rows, self.packed.tape.dtype)
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:
@@ -126,7 +125,7 @@ def plan_for(config: ModelConfig) -> Plan:
 
 def refusal(config: ModelConfig, dtype: jnp.dtype) -> str | None:
     """Why the decode-step kernel can't run this model, were it for one row; or None."""
-    return kernel_refusal(plan_for(config), 1, SMALLEST_CAPACITY, dtype)
+    return kernel_refusal(plan_for(config), 1, dtype)
 
 
 def prepare(

@@ -63,7 +63,7 @@ def decode_step(
         hidden: the tokens' embeddings.
         cache: keys of every layer, after rotary embedding, then values of every layer; slots
             from a row's `position` on may hold anything, NaN included.
-        position: of each row's token, from 0, at most S.
+        position: of each row's token, from 0, below S.
         inv_freq: radians per position of each pair, float32.
         attention_factor: multiplies cos and sin (YaRN; 1 elsewhere).
 
@@ -79,7 +79,7 @@ def decode_step(
     expected = (2 * shape.layers, rows, shape.kv_heads, capacity, shape.head_dim)
     if cache.shape != expected or hidden.shape != (rows, shape.hidden):
         raise ValueError(f"hidden {hidden.shape} and cache {cache.shape} don't fit {shape}")
-    why_not = refusal(plan, rows, capacity, dtype)
+    why_not = refusal(plan, rows, dtype)
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":
             return reference(packed, plan, hidden, cache, position, inv_freq, attention_factor)

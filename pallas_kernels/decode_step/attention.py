@@ -21,7 +21,7 @@ SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
 FEW_BLOCKS = 8
-"""Attending blocks up to which each warp asks for 64 lines ahead, above which for 32."""
+"""Attending blocks up to which a warp asks for 64 lines of keys and values each; else for 32."""
 SPLITS_AT_ONCE = 4
 """Splits of a warp that are waited for together."""
 

@@ -1,9 +1,9 @@
 """One decode step of up to eight rows as a single persistent kernel on Hopper.
 
-One block a multiprocessor stays resident for the whole step. Its warps stream the block's
-weights through rings of shared memory that run on across phases; blocks leave numbers for each
-other in words that say which layer they belong to (`words.py`), so that inside the layers
-nobody waits for anything but data.
+One block a multiprocessor stays resident for the whole step. One thread fetches the block's
+weights through a ring of shared memory that runs on across phases; blocks leave numbers for each
+other in words that say which layer they belong to (`words.py`), so that inside the layers nobody
+waits for anything but data.
 """
 
 import functools
@@ -22,11 +22,12 @@ from pallas_kernels.decode_step import attention, products
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
+from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, MOST_ROWS, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS, Products
 from pallas_kernels.decode_step.softmax import Found
 from pallas_kernels.decode_step.step import Step, Work
-from pallas_kernels.decode_step.stream import TILE_BYTES, Stream
+from pallas_kernels.decode_step.stream import IN_FLIGHT, TILE_BYTES, Stream
 from pallas_kernels.decode_step.words import Layout
 
 SMEM_BYTES = 232_448
@@ -39,11 +40,12 @@ FETCHERS = WARPGROUP
 """Threads beside those that compute: one of them fetches, but they come by the warpgroup."""
 
 REGISTERS, FETCHER_REGISTERS = 232, 40
-"""Of a thread that computes and one that fetches: 64,512 together, where a block has 65,536."""
+"""Of a thread that computes and one that fetches; together the 168 of each of 384 threads that
+the kernel starts with. One more, and the block would wait for it forever."""
 
 HEAD_DIMS = (64, 128)
-FEWEST_STAGES = 3
-"""Pages in flight below which the copies can't keep up with the reads."""
+FEWEST_STAGES = IN_FLIGHT
+"""With fewer slots the fetching thread could wait for a page whose slot has gone on, forever."""
 
 
 class Memory(NamedTuple):
@@ -97,7 +99,7 @@ def _divided(plan: Plan, rows: int, bands: int) -> Memory:
         products.sums_bytes(bands, rows),
         int(plan.phases[OUTPUT].count.max()) * rows * BAND * 4,
         attention.heads_bytes(plan),
-        2 * 8 * 4,
+        WARPS * 4,
     )
     left = SMEM_BYTES - RESERVED_BYTES - sum(pieces)
     page = max(phase.page_tiles for phase in plan.phases) * TILE_BYTES
@@ -105,8 +107,11 @@ def _divided(plan: Plan, rows: int, bands: int) -> Memory:
     return Memory(stages * page, *pieces, stages * 16)
 
 
-def refusal(plan: Plan, rows: int, capacity: int, dtype: DTypeLike) -> str | None:
-    """Why the kernel can't run a step, or None. A plan that doesn't fit would hang the GPU."""
+def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
+    """Why the kernel can't run a step, or None.
+
+    A plan whose blocks don't all fit at once would hang the GPU: they wait for each other.
+    """
     shape = plan.shape
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"the weights are {jnp.dtype(dtype).name}, not bfloat16"

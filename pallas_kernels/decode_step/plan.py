@@ -23,7 +23,7 @@ QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(5)
 """The phases: four products a layer, then the head."""
 
 LONGEST_PART = 20
-"""Tiles in a band of a part, unless the hidden state is longer: an input is kept whole."""
+"""Tiles in a band of a part, unless the hidden state or `MOST_PARTS` parts are longer."""
 MOST_PARTS = 8
 
 MOST_ROWS = 8
@@ -162,6 +162,10 @@ class Plan:
             for this in range(parts):
                 # As many blocks for each part; the few left over have no bands of it.
                 mine = np.arange(this, blocks // parts * parts, parts)
+                if phase == HEAD:
+                    # A block that no layer makes wait would take the words of an early layer,
+                    # or none, for the last one's.
+                    mine = np.flatnonzero(load)
                 count[mine] = _dealt(rows // BAND, load[mine])
                 first[mine] = np.cumsum(count[mine]) - count[mine]
             made[phase] = Phase(rows, columns, parts, part, first, count)

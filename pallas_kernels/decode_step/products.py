@@ -50,7 +50,7 @@ class Products:
             quads, four rounded numbers and their four rests.
         sums: shared memory for the warps' sums, twice.
         most_bands: bands whose sums are added up together.
-        squares: shared memory for sums of squares, twice eight float32.
+        squares: shared memory for the warps' sums of squares.
     """
 
     def __init__(self, rows: int, stream: Stream, inputs: V, sums: V, squares: V, most_bands: int):
@@ -69,7 +69,6 @@ class Products:
         most_quads: int,
         tag: V,
         norm: V | None = None,
-        which: int = 0,
     ) -> None:
         """Waits for an input and puts it into shared memory.
 
@@ -77,8 +76,9 @@ class Products:
             source: address of the first text's words.
             stride: words from a text to the next.
             quads: a quarter of the input's length, `most_quads` of them on any block.
+            tag: of the words.
             norm: address of weights to multiply with; the sum of squares of what they are
-                multiplied with is kept as well, in place `which`.
+                multiplied with is kept as well.
         """
         warp, lane = t.me() // t.WARP, t.me() % t.WARP
         text, turn = warp // self.warps_each, warp % self.warps_each
@@ -114,7 +114,7 @@ class Products:
             (squares,) = t.loop(turns, [t.number(0)], some)
             if norm:
                 total = t.warp_sum(squares)
-                at = self.squares + 32 * which + warp * 4
+                at = self.squares + warp * 4
                 t.when(lane.equals(0), lambda: t.store_shared(at, [total]))
 
         # One thread looks out for the first word. If all of them did, in every block, they would
@@ -124,9 +124,9 @@ class Products:
         t.when(text < self.rows, all_of_it)
         t.together(THREADS)
 
-    def mean_square(self, text: V, which: int, length: int) -> V:
+    def mean_square(self, text: V, length: int) -> V:
         """Of the input absorbed with weights."""
-        at = self.squares + 32 * which + text * (4 * self.warps_each)
+        at = self.squares + text * (4 * self.warps_each)
         each = [t.load_shared_floats(at + 4 * i)[0] for i in range(self.warps_each)]
         return sum(each[1:], start=each[0]) * (1 / length)
 

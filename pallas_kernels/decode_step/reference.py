@@ -1,4 +1,8 @@
-"""The definition of correct for `decode_step`, in plain jnp over the same packed weights."""
+"""The definition of correct for `decode_step`, in plain jnp over the same packed weights.
+
+It rounds every product's input to the cache's dtype, as the model does on XLA; the kernel keeps
+16 bits of it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +45,8 @@ def reference(
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = rope(q, k, position[:, None], inv_freq, attention_factor)
         q, k, v = (y[:, 0].astype(dtype) for y in (q, k, v))
-        # A position past the capacity has no slot.
         k_all, v_all = (
-            c.at[rows, :, position].set(y, mode="drop")
-            for c, y in ((cache[i], k), (cache[shape.layers + i], v))
+            c.at[rows, :, position].set(y) for c, y in ((cache[i], k), (cache[shape.layers + i], v))
         )
         attended = attention(q, k_all, v_all, position + 1)
         x = x + product(attended.reshape(len(rows), -1), OUTPUT, i)

@@ -16,11 +16,10 @@ from pallas_kernels.decode_step.plan import (
     Plan,
 )
 from pallas_kernels.decode_step.products import THREADS, Finish, Prepare, Products
+from pallas_kernels.decode_step.softmax import LOG2_E
 from pallas_kernels.decode_step.stream import Place
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
-
-LOG2_E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +67,13 @@ class Step:
     def _word(self, section: int, width: int, text: V, at: V) -> V:
         return self.layout.at(self.memory, section, text * width + at)
 
-    def _scale(self, text: V, which: int) -> V:
+    def _scale(self, text: V) -> V:
         """What a norm divides by, which the products leave for their results."""
         shape = self.plan.shape
-        mean = self.products.mean_square(text, which, shape.hidden)
+        mean = self.products.mean_square(text, shape.hidden)
         return t.rsqrt(mean + shape.eps)
 
-    def _absorb(
-        self, phase: int, section: int, width: int, tag: V, norm: V | None = None, which: int = 0
-    ) -> None:
+    def _absorb(self, phase: int, section: int, width: int, tag: V, norm: V | None = None) -> None:
         """A phase's input, where this block has bands of it."""
         quads: int | V = self.plan.phases[phase].columns // 4
         most = self.plan.phases[phase].longest * COLUMNS // 4
@@ -89,7 +86,7 @@ class Step:
             weights = self.norms + norm.wide() * (4 * self.plan.shape.hidden)
         t.when(
             self.work.count[phase] > 0,
-            lambda: self.products.absorb(begin, width, quads, most, tag, weights, which),
+            lambda: self.products.absorb(begin, width, quads, most, tag, weights),
         )
 
     def _product(
@@ -132,7 +129,7 @@ class Step:
         def finish(first: V, count: V, sums: V, bias: list[V]) -> None:
             def number(band: V, text: V, row: V) -> None:
                 at = (self.work.first[QKV] + first + band) * BAND + row
-                value = p.total(sums, band, text, row) * self._scale(text, 0) + bias[0].bits()
+                value = p.total(sums, band, text, row) * self._scale(text) + bias[0].bits()
                 leave(self._word(w.QKV, shape.qkv, text, at), [value], tag)
 
             p.each(count, BAND, number)
@@ -157,11 +154,11 @@ class Step:
 
     def gate_up(self, place: Place, layer: V, tag: V) -> Place:
         shape, p = self.plan.shape, self.products
-        self._absorb(GATE_UP, w.MIDDLE, shape.hidden, tag, layer * 2 + 1, 1)
+        self._absorb(GATE_UP, w.MIDDLE, shape.hidden, tag, layer * 2 + 1)
 
         def finish(first: V, count: V, sums: V, _: list[V]) -> None:
             def number(band: V, text: V, row: V) -> None:
-                scale = self._scale(text, 1)
+                scale = self._scale(text)
                 gate = p.total(sums, band, text, row) * scale
                 up = p.total(sums, band, text, row + BAND // 2) * scale
                 value = gate * t.reciprocal(t.exp2(gate * -LOG2_E) + 1.0) * up
@@ -217,7 +214,7 @@ class Step:
         def finish(first: V, count: V, sums: V, _: list[V]) -> None:
             def number(band: V, text: V, row: V) -> None:
                 at = (self.work.first[HEAD] + first + band) * BAND + row
-                value = p.total(sums, band, text, row) * self._scale(text, 0)
+                value = p.total(sums, band, text, row) * self._scale(text)
                 index = (text * shape.vocab + at) << 2
                 t.store_global(self.logits + index.wide(), [value])
 

@@ -33,7 +33,7 @@ class Stream:
     """The pages of one block.
 
     Attributes:
-        ring: address of the slots, in shared memory, of `slot_bytes` each.
+        ring: address of the `stages` slots, in shared memory, of `slot_bytes` each.
         barriers: of two mbarriers a slot: that it is full, and that all warps have read it.
     """
 

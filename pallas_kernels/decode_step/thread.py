@@ -36,7 +36,10 @@ def f32() -> Any:
 
 
 class V:
-    """A number in a thread: int32 (unsigned where it matters), int64, float32, or a condition."""
+    """A number in a thread: int32, int64, float32, or a condition.
+
+    Integers are compared as signed ones; `//`, `%` and `>>` take them as unsigned.
+    """
 
     __slots__ = ("raw",)
 

@@ -5,8 +5,10 @@ Each word stands for itself, so no fence and no barrier across the grid is neede
 arrives first is already there when the last does. The bit costs 2^-23 of the value. This is
 the idea of NCCL's low-latency protocol, with the flag inside the word.
 
-A word may be overwritten one layer later without asking, since every layer's words depend on
-all of the layer before: whoever writes has waited for those who read.
+A word may be overwritten one layer later without asking: whoever reads words leaves others,
+which the next layer's writers wait for. Nobody waits for the readers of the head, and nothing is
+written after it. This chain of relaxed loads and stores is ordered because a load that has seen
+a word is served by the L2 cache, as are all that its thread makes after it.
 """
 
 import dataclasses
@@ -63,7 +65,7 @@ def leave(address: V, values: Sequence[V], tag: V) -> None:
 def awaited(
     addresses: Sequence[V], count: int, tag: V, where: Sequence[V] | None = None
 ) -> list[list[V]]:
-    """`count` float32 at each address, once all of them carry the tag; 0 where `where` is false."""
+    """`count` float32 at each address, once all have the tag; no number if not `where`."""
 
     def look() -> tuple[V, list[V]]:
         if where is None:

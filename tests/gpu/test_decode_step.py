@@ -22,6 +22,7 @@ SEED = secrets.randbits(31)
 
 # Layers of real shapes with a small vocabulary: every phase has its real size.
 CONFIGS = {
+    "tiny": ModelConfig(2, 256, 4, 2, 64, 256, 1024, 16384, 1e6, 1e-6, tied=False),
     "small": ModelConfig(2, 256, 4, 2, 64, 512, 1024, 16384, 1e6, 1e-6, tied=False),
     "small, H 128": ModelConfig(3, 512, 4, 2, 128, 1024, 1024, 16384, 1e6, 1e-6, tied=True),
     "0.5b": ModelConfig(3, 896, 14, 2, 64, 4864, 2048, 16384, 1e6, 1e-6, tied=True),
@@ -93,6 +94,7 @@ def engines(name: str) -> Engines:
 LENGTHS = [
     *((n,) for n in (2, 64, 65, 129, 700, 2047, 9001)),
     (700, 2, 9001),
+    (2, 256, 257, 8449, 3, 4, 5),
     (65, 2047, 2, 333, 129, 64, 1024, 700),
 ]
 
@@ -166,8 +168,8 @@ def test_larger_batches_take_another_way() -> None:
     params = parameters(SMALL, 0)
     packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "auto")
     assert isinstance(packed, PackedWeights)
-    assert packed.serves(MOST_ROWS, 256)
-    assert not packed.serves(MOST_ROWS + 1, 256)
+    assert packed.serves(MOST_ROWS)
+    assert not packed.serves(MOST_ROWS + 1)
     prompts = [Prompt([i, 2 * i, 3 * i][: 1 + i % 3], 20) for i in range(MOST_ROWS + 1)]
     both = generate(Engine(SMALL, packed), prompts)
     plain = generate(Engine(SMALL, params), prompts)

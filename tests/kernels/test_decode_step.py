@@ -21,6 +21,8 @@ SIZES = {
     "72b": Shape(80, 8192, 64, 8, 128, 29568, 152064, 1e-6),
 }
 SMALL = Shape(2, 256, 4, 2, 64, 512, 1024, 1e-6)
+TINY = Shape(2, 256, 4, 2, 64, 256, 1024, 1e-6)
+"""A layer of it is less than a band for each of 132 blocks."""
 
 
 def lower(shape: Shape, rows: int, capacity: int) -> str:
@@ -72,7 +74,7 @@ def test_unpacking_lowers(size: str, phase: int) -> None:
 def test_shared_memory_is_enough(size: str, rows: int) -> None:
     """What the plan takes of it, counted apart from the code that divides it."""
     shape, plan = SIZES[size], Plan(SIZES[size], 132)
-    if mosaic_gpu.refusal(plan, rows, 512, "bfloat16"):
+    if mosaic_gpu.refusal(plan, rows, "bfloat16"):
         assert (size, rows) in {("72b", n) for n in (6, 7, 8)}
         return
     memory = mosaic_gpu.memory(plan, rows)
@@ -102,23 +104,23 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
 def test_what_cannot_run_is_refused_with_the_value(
     shape: Shape, rows: int, dtype: str, why: str
 ) -> None:
-    assert why in str(mosaic_gpu.refusal(Plan(shape, 132), rows, 512, dtype))
+    assert why in str(mosaic_gpu.refusal(Plan(shape, 132), rows, dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("size", SIZES)
 def test_what_runs_is_not_refused(size: str, rows: int) -> None:
     if (size, rows) != ("72b", 8):
-        assert mosaic_gpu.refusal(Plan(SIZES[size], 132), rows, 131072, "bfloat16") is None
+        assert mosaic_gpu.refusal(Plan(SIZES[size], 132), rows, "bfloat16") is None
 
 
 def test_more_heads_than_blocks_are_refused() -> None:
-    why = mosaic_gpu.refusal(Plan(SIZES["14b"], 60), 8, 512, "bfloat16")
+    why = mosaic_gpu.refusal(Plan(SIZES["14b"], 60), 8, "bfloat16")
     assert "8 rows of 8 key/value heads are more than 60 blocks" in str(why)
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 114, 132])
-@pytest.mark.parametrize("shape", [*SIZES.values(), SMALL])
+@pytest.mark.parametrize("shape", [*SIZES.values(), SMALL, TINY])
 def test_every_band_is_somebodys(shape: Shape, blocks: int) -> None:
     """A reader waits for every band of every part: one that is nobody's would hang it."""
     for (rows, columns), phase in zip(shape.matrices, Plan(shape, blocks).phases, strict=True):
@@ -129,6 +131,16 @@ def test_every_band_is_somebodys(shape: Shape, blocks: int) -> None:
         assert phase.begin[0] == 0
         assert phase.begin[-1] * 128 == columns
         assert (np.diff(phase.begin) > 0).all()
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 114, 132])
+@pytest.mark.parametrize("shape", [*SIZES.values(), SMALL, TINY])
+def test_only_blocks_that_layers_make_wait_have_bands_of_the_head(
+    shape: Shape, blocks: int
+) -> None:
+    """The others would run ahead and take an early layer's words for the last one's."""
+    *layer, head = Plan(shape, blocks).phases
+    assert (np.sum([phase.count for phase in layer], axis=0)[head.count > 0] > 0).all()
 
 
 @pytest.mark.parametrize("size", SIZES)

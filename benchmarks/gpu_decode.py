@@ -172,7 +172,7 @@ def main() -> None:
             auto, xla = (median(times[name]) for name in ("auto", "xla"))
             read = weight_bytes(config) + batch * context * token
             weights = both[0].engine.weights
-            fused = isinstance(weights, PackedWeights) and weights.serves(batch)
+            fused = isinstance(weights, PackedWeights) and weights.serves(batch, both[0].capacity)
             print(
                 f"{size:<6}{batch:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}{auto * 1e6:>8.0f}"
                 f"{xla * 1e6:>8.0f}{auto / xla:>7.2f}{read / auto / 1e9:>7.0f}"

@@ -181,7 +181,7 @@ def decode_many(
     steps: int,
 ) -> tuple[Rows, Emitted]:
     capacity = rows.cache.capacity
-    if isinstance(weights, PackedWeights) and weights.serves(rows.cache.rows):
+    if isinstance(weights, PackedWeights) and weights.serves(rows.cache.rows, capacity):
         forward: Forward = functools.partial(forward_packed, weights)
         cache: Any = stack(rows.cache)
     else:

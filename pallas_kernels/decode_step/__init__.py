@@ -21,10 +21,12 @@ __all__ = [
     "places",
     "put",
     "refusal",
+    "slower",
     "unpacked",
 ]
 
 refusal = mosaic_gpu.refusal
+slower = mosaic_gpu.slower
 
 
 def unpacked(

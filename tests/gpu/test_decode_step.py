@@ -168,8 +168,8 @@ def test_larger_batches_take_another_way() -> None:
     params = parameters(SMALL, 0)
     packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "auto")
     assert isinstance(packed, PackedWeights)
-    assert packed.serves(MOST_ROWS)
-    assert not packed.serves(MOST_ROWS + 1)
+    assert packed.serves(MOST_ROWS, 256)
+    assert not packed.serves(MOST_ROWS + 1, 256)
     prompts = [Prompt([i, 2 * i, 3 * i][: 1 + i % 3], 20) for i in range(MOST_ROWS + 1)]
     both = generate(Engine(SMALL, packed), prompts)
     plain = generate(Engine(SMALL, params), prompts)

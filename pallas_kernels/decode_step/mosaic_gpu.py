@@ -26,7 +26,7 @@ from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, MOST_ROWS, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS, Products
 from pallas_kernels.decode_step.softmax import Found
-from pallas_kernels.decode_step.step import Step, Work
+from pallas_kernels.decode_step.step import PHASES, Step, Work
 from pallas_kernels.decode_step.stream import IN_FLIGHT, TILE_BYTES, Stream
 from pallas_kernels.decode_step.words import Layout
 
@@ -160,11 +160,12 @@ def slower(plan: Plan, rows: int, capacity: int) -> str | None:
 
 
 @functools.cache
-def build(plan: Plan, rows: int, capacity: int) -> Callable[..., Any]:
+def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callable[..., Any]:
     """The kernel for one model, cache capacity, number of rows and of blocks.
 
     Returns a function of (tape, table, bias, norms, hidden, rope, cache, positions) to (logits,
-    new keys and values, scratch).
+    new keys and values, scratch); and, if traced, the nanosecond at which each block ended each
+    of `step.PHASES`, int32 `[blocks, phases]`.
     """
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
@@ -211,7 +212,7 @@ def build(plan: Plan, rows: int, capacity: int) -> Callable[..., Any]:
 
     def steps(context: Any, *refs: Any) -> None:
         *outside, smem = refs
-        table, bias, norms, hidden, rope, cache, positions, logits, new, words = map(
+        table, bias, norms, hidden, rope, cache, positions, logits, new, words, *times = map(
             t.address, outside
         )
         base = t.address(smem, shared=True)
@@ -227,13 +228,14 @@ def build(plan: Plan, rows: int, capacity: int) -> Callable[..., Any]:
                 heads, inputs,
             ),
             own, bias, norms, hidden, logits, words, layout,
+            times[0] + (block * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
         step.begin()
         t.together(THREADS)
         step.run()
 
     def body(*refs: Any) -> None:
-        tape, table, hidden, words, smem = (refs[i] for i in (0, 1, 4, 10, 11))
+        tape, table, hidden, words, smem = (refs[i] for i in (0, 1, 4, 10, -1))
         semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
         warpgroup = lax.axis_index("wg")
         emit(make, smem)
@@ -261,6 +263,7 @@ def build(plan: Plan, rows: int, capacity: int) -> Callable[..., Any]:
                 (2 * shape.layers, rows, shape.kv_heads, shape.head_dim), jnp.bfloat16
             ),
             jax.ShapeDtypeStruct((layout.total,), jnp.int32),
+            *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,
         ),
         grid=(blocks,),
         grid_names=("sm",),

@@ -21,6 +21,9 @@ from pallas_kernels.decode_step.stream import Place
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
 
+PHASES = ("begin", "qkv", "attend", "combine", "output", "gate_up", "down", "add_parts", "head")
+"""What a trace tells the end of, in order: of the last layer, and of the head."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -49,6 +52,7 @@ class Step:
         bias, norms, hidden: addresses of the inputs.
         logits: of the output.
         memory, layout: the words blocks leave for each other.
+        times: of a trace, where there is one: int32 for every phase.
     """
 
     plan: Plan
@@ -63,12 +67,19 @@ class Step:
     logits: V
     memory: V
     layout: Layout
+    times: V | None = None
+
+    def _ended(self, phase: str) -> None:
+        """Notes the time in a trace; a later layer overwrites an earlier one's."""
+        if self.times is not None:
+            at = self.times + 4 * PHASES.index(phase)
+            t.when(t.me().equals(0), lambda: t.store_global(at, [t.nanoseconds()]))
 
     def _word(self, section: int, width: int, text: V, at: V) -> V:
         return self.layout.at(self.memory, section, text * width + at)
 
     def _scale(self, text: V) -> V:
-        """What a norm divides by, which the products leave for their results."""
+        """What a norm multiplies by; it waits for the product's results."""
         shape = self.plan.shape
         mean = self.products.mean_square(text, shape.hidden)
         return t.rsqrt(mean + shape.eps)
@@ -118,6 +129,7 @@ class Step:
         return self.own + item * 4, rest % self.rows, band * BAND + item % BAND
 
     def qkv(self, place: Place, layer: V, tag: V, before: V) -> Place:
+        """Queries, keys and values of the hidden state that `before` tags, biases added."""
         shape, p = self.plan.shape, self.products
         self._absorb(QKV, w.HIDDEN, shape.hidden, before, layer * 2)
 
@@ -137,6 +149,7 @@ class Step:
         return self._product(place, QKV, finish, bias)
 
     def output(self, place: Place, tag: V) -> Place:
+        """Attention's result back into the hidden state."""
         shape, p = self.plan.shape, self.products
         self._absorb(OUTPUT, w.ATTENDED, shape.heads * shape.head_dim, tag)
 
@@ -153,6 +166,7 @@ class Step:
         return self._product(place, OUTPUT, finish)
 
     def gate_up(self, place: Place, layer: V, tag: V) -> Place:
+        """silu(gate) * up; a band has eight rows of each."""
         shape, p = self.plan.shape, self.products
         self._absorb(GATE_UP, w.MIDDLE, shape.hidden, tag, layer * 2 + 1)
 
@@ -170,6 +184,7 @@ class Step:
         return self._product(place, GATE_UP, finish)
 
     def down(self, place: Place, tag: V) -> Place:
+        """The block's part of the down projection."""
         shape, p = self.plan.shape, self.products
         self._absorb(DOWN, w.FFN, shape.ffn, tag)
 
@@ -208,6 +223,7 @@ class Step:
         t.when(self.work.count[OUTPUT] > 0, every)
 
     def head(self, place: Place, tag: V) -> None:
+        """The logits."""
         shape, p = self.plan.shape, self.products
         self._absorb(HEAD, w.HIDDEN, shape.hidden, tag, t.integer(2 * shape.layers))
 
@@ -228,15 +244,24 @@ class Step:
 
         def layer(index: V, carry: list[V]) -> list[V]:
             place, tag, before = Place(*carry), (index + 1) & 1, index & 1
+            self._ended("begin")
             self.attention.prefetch(index)
             place = self.qkv(place, index, tag, before)
+            self._ended("qkv")
             self.attention.attend(index, tag)
+            self._ended("attend")
             self.attention.combine(tag)
+            self._ended("combine")
             place = self.output(place, tag)
+            self._ended("output")
             place = self.gate_up(place, index, tag)
+            self._ended("gate_up")
             place = self.down(place, tag)
+            self._ended("down")
             self.add_parts(tag)
+            self._ended("add_parts")
             return [*place]
 
         place = Place(*t.loop(layers, [*Place.begin()], layer))
         self.head(place, t.integer(layers & 1))
+        self._ended("head")

@@ -228,6 +228,11 @@ def after(value: V, others: Sequence[V]) -> V:
     return value ^ (seen & (block() >> 16))
 
 
+def nanoseconds() -> V:
+    """The lower half of a clock that all multiprocessors share."""
+    return asm("mov.u32 $0, %globaltimer_lo;", [i32()], "=r")[0]
+
+
 def together(threads: int) -> None:
     """Waits for so many threads of the block, always the same ones."""
     asm(f"bar.sync {OURS}, {threads};", [], "~{memory}")
@@ -374,37 +379,6 @@ def halves(low: V, high: V, which: int) -> V:
     """The lower (0) or upper (1) 16 bits of two words, in one."""
     selector = ("0x5410", "0x7632")[which]
     return asm(f"prmt.b32 $0, $1, $2, {selector};", [i32()], "=r,r,r", low, high)[0]
-
-
-def make_barrier(address: V, arrivals: int) -> None:
-    """An mbarrier in shared memory."""
-    asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [], "r", address)
-
-
-def barriers_made() -> None:
-    """Makes barriers that were set up visible to copies."""
-    asm("fence.mbarrier_init.release.cluster;", [], "~{memory}")
-    asm("fence.proxy.async.shared::cta;", [], "~{memory}")
-
-
-def arrive(barrier: V) -> None:
-    asm("mbarrier.arrive.shared::cta.b64 _, [$0];", [], "r,~{memory}", barrier)
-
-
-def copy_in(shared: V, source: V, size: V, barrier: V) -> None:
-    """Starts a copy of `size` bytes to shared memory that completes the barrier's turn."""
-    expect = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $2;"
-    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
-    asm(f"{expect} {copy}", [], "r,l,r,r,~{memory}", shared, source, size, barrier)
-
-
-def await_turn(barrier: V, parity: V) -> None:
-    """Waits until the barrier's turn of this parity is complete."""
-    text = (
-        "{ .reg .pred p; WAIT: "
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra WAIT; }"
-    )
-    asm(text, [], "r,r,~{memory}", barrier, parity)
 
 
 def address(ref: Any, shared: bool = False) -> V:

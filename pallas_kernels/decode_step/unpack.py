@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.mosaic_gpu import emit
 from pallas_kernels.decode_step.packing import Packed
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, Plan
 from pallas_kernels.decode_step.stream import TILE_BYTES
@@ -78,7 +78,7 @@ def _build(
         t.loop(-(-tiles // (blocks * AT_ONCE)), [], some)
 
     def body(*refs: Any) -> None:
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(move)(*refs)
+        emit(move, *refs)
 
     return compat.kernel(
         body,

@@ -1,0 +1,281 @@
+"""Thread code on NumPy: what `decode_step/thread.py` emits for a GPU runs here instead.
+
+A value is an array, a number for every thread of a block's role (those that compute, or those
+that fetch); a mask says which threads are at work. Every role of every block is a thread of
+Python, of which one runs at a time and gives way wherever it waits, to another at random. So it
+finds wrong numbers, words that are read too early or never come, and memory outside its array.
+Threads of a role run in step, which would hide a missing barrier: shared memory therefore notes
+which warp last read and wrote each word, and complains if another one meets it before a barrier.
+"""
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pallas_kernels.decode_step import thread as t
+
+REGION = 40
+"""Bits of an address within an array; those above say which array."""
+SHARED = 1 << 60
+I32, I64, F32, BOOL = "i32", "i64", "f32", "i1"
+DTYPES = {I32: np.int32, I64: np.int64, F32: np.float32, BOOL: np.bool_}
+
+
+class Race(AssertionError):
+    """Two warps met in shared memory without a barrier between them."""
+
+
+class Deadlock(AssertionError):
+    """Everybody waits."""
+
+
+class Lanes:
+    """A number for every thread, with its type as MLIR names it."""
+
+    def __init__(self, data: Any, kind: str):
+        self.data, self.type = np.asarray(data, DTYPES[kind]), kind
+
+
+class Role(NamedTuple):
+    """The threads of a block that run the same code."""
+
+    block: int
+    first: int
+    count: int
+
+
+class Barrier:
+    """An mbarrier."""
+
+    def __init__(self, arrivals: int):
+        self.arrivals, self.pending, self.bytes, self.turn = arrivals, arrivals, 0, 0
+
+    def settle(self) -> None:
+        if self.pending == 0 and self.bytes == 0:
+            self.turn, self.pending = self.turn + 1, self.arrivals
+
+
+class Shared:
+    """A block's shared memory, and who was where since the last barrier."""
+
+    def __init__(self, size: int, seed: int):
+        self.words = np.random.default_rng(seed).integers(0, 2**32, size // 4, dtype=np.uint32)
+        self.epoch = 1
+        self.written, self.writer = (np.zeros(size // 4, np.int64) for _ in range(2))
+        self.read, self.readers = (np.zeros(size // 4, np.int64) for _ in range(2))
+        self.barriers: dict[int, Barrier] = {}
+
+    def reads(self, word: np.ndarray, warp: np.ndarray) -> None:
+        if ((self.written[word] == self.epoch) & (self.writer[word] != warp)).any():
+            raise Race("a warp read what another had written")
+        fresh = self.read[word] != self.epoch
+        self.readers[word[fresh]] = 0
+        self.read[word] = self.epoch
+        np.bitwise_or.at(self.readers, word, 1 << warp)
+
+    def writes(self, word: np.ndarray, warp: np.ndarray) -> None:
+        others = self.readers[word] & ~(1 << warp)
+        if ((self.read[word] == self.epoch) & (others != 0)).any():
+            raise Race("a warp wrote what another had read")
+        if ((self.written[word] == self.epoch) & (self.writer[word] != warp)).any():
+            raise Race("two warps wrote the same word")
+        self.written[word], self.writer[word] = self.epoch, warp
+
+
+class Machine:
+    """Runs blocks of two roles over arrays.
+
+    Args:
+        shared: bytes of shared memory of a block, of which `unwatched` (begin, end) ones are
+            filled by copies and not watched for races.
+    """
+
+    def __init__(self, blocks: int, shared: int, unwatched: tuple[int, int], seed: int):
+        self.random = random.Random(seed)
+        self.arrays: list[np.ndarray] = []
+        self.shared = [Shared(shared, seed + b) for b in range(blocks)]
+        self.unwatched = unwatched
+        self.semaphore, self.meetings, self.copies = 0, [0] * blocks, []
+        self.baton, self.progress, self.failed = threading.Condition(), 0, None
+        self.running: int | None = None
+        self.alive: set[int] = set()
+        self.idle: dict[int, int] = {}
+        self.local = threading.local()
+
+    # Arrays and addresses
+
+    def array(self, values: np.ndarray) -> int:
+        """The address of a copy of an array."""
+        self.arrays.append(np.ascontiguousarray(values).reshape(-1).view(np.uint8).copy())
+        return len(self.arrays) << REGION
+
+    def bytes_at(self, address: int) -> np.ndarray:
+        return self.arrays[(address >> REGION) - 1]
+
+    # Taking turns
+
+    def run(self, workers: Sequence[tuple[Role, Callable[[], None]]]) -> None:
+        def work(number: int, role: Role, code: Callable[[], None]) -> None:
+            self.local.number, self.local.role = number, role
+            self.local.masks = [np.ones(role.count, bool)]
+            try:
+                self._await_baton()
+                # Threads that aren't at work compute with anything.
+                with np.errstate(all="ignore"):
+                    code()
+            except BaseException as error:  # for whoever called `run`
+                self.failed = self.failed or error
+            with self.baton:
+                self.alive.discard(number)
+                self._pass_on()
+
+        self.alive = set(range(len(workers)))
+        threads = [
+            threading.Thread(target=work, args=(n, *worker), daemon=True)
+            for n, worker in enumerate(workers)
+        ]
+        for thread in threads:
+            thread.start()
+        with self.baton:
+            self._pass_on()
+        for thread in threads:
+            thread.join()
+        if self.failed:
+            raise self.failed
+
+    def _pass_on(self) -> None:
+        if self.copies:
+            # A copy lands at any time, and those of others before or after.
+            self.copies.pop(self.random.randrange(len(self.copies)))()
+        self.running = self.random.choice(sorted(self.alive)) if self.alive else None
+        self.baton.notify_all()
+
+    def _await_baton(self) -> None:
+        with self.baton:
+            self.baton.wait_for(lambda: self.running == self.local.number or self.failed)
+        if self.failed:
+            raise Deadlock("another failed")
+
+    def give_way(self) -> None:
+        """Of a role that waits for something."""
+        if self.idle.get(self.local.number) != self.progress:
+            self.idle = {n: p for n, p in self.idle.items() if p == self.progress}
+            self.idle[self.local.number] = self.progress
+        if len(self.idle) >= len(self.alive) and not self.copies:
+            self.failed = Deadlock(f"{len(self.alive)} roles wait for each other")
+        with self.baton:
+            self._pass_on()
+        self._await_baton()
+
+    # What threads do
+
+    @property
+    def mask(self) -> np.ndarray:
+        return self.local.masks[-1]
+
+    @property
+    def role(self) -> Role:
+        return self.local.role
+
+    def lanes(self, value: t.V) -> np.ndarray:
+        return np.broadcast_to(value.raw.data, (self.role.count,))
+
+    def masked(self, mask: np.ndarray, code: Callable[[], Any]) -> Any:
+        self.local.masks.append(mask)
+        try:
+            return code()
+        finally:
+            self.local.masks.pop()
+
+    def load(self, address: np.ndarray, count: int, mask: np.ndarray) -> list[np.ndarray]:
+        """Words at addresses in arrays or, above SHARED, in shared memory."""
+        out = np.zeros((count, self.role.count), np.uint32)
+        here = mask & (address >= SHARED)
+        if here.any():
+            out[:, here] = self._shared_words(address[here] - SHARED, count, here, writes=None)
+        for region in np.unique(address[mask & ~here] >> REGION):
+            of = mask & ~here & (address >> REGION == region)
+            words = self.arrays[region - 1].view(np.uint32)
+            at = (address[of] & ((1 << REGION) - 1)) // 4
+            assert (address[of] % (4 * count) == 0).all(), "a load is not aligned"
+            out[:, of] = [words[at + n] for n in range(count)]
+        return [x.view(np.int32) for x in out]
+
+    def store(self, address: np.ndarray, values: Sequence[np.ndarray]) -> None:
+        self.progress += 1
+        for region in np.unique(address[self.mask] >> REGION):
+            of = self.mask & (address >> REGION == region)
+            words = self.arrays[region - 1].view(np.uint32)
+            at = (address[of] & ((1 << REGION) - 1)) // 4
+            assert (address[of] % (4 * len(values)) == 0).all(), "a store is not aligned"
+            for n, value in enumerate(values):
+                words[at + n] = value[of].view(np.uint32)
+
+    def _shared_words(
+        self, address: np.ndarray, count: int, mask: np.ndarray, writes: Any
+    ) -> np.ndarray | None:
+        shared = self.shared[self.role.block]
+        assert (address % (4 * count) == 0).all(), "shared memory is not aligned"
+        warp = (np.arange(self.role.count) // t.WARP)[mask]
+        found = []
+        for n in range(count):
+            word = address // 4 + n
+            assert (word < len(shared.words)).all(), "past the end of shared memory"
+            watched = (address < self.unwatched[0]) | (address >= self.unwatched[1])
+            if writes is None:
+                shared.reads(word[watched], warp[watched])
+                found.append(shared.words[word])
+            else:
+                shared.writes(word[watched], warp[watched])
+                shared.words[word] = writes[n][mask].view(np.uint32)
+        return np.array(found) if writes is None else None
+
+    def load_shared(self, address: np.ndarray, count: int, mask: np.ndarray) -> list[np.ndarray]:
+        return self.load(address.astype(np.int64) + SHARED, count, mask)
+
+    def store_shared(self, address: np.ndarray, values: Sequence[np.ndarray]) -> None:
+        self._shared_words(address[self.mask], len(values), self.mask, values)
+
+    def copy(self, shared: int, source: int, size: int, barrier: int) -> None:
+        """One copy, which lands later."""
+        block, waited = self.shared[self.role.block], self._barrier(barrier)
+        waited.pending -= 1
+        waited.bytes += size
+        at = source & ((1 << REGION) - 1)
+        data = self.bytes_at(source)[at : at + size].copy()
+        assert len(data) == size, "a copy past the end of its array"
+
+        def land() -> None:
+            block.words[shared // 4 : (shared + size) // 4] = data.view(np.uint32)
+            waited.bytes -= size
+            waited.settle()
+            self.progress += 1
+
+        self.copies.append(land)
+
+    def _barrier(self, address: int) -> Barrier:
+        return self.shared[self.role.block].barriers[address]
+
+    def arrive(self, address: int) -> None:
+        barrier = self._barrier(address)
+        barrier.pending -= 1
+        barrier.settle()
+        self.progress += 1
+
+    def await_turn(self, address: int, parity: int) -> None:
+        while self._barrier(address).turn % 2 == parity:
+            self.give_way()
+
+    def together(self, threads: int) -> None:
+        block = self.role.block
+        if threads == self.role.count:
+            self.shared[block].epoch += 1
+            return
+        # Both roles meet, once.
+        self.meetings[block] += 1
+        self.progress += 1
+        while self.meetings[block] < 2:
+            self.give_way()

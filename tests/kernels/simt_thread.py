@@ -1,0 +1,227 @@
+"""`decode_step/thread.py` and `barriers.py` on the machine of `simt.py`, function for function."""
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_step import barriers
+from pallas_kernels.decode_step import thread as t
+from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, SHARED, Barrier, Lanes, Machine
+
+UNSIGNED = {I32: np.uint32, I64: np.uint64, BOOL: np.bool_}
+
+
+def _arith() -> Any:
+    """What `thread.V` asks of MLIR's dialect."""
+
+    def binary(code: Callable[..., Any]) -> Callable[[Lanes, Lanes], Lanes]:
+        def run(a: Lanes, b: Lanes) -> Lanes:
+            assert a.type == b.type, f"{a.type} meets {b.type}"
+            return Lanes(code(a.data, b.data), a.type)
+
+        return run
+
+    def unsigned(code: Callable[..., Any]) -> Callable[[Lanes, Lanes], Lanes]:
+        def run(a: Lanes, b: Lanes) -> Lanes:
+            kind = UNSIGNED[a.type]
+            # A thread that is not at work may divide by anything.
+            x, y = a.data.astype(kind), b.data.astype(kind)
+            return Lanes(code(x, y).astype(kind).astype(DTYPES[a.type]), a.type)
+
+        return run
+
+    compare = {
+        "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal,
+        "sgt": np.greater, "sge": np.greater_equal, "OLT": np.less, "OLE": np.less_equal,
+        "OGT": np.greater, "OGE": np.greater_equal,
+    }  # fmt: skip
+    names = types.SimpleNamespace(**{name: name for name in compare})
+
+    def compared(name: str, a: Lanes, b: Lanes) -> Lanes:
+        return Lanes(compare[name](a.data, b.data), BOOL)
+
+    def bitcast(kind: str, a: Lanes) -> Lanes:
+        return Lanes(a.data.view(DTYPES[kind]), kind)
+
+    def nonzero(x: np.ndarray) -> np.ndarray:
+        return np.where(x == 0, 1, x)
+
+    return types.SimpleNamespace(
+        constant=lambda kind, value: Lanes(np.asarray(value).astype(DTYPES[kind]), kind),
+        addf=binary(np.add), subf=binary(np.subtract), mulf=binary(np.multiply),
+        addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply),
+        andi=binary(np.bitwise_and), ori=binary(np.bitwise_or), xori=binary(np.bitwise_xor),
+        shli=unsigned(np.left_shift), shrui=unsigned(np.right_shift),
+        divui=unsigned(lambda x, y: x // nonzero(y)), remui=unsigned(lambda x, y: x % nonzero(y)),
+        cmpf=compared, cmpi=compared, CmpFPredicate=names, CmpIPredicate=names,
+        maximumf=binary(np.maximum), bitcast=bitcast,
+        select=lambda c, a, b: Lanes(np.where(c.data, a.data, b.data), a.type),
+        extui=lambda kind, a: Lanes(a.data.astype(UNSIGNED[a.type]).astype(DTYPES[kind]), kind),
+    )  # fmt: skip
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """The upper 16 bits of float32 rounded to bfloat16, to even; NaN stays NaN."""
+    bits = x.astype(np.float32).view(np.uint32)
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FFF, up).astype(np.uint32)
+
+
+def floats(words: np.ndarray) -> np.ndarray:
+    """Two bfloat16 of each int32, `[..., 2]`."""
+    bits = words.view(np.uint32)
+    return np.stack([bits << 16, bits & np.uint32(0xFFFF0000)], -1).view(np.float32)
+
+
+def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """Makes thread code run at once, on the machine, where it would emit instructions."""
+    m = machine
+
+    def v(data: Any, kind: str) -> t.V:
+        return t.V(Lanes(data, kind))
+
+    def ints(arrays: Sequence[np.ndarray]) -> list[t.V]:
+        return [v(a, I32) for a in arrays]
+
+    def truth(condition: t.V | None) -> np.ndarray:
+        return m.mask if condition is None else m.mask & m.lanes(condition)
+
+    def one(value: t.V) -> int:
+        """Of the one thread at work."""
+        (number,) = set(m.lanes(value)[m.mask].tolist())
+        return int(number)
+
+    def loop(count: Any, carry: Any, body: Any, first: Any = 0) -> list[t.V]:
+        i, last = m.lanes(t.integer(first)).copy(), m.lanes(t.integer(count))
+        state = [c.raw for c in carry]
+        while (active := m.mask & (i < last)).any():
+            turn = functools.partial(body, v(i, I32), [t.V(s) for s in state])
+            results = m.masked(active, turn)
+            state = [
+                Lanes(np.where(active, r.raw.data, s.data), s.type)
+                for r, s in zip(results, state, strict=True)
+            ]
+            i = i + active.astype(np.int32)
+        return [t.V(s) for s in state]
+
+    def repeat_while(body: Any, count: int) -> list[t.V]:
+        found = [np.zeros(m.role.count, np.int32) for _ in range(count)]
+        active = m.mask
+        while True:
+            again, values = m.masked(active, body)
+            found = [np.where(active, m.lanes(x), f) for x, f in zip(values, found, strict=True)]
+            active = active & m.lanes(again)
+            if not active.any():
+                return ints(found)
+            m.give_way()
+
+    def when(condition: t.V, then: Any) -> None:
+        if (active := truth(condition)).any():
+            m.masked(active, then)
+
+    def from_lane(value: t.V, mask: int) -> t.V:
+        at = np.arange(m.role.count) ^ mask
+        return v(m.lanes(value)[at], value.raw.type)
+
+    def load_shared(address: t.V, count: int = 1, where: t.V | None = None) -> list[t.V]:
+        return ints(m.load_shared(m.lanes(address), count, truth(where)))
+
+    def store_shared(address: t.V, values: Sequence[t.V]) -> None:
+        m.store_shared(m.lanes(address), [m.lanes(x) for x in values])
+
+    def store_shared_half(address: t.V, value: t.V) -> None:
+        at, half = m.lanes(address), m.lanes(value)
+        words = m.shared[m.role.block].words.view(np.uint16)
+        words[at[m.mask] // 2] = half[m.mask].astype(np.uint16)
+        whole = m.shared[m.role.block].words.view(np.int32)
+        aligned = np.where(m.mask, at // 4 * 4, 0)
+        m.store_shared(aligned, [whole[aligned // 4]])
+
+    def load_global(address: t.V, count: int = 1, kind: str = "nc") -> list[t.V]:
+        return ints(m.load(m.lanes(address), count, m.mask))
+
+    def load_global_where(
+        where: t.V, address: t.V, count: int, kind: str = "nc", otherwise: Any = 0, offset: int = 0
+    ) -> list[t.V]:
+        there, other = truth(where), m.lanes(t.integer(otherwise))
+        loaded = m.load(m.lanes(address) + offset, count, there)
+        return ints([np.where(there, x, other) for x in loaded])
+
+    def store_global(address: t.V, values: Sequence[t.V], kind: str = "") -> None:
+        m.store(m.lanes(address), [m.lanes(x) for x in values])
+
+    def store_global_half(address: t.V, value: t.V) -> None:
+        at = m.lanes(address)[m.mask]
+        array = m.bytes_at(int(at[0])).view(np.uint16)
+        array[(at & ((1 << 40) - 1)) // 2] = m.lanes(value)[m.mask].astype(np.uint16)
+
+    def bfloat16_pair(low: t.V, high: t.V) -> t.V:
+        pair = rounded(m.lanes(low)) | (rounded(m.lanes(high)) << 16)
+        return v(pair.astype(np.uint32).view(np.int32), I32)
+
+    def halves(low: t.V, high: t.V, which: int) -> t.V:
+        a, b = (m.lanes(x).view(np.uint32) >> (16 * which) & 0xFFFF for x in (low, high))
+        return v((a | (b << 16)).astype(np.uint32).view(np.int32), I32)
+
+    def multiply(a: Any, b: Any, c: Any) -> list[t.V]:
+        warps = m.role.count // 32
+        work = m.mask.reshape(warps, 32)
+        assert (work.all(1) == work.any(1)).all(), "part of a warp multiplies"
+
+        def lanes(values: Any) -> np.ndarray:  # [n, warps, 8, 4]
+            return np.stack([m.lanes(x) for x in values]).reshape(-1, warps, 8, 4)
+
+        # Rows g and g + 8 in columns 2 t and 2 t + 8, each of two numbers.
+        left = floats(lanes(a)).reshape(2, 2, warps, 8, 4, 2)  # [columns, rows, w, g, t, pair]
+        left = left.transpose(2, 1, 3, 0, 4, 5).reshape(warps, 16, 16)
+        right = floats(lanes(b)).transpose(1, 0, 3, 4, 2).reshape(warps, 16, 8)
+        sums = lanes(c).reshape(2, 2, warps, 8, 4)  # [rows, column, w, g, t]
+        sums = sums.transpose(2, 0, 3, 4, 1).reshape(warps, 16, 8)
+        out = np.einsum("wmk,wkn->wmn", left, right) + sums
+        out = out.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
+        return [v(x, F32) for x in out.astype(np.float32)]
+
+    def function(code: Callable[[np.ndarray], np.ndarray]) -> Callable[[t.V], t.V]:
+        return lambda x: v(code(m.lanes(x)), F32)
+
+    def each(code: Callable[..., None]) -> Callable[..., None]:
+        """For every thread at work, one after the other."""
+
+        def run(address: t.V, *rest: Any) -> None:
+            for at in m.lanes(address)[m.mask].tolist():
+                code(at, *rest)
+
+        return run
+
+    def make_barrier(address: t.V, arrivals: int) -> None:
+        m.shared[m.role.block].barriers[one(address)] = Barrier(arrivals)
+
+    for name, code in {
+        "arith": _arith(), "i32": lambda: I32, "i64": lambda: I64, "f32": lambda: F32,
+        "loop": loop, "repeat_while": repeat_while, "when": when,
+        "me": lambda: v(m.role.first + np.arange(m.role.count), I32),
+        "block": lambda: v(m.role.block, I32), "together": m.together,
+        "warp_together": lambda: None, "from_lane": from_lane,
+        "load_shared": load_shared, "store_shared": store_shared,
+        "store_shared_half": store_shared_half, "load_global": load_global,
+        "load_global_where": load_global_where, "store_global": store_global,
+        "store_global_half": store_global_half, "prefetch": lambda address: None,
+        "anywhere": lambda shared: v(m.lanes(shared).astype(np.int64) + SHARED, I64),
+        "bfloat16_pair": bfloat16_pair, "halves": halves, "multiply": multiply,
+        "exp2": function(np.exp2), "reciprocal": function(lambda x: 1 / x),
+        "rsqrt": function(lambda x: 1 / np.sqrt(x)),
+        "address": lambda ref, shared=False: v(ref, I32 if shared else I64),
+    }.items():  # fmt: skip
+        patch.setattr(t, name, code)
+    for name, code in {
+        "make_barrier": make_barrier, "barriers_made": lambda: None, "arrive": each(m.arrive),
+        "copy_in": lambda shared, source, size, barrier: m.copy(
+            one(shared), one(source), one(size), one(barrier)
+        ),
+        "await_turn": lambda barrier, parity: m.await_turn(one(barrier), one(parity)),
+    }.items():  # fmt: skip
+        patch.setattr(barriers, name, code)

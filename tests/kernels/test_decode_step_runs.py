@@ -1,0 +1,237 @@
+"""The decode-step kernel run without a GPU, block by block, on the machine of `simt.py`."""
+
+import secrets
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_step import (
+    Packed,
+    Plan,
+    Shape,
+    empty_tape,
+    mosaic_gpu,
+    places,
+    put,
+    step,
+    unpack,
+)
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.reference import reference
+from pallas_kernels.decode_step.stream import Stream
+from tests.kernels.simt import Deadlock, Machine, Race, Role
+from tests.kernels.simt_thread import install
+
+SEED = secrets.randbits(31)
+SMALL = Shape(2, 256, 4, 2, 64, 512, 256, 1e-6)
+ODD = Shape(3, 256, 2, 1, 128, 384, 256, 1e-6)
+"""Three layers, heads of 128, and a feed-forward in parts of different lengths."""
+TINY = Shape(2, 128, 2, 1, 64, 128, 1024, 1e-6)
+"""A layer of it has 48 bands."""
+
+
+class Case(NamedTuple):
+    """One step's inputs."""
+
+    plan: Plan
+    packed: Packed
+    hidden: jax.Array
+    cache: jax.Array
+    position: jax.Array
+    inv_freq: jax.Array
+
+
+def drawn(shape: Shape, blocks: int, positions: list[int], capacity: int) -> Case:
+    plan, rng = Plan(shape, blocks), np.random.default_rng(SEED)
+
+    def normal(*dims: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(dims), jnp.float32)
+
+    tape, where = empty_tape(plan, jnp.dtype(jnp.bfloat16)), places(plan)
+    for phase, matrix in enumerate(shape.matrices):
+        for layer in range(1 if phase == 4 else shape.layers):
+            weights = (normal(*matrix) * 0.08).astype(jnp.bfloat16)
+            tape = put(tape, where[phase], weights, layer, phase)
+    norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
+    rows, h = len(positions), shape.head_dim
+    return Case(
+        plan,
+        Packed(tape, normal(shape.layers, shape.qkv), norms, where),
+        normal(rows, shape.hidden),
+        normal(2 * shape.layers, rows, shape.kv_heads, capacity, h).astype(jnp.bfloat16),
+        jnp.asarray(positions, jnp.int32),
+        1e6 ** (-jnp.arange(0, h, 2) / h),
+    )
+
+
+def expected(case: Case, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    packed = case.packed._replace(tape=case.packed.tape.astype(dtype))
+    cache = case.cache.astype(dtype)
+    args = (case.plan, case.hidden, cache, case.position, case.inv_freq, 1.0)
+    return tuple(np.asarray(x, np.float64) for x in reference(packed, *args))  # type: ignore
+
+
+def run(
+    patch: pytest.MonkeyPatch, case: Case, seed: int, alter: Callable[[], None] = lambda: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel's logits and new keys and values; slots from each position on hold NaN."""
+    plan, shape = case.plan, case.plan.shape
+    rows, capacity = case.hidden.shape[0], case.cache.shape[3]
+    divided = mosaic_gpu.memory(plan, rows)
+    machine = Machine(plan.blocks, sum(divided), (0, divided.ring), seed)
+    kept = jnp.arange(capacity) < case.position[:, None]
+    poisoned = jnp.where(kept[None, :, None, :, None], case.cache, jnp.nan)
+    angles = case.position[:, None].astype(jnp.float32) * case.inv_freq
+    rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    inputs = [
+        case.packed.tape, plan.table(), case.packed.bias, case.packed.norms, case.hidden, rope,
+        poisoned, case.position,
+    ]  # fmt: skip
+    refs: list[int] = [machine.array(np.asarray(x)) for x in inputs]
+    made: list[Any] = []
+    with patch.context() as inner:
+        inner.setattr(mosaic_gpu.compat, "kernel", lambda body, **how: made.append((body, how)))
+        mosaic_gpu.build.__wrapped__(plan, rows, capacity)
+        ((body, how),) = made
+        rng = np.random.default_rng(seed)
+        for out in how["out_type"]:
+            size = int(np.prod(out.shape)) * out.dtype.itemsize
+            refs.append(machine.array(rng.integers(0, 256, size, np.uint8)))
+        install(inner, machine)
+        _install_pallas(inner, machine, plan.blocks)
+        alter()
+        workers = [
+            (Role(block, first, count), lambda: body(*refs, 0))
+            for block in range(plan.blocks)
+            for first, count in ((0, 256), (256, 128))
+        ]
+        machine.run(workers)
+    logits = machine.bytes_at(refs[8]).view(np.float32).reshape(rows, shape.vocab)
+    new = machine.bytes_at(refs[9]).view(ml_dtypes.bfloat16)
+    return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
+
+
+def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine, blocks: int) -> None:
+    """What the kernel's body asks of Pallas."""
+
+    def signal(_: Any, count: int, **how: Any) -> None:
+        machine.semaphore += count * machine.role.count // 128
+        machine.progress += 1
+
+    def wait(_: Any, count: int, **how: Any) -> None:
+        while machine.semaphore < count:
+            machine.give_way()
+
+    def when(condition: bool) -> Callable[[Callable[[], None]], None]:
+        return lambda code: code() if condition else None
+
+    patch.setattr(mosaic_gpu, "emit", lambda code, *refs: code(None, *refs))
+    patch.setattr(mosaic_gpu, "pl", types.SimpleNamespace(when=when, get_global=lambda kind: None))
+    patch.setattr(
+        mosaic_gpu,
+        "lax",
+        types.SimpleNamespace(axis_index=lambda name: machine.role.first // 128),
+    )
+    patch.setattr(
+        mosaic_gpu,
+        "plgpu",
+        types.SimpleNamespace(
+            SemaphoreType=types.SimpleNamespace(REGULAR=None),
+            semaphore_signal=signal,
+            semaphore_wait=wait,
+            set_max_registers=lambda count, action: None,
+        ),
+    )
+
+
+def relative(x: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "positions", "capacity"),
+    [
+        (SMALL, 5, [100], 256),
+        (SMALL, 16, [401], 512),  # shared by several blocks
+        (SMALL, 7, [5, 0, 255], 256),
+        (ODD, 6, [300, 17], 512),
+        (TINY, 56, [9], 64),
+        (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 64),
+    ],
+)
+def test_no_worse_than_xla_and_the_same_in_every_order(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: Shape,
+    blocks: int,
+    positions: list[int],
+    capacity: int,
+) -> None:
+    case = drawn(shape, blocks, positions, capacity)
+    truth, xla = expected(case, "float32"), expected(case, "bfloat16")
+    found = [run(monkeypatch, case, SEED + n) for n in range(2)]
+    for mine, theirs, right in zip(found[0], xla, truth, strict=True):
+        ours = relative(mine, right)
+        print(f"seed {SEED}: kernel {ours:.2e}, xla {relative(theirs, right):.2e}")
+        assert ours <= 1.5 * relative(theirs, right)
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("phase", range(5))
+def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) -> None:
+    plan, packed = (case := drawn(ODD, 3, [1], 64)).plan, case.packed
+    made: list[Callable[..., None]] = []
+    monkeypatch.setattr(unpack.compat, "kernel", lambda body, **how: made.append(body))
+    p = plan.phases[phase]
+    unpack._build.__wrapped__(p.rows, p.columns, jnp.bfloat16, phase == 2, plan.blocks)
+    blocks = unpack.BLOCKS_EACH * plan.blocks
+    machine = Machine(blocks, 64, (0, 0), SEED)
+    layer = 0 if phase == 4 else 1
+    at = packed.places[phase][0] + layer * packed.places[phase][1]
+    right = np.asarray(packed.matrix(plan, phase, layer))
+    refs = [machine.array(np.asarray(x)) for x in (packed.tape, at, np.zeros_like(right))]
+    install(monkeypatch, machine)
+    monkeypatch.setattr(unpack, "emit", lambda code, *refs: code(None, *refs))
+    machine.run([(Role(b, 0, unpack.THREADS), lambda: made[0](*refs)) for b in range(blocks)])
+    found = machine.bytes_at(refs[2]).view(right.dtype).reshape(right.shape)
+    assert np.array_equal(found, right)
+
+
+class TestWhatIsFound:
+    """Mistakes put into the kernel."""
+
+    CASE = (SMALL, 5, [100], 256)
+
+    def test_a_missing_barrier(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def alter() -> None:
+            real = t.together
+            monkeypatch.setattr(t, "together", lambda n: real(n) if n != 256 else None)
+
+        with pytest.raises(Race):
+            run(monkeypatch, drawn(*self.CASE), SEED, alter)
+
+    def test_a_word_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def alter() -> None:
+            real = step.leave
+            monkeypatch.setattr(step, "leave", lambda at, values, tag: real(at, values, tag ^ 1))
+
+        with pytest.raises(Deadlock):
+            run(monkeypatch, drawn(*self.CASE), SEED, alter)
+
+    def test_a_page_fetched_over_one_that_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = drawn(*self.CASE)
+        right = run(monkeypatch, case, SEED)
+
+        def alter() -> None:
+            monkeypatch.setattr(Stream, "_empty", Stream._full)
+
+        try:
+            wrong = run(monkeypatch, case, SEED, alter)
+        except (Deadlock, Race, KeyError):
+            return
+        assert not np.array_equal(right[0], wrong[0])

@@ -138,11 +138,6 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
     return None
 
 
-def emit(code: Callable[..., None], *refs: Any) -> None:
-    """Thread code over references, in the middle of Pallas's."""
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(code)(*refs)
-
-
 def slower(plan: Plan, rows: int, capacity: int) -> str | None:
     """Why several rows with such caches take less time another way, or None.
 
@@ -238,21 +233,21 @@ def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callabl
         tape, table, hidden, words, smem = (refs[i] for i in (0, 1, 4, 10, -1))
         semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
         warpgroup = lax.axis_index("wg")
-        emit(make, smem)
+        t.emit(make, smem)
 
         @pl.when(warpgroup == THREADS // WARPGROUP)
         def _() -> None:
             plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
-            emit(fetch, tape, table, smem)
+            t.emit(fetch, tape, table, smem)
 
         @pl.when(warpgroup < THREADS // WARPGROUP)
         def _() -> None:
             plgpu.set_max_registers(REGISTERS, action="increase")
-            emit(start, hidden, words)
+            t.emit(start, hidden, words)
             plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
             count = blocks * THREADS // WARPGROUP
             plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
-            emit(steps, *refs[1:])
+            t.emit(steps, *refs[1:])
 
     return compat.kernel(
         body,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 # Their stubs don't know what is added to the generated classes.
@@ -21,6 +22,11 @@ scf: Any = importlib.import_module("jaxlib.mlir.dialects.scf")
 WARP = 32
 OURS = 8
 """Of a block's 16 barriers the one that is ours; Mosaic's warpgroups use those from 1 on."""
+
+
+def emit(code: Callable[..., None], *refs: Any) -> None:
+    """Thread code over references, in the middle of Pallas's; `code(context, *refs)`."""
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(code)(*refs)
 
 
 def i32() -> Any:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import compat
 from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.mosaic_gpu import emit
 from pallas_kernels.decode_step.packing import Packed
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, Plan
 from pallas_kernels.decode_step.stream import TILE_BYTES
@@ -78,7 +77,7 @@ def _build(
         t.loop(-(-tiles // (blocks * AT_ONCE)), [], some)
 
     def body(*refs: Any) -> None:
-        emit(move, *refs)
+        t.emit(move, *refs)
 
     return compat.kernel(
         body,

@@ -201,7 +201,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         m.shared[m.role.block].barriers[one(address)] = Barrier(arrivals)
 
     for name, code in {
-        "arith": _arith(), "i32": lambda: I32, "i64": lambda: I64, "f32": lambda: F32,
+        "emit": lambda code, *refs: code(None, *refs), "arith": _arith(),
+        "i32": lambda: I32, "i64": lambda: I64, "f32": lambda: F32,
         "loop": loop, "repeat_while": repeat_while, "when": when,
         "me": lambda: v(m.role.first + np.arange(m.role.count), I32),
         "block": lambda: v(m.role.block, I32), "together": m.together,

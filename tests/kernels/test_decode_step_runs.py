@@ -131,7 +131,6 @@ def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine, blocks: int) ->
     def when(condition: bool) -> Callable[[Callable[[], None]], None]:
         return lambda code: code() if condition else None
 
-    patch.setattr(mosaic_gpu, "emit", lambda code, *refs: code(None, *refs))
     patch.setattr(mosaic_gpu, "pl", types.SimpleNamespace(when=when, get_global=lambda kind: None))
     patch.setattr(
         mosaic_gpu,
@@ -196,7 +195,6 @@ def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) 
     right = np.asarray(packed.matrix(plan, phase, layer))
     refs = [machine.array(np.asarray(x)) for x in (packed.tape, at, np.zeros_like(right))]
     install(monkeypatch, machine)
-    monkeypatch.setattr(unpack, "emit", lambda code, *refs: code(None, *refs))
     machine.run([(Role(b, 0, unpack.THREADS), lambda: made[0](*refs)) for b in range(blocks)])
     found = machine.bytes_at(refs[2]).view(right.dtype).reshape(right.shape)
     assert np.array_equal(found, right)

@@ -5,7 +5,7 @@ H head dimension, D hidden size, F feed-forward size, V vocabulary. A linear wei
 `[out, in]`, as checkpoints store it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +219,8 @@ class Qwen2(nnx.Module):
         params: every parameter by its canonical name.
         precision: of float32 matrix products; HIGHEST never uses TF32.
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.
+        look_up: from token ids to rows of the embedding, where that is cheaper than to have all
+            of it (`params` is then asked for it only by the head it is tied to).
     """
 
     def __init__(
@@ -228,8 +230,9 @@ class Qwen2(nnx.Module):
         *,
         precision: lax.Precision = lax.Precision.HIGHEST,
         implementation: str = "auto",
+        look_up: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]] | None = None,
     ):
-        self.config, self.precision = config, precision
+        self.config, self.precision, self.look_up = config, precision, look_up
         self.embed = parameter(params, "", "embed")
         self.layers = nnx.List(
             DecoderLayer(config, params, f"layers.{i}.", precision, implementation)
@@ -256,7 +259,7 @@ class Qwen2(nnx.Module):
         """
         tokens, lengths = tap("tokens", tokens), tap("lengths", lengths)
         positions = tap("positions", start[:, None] + jnp.arange(tokens.shape[1]))
-        embedded = self.embed[...][tokens]
+        embedded = self.look_up(tokens) if self.look_up else self.embed[...][tokens]
         x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         k, v = [], []

@@ -85,6 +85,13 @@ class PackedWeights:
             return params | {"embed": head}
         return params | {"embed": self.embed, "lm_head": head}
 
+    def look_up(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T D"]:
+        """Rows of the embedding, without all of it where it is the head."""
+        if self.embed is not None:
+            return self.embed[tokens]
+        rows = self.packed.head_rows(self.plan, tokens.reshape(-1))
+        return rows.reshape(*tokens.shape, -1)
+
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
         return unpacked(self.packed, self.plan, phase, layer, implementation=self.implementation)
 
@@ -95,15 +102,11 @@ class PackedWeights:
         position: Int[Array, "B"],
     ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
         """One step of every row: logits, and the tokens' keys, then values, of every layer."""
-        if self.embed is None:
-            hidden = self.packed.head_rows(self.plan, token)
-        else:
-            hidden = self.embed[token]
         yarn = self.config.yarn
         return pallas_kernels.decode_step(
             self.packed,
             self.plan,
-            hidden,
+            self.look_up(token),
             cache,
             position,
             jnp.asarray(inverse_frequencies(self.config)),

@@ -66,8 +66,10 @@ def make_model(
     implementation: str,
 ) -> Qwen2:
     """The model over traced weights; packed ones are put together inside the program."""
-    params = weights.parameters() if isinstance(weights, PackedWeights) else weights
-    return Qwen2(config, params, precision=precision, implementation=implementation)
+    how: dict[str, Any] = {"precision": precision, "implementation": implementation}
+    if isinstance(weights, PackedWeights):
+        return Qwen2(config, weights.parameters(), look_up=weights.look_up, **how)
+    return Qwen2(config, weights, **how)
 
 
 ModelMaker = Callable[[Parameters | PackedWeights], Qwen2]

@@ -7,6 +7,7 @@ and the result is a function of the flags and the machine. The default run is me
 Progress goes to stderr; at the end the written file is evaluated as `tools.eval_demo` does it.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -57,19 +57,12 @@ STEPS_PER_CALL = 50
 Batch = tuple[Int[Array, "B T"], Bool[Array, "B T"]]
 
 
-class OneHotTable:
-    """An embedding matrix looked up by a matrix product.
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of an embedding by a matrix product.
 
     A GPU adds the gradient of a gather in no fixed order, so two runs would differ.
     """
-
-    def __init__(self, table: Float[Array, "V D"]):
-        self.table = table
-
-    def __getitem__(self, tokens: Any) -> Any:
-        if tokens is Ellipsis:  # nnx.Param's way to its value
-            return self
-        return jax.nn.one_hot(tokens, self.table.shape[0], dtype=self.table.dtype) @ self.table
+    return jax.nn.one_hot(tokens, table.shape[0], dtype=table.dtype) @ table
 
 
 def initial_parameters(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -106,12 +99,15 @@ def answer_loss(config: ModelConfig, params: Parameters, batch: Batch) -> Float[
     tokens, answer = batch
     inputs, targets, weight = tokens[:, :-1], tokens[:, 1:], answer[:, 1:].astype(jnp.float32)
     rows, length = inputs.shape
-    # Looked up by OneHotTable, the head still is the embedding itself.
-    looked_up: Any = {**params, "embed": OneHotTable(params["embed"])}
-    model = Qwen2(config, looked_up, precision=lax.Precision.DEFAULT, implementation="xla")
+    model = Qwen2(
+        config,
+        params,
+        precision=lax.Precision.DEFAULT,
+        implementation="xla",
+        look_up=functools.partial(look_up, params["embed"]),
+    )
     cache = KVCache.create(config, rows, length, jnp.dtype(jnp.float32))
     hidden, _ = model(inputs, cache, jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32))
-    model.embed = nnx.Param(params["embed"])
     logits = model.logits(hidden)
     # A comparison and a sum: the gradient of a gather would be in no fixed order.
     chosen = jnp.arange(config.vocab_size) == targets[..., None]

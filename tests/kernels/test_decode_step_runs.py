@@ -83,6 +83,7 @@ def run(
     """The kernel's logits and new keys and values; slots from each position on hold NaN."""
     plan, shape = case.plan, case.plan.shape
     rows, capacity = case.hidden.shape[0], case.cache.shape[3]
+    assert mosaic_gpu.refusal(plan, rows, "bfloat16") is None
     divided = mosaic_gpu.memory(plan, rows)
     machine = Machine(plan.blocks, sum(divided), (0, divided.ring), seed)
     kept = jnp.arange(capacity) < case.position[:, None]
@@ -161,6 +162,9 @@ def relative(x: np.ndarray, truth: np.ndarray) -> float:
         (SMALL, 7, [5, 0, 255], 256),
         (ODD, 6, [300, 17], 512),
         (TINY, 56, [9], 64),
+        (Shape(1, 128, 2, 1, 64, 128, 256, 1e-6), 66, [8448], 8512),  # some splits get no slot
+        (Shape(1, 512, 8, 1, 64, 256, 256, 1e-6), 9, [0, 1, 64, 9, 15, 16], 128),  # a group of 8
+        (Shape(1, 256, 2, 2, 128, 256, 256, 1e-6), 11, [3, 50, 7, 31, 32], 64),  # and of one
         (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 64),
     ],
 )

@@ -59,6 +59,20 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / median(seconds)
 
 
+def print_record(
+    benchmark: str, args: argparse.Namespace, bandwidth: float, us: dict[str, Any]
+) -> None:
+    """The line of JSON a run ends with."""
+    record = vars(args) | {
+        "benchmark": benchmark,
+        "copy_gb_s": round(bandwidth / 1e9),
+        "us": us,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    print(json.dumps(record))
+
+
 class Case(NamedTuple):
     """One engine at one batch and context, compiled."""
 
@@ -182,14 +196,7 @@ def main() -> None:
             figures[f"{size} {batch} {context}"] = {
                 name: [round(s * 1e6, 1) for s in taken] for name, taken in times.items()
             }
-    record = vars(args) | {
-        "benchmark": "gpu_decode",
-        "copy_gb_s": round(bandwidth / 1e9),
-        "us": figures,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-    print(json.dumps(record))
+    print_record("gpu_decode", args, bandwidth, figures)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ first of them began it. Half a minute. Ends with one line of JSON.
 
 import argparse
 import itertools
-import json
 import time
 from statistics import median
 from typing import Any
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.gpu_decode import copy_bandwidth
+from benchmarks.gpu_decode import copy_bandwidth, print_record
 from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import Plan, mosaic_gpu
 from pallas_kernels.decode_step.step import PHASES
@@ -110,14 +109,7 @@ def main() -> None:
         if args.phases:
             print_phases(plan, drawn, capacity)
         del drawn
-    record = vars(args) | {
-        "benchmark": "gpu_decode_step",
-        "copy_gb_s": round(bandwidth / 1e9),
-        "us": figures,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-    print(json.dumps(record))
+    print_record("gpu_decode_step", args, bandwidth, figures)
 
 
 if __name__ == "__main__":

@@ -189,10 +189,8 @@ class Attention:
         key = keys + ((begin + g) * slot_bytes + quarter * 16).wide()
         value = values + ((begin + quarter * 2) * slot_bytes + g * 16).wide()
         own = self.heads + shape.group * slot_bytes
-        own_key, own_value = (
-            t.anywhere(own + quarter * 16),
-            t.anywhere(own + slot_bytes + g * 16),
-        )
+        own_key = t.anywhere(own + quarter * 16)
+        own_value = t.anywhere(own + slot_bytes + g * 16)
 
         def tile(i: V, carry: list[V]) -> list[V]:
             first = begin + i * SLOTS_AT_ONCE
@@ -202,7 +200,7 @@ class Attention:
                 at = t.select(slot.equals(position), new, base + ahead + offset)
                 count = slot_bytes // stride
                 return [
-                    t.load_global_where(slot < end, at, 4, "anywhere", offset=n * stride)
+                    t.load_global(at, 4, "anywhere", where=slot < end, offset=n * stride)
                     for n in range(count)
                 ]
 
@@ -227,7 +225,6 @@ class Attention:
     def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:
         shape = self.plan.shape
         h, group = shape.head_dim, shape.group
-
         quads = h // 4
 
         def four(item: V) -> None:

@@ -35,8 +35,7 @@ SMEM_BYTES = 232_448
 RESERVED_BYTES = 2048
 """For what Pallas puts there itself, and alignment."""
 
-WARPGROUP = 128
-FETCHERS = WARPGROUP
+FETCHERS = t.WARPGROUP
 """Threads beside those that compute: one of them fetches, but they come by the warpgroup."""
 
 REGISTERS, FETCHER_REGISTERS = 232, 40
@@ -235,17 +234,17 @@ def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callabl
         warpgroup = lax.axis_index("wg")
         t.emit(make, smem)
 
-        @pl.when(warpgroup == THREADS // WARPGROUP)
+        @pl.when(warpgroup == THREADS // t.WARPGROUP)
         def _() -> None:
             plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
             t.emit(fetch, tape, table, smem)
 
-        @pl.when(warpgroup < THREADS // WARPGROUP)
+        @pl.when(warpgroup < THREADS // t.WARPGROUP)
         def _() -> None:
             plgpu.set_max_registers(REGISTERS, action="increase")
             t.emit(start, hidden, words)
             plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
-            count = blocks * THREADS // WARPGROUP
+            count = blocks * THREADS // t.WARPGROUP
             plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
             t.emit(steps, *refs[1:])
 
@@ -263,5 +262,5 @@ def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callabl
         grid=(blocks,),
         grid_names=("sm",),
         scratch_types=(plgpu.SMEM((sum(divided) // 4,), jnp.int32),),
-        warpgroups=(THREADS + FETCHERS) // WARPGROUP,
+        warpgroups=(THREADS + FETCHERS) // t.WARPGROUP,
     )

@@ -36,10 +36,14 @@ class Packed(NamedTuple):
     norms: Float[Array, "norms D"]
     places: Places
 
+    def at(self, phase: int, layer: int = 0) -> Int[Array, "tiles"]:
+        """Where the tiles of a phase's matrix lie on the tape."""
+        return _at(self.places[phase], layer)
+
     def matrix(self, plan: Plan, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
         """A matrix read back from the tape, `[out, in]`."""
         p = plan.phases[phase]
-        tiles = self.tape[_at(self.places[phase], layer)]
+        tiles = self.tape[self.at(phase, layer)]
         grid = tiles.reshape(p.bands, p.across, WARPS, 8, 4, 2, 4).transpose(0, 5, 3, 1, 2, 4, 6)
         if phase == GATE_UP:
             grid = grid.swapaxes(0, 1)
@@ -47,7 +51,7 @@ class Packed(NamedTuple):
 
     def head_rows(self, plan: Plan, rows: Int[Array, "B"]) -> Float[Array, "B D"]:
         """Rows of the head, which is an embedding where the head is tied."""
-        at = _at(self.places[HEAD], 0).reshape(-1, plan.phases[HEAD].across)[rows // BAND]
+        at = self.at(HEAD).reshape(-1, plan.phases[HEAD].across)[rows // BAND]
         tiles = self.tape[at].reshape(*at.shape, WARPS, 8, 4, 2, 4)
         batch = jnp.arange(rows.shape[0])
         picked = tiles[batch, :, :, rows % 8, :, rows % BAND // 8]

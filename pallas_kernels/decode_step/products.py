@@ -93,7 +93,7 @@ class Products:
             weights = []
             if norm:
                 weights = [
-                    t.load_global_where(inside, norm + (q << 4).wide(), 4)
+                    t.load_global(norm + (q << 4).wide(), 4, where=inside)
                     for q, inside in zip(wanted, there, strict=True)
                 ]
             words = awaited([begin + (q << 4).wide() for q in wanted], 4, tag, there)

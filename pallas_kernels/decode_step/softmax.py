@@ -12,7 +12,6 @@ from pallas_kernels.decode_step.thread import V
 
 NEVER = -1e30
 """The score of a slot that isn't there."""
-LOG2_E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Softmax:
                 for i in (0, 2):
                     a = [query[i], none, query[i + 1], none]
                     sums = t.multiply(a, key[i : i + 2], [*sums, zero, zero])[:2]
-            scaled = [s * (LOG2_E * head_dim**-0.5) for s in sums]
+            scaled = [s * (t.LOG2_E * head_dim**-0.5) for s in sums]
             scores.append([t.select(c, s, NEVER) for c, s in zip(both, scaled, strict=True)])
         maximum = self.maximum
         for score in (s for pair in scores for s in pair):

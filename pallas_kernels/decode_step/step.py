@@ -16,7 +16,6 @@ from pallas_kernels.decode_step.plan import (
     Plan,
 )
 from pallas_kernels.decode_step.products import THREADS, Finish, Prepare, Products
-from pallas_kernels.decode_step.softmax import LOG2_E
 from pallas_kernels.decode_step.stream import Place
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
@@ -136,7 +135,7 @@ class Step:
         def bias(first: V, count: V) -> list[V]:
             band, _, row = p.mine(BAND)
             at = layer * shape.qkv + (self.work.first[QKV] + first + band) * BAND + row
-            return t.load_global_where(band < count, self.bias + (at << 2).wide(), 1)
+            return t.load_global(self.bias + (at << 2).wide(), where=band < count)
 
         def finish(first: V, count: V, sums: V, bias: list[V]) -> None:
             def number(band: V, text: V, row: V) -> None:
@@ -175,7 +174,7 @@ class Step:
                 scale = self._scale(text)
                 gate = p.total(sums, band, text, row) * scale
                 up = p.total(sums, band, text, row + BAND // 2) * scale
-                value = gate * t.reciprocal(t.exp2(gate * -LOG2_E) + 1.0) * up
+                value = gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
                 at = (self.work.first[GATE_UP] + first + band) * (BAND // 2) + row
                 leave(self._word(w.FFN, shape.ffn, text, at), [value], tag)
 

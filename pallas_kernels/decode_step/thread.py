@@ -19,7 +19,7 @@ arith: Any = importlib.import_module("jaxlib.mlir.dialects.arith")
 llvm: Any = importlib.import_module("jaxlib.mlir.dialects.llvm")
 scf: Any = importlib.import_module("jaxlib.mlir.dialects.scf")
 
-WARP = 32
+WARP, WARPGROUP = 32, 128
 OURS = 8
 """Of a block's 16 barriers the one that is ours; Mosaic's warpgroups use those from 1 on."""
 
@@ -261,20 +261,24 @@ def warp_sum(value: V, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> V:
     return value
 
 
+def _load(
+    instruction: str, address: V, count: int, where: V | None, otherwise: int | V, offset: int = 0
+) -> list[V]:
+    """Int32 by one instruction, `offset` bytes from the address; `otherwise` if not `where`."""
+    kinds, c = [i32()] * count, "l" if address.raw.type == i64() else "r"
+    load = f"{instruction}.{_width(count)} {_registers(0, count)}, [${count} + {offset}];"
+    if where is None:
+        return asm(load, kinds, ",".join(["=r"] * count) + f",{c}", address)
+    clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
+    text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} @p {load} }}"
+    flag = V(arith.extui(i32(), where.raw))
+    outs = ",".join(["=&r"] * count)
+    return asm(text, kinds, outs + f",{c},r,r", address, flag, integer(otherwise))
+
+
 def load_shared(address: V, count: int = 1, where: V | None = None) -> list[V]:
     """Int32 from shared memory, in one instruction; zeroes where `where` is false."""
-    outs = ",".join(["=r"] * count)
-    if where is None:
-        text = f"ld.shared.{_width(count)} {_registers(0, count)}, [${count}];"
-        return asm(text, [i32()] * count, outs + ",r", address)
-    clear = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
-    text = (
-        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} "
-        f"@p ld.shared.{_width(count)} {_registers(0, count)}, [${count}]; }}"
-    )
-    outs = ",".join(["=&r"] * count)
-    flag = V(arith.extui(i32(), where.raw))
-    return asm(text, [i32()] * count, outs + ",r,r", address, flag)
+    return _load("ld.shared", address, count, where, 0)
 
 
 def load_shared_floats(address: V, count: int = 1) -> list[V]:
@@ -294,7 +298,7 @@ def store_shared_half(address: V, value: V) -> None:
     asm("{ .reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h; }", [], "r,r", address, value)
 
 
-SPACES = {"nc": "global.nc.", "relaxed.gpu": "relaxed.gpu.global.", "anywhere": ""}
+LOADS = {"nc": "ld.global.nc", "relaxed.gpu": "ld.relaxed.gpu.global", "anywhere": "ld"}
 
 
 def anywhere(shared: V) -> V:
@@ -303,24 +307,23 @@ def anywhere(shared: V) -> V:
     return asm(text, [i64()], "=l,r", shared)[0]
 
 
-def load_global(address: V, count: int = 1, kind: str = "nc") -> list[V]:
-    """Int32 from global memory: "nc" what nobody writes, "relaxed.gpu" what others write."""
-    text = f"ld.{SPACES[kind]}{_width(count)} {_registers(0, count)}, [${count}];"
-    return asm(text, [i32()] * count, ",".join(["=r"] * count) + ",l", address)
-
-
-def load_global_where(
-    where: V, address: V, count: int, kind: str = "nc", otherwise: int | V = 0, offset: int = 0
+def load_global(
+    address: V,
+    count: int = 1,
+    kind: str = "nc",
+    *,
+    where: V | None = None,
+    otherwise: int | V = 0,
+    offset: int = 0,
 ) -> list[V]:
-    """The same, `offset` bytes from the address; `otherwise` where `where` is false."""
-    clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
-    text = (
-        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} "
-        f"@p ld.{SPACES[kind]}{_width(count)} {_registers(0, count)}, [${count} + {offset}]; }}"
-    )
-    flag = V(arith.extui(i32(), where.raw))
-    outs = ",".join(["=&r"] * count)
-    return asm(text, [i32()] * count, outs + ",l,r,r", address, flag, integer(otherwise))
+    """Int32 from global memory, `offset` bytes from the address, in one instruction.
+
+    Args:
+        kind: "nc" what nobody writes, "relaxed.gpu" what others write, "anywhere" also what
+            lies in shared memory.
+        where: whether to load, or to take `otherwise`.
+    """
+    return _load(LOADS[kind], address, count, where, otherwise, offset)
 
 
 def prefetch(address: V) -> None:
@@ -353,6 +356,9 @@ def split_pair(low: V, high: V) -> tuple[V, V]:
     low_rest = low - (rounded << 16).bits()
     high_rest = high - (rounded & -65536).bits()
     return rounded, bfloat16_pair(low_rest, high_rest)
+
+
+LOG2_E = 1.4426950408889634
 
 
 def exp2(x: V) -> V:

@@ -19,7 +19,7 @@ from pallas_kernels.decode_step.packing import Packed
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, Plan
 from pallas_kernels.decode_step.stream import TILE_BYTES
 
-THREADS = 256
+THREADS = TILE_BYTES // 16
 """One for each 16 bytes of a tile."""
 BLOCKS_EACH = 4
 """Blocks a multiprocessor."""
@@ -36,10 +36,9 @@ def refusal(dtype: DTypeLike) -> str | None:
 
 def matrix(packed: Packed, plan: Plan, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
     """`packed.matrix` by a kernel."""
-    at = packed.places[phase][0] + layer * packed.places[phase][1]
     p = plan.phases[phase]
     build = _build(p.rows, p.columns, packed.tape.dtype, phase == GATE_UP, plan.blocks)
-    return build(packed.tape, at)
+    return build(packed.tape, packed.at(phase, layer))
 
 
 @functools.cache
@@ -60,9 +59,9 @@ def _build(
             there = [number < tiles for number in numbers]
             loaded = []
             for number, inside in zip(numbers, there, strict=True):
-                (at,) = t.load_global_where(inside, places + (number << 2).wide(), 1)
+                (at,) = t.load_global(places + (number << 2).wide(), where=inside)
                 source = tape + at.wide() * TILE_BYTES + (thread << 4).wide()
-                loaded.append(t.load_global_where(inside, source, 4))
+                loaded.append(t.load_global(source, 4, where=inside))
             for number, inside, words in zip(numbers, there, loaded, strict=True):
                 band, tile = number // across, number % across
                 column = (tile * COLUMNS + warp * 16 + quarter * 4).wide() * 2
@@ -85,5 +84,5 @@ def _build(
         out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
         grid=(blocks,),
         grid_names=("block",),
-        warpgroups=THREADS // 128,
+        warpgroups=THREADS // t.WARPGROUP,
     )

@@ -68,14 +68,11 @@ def awaited(
     """`count` float32 at each address, once all have the tag; no number if not `where`."""
 
     def look() -> tuple[V, list[V]]:
-        if where is None:
-            words = [w for a in addresses for w in t.load_global(a, count, "relaxed.gpu")]
-        else:
-            words = [
-                w
-                for a, there in zip(addresses, where, strict=True)
-                for w in t.load_global_where(there, a, count, "relaxed.gpu", tag)
-            ]
+        words = [
+            w
+            for a, there in zip(addresses, where or itertools.repeat(None, len(addresses)), strict=True)
+            for w in t.load_global(a, count, "relaxed.gpu", where=there, otherwise=tag)
+        ]
         late = words[0] ^ tag
         for word in words[1:]:
             late = late | (word ^ tag)

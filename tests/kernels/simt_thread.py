@@ -141,11 +141,14 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         aligned = np.where(m.mask, at // 4 * 4, 0)
         m.store_shared(aligned, [whole[aligned // 4]])
 
-    def load_global(address: t.V, count: int = 1, kind: str = "nc") -> list[t.V]:
-        return ints(m.load(m.lanes(address), count, m.mask))
-
-    def load_global_where(
-        where: t.V, address: t.V, count: int, kind: str = "nc", otherwise: Any = 0, offset: int = 0
+    def load_global(
+        address: t.V,
+        count: int = 1,
+        kind: str = "nc",
+        *,
+        where: t.V | None = None,
+        otherwise: Any = 0,
+        offset: int = 0,
     ) -> list[t.V]:
         there, other = truth(where), m.lanes(t.integer(otherwise))
         loaded = m.load(m.lanes(address) + offset, count, there)
@@ -209,7 +212,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "warp_together": lambda: None, "from_lane": from_lane,
         "load_shared": load_shared, "store_shared": store_shared,
         "store_shared_half": store_shared_half, "load_global": load_global,
-        "load_global_where": load_global_where, "store_global": store_global,
+        "store_global": store_global,
         "store_global_half": store_global_half, "prefetch": lambda address: None,
         "anywhere": lambda shared: v(m.lanes(shared).astype(np.int64) + SHARED, I64),
         "bfloat16_pair": bfloat16_pair, "halves": halves, "multiply": multiply,

@@ -105,7 +105,7 @@ def run(
             size = int(np.prod(out.shape)) * out.dtype.itemsize
             refs.append(machine.array(rng.integers(0, 256, size, np.uint8)))
         install(inner, machine)
-        _install_pallas(inner, machine, plan.blocks)
+        _install_pallas(inner, machine)
         alter()
         workers = [
             (Role(block, first, count), lambda: body(*refs, 0))
@@ -118,7 +118,7 @@ def run(
     return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
 
 
-def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine, blocks: int) -> None:
+def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     """What the kernel's body asks of Pallas."""
 
     def signal(_: Any, count: int, **how: Any) -> None:
@@ -195,9 +195,11 @@ def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) 
     blocks = unpack.BLOCKS_EACH * plan.blocks
     machine = Machine(blocks, 64, (0, 0), SEED)
     layer = 0 if phase == 4 else 1
-    at = packed.places[phase][0] + layer * packed.places[phase][1]
     right = np.asarray(packed.matrix(plan, phase, layer))
-    refs = [machine.array(np.asarray(x)) for x in (packed.tape, at, np.zeros_like(right))]
+    refs = [
+        machine.array(np.asarray(x))
+        for x in (packed.tape, packed.at(phase, layer), np.zeros_like(right))
+    ]
     install(monkeypatch, machine)
     machine.run([(Role(b, 0, unpack.THREADS), lambda: made[0](*refs)) for b in range(blocks)])
     found = machine.bytes_at(refs[2]).view(right.dtype).reshape(right.shape)

@@ -15,6 +15,7 @@ from pallas_kernels.decode_step import (
     Packed,
     Plan,
     Shape,
+    barriers,
     empty_tape,
     mosaic_gpu,
     places,
@@ -24,7 +25,6 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.reference import reference
-from pallas_kernels.decode_step.stream import Stream
 from tests.kernels.simt import Deadlock, Machine, Race, Role
 from tests.kernels.simt_thread import install
 
@@ -78,9 +78,15 @@ def expected(case: Case, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(
-    patch: pytest.MonkeyPatch, case: Case, seed: int, alter: Callable[[], None] = lambda: None
+    patch: pytest.MonkeyPatch,
+    case: Case,
+    seed: int,
+    alter: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel's logits and new keys and values; slots from each position on hold NaN."""
+    """The kernel's logits and new keys and values; slots from each position on hold NaN.
+
+    `alter` puts a mistake into the kernel with the patch it is given, which is undone first.
+    """
     plan, shape = case.plan, case.plan.shape
     rows, capacity = case.hidden.shape[0], case.cache.shape[3]
     assert mosaic_gpu.refusal(plan, rows, "bfloat16") is None
@@ -106,7 +112,7 @@ def run(
             refs.append(machine.array(rng.integers(0, 256, size, np.uint8)))
         install(inner, machine)
         _install_pallas(inner, machine)
-        alter()
+        alter(inner)
         workers = [
             (Role(block, first, count), lambda: body(*refs, 0))
             for block in range(plan.blocks)
@@ -212,17 +218,17 @@ class TestWhatIsFound:
     CASE = (SMALL, 5, [100], 256)
 
     def test_a_missing_barrier(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def alter() -> None:
+        def alter(patch: pytest.MonkeyPatch) -> None:
             real = t.together
-            monkeypatch.setattr(t, "together", lambda n: real(n) if n != 256 else None)
+            patch.setattr(t, "together", lambda n: real(n) if n != 256 else None)
 
         with pytest.raises(Race):
             run(monkeypatch, drawn(*self.CASE), SEED, alter)
 
     def test_a_word_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def alter() -> None:
+        def alter(patch: pytest.MonkeyPatch) -> None:
             real = step.leave
-            monkeypatch.setattr(step, "leave", lambda at, values, tag: real(at, values, tag ^ 1))
+            patch.setattr(step, "leave", lambda at, values, tag: real(at, values, tag ^ 1))
 
         with pytest.raises(Deadlock):
             run(monkeypatch, drawn(*self.CASE), SEED, alter)
@@ -231,11 +237,17 @@ class TestWhatIsFound:
         case = drawn(*self.CASE)
         right = run(monkeypatch, case, SEED)
 
-        def alter() -> None:
-            monkeypatch.setattr(Stream, "_empty", Stream._full)
+        def alter(patch: pytest.MonkeyPatch) -> None:
+            real = barriers.await_turn
+
+            def hasty(barrier: t.V, parity: t.V) -> None:
+                # A slot has two barriers, and the second says that it was read.
+                t.when((barrier & 15).equals(0), lambda: real(barrier, parity))
+
+            patch.setattr(barriers, "await_turn", hasty)
 
         try:
             wrong = run(monkeypatch, case, SEED, alter)
-        except (Deadlock, Race, KeyError):
+        except Deadlock:  # two pages came while a reader waited for one
             return
         assert not np.array_equal(right[0], wrong[0])

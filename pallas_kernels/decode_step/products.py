@@ -36,8 +36,14 @@ def sums_bytes(bands: int, rows: int) -> int:
     return 2 * bands * WARPS * rows * BAND * 4
 
 
-Prepare = Callable[[V, V], list[V]]
-Finish = Callable[[V, V, V, list[V]], None]
+Prepare = Callable[[V, V, V], list[V]]
+Total = Callable[[V], V]
+Finish = Callable[[V, V, V, Total, list[V]], None]
+
+
+def nothing(band: V, row: V, there: V) -> list[V]:
+    """What most phases prepare."""
+    return []
 
 
 class Products:
@@ -137,22 +143,32 @@ class Products:
         bands: V,
         tiles: int | V,
         finish: Finish,
-        prepare: Prepare = lambda first, count: [],
+        prepare: Prepare = nothing,
+        height: int = BAND,
     ) -> Place:
         """Multiplies a block's bands with the input.
 
+        A thread has one number of each group of bands: the block's `band`, and its `row` of
+        `height`, of one text.
+
         Args:
-            prepare: what a thread loads before some bands of the block, `count` of them from
-                number `first` on, for `finish`.
-            finish: takes the bands' sums; every thread calls both.
+            finish: called with band, text, row, the sum of any row of the band, and what was
+                prepared.
+            prepare: loads for `finish`, with band and row and whether they are there, before
+                the bands are multiplied.
         """
+
+        def mine() -> tuple[V, V, V]:
+            """Band of a group, text and row; worked out anew rather than kept while bands run."""
+            row, rest = t.me() % height, t.me() // height
+            return rest // self.rows, rest % self.rows, row
 
         def group(i: V, carry: list[V]) -> list[V]:
             first = i * self.most_bands
             count = t.smaller(bands - first, self.most_bands)
             sums = self.sums + (i & 1) * (sums_bytes(self.most_bands, self.rows) // 2)
-
-            ready = prepare(first, count)
+            number, _, row = mine()
+            ready = prepare(first + number, row, number < count)
 
             def band(n: V, carry: list[V]) -> list[V]:
                 at = Place(*carry)
@@ -162,7 +178,9 @@ class Products:
 
             carry = t.loop(count, carry, band)
             t.together(THREADS)
-            finish(first, count, sums, ready)
+            number, text, row = mine()
+            total = functools.partial(self._total, sums, number, text)
+            t.when(number < count, lambda: finish(first + number, text, row, total, ready))
             return carry
 
         kept = []
@@ -237,7 +255,7 @@ class Products:
         return place
 
     def _store(self, totals: Sequence[V], number: V, sums: V) -> None:
-        """Leaves this warp's sums of a band for `total`."""
+        """Leaves this warp's sums of a band for `_total`."""
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
         row, quarter = lane // 4, lane % 4
         c = [sum(totals[i + 4 :: 4], start=totals[i]) for i in range(4)]
@@ -259,18 +277,8 @@ class Products:
             store(quarter * 2, c[0], c[2])
             store(quarter * 2 + 1, c[1], c[3])
 
-    def total(self, sums: V, band: V, text: V, row: V) -> V:
+    def _total(self, sums: V, band: V, text: V, row: V) -> V:
         """One number of a band: the sum over the warps."""
         at = sums + ((band * (WARPS * self.rows) + text) * BAND + row) * 4
         parts = [t.load_shared_floats(at + w * (self.rows * BAND * 4))[0] for w in range(WARPS)]
         return sum(parts[1:], start=parts[0])
-
-    def each(self, count: V, height: int, body: Callable[[V, V, V], None]) -> None:
-        """`body(band, text, row)` for every number of bands of this height, a thread each."""
-        band, text, row = self.mine(height)
-        t.when(band < count, lambda: body(band, text, row))
-
-    def mine(self, height: int) -> tuple[V, V, V]:
-        """Band, text and row of the thread's number."""
-        row, rest = t.me() % height, t.me() // height
-        return rest // self.rows, rest % self.rows, row

@@ -15,7 +15,14 @@ from pallas_kernels.decode_step.plan import (
     QKV,
     Plan,
 )
-from pallas_kernels.decode_step.products import THREADS, Finish, Prepare, Products
+from pallas_kernels.decode_step.products import (
+    THREADS,
+    Finish,
+    Prepare,
+    Products,
+    Total,
+    nothing,
+)
 from pallas_kernels.decode_step.stream import Place
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
@@ -104,11 +111,12 @@ class Step:
         place: Place,
         phase: int,
         finish: Finish,
-        prepare: Prepare = lambda first, count: [],
+        prepare: Prepare = nothing,
+        height: int = BAND,
     ) -> Place:
-        p = self.plan.phases[phase]
+        p, bands = self.plan.phases[phase], self.work.count[phase]
         tiles = self.work.part_tiles if p.parts > 1 else p.across
-        return self.products.product(place, p, self.work.count[phase], tiles, finish, prepare)
+        return self.products.product(place, p, bands, tiles, finish, prepare, height)
 
     def begin(self) -> None:
         """Takes the embeddings of this block's bands."""
@@ -129,72 +137,57 @@ class Step:
 
     def qkv(self, place: Place, layer: V, tag: V, before: V) -> Place:
         """Queries, keys and values of the hidden state that `before` tags, biases added."""
-        shape, p = self.plan.shape, self.products
-        self._absorb(QKV, w.HIDDEN, shape.hidden, before, layer * 2)
+        width = self.plan.shape.qkv
+        self._absorb(QKV, w.HIDDEN, self.plan.shape.hidden, before, layer * 2)
 
-        def bias(first: V, count: V) -> list[V]:
-            band, _, row = p.mine(BAND)
-            at = layer * shape.qkv + (self.work.first[QKV] + first + band) * BAND + row
-            return t.load_global(self.bias + (at << 2).wide(), where=band < count)
+        def bias(band: V, row: V, there: V) -> list[V]:
+            at = layer * width + (self.work.first[QKV] + band) * BAND + row
+            return t.load_global(self.bias + (at << 2).wide(), where=there)
 
-        def finish(first: V, count: V, sums: V, bias: list[V]) -> None:
-            def number(band: V, text: V, row: V) -> None:
-                at = (self.work.first[QKV] + first + band) * BAND + row
-                value = p.total(sums, band, text, row) * self._scale(text) + bias[0].bits()
-                leave(self._word(w.QKV, shape.qkv, text, at), [value], tag)
-
-            p.each(count, BAND, number)
+        def finish(band: V, text: V, row: V, total: Total, bias: list[V]) -> None:
+            at = (self.work.first[QKV] + band) * BAND + row
+            value = total(row) * self._scale(text) + bias[0].bits()
+            leave(self._word(w.QKV, width, text, at), [value], tag)
 
         return self._product(place, QKV, finish, bias)
 
     def output(self, place: Place, tag: V) -> Place:
         """Attention's result back into the hidden state."""
-        shape, p = self.plan.shape, self.products
+        shape = self.plan.shape
         self._absorb(OUTPUT, w.ATTENDED, shape.heads * shape.head_dim, tag)
 
-        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
-            def number(band: V, text: V, row: V) -> None:
-                at = self.own + (((first + band) * self.rows + text) * BAND + row) * 4
-                value = t.load_shared_floats(at)[0] + p.total(sums, band, text, row)
-                t.store_shared(at, [value])
-                row = (self.work.first[OUTPUT] + first + band) * BAND + row
-                leave(self._word(w.MIDDLE, shape.hidden, text, row), [value], tag)
-
-            p.each(count, BAND, number)
+        def finish(band: V, text: V, row: V, total: Total, _: list[V]) -> None:
+            own = self.own + ((band * self.rows + text) * BAND + row) * 4
+            value = t.load_shared_floats(own)[0] + total(row)
+            t.store_shared(own, [value])
+            at = (self.work.first[OUTPUT] + band) * BAND + row
+            leave(self._word(w.MIDDLE, shape.hidden, text, at), [value], tag)
 
         return self._product(place, OUTPUT, finish)
 
     def gate_up(self, place: Place, layer: V, tag: V) -> Place:
         """silu(gate) * up; a band has eight rows of each."""
-        shape, p = self.plan.shape, self.products
-        self._absorb(GATE_UP, w.MIDDLE, shape.hidden, tag, layer * 2 + 1)
+        self._absorb(GATE_UP, w.MIDDLE, self.plan.shape.hidden, tag, layer * 2 + 1)
+        height = BAND // 2
 
-        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
-            def number(band: V, text: V, row: V) -> None:
-                scale = self._scale(text)
-                gate = p.total(sums, band, text, row) * scale
-                up = p.total(sums, band, text, row + BAND // 2) * scale
-                value = gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
-                at = (self.work.first[GATE_UP] + first + band) * (BAND // 2) + row
-                leave(self._word(w.FFN, shape.ffn, text, at), [value], tag)
+        def finish(band: V, text: V, row: V, total: Total, _: list[V]) -> None:
+            scale = self._scale(text)
+            gate, up = total(row) * scale, total(row + height) * scale
+            value = gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
+            at = (self.work.first[GATE_UP] + band) * height + row
+            leave(self._word(w.FFN, self.plan.shape.ffn, text, at), [value], tag)
 
-            p.each(count, BAND // 2, number)
-
-        return self._product(place, GATE_UP, finish)
+        return self._product(place, GATE_UP, finish, height=height)
 
     def down(self, place: Place, tag: V) -> Place:
         """The block's part of the down projection."""
-        shape, p = self.plan.shape, self.products
+        shape = self.plan.shape
         self._absorb(DOWN, w.FFN, shape.ffn, tag)
 
-        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
-            def number(band: V, text: V, row: V) -> None:
-                at = (self.work.first[DOWN] + first + band) * BAND + row
-                text_of_part = self.work.part * self.rows + text
-                value = p.total(sums, band, text, row)
-                leave(self._word(w.PARTS, shape.hidden, text_of_part, at), [value], tag)
-
-            p.each(count, BAND, number)
+        def finish(band: V, text: V, row: V, total: Total, _: list[V]) -> None:
+            at = (self.work.first[DOWN] + band) * BAND + row
+            text_of_part = self.work.part * self.rows + text
+            leave(self._word(w.PARTS, shape.hidden, text_of_part, at), [total(row)], tag)
 
         return self._product(place, DOWN, finish)
 
@@ -223,17 +216,13 @@ class Step:
 
     def head(self, place: Place, tag: V) -> None:
         """The logits."""
-        shape, p = self.plan.shape, self.products
+        shape = self.plan.shape
         self._absorb(HEAD, w.HIDDEN, shape.hidden, tag, t.integer(2 * shape.layers))
 
-        def finish(first: V, count: V, sums: V, _: list[V]) -> None:
-            def number(band: V, text: V, row: V) -> None:
-                at = (self.work.first[HEAD] + first + band) * BAND + row
-                value = p.total(sums, band, text, row) * self._scale(text)
-                index = (text * shape.vocab + at) << 2
-                t.store_global(self.logits + index.wide(), [value])
-
-            p.each(count, BAND, number)
+        def finish(band: V, text: V, row: V, total: Total, _: list[V]) -> None:
+            at = text * shape.vocab + (self.work.first[HEAD] + band) * BAND + row
+            value = total(row) * self._scale(text)
+            t.store_global(self.logits + (at << 2).wide(), [value])
 
         self._product(place, HEAD, finish)
 

@@ -70,7 +70,9 @@ def awaited(
     def look() -> tuple[V, list[V]]:
         words = [
             w
-            for a, there in zip(addresses, where or itertools.repeat(None, len(addresses)), strict=True)
+            for a, there in zip(
+                addresses, where or itertools.repeat(None, len(addresses)), strict=True
+            )
             for w in t.load_global(a, count, "relaxed.gpu", where=there, otherwise=tag)
         ]
         late = words[0] ^ tag

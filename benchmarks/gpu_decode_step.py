@@ -21,13 +21,16 @@ from jax import lax
 from benchmarks.gpu_decode import copy_bandwidth, print_record
 from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import Plan, mosaic_gpu
+from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.step import PHASES
 from qwen_jax.packed import plan_for
 
 STEPS = 64
 
 
-def arguments(plan: Plan, rows: int, context: int, capacity: int) -> tuple[Any, ...]:
+def arguments(
+    plan: Plan, rows: int, context: int, capacity: int, dtype: str = "bfloat16"
+) -> tuple[Any, ...]:
     """What the kernel takes, drawn afresh; the tape repeats 64 MiB."""
     shape = plan.shape
     keys = iter(jax.random.split(jax.random.key(time.time_ns() % 2**31), 8))
@@ -39,20 +42,20 @@ def arguments(plan: Plan, rows: int, context: int, capacity: int) -> tuple[Any, 
     tile = jax.jit(lambda x: jnp.tile(x * 0.02, (repeats, 1, 1))[: plan.tape_tiles])
     cache = (2 * shape.layers, rows, shape.kv_heads, capacity, shape.head_dim)
     return (
-        tile(normal(2**14, 8, 256, dtype=jnp.bfloat16)),
+        tile(normal(2**14, 8, 256, dtype=dtype)),
         jnp.asarray(plan.table()),
         normal(shape.layers, shape.qkv),
         1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden),
         normal(rows, shape.hidden),
         normal(rows, 2, shape.head_dim // 2),
-        normal(*cache, dtype=jnp.bfloat16),
+        normal(*cache, dtype=dtype),
         jnp.full((rows,), context, jnp.int32),
     )
 
 
 def microseconds(plan: Plan, args: tuple[Any, ...], capacity: int, rounds: int) -> list[float]:
     """A step's time, in every round of a chain."""
-    step = mosaic_gpu.build(plan, args[4].shape[0], capacity)
+    step = mosaic_gpu.build(plan, args[4].shape[0], capacity, args[0].dtype)
 
     @jax.jit
     def chain(*args: Any) -> Any:
@@ -72,7 +75,7 @@ def microseconds(plan: Plan, args: tuple[Any, ...], capacity: int, rounds: int) 
 
 
 def print_phases(plan: Plan, args: tuple[Any, ...], capacity: int) -> None:
-    step = jax.jit(mosaic_gpu.build(plan, args[4].shape[0], capacity, traced=True))
+    step = jax.jit(mosaic_gpu.build(plan, args[4].shape[0], capacity, args[0].dtype, traced=True))
     for _ in range(3):
         *_, times = jax.block_until_ready(step(*args))
     since = np.asarray(times).view(np.uint32).astype(np.int64)
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=FORMATS, default="bfloat16")
     parser.add_argument("--phases", action="store_true")
     args = parser.parse_args()
 
@@ -97,7 +101,7 @@ def main() -> None:
     figures = {}
     for size, rows, context in itertools.product(args.sizes, args.rows, args.contexts):
         plan, capacity = plan_for(SIZES[size]), -(-(context + 1) // 256) * 256
-        drawn = arguments(plan, rows, context, capacity)
+        drawn = arguments(plan, rows, context, capacity, args.dtype)
         taken = microseconds(plan, drawn, capacity, args.rounds)
         read = drawn[0].nbytes + drawn[6].nbytes * context // capacity
         print(

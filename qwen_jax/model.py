@@ -143,6 +143,8 @@ class Attention(nnx.Module):
         slots = tap(f"{self.prefix}cache_slots", start)
         k_cache = tap(f"{self.prefix}k_cache", write(k_cache, k, slots))
         v_cache = tap(f"{self.prefix}v_cache", write(v_cache, v, slots))
+        # As the keys it meets: float32 beside a float16 cache is served by no kernel.
+        q = q.astype(k_cache.dtype)
         if watched():  # the operations below keep no scores to look at
             scores = attention_scores(q, k_cache, positions, lengths)
             scores = tap(f"{self.prefix}attn_scores", scores)
@@ -155,7 +157,8 @@ class Attention(nnx.Module):
             attended = pallas_kernels.gqa_prefill_attention(
                 q, k_cache, v_cache, start, lengths, implementation=self.implementation
             )
-        attended = tap(f"{self.prefix}attn_out", attended.reshape(batch, steps, -1))
+        attended = attended.reshape(batch, steps, -1).astype(x.dtype)
+        attended = tap(f"{self.prefix}attn_out", attended)
         out = matmul(attended, self.out[...], self.precision)
         return tap(f"{self.prefix}o_proj", out), k_cache, v_cache
 

@@ -3,7 +3,7 @@
 Packing is made once, while loading, parameter by parameter. Prefill reads the same tape: each
 matrix is put together again inside the compiled program, which costs it two more passes over
 the weights a chunk and no lasting memory. So do decode steps that the kernel doesn't serve
-(more than eight rows, long caches of several), once for every chunk of steps.
+(many rows, long caches of several), once for every chunk of steps.
 """
 
 import dataclasses

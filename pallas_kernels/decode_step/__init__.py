@@ -1,4 +1,4 @@
-"""A whole decode step of one to eight rows: from embeddings to the logits of the next tokens."""
+"""A whole decode step of a few rows: from embeddings to the logits of the next tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def decode_step(
             return reference(packed, plan, hidden, cache, position, inv_freq, attention_factor)
         angles = position[:, None].astype(jnp.float32) * inv_freq
         rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
-        logits, new, _ = mosaic_gpu.build(plan, rows, capacity)(
+        logits, new, _ = mosaic_gpu.build(plan, rows, capacity, dtype)(
             packed.tape,
             plan.table(),
             packed.bias,

@@ -8,6 +8,7 @@ import dataclasses
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
+from pallas_kernels.decode_step.formats import Format
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import Plan
 from pallas_kernels.decode_step.products import THREADS
@@ -21,7 +22,9 @@ SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
 FEW_BLOCKS = 8
-"""Attending blocks up to which a warp asks for 64 lines of keys and values each; else for 32."""
+"""Attending blocks up to which a warp asks for 8 KiB of keys and of values early; else for 4."""
+AHEAD = 2
+"""Turns of 16 slots by which a warp asks for keys and values before it loads them."""
 SPLITS_AT_ONCE = 4
 """Splits of a warp that are waited for together."""
 
@@ -49,6 +52,7 @@ class Attention:
         memory, layout: the words blocks leave for each other.
         heads: shared memory for the group's queries, the key and the value.
         found: shared memory for what the warps found.
+        format: of the cache.
     """
 
     plan: Plan
@@ -64,6 +68,7 @@ class Attention:
     layout: Layout
     heads: V
     found: V
+    format: Format
 
     @property
     def _of_group(self) -> Found:
@@ -78,32 +83,34 @@ class Attention:
         return t.select(position < SLOTS_ALONE, t.integer(1), several)
 
     def prefetch(self, layer: V) -> None:
-        """Brings each warp's keys and values nearer, while the queries are made."""
+        """Brings each warp's first keys and values nearer, while the queries are made."""
         row, _, unit, split = self._mine()
         position = self._position(row)
         active = self._active(position)
-        lines = self.plan.shape.head_dim // 64  # of 128 bytes, in a slot
 
         def bring() -> None:
             begin, end = self._run(split, position, active)
-            count = (t.smaller(end, position) - begin) * lines
-
-            def line(i: V, _: list[V]) -> list[V]:
-                at = i * t.WARP + t.me() % t.WARP
-
-                def both() -> None:
-                    for which in range(2):
-                        base = self._cached(which, layer, unit)
-                        t.prefetch(base + ((begin * lines + at) << 7).wide())
-
-                t.when(at < count, both)
-                return []
-
-            turns = (t.larger(count, 0) + (t.WARP - 1)) // t.WARP
             few = (active * (self.rows * self.plan.shape.kv_heads)) <= FEW_BLOCKS
-            t.loop(t.smaller(turns, t.select(few, t.integer(2), 1)), [], line)
+            slots = 4096 // self._slot_bytes
+            count = t.select(few, t.integer(2 * slots), slots)
+            self._bring(layer, unit, begin, t.smaller(begin + count, t.smaller(end, position)))
 
-        t.when(split < active, bring)
+        t.when((split < active) & (t.me() % t.WARP).equals(0), bring)
+
+    def _bring(self, layer: V, unit: V, begin: V, end: V) -> None:
+        """Asks for the keys and values of some slots."""
+
+        def both() -> None:
+            size = (end - begin) * self._slot_bytes
+            for which in range(2):
+                at = self._cached(which, layer, unit) + (begin * self._slot_bytes).wide()
+                t.prefetch(at, size)
+
+        t.when(begin < end, both)
+
+    @property
+    def _slot_bytes(self) -> int:
+        return 2 * self.plan.shape.head_dim
 
     def _mine(self) -> tuple[V, V, V, V]:
         """Row, key/value head, both in one number, and split of this block."""
@@ -121,7 +128,7 @@ class Attention:
         """Address of a head's keys (0) or values (1) in the cache."""
         shape = self.plan.shape
         index = (which * shape.layers + layer) * (self.rows * shape.kv_heads) + unit
-        return self.cache + index.wide() * (self.capacity * shape.head_dim * 2)
+        return self.cache + index.wide() * (self.capacity * self._slot_bytes)
 
     def attend(self, layer: V, tag: V) -> None:
         """This block's share of attention; its result is left for everyone, or for `combine`."""
@@ -157,7 +164,7 @@ class Attention:
             turns = head <= group
             a = t.select(turns, first * cos - second * sin, first)
             b = t.select(turns, second * cos + first * sin, second)
-            both = t.bfloat16_pair(a, b)
+            both = self.format.pair(a, b)
             place = self.heads + (head * h + i) * 2
             t.store_shared_half(place, both)
             t.store_shared_half(place + h, both >> 16)
@@ -184,7 +191,7 @@ class Attention:
         ]
         begin, end = self._run(split, position, active)
         keys, values = (self._cached(which, layer, unit) for which in range(2))
-        slot_bytes = 2 * h
+        slot_bytes = self._slot_bytes
         # Of slot g, or 2 t, of the run, and of the new token, which is not in the cache yet.
         key = keys + ((begin + g) * slot_bytes + quarter * 16).wide()
         value = values + ((begin + quarter * 2) * slot_bytes + g * 16).wide()
@@ -194,6 +201,9 @@ class Attention:
 
         def tile(i: V, carry: list[V]) -> list[V]:
             first = begin + i * SLOTS_AT_ONCE
+            early = first + AHEAD * SLOTS_AT_ONCE
+            until = t.smaller(early + SLOTS_AT_ONCE, t.smaller(end, position))
+            t.when(lane.equals(0), lambda: self._bring(layer, unit, early, until))
             ahead = (i * (SLOTS_AT_ONCE * slot_bytes)).wide()
 
             def load(slot: V, base: V, new: V, offset: int, stride: int) -> list[list[V]]:
@@ -216,7 +226,9 @@ class Attention:
                 for both, pair in zip(slots, pairs, strict=True)
             ]
             there = [[slot < end for slot in both] for both in slots]
-            found = Softmax.carried(carry).over(queries, loaded_keys, loaded_values, there)
+            found = Softmax.carried(carry).over(
+                self.format, queries, loaded_keys, loaded_values, there
+            )
             return found.carry()
 
         tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE

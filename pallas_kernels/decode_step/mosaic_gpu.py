@@ -1,4 +1,4 @@
-"""One decode step of up to eight rows as a single persistent kernel on Hopper.
+"""One decode step of up to 16 rows as a single persistent kernel on Hopper.
 
 One block a multiprocessor stays resident for the whole step. One thread fetches the block's
 weights through a ring of shared memory that runs on across phases; blocks leave numbers for each
@@ -22,7 +22,7 @@ from pallas_kernels.decode_step import attention, products
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
-from pallas_kernels.decode_step.packing import WARPS
+from pallas_kernels.decode_step.formats import FORMATS, format_of
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, MOST_ROWS, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS, Products
 from pallas_kernels.decode_step.softmax import Found
@@ -87,7 +87,7 @@ class Memory(NamedTuple):
 
 def bands_at_once(plan: Plan, rows: int) -> int:
     """Bands whose sums are added up together: fewer where the inputs take up the memory."""
-    usual = max(2, 8 // rows)
+    usual = max(8 // rows, min(2, MOST_ROWS // rows))
     return usual if _divided(plan, rows, usual).stages >= FEWEST_STAGES else 1
 
 
@@ -102,7 +102,7 @@ def _divided(plan: Plan, rows: int, bands: int) -> Memory:
         products.sums_bytes(bands, rows),
         int(plan.phases[OUTPUT].count.max()) * rows * BAND * 4,
         attention.heads_bytes(plan),
-        WARPS * 4,
+        MOST_ROWS * 4,
     )
     left = SMEM_BYTES - RESERVED_BYTES - sum(pieces)
     page = max(phase.page_tiles for phase in plan.phases) * TILE_BYTES
@@ -116,8 +116,8 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
     A plan whose blocks don't all fit at once would hang the GPU: they wait for each other.
     """
     shape = plan.shape
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"the weights are {jnp.dtype(dtype).name}, not bfloat16"
+    if jnp.dtype(dtype).name not in FORMATS:
+        return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     for height, columns in shape.matrices:
@@ -154,7 +154,9 @@ def slower(plan: Plan, rows: int, capacity: int) -> str | None:
 
 
 @functools.cache
-def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callable[..., Any]:
+def build(
+    plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
+) -> Callable[..., Any]:
     """The kernel for one model, cache capacity, number of rows and of blocks.
 
     Returns a function of (tape, table, bias, norms, hidden, rope, cache, positions) to (logits,
@@ -164,7 +166,7 @@ def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callabl
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
     splits = attention.most_splits(plan, rows, capacity)
-    layout = Layout.of(plan, rows, splits)
+    layout, format = Layout.of(plan, rows, splits), format_of(dtype)
 
     def start(context: Any, hidden: Any, words: Any) -> None:
         """Leaves the embeddings for the first layer, and clears every other word."""
@@ -216,10 +218,12 @@ def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callabl
             plan,
             rows,
             Work.read(table + (block << 6).wide()),
-            Products(rows, stream_in(smem), inputs, sums, squares, bands_at_once(plan, rows)),
+            Products(
+                rows, stream_in(smem), inputs, sums, squares, bands_at_once(plan, rows), format
+            ),
             Attention(
                 plan, rows, capacity, splits, block, cache, rope, positions, new, words, layout,
-                heads, inputs,
+                heads, inputs, format,
             ),
             own, bias, norms, hidden, logits, words, layout,
             times[0] + (block * (4 * len(PHASES))).wide() if traced else None,
@@ -253,9 +257,7 @@ def build(plan: Plan, rows: int, capacity: int, traced: bool = False) -> Callabl
         name="decode_step",
         out_type=(
             jax.ShapeDtypeStruct((rows, shape.vocab), jnp.float32),
-            jax.ShapeDtypeStruct(
-                (2 * shape.layers, rows, shape.kv_heads, shape.head_dim), jnp.bfloat16
-            ),
+            jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), dtype),
             jax.ShapeDtypeStruct((layout.total,), jnp.int32),
             *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,
         ),

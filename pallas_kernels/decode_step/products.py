@@ -1,8 +1,8 @@
 """A matrix product of a phase: its input into shared memory, then band after band.
 
 The warps of a block share each band: of every 128 columns a warp has 16. Weights are the first
-operand of the tensor-core product, up to eight texts the second. An input is float32; it
-enters as two bfloat16 numbers, rounded and the rest, which keep 16 bits of it.
+operand of the tensor-core product, eight texts at a time the second. An input is float32; it
+enters as two 16-bit numbers, rounded and the rest.
 """
 
 import functools
@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.formats import Format
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, Phase
 from pallas_kernels.decode_step.stream import PIECE_BYTES, TILE_BYTES, Place, Stream
@@ -21,6 +22,10 @@ QUAD = 4
 """Numbers of an input that a lane takes at once: its operand of one product."""
 AT_ONCE = 8
 """Quads that a lane waits for together."""
+TEXTS = 8
+"""Texts that a tensor-core product takes at most: it has eight columns."""
+SUMS = 16
+"""A lane's running sums: four for each of four products that needn't wait for each other."""
 
 MOST_KEPT = 8
 """Tiles up to which an input is kept in registers for all bands."""
@@ -50,22 +55,33 @@ class Products:
     """What the products of a block share.
 
     Attributes:
-        rows: texts, 1 to 8.
+        rows: texts, 1 to 16.
         stream: the block's weights.
         inputs: shared memory for the input, as operands: of every 16 columns each text's four
             quads, four rounded numbers and their four rests.
         sums: shared memory for the warps' sums, twice.
         most_bands: bands whose sums are added up together.
         squares: shared memory for the warps' sums of squares.
+        format: of the weights.
     """
 
-    def __init__(self, rows: int, stream: Stream, inputs: V, sums: V, squares: V, most_bands: int):
-        self.rows, self.stream, self.most_bands = rows, stream, most_bands
+    def __init__(
+        self,
+        rows: int,
+        stream: Stream,
+        inputs: V,
+        sums: V,
+        squares: V,
+        most_bands: int,
+        format: Format,
+    ):
+        self.rows, self.stream, self.most_bands, self.format = rows, stream, most_bands, format
         self.inputs, self.sums, self.squares = inputs, sums, squares
-        self.warps_each = WARPS // rows
-        # A product has eight columns: a text's rounded numbers and their rests in two of them,
-        # or all in one and two products.
+        self.warps_each = max(1, WARPS // rows)
+        # A text's rounded numbers and their rests are two of a product's columns, or one of two
+        # products.
         self.narrow = rows <= 4
+        self.eights = -(-rows // TEXTS)
 
     def absorb(
         self,
@@ -87,11 +103,11 @@ class Products:
                 multiplied with is kept as well.
         """
         warp, lane = t.me() // t.WARP, t.me() % t.WARP
-        text, turn = warp // self.warps_each, warp % self.warps_each
+        turn = warp % self.warps_each
         stripe = t.WARP * self.warps_each
         at_once = min(AT_ONCE, -(-most_quads // stripe))
 
-        def some(i: V, squares: list[V]) -> list[V]:
+        def some(text: V, i: V, squares: list[V]) -> list[V]:
             first = (i * at_once * self.warps_each + turn) * t.WARP + lane
             wanted = [first + n * stripe for n in range(at_once)]
             there = [q < quads for q in wanted]
@@ -108,26 +124,33 @@ class Products:
                 if norm:
                     total = sum((v * v for v in values), start=total)
                     values = [v * w.bits() for v, w in zip(values, weights[n], strict=True)]
-                pairs = [t.split_pair(*values[:2]), t.split_pair(*values[2:])]
+                if self.format.scale != 1:
+                    values = [v * self.format.scale for v in values]
+                pairs = [self.format.split(*values[:2]), self.format.split(*values[2:])]
                 operand = [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
                 at = (q // QUAD) * (64 * self.rows) + text * 64 + (q % QUAD) * 16
                 place = self.inputs + at
                 t.when(there[n], functools.partial(t.store_shared, place, operand))
             return [total]
 
-        def all_of_it() -> None:
+        def all_of(text: V) -> None:
             turns = (t.integer(quads) + (stripe * at_once - 1)) // (stripe * at_once)
-            (squares,) = t.loop(turns, [t.number(0)], some)
+            (squares,) = t.loop(turns, [t.number(0)], functools.partial(some, text))
             if norm:
                 total = t.warp_sum(squares)
-                at = self.squares + warp * 4
+                at = self.squares + (text * self.warps_each + turn) * 4
                 t.when(lane.equals(0), lambda: t.store_shared(at, [total]))
+
+        def every(i: V, _: list[V]) -> list[V]:
+            text = i * WARPS + warp // self.warps_each
+            t.when(text < self.rows, lambda: all_of(text))
+            return []
 
         # One thread looks out for the first word. If all of them did, in every block, they would
         # slow down what they wait for.
         t.when(t.me().equals(0), lambda: awaited([source], 1, tag))
         t.together(THREADS)
-        t.when(text < self.rows, all_of_it)
+        t.loop(-(-self.rows // WARPS), [], every)
         t.together(THREADS)
 
     def mean_square(self, text: V, length: int) -> V:
@@ -190,17 +213,22 @@ class Products:
         return Place(*t.loop(groups, [*place], group))
 
     def _input(self, tile: V, there: V | None = None) -> list[V]:
-        """This lane's operand of a tile, for one product or two."""
+        """This lane's operands of a tile: one product's, or two for every eight texts."""
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
         column, quarter = lane // 4, lane % 4
+        at = self.inputs + (tile * WARPS + warp) * (64 * self.rows)
         if self.narrow:
-            words, used = 2, column < 2 * self.rows
+            words, texts = 2, column // 2
             own = column // 2 * 64 + quarter * 16 + column % 2 * 8
         else:
-            words, used = 4, column < self.rows
+            words, texts = 4, column
             own = lane * 16
-        at = self.inputs + (tile * WARPS + warp) * (64 * self.rows) + own
-        return t.load_shared(at, words, used if there is None else used & there)
+        loaded = []
+        for first in range(0, self.rows, TEXTS):
+            used = texts < self.rows - first
+            used = used if there is None else used & there
+            loaded += t.load_shared(at + own + first * 64, words, used)
+        return loaded
 
     def _weights(self, place: Place, count: int, there: Sequence[V | None]) -> list[list[V]]:
         """This lane's operands of a page's tiles, once the page has come."""
@@ -211,14 +239,17 @@ class Products:
     def _multiplied(
         self, totals: Sequence[V], weights: list[list[V]], inputs: list[list[V]]
     ) -> list[V]:
-        """Four sums with some tiles added: a product needn't wait for the one before it."""
-        totals, sets = list(totals), itertools.cycle(range(0, 16, 4))
+        """Running sums with some tiles added; of every eight texts in turn, a share of them."""
+        totals, each = list(totals), SUMS // self.eights
+        turns = [itertools.cycle(range(i, i + each, 4)) for i in range(0, SUMS, each)]
         for w, x in zip(weights, inputs, strict=True):
             # The memory has a lane's row first, the instruction its column.
             a = [w[0], w[2], w[1], w[3]]
             for half in range(0, len(x), 2):
-                at = next(sets)
-                totals[at : at + 4] = t.multiply(a, x[half : half + 2], totals[at : at + 4])
+                at = next(turns[half // 4])
+                totals[at : at + 4] = self.format.multiply(
+                    a, x[half : half + 2], totals[at : at + 4]
+                )
         return totals
 
     def _band(self, place: Place, phase: Phase, tiles: int | V, number: V, sums: V) -> Place:
@@ -236,7 +267,7 @@ class Products:
             self.stream.release(place)
             return [*self.stream.next(place), *totals]
 
-        carry = [*place, *[t.number(0)] * 16]
+        carry = [*place, *[t.number(0)] * SUMS]
         slot, parity, *totals = t.loop(phase.pages, carry, page)
         self._store(totals, number, sums)
         return Place(slot, parity)
@@ -251,14 +282,18 @@ class Products:
             weights += self._weights(place, count, [None] * count)
             self.stream.release(place)
             place = self.stream.next(place)
-        self._store(self._multiplied([t.number(0)] * 16, weights, inputs), number, sums)
+        self._store(self._multiplied([t.number(0)] * SUMS, weights, inputs), number, sums)
         return place
 
     def _store(self, totals: Sequence[V], number: V, sums: V) -> None:
         """Leaves this warp's sums of a band for `_total`."""
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
         row, quarter = lane // 4, lane % 4
-        c = [sum(totals[i + 4 :: 4], start=totals[i]) for i in range(4)]
+        each = SUMS // self.eights
+        found = [
+            [sum(totals[n + i + 4 : n + each : 4], start=totals[n + i]) for i in range(4)]
+            for n in range(0, SUMS, each)
+        ]
         base = sums + (number * WARPS + warp) * (self.rows * BAND * 4)
 
         def store(text: V, low: V, high: V) -> None:
@@ -272,13 +307,16 @@ class Products:
             t.when(text < self.rows, both)
 
         if self.narrow:
-            store(quarter, c[0] + c[1], c[2] + c[3])
-        else:
-            store(quarter * 2, c[0], c[2])
-            store(quarter * 2 + 1, c[1], c[3])
+            ((a, b, c, d),) = found
+            store(quarter, a + b, c + d)
+            return
+        for first, (a, b, c, d) in zip(range(0, self.rows, TEXTS), found, strict=True):
+            store(quarter * 2 + first, a, c)
+            store(quarter * 2 + (first + 1), b, d)
 
     def _total(self, sums: V, band: V, text: V, row: V) -> V:
         """One number of a band: the sum over the warps."""
         at = sums + ((band * (WARPS * self.rows) + text) * BAND + row) * 4
         parts = [t.load_shared_floats(at + w * (self.rows * BAND * 4))[0] for w in range(WARPS)]
-        return sum(parts[1:], start=parts[0])
+        total = sum(parts[1:], start=parts[0])
+        return total if self.format.scale == 1 else total * (1 / self.format.scale)

@@ -7,6 +7,7 @@ operand of the product with V. Lane 4 g + t has head g.
 import dataclasses
 
 from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.formats import Format
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.thread import V
 
@@ -38,6 +39,7 @@ class Softmax:
 
     def over(
         self,
+        format: Format,
         queries: list[list[V]],
         keys: list[list[list[V]]],
         values: list[list[list[list[V]]]],
@@ -46,6 +48,7 @@ class Softmax:
         """With some more slots, a multiple of 16, eight at a time.
 
         Args:
+            format: of queries, keys, values and weights.
             queries: the lane's operands, four words for every 32 columns: 8 t to 8 t + 7.
             keys: of every eight slots, the same columns of slot g's key.
             values: of every eight slots, of slots 2 t and 2 t + 1, for every 64 columns the
@@ -64,7 +67,7 @@ class Softmax:
             for query, key in zip(queries, eight, strict=True):
                 for i in (0, 2):
                     a = [query[i], none, query[i + 1], none]
-                    sums = t.multiply(a, key[i : i + 2], [*sums, zero, zero])[:2]
+                    sums = format.multiply(a, key[i : i + 2], [*sums, zero, zero])[:2]
             scaled = [s * (t.LOG2_E * head_dim**-0.5) for s in sums]
             scores.append([t.select(c, s, NEVER) for c, s in zip(both, scaled, strict=True)])
         maximum = self.maximum
@@ -78,7 +81,7 @@ class Softmax:
             # Where no slot was there so far, the maximum is no score either.
             each = [t.select(c, t.exp2(s - maximum), 0.0) for c, s in zip(both, pair, strict=True)]
             total = total + each[0] + each[1]
-            weights.append(t.bfloat16_pair(*each))
+            weights.append(format.pair(*each))
         out = [value * shrink for value in self.values]
         for n in range(0, len(keys), 2):
             a = [weights[n], none, weights[n + 1], none]
@@ -87,7 +90,7 @@ class Softmax:
                 for j in range(8):
                     b = [t.halves(rows[m][j // 2], rows[m + 1][j // 2], j % 2) for m in (0, 2)]
                     at = 2 * (8 * i + j)
-                    out[at : at + 2] = t.multiply(a, b, [*out[at : at + 2], zero, zero])[:2]
+                    out[at : at + 2] = format.multiply(a, b, [*out[at : at + 2], zero, zero])[:2]
         return Softmax(maximum, total, out)
 
 

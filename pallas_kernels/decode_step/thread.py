@@ -326,9 +326,9 @@ def load_global(
     return _load(LOADS[kind], address, count, where, otherwise, offset)
 
 
-def prefetch(address: V) -> None:
-    """Brings a line of global memory into the L2 cache."""
-    asm("prefetch.global.L2 [$0];", [], "l", address)
+def prefetch(address: V, size: V) -> None:
+    """Brings so many bytes of global memory, a multiple of 16, into the L2 cache."""
+    asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], "l,r", address, size)
 
 
 def store_global(address: V, values: Sequence[V], kind: str = "") -> None:
@@ -345,19 +345,6 @@ def store_global_half(address: V, value: V) -> None:
     asm(text, [], "l,r", address, value)
 
 
-def bfloat16_pair(low: V, high: V) -> V:
-    """Two float32 rounded to bfloat16, in one word."""
-    return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", [i32()], "=r,f,f", high, low)[0]
-
-
-def split_pair(low: V, high: V) -> tuple[V, V]:
-    """Two float32 as two pairs of bfloat16: rounded, and what rounding left."""
-    rounded = bfloat16_pair(low, high)
-    low_rest = low - (rounded << 16).bits()
-    high_rest = high - (rounded & -65536).bits()
-    return rounded, bfloat16_pair(low_rest, high_rest)
-
-
 LOG2_E = 1.4426950408889634
 
 
@@ -371,20 +358,6 @@ def reciprocal(x: V) -> V:
 
 def rsqrt(x: V) -> V:
     return asm("rsqrt.approx.f32 $0, $1;", [f32()], "=f,f", x)[0]
-
-
-def multiply(a: Sequence[V], b: Sequence[V], c: Sequence[V]) -> list[V]:
-    """c + a b on the tensor cores: bfloat16 `[16, 16]` by `[16, 8]`, float32 sums.
-
-    Of lane 4 g + t, a is rows g, g + 8, g, g + 8 in columns 2 t, 2 t, 2 t + 8, 2 t + 8 (and the
-    next), b the same columns' rows of column g, and c rows g, g, g + 8, g + 8 in columns 2 t,
-    2 t + 1, 2 t, 2 t + 1.
-    """
-    text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-    return asm(text, [f32()] * 4, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *a, *b, *c)
 
 
 def halves(low: V, high: V, which: int) -> V:

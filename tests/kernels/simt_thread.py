@@ -1,15 +1,17 @@
-"""`decode_step/thread.py` and `barriers.py` on the machine of `simt.py`, function for function."""
+"""The thread code of `decode_step` on the machine of `simt.py`, function for function."""
 
 import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.formats import Format
 from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, SHARED, Barrier, Lanes, Machine
 
 UNSIGNED = {I32: np.uint32, I64: np.uint64, BOOL: np.bool_}
@@ -64,17 +66,13 @@ def _arith() -> Any:
     )  # fmt: skip
 
 
-def rounded(x: np.ndarray) -> np.ndarray:
-    """The upper 16 bits of float32 rounded to bfloat16, to even; NaN stays NaN."""
-    bits = x.astype(np.float32).view(np.uint32)
-    up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FFF, up).astype(np.uint32)
+HALVES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
-def floats(words: np.ndarray) -> np.ndarray:
-    """Two bfloat16 of each int32, `[..., 2]`."""
-    bits = words.view(np.uint32)
-    return np.stack([bits << 16, bits & np.uint32(0xFFFF0000)], -1).view(np.float32)
+def floats(format: Format, words: np.ndarray) -> np.ndarray:
+    """The two numbers of each int32, `[..., 2]`."""
+    words = np.ascontiguousarray(words)[..., None]
+    return words.view(HALVES[format.name]).astype(np.float32)
 
 
 def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
@@ -162,15 +160,19 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         array = m.bytes_at(int(at[0])).view(np.uint16)
         array[(at & ((1 << 40) - 1)) // 2] = m.lanes(value)[m.mask].astype(np.uint16)
 
-    def bfloat16_pair(low: t.V, high: t.V) -> t.V:
-        pair = rounded(m.lanes(low)) | (rounded(m.lanes(high)) << 16)
-        return v(pair.astype(np.uint32).view(np.int32), I32)
+    def pair(format: Format, low: t.V, high: t.V) -> t.V:
+        both = np.stack([m.lanes(low), m.lanes(high)], -1).astype(HALVES[format.name])
+        return v(both.view(np.int32)[:, 0], I32)
+
+    def apart(format: Format, pair: t.V) -> tuple[t.V, t.V]:
+        both = floats(format, m.lanes(pair))
+        return v(both[:, 0], F32), v(both[:, 1], F32)
 
     def halves(low: t.V, high: t.V, which: int) -> t.V:
         a, b = (m.lanes(x).view(np.uint32) >> (16 * which) & 0xFFFF for x in (low, high))
         return v((a | (b << 16)).astype(np.uint32).view(np.int32), I32)
 
-    def multiply(a: Any, b: Any, c: Any) -> list[t.V]:
+    def multiply(format: Format, a: Any, b: Any, c: Any) -> list[t.V]:
         warps = m.role.count // 32
         work = m.mask.reshape(warps, 32)
         assert (work.all(1) == work.any(1)).all(), "part of a warp multiplies"
@@ -179,9 +181,11 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
             return np.stack([m.lanes(x) for x in values]).reshape(-1, warps, 8, 4)
 
         # Rows g and g + 8 in columns 2 t and 2 t + 8, each of two numbers.
-        left = floats(lanes(a)).reshape(2, 2, warps, 8, 4, 2)  # [columns, rows, w, g, t, pair]
+        left = floats(format, lanes(a)).reshape(
+            2, 2, warps, 8, 4, 2
+        )  # [columns, rows, w, g, t, pair]
         left = left.transpose(2, 1, 3, 0, 4, 5).reshape(warps, 16, 16)
-        right = floats(lanes(b)).transpose(1, 0, 3, 4, 2).reshape(warps, 16, 8)
+        right = floats(format, lanes(b)).transpose(1, 0, 3, 4, 2).reshape(warps, 16, 8)
         sums = lanes(c).reshape(2, 2, warps, 8, 4)  # [rows, column, w, g, t]
         sums = sums.transpose(2, 0, 3, 4, 1).reshape(warps, 16, 8)
         out = np.einsum("wmk,wkn->wmn", left, right) + sums
@@ -213,14 +217,16 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "load_shared": load_shared, "store_shared": store_shared,
         "store_shared_half": store_shared_half, "load_global": load_global,
         "store_global": store_global,
-        "store_global_half": store_global_half, "prefetch": lambda address: None,
+        "store_global_half": store_global_half, "prefetch": lambda address, size: None,
         "anywhere": lambda shared: v(m.lanes(shared).astype(np.int64) + SHARED, I64),
-        "bfloat16_pair": bfloat16_pair, "halves": halves, "multiply": multiply,
+        "halves": halves,
         "exp2": function(np.exp2), "reciprocal": function(lambda x: 1 / x),
         "rsqrt": function(lambda x: 1 / np.sqrt(x)),
         "address": lambda ref, shared=False: v(ref, I32 if shared else I64),
     }.items():  # fmt: skip
         patch.setattr(t, name, code)
+    for name, code in {"pair": pair, "floats": apart, "multiply": multiply}.items():
+        patch.setattr(Format, name, code)
     for name, code in {
         "make_barrier": make_barrier, "barriers_made": lambda: None, "arrive": each(m.arrive),
         "copy_in": lambda shared, source, size, barrier: m.copy(

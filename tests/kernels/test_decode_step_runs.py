@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -47,16 +46,18 @@ class Case(NamedTuple):
     inv_freq: jax.Array
 
 
-def drawn(shape: Shape, blocks: int, positions: list[int], capacity: int) -> Case:
+def drawn(
+    shape: Shape, blocks: int, positions: list[int], capacity: int, dtype: str = "bfloat16"
+) -> Case:
     plan, rng = Plan(shape, blocks), np.random.default_rng(SEED)
 
     def normal(*dims: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(dims), jnp.float32)
 
-    tape, where = empty_tape(plan, jnp.dtype(jnp.bfloat16)), places(plan)
+    tape, where = empty_tape(plan, jnp.dtype(dtype)), places(plan)
     for phase, matrix in enumerate(shape.matrices):
         for layer in range(1 if phase == 4 else shape.layers):
-            weights = (normal(*matrix) * 0.08).astype(jnp.bfloat16)
+            weights = (normal(*matrix) * 0.08).astype(dtype)
             tape = put(tape, where[phase], weights, layer, phase)
     norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
     rows, h = len(positions), shape.head_dim
@@ -64,7 +65,7 @@ def drawn(shape: Shape, blocks: int, positions: list[int], capacity: int) -> Cas
         plan,
         Packed(tape, normal(shape.layers, shape.qkv), norms, where),
         normal(rows, shape.hidden),
-        normal(2 * shape.layers, rows, shape.kv_heads, capacity, h).astype(jnp.bfloat16),
+        normal(2 * shape.layers, rows, shape.kv_heads, capacity, h).astype(dtype),
         jnp.asarray(positions, jnp.int32),
         1e6 ** (-jnp.arange(0, h, 2) / h),
     )
@@ -87,9 +88,9 @@ def run(
 
     `alter` puts a mistake into the kernel with the patch it is given, which is undone first.
     """
-    plan, shape = case.plan, case.plan.shape
+    plan, shape, dtype = case.plan, case.plan.shape, case.cache.dtype
     rows, capacity = case.hidden.shape[0], case.cache.shape[3]
-    assert mosaic_gpu.refusal(plan, rows, "bfloat16") is None
+    assert mosaic_gpu.refusal(plan, rows, dtype) is None
     divided = mosaic_gpu.memory(plan, rows)
     machine = Machine(plan.blocks, sum(divided), (0, divided.ring), seed)
     kept = jnp.arange(capacity) < case.position[:, None]
@@ -104,7 +105,7 @@ def run(
     made: list[Any] = []
     with patch.context() as inner:
         inner.setattr(mosaic_gpu.compat, "kernel", lambda body, **how: made.append((body, how)))
-        mosaic_gpu.build.__wrapped__(plan, rows, capacity)
+        mosaic_gpu.build.__wrapped__(plan, rows, capacity, dtype)
         ((body, how),) = made
         rng = np.random.default_rng(seed)
         for out in how["out_type"]:
@@ -120,7 +121,7 @@ def run(
         ]
         machine.run(workers)
     logits = machine.bytes_at(refs[8]).view(np.float32).reshape(rows, shape.vocab)
-    new = machine.bytes_at(refs[9]).view(ml_dtypes.bfloat16)
+    new = machine.bytes_at(refs[9]).view(dtype)
     return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
 
 
@@ -161,17 +162,37 @@ def relative(x: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks", "positions", "capacity"),
+    ("shape", "blocks", "positions", "capacity", "dtype"),
     [
-        (SMALL, 5, [100], 256),
-        (SMALL, 16, [401], 512),  # shared by several blocks
-        (SMALL, 7, [5, 0, 255], 256),
-        (ODD, 6, [300, 17], 512),
-        (TINY, 56, [9], 64),
-        (Shape(1, 128, 2, 1, 64, 128, 256, 1e-6), 66, [8448], 8512),  # some splits get no slot
-        (Shape(1, 512, 8, 1, 64, 256, 256, 1e-6), 9, [0, 1, 64, 9, 15, 16], 128),  # a group of 8
-        (Shape(1, 256, 2, 2, 128, 256, 256, 1e-6), 11, [3, 50, 7, 31, 32], 64),  # and of one
-        (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 64),
+        (SMALL, 5, [100], 256, "bfloat16"),
+        (SMALL, 16, [401], 512, "float16"),  # shared by several blocks
+        (SMALL, 7, [5, 0, 255], 256, "bfloat16"),
+        (ODD, 6, [300, 17], 512, "bfloat16"),
+        (TINY, 56, [9], 64, "bfloat16"),
+        (
+            Shape(1, 128, 2, 1, 64, 128, 256, 1e-6),
+            66,
+            [8448],
+            8512,
+            "bfloat16",
+        ),  # some splits get no slot
+        (
+            Shape(1, 512, 8, 1, 64, 256, 256, 1e-6),
+            9,
+            [0, 1, 64, 9, 15, 16],
+            128,
+            "bfloat16",
+        ),  # a group of 8
+        (
+            Shape(1, 256, 2, 2, 128, 256, 256, 1e-6),
+            11,
+            [3, 50, 7, 31, 32],
+            64,
+            "bfloat16",
+        ),  # and of one
+        (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 64, "float16"),
+        (ODD, 15, [5, 0, 9, 1, 2, 3, 4, 63, 62, 7], 64, "bfloat16"),
+        (TINY, 16, [*range(16)], 64, "float16"),
     ],
 )
 def test_no_worse_than_xla_and_the_same_in_every_order(
@@ -180,15 +201,24 @@ def test_no_worse_than_xla_and_the_same_in_every_order(
     blocks: int,
     positions: list[int],
     capacity: int,
+    dtype: str,
 ) -> None:
-    case = drawn(shape, blocks, positions, capacity)
-    truth, xla = expected(case, "float32"), expected(case, "bfloat16")
+    case = drawn(shape, blocks, positions, capacity, dtype)
+    truth, xla = expected(case, "float32"), expected(case, dtype)
     found = [run(monkeypatch, case, SEED + n) for n in range(2)]
     for mine, theirs, right in zip(found[0], xla, truth, strict=True):
         ours = relative(mine, right)
         print(f"seed {SEED}: kernel {ours:.2e}, xla {relative(theirs, right):.2e}")
         assert ours <= 1.5 * relative(theirs, right)
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_float16_takes_hidden_states_that_overflow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = drawn(SMALL, 5, [20, 3], 64, "float16")
+    case = case._replace(hidden=case.hidden * 1e5)
+    truth, xla = expected(case, "float32"), expected(case, "float16")
+    for mine, theirs, right in zip(run(monkeypatch, case, SEED), xla, truth, strict=True):
+        assert relative(mine, right) <= 1.5 * relative(theirs, right)
 
 
 @pytest.mark.parametrize("phase", range(5))

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.random_model import SIZES
-from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, bytes_per_token
+from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, StackedCache, bytes_per_token
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, bucket
-from qwen_jax.packed import PackedWeights, prepare
+from qwen_jax.packed import prepare
 from qwen_jax.programs import Rows
 from qwen_jax.sampling import Sampling, plan_rows
 from qwen_jax.weights.names import parameters
@@ -84,8 +84,9 @@ class Case(NamedTuple):
     run: Any
 
 
-def rows_of(config: ModelConfig, batch: int, context: int, capacity: int) -> Rows:
-    """Rows that hold `context` random tokens each."""
+def rows_of(engine: Engine, batch: int, context: int, capacity: int) -> Rows:
+    """Rows that hold `context` random tokens each, as they are after the first steps."""
+    config = engine.config
     key = jax.random.key(time.time_ns() % 2**31)
     shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     draw = jax.jit(lambda key: jax.random.normal(key, shape, DTYPE))
@@ -93,8 +94,9 @@ def rows_of(config: ModelConfig, batch: int, context: int, capacity: int) -> Row
     k, v = (tuple(draw(next(keys)) for _ in range(config.num_layers)) for _ in "kv")
     full = jnp.full((batch,), context, jnp.int32)
     token = jax.random.randint(key, (batch,), 0, config.vocab_size)
+    cache = KVCache(k, v)
     return Rows(
-        cache=KVCache(k, v),
+        cache=StackedCache.of(cache) if engine.fuses(batch, capacity) else cache,
         length=full,
         token=token,
         generated=jnp.ones_like(full),
@@ -125,7 +127,7 @@ def compiled(config: ModelConfig, wanted: list[tuple[int, int]], args: Any) -> l
     def compile_one(case: tuple[tuple[str, Engine], tuple[int, int]]) -> Case:
         (name, engine), (batch, context) = case
         capacity = bucket(context + STEPS * (args.rounds + 1), SMALLEST_CAPACITY)
-        rows = jax.eval_shape(lambda: rows_of(config, batch, context, capacity))
+        rows = jax.eval_shape(lambda: rows_of(engine, batch, context, capacity))
         plan, numbers = sampling_of(config, batch, args.temperature)
         decode: Any = engine._decode
         program = decode.lower(engine.weights, rows, numbers, plan, STEPS).compile()
@@ -136,7 +138,7 @@ def compiled(config: ModelConfig, wanted: list[tuple[int, int]], args: Any) -> l
 
 
 def seconds_a_step(config: ModelConfig, case: Case, args: Any) -> list[float]:
-    rows = rows_of(config, case.batch, case.context, case.capacity)
+    rows = rows_of(case.engine, case.batch, case.context, case.capacity)
     _, numbers = sampling_of(config, case.batch, args.temperature)
     seconds = []
     for turn in range(args.rounds + 1):
@@ -185,8 +187,7 @@ def main() -> None:
             times = {c.implementation: seconds_a_step(config, c, args) for c in both}
             auto, xla = (median(times[name]) for name in ("auto", "xla"))
             read = weight_bytes(config) + batch * context * token
-            weights = both[0].engine.weights
-            fused = isinstance(weights, PackedWeights) and weights.serves(batch, both[0].capacity)
+            fused = both[0].engine.fuses(batch, both[0].capacity)
             print(
                 f"{size:<6}{batch:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}{auto * 1e6:>8.0f}"
                 f"{xla * 1e6:>8.0f}{auto / xla:>7.2f}{read / auto / 1e9:>7.0f}"

@@ -1,4 +1,5 @@
-"""The functional key/value cache: an immutable pytree of one K and one V array a layer."""
+"""The functional key/value cache: an immutable pytree of one K and one V array a layer, or of one
+array of them all, as the decode-step kernel takes it."""
 
 import dataclasses
 
@@ -40,6 +41,39 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.k[0].shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedCache:
+    """The keys of every layer, then the values, in one array."""
+
+    layers: Float[Array, "2L B K S H"]
+
+    @classmethod
+    def of(cls, cache: KVCache) -> "StackedCache":
+        """A copy."""
+        return cls(jnp.stack([*cache.k, *cache.v]))
+
+    @property
+    def k(self) -> Float[Array, "L B K S H"]:
+        return self.layers[: len(self.layers) // 2]
+
+    @property
+    def v(self) -> Float[Array, "L B K S H"]:
+        return self.layers[len(self.layers) // 2 :]
+
+    @property
+    def rows(self) -> int:
+        return self.layers.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.layers.shape[3]
+
+    def unstacked(self) -> KVCache:
+        """A copy."""
+        return KVCache(tuple(jnp.unstack(self.k)), tuple(jnp.unstack(self.v)))
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int) -> int:

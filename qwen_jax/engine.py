@@ -4,6 +4,7 @@ Shapes come in buckets, so that another prompt of the same bucket compiles nothi
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from qwen_jax import programs
-from qwen_jax.cache import SMALLEST_CAPACITY
+from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, StackedCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.measure import check_cache_fits
@@ -95,6 +96,7 @@ class Engine:
         self._prefill_chunk = self._jit(programs.prefill_chunk, make, donate=1)
         self._begin = self._jit(programs.begin, make, constants, static=(4,))
         self._logits = self._jit(programs.chunk_logits, make, donate=1)
+        self._stack = self._jit(StackedCache.of)
         self._decode = self._jit(programs.decode_many, make, constants, donate=1, static=(3, 4))
 
     def _jit(
@@ -194,7 +196,17 @@ class Engine:
         The rows passed in are donated. The trip count is fixed, since a loop that ends by
         a condition on the device would ask the host at every step.
         """
+        cache = rows.cache
+        if isinstance(cache, KVCache) and self.fuses(cache.rows, cache.capacity):
+            # Once after a prefill: from here on the cache stays as the kernel takes it.
+            rows = dataclasses.replace(rows, cache=self._stack(cache))
+            for layer in jax.tree.leaves(cache):
+                layer.delete()
         return self._decode(self.weights, rows, params, plan, steps)
+
+    def fuses(self, rows: int, capacity: int) -> bool:
+        """Whether so many rows of such caches take their steps through the decode-step kernel."""
+        return isinstance(self.weights, PackedWeights) and self.weights.serves(rows, capacity)
 
     def decode_step(self, rows: Rows, params: RowParameters, plan: Plan) -> tuple[Rows, Emitted]:
         """One decode step; the rows passed in are donated."""

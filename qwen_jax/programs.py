@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen_jax import sampling
-from qwen_jax.cache import KVCache
+from qwen_jax.cache import KVCache, StackedCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Parameters, Qwen2
 from qwen_jax.packed import PackedWeights
@@ -37,7 +37,7 @@ class Rows:
         counts: tokens by id, where the sampling plan has penalties.
     """
 
-    cache: KVCache
+    cache: KVCache | StackedCache
     length: Int[Array, "B"]
     token: Int[Array, "B"]
     generated: Int[Array, "B"]
@@ -182,40 +182,35 @@ def decode_many(
     plan: Plan,
     steps: int,
 ) -> tuple[Rows, Emitted]:
+    """Some steps; a stacked cache goes through the decode-step kernel."""
     capacity = rows.cache.capacity
-    if isinstance(weights, PackedWeights) and weights.serves(rows.cache.rows, capacity):
+    if isinstance(rows.cache, StackedCache):
+        assert isinstance(weights, PackedWeights)
         forward: Forward = functools.partial(forward_packed, weights)
-        cache: Any = stack(rows.cache)
     else:
-        forward, cache = functools.partial(_forward, make(weights)), rows.cache
+        forward = functools.partial(_forward, make(weights))
 
-    def step(carry: tuple[Rows, Any], _: None) -> tuple[tuple[Rows, Any], Emitted]:
-        rows, cache = carry
+    def step(rows: Rows, _: None) -> tuple[Rows, Emitted]:
         live = ~rows.done
         # A done row keeps its place: its token goes where no slot is, and is dropped.
         at = jnp.where(live, rows.length, capacity)
-        logits, cache = forward(rows.token, cache, at, rows.length + live)
+        logits, cache = forward(rows.token, rows.cache, at, rows.length + live)
         emitted, counts, stopped = _choose(
             constants, logits, params, rows.counts, rows.generated, live, plan
         )
         generated = rows.generated + live
-        after = dataclasses.replace(
-            rows,
+        after = Rows(
+            cache=cache,
             length=rows.length + live,
             token=jnp.where(live, emitted.choice.token, rows.token),
             generated=generated,
+            limit=rows.limit,
             done=rows.done | stopped | (generated >= rows.limit),
             counts=counts,
         )
-        return (after, cache), emitted
+        return after, emitted
 
-    empty = KVCache((), ())
-    (rows, cache), emitted = lax.scan(
-        step, (dataclasses.replace(rows, cache=empty), cache), length=steps
-    )
-    if not isinstance(cache, KVCache):
-        cache = unstack(cache)
-    return dataclasses.replace(rows, cache=cache), emitted
+    return lax.scan(step, rows, length=steps)
 
 
 def _forward(
@@ -233,32 +228,21 @@ def _forward(
 def forward_packed(
     weights: PackedWeights,
     token: Int[Array, "B"],
-    cache: Float[Array, "2L B K S H"],
+    cache: StackedCache,
     at: Int[Array, "B"],
     lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B V"], Float[Array, "2L B K S H"]]:
-    """The same through the decode-step kernel, which wants all layers in one array.
+) -> tuple[Float[Array, "B V"], StackedCache]:
+    """The same through the decode-step kernel.
 
     A done row, whose `at` is past the cache, goes along as the shortest text, which costs least.
     """
-    live = at < cache.shape[3]
-    logits, new = weights.decode(token, cache, jnp.where(live, lengths - 1, 0))
+    live, layers = at < cache.capacity, cache.layers
+    logits, new = weights.decode(token, layers, jnp.where(live, lengths - 1, 0))
     if len(token) == 1:
         # As below, but XLA makes one kernel of it on a GPU, and two of index arrays of length 1.
-        return logits, cache.at[:, 0, :, at[0]].set(new[:, 0], mode="drop")
+        return logits, StackedCache(layers.at[:, 0, :, at[0]].set(new[:, 0], mode="drop"))
     # Of two index arrays with a slice between them, the dimension comes first: [B, 2L, K, H].
-    cache = cache.at[:, jnp.arange(len(token)), :, at].set(
+    layers = layers.at[:, jnp.arange(len(token)), :, at].set(
         new.swapaxes(0, 1), mode="drop", indices_are_sorted=True, unique_indices=True
     )
-    return logits, cache
-
-
-def stack(cache: KVCache) -> Float[Array, "2L B K S H"]:
-    """The keys of every layer, then the values, in one array; a copy."""
-    return jnp.stack([*cache.k, *cache.v])
-
-
-def unstack(stacked: Float[Array, "2L B K S H"]) -> KVCache:
-    layers = jnp.unstack(stacked)
-    half = len(layers) // 2
-    return KVCache(layers[:half], layers[half:])
+    return logits, StackedCache(layers)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.cache_slots import Scenario
-from qwen_jax.cache import KVCache
+from qwen_jax.cache import KVCache, StackedCache
 from qwen_jax.engine import Emitted, Engine, Rows
 from qwen_jax.model import activation_dtype
 from qwen_jax.sampling import Sampling, plan_rows
@@ -30,7 +30,7 @@ class Shown:
 
 def run(engine: Engine, scenario: Scenario, valid: int) -> list[Shown]:
     """Every row of a scenario; `valid` tokens are in use."""
-    cache = _cache(engine, scenario)
+    cache: KVCache | StackedCache = _cache(engine, scenario)
     decoded = any(len(row.tokens) > row.prompt for row in scenario.rows)
     logits = [np.full((len(row.tokens), valid), np.nan) for row in scenario.rows]
     if decoded:
@@ -93,7 +93,7 @@ def _prefill(
 
 def _decode(
     engine: Engine, scenario: Scenario, cache: KVCache, logits: list[np.ndarray]
-) -> KVCache:
+) -> KVCache | StackedCache:
     """Prefill and decode steps as `Engine.prefill` and `Engine.decode_many` make them.
 
     The tokens are the text's own, whatever the engine would choose.

@@ -17,7 +17,7 @@ from qwen_jax import programs
 from qwen_jax.accuracy.collecting import Collector
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import Model
-from qwen_jax.cache import SMALLEST_CAPACITY, KVCache
+from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, StackedCache
 from qwen_jax.engine import CHUNK, SMALLEST_CHUNK, Engine, Prompt, bucket
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
@@ -298,9 +298,9 @@ def _plain_chunk(
     one = tokens.shape[1] == 1
     if one and isinstance(weights, PackedWeights) and weights.serves(1, cache.capacity):
         logits, stacked = programs.forward_packed(
-            weights, tokens[:, 0], programs.stack(cache), start[None], lengths
+            weights, tokens[:, 0], StackedCache.of(cache), start[None], lengths
         )
-        return programs.unstack(stacked), {}, logits[:, None]
+        return stacked.unstacked(), {}, logits[:, None]
     cache, logits = programs.chunk_logits(make, weights, cache, tokens, start, lengths)
     return cache, {}, logits
 

@@ -96,7 +96,7 @@ def rows_of(engine: Engine, batch: int, context: int, capacity: int) -> Rows:
     token = jax.random.randint(key, (batch,), 0, config.vocab_size)
     cache = KVCache(k, v)
     return Rows(
-        cache=StackedCache.of(cache) if engine.fuses(batch, capacity) else cache,
+        cache=StackedCache.of(cache) if engine.fuses(batch) else cache,
         length=full,
         token=token,
         generated=jnp.ones_like(full),
@@ -187,7 +187,7 @@ def main() -> None:
             times = {c.implementation: seconds_a_step(config, c, args) for c in both}
             auto, xla = (median(times[name]) for name in ("auto", "xla"))
             read = weight_bytes(config) + batch * context * token
-            fused = both[0].engine.fuses(batch, both[0].capacity)
+            fused = both[0].engine.fuses(batch)
             print(
                 f"{size:<6}{batch:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}{auto * 1e6:>8.0f}"
                 f"{xla * 1e6:>8.0f}{auto / xla:>7.2f}{read / auto / 1e9:>7.0f}"

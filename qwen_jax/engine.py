@@ -27,7 +27,11 @@ from qwen_jax.sampling import Counts, Plan, RowParameters
 __all__ = ["Emitted", "Engine", "Prompt", "Rows"]
 
 CHUNK = 512
-"""Tokens a prefill step takes at most; a prompt's last chunk is padded to a power of two."""
+"""Tokens of each row a prefill step takes at most; the last chunk is padded to a power of two."""
+
+PACKED_CHUNK = 2048
+"""Tokens of all rows, if more, where the weights are packed: each step puts them together again,
+and its attention kernel keeps no scores, whose memory would grow with the chunk."""
 
 SMALLEST_CHUNK = 16
 
@@ -44,10 +48,19 @@ def bucket(n: int, smallest: int) -> int:
     return max(smallest, 1 << (n - 1).bit_length())
 
 
-def chunk_lengths(longest: int) -> list[int]:
-    """The compiled lengths that together hold a prompt: full chunks, then a bucket."""
-    full, rest = divmod(longest, CHUNK)
-    return [CHUNK] * full + ([bucket(rest, SMALLEST_CHUNK)] if rest else [])
+def chunk_lengths(longest: int, chunk: int) -> list[int]:
+    """The compiled lengths that together hold a prompt: full chunks, then buckets.
+
+    Past `CHUNK` a bucket that would be more than a fourth padding gives way to two smaller ones.
+    """
+    lengths, rest = [chunk] * (longest // chunk), longest % chunk
+    while rest > 0:
+        length = bucket(rest, SMALLEST_CHUNK)
+        if length > CHUNK and 4 * rest <= 3 * length:
+            length //= 2
+        lengths.append(length)
+        rest -= length
+    return lengths
 
 
 class Engine:
@@ -177,7 +190,7 @@ class Engine:
             (len(prompts), self.config.hidden_size), activation_dtype(self.cache_dtype)
         )
         start = 0
-        for length in chunk_lengths(int(lengths.max())):
+        for length in chunk_lengths(int(lengths.max()), self._chunk(len(prompts))):
             tokens = _pad([p.tokens[start : start + length] for p in prompts], length)
             cache, last = self._prefill_chunk(
                 self.weights, cache, last, tokens, np.int32(start), lengths
@@ -188,6 +201,12 @@ class Engine:
         state, emitted = self._begin(self.weights, last, rows, params, plan)
         return Rows(cache=cache, **state), emitted
 
+    def _chunk(self, rows: int) -> int:
+        """The tokens of each row that a prefill step takes."""
+        if isinstance(self.weights, PackedWeights):
+            return max(CHUNK, PACKED_CHUNK // bucket(rows, 1))
+        return CHUNK
+
     def decode_many(
         self, rows: Rows, params: RowParameters, plan: Plan, steps: int
     ) -> tuple[Rows, Emitted]:
@@ -197,16 +216,16 @@ class Engine:
         a condition on the device would ask the host at every step.
         """
         cache = rows.cache
-        if isinstance(cache, KVCache) and self.fuses(cache.rows, cache.capacity):
+        if isinstance(cache, KVCache) and self.fuses(cache.rows):
             # Once after a prefill: from here on the cache stays as the kernel takes it.
             rows = dataclasses.replace(rows, cache=self._stack(cache))
             for layer in jax.tree.leaves(cache):
                 layer.delete()
         return self._decode(self.weights, rows, params, plan, steps)
 
-    def fuses(self, rows: int, capacity: int) -> bool:
-        """Whether so many rows of such caches take their steps through the decode-step kernel."""
-        return isinstance(self.weights, PackedWeights) and self.weights.serves(rows, capacity)
+    def fuses(self, rows: int) -> bool:
+        """Whether so many rows take their steps through the decode-step kernel."""
+        return isinstance(self.weights, PackedWeights) and self.weights.serves(rows)
 
     def decode_step(self, rows: Rows, params: RowParameters, plan: Plan) -> tuple[Rows, Emitted]:
         """One decode step; the rows passed in are donated."""
@@ -225,7 +244,7 @@ class Engine:
                 f"logits need 1 to {context} tokens, the context of {self.config.source}, "
                 f"but got {len(tokens)}."
             )
-        lengths = chunk_lengths(len(tokens))
+        lengths = chunk_lengths(len(tokens), CHUNK)
         cache = self._create_cache(1, bucket(sum(lengths), SMALLEST_CAPACITY))
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
         start = 0

@@ -3,7 +3,7 @@
 Packing is made once, while loading, parameter by parameter. Prefill reads the same tape: each
 matrix is put together again inside the compiled program, which costs it two more passes over
 the weights a chunk and no lasting memory. So do decode steps that the kernel doesn't serve
-(many rows, long caches of several), once for every chunk of steps.
+(too many rows), once for every chunk of steps.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from pallas_kernels.decode_step import (
     empty_tape,
     places,
     put,
-    slower,
     unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
@@ -55,10 +54,8 @@ class PackedWeights:
     plan: Plan = dataclasses.field(metadata={"static": True})
     implementation: str = dataclasses.field(metadata={"static": True})
 
-    def serves(self, rows: int, capacity: int) -> bool:
-        """Whether the step runs on the packed weights; else the model runs on `parameters`.
-
-        Asked for by name it does wherever it can, else only where it is fast too.
+    def serves(self, rows: int) -> bool:
+        """Whether a step of so many rows runs on the packed weights; else on `parameters`.
 
         Raises:
             UnsupportedError: the kernel was asked for by name and can't serve the case.
@@ -66,8 +63,6 @@ class PackedWeights:
         if self.implementation == "xla":
             return rows <= MOST_ROWS
         why_not = kernel_refusal(self.plan, rows, self.packed.tape.dtype)
-        if self.implementation == "auto":
-            why_not = why_not or slower(self.plan, rows, capacity)
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwen_jax import engine as engine_module
 from qwen_jax.cache import KVCache
@@ -81,12 +83,31 @@ def test_chunks_do_not_change_the_text(
 
 
 def test_chunk_lengths() -> None:
-    lengths = engine_module.chunk_lengths
+    lengths = functools.partial(engine_module.chunk_lengths, chunk=512)
     assert lengths(1) == lengths(16) == [16]
     assert lengths(17) == [32]
     assert lengths(257) == lengths(512) == [512]
     assert lengths(513) == [512, 16]
     assert lengths(1100) == [512, 512, 128]
+
+
+def test_longer_chunks_are_not_padded_by_more_than_a_fourth() -> None:
+    lengths = functools.partial(engine_module.chunk_lengths, chunk=2048)
+    assert lengths(2049) == [2048, 16]
+    assert lengths(1537) == [2048]
+    assert lengths(1536) == [1024, 512]
+    assert lengths(700) == [512, 256]
+    assert lengths(800) == [1024]
+
+
+@given(longest=st.integers(1, 40_000), chunk=st.sampled_from([512, 1024, 2048]))
+def test_chunks_hold_the_prompt_and_fit_its_cache(longest: int, chunk: int) -> None:
+    lengths = engine_module.chunk_lengths(longest, chunk)
+    assert longest <= sum(lengths) <= engine_module.bucket(longest, 16)
+    assert sum(lengths[:-1]) < longest
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(length in (16, 32, 64, 128, 256, 512, 1024, 2048) for length in lengths)
+    assert max(lengths) <= chunk
 
 
 # ---- Batches

@@ -126,8 +126,8 @@ def test_the_engine_decodes_the_same_on_packed_weights(
 def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:
     params = device_parameters(random_parameters(CONFIG, 5), "float32")
     packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
-    assert packed.serves(MOST_ROWS, 256)
-    assert not packed.serves(MOST_ROWS + 1, 256)
+    assert packed.serves(MOST_ROWS)
+    assert not packed.serves(MOST_ROWS + 1)
     prompts = [Prompt([i, 2 * i], 3) for i in range(MOST_ROWS + 1)]
     plain, on_tape = (generate(Engine(CONFIG, w), prompts) for w in (params, packed))
     assert on_tape.tokens == plain.tokens

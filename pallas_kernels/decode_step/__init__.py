@@ -21,12 +21,10 @@ __all__ = [
     "places",
     "put",
     "refusal",
-    "slower",
     "unpacked",
 ]
 
 refusal = mosaic_gpu.refusal
-slower = mosaic_gpu.slower
 
 
 def unpacked(

@@ -42,10 +42,6 @@ REGISTERS, FETCHER_REGISTERS = 232, 40
 """Of a thread that computes and one that fetches; together the 168 of each of 384 threads that
 the kernel starts with. One more, and the block would wait for it forever."""
 
-MOST_CACHE = 1_800_000_000
-"""Bytes of several rows' caches up to which a step is fast: what eight rows of 18k slots of 0.5B
-have, of 8k of 1.5B and of 4k of 7B."""
-
 HEAD_DIMS = (64, 128)
 FEWEST_STAGES = IN_FLIGHT
 """With fewer slots the fetching thread could wait for a page whose slot has gone on, forever."""
@@ -135,22 +131,6 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
             f"pages of weights, fewer than {FEWEST_STAGES}"
         )
     return None
-
-
-def slower(plan: Plan, rows: int, capacity: int) -> str | None:
-    """Why several rows with such caches take less time another way, or None.
-
-    A step's own attention reads 2 TB/s, `gqa_decode_attention` 3.5, which at some length makes
-    up for the rest (benchmarks/results/gpu_decode.md).
-    """
-    shape = plan.shape
-    read = 2 * shape.layers * rows * shape.kv_heads * capacity * shape.head_dim * 2
-    if rows == 1 or read <= MOST_CACHE:
-        return None
-    return (
-        f"{rows} rows of {capacity} slots are {read / 1e9:.1f} GB of cache, and from "
-        f"{MOST_CACHE / 1e9:.1f} on gqa_decode_attention reads them faster"
-    )
 
 
 @functools.cache

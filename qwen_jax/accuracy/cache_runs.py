@@ -30,13 +30,11 @@ class Shown:
 
 def run(engine: Engine, scenario: Scenario, valid: int) -> list[Shown]:
     """Every row of a scenario; `valid` tokens are in use."""
-    cache: KVCache | StackedCache = _cache(engine, scenario)
+    empty = _cache(engine, scenario)
     decoded = any(len(row.tokens) > row.prompt for row in scenario.rows)
     logits = [np.full((len(row.tokens), valid), np.nan) for row in scenario.rows]
-    if decoded:
-        cache = _decode(engine, scenario, cache, logits)
-    else:
-        cache = _prefill(engine, scenario, cache, logits)
+    through = _decode if decoded else _prefill
+    cache = through(engine, scenario, empty, logits)
     keys, values = (
         np.stack([np.asarray(x).astype(np.float64) for x in layers])
         for layers in (cache.k, cache.v)

@@ -296,7 +296,7 @@ def _plain_chunk(
 ) -> tuple[KVCache, dict[str, jax.Array], Float[Array, "B T V"]]:
     """A call as the engine makes it; one token goes through the decode-step kernel, if any does."""
     one = tokens.shape[1] == 1
-    if one and isinstance(weights, PackedWeights) and weights.serves(1, cache.capacity):
+    if one and isinstance(weights, PackedWeights) and weights.serves(1):
         logits, stacked = programs.forward_packed(
             weights, tokens[:, 0], StackedCache.of(cache), start[None], lengths
         )

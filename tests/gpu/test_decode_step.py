@@ -112,7 +112,7 @@ def test_no_worse_than_twice_the_xla_path(name: str, lengths: tuple[int, ...], d
     three = engines(name, dtype)
     weights = three.kernel.weights
     assert isinstance(weights, PackedWeights)
-    if not weights.serves(len(lengths), 1):
+    if not weights.serves(len(lengths)):
         assert len(lengths) > 8
         pytest.skip("shared memory has no room for so many rows")
     vocab, rng = CONFIGS[name].vocab_size, np.random.default_rng([SEED, *lengths])
@@ -212,8 +212,8 @@ def test_larger_batches_take_another_way() -> None:
     params = parameters(SMALL, 0)
     packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "auto")
     assert isinstance(packed, PackedWeights)
-    assert packed.serves(MOST_ROWS, 256)
-    assert not packed.serves(MOST_ROWS + 1, 256)
+    assert packed.serves(MOST_ROWS)
+    assert not packed.serves(MOST_ROWS + 1)
     prompts = [Prompt([i, 2 * i, 3 * i][: 1 + i % 3], 20) for i in range(MOST_ROWS + 1)]
     both = generate(Engine(SMALL, packed), prompts)
     plain = generate(Engine(SMALL, params), prompts)

@@ -118,14 +118,6 @@ def test_what_cannot_run_is_refused_with_the_value(
     assert why in str(mosaic_gpu.refusal(Plan(shape, 132), rows, dtype))
 
 
-def test_long_caches_of_several_rows_are_left_to_another_kernel() -> None:
-    plan = Plan(SIZES["7b"], 132)
-    assert mosaic_gpu.slower(plan, 1, 131072) is None
-    assert mosaic_gpu.slower(plan, 8, 2048) is None
-    why = str(mosaic_gpu.slower(plan, 8, 32768))
-    assert "8 rows of 32768 slots are 15.0 GB of cache" in why
-
-
 def test_more_heads_than_blocks_are_refused() -> None:
     why = mosaic_gpu.refusal(Plan(SIZES["14b"], 60), 8, "bfloat16")
     assert "8 rows of 8 key/value heads are more than 60 blocks" in str(why)

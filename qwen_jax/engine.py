@@ -49,18 +49,9 @@ def bucket(n: int, smallest: int) -> int:
 
 
 def chunk_lengths(longest: int, chunk: int) -> list[int]:
-    """The compiled lengths that together hold a prompt: full chunks, then buckets.
-
-    Past `CHUNK` a bucket that would be more than a fourth padding gives way to two smaller ones.
-    """
-    lengths, rest = [chunk] * (longest // chunk), longest % chunk
-    while rest > 0:
-        length = bucket(rest, SMALLEST_CHUNK)
-        if length > CHUNK and 4 * rest <= 3 * length:
-            length //= 2
-        lengths.append(length)
-        rest -= length
-    return lengths
+    """The compiled lengths that together hold a prompt: full chunks, then a bucket."""
+    full, rest = divmod(longest, chunk)
+    return [chunk] * full + ([bucket(rest, SMALLEST_CHUNK)] if rest else [])
 
 
 class Engine:

@@ -91,15 +91,6 @@ def test_chunk_lengths() -> None:
     assert lengths(1100) == [512, 512, 128]
 
 
-def test_longer_chunks_are_not_padded_by_more_than_a_fourth() -> None:
-    lengths = functools.partial(engine_module.chunk_lengths, chunk=2048)
-    assert lengths(2049) == [2048, 16]
-    assert lengths(1537) == [2048]
-    assert lengths(1536) == [1024, 512]
-    assert lengths(700) == [512, 256]
-    assert lengths(800) == [1024]
-
-
 @given(longest=st.integers(1, 40_000), chunk=st.sampled_from([512, 1024, 2048]))
 def test_chunks_hold_the_prompt_and_fit_its_cache(longest: int, chunk: int) -> None:
     lengths = engine_module.chunk_lengths(longest, chunk)

@@ -1,7 +1,8 @@
 """Attention inside a step: one row and key/value head to a block, or to several for a long text.
 
 Eight warps take a run of slots each and keep a running softmax for all query heads of the group.
-Keys and values go from memory straight to the tensor cores. The new token is the last slot.
+Keys and values go from memory straight to the tensor cores, a turn ahead. The new token, which is
+in no slot yet, is one more part beside those of the warps.
 """
 
 import dataclasses
@@ -23,9 +24,6 @@ SLOTS_ALONE = 256
 SLOTS_AT_ONCE = 16
 FEW_BLOCKS = 8
 """Attending blocks up to which a warp asks for 8 KiB of keys and of values early; else for 4."""
-AHEAD = 1
-"""Turns of 16 slots by which a warp asks for keys and values before it loads them; with four, long
-caches of eight rows take 5 to 30 % more."""
 SPLITS_AT_ONCE = 4
 """Splits of a warp that are waited for together."""
 
@@ -34,6 +32,12 @@ def most_splits(plan: Plan, rows: int, capacity: int) -> int:
     """Blocks that can share one row and key/value head of a full cache."""
     units = rows * plan.shape.kv_heads
     return max(1, min(plan.blocks // units, -(-capacity // SLOTS_A_SPLIT)))
+
+
+def found_bytes(plan: Plan) -> int:
+    """What the warps find for the group, and the new token's part."""
+    size = Found.size(plan.shape.group, plan.shape.head_dim, WARPS + 1)
+    return -(-size // 16) * 16
 
 
 def heads_bytes(plan: Plan) -> int:
@@ -73,15 +77,15 @@ class Attention:
 
     @property
     def _of_group(self) -> Found:
-        return Found(self.found, self.plan.shape.group, self.plan.shape.head_dim)
+        return Found(self.found, self.plan.shape.group, self.plan.shape.head_dim, WARPS + 1)
 
     def _position(self, row: V) -> V:
         return t.load_global(self.positions + (row << 2).wide())[0]
 
     def _active(self, position: V) -> V:
         """Blocks that share a text."""
-        several = t.smaller(position // SLOTS_A_SPLIT + 1, self.splits)
-        return t.select(position < SLOTS_ALONE, t.integer(1), several)
+        several = t.smaller((position + (SLOTS_A_SPLIT - 1)) // SLOTS_A_SPLIT, self.splits)
+        return t.select(position <= SLOTS_ALONE, t.integer(1), several)
 
     def prefetch(self, layer: V) -> None:
         """Brings each warp's first keys and values nearer, while the queries are made."""
@@ -94,7 +98,7 @@ class Attention:
             few = (active * (self.rows * self.plan.shape.kv_heads)) <= FEW_BLOCKS
             slots = 4096 // self._slot_bytes
             count = t.select(few, t.integer(2 * slots), slots)
-            self._bring(layer, unit, begin, t.smaller(begin + count, t.smaller(end, position)))
+            self._bring(layer, unit, begin, t.smaller(begin + count, end))
 
         t.when((split < active) & (t.me() % t.WARP).equals(0), bring)
 
@@ -121,9 +125,10 @@ class Attention:
 
     def _run(self, split: V, position: V, active: V) -> tuple[V, V]:
         """This warp's slots, from the first to the one after the last."""
-        each = (position + active * WARPS) // (active * WARPS)
+        warps = active * WARPS
+        each = (position + warps - 1) // warps
         begin = (split * WARPS + t.me() // t.WARP) * each
-        return begin, t.smaller(begin + each, position + 1)
+        return begin, t.smaller(begin + each, position)
 
     def _cached(self, which: int, layer: V, unit: V) -> V:
         """Address of a head's keys (0) or values (1) in the cache."""
@@ -134,13 +139,17 @@ class Attention:
     def attend(self, layer: V, tag: V) -> None:
         """This block's share of attention; its result is left for everyone, or for `combine`."""
         row, kv_head, unit, split = self._mine()
-        row_position = self._position(row)
-        active = self._active(row_position)
+        position = self._position(row)
+        active = self._active(position)
 
         def share() -> None:
+            run = self._run(split, position, active)
             self._take_heads(layer, row, kv_head, split, tag)
             t.together(THREADS)
-            self._of_group.keep(self._slots(layer, unit, split, row_position, active))
+            # Not before: they would be in the way of the words that are waited for.
+            first = self._load(layer, unit, run, t.integer(0))
+            self._new_token(split)
+            self._of_group.keep(self._slots(layer, unit, run, first))
             t.together(THREADS)
             self._leave(row, kv_head, split, active, tag)
             t.together(THREADS)
@@ -180,7 +189,49 @@ class Attention:
 
         over((group + 2) * half, THREADS, pair)
 
-    def _slots(self, layer: V, unit: V, split: V, position: V, active: V) -> Softmax:
+    def _new_token(self, split: V) -> None:
+        """The new token's part: each warp finds its score for one head."""
+        h, group, part = self.plan.shape.head_dim, self.plan.shape.group, t.integer(WARPS)
+        head, lane = t.me() // t.WARP, t.me() % t.WARP
+
+        def numbers(of: V | int) -> list[V]:
+            """A lane's share of a query, or of the key or value after them."""
+            at = self.heads + of * (2 * h) + lane * (h // 16)
+            return [x for word in t.load_shared(at, h // 64) for x in self.format.floats(word)]
+
+        def score() -> None:
+            products = [q * k for q, k in zip(numbers(head), numbers(group), strict=True)]
+            total = t.warp_sum(sum(products[1:], start=products[0])) * (t.LOG2_E * h**-0.5)
+            mine = split.equals(0)
+            stats = [t.select(mine, total, NEVER), t.select(mine, t.number(1), 0.0)]
+            at = self._of_group.stats(part, head)
+            t.when(lane.equals(0), lambda: t.store_shared(at, stats))
+            value = self._of_group.value(part, head, lane * (h // 32))
+            t.store_shared(value, numbers(group + 1))
+
+        t.when(head < group, score)
+
+    def _load(self, layer: V, unit: V, run: tuple[V, V], turn: V) -> list[V]:
+        """This lane's keys and values of 16 slots of a run, four words each."""
+        begin, end = run
+        lane, first = t.me() % t.WARP, begin + turn * SLOTS_AT_ONCE
+        words = []
+        # Keys of slots g and g + 8, values of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+        for which, own, slots, stride in (
+            (0, lane // 4, (0, 8), 64),
+            (1, lane % 4 * 2, (0, 1, 8, 9), 128),
+        ):
+            column = lane % 4 * 16 if which == 0 else lane // 4 * 16
+            base = self._cached(which, layer, unit) + column.wide()
+            at = base + ((first + own) * self._slot_bytes).wide()
+            for slot in slots:
+                there = first + own + slot < end
+                for offset in range(0, self._slot_bytes, stride):
+                    offset += slot * self._slot_bytes
+                    words += t.load_global(at, 4, where=there, offset=offset)
+        return words
+
+    def _slots(self, layer: V, unit: V, run: tuple[V, V], loaded: list[V]) -> Softmax:
         """The running softmax of this warp's slots, in one lane's share."""
         shape = self.plan.shape
         h = shape.head_dim
@@ -190,50 +241,29 @@ class Attention:
             t.load_shared(self.heads + (g * h + 32 * i + quarter * 8) * 2, 4, g < shape.group)
             for i in range(h // 32)
         ]
-        begin, end = self._run(split, position, active)
-        keys, values = (self._cached(which, layer, unit) for which in range(2))
-        slot_bytes = self._slot_bytes
-        # Of slot g, or 2 t, of the run, and of the new token, which is not in the cache yet.
-        key = keys + ((begin + g) * slot_bytes + quarter * 16).wide()
-        value = values + ((begin + quarter * 2) * slot_bytes + g * 16).wide()
-        own = self.heads + shape.group * slot_bytes
-        own_key = t.anywhere(own + quarter * 16)
-        own_value = t.anywhere(own + slot_bytes + g * 16)
+        begin, end = run
+        empty = Softmax.empty(h).carry()
+        tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
 
         def tile(i: V, carry: list[V]) -> list[V]:
             first = begin + i * SLOTS_AT_ONCE
-            early = first + AHEAD * SLOTS_AT_ONCE
-            until = t.smaller(early + SLOTS_AT_ONCE, t.smaller(end, position))
-            t.when(lane.equals(0), lambda: self._bring(layer, unit, early, until))
-            ahead = (i * (SLOTS_AT_ONCE * slot_bytes)).wide()
+            begin_next = first + SLOTS_AT_ONCE
+            end_next = t.smaller(begin_next + SLOTS_AT_ONCE, end)
+            # In one piece, which memory likes better than its words asked for by lanes.
+            t.when(lane.equals(0), lambda: self._bring(layer, unit, begin_next, end_next))
+            later = t.where(i + 1 < tiles, lambda: self._load(layer, unit, run, i + 1), len(loaded))
+            found, words = Softmax.carried(carry[: len(empty)]), carry[len(empty) :]
+            fours = [words[n : n + 4] for n in range(0, len(words), 4)]
+            keys = [fours[n : n + h // 32] for n in range(0, h // 16, h // 32)]
+            each = h // 64
+            values = [fours[h // 16 + n * each :][:each] for n in range(4)]
+            pairs = [values[:2], values[2:]]
+            slots = [first + quarter * 2 + n for n in (0, 1, 8, 9)]
+            there = [slot < end for slot in slots]
+            found = found.over(self.format, queries, keys, pairs, [there[:2], there[2:]])
+            return [*found.carry(), *later]
 
-            def load(slot: V, base: V, new: V, offset: int, stride: int) -> list[list[V]]:
-                at = t.select(slot.equals(position), new, base + ahead + offset)
-                count = slot_bytes // stride
-                return [
-                    t.load_global(at, 4, "anywhere", where=slot < end, offset=n * stride)
-                    for n in range(count)
-                ]
-
-            eights = range(0, SLOTS_AT_ONCE, 8)
-            loaded_keys = [load(first + g + n, key, own_key, n * slot_bytes, 64) for n in eights]
-            pairs = [[n, n + 1] for n in eights]
-            slots = [[first + quarter * 2 + n for n in pair] for pair in pairs]
-            loaded_values = [
-                [
-                    load(slot, value, own_value, n * slot_bytes, 128)
-                    for slot, n in zip(both, pair, strict=True)
-                ]
-                for both, pair in zip(slots, pairs, strict=True)
-            ]
-            there = [[slot < end for slot in both] for both in slots]
-            found = Softmax.carried(carry).over(
-                self.format, queries, loaded_keys, loaded_values, there
-            )
-            return found.carry()
-
-        tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
-        return Softmax.carried(t.loop(tiles, Softmax.empty(h).carry(), tile))
+        return Softmax.carried(t.loop(tiles, [*empty, *loaded], tile)[: len(empty)])
 
     def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:
         shape = self.plan.shape
@@ -307,7 +337,7 @@ class Attention:
         stripe = WARPS * SPLITS_AT_ONCE
         none = [t.number(NEVER), *[t.number(0)] * (1 + each)]
         found = t.loop((active + (stripe - 1)) // stripe, none, some)
-        of_head, head = Found(self.found, 1, h), t.integer(0)
+        of_head, head = Found(self.found, 1, h, WARPS), t.integer(0)
         for n, value in enumerate(found[2:]):
             t.store_shared(of_head.value(warp, head, lane + n * t.WARP), [value])
         at = of_head.stats(warp, head)

@@ -25,7 +25,6 @@ from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.formats import FORMATS, format_of
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, MOST_ROWS, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS, Products
-from pallas_kernels.decode_step.softmax import Found
 from pallas_kernels.decode_step.step import PHASES, Step, Work
 from pallas_kernels.decode_step.stream import IN_FLIGHT, TILE_BYTES, Stream
 from pallas_kernels.decode_step.words import Layout
@@ -94,7 +93,7 @@ def memory(plan: Plan, rows: int) -> Memory:
 def _divided(plan: Plan, rows: int, bands: int) -> Memory:
     longest = max(phase.longest for phase in plan.phases)
     pieces = (
-        max(products.input_bytes(longest, rows), Found.size(plan.shape.group, plan.shape.head_dim)),
+        max(products.input_bytes(longest, rows), attention.found_bytes(plan)),
         products.sums_bytes(bands, rows),
         int(plan.phases[OUTPUT].count.max()) * rows * BAND * 4,
         attention.heads_bytes(plan),

@@ -8,7 +8,6 @@ import dataclasses
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.formats import Format
-from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.thread import V
 
 NEVER = -1e30
@@ -57,10 +56,6 @@ class Softmax:
         """
         head_dim = 4 * len(self.values)
         zero, none = t.number(0), t.integer(0)
-        # Without this ptxas asks for the values only when the scores are done, and what could be
-        # waited for together is waited for twice.
-        loads = [words for eight in values for slot in eight for words in slot]
-        queries = [[t.after(q[0], [words[0] for words in loads]), *q[1:]] for q in queries]
         scores = []
         for eight, both in zip(keys, there, strict=True):
             sums = [zero, zero]
@@ -96,16 +91,17 @@ class Softmax:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What the warps of a block found for `heads` heads, in shared memory."""
+    """What the warps of a block found for `heads` heads, in shared memory, in so many parts."""
 
     memory: V
     heads: int
     head_dim: int
+    parts: int
 
     @staticmethod
-    def size(heads: int, head_dim: int) -> int:
+    def size(heads: int, head_dim: int, parts: int) -> int:
         """Bytes."""
-        return WARPS * heads * (head_dim + 2) * 4
+        return parts * heads * (head_dim + 2) * 4
 
     def value(self, warp: int | V, head: V, column: int | V) -> V:
         """The address of a number."""
@@ -113,7 +109,7 @@ class Found:
 
     def stats(self, warp: int | V, head: V) -> V:
         """The address of a maximum and the sum after it."""
-        values = WARPS * self.heads * self.head_dim * 4
+        values = self.parts * self.heads * self.head_dim * 4
         return self.memory + values + (head + warp * self.heads) * 8
 
     def keep(self, found: Softmax) -> None:
@@ -135,9 +131,11 @@ class Found:
         t.when(head < self.heads, store)
 
     def merged(self, head: V, column: V, count: int) -> tuple[V, V, list[V]]:
-        """Maximum, sum and values of `count` columns, over the warps."""
-        stats = [t.load_shared_floats(self.stats(n, head), 2) for n in range(WARPS)]
-        parts = [t.load_shared_floats(self.value(n, head, column), count) for n in range(WARPS)]
+        """Maximum, sum and values of `count` columns, over the parts."""
+        stats = [t.load_shared_floats(self.stats(n, head), 2) for n in range(self.parts)]
+        parts = [
+            t.load_shared_floats(self.value(n, head, column), count) for n in range(self.parts)
+        ]
         maximum = stats[0][0]
         for theirs, _ in stats[1:]:
             maximum = t.larger(maximum, theirs)

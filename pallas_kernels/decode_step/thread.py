@@ -189,6 +189,16 @@ def when(condition: V, then: Callable[[], Any]) -> None:
         scf.yield_([])
 
 
+def where(condition: V, then: Callable[[], Sequence[V]], count: int) -> list[V]:
+    """The `count` int32 of `then` where the condition is true, and anything elsewhere."""
+    op = scf.IfOp(condition.raw, [i32()] * count, has_else=True)
+    with ir.InsertionPoint(op.then_block):
+        scf.yield_([v.raw for v in then()])
+    with ir.InsertionPoint(op.else_block):
+        scf.yield_([llvm.mlir_undef(i32())] * count)
+    return [V(r) for r in op.results]
+
+
 def asm(text: str, results: Sequence[Any], constraints: str, *operands: V) -> list[V]:
     """A PTX instruction that stays where it is; `$0` and so on are results, then operands."""
     kind = None
@@ -223,15 +233,6 @@ def me() -> V:
 
 def block() -> V:
     return asm("mov.u32 $0, %ctaid.x;", [i32()], "=r")[0]
-
-
-def after(value: V, others: Sequence[V]) -> V:
-    """`value`, but not before the other int32 are there."""
-    seen = others[0]
-    for other in others[1:]:
-        seen = seen | other
-    # Zero, which the compiler can't know.
-    return value ^ (seen & (block() >> 16))
 
 
 def nanoseconds() -> V:
@@ -298,13 +299,7 @@ def store_shared_half(address: V, value: V) -> None:
     asm("{ .reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h; }", [], "r,r", address, value)
 
 
-LOADS = {"nc": "ld.global.nc", "relaxed.gpu": "ld.relaxed.gpu.global", "anywhere": "ld"}
-
-
-def anywhere(shared: V) -> V:
-    """The address, for loads from "anywhere", of a place in shared memory."""
-    text = "{ .reg .u64 a; cvt.u64.u32 a, $1; cvta.shared.u64 $0, a; }"
-    return asm(text, [i64()], "=l,r", shared)[0]
+LOADS = {"nc": "ld.global.nc", "relaxed.gpu": "ld.relaxed.gpu.global"}
 
 
 def load_global(
@@ -319,8 +314,7 @@ def load_global(
     """Int32 from global memory, `offset` bytes from the address, in one instruction.
 
     Args:
-        kind: "nc" what nobody writes, "relaxed.gpu" what others write, "anywhere" also what
-            lies in shared memory.
+        kind: "nc" what nobody writes, "relaxed.gpu" what others write.
         where: whether to load, or to take `otherwise`.
     """
     return _load(LOADS[kind], address, count, where, otherwise, offset)

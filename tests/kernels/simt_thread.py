@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.formats import Format
-from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, SHARED, Barrier, Lanes, Machine
+from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, Barrier, Lanes, Machine
 
 UNSIGNED = {I32: np.uint32, I64: np.uint64, BOOL: np.bool_}
 
@@ -121,6 +121,11 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         if (active := truth(condition)).any():
             m.masked(active, then)
 
+    def where(condition: t.V, then: Any, count: int) -> list[t.V]:
+        if (active := truth(condition)).any():
+            return ints([m.lanes(x) for x in m.masked(active, then)])
+        return ints([np.full(m.role.count, -1, np.int32)] * count)
+
     def from_lane(value: t.V, mask: int) -> t.V:
         at = np.arange(m.role.count) ^ mask
         return v(m.lanes(value)[at], value.raw.type)
@@ -211,6 +216,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "emit": lambda code, *refs: code(None, *refs), "arith": _arith(),
         "i32": lambda: I32, "i64": lambda: I64, "f32": lambda: F32,
         "loop": loop, "repeat_while": repeat_while, "when": when,
+        "where": where,
         "me": lambda: v(m.role.first + np.arange(m.role.count), I32),
         "block": lambda: v(m.role.block, I32), "together": m.together,
         "warp_together": lambda: None, "from_lane": from_lane,
@@ -218,7 +224,6 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "store_shared_half": store_shared_half, "load_global": load_global,
         "store_global": store_global,
         "store_global_half": store_global_half, "prefetch": lambda address, size: None,
-        "anywhere": lambda shared: v(m.lanes(shared).astype(np.int64) + SHARED, I64),
         "halves": halves,
         "exp2": function(np.exp2), "reciprocal": function(lambda x: 1 / x),
         "rsqrt": function(lambda x: 1 / np.sqrt(x)),

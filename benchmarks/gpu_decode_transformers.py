@@ -1,6 +1,6 @@
-"""Decode speed of Hugging Face transformers on a GPU: static cache and torch.compile, batch 1.
+"""Decode speed of Hugging Face transformers on a GPU: static cache and torch.compile.
 
-    python -m benchmarks.gpu_decode_transformers --size=0.5b
+    python -m benchmarks.gpu_decode_transformers --size=0.5b --batch=8
 
 Random bfloat16 weights of a real size, greedy. The figure is the difference of two generations
 of different lengths, so that prompt and set-up cancel. Needs torch with CUDA and transformers.
@@ -21,6 +21,7 @@ from benchmarks.random_model import SIZES
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         model = Qwen2ForCausalLM(config).eval()
-    prompt = torch.randint(0, c.vocab_size, (1, args.context), device="cuda")
+    prompt = torch.randint(0, c.vocab_size, (args.batch, args.context), device="cuda")
 
     def seconds(tokens: int) -> float:
         torch.cuda.synchronize()
@@ -63,7 +64,10 @@ def main() -> None:
         for tokens in (33, 161, 33, 161):  # compiles
             seconds(tokens)
         steps = [(seconds(161) - seconds(33)) / 128 for _ in range(args.rounds)]
-    print(f"{args.size} transformers, static cache, compiled: {median(steps) * 1e6:.0f} us a step")
+    print(
+        f"{args.size}, batch {args.batch}: transformers, static cache, compiled: "
+        f"{median(steps) * 1e6:.0f} us a step"
+    )
     record = vars(args) | {
         "benchmark": "gpu_decode_transformers",
         "us": [round(s * 1e6, 1) for s in steps],

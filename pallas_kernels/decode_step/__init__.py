@@ -54,6 +54,9 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     """Runs one token of every row through every layer and the head.
 
+    The kernel takes up to 16 rows, as far as shared memory has room for their input: 16 of 0.5B,
+    1.5B and 3B, 11 of 7B, 8 of 14B and 32B, 5 of 72B.
+
     Sums, norms, softmax and the residual stream are float32; keys, values, queries and
     attention weights are rounded to the cache's dtype where they enter a product. The
     cache is read only: the caller writes the new keys and values at `position`.

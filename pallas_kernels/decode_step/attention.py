@@ -243,7 +243,6 @@ class Attention:
         ]
         begin, end = run
         empty = Softmax.empty(h).carry()
-        tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
 
         def tile(i: V, carry: list[V]) -> list[V]:
             first = begin + i * SLOTS_AT_ONCE
@@ -251,7 +250,7 @@ class Attention:
             end_next = t.smaller(begin_next + SLOTS_AT_ONCE, end)
             # In one piece, which memory likes better than its words asked for by lanes.
             t.when(lane.equals(0), lambda: self._bring(layer, unit, begin_next, end_next))
-            later = t.where(i + 1 < tiles, lambda: self._load(layer, unit, run, i + 1), len(loaded))
+            later = self._load(layer, unit, run, i + 1)
             found, words = Softmax.carried(carry[: len(empty)]), carry[len(empty) :]
             fours = [words[n : n + 4] for n in range(0, len(words), 4)]
             keys = [fours[n : n + h // 32] for n in range(0, h // 16, h // 32)]
@@ -263,6 +262,7 @@ class Attention:
             found = found.over(self.format, queries, keys, pairs, [there[:2], there[2:]])
             return [*found.carry(), *later]
 
+        tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         return Softmax.carried(t.loop(tiles, [*empty, *loaded], tile)[: len(empty)])
 
     def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:

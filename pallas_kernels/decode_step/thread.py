@@ -189,16 +189,6 @@ def when(condition: V, then: Callable[[], Any]) -> None:
         scf.yield_([])
 
 
-def where(condition: V, then: Callable[[], Sequence[V]], count: int) -> list[V]:
-    """The `count` int32 of `then` where the condition is true, and anything elsewhere."""
-    op = scf.IfOp(condition.raw, [i32()] * count, has_else=True)
-    with ir.InsertionPoint(op.then_block):
-        scf.yield_([v.raw for v in then()])
-    with ir.InsertionPoint(op.else_block):
-        scf.yield_([llvm.mlir_undef(i32())] * count)
-    return [V(r) for r in op.results]
-
-
 def asm(text: str, results: Sequence[Any], constraints: str, *operands: V) -> list[V]:
     """A PTX instruction that stays where it is; `$0` and so on are results, then operands."""
     kind = None

@@ -19,7 +19,6 @@ from pallas_kernels.decode_step import thread as t
 
 REGION = 40
 """Bits of an address within an array; those above say which array."""
-SHARED = 1 << 60
 I32, I64, F32, BOOL = "i32", "i64", "f32", "i1"
 DTYPES = {I32: np.int32, I64: np.int64, F32: np.float32, BOOL: np.bool_}
 
@@ -191,13 +190,10 @@ class Machine:
             self.local.masks.pop()
 
     def load(self, address: np.ndarray, count: int, mask: np.ndarray) -> list[np.ndarray]:
-        """Words at addresses in arrays or, above SHARED, in shared memory."""
+        """Words at addresses in arrays."""
         out = np.zeros((count, self.role.count), np.uint32)
-        here = mask & (address >= SHARED)
-        if here.any():
-            out[:, here] = self._shared_words(address[here] - SHARED, count, here, writes=None)
-        for region in np.unique(address[mask & ~here] >> REGION):
-            of = mask & ~here & (address >> REGION == region)
+        for region in np.unique(address[mask] >> REGION):
+            of = mask & (address >> REGION == region)
             words = self.arrays[region - 1].view(np.uint32)
             at = (address[of] & ((1 << REGION) - 1)) // 4
             assert (address[of] % (4 * count) == 0).all(), "a load is not aligned"
@@ -234,7 +230,9 @@ class Machine:
         return np.array(found) if writes is None else None
 
     def load_shared(self, address: np.ndarray, count: int, mask: np.ndarray) -> list[np.ndarray]:
-        return self.load(address.astype(np.int64) + SHARED, count, mask)
+        out = np.zeros((count, self.role.count), np.uint32)
+        out[:, mask] = self._shared_words(address[mask], count, mask, writes=None)
+        return [x.view(np.int32) for x in out]
 
     def store_shared(self, address: np.ndarray, values: Sequence[np.ndarray]) -> None:
         self._shared_words(address[self.mask], len(values), self.mask, values)

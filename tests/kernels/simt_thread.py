@@ -121,11 +121,6 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         if (active := truth(condition)).any():
             m.masked(active, then)
 
-    def where(condition: t.V, then: Any, count: int) -> list[t.V]:
-        if (active := truth(condition)).any():
-            return ints([m.lanes(x) for x in m.masked(active, then)])
-        return ints([np.full(m.role.count, -1, np.int32)] * count)
-
     def from_lane(value: t.V, mask: int) -> t.V:
         at = np.arange(m.role.count) ^ mask
         return v(m.lanes(value)[at], value.raw.type)
@@ -216,7 +211,6 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "emit": lambda code, *refs: code(None, *refs), "arith": _arith(),
         "i32": lambda: I32, "i64": lambda: I64, "f32": lambda: F32,
         "loop": loop, "repeat_while": repeat_while, "when": when,
-        "where": where,
         "me": lambda: v(m.role.first + np.arange(m.role.count), I32),
         "block": lambda: v(m.role.block, I32), "together": m.together,
         "warp_together": lambda: None, "from_lane": from_lane,

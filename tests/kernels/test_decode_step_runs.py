@@ -190,6 +190,7 @@ def relative(x: np.ndarray, truth: np.ndarray) -> float:
             64,
             "bfloat16",
         ),  # and of one
+        (Shape(1, 256, 14, 2, 64, 256, 256, 1e-6), 11, [3, 40], 64, "bfloat16"),  # and of seven
         (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 64, "float16"),
         (ODD, 15, [5, 0, 9, 1, 2, 3, 4, 63, 62, 7], 64, "bfloat16"),
         (TINY, 16, [*range(16)], 64, "float16"),

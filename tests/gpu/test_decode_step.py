@@ -103,6 +103,9 @@ LENGTHS = [
 ]
 
 
+FEWEST_ROWS = 6
+
+
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -116,17 +119,20 @@ def test_no_worse_than_twice_the_xla_path(name: str, lengths: tuple[int, ...], d
         assert len(lengths) > 8
         pytest.skip("shared memory has no room for so many rows")
     vocab, rng = CONFIGS[name].vocab_size, np.random.default_rng([SEED, *lengths])
-    texts = [rng.integers(0, vocab, length).tolist() for length in lengths]
-    truth = after_prompts(three.truth, texts, False)
-    xla = after_prompts(three.xla, texts, False)
-    kernel, again = (after_prompts(three.kernel, texts, True) for _ in range(2))
-    ours, theirs = ([relative(*row) for row in zip(x, truth, strict=True)] for x in (kernel, xla))
-    for length, mine, xlas in zip(lengths, ours, theirs, strict=True):
-        print(f"seed {SEED}, {name}, {dtype}, length {length}: kernel {mine:.2e}, xla {xlas:.2e}")
-    # A single row's error scatters: on a CPU, small sizes, the kernel's own reference is past
-    # twice XLA's in 2 rows of 100. Of eight rows the worst two are within 1.9 in 59 draws.
-    assert max(ours) <= 2 * max(theirs)
-    assert np.array_equal(kernel, again)
+    ours, theirs = [], []
+    # A row's error scatters around XLA's, since both round queries and keys: of single rows 2 in
+    # 100 are past twice XLA's. So errors are those of several rows, whatever the batch.
+    for _ in range(-(-FEWEST_ROWS // len(lengths))):
+        texts = [rng.integers(0, vocab, length).tolist() for length in lengths]
+        truth = after_prompts(three.truth, texts, False)
+        xla = after_prompts(three.xla, texts, False)
+        kernel, again = (after_prompts(three.kernel, texts, True) for _ in range(2))
+        assert np.array_equal(kernel, again)
+        ours += [relative(*row) for row in zip(kernel, truth, strict=True)]
+        theirs += [relative(*row) for row in zip(xla, truth, strict=True)]
+    mine, xlas = (float(np.sqrt(np.mean(np.square(x)))) for x in (ours, theirs))
+    print(f"seed {SEED}, {name}, {dtype}, lengths {lengths}: kernel {mine:.2e}, xla {xlas:.2e}")
+    assert mine <= 2 * xlas
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

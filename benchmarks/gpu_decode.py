@@ -173,13 +173,13 @@ def main() -> None:
     figures = {}
     for size in args.sizes:
         config = SIZES[size]
-        # A cache beside two copies of the weights must fit.
+        # Two copies of a cache beside two of the weights must fit.
         most = 125e9 - 2 * config.num_parameters * DTYPE.itemsize
         token = bytes_per_token(config, DTYPE.itemsize)
         wanted = [
             (batch, context)
             for batch, context in itertools.product(args.batches, args.contexts)
-            if 3 * batch * (context + 512) * token < most
+            if 2 * batch * bucket(context + 512, SMALLEST_CAPACITY) * token < most
         ]
         cases = compiled(config, wanted, args)
         for batch, context in wanted:

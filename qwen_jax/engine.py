@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from qwen_jax import programs
-from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, StackedCache
+from qwen_jax.cache import SMALLEST_CAPACITY, KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.measure import check_cache_fits
@@ -30,8 +30,9 @@ CHUNK = 512
 """Tokens of each row a prefill step takes at most; the last chunk is padded to a power of two."""
 
 PACKED_CHUNK = 2048
-"""Tokens of all rows, if more, where the weights are packed: each step puts them together again,
-and its attention kernel keeps no scores, whose memory would grow with the chunk."""
+"""Tokens of all rows together that a prefill step takes where the weights are packed, though never
+fewer than `CHUNK` of each: every step puts the weights together again. The attention kernel keeps
+no scores, whose memory would grow with the chunk."""
 
 SMALLEST_CHUNK = 16
 
@@ -100,7 +101,7 @@ class Engine:
         self._prefill_chunk = self._jit(programs.prefill_chunk, make, donate=1)
         self._begin = self._jit(programs.begin, make, constants, static=(4,))
         self._logits = self._jit(programs.chunk_logits, make, donate=1)
-        self._stack = self._jit(StackedCache.of)
+        self._stack = self._jit(programs.stack_cache)
         self._decode = self._jit(programs.decode_many, make, constants, donate=1, static=(3, 4))
 
     def _jit(
@@ -208,7 +209,8 @@ class Engine:
         """
         cache = rows.cache
         if isinstance(cache, KVCache) and self.fuses(cache.rows):
-            # Once after a prefill: from here on the cache stays as the kernel takes it.
+            # Once after a prefill, and for a moment there are two: from here on the cache stays as
+            # the kernel takes it.
             rows = dataclasses.replace(rows, cache=self._stack(cache))
             for layer in jax.tree.leaves(cache):
                 layer.delete()
@@ -235,6 +237,7 @@ class Engine:
                 f"logits need 1 to {context} tokens, the context of {self.config.source}, "
                 f"but got {len(tokens)}."
             )
+        # Whatever the weights: longer chunks have more logits.
         lengths = chunk_lengths(len(tokens), CHUNK)
         cache = self._create_cache(1, bucket(sum(lengths), SMALLEST_CAPACITY))
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
@@ -268,4 +271,5 @@ def _count_prompts(prompts: Sequence[Prompt], vocab: int) -> Counts:
 def check_fits(engine: Engine, prompts: Sequence[Prompt], rows: int) -> None:
     """Raises UserError, besides where `Engine.capacity` does, where a cache of so many rows, each
     with room for any of these prompts, is more than the device has free."""
-    check_cache_fits(engine.config, engine.cache_dtype, rows, engine.capacity(prompts))
+    copies = 2 if engine.fuses(rows) else 1
+    check_cache_fits(engine.config, engine.cache_dtype, rows, engine.capacity(prompts), copies)

@@ -58,6 +58,10 @@ def create_cache(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int
     return KVCache.create(config, rows, capacity, dtype)
 
 
+def stack_cache(cache: KVCache) -> StackedCache:
+    return StackedCache.of(cache)
+
+
 def make_model(
     config: ModelConfig,
     weights: Parameters | PackedWeights,

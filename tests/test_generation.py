@@ -50,6 +50,9 @@ class Scripted:
     def capacity(self, prompts: Sequence[Prompt]) -> int:
         return CONTEXT
 
+    def fuses(self, rows: int) -> bool:
+        return False
+
     def prefill(self, prompts: Sequence[Prompt], *_: object) -> tuple[State, Emitted]:
         self._limits = np.array(
             [min(p.max_tokens, CONTEXT - len(p.tokens)) for p in prompts], np.int64

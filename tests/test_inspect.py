@@ -8,6 +8,7 @@ import gguf
 import jax.numpy as jnp
 import pytest
 
+import pallas_kernels
 from qwen_jax import api, cli, measure
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.tasks import inspect
@@ -103,6 +104,15 @@ class TestBundled:
         assert len(names) >= 3 and names[0] == "rope"
         for line in bundled["implementations"]:
             assert re.fullmatch(r"\w+ +xla \(.*\)", line), line  # here, on a CPU
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_kernels_on_hopper(self, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+        monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
+        pallas_kernels.choose.cache_clear()
+        config = ModelConfig(24, 896, 14, 2, 64, 4864, 151936, 32768, 1e6, 1e-6, True)
+        lines = list(inspect.implementation_lines("auto", config, jnp.dtype(dtype)))
+        pallas_kernels.choose.cache_clear()
+        assert [line.split()[1] for line in lines] == ["xla", *["mosaic_gpu"] * 3]
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_memory_is_what_loading_takes(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,8 +18,13 @@ from pallas_kernels.decode_step import (
     put,
 )
 from pallas_kernels.decode_step.plan import DOWN, Phase
-from qwen_jax.engine import Engine, Prompt
+from qwen_jax import engine as engine_module
+from qwen_jax import measure
+from qwen_jax.cache import KVCache, StackedCache, bytes_per_token
+from qwen_jax.engine import Engine, Prompt, check_fits
+from qwen_jax.errors import UserError
 from qwen_jax.packed import pack
+from qwen_jax.sampling import Sampling, plan_rows
 from tests.engines import device_parameters, generate
 from tests.tiny_checkpoints import random_parameters, tiny_config
 
@@ -102,8 +108,10 @@ def test_what_is_put_on_the_tape_is_read_back(plan: Plan) -> None:
     ],
 )
 def test_the_engine_decodes_the_same_on_packed_weights(
-    tied: bool, sizes: list[tuple[int, int]]
+    monkeypatch: pytest.MonkeyPatch, tied: bool, sizes: list[tuple[int, int]]
 ) -> None:
+    # Chunks as on plain weights: past a text their padding leaves keys and values, compared below.
+    monkeypatch.setattr(engine_module, "PACKED_CHUNK", engine_module.CHUNK)
     config = dataclasses.replace(CONFIG, tied=tied)
     params = device_parameters(random_parameters(config, 5), "float32")
     packed = pack(config, params.items(), jnp.dtype(jnp.float32), "xla")
@@ -121,6 +129,49 @@ def test_the_engine_decodes_the_same_on_packed_weights(
     # Whole caches: a row that is done writes nothing.
     ours, theirs = (np.stack([*x.rows.cache.k, *x.rows.cache.v]) for x in (got, expected))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_prompt_in_one_long_chunk_reads_the_same() -> None:
+    params = device_parameters(random_parameters(CONFIG, 5), "float32")
+    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    prompt = Prompt(np.random.default_rng(5).integers(0, CONFIG.vocab_size, 570).tolist(), 20)
+    long, short = (generate(Engine(CONFIG, w), [prompt], logprobs=True) for w in (packed, params))
+    assert long.tokens == short.tokens
+    np.testing.assert_allclose(long.logprobs[0], short.logprobs[0], atol=1e-4)
+
+
+def test_stacking_needs_room_for_two_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = device_parameters(random_parameters(CONFIG, 5), "float32")
+    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    prompts, size = [Prompt([1], 10)], 256 * bytes_per_token(CONFIG, 4)
+    monkeypatch.setattr(measure, "free_memory", lambda: size * 3 // 2)
+    check_fits(Engine(CONFIG, params), prompts, 1)
+    with pytest.raises(UserError, match="for keys and values, twice while"):
+        check_fits(Engine(CONFIG, packed), prompts, 1)
+
+
+def test_the_cache_is_stacked_once() -> None:
+    """And no buffer is held twice for longer than that takes."""
+    params = device_parameters(random_parameters(CONFIG, 5), "float32")
+    engine = Engine(CONFIG, pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla"))
+    plan, numbers = plan_rows([Sampling()], CONFIG.vocab_size)
+    filled, _ = engine.prefill([Prompt([1, 2, 3], 30)], plan, numbers)
+    before = engine.compiled
+    stacked, _ = engine.decode_many(filled, numbers, plan, 4)
+    after, _ = engine.decode_many(stacked, numbers, plan, 4)
+    assert engine.compiled == before + 2  # the steps, and the stacking
+    assert isinstance(after.cache, StackedCache)
+    assert all(x.is_deleted() for x in jax.tree.leaves((filled.cache, stacked.cache)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+
+
+def test_a_cache_of_another_dtype_is_refused() -> None:
+    params = device_parameters(random_parameters(CONFIG, 5), "float32")
+    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    cache = StackedCache.of(KVCache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16)))
+    one = jnp.ones(1, jnp.int32)
+    with pytest.raises(ValueError, match="the cache is float16, the weights are float32"):
+        packed.decode(one, cache.layers, one)
 
 
 def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:

@@ -74,7 +74,7 @@ def decode_step(
         The logits, float32, and the tokens' keys, then values, in the cache's dtype.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or dtypes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
     shape, rows = plan.shape, hidden.shape[0]
@@ -82,6 +82,8 @@ def decode_step(
     expected = (2 * shape.layers, rows, shape.kv_heads, capacity, shape.head_dim)
     if cache.shape != expected or hidden.shape != (rows, shape.hidden):
         raise ValueError(f"hidden {hidden.shape} and cache {cache.shape} don't fit {shape}")
+    if cache.dtype != dtype:
+        raise ValueError(f"the cache is {cache.dtype}, the weights are {dtype}")
     why_not = refusal(plan, rows, dtype)
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":

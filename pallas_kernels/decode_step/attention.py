@@ -37,6 +37,7 @@ def most_splits(plan: Plan, rows: int, capacity: int) -> int:
 def found_bytes(plan: Plan) -> int:
     """What the warps find for the group, and the new token's part."""
     size = Found.size(plan.shape.group, plan.shape.head_dim, WARPS + 1)
+    # What lies behind it is loaded by 16 bytes, and nine parts of seven heads are eight more.
     return -(-size // 16) * 16
 
 
@@ -190,8 +191,11 @@ class Attention:
         over((group + 2) * half, THREADS, pair)
 
     def _new_token(self, split: V) -> None:
-        """The new token's part: each warp finds its score for one head."""
-        h, group, part = self.plan.shape.head_dim, self.plan.shape.group, t.integer(WARPS)
+        """The new token's part: each warp finds its score for one head.
+
+        Of several splits the first counts it; in the others it weighs nothing.
+        """
+        h, group, part = self.plan.shape.head_dim, self.plan.shape.group, WARPS
         head, lane = t.me() // t.WARP, t.me() % t.WARP
 
         def numbers(of: V | int) -> list[V]:

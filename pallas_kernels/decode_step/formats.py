@@ -11,17 +11,19 @@ from pallas_kernels.decode_step.thread import V, asm, f32, i32
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One of them.
+    """One of them. A product's input enters as two numbers of it: rounded, and the rest.
 
     Attributes:
         name: as PTX has it.
-        scale: a power of two that a product's input is multiplied with before it is rounded. Large
-            activations of Qwen2.5 overflow float16, which ends at 65504; with 1/64 it takes
-            those up to four million, and what is left below 2^-25 of a number is 2^-19.
+        scale: what an input is multiplied with before that. Large activations of Qwen2.5 overflow
+            float16, which ends at 65504; with 1/64 they may be four million.
+        rest: what the rest is multiplied with besides, so that float16, which has no number below
+            2^-24, keeps it: an input is off by 2^-29 at most, or by 2^-22 of itself.
     """
 
     name: str
-    scale: float
+    scale: float = 1.0
+    rest: float = 1.0
 
     def pair(self, low: V, high: V) -> V:
         """Two float32 rounded, in one word."""
@@ -39,10 +41,11 @@ class Format:
         return low, high
 
     def split(self, low: V, high: V) -> tuple[V, V]:
-        """Two float32 as two pairs: rounded, and what rounding left."""
+        """Two numbers of an input as two pairs: rounded, and what rounding left."""
+        low, high = times(low, self.scale), times(high, self.scale)
         rounded = self.pair(low, high)
-        nearest = self.floats(rounded)
-        return rounded, self.pair(low - nearest[0], high - nearest[1])
+        rests = [x - y for x, y in zip((low, high), self.floats(rounded), strict=True)]
+        return rounded, self.pair(*(times(x, self.rest) for x in rests))
 
     def multiply(self, a: Sequence[V], b: Sequence[V], c: Sequence[V]) -> list[V]:
         """c + a b on the tensor cores: `[16, 16]` by `[16, 8]`, float32 sums.
@@ -58,7 +61,11 @@ class Format:
         return asm(text, [f32()] * 4, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *a, *b, *c)
 
 
-FORMATS = {"bfloat16": Format("bf16", 1.0), "float16": Format("f16", 1 / 64)}
+FORMATS = {"bfloat16": Format("bf16"), "float16": Format("f16", 1 / 64, 2**11)}
+
+
+def times(number: V, factor: float) -> V:
+    return number if factor == 1 else number * factor
 
 
 def format_of(dtype: DTypeLike) -> Format:

@@ -136,7 +136,7 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
 def build(
     plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
-    """The kernel for one model, cache capacity, number of rows and of blocks.
+    """The kernel for one model, cache capacity, dtype of both, number of rows and of blocks.
 
     Returns a function of (tape, table, bias, norms, hidden, rope, cache, positions) to (logits,
     new keys and values, scratch); and, if traced, the nanosecond at which each block ended each

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import Format
+from pallas_kernels.decode_step.formats import Format, times
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, Phase
 from pallas_kernels.decode_step.stream import PIECE_BYTES, TILE_BYTES, Place, Stream
@@ -124,8 +124,6 @@ class Products:
                 if norm:
                     total = sum((v * v for v in values), start=total)
                     values = [v * w.bits() for v, w in zip(values, weights[n], strict=True)]
-                if self.format.scale != 1:
-                    values = [v * self.format.scale for v in values]
                 pairs = [self.format.split(*values[:2]), self.format.split(*values[2:])]
                 operand = [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
                 at = (q // QUAD) * (64 * self.rows) + text * 64 + (q % QUAD) * 16
@@ -289,7 +287,10 @@ class Products:
         """Leaves this warp's sums of a band for `_total`."""
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
         row, quarter = lane // 4, lane % 4
-        each = SUMS // self.eights
+        each, rest = SUMS // self.eights, 1 / self.format.rest
+        if not self.narrow:
+            # Of an eight's products every second was one of rests.
+            totals = [times(x, rest if i // 4 % 2 else 1) for i, x in enumerate(totals)]
         found = [
             [sum(totals[n + i + 4 : n + each : 4], start=totals[n + i]) for i in range(4)]
             for n in range(0, SUMS, each)
@@ -308,7 +309,7 @@ class Products:
 
         if self.narrow:
             ((a, b, c, d),) = found
-            store(quarter, a + b, c + d)
+            store(quarter, a + times(b, rest), c + times(d, rest))
             return
         for first, (a, b, c, d) in zip(range(0, self.rows, TEXTS), found, strict=True):
             store(quarter * 2 + first, a, c)
@@ -318,5 +319,4 @@ class Products:
         """One number of a band: the sum over the warps."""
         at = sums + ((band * (WARPS * self.rows) + text) * BAND + row) * 4
         parts = [t.load_shared_floats(at + w * (self.rows * BAND * 4))[0] for w in range(WARPS)]
-        total = sum(parts[1:], start=parts[0])
-        return total if self.format.scale == 1 else total * (1 / self.format.scale)
+        return times(sum(parts[1:], start=parts[0]), 1 / self.format.scale)

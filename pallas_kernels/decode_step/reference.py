@@ -1,7 +1,7 @@
 """The definition of correct for `decode_step`, in plain jnp over the same packed weights.
 
-It rounds every product's input to the cache's dtype, as the model does on XLA; the kernel keeps
-16 bits of it.
+It rounds every product's input to the cache's dtype; the kernel keeps more of it, and in float16
+takes larger ones.
 """
 
 import jax

@@ -103,14 +103,14 @@ class Found:
         """Bytes."""
         return parts * heads * (head_dim + 2) * 4
 
-    def value(self, warp: int | V, head: V, column: int | V) -> V:
+    def value(self, part: int | V, head: V, column: int | V) -> V:
         """The address of a number."""
-        return self.memory + ((head + warp * self.heads) * self.head_dim + column) * 4
+        return self.memory + ((head + part * self.heads) * self.head_dim + column) * 4
 
-    def stats(self, warp: int | V, head: V) -> V:
+    def stats(self, part: int | V, head: V) -> V:
         """The address of a maximum and the sum after it."""
         values = self.parts * self.heads * self.head_dim * 4
-        return self.memory + values + (head + warp * self.heads) * 8
+        return self.memory + values + (head + part * self.heads) * 8
 
     def keep(self, found: Softmax) -> None:
         """Leaves what this warp found."""

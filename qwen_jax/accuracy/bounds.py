@@ -148,7 +148,7 @@ def _rope(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untype
 
 
 def _scores(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
-    """Float32 whatever the activations are; keys, and on some devices queries, are rounded."""
+    """Float32 whatever the activations are; keys, and queries beside them, are rounded."""
     q, k = inputs
     keys = operations.heads(ctx, k)
     scale = abs(ctx.knobs.scale(ctx.config))
@@ -180,7 +180,7 @@ def _softmax(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unt
 
 
 def _mix(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
-    """Probabilities and values enter in the cache's dtype."""
+    """Probabilities and values enter in the cache's dtype, which the result may have as well."""
     p, v = inputs
     values = operations.heads(ctx, v)
 
@@ -192,6 +192,8 @@ def _mix(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped
     squares = spread(p * p, values * values)
     own = reduction(y, squares, p.shape[-1])
     own += L * np.sqrt(3 * a.cache**2 * squares) + (2 * a.storage + 2 * U32) * np.abs(y)
+    if a.cache > a.storage:
+        own += a.cache * np.abs(y)
     if any(np.ndim(e) for e in errors):
         ep, ev = (np.broadcast_to(e, x.shape) ** 2 for e, x in zip(errors, inputs, strict=True))
         own += np.sqrt(spread(ep, values * values) + spread(p * p, operations.heads(ctx, ev)))

@@ -179,6 +179,8 @@ class Recorder:
 def plan_calls(length: int, prompt_length: int | None, chunk: int | None) -> list[Call]:
     """The calls a text goes through: the prompt in chunks, padded as the engine does, then ones.
 
+    On packed weights the engine's chunks are longer; these are recorded with their scores.
+
     Raises:
         UserError: there is no text, or a length is outside it.
     """
@@ -294,7 +296,7 @@ def _plain_chunk(
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
 ) -> tuple[KVCache, dict[str, jax.Array], Float[Array, "B T V"]]:
-    """A call as the engine makes it; one token goes through the decode-step kernel, if any does."""
+    """The call without records; one token goes through the decode-step kernel, if any does."""
     one = tokens.shape[1] == 1
     if one and isinstance(weights, PackedWeights) and weights.serves(1):
         logits, stacked = programs.forward_packed(

@@ -10,6 +10,7 @@ import numpy as np
 import pallas_kernels
 from pallas_kernels.gqa_decode_attention import mosaic_gpu as gqa_decode_attention
 from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_attention
+from pallas_kernels.rope import mosaic_gpu as rope
 from qwen_jax import api, packed
 from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
@@ -118,21 +119,21 @@ def text_lines(tokenizer: Tokenizer) -> Iterator[str]:
 def implementation_lines(
     implementation: str, config: ModelConfig, dtype: jnp.dtype
 ) -> Iterator[str]:
-    """What each operation would run on; batches and long contexts may still take another."""
-    q = activation_dtype(dtype)
+    """What each operation would run on; larger batches may still take another."""
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     cache = (1, kv_heads, SMALLEST_CAPACITY, dim)
     reasons = {
+        "rope": rope.refusal(CHUNK, (dim, dim), dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(
-            (1, CHUNK, heads, dim), cache, q, dtype, dtype
+            (1, CHUNK, heads, dim), cache, dtype, dtype, dtype
         ),
         "gqa_decode_attention": gqa_decode_attention.refusal(
-            heads, kv_heads, SMALLEST_CAPACITY, dim, q, dtype, dtype
+            heads, kv_heads, SMALLEST_CAPACITY, dim, dtype, dtype, dtype
         ),
         "decode_step": packed.refusal(config, dtype),
     }
     for operation in pallas_kernels.OPERATIONS:
-        why = reasons.get(operation)
+        why = reasons[operation]
         chosen = pallas_kernels.choose(operation, implementation, why)
         why = pallas_kernels.refusal(operation) or why
         yield f"{operation:<24} {chosen}" + (f" ({why})" if why and chosen == "xla" else "")

@@ -80,6 +80,18 @@ def test_results_of_16_bits_are_within_their_own_rounding(dtype: str) -> None:
     assert ratio("o_proj", stored, [x], [weight]) > 10
 
 
+def test_attention_beside_a_float16_cache_is_within_its_rounding() -> None:
+    """Of many slots that weigh the same, the rounding of the result is most of the error."""
+    rng, config, slots = np.random.default_rng(), CTX.config, 900
+    probs = np.full((8, config.num_heads, slots), 1 / slots)
+    values = rng.normal(3, 1, (slots, config.num_kv_heads, config.head_dim)).astype(np.float16)
+    exact = OPERATIONS["attn_out"](CTX, [probs, values.astype(np.float64)], [])
+    arithmetic = Arithmetic(operand=UNIT["float16"], cache=UNIT["float16"])
+    stored = exact.astype(np.float16)
+    assert ratio("attn_out", stored, [probs, values], [], arithmetic) <= 1
+    assert ratio("attn_out", stored, [probs, values], []) > 1
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 10**6), st.floats(-3, 3))
 def test_elementwise_operations_in_float32_stay_within(seed: int, exponent: float) -> None:

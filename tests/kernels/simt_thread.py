@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.formats import Format
-from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, Barrier, Lanes, Machine
+from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, REGION, Barrier, Lanes, Machine
 
 UNSIGNED = {I32: np.uint32, I64: np.uint64, BOOL: np.bool_}
 
@@ -195,6 +195,12 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     def function(code: Callable[[np.ndarray], np.ndarray]) -> Callable[[t.V], t.V]:
         return lambda x: v(code(m.lanes(x)), F32)
 
+    def prefetch(address: t.V, size: t.V) -> None:
+        for at, count in zip(m.lanes(address)[m.mask], m.lanes(size)[m.mask], strict=True):
+            assert count > 0 and count % 16 == at % 16 == 0, "a prefetch is not aligned"
+            offset = int(at) & ((1 << REGION) - 1)
+            assert offset + count <= len(m.bytes_at(int(at))), "a prefetch past its array"
+
     def each(code: Callable[..., None]) -> Callable[..., None]:
         """For every thread at work, one after the other."""
 
@@ -217,7 +223,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "load_shared": load_shared, "store_shared": store_shared,
         "store_shared_half": store_shared_half, "load_global": load_global,
         "store_global": store_global,
-        "store_global_half": store_global_half, "prefetch": lambda address, size: None,
+        "store_global_half": store_global_half, "prefetch": prefetch,
         "halves": halves,
         "exp2": function(np.exp2), "reciprocal": function(lambda x: 1 / x),
         "rsqrt": function(lambda x: 1 / np.sqrt(x)),

@@ -214,9 +214,14 @@ def test_no_worse_than_xla_and_the_same_in_every_order(
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_float16_takes_hidden_states_that_overflow_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = drawn(SMALL, 5, [20, 3], 64, "float16")
-    case = case._replace(hidden=case.hidden * 1e5)
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("size", [1e5, 1e-4])
+def test_float16_takes_hidden_states_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, size: float, rows: int
+) -> None:
+    """It ends at 65504 and has nothing below 6e-8."""
+    case = drawn(SMALL, 11, [20, 3, 1, 0, 7][:rows], 64, "float16")
+    case = case._replace(hidden=case.hidden * size)
     truth, xla = expected(case, "float32"), expected(case, "float16")
     for mine, theirs, right in zip(run(monkeypatch, case, SEED), xla, truth, strict=True):
         assert relative(mine, right) <= 1.5 * relative(theirs, right)

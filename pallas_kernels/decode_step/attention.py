@@ -216,16 +216,16 @@ class Attention:
         t.when(head < group, score)
 
     def _load(self, layer: V, unit: V, run: tuple[V, V], turn: V) -> list[V]:
-        """This lane's keys and values of 16 slots of a run, four words each."""
+        """This lane's words of 16 slots of a run, which `_apart` takes apart."""
         begin, end = run
         lane, first = t.me() % t.WARP, begin + turn * SLOTS_AT_ONCE
+        g, quarter = lane // 4, lane % 4
         words = []
         # Keys of slots g and g + 8, values of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-        for which, own, slots, stride in (
-            (0, lane // 4, (0, 8), 64),
-            (1, lane % 4 * 2, (0, 1, 8, 9), 128),
+        for which, own, column, slots, stride in (
+            (0, g, quarter * 16, (0, 8), 64),
+            (1, quarter * 2, g * 16, (0, 1, 8, 9), 128),
         ):
-            column = lane % 4 * 16 if which == 0 else lane // 4 * 16
             base = self._cached(which, layer, unit) + column.wide()
             at = base + ((first + own) * self._slot_bytes).wide()
             for slot in slots:
@@ -234,6 +234,14 @@ class Attention:
                     offset += slot * self._slot_bytes
                     words += t.load_global(at, 4, where=there, offset=offset)
         return words
+
+    def _apart(self, words: list[V]) -> tuple[list[list[list[V]]], list[list[list[list[V]]]]]:
+        """Keys and values as `Softmax.over` takes them, of every eight slots."""
+        per_key, per_value = self._slot_bytes // 64, self._slot_bytes // 128
+        fours = [words[n : n + 4] for n in range(0, len(words), 4)]
+        keys, values = fours[: 2 * per_key], fours[2 * per_key :]
+        slots = [values[n : n + per_value] for n in range(0, len(values), per_value)]
+        return [keys[:per_key], keys[per_key:]], [slots[:2], slots[2:]]
 
     def _slots(self, layer: V, unit: V, run: tuple[V, V], loaded: list[V]) -> Softmax:
         """The running softmax of this warp's slots, in one lane's share."""
@@ -255,15 +263,11 @@ class Attention:
             # In one piece, which memory likes better than its words asked for by lanes.
             t.when(lane.equals(0), lambda: self._bring(layer, unit, begin_next, end_next))
             later = self._load(layer, unit, run, i + 1)
-            found, words = Softmax.carried(carry[: len(empty)]), carry[len(empty) :]
-            fours = [words[n : n + 4] for n in range(0, len(words), 4)]
-            keys = [fours[n : n + h // 32] for n in range(0, h // 16, h // 32)]
-            each = h // 64
-            values = [fours[h // 16 + n * each :][:each] for n in range(4)]
-            pairs = [values[:2], values[2:]]
+            found = Softmax.carried(carry[: len(empty)])
+            keys, values = self._apart(carry[len(empty) :])
             slots = [first + quarter * 2 + n for n in (0, 1, 8, 9)]
             there = [slot < end for slot in slots]
-            found = found.over(self.format, queries, keys, pairs, [there[:2], there[2:]])
+            found = found.over(self.format, queries, keys, values, [there[:2], there[2:]])
             return [*found.carry(), *later]
 
         tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE

@@ -33,6 +33,13 @@ ODD = Shape(3, 256, 2, 1, 128, 384, 256, 1e-6)
 """Three layers, heads of 128, and a feed-forward in parts of different lengths."""
 TINY = Shape(2, 128, 2, 1, 64, 128, 1024, 1e-6)
 """A layer of it has 48 bands."""
+NARROW = Shape(1, 128, 2, 1, 64, 128, 256, 1e-6)
+GROUPS = {
+    1: Shape(1, 256, 2, 2, 128, 256, 256, 1e-6),
+    7: Shape(1, 256, 14, 2, 64, 256, 256, 1e-6),
+    8: Shape(1, 512, 8, 1, 64, 256, 256, 1e-6),
+}
+"""A layer with so many query heads to a key/value head."""
 
 
 class Case(NamedTuple):
@@ -165,32 +172,15 @@ def relative(x: np.ndarray, truth: np.ndarray) -> float:
     ("shape", "blocks", "positions", "capacity", "dtype"),
     [
         (SMALL, 5, [100], 256, "bfloat16"),
-        (SMALL, 16, [401], 512, "float16"),  # shared by several blocks
+        # Shared by several blocks, and so that some of them get no slot.
+        (SMALL, 16, [401], 512, "float16"),
+        (NARROW, 66, [8448], 8512, "bfloat16"),
         (SMALL, 7, [5, 0, 255], 256, "bfloat16"),
         (ODD, 6, [300, 17], 512, "bfloat16"),
         (TINY, 56, [9], 64, "bfloat16"),
-        (
-            Shape(1, 128, 2, 1, 64, 128, 256, 1e-6),
-            66,
-            [8448],
-            8512,
-            "bfloat16",
-        ),  # some splits get no slot
-        (
-            Shape(1, 512, 8, 1, 64, 256, 256, 1e-6),
-            9,
-            [0, 1, 64, 9, 15, 16],
-            128,
-            "bfloat16",
-        ),  # a group of 8
-        (
-            Shape(1, 256, 2, 2, 128, 256, 256, 1e-6),
-            11,
-            [3, 50, 7, 31, 32],
-            64,
-            "bfloat16",
-        ),  # and of one
-        (Shape(1, 256, 14, 2, 64, 256, 256, 1e-6), 11, [3, 40], 64, "bfloat16"),  # and of seven
+        (GROUPS[1], 11, [3, 50, 7, 31, 32], 64, "bfloat16"),
+        (GROUPS[7], 11, [3, 40], 64, "bfloat16"),
+        (GROUPS[8], 9, [0, 1, 64, 9, 15, 16], 128, "bfloat16"),
         (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 64, "float16"),
         (ODD, 15, [5, 0, 9, 1, 2, 3, 4, 63, 62, 7], 64, "bfloat16"),
         (TINY, 16, [*range(16)], 64, "float16"),

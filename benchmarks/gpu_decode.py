@@ -84,6 +84,11 @@ class Case(NamedTuple):
     run: Any
 
 
+def slots(context: int, rounds: int) -> int:
+    """The capacity of a cache that a text grows in by the steps of every round."""
+    return bucket(context + STEPS * (rounds + 1), SMALLEST_CAPACITY)
+
+
 def rows_of(engine: Engine, batch: int, context: int, capacity: int) -> Rows:
     """Rows that hold `context` random tokens each, as they are after the first steps."""
     config = engine.config
@@ -126,7 +131,7 @@ def compiled(config: ModelConfig, wanted: list[tuple[int, int]], args: Any) -> l
 
     def compile_one(case: tuple[tuple[str, Engine], tuple[int, int]]) -> Case:
         (name, engine), (batch, context) = case
-        capacity = bucket(context + STEPS * (args.rounds + 1), SMALLEST_CAPACITY)
+        capacity = slots(context, args.rounds)
         rows = jax.eval_shape(lambda: rows_of(engine, batch, context, capacity))
         plan, numbers = sampling_of(config, batch, args.temperature)
         decode: Any = engine._decode
@@ -179,7 +184,7 @@ def main() -> None:
         wanted = [
             (batch, context)
             for batch, context in itertools.product(args.batches, args.contexts)
-            if 2 * batch * bucket(context + 512, SMALLEST_CAPACITY) * token < most
+            if 2 * batch * slots(context, args.rounds) * token < most
         ]
         cases = compiled(config, wanted, args)
         for batch, context in wanted:

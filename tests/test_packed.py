@@ -21,9 +21,10 @@ from pallas_kernels.decode_step.plan import DOWN, Phase
 from qwen_jax import engine as engine_module
 from qwen_jax import measure
 from qwen_jax.cache import KVCache, StackedCache, bytes_per_token
+from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
-from qwen_jax.packed import pack
+from qwen_jax.packed import PackedWeights, pack
 from qwen_jax.sampling import Sampling, plan_rows
 from tests.engines import device_parameters, generate
 from tests.tiny_checkpoints import random_parameters, tiny_config
@@ -97,6 +98,13 @@ def test_what_is_put_on_the_tape_is_read_back(plan: Plan) -> None:
         assert np.array_equal(got, matrices[HEAD, 0][np.array(rows)])
 
 
+def plain_and_packed(config: ModelConfig) -> tuple[dict[str, jax.Array], PackedWeights]:
+    """The same float32 weights both ways, the packed ones for the kernel's reference."""
+    params = device_parameters(random_parameters(config, 5), "float32")
+    packed = pack(config, params.items(), jnp.dtype(jnp.float32), "xla")
+    return params, packed
+
+
 @pytest.mark.parametrize(
     ("tied", "sizes"),
     [
@@ -113,8 +121,7 @@ def test_the_engine_decodes_the_same_on_packed_weights(
     # Chunks as on plain weights: past a text their padding leaves keys and values, compared below.
     monkeypatch.setattr(engine_module, "PACKED_CHUNK", engine_module.CHUNK)
     config = dataclasses.replace(CONFIG, tied=tied)
-    params = device_parameters(random_parameters(config, 5), "float32")
-    packed = pack(config, params.items(), jnp.dtype(jnp.float32), "xla")
+    params, packed = plain_and_packed(config)
     back = packed.parameters()
     assert back.keys() == params.keys()
     assert all(np.array_equal(back[name], value) for name, value in params.items())
@@ -132,8 +139,7 @@ def test_the_engine_decodes_the_same_on_packed_weights(
 
 
 def test_a_prompt_in_one_long_chunk_reads_the_same() -> None:
-    params = device_parameters(random_parameters(CONFIG, 5), "float32")
-    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    params, packed = plain_and_packed(CONFIG)
     prompt = Prompt(np.random.default_rng(5).integers(0, CONFIG.vocab_size, 570).tolist(), 20)
     long, short = (generate(Engine(CONFIG, w), [prompt], logprobs=True) for w in (packed, params))
     assert long.tokens == short.tokens
@@ -141,8 +147,7 @@ def test_a_prompt_in_one_long_chunk_reads_the_same() -> None:
 
 
 def test_stacking_needs_room_for_two_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = device_parameters(random_parameters(CONFIG, 5), "float32")
-    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    params, packed = plain_and_packed(CONFIG)
     prompts, size = [Prompt([1], 10)], 256 * bytes_per_token(CONFIG, 4)
     monkeypatch.setattr(measure, "free_memory", lambda: size * 3 // 2)
     check_fits(Engine(CONFIG, params), prompts, 1)
@@ -152,8 +157,7 @@ def test_stacking_needs_room_for_two_caches(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_cache_is_stacked_once() -> None:
     """And no buffer is held twice for longer than that takes."""
-    params = device_parameters(random_parameters(CONFIG, 5), "float32")
-    engine = Engine(CONFIG, pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla"))
+    engine = Engine(CONFIG, plain_and_packed(CONFIG)[1])
     plan, numbers = plan_rows([Sampling()], CONFIG.vocab_size)
     filled, _ = engine.prefill([Prompt([1, 2, 3], 30)], plan, numbers)
     before = engine.compiled
@@ -166,8 +170,7 @@ def test_the_cache_is_stacked_once() -> None:
 
 
 def test_a_cache_of_another_dtype_is_refused() -> None:
-    params = device_parameters(random_parameters(CONFIG, 5), "float32")
-    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    _, packed = plain_and_packed(CONFIG)
     cache = StackedCache.of(KVCache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16)))
     one = jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match="the cache is float16, the weights are float32"):
@@ -175,8 +178,7 @@ def test_a_cache_of_another_dtype_is_refused() -> None:
 
 
 def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:
-    params = device_parameters(random_parameters(CONFIG, 5), "float32")
-    packed = pack(CONFIG, params.items(), jnp.dtype(jnp.float32), "xla")
+    params, packed = plain_and_packed(CONFIG)
     assert packed.serves(MOST_ROWS)
     assert not packed.serves(MOST_ROWS + 1)
     prompts = [Prompt([i, 2 * i], 3) for i in range(MOST_ROWS + 1)]

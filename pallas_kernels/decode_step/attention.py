@@ -13,7 +13,7 @@ from pallas_kernels.decode_step.formats import Format
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import Plan
 from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.softmax import NEVER, Found, Softmax
+from pallas_kernels.decode_step.softmax import NEVER, Found, Softmax, score_scale
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
 
@@ -205,7 +205,7 @@ class Attention:
 
         def score() -> None:
             products = [q * k for q, k in zip(numbers(head), numbers(group), strict=True)]
-            total = t.warp_sum(sum(products[1:], start=products[0])) * (t.LOG2_E * h**-0.5)
+            total = t.warp_sum(sum(products[1:], start=products[0])) * score_scale(h)
             mine = split.equals(0)
             stats = [t.select(mine, total, NEVER), t.select(mine, t.number(1), 0.0)]
             at = self._of_group.stats(part, head)

@@ -3,9 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from pallas_kernels.decode_step.thread import V, asm, f32, i32
 
 
@@ -62,11 +59,8 @@ class Format:
 
 
 FORMATS = {"bfloat16": Format("bf16"), "float16": Format("f16", 1 / 64, 2**11)}
+"""By dtype."""
 
 
 def times(number: V, factor: float) -> V:
     return number if factor == 1 else number * factor
-
-
-def format_of(dtype: DTypeLike) -> Format:
-    return FORMATS[jnp.dtype(dtype).name]

@@ -22,7 +22,7 @@ from pallas_kernels.decode_step import attention, products
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
-from pallas_kernels.decode_step.formats import FORMATS, format_of
+from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, MOST_ROWS, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS, Products
 from pallas_kernels.decode_step.step import PHASES, Step, Work
@@ -82,6 +82,7 @@ class Memory(NamedTuple):
 
 def bands_at_once(plan: Plan, rows: int) -> int:
     """Bands whose sums are added up together: fewer where the inputs take up the memory."""
+    # Each number of them is a thread's, of which MOST_ROWS rows of one band take all.
     usual = max(8 // rows, min(2, MOST_ROWS // rows))
     return usual if _divided(plan, rows, usual).stages >= FEWEST_STAGES else 1
 
@@ -145,7 +146,7 @@ def build(
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
     splits = attention.most_splits(plan, rows, capacity)
-    layout, format = Layout.of(plan, rows, splits), format_of(dtype)
+    layout, format = Layout.of(plan, rows, splits), FORMATS[jnp.dtype(dtype).name]
 
     def start(context: Any, hidden: Any, words: Any) -> None:
         """Leaves the embeddings for the first layer, and clears every other word."""

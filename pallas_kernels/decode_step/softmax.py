@@ -14,6 +14,11 @@ NEVER = -1e30
 """The score of a slot that isn't there."""
 
 
+def score_scale(head_dim: int) -> float:
+    """What a query times a key is multiplied with, for exponentials of base two."""
+    return t.LOG2_E * head_dim**-0.5
+
+
 @dataclasses.dataclass(frozen=True)
 class Softmax:
     """A lane's share of a running softmax.
@@ -63,7 +68,7 @@ class Softmax:
                 for i in (0, 2):
                     a = [query[i], none, query[i + 1], none]
                     sums = format.multiply(a, key[i : i + 2], [*sums, zero, zero])[:2]
-            scaled = [s * (t.LOG2_E * head_dim**-0.5) for s in sums]
+            scaled = [s * score_scale(head_dim) for s in sums]
             scores.append([t.select(c, s, NEVER) for c, s in zip(both, scaled, strict=True)])
         maximum = self.maximum
         for score in (s for pair in scores for s in pair):

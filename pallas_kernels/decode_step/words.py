@@ -67,12 +67,12 @@ def awaited(
 ) -> list[list[V]]:
     """`count` float32 at each address, once all have the tag; no number if not `where`."""
 
+    wanted: Sequence[V | None] = where or [None] * len(addresses)
+
     def look() -> tuple[V, list[V]]:
         words = [
             w
-            for a, there in zip(
-                addresses, where or itertools.repeat(None, len(addresses)), strict=True
-            )
+            for a, there in zip(addresses, wanted, strict=True)
             for w in t.load_global(a, count, "relaxed.gpu", where=there, otherwise=tag)
         ]
         late = words[0] ^ tag

@@ -101,9 +101,9 @@ LENGTHS = [
     (65, 2047, 2, 333, 129, 64, 1024, 700),
     (65, 2047, 2, 333, 129, 64, 1024, 700, 3, 256, 257, 17, 500),
 ]
-
-
 FEWEST_ROWS = 6
+"""Whose errors are compared: a single row's scatters around XLA's, since both round queries and
+keys, and 2 in 100 are past twice XLA's."""
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
@@ -122,8 +122,6 @@ def test_no_worse_than_twice_the_xla_path(name: str, lengths: tuple[int, ...], d
         pytest.skip("shared memory has no room for so many rows")
     vocab, rng = CONFIGS[name].vocab_size, np.random.default_rng([SEED, *lengths])
     ours, theirs = [], []
-    # A row's error scatters around XLA's, since both round queries and keys: of single rows 2 in
-    # 100 are past twice XLA's. So errors are those of several rows, whatever the batch.
     for _ in range(-(-FEWEST_ROWS // len(lengths))):
         texts = [rng.integers(0, vocab, length).tolist() for length in lengths]
         truth = after_prompts(three.truth, texts, False)
@@ -135,6 +133,8 @@ def test_no_worse_than_twice_the_xla_path(name: str, lengths: tuple[int, ...], d
     mine, xlas = (float(np.sqrt(np.mean(np.square(x)))) for x in (ours, theirs))
     print(f"seed {SEED}, {name}, {dtype}, lengths {lengths}: kernel {mine:.2e}, xla {xlas:.2e}")
     assert mine <= 2 * xlas
+    if len(lengths) > 1:  # nor is any row of a batch worse than that
+        assert max(ours) <= 2 * max(theirs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -155,11 +155,8 @@ def test_the_last_position_of_the_longest_context(name: str, dtype: str) -> None
     def step(dtype: str, implementation: str) -> list[np.ndarray]:
         packed = weights.packed._replace(tape=weights.packed.tape.astype(dtype))
         run = functools.partial(decode_step, plan=weights.plan, implementation=implementation)
-        out = jax.jit(
-            lambda packed, *rest: run(
-                packed, hidden=rest[0], cache=rest[1], position=position, inv_freq=inv_freq
-            )
-        )(packed, hidden, cache.astype(dtype))
+        inputs = {"hidden": hidden, "cache": cache.astype(dtype), "position": position}
+        out = jax.jit(run)(packed, **inputs, inv_freq=inv_freq)
         return [np.asarray(x, np.float64) for x in out]
 
     truth, xla, kernel = step("float32", "xla"), step(dtype, "xla"), step(dtype, "mosaic_gpu")

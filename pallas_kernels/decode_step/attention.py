@@ -6,6 +6,7 @@ in no slot yet, is one more part beside those of the warps.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
@@ -26,6 +27,11 @@ FEW_BLOCKS = 8
 """Attending blocks up to which a warp asks for 8 KiB of keys and of values early; else for 4."""
 SPLITS_AT_ONCE = 4
 """Splits of a warp that are waited for together."""
+
+
+Result = Callable[[V, V, list[V], V], None]
+"""Leaves some columns of a head's result: row and head in one number, the first column, the
+values, and the layer's tag."""
 
 
 def most_splits(plan: Plan, rows: int, capacity: int) -> int:
@@ -59,6 +65,7 @@ class Attention:
         heads: shared memory for the group's queries, the key and the value.
         found: shared memory for what the warps found.
         format: of the cache.
+        result: where the results go.
     """
 
     plan: Plan
@@ -75,6 +82,7 @@ class Attention:
     heads: V
     found: V
     format: Format
+    result: Result
 
     @property
     def _of_group(self) -> Found:
@@ -284,9 +292,8 @@ class Attention:
             index = row * shape.heads + kv_head * group + head
 
             def whole() -> None:
-                at = self.layout.at(self.memory, w.ATTENDED, index * h + column)
                 scale = t.reciprocal(total)
-                leave(at, [value * scale for value in values], tag)
+                self.result(index, column, [value * scale for value in values], tag)
 
             def part() -> None:
                 place = index * self.splits + split
@@ -355,8 +362,7 @@ class Attention:
         def write() -> None:
             column = t.me()
             _, total, (value,) = of_head.merged(head, column, 1)
-            at = self.layout.at(self.memory, w.ATTENDED, index * h + column)
-            leave(at, [value * t.reciprocal(total)], tag)
+            self.result(index, column, [value * t.reciprocal(total)], tag)
 
         t.when(t.me() < h, write)
         t.together(THREADS)

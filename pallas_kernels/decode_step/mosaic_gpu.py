@@ -194,6 +194,11 @@ def build(
         base = t.address(smem, shared=True)
         _, inputs, sums, own, heads, squares, _ = (base + b for b in divided.begins())
         block = t.block()
+
+        def attended(head: t.V, column: t.V, values: list[t.V], tag: t.V) -> None:
+            at = layout.at(words, w.ATTENDED, head * shape.head_dim + column)
+            w.leave(at, values, tag)
+
         step = Step(
             plan,
             rows,
@@ -203,7 +208,7 @@ def build(
             ),
             Attention(
                 plan, rows, capacity, splits, block, cache, rope, positions, new, words, layout,
-                heads, inputs, format,
+                heads, inputs, format, attended,
             ),
             own, bias, norms, hidden, logits, words, layout,
             times[0] + (block * (4 * len(PHASES))).wide() if traced else None,

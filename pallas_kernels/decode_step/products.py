@@ -13,7 +13,8 @@ from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.formats import Format, times
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, Phase
-from pallas_kernels.decode_step.stream import PIECE_BYTES, TILE_BYTES, Place, Stream
+from pallas_kernels.decode_step.ring import Place
+from pallas_kernels.decode_step.stream import PIECE_BYTES, TILE_BYTES, Stream
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import awaited
 

@@ -23,7 +23,7 @@ from pallas_kernels.decode_step.products import (
     Total,
     nothing,
 )
-from pallas_kernels.decode_step.stream import Place
+from pallas_kernels.decode_step.ring import Place
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
 

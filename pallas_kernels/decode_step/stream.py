@@ -4,12 +4,11 @@ The stream runs on across bands, phases and layers, through a ring of shared mem
 weights of the next phases arrive while the blocks wait for each other.
 """
 
-from typing import NamedTuple
-
 from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.packing import PIECE, WARPS
 from pallas_kernels.decode_step.plan import HEAD, Plan
+from pallas_kernels.decode_step.ring import Place, Ring
 from pallas_kernels.decode_step.thread import V
 
 PIECE_BYTES = 2 * PIECE
@@ -19,56 +18,8 @@ IN_FLIGHT = 3
 each other come late; fewer leave it idle."""
 
 
-class Place(NamedTuple):
-    """Where a reader or the fetching thread stands: a slot of the ring and its turn's parity."""
-
-    slot: V
-    parity: V
-
-    @classmethod
-    def begin(cls) -> "Place":
-        return cls(t.integer(0), t.integer(0))
-
-
-class Stream:
-    """The pages of one block.
-
-    Attributes:
-        ring: address of the `stages` slots, in shared memory, of `slot_bytes` each.
-        turns: of two mbarriers a slot: that it is full, and that all warps have read it.
-    """
-
-    def __init__(self, ring: V, turns: V, stages: int, slot_bytes: int):
-        self.ring, self.turns = ring, turns
-        self.stages, self.slot_bytes = stages, slot_bytes
-
-    def make(self) -> None:
-        """Sets up the barriers; one thread calls this, and all others wait for it."""
-        for slot in range(self.stages):
-            barriers.make_barrier(self._full(t.integer(slot)), 1)
-            barriers.make_barrier(self._empty(t.integer(slot)), WARPS)
-        barriers.barriers_made()
-
-    def _full(self, slot: V) -> V:
-        return self.turns + slot * 16
-
-    def _empty(self, slot: V) -> V:
-        return self.turns + slot * 16 + 8
-
-    def next(self, place: Place) -> Place:
-        wraps = place.slot.equals(self.stages - 1)
-        slot = t.select(wraps, t.integer(0), place.slot + 1)
-        return Place(slot, t.select(wraps, place.parity ^ 1, place.parity))
-
-    def wait(self, place: Place) -> V:
-        """Waits for the page at hand and returns its address."""
-        barriers.await_turn(self._full(place.slot), place.parity)
-        return self.ring + place.slot * self.slot_bytes
-
-    def release(self, place: Place) -> None:
-        """This warp has read the page."""
-        t.warp_together()
-        t.when((t.me() % t.WARP).equals(0), lambda: barriers.arrive(self._empty(place.slot)))
+class Stream(Ring):
+    """The pages of one block, page after page as they lie on the tape."""
 
     def fetch(self, plan: Plan, tape: V, first: V, count: list[V], part_tiles: V) -> None:
         """Fetches all pages of the block in order; for one thread alone.
@@ -92,16 +43,16 @@ class Stream:
                 place, landed = Place(*at[:2]), Place(*at[2:])
                 size = (tiles * (i + 1)) // p.pages - (tiles * i) // p.pages
                 late = number >= IN_FLIGHT
-                t.when(late, lambda: barriers.await_turn(self._full(landed.slot), landed.parity))
+                t.when(late, lambda: barriers.await_turn(self.full(landed.slot), landed.parity))
                 after = self.next(landed)
                 landed = Place(*(t.select(late, x, y) for x, y in zip(after, landed, strict=True)))
                 # A slot that was never used is empty: the turn before the first is over.
-                barriers.await_turn(self._empty(place.slot), place.parity ^ 1)
+                barriers.await_turn(self.empty(place.slot), place.parity ^ 1)
                 barriers.copy_in(
-                    self.ring + place.slot * self.slot_bytes,
+                    self.memory + place.slot * self.slot_bytes,
                     tape + tile.wide() * TILE_BYTES,
                     size * TILE_BYTES,
-                    self._full(place.slot),
+                    self.full(place.slot),
                 )
                 return [tile + size, number + 1, *self.next(place), *landed]
 

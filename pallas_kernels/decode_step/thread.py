@@ -182,6 +182,31 @@ def repeat_while(body: Callable[[], tuple[V, Sequence[V]]], count: int) -> list[
     return [V(r) for r in op.results]
 
 
+def loop_while(
+    again: Callable[[list[V]], V], carry: Sequence[V], body: Callable[[list[V]], Sequence[V]]
+) -> list[V]:
+    """`carry = body(carry)` as long as `again(carry)`; the carry after the last."""
+    types = [v.raw.type for v in carry]
+    op = scf.WhileOp(types, [v.raw for v in carry])
+    with ir.InsertionPoint.at_block_begin(op.before.blocks.append(*types)):
+        values = [V(a) for a in op.before.blocks[0].arguments]
+        scf.condition(again(values).raw, [v.raw for v in values])
+    with ir.InsertionPoint.at_block_begin(op.after.blocks.append(*types)):
+        results = body([V(a) for a in op.after.blocks[0].arguments])
+        scf.yield_([v.raw for v in results])
+    return [V(r) for r in op.results]
+
+
+def either(condition: V, then: Callable[[], Sequence[V]], otherwise: Sequence[V]) -> list[V]:
+    """What `then` returns, or those values without running it."""
+    op = scf.IfOp(condition.raw, [v.raw.type for v in otherwise], has_else=True)
+    with ir.InsertionPoint(op.then_block):
+        scf.yield_([v.raw for v in then()])
+    with ir.InsertionPoint(op.else_block):
+        scf.yield_([v.raw for v in otherwise])
+    return [V(r) for r in op.results]
+
+
 def when(condition: V, then: Callable[[], Any]) -> None:
     op = scf.IfOp(condition.raw)
     with ir.InsertionPoint(op.then_block):
@@ -289,7 +314,11 @@ def store_shared_half(address: V, value: V) -> None:
     asm("{ .reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h; }", [], "r,r", address, value)
 
 
-LOADS = {"nc": "ld.global.nc", "relaxed.gpu": "ld.relaxed.gpu.global"}
+LOADS = {
+    "nc": "ld.global.nc",
+    "relaxed.gpu": "ld.relaxed.gpu.global",
+    "acquire.gpu": "ld.acquire.gpu.global",
+}
 
 
 def load_global(
@@ -304,7 +333,8 @@ def load_global(
     """Int32 from global memory, `offset` bytes from the address, in one instruction.
 
     Args:
-        kind: "nc" what nobody writes, "relaxed.gpu" what others write.
+        kind: "nc" what nobody writes, "relaxed.gpu" what others write, "acquire.gpu" what they
+            write after something else that is read next.
         where: whether to load, or to take `otherwise`.
     """
     return _load(LOADS[kind], address, count, where, otherwise, offset)

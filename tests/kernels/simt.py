@@ -85,7 +85,7 @@ class Shared:
 
 
 class Machine:
-    """Runs blocks of two roles over arrays.
+    """Runs blocks of several roles over arrays.
 
     Args:
         shared: bytes of shared memory of a block, of which `unwatched` (begin, end) ones are
@@ -237,11 +237,14 @@ class Machine:
     def store_shared(self, address: np.ndarray, values: Sequence[np.ndarray]) -> None:
         self._shared_words(address[self.mask], len(values), self.mask, values)
 
+    def expect(self, barrier: int, size: int) -> None:
+        """The arrival of whoever starts copies of so many bytes."""
+        self._barrier(barrier).bytes += size
+        self.arrive(barrier)
+
     def copy(self, shared: int, source: int, size: int, barrier: int) -> None:
         """One copy, which lands later."""
         block, waited = self.shared[self.role.block], self._barrier(barrier)
-        waited.pending -= 1
-        waited.bytes += size
         at = source & ((1 << REGION) - 1)
         data = self.bytes_at(source)[at : at + size].copy()
         assert len(data) == size, "a copy past the end of its array"
@@ -272,8 +275,8 @@ class Machine:
         if threads == self.role.count:
             self.shared[block].epoch += 1
             return
-        # Both roles meet, once.
-        self.meetings[block] += 1
+        # All roles meet, once.
+        self.meetings[block] += self.role.count
         self.progress += 1
-        while self.meetings[block] < 2:
+        while self.meetings[block] < threads:
             self.give_way()

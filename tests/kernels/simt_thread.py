@@ -98,11 +98,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         state = [c.raw for c in carry]
         while (active := m.mask & (i < last)).any():
             turn = functools.partial(body, v(i, I32), [t.V(s) for s in state])
-            results = m.masked(active, turn)
-            state = [
-                Lanes(np.where(active, r.raw.data, s.data), s.type)
-                for r, s in zip(results, state, strict=True)
-            ]
+            state = merged(active, m.masked(active, turn), [t.V(s) for s in state])
             i = i + active.astype(np.int32)
         return [t.V(s) for s in state]
 
@@ -116,6 +112,27 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
             if not active.any():
                 return ints(found)
             m.give_way()
+
+    def loop_while(again: Any, carry: Any, body: Any) -> list[t.V]:
+        state = [c.raw for c in carry]
+        while True:
+            values = [t.V(s) for s in state]
+            active = m.mask & m.lanes(again(values))
+            if not active.any():
+                return values
+            results = m.masked(active, functools.partial(body, values))
+            state = merged(active, results, values)
+
+    def merged(active: np.ndarray, then: Any, otherwise: Any) -> list[Lanes]:
+        return [
+            Lanes(np.where(active, a.raw.data, b.raw.data), b.raw.type)
+            for a, b in zip(then, otherwise, strict=True)
+        ]
+
+    def either(condition: t.V, then: Any, otherwise: Any) -> list[t.V]:
+        if not (active := truth(condition)).any():
+            return list(otherwise)
+        return [t.V(x) for x in merged(active, m.masked(active, then), otherwise)]
 
     def when(condition: t.V, then: Any) -> None:
         if (active := truth(condition)).any():
@@ -210,13 +227,23 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
 
         return run
 
+    def copy(shared: t.V, source: t.V, size: Any, barrier: t.V) -> None:
+        values = [shared, source, t.integer(size), barrier]
+        for each in zip(*(m.lanes(x)[m.mask].tolist() for x in values), strict=True):
+            m.copy(*each)
+
+    def count_arrival(counter: t.V) -> None:
+        (count,) = m.load(m.lanes(counter), 1, m.mask)
+        m.store(m.lanes(counter), [count + 1])
+
     def make_barrier(address: t.V, arrivals: int) -> None:
         m.shared[m.role.block].barriers[one(address)] = Barrier(arrivals)
 
     for name, code in {
         "emit": lambda code, *refs: code(None, *refs), "arith": _arith(),
         "i32": lambda: I32, "i64": lambda: I64, "f32": lambda: F32,
-        "loop": loop, "repeat_while": repeat_while, "when": when,
+        "loop": loop, "loop_while": loop_while, "repeat_while": repeat_while,
+        "either": either, "when": when,
         "me": lambda: v(m.role.first + np.arange(m.role.count), I32),
         "block": lambda: v(m.role.block, I32), "together": m.together,
         "warp_together": lambda: None, "from_lane": from_lane,
@@ -234,9 +261,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         patch.setattr(Format, name, code)
     for name, code in {
         "make_barrier": make_barrier, "barriers_made": lambda: None, "arrive": each(m.arrive),
-        "copy_in": lambda shared, source, size, barrier: m.copy(
-            one(shared), one(source), one(size), one(barrier)
-        ),
+        "expect": lambda barrier, size: m.expect(one(barrier), one(size)), "copy": copy,
+        "before_copies": lambda: None, "count_arrival": count_arrival,
         "await_turn": lambda barrier, parity: m.await_turn(one(barrier), one(parity)),
     }.items():  # fmt: skip
         patch.setattr(barriers, name, code)

@@ -1,0 +1,243 @@
+"""One decode step of up to 64 rows as a single persistent kernel on Hopper.
+
+It reads the same tape as the kernel of few rows and shares its attention. One warp fetches the
+block's weights ahead, across phases; a thread of another fetches the inputs of products, each
+once all blocks have left their share of it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from pallas_kernels import compat
+from pallas_kernels.decode_step import attention, barriers, mosaic_gpu
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step import words as w
+from pallas_kernels.decode_step.attention import Attention
+from pallas_kernels.decode_step.batched import products, step
+from pallas_kernels.decode_step.batched.pages import MOST_BANDS, Pages
+from pallas_kernels.decode_step.batched.products import Products
+from pallas_kernels.decode_step.batched.step import MOST_ROWS, Step, layout_of
+from pallas_kernels.decode_step.batched.texts import Texts
+from pallas_kernels.decode_step.formats import FORMATS
+from pallas_kernels.decode_step.mosaic_gpu import (
+    FETCHER_REGISTERS,
+    FETCHERS,
+    REGISTERS,
+    RESERVED_BYTES,
+    SMEM_BYTES,
+)
+from pallas_kernels.decode_step.plan import BAND, OUTPUT, Plan
+from pallas_kernels.decode_step.products import THREADS
+from pallas_kernels.decode_step.ring import Ring
+from pallas_kernels.decode_step.step import PHASES, Work
+from pallas_kernels.decode_step.stream import TILE_BYTES
+from pallas_kernels.decode_step.words import Layout
+
+PAGES = 16
+"""Of weights in shared memory, at most."""
+CHUNKS_BYTES = 48 * 1024
+"""Shared memory for chunks of an input, about."""
+DTYPE = "bfloat16"
+
+
+class Memory(NamedTuple):
+    """How a block's shared memory is divided: bytes of each piece, in this order.
+
+    Attributes:
+        tiles: of weights.
+        chunks: of the input of a product.
+        sums: of a band of each warp; in attention's turn, what the warps found.
+        own: the hidden state of the block's bands.
+        heads: queries, key and value of the block's attention.
+        scales: of norms.
+        sizes: of the pages, an int32 each.
+        page_turns, chunk_turns: two barriers each.
+        cleared: one barrier.
+    """
+
+    tiles: int
+    chunks: int
+    sums: int
+    own: int
+    heads: int
+    scales: int
+    sizes: int
+    page_turns: int
+    chunk_turns: int
+    cleared: int
+
+    def begins(self) -> list[int]:
+        return [sum(self[:i]) for i in range(len(self))]
+
+
+def memory(plan: Plan, rows: int) -> Memory:
+    texts = Texts(rows, FORMATS[DTYPE])
+    chunks = max(3, CHUNKS_BYTES // texts.chunk_bytes)
+    pieces = (
+        chunks * texts.chunk_bytes,
+        max(products.sums_bytes(texts), attention.found_bytes(plan)),
+        int(plan.phases[OUTPUT].count.max()) * rows * BAND * 4,
+        attention.heads_bytes(plan),
+        MOST_ROWS * 4,
+        PAGES * 4,
+        PAGES * 16,
+        chunks * 16,
+        16,
+    )
+    left = SMEM_BYTES - RESERVED_BYTES - sum(pieces)
+    return Memory(max(0, left // TILE_BYTES) * TILE_BYTES, *pieces)
+
+
+def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
+    """Why the kernel can't run a step, or None; `mosaic_gpu.unfit` has been asked."""
+    if jnp.dtype(dtype).name != DTYPE:
+        return f"of {rows} rows the weights must be {DTYPE}, not {jnp.dtype(dtype).name}"
+    if rows > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} rows, not {rows}"
+    if (tiles := memory(plan, rows).tiles // TILE_BYTES) < MOST_BANDS:
+        return f"shared memory has room for {tiles} tiles of weights, fewer than {MOST_BANDS}"
+    return None
+
+
+@functools.cache
+def build(
+    plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
+) -> Callable[..., Any]:
+    """The kernel for one model, as `mosaic_gpu.build` makes the one of few rows."""
+    shape, blocks = plan.shape, plan.blocks
+    divided, texts = memory(plan, rows), Texts(rows, FORMATS[jnp.dtype(dtype).name])
+    splits = attention.most_splits(plan, rows, capacity)
+    layout = layout_of(plan, texts, splits)
+
+    def own_memory(smem: Any) -> list[t.V]:
+        base = t.address(smem, shared=True)
+        return [base + begin for begin in divided.begins()]
+
+    def streams(smem: Any) -> tuple[Pages, Ring]:
+        tiles, chunks, *_, sizes, page_turns, chunk_turns, _ = own_memory(smem)
+        pages = Pages(tiles, divided.tiles // TILE_BYTES, Ring(sizes, page_turns, PAGES, 4))
+        stages = divided.chunk_turns // 16
+        return pages, Ring(chunks, chunk_turns, stages, texts.chunk_bytes)
+
+    def work_of(table: Any) -> Work:
+        return Work.read(t.address(table) + (t.block() << 6).wide())
+
+    def make(context: Any, smem: Any) -> None:
+        def barriers_of_all() -> None:
+            barriers.make_barrier(own_memory(smem)[-1], 1)
+            pages, chunks = streams(smem)
+            pages.ring.make()
+            chunks.make()
+
+        t.when(t.me().equals(0), barriers_of_all)
+        t.together(THREADS + FETCHERS)
+
+    def fetch(context: Any, tape: Any, table: Any, words: Any, smem: Any) -> None:
+        work = work_of(table)
+        pages, chunks = streams(smem)
+        t.when(
+            (t.me() // t.WARP).equals(THREADS // t.WARP),
+            lambda: pages.fetch(plan, t.address(tape), work),
+        )
+
+        def inputs() -> None:
+            cleared = own_memory(smem)[-1]
+            step.fetch_inputs(plan, texts, layout, t.address(words), work, chunks, cleared)
+
+        t.when(t.me().equals(THREADS + t.WARP), inputs)
+
+    def made(refs: tuple[Any, ...]) -> Step:
+        """This block's part of the step, from all references but the tape."""
+        *outside, smem = refs
+        table, bias, norms, hidden, rope, cache, positions, logits, new, words, *times = outside
+        _, _, sums, own, heads, scales, *_ = own_memory(smem)
+        pages, chunks = streams(smem)
+        memory, block = t.address(words), t.block()
+
+        def attended(head: t.V, column: t.V, values: list[t.V], tag: t.V) -> None:
+            at = layout.at(memory, w.ATTENDED)
+            column = head % shape.heads * shape.head_dim + column
+            texts.put(at, head // shape.heads, column, values)
+
+        return Step(
+            plan,
+            texts,
+            work_of(table),
+            Products(texts, pages, chunks, sums),
+            Attention(
+                plan, rows, capacity, splits, block, t.address(cache), t.address(rope),
+                t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
+                attended,
+            ),
+            own, scales, t.address(bias), t.address(norms), t.address(hidden), t.address(logits),
+            memory, layout,
+            t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
+        )  # fmt: skip
+
+    def start(context: Any, *refs: Any) -> None:
+        """Takes the embeddings, and clears the words."""
+        this = made(refs)
+        this.begin()
+
+        def clear(section: int) -> None:
+            begin, size = layout.at(this.memory, section), layout.sizes[section]
+
+            def one(i: t.V, _: list[t.V]) -> list[t.V]:
+                word = (i * blocks + t.block()) * THREADS + t.me()
+                at, nothing = begin + (word << 2).wide(), t.integer(0)
+                t.when(word < size, lambda: t.store_global(at, [nothing]))
+                return []
+
+            t.loop(-(-size // (THREADS * blocks)), [], one)
+
+        # Tag 0 is that of the layer before the first; the first waits for 1.
+        for section in (w.QKV, w.PARTS, w.SPLITS, w.STATS, step.MEETINGS):
+            clear(section)
+        t.together(THREADS)
+
+    def steps(context: Any, *refs: Any) -> None:
+        t.when(t.me().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-1]))
+        made(refs).run()
+
+    def body(*refs: Any) -> None:
+        tape, table, words, smem = (refs[i] for i in (0, 1, 10, -1))
+        semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
+        warpgroup = lax.axis_index("wg")
+        t.emit(make, smem)
+
+        @pl.when(warpgroup == THREADS // t.WARPGROUP)
+        def _() -> None:
+            plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
+            t.emit(fetch, tape, table, words, smem)
+
+        @pl.when(warpgroup < THREADS // t.WARPGROUP)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            t.emit(start, *refs[1:])
+            plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
+            count = blocks * THREADS // t.WARPGROUP
+            plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
+            t.emit(steps, *refs[1:])
+
+    return compat.kernel(
+        body,
+        name="decode_step",
+        out_type=(
+            jax.ShapeDtypeStruct((rows, shape.vocab), jnp.float32),
+            jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), dtype),
+            jax.ShapeDtypeStruct((layout.total,), jnp.int32),
+            *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,
+        ),
+        grid=(blocks,),
+        grid_names=("sm",),
+        scratch_types=(plgpu.SMEM((sum(divided) // 4,), jnp.int32),),
+        warpgroups=(THREADS + FETCHERS) // t.WARPGROUP,
+    )

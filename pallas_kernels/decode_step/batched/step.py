@@ -1,0 +1,362 @@
+"""The phases of a step of many rows on one block, each a function, and their order.
+
+Queries, keys and values, the parts of long texts and those of the down projection are words that
+say which layer they belong to, as in a step of few rows. Inputs of products are 16-bit numbers,
+which can't say so: all blocks meet before they are read.
+"""
+
+import dataclasses
+
+from pallas_kernels.decode_step import barriers
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step import words as w
+from pallas_kernels.decode_step.attention import Attention
+from pallas_kernels.decode_step.batched.pages import Group
+from pallas_kernels.decode_step.batched.products import Finish, Products, Spots, Total
+from pallas_kernels.decode_step.batched.texts import Texts
+from pallas_kernels.decode_step.plan import BAND, COLUMNS, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
+from pallas_kernels.decode_step.products import THREADS
+from pallas_kernels.decode_step.ring import Place, Ring
+from pallas_kernels.decode_step.step import PHASES, Work
+from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.words import Layout, awaited, leave, over
+
+MOST_ROWS = 64
+LOADS_AT_ONCE = 16
+"""Sums of squares that a thread loads together, four texts each."""
+
+SQUARES, MEETINGS = w.STATS + 1, w.STATS + 2
+"""Sections besides those of a step of few rows: of every band of the hidden state each text's sum
+of squares, `[bands, 64]`; and a counter of blocks that wait for each other. `ATTENDED`, `FFN` and
+`HIDDEN` hold inputs of products here."""
+INPUTS = {QKV: w.HIDDEN, OUTPUT: w.ATTENDED, GATE_UP: w.HIDDEN, DOWN: w.FFN, HEAD: w.HIDDEN}
+"""The section of each phase's input."""
+
+
+def layout_of(plan: Plan, texts: Texts, splits: int) -> Layout:
+    shape = plan.shape
+    few = Layout.of(plan, texts.rows, splits)
+    sizes = [*few.sizes, shape.hidden // BAND * MOST_ROWS, 4]
+    sizes[w.MIDDLE] = 0
+    for phase, section in INPUTS.items():
+        sizes[section] = texts.words(shape.matrices[phase][1])
+    # Copies want 16 bytes.
+    return Layout(tuple(-(-size // 4) * 4 for size in sizes))
+
+
+def fetch_inputs(
+    plan: Plan, texts: Texts, layout: Layout, memory: V, work: Work, chunks: Ring, cleared: V
+) -> None:
+    """Copies every chunk of every input the block needs, in order; for one thread alone.
+
+    Args:
+        memory: address of the words.
+        cleared: an mbarrier whose first turn ends when the words have been cleared.
+    """
+    counter = layout.at(memory, MEETINGS)
+    barriers.await_turn(cleared, t.integer(0))
+
+    def input(phase: int, meetings: V, carry: list[V]) -> list[V]:
+        p = plan.phases[phase]
+        first, tiles = t.integer(0), t.integer(p.across)
+        if p.parts > 1:
+            first, tiles = work.part_column, work.part_tiles
+        begin = layout.at(memory, INPUTS[phase])
+        barriers.await_count(counter, meetings * plan.blocks)
+        barriers.before_copies()
+
+        def chunk(i: V, carry: list[V]) -> list[V]:
+            place = Place(*carry)
+            # A slot that was never used is empty: the turn before the first is over.
+            barriers.await_turn(chunks.empty(place.slot), place.parity ^ 1)
+            source = begin + ((first + i) * texts.chunk_bytes).wide()
+            target = chunks.memory + place.slot * chunks.slot_bytes
+            size = t.integer(texts.chunk_bytes)
+            barriers.copy_in(target, source, size, chunks.full(place.slot))
+            return [*chunks.next(place)]
+
+        def turn(_: V, carry: list[V]) -> list[V]:
+            return t.loop(tiles, carry, chunk)
+
+        return t.loop(Group.of(p).turns(work.count[phase]), carry, turn)
+
+    def layer(index: V, carry: list[V]) -> list[V]:
+        for phase in range(HEAD):
+            carry = input(phase, index * HEAD + phase, carry)
+        return carry
+
+    layers = plan.shape.layers
+    input(HEAD, t.integer(layers * HEAD), t.loop(layers, [*Place.begin()], layer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One block's part of a step of many rows.
+
+    Attributes:
+        attention: of the block's first row and key/value head.
+        own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
+        scales: shared memory for what a norm multiplies each text by.
+        bias, norms, hidden: addresses of the inputs.
+        logits: of the output.
+        memory, layout: the words blocks leave for each other.
+        times: of a trace, where there is one: int32 for every phase.
+    """
+
+    plan: Plan
+    texts: Texts
+    work: Work
+    products: Products
+    attention: Attention
+    own: V
+    scales: V
+    bias: V
+    norms: V
+    hidden: V
+    logits: V
+    memory: V
+    layout: Layout
+    times: V | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.texts.rows
+
+    def _ended(self, phase: str) -> None:
+        """Notes the time in a trace; a later layer overwrites an earlier one's."""
+        if self.times is not None:
+            at = self.times + 4 * PHASES.index(phase)
+            t.when(t.me().equals(0), lambda: t.store_global(at, [t.nanoseconds()]))
+
+    def _word(self, section: int, width: int, text: V, at: V) -> V:
+        return self.layout.at(self.memory, section, text * width + at)
+
+    def put(self, section: int, text: V, column: V, values: list[V]) -> None:
+        """Leaves numbers of a product's input."""
+        self.texts.put(self.layout.at(self.memory, section), text, column, values)
+
+    def _meet(self, meetings: V) -> None:
+        """Waits until all blocks have come to their meeting of this number, from 1."""
+        counter = self.layout.at(self.memory, MEETINGS)
+        barriers.before_copies()
+        t.together(THREADS)
+
+        def wait() -> None:
+            barriers.count_arrival(counter)
+            barriers.await_count(counter, meetings * self.plan.blocks)
+
+        t.when(t.me().equals(0), wait)
+        t.together(THREADS)
+
+    def _product(self, spots: Spots, phase: int, finish: Finish, height: int = BAND) -> Spots:
+        p = self.plan.phases[phase]
+        tiles = self.work.part_tiles if p.parts > 1 else p.across
+        return self.products.product(spots, p, self.work.count[phase], tiles, finish, height)
+
+    def _take_scales(self, phase: int) -> None:
+        """What the norm in front of a phase multiplies each text by, where the block has bands.
+
+        Sixteen threads have each four texts' sums of squares of every sixteenth band.
+        """
+        shape = self.plan.shape
+        bands, staged = shape.hidden // BAND, self.products.sums
+
+        def take() -> None:
+            fours, turn = t.me() % 16, t.me() // 16
+            begin = self.layout.at(self.memory, SQUARES, turn * MOST_ROWS + fours * 4)
+            sums = [t.number(0)] * 4
+            for first in range(0, bands, 16 * LOADS_AT_ONCE):
+                loaded = [
+                    t.load_global(
+                        begin, 4, "relaxed.gpu", where=turn + band < bands,
+                        offset=band * MOST_ROWS * 4,
+                    )
+                    for band in range(first, min(bands, first + 16 * LOADS_AT_ONCE), 16)
+                ]  # fmt: skip
+                for four in loaded:
+                    sums = [x + y.bits() for x, y in zip(sums, four, strict=True)]
+            t.store_shared(staged + (turn * MOST_ROWS + fours * 4) * 4, sums)
+            t.together(THREADS)
+
+            def add() -> None:
+                at = staged + t.me() * 4
+                parts = [t.load_shared_floats(at + n * MOST_ROWS * 4)[0] for n in range(16)]
+                mean = sum(parts[1:], start=parts[0]) * (1 / shape.hidden)
+                t.store_shared(self.scales + t.me() * 4, [t.rsqrt(mean + shape.eps)])
+
+            t.when(t.me() < self.rows, add)
+            t.together(THREADS)
+
+        t.when(self.work.count[phase] > 0, take)
+
+    def _scale(self, text: V) -> V:
+        return t.load_shared_floats(self.scales + text * 4)[0]
+
+    def _own(self, item: V) -> tuple[V, V, V]:
+        """Of four numbers of the block's hidden state: their place, text and first row."""
+        rest = item // (BAND // 4)
+        band = self.work.first[OUTPUT] + rest // self.rows
+        return self.own + item * 16, rest % self.rows, band * BAND + item % (BAND // 4) * 4
+
+    def _over_own(self, body: Finish) -> None:
+        over(self.work.count[OUTPUT] * (self.rows * BAND // 4), THREADS, body)
+
+    def _leave_hidden(self, norm: V) -> None:
+        """The block's part of the hidden state as an input, with a norm's weights, and its squares."""
+        weights = self.norms + norm.wide() * (4 * self.plan.shape.hidden)
+        t.together(THREADS)
+
+        def four(item: V) -> None:
+            place, text, row = self._own(item)
+            weight = t.load_global(weights + (row << 2).wide(), 4)
+            values = t.load_shared_floats(place, 4)
+            self.put(w.HIDDEN, text, row, [v * x.bits() for v, x in zip(values, weight, strict=True)])
+
+        def squares(item: V) -> None:
+            """Of a band of a text."""
+            at = self.own + item * (BAND * 4)
+            values = [v for n in range(0, BAND, 4) for v in t.load_shared_floats(at + 4 * n, 4)]
+            total = sum((v * v for v in values[1:]), start=values[0] * values[0])
+            band = self.work.first[OUTPUT] + item // self.rows
+            index = band * MOST_ROWS + item % self.rows
+            t.store_global(self.layout.at(self.memory, SQUARES, index), [total])
+
+        self._over_own(four)
+        over(self.work.count[OUTPUT] * self.rows, THREADS, squares)
+
+    def begin(self) -> None:
+        """Takes the embeddings of this block's bands."""
+        d = self.plan.shape.hidden
+
+        def take(item: V) -> None:
+            place, text, row = self._own(item)
+            t.store_shared(place, t.load_global(self.hidden + ((text * d + row) << 2).wide(), 4))
+
+        self._over_own(take)
+        self._leave_hidden(t.integer(0))
+        barriers.before_copies()
+
+    def qkv(self, spots: Spots, layer: V, tag: V) -> Spots:
+        """Queries, keys and values, biases added."""
+        width = self.plan.shape.qkv
+        self._take_scales(QKV)
+
+        def finish(band: V, text: V, row: V, total: Total) -> None:
+            at = (self.work.first[QKV] + band) * BAND + row
+            bias = t.load_global(self.bias + ((layer * width + at) << 2).wide(), 4)
+            scale = self._scale(text)
+            values = [x * scale + b.bits() for x, b in zip(total(0), bias, strict=True)]
+            leave(self._word(w.QKV, width, text, at), values, tag)
+
+        return self._product(spots, QKV, finish)
+
+    def attend(self, layer: V, tag: V) -> None:
+        """Attention of every row and key/value head that is this block's turn."""
+        blocks = self.plan.blocks
+        units = self.rows * self.plan.shape.kv_heads * self.attention.splits
+
+        def unit(i: V, _: list[V]) -> list[V]:
+            mine = self.attention.block + i * blocks
+            dataclasses.replace(self.attention, block=mine).attend(layer, tag)
+            return []
+
+        t.loop(-(-units // blocks), [], unit)
+
+    def output(self, spots: Spots, layer: V) -> Spots:
+        """Attention's result back into the hidden state."""
+
+        def finish(band: V, text: V, row: V, total: Total) -> None:
+            own = self.own + ((band * self.rows + text) * BAND + row) * 4
+            before = t.load_shared_floats(own, 4)
+            t.store_shared(own, [x + y for x, y in zip(before, total(0), strict=True)])
+
+        spots = self._product(spots, OUTPUT, finish)
+        self._leave_hidden(layer * 2 + 1)
+        return spots
+
+    def gate_up(self, spots: Spots) -> Spots:
+        """silu(gate) * up; a band has eight rows of each."""
+        self._take_scales(GATE_UP)
+        height = BAND // 2
+
+        def finish(band: V, text: V, row: V, total: Total) -> None:
+            scale = self._scale(text)
+            values = []
+            for gate, up in zip(total(0), total(height), strict=True):
+                gate, up = gate * scale, up * scale
+                values.append(gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up)
+            self.put(w.FFN, text, (self.work.first[GATE_UP] + band) * height + row, values)
+
+        return self._product(spots, GATE_UP, finish, height)
+
+    def down(self, spots: Spots, tag: V) -> Spots:
+        """The block's part of the down projection."""
+        width = self.plan.shape.hidden
+
+        def finish(band: V, text: V, row: V, total: Total) -> None:
+            at = (self.work.first[DOWN] + band) * BAND + row
+            text_of_part = self.work.part * self.rows + text
+            leave(self._word(w.PARTS, width, text_of_part, at), total(0), tag)
+
+        return self._product(spots, DOWN, finish)
+
+    def add_parts(self, layer: V, tag: V) -> None:
+        """Adds the down projection's parts to the hidden state of this block's bands."""
+        width, parts = self.plan.shape.hidden, self.plan.phases[DOWN].parts
+
+        def add(item: V) -> None:
+            place, text, row = self._own(item)
+            at = [self._word(w.PARTS, width, text + n * self.rows, row) for n in range(parts)]
+            values = t.load_shared_floats(place, 4)
+            for part in awaited(at, 4, tag):
+                values = [x + y for x, y in zip(values, part, strict=True)]
+            t.store_shared(place, values)
+
+        self._over_own(add)
+        self._leave_hidden(layer * 2 + 2)
+
+    def head(self, spots: Spots) -> None:
+        """The logits."""
+        vocab = self.plan.shape.vocab
+        self._take_scales(HEAD)
+
+        def finish(band: V, text: V, row: V, total: Total) -> None:
+            at = text * vocab + (self.work.first[HEAD] + band) * BAND + row
+            scale = self._scale(text)
+            t.store_global(self.logits + (at << 2).wide(), [x * scale for x in total(0)])
+
+        self._product(spots, HEAD, finish)
+
+    def run(self) -> None:
+        """Every layer, then the head; blocks meet in front of all products but the first.
+
+        Layers take turns with their tag; the first has 1.
+        """
+
+        def layer(index: V, carry: list[V]) -> list[V]:
+            spots, tag = Spots.carried(carry), (index + 1) & 1
+            meetings = index * HEAD
+            self._ended("begin")
+            self.attention.prefetch(index)
+            spots = self.qkv(spots, index, tag)
+            self._ended("qkv")
+            self.attend(index, tag)
+            self._ended("attend")
+            self.attention.combine(tag)
+            self._meet(meetings + 1)
+            self._ended("combine")
+            spots = self.output(spots, index)
+            self._meet(meetings + 2)
+            self._ended("output")
+            spots = self.gate_up(spots)
+            self._meet(meetings + 3)
+            self._ended("gate_up")
+            spots = self.down(spots, tag)
+            self._ended("down")
+            self.add_parts(index, tag)
+            self._meet(meetings + 4)
+            self._ended("add_parts")
+            return spots.carry()
+
+        self.head(Spots.carried(t.loop(self.plan.shape.layers, Spots.begin().carry(), layer)))
+        self._ended("head")

@@ -1,0 +1,62 @@
+"""A product's input of many texts, in 16 bits, as the tensor cores take it.
+
+Of every 128 columns a chunk, which blocks copy whole: 16 columns after 16, pairs of eight texts,
+32 lanes. Lane 4 g + t has columns 4 t to 4 t + 3 of text g of both eights, its operands of two
+products in 16 bytes.
+"""
+
+import dataclasses
+
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.formats import Format
+from pallas_kernels.decode_step.packing import WARPS
+from pallas_kernels.decode_step.plan import COLUMNS
+from pallas_kernels.decode_step.thread import V
+
+PAIR_BYTES = t.WARP * 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The layout of an input of so many rows; rows up to a multiple of 16 hold anything."""
+
+    rows: int
+    format: Format
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of eight texts."""
+        return -(-self.rows // 16)
+
+    @property
+    def padded(self) -> int:
+        """Texts with the ones that aren't there."""
+        return 16 * self.pairs
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of 16 columns."""
+        return self.pairs * PAIR_BYTES
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of 128 columns."""
+        return WARPS * self.piece_bytes
+
+    def words(self, width: int) -> int:
+        """Of an input of `width` columns."""
+        return width // COLUMNS * self.chunk_bytes // 4
+
+    def _at(self, text: V, column: V) -> V:
+        """Where a number lies, in bytes."""
+        piece = column // 16 * self.piece_bytes + text // 16 * PAIR_BYTES
+        lane = text % 8 * 4 + column % 16 // 4
+        return piece + lane * 16 + text // 8 % 2 * 8 + column % 4 * 2
+
+    def put(self, address: V, text: V, column: V, values: list[V]) -> None:
+        """Rounds and stores one number of a text, or four from a column that is a multiple of 4."""
+        at = address + self._at(text, column).wide()
+        if len(values) == 1:
+            t.store_global_half(at, self.format.pair(values[0], values[0]))
+            return
+        t.store_global(at, [self.format.pair(*values[:2]), self.format.pair(*values[2:])])

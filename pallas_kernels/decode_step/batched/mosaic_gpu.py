@@ -17,12 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step import attention, barriers, mosaic_gpu
+from pallas_kernels.decode_step import attention, barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.batched import products, step
-from pallas_kernels.decode_step.batched.pages import MOST_BANDS, Pages
+from pallas_kernels.decode_step.batched.pages import MOST_BANDS, UNIT_BYTES, Pages
 from pallas_kernels.decode_step.batched.products import Products
 from pallas_kernels.decode_step.batched.step import MOST_ROWS, Step, layout_of
 from pallas_kernels.decode_step.batched.texts import Texts
@@ -38,11 +38,11 @@ from pallas_kernels.decode_step.plan import BAND, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS
 from pallas_kernels.decode_step.ring import Ring
 from pallas_kernels.decode_step.step import PHASES, Work
-from pallas_kernels.decode_step.stream import TILE_BYTES
-from pallas_kernels.decode_step.words import Layout
 
 PAGES = 16
 """Of weights in shared memory, at most."""
+FEWEST_UNITS = 2 * MOST_BANDS
+"""Of weights: two of the largest pages."""
 CHUNKS_BYTES = 48 * 1024
 """Shared memory for chunks of an input, about."""
 DTYPE = "bfloat16"
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
     """How a block's shared memory is divided: bytes of each piece, in this order.
 
     Attributes:
-        tiles: of weights.
+        units: of weights.
         chunks: of the input of a product.
         sums: of a band of each warp; in attention's turn, what the warps found.
         own: the hidden state of the block's bands.
@@ -63,7 +63,7 @@ class Memory(NamedTuple):
         cleared: one barrier.
     """
 
-    tiles: int
+    units: int
     chunks: int
     sums: int
     own: int
@@ -93,7 +93,7 @@ def memory(plan: Plan, rows: int) -> Memory:
         16,
     )
     left = SMEM_BYTES - RESERVED_BYTES - sum(pieces)
-    return Memory(max(0, left // TILE_BYTES) * TILE_BYTES, *pieces)
+    return Memory(max(0, left // UNIT_BYTES) * UNIT_BYTES, *pieces)
 
 
 def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
@@ -102,8 +102,8 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
         return f"of {rows} rows the weights must be {DTYPE}, not {jnp.dtype(dtype).name}"
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
-    if (tiles := memory(plan, rows).tiles // TILE_BYTES) < MOST_BANDS:
-        return f"shared memory has room for {tiles} tiles of weights, fewer than {MOST_BANDS}"
+    if (units := memory(plan, rows).units // UNIT_BYTES) < FEWEST_UNITS:
+        return f"shared memory has room for {units * UNIT_BYTES} bytes of weights"
     return None
 
 
@@ -122,8 +122,8 @@ def build(
         return [base + begin for begin in divided.begins()]
 
     def streams(smem: Any) -> tuple[Pages, Ring]:
-        tiles, chunks, *_, sizes, page_turns, chunk_turns, _ = own_memory(smem)
-        pages = Pages(tiles, divided.tiles // TILE_BYTES, Ring(sizes, page_turns, PAGES, 4))
+        units, chunks, *_, sizes, page_turns, chunk_turns, _ = own_memory(smem)
+        pages = Pages(units, divided.units // UNIT_BYTES, Ring(sizes, page_turns, PAGES, 4))
         stages = divided.chunk_turns // 16
         return pages, Ring(chunks, chunk_turns, stages, texts.chunk_bytes)
 

@@ -1,7 +1,8 @@
 """Weights in the order in which many rows need them: of all bands at hand 128 columns, then more.
 
-Each tile is copied by itself, since the bands lie one after the other on the tape. A page is a
-tile of each of a group of bands, so that pages differ in size; they take up a ring of tiles.
+A page is 64 or 128 columns of each of a group of bands, so that pages differ in size. Half a tile
+is copied by itself, since the bands lie one after the other on the tape, and takes any place in a
+ring.
 """
 
 import dataclasses
@@ -20,6 +21,11 @@ MOST_BANDS = 24
 """Whose sums fit in the registers of eight warps: three to a warp."""
 USUAL_BANDS = 16
 """Where several groups are needed."""
+WHOLE_TILES = 10
+"""Bands up to which a page holds whole tiles of them: a page should be a third of the ring."""
+UNIT_BYTES = TILE_BYTES // 2
+UNIT_PIECES = WARPS // 2
+"""Half a tile: four times 16 columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +34,13 @@ class Group:
 
     Attributes:
         bands: that are multiplied at the same time, at most.
+        units: halves of a tile in a page.
         sharers: warps that share a band, each with some of its columns.
         each: bands of a warp.
     """
 
     bands: int
+    units: int
     sharers: int
     each: int
 
@@ -41,8 +49,18 @@ class Group:
         most = int(phase.count.max())
         turns = 1 if most <= MOST_BANDS else -(-most // USUAL_BANDS)
         bands = -(-most // turns)
+        units = 2 if bands <= WHOLE_TILES else 1
         sharers = next(n for n in (8, 4, 2, 1) if n == 1 or bands <= WARPS // n)
-        return cls(bands, sharers, -(-bands // (WARPS // sharers)))
+        return cls(bands, units, sharers, -(-bands // (WARPS // sharers)))
+
+    @property
+    def pieces(self) -> int:
+        """Times 16 columns in a page."""
+        return UNIT_PIECES * self.units
+
+    def pages(self, tiles: int | V) -> int | V:
+        """Of a group of bands of so many tiles."""
+        return tiles * (2 // self.units)
 
     def turns(self, bands: V) -> V:
         return (bands + (self.bands - 1)) // self.bands
@@ -52,11 +70,11 @@ class Group:
 
 
 class Spot(NamedTuple):
-    """Where a reader or the fetching warp stands: a page, and its first tile in the ring."""
+    """Where a reader or the fetching warp stands: a page, and its first unit in the ring."""
 
     slot: V
     parity: V
-    tile: V
+    unit: V
 
     @classmethod
     def begin(cls) -> "Spot":
@@ -71,40 +89,41 @@ class Pages:
     """The pages of one block.
 
     Attributes:
-        tiles: address of a ring of `room` tiles in shared memory.
-        ring: of pages: their barriers, and in its memory each page's number of tiles.
+        units: address of a ring of `room` units in shared memory.
+        ring: of pages: their barriers, and in its memory each page's number of units.
     """
 
-    def __init__(self, tiles: V, room: int, ring: Ring):
-        self.tiles, self.room, self.ring = tiles, room, ring
+    def __init__(self, units: V, room: int, ring: Ring):
+        self.units, self.room, self.ring = units, room, ring
 
-    def address(self, spot: Spot, band: V) -> V:
-        """Of a page's tile of a band."""
-        return self.tiles + self._wrapped(spot.tile + band) * TILE_BYTES
+    def address(self, spot: Spot, unit: V) -> V:
+        """Of a page's unit: all of its first band, then all of the next."""
+        return self.units + self._wrapped(spot.unit + unit) * UNIT_BYTES
 
-    def next(self, spot: Spot, bands: V) -> Spot:
-        return Spot(*self.ring.next(spot.place), self._wrapped(spot.tile + bands))
+    def next(self, spot: Spot, units: V) -> Spot:
+        return Spot(*self.ring.next(spot.place), self._wrapped(spot.unit + units))
 
-    def _wrapped(self, tile: V) -> V:
-        return t.select(tile >= self.room, tile - self.room, tile)
+    def _wrapped(self, unit: V) -> V:
+        return t.select(unit >= self.room, unit - self.room, unit)
 
     def fetch(self, plan: Plan, tape: V, work: Work) -> None:
-        """Fetches all pages of the block in order; for one warp, each lane a band."""
+        """Fetches all pages of the block in order; for one warp, each lane a unit."""
         lane = t.me() % t.WARP
 
         def bands(phase: int, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
             group, count = Group.of(p), work.count[phase]
             tiles = work.part_tiles if p.parts > 1 else t.integer(p.across)
+            band, unit = lane // group.units, lane % group.units
 
             def turn(i: V, carry: list[V]) -> list[V]:
-                at_hand = group.at_hand(count, i)
-                first = carry[0] + (i * group.bands + lane) * tiles
+                units = group.at_hand(count, i) * group.units
+                first = (carry[0] + (i * group.bands + band) * tiles) * 2 + unit
 
-                def page(column: V, state: list[V]) -> list[V]:
-                    return self._fetch_page(tape, first + column, at_hand, state)
+                def page(i: V, state: list[V]) -> list[V]:
+                    return self._fetch_page(tape, first + i * group.units, units, state)
 
-                return [carry[0], *t.loop(tiles, carry[1:], page)]
+                return [carry[0], *t.loop(group.pages(tiles), carry[1:], page)]
 
             carry = t.loop(group.turns(count), carry, turn)
             return [carry[0] + count * tiles, *carry[1:]]
@@ -117,16 +136,16 @@ class Pages:
         none = [*Spot.begin(), *Place.begin(), t.integer(self.room), t.integer(0)]
         bands(HEAD, t.loop(plan.shape.layers, [work.tile, *none], layer))
 
-    def _fetch_page(self, tape: V, tile: V, bands: V, state: list[V]) -> list[V]:
-        """One page, of which this lane's tile is at `tile` on the tape.
+    def _fetch_page(self, tape: V, unit: V, units: V, state: list[V]) -> list[V]:
+        """One page, of which this lane's unit is that one of the tape.
 
-        `state` is the page's spot, the oldest page's place, free tiles of the ring, and how many
+        `state` is the page's spot, the oldest page's place, free units of the ring, and how many
         pages are in it.
         """
         ring, lane = self.ring, t.me() % t.WARP
 
         def crowded(oldest: list[V]) -> V:
-            return (oldest[2] < bands) | oldest[3].equals(ring.stages)
+            return (oldest[2] < units) | oldest[3].equals(ring.stages)
 
         def let_go(oldest: list[V]) -> list[V]:
             place = Place(*oldest[:2])
@@ -139,12 +158,12 @@ class Pages:
         full = ring.full(spot.slot)
 
         def announce() -> None:
-            t.store_shared(ring.memory + spot.slot * ring.slot_bytes, [bands])
-            barriers.expect(full, bands * TILE_BYTES)
+            t.store_shared(ring.memory + spot.slot * ring.slot_bytes, [units])
+            barriers.expect(full, units * UNIT_BYTES)
 
         t.when(lane.equals(0), announce)
         t.warp_together()
-        source = tape + tile.wide() * TILE_BYTES
+        source = tape + unit.wide() * UNIT_BYTES
         target = self.address(spot, lane)
-        t.when(lane < bands, lambda: barriers.copy(target, source, TILE_BYTES, full))
-        return [*self.next(spot, bands), *oldest, free - bands, pages + 1]
+        t.when(lane < units, lambda: barriers.copy(target, source, UNIT_BYTES, full))
+        return [*self.next(spot, units), *oldest, free - units, pages + 1]

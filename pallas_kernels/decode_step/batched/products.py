@@ -1,4 +1,4 @@
-"""A matrix product of many rows: bands side by side, 128 columns of all of them at a time.
+"""A matrix product of many rows: bands side by side, some columns of all of them at a time.
 
 An input of so many texts doesn't fit in shared memory, so it streams through it as the weights
 do: once for all bands of a block, as far as registers have room for their sums. The warps divide
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.batched.pages import Group, Pages, Spot
+from pallas_kernels.decode_step.batched.pages import UNIT_PIECES, Group, Pages, Spot
 from pallas_kernels.decode_step.batched.texts import PAIR_BYTES, Texts
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, Phase
@@ -83,7 +83,7 @@ class Products:
             at_hand = group.at_hand(bands, i)
             busy = t.me() // t.WARP // group.sharers < at_hand
 
-            def column(_: V, carry: list[V]) -> list[V]:
+            def page(_: V, carry: list[V]) -> list[V]:
                 spots, sums = Spots.carried(carry[:5]), carry[5:]
                 self.pages.ring.wait(spots.page.place)
                 chunk = self.chunks.wait(spots.chunk)
@@ -94,10 +94,10 @@ class Products:
                 sums = multiplied() if group.each > 1 else t.either(busy, multiplied, sums)
                 self.pages.ring.release(spots.page.place)
                 self.chunks.release(spots.chunk)
-                page = self.pages.next(spots.page, at_hand)
-                return [*page, *self.chunks.next(spots.chunk), *sums]
+                following = self.pages.next(spots.page, at_hand * group.units)
+                return [*following, *self.chunks.next(spots.chunk), *sums]
 
-            carry = t.loop(tiles, [*carry, *[t.number(0)] * size], column)
+            carry = t.loop(group.pages(tiles), [*carry, *[t.number(0)] * size], page)
             first, sums = i * group.bands, carry[5:]
             for n in range(group.each):
                 each = size // group.each
@@ -110,16 +110,18 @@ class Products:
         return Spots.carried(t.loop(group.turns(bands), spots.carry(), turn))
 
     def _multiplied(self, group: Group, page: Spot, chunk: V, sums: list[V]) -> list[V]:
-        """A lane's sums with 128 columns added: of its bands in turn, of every eight texts."""
+        """A lane's sums with a page added: of its bands in turn, of every eight texts."""
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
         of, share = warp // group.sharers, warp % group.sharers
         inputs = chunk + share * self.texts.piece_bytes + lane * 16
-        own = share * PIECE_BYTES + lane * 16
+        own = share % UNIT_PIECES * PIECE_BYTES + lane * 16
+        bands = [of + n * (WARPS // group.sharers) for n in range(group.each)]
         weights = [
-            self.pages.address(page, of + n * (WARPS // group.sharers)) + own
-            for n in range(group.each)
+            [self.pages.address(page, band * group.units + unit) + own for band in bands]
+            # Eight warps that share a band have no unit in common.
+            for unit in ([share // UNIT_PIECES] if group.sharers == WARPS else range(group.units))
         ]
-        pieces = range(0, WARPS, group.sharers)
+        pieces = range(0, group.pieces, group.sharers)
         at_once = min(AT_ONCE, len(pieces))
 
         def operands(piece: int) -> tuple[list[list[V]], list[list[V]]]:
@@ -127,7 +129,8 @@ class Products:
                 t.load_shared(inputs + (piece * self.texts.piece_bytes + n * PAIR_BYTES), 4)
                 for n in range(self.texts.pairs)
             ]
-            return x, [t.load_shared(at + piece * PIECE_BYTES, 4) for at in weights]
+            offset = piece % UNIT_PIECES * PIECE_BYTES
+            return x, [t.load_shared(at + offset, 4) for at in weights[piece // UNIT_PIECES]]
 
         turns = [pieces[n : n + at_once] for n in range(0, len(pieces), at_once)]
         later = [operands(piece) for piece in turns[0]]

@@ -14,7 +14,8 @@ from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.batched.pages import Group
 from pallas_kernels.decode_step.batched.products import Finish, Products, Spots, Total
 from pallas_kernels.decode_step.batched.texts import Texts
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
+from pallas_kernels.decode_step.packing import WARPS
+from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
 from pallas_kernels.decode_step.products import THREADS
 from pallas_kernels.decode_step.ring import Place, Ring
 from pallas_kernels.decode_step.step import PHASES, Work
@@ -58,6 +59,7 @@ def fetch_inputs(
 
     def input(phase: int, meetings: V, carry: list[V]) -> list[V]:
         p = plan.phases[phase]
+        group = Group.of(p)
         first, tiles = t.integer(0), t.integer(p.across)
         if p.parts > 1:
             first, tiles = work.part_column, work.part_tiles
@@ -69,16 +71,17 @@ def fetch_inputs(
             place = Place(*carry)
             # A slot that was never used is empty: the turn before the first is over.
             barriers.await_turn(chunks.empty(place.slot), place.parity ^ 1)
-            source = begin + ((first + i) * texts.chunk_bytes).wide()
+            piece = first * WARPS + i * group.pieces
+            source = begin + (piece * texts.piece_bytes).wide()
             target = chunks.memory + place.slot * chunks.slot_bytes
-            size = t.integer(texts.chunk_bytes)
+            size = t.integer(group.pieces * texts.piece_bytes)
             barriers.copy_in(target, source, size, chunks.full(place.slot))
             return [*chunks.next(place)]
 
         def turn(_: V, carry: list[V]) -> list[V]:
-            return t.loop(tiles, carry, chunk)
+            return t.loop(group.pages(tiles), carry, chunk)
 
-        return t.loop(Group.of(p).turns(work.count[phase]), carry, turn)
+        return t.loop(group.turns(work.count[phase]), carry, turn)
 
     def layer(index: V, carry: list[V]) -> list[V]:
         for phase in range(HEAD):
@@ -202,7 +205,7 @@ class Step:
         over(self.work.count[OUTPUT] * (self.rows * BAND // 4), THREADS, body)
 
     def _leave_hidden(self, norm: V) -> None:
-        """The block's part of the hidden state as an input, with a norm's weights, and its squares."""
+        """The block's hidden state as an input, with a norm's weights, and its squares."""
         weights = self.norms + norm.wide() * (4 * self.plan.shape.hidden)
         t.together(THREADS)
 
@@ -210,7 +213,9 @@ class Step:
             place, text, row = self._own(item)
             weight = t.load_global(weights + (row << 2).wide(), 4)
             values = t.load_shared_floats(place, 4)
-            self.put(w.HIDDEN, text, row, [v * x.bits() for v, x in zip(values, weight, strict=True)])
+            self.put(
+                w.HIDDEN, text, row, [v * x.bits() for v, x in zip(values, weight, strict=True)]
+            )
 
         def squares(item: V) -> None:
             """Of a band of a text."""
@@ -304,14 +309,22 @@ class Step:
         """Adds the down projection's parts to the hidden state of this block's bands."""
         width, parts = self.plan.shape.hidden, self.plan.phases[DOWN].parts
 
+        def of(item: V) -> list[V]:
+            _, text, row = self._own(item)
+            return [self._word(w.PARTS, width, text + n * self.rows, row) for n in range(parts)]
+
         def add(item: V) -> None:
-            place, text, row = self._own(item)
-            at = [self._word(w.PARTS, width, text + n * self.rows, row) for n in range(parts)]
+            place, at = self.own + item * 16, of(item)
             values = t.load_shared_floats(place, 4)
             for part in awaited(at, 4, tag):
                 values = [x + y for x, y in zip(values, part, strict=True)]
             t.store_shared(place, values)
 
+        # One thread looks out for words of every part. If all of them did, in every block, they
+        # would slow down what they wait for.
+        first = t.me().equals(0) & (self.work.count[OUTPUT] > 0)
+        t.when(first, lambda: awaited(of(t.integer(0)), 1, tag))
+        t.together(THREADS)
         self._over_own(add)
         self._leave_hidden(layer * 2 + 2)
 

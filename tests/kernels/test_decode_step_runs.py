@@ -127,8 +127,8 @@ def run(
         workers = [
             (Role(block, first, count), lambda: body(*refs, 0))
             for block in range(plan.blocks)
-            # Those that compute, the warp that fetches weights, the one that fetches inputs.
-            for first, count in ((0, 256), (256, 32), (288, 96))
+            # Those that compute, a warp that fetches weights, one that fetches inputs, the rest.
+            for first, count in ((0, 256), (256, 32), (288, 32), (320, 64))
         ]
         machine.run(workers)
     logits = machine.bytes_at(refs[8]).view(np.float32).reshape(rows, shape.vocab)

@@ -43,7 +43,9 @@ PAGES = 16
 """Of weights in shared memory, at most."""
 FEWEST_UNITS = 2 * MOST_BANDS
 """Of weights: two of the largest pages."""
-CHUNKS_BYTES = 48 * 1024
+import os
+
+CHUNKS_BYTES = int(os.environ.get("CHUNKS_KB", 48)) * 1024
 """Shared memory for chunks of an input, about."""
 DTYPE = "bfloat16"
 
@@ -60,7 +62,7 @@ class Memory(NamedTuple):
         scales: of norms.
         sizes: of the pages, an int32 each.
         page_turns, chunk_turns: two barriers each.
-        cleared: one barrier.
+        cleared, scaled: a barrier each, and 8 bytes.
     """
 
     units: int
@@ -73,6 +75,7 @@ class Memory(NamedTuple):
     page_turns: int
     chunk_turns: int
     cleared: int
+    scaled: int
 
     def begins(self) -> list[int]:
         return [sum(self[:i]) for i in range(len(self))]
@@ -90,6 +93,7 @@ def memory(plan: Plan, rows: int) -> Memory:
         PAGES * 4,
         PAGES * 16,
         chunks * 16,
+        16,
         16,
     )
     left = SMEM_BYTES - RESERVED_BYTES - sum(pieces)
@@ -122,7 +126,7 @@ def build(
         return [base + begin for begin in divided.begins()]
 
     def streams(smem: Any) -> tuple[Pages, Ring]:
-        units, chunks, *_, sizes, page_turns, chunk_turns, _ = own_memory(smem)
+        units, chunks, *_, sizes, page_turns, chunk_turns, _, _ = own_memory(smem)
         pages = Pages(units, divided.units // UNIT_BYTES, Ring(sizes, page_turns, PAGES, 4))
         stages = divided.chunk_turns // 16
         return pages, Ring(chunks, chunk_turns, stages, texts.chunk_bytes)
@@ -132,7 +136,9 @@ def build(
 
     def make(context: Any, smem: Any) -> None:
         def barriers_of_all() -> None:
-            barriers.make_barrier(own_memory(smem)[-1], 1)
+            *_, cleared, scaled = own_memory(smem)
+            barriers.make_barrier(cleared, 1)
+            barriers.make_barrier(scaled, step.SCALERS)
             pages, chunks = streams(smem)
             pages.ring.make()
             chunks.make()
@@ -140,25 +146,29 @@ def build(
         t.when(t.me().equals(0), barriers_of_all)
         t.together(THREADS + FETCHERS)
 
-    def fetch(context: Any, tape: Any, table: Any, words: Any, smem: Any) -> None:
-        work = work_of(table)
+    def others(context: Any, tape: Any, table: Any, words: Any, smem: Any) -> None:
+        """What the warps do that don't compute."""
+        work, memory = work_of(table), t.address(words)
         pages, chunks = streams(smem)
-        t.when(
-            (t.me() // t.WARP).equals(THREADS // t.WARP),
-            lambda: pages.fetch(plan, t.address(tape), work),
-        )
+        *_, scales, _, _, _, cleared, scaled = own_memory(smem)
+        warp, first = t.me() // t.WARP, THREADS // t.WARP
+        t.when(warp.equals(first), lambda: pages.fetch(plan, t.address(tape), work))
 
         def inputs() -> None:
-            cleared = own_memory(smem)[-1]
-            step.fetch_inputs(plan, texts, layout, t.address(words), work, chunks, cleared)
+            step.fetch_inputs(plan, texts, layout, memory, work, chunks, cleared)
+
+        def norms() -> None:
+            which = warp - (first + 2)
+            step.make_scales(plan, layout, memory, which, scales, scaled, cleared)
 
         t.when(t.me().equals(THREADS + t.WARP), inputs)
+        t.when(warp >= first + 2, norms)
 
     def made(refs: tuple[Any, ...]) -> Step:
         """This block's part of the step, from all references but the tape."""
         *outside, smem = refs
         table, bias, norms, hidden, rope, cache, positions, logits, new, words, *times = outside
-        _, _, sums, own, heads, scales, *_ = own_memory(smem)
+        _, _, sums, own, heads, scales, *_, scaled = own_memory(smem)
         pages, chunks = streams(smem)
         memory, block = t.address(words), t.block()
 
@@ -177,7 +187,7 @@ def build(
                 t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
                 attended,
             ),
-            own, scales, t.address(bias), t.address(norms), t.address(hidden), t.address(logits),
+            own, scales, scaled, t.address(bias), t.address(norms), t.address(hidden), t.address(logits),
             memory, layout,
             t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
@@ -204,7 +214,7 @@ def build(
         t.together(THREADS)
 
     def steps(context: Any, *refs: Any) -> None:
-        t.when(t.me().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-1]))
+        t.when(t.me().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-2]))
         made(refs).run()
 
     def body(*refs: Any) -> None:
@@ -216,7 +226,7 @@ def build(
         @pl.when(warpgroup == THREADS // t.WARPGROUP)
         def _() -> None:
             plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
-            t.emit(fetch, tape, table, words, smem)
+            t.emit(others, tape, table, words, smem)
 
         @pl.when(warpgroup < THREADS // t.WARPGROUP)
         def _() -> None:

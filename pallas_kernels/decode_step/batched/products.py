@@ -66,7 +66,14 @@ class Products:
         self.texts, self.pages, self.chunks, self.sums = texts, pages, chunks, sums
 
     def product(
-        self, spots: Spots, phase: Phase, bands: V, tiles: int | V, finish: Finish, height: int
+        self,
+        spots: Spots,
+        phase: Phase,
+        bands: V,
+        tiles: int | V,
+        finish: Finish,
+        ready: Callable[[], None],
+        height: int,
     ) -> Spots:
         """Multiplies a block's bands with the input.
 
@@ -75,6 +82,7 @@ class Products:
             finish: called with the block's band, a text, a row that is a multiple of four and
                 below `height`, and a function from 0 or 8 to the sums of four rows: from that row
                 on, or from so many after it.
+            ready: waits for what `finish` needs besides.
         """
         group = Group.of(phase)
         size = group.each * self.texts.padded // 2  # of a lane's sums
@@ -99,6 +107,7 @@ class Products:
 
             carry = t.loop(group.pages(tiles), [*carry, *[t.number(0)] * size], page)
             first, sums = i * group.bands, carry[5:]
+            ready()
             for n in range(group.each):
                 each = size // group.each
                 self._store(sums[n * each : (n + 1) * each])

@@ -23,8 +23,10 @@ from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
 
 MOST_ROWS = 64
-LOADS_AT_ONCE = 16
-"""Sums of squares that a thread loads together, four texts each."""
+SCALERS = 2
+"""Warps that make the scales of norms, 32 texts each."""
+LOADS_AT_ONCE = 5
+"""Sums of squares that one of their lanes loads together, four texts each."""
 
 SQUARES, MEETINGS = w.STATS + 1, w.STATS + 2
 """Sections besides those of a step of few rows: of every band of the hidden state each text's sum
@@ -92,6 +94,61 @@ def fetch_inputs(
     input(HEAD, t.integer(layers * HEAD), t.loop(layers, [*Place.begin()], layer))
 
 
+def make_scales(
+    plan: Plan, layout: Layout, memory: V, which: V, scales: V, scaled: V, cleared: V
+) -> None:
+    """What every norm multiplies each text by, in order, while its product runs; for one warp.
+
+    Eight lanes have four texts' sums of squares each of every fourth band.
+
+    Args:
+        which: of the warps.
+        scales, scaled: as `Step` has them.
+        memory, cleared: as above.
+    """
+    shape, lane = plan.shape, t.me() % t.WARP
+    bands, fours, own = shape.hidden // BAND, lane % 8, lane // 8
+    text = which * t.WARP + fours * 4
+    counter = layout.at(memory, MEETINGS)
+    begin = layout.at(memory, SQUARES, own * MOST_ROWS + text)
+    barriers.await_turn(cleared, t.integer(0))
+
+    def norm(meetings: V) -> None:
+        def await_all() -> None:
+            barriers.await_count(counter, meetings * plan.blocks)
+
+        t.when(lane.equals(0), await_all)
+        t.warp_together()
+
+        def some(i: V, sums: list[V]) -> list[V]:
+            wanted = [own + (i * LOADS_AT_ONCE + n) * 4 for n in range(LOADS_AT_ONCE)]
+            at = begin + (i * (LOADS_AT_ONCE * 4 * MOST_ROWS * 4)).wide()
+            loaded = [
+                t.load_global(
+                    at, 4, "relaxed.gpu", where=band < bands, offset=n * 4 * MOST_ROWS * 4
+                )
+                for n, band in enumerate(wanted)
+            ]
+            for four in loaded:
+                sums = [x + y.bits() for x, y in zip(sums, four, strict=True)]
+            return sums
+
+        turns = -(-bands // (4 * LOADS_AT_ONCE))
+        sums = [t.warp_sum(x, (8, 16)) for x in t.loop(turns, [t.number(0)] * 4, some)]
+        found = [t.rsqrt(x * (1 / shape.hidden) + shape.eps) for x in sums]
+        t.when(own.equals(0), lambda: t.store_shared(scales + text * 4, found))
+        t.warp_together()
+        t.when(lane.equals(0), lambda: barriers.arrive(scaled))
+
+    def layer(index: V, _: list[V]) -> list[V]:
+        for phase in (QKV, GATE_UP):
+            norm(index * HEAD + phase)
+        return []
+
+    t.loop(shape.layers, [], layer)
+    norm(t.integer(shape.layers * HEAD))
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One block's part of a step of many rows.
@@ -100,6 +157,7 @@ class Step:
         attention: of the block's first row and key/value head.
         own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
         scales: shared memory for what a norm multiplies each text by.
+        scaled: an mbarrier of which a turn ends when that of the next norm is there.
         bias, norms, hidden: addresses of the inputs.
         logits: of the output.
         memory, layout: the words blocks leave for each other.
@@ -113,6 +171,7 @@ class Step:
     attention: Attention
     own: V
     scales: V
+    scaled: V
     bias: V
     norms: V
     hidden: V
@@ -151,46 +210,22 @@ class Step:
         t.when(t.me().equals(0), wait)
         t.together(THREADS)
 
-    def _product(self, spots: Spots, phase: int, finish: Finish, height: int = BAND) -> Spots:
+    def _product(
+        self, spots: Spots, phase: int, finish: Finish, norm: V | None = None, height: int = BAND
+    ) -> Spots:
+        """A phase's product, after the norm of that number if there is one."""
         p = self.plan.phases[phase]
         tiles = self.work.part_tiles if p.parts > 1 else p.across
-        return self.products.product(spots, p, self.work.count[phase], tiles, finish, height)
 
-    def _take_scales(self, phase: int) -> None:
-        """What the norm in front of a phase multiplies each text by, where the block has bands.
+        def scaled() -> None:
+            if norm is not None:
+                barriers.await_turn(self.scaled, norm & 1)
 
-        Sixteen threads have each four texts' sums of squares of every sixteenth band.
-        """
-        shape = self.plan.shape
-        bands, staged = shape.hidden // BAND, self.products.sums
-
-        def take() -> None:
-            fours, turn = t.me() % 16, t.me() // 16
-            begin = self.layout.at(self.memory, SQUARES, turn * MOST_ROWS + fours * 4)
-            sums = [t.number(0)] * 4
-            for first in range(0, bands, 16 * LOADS_AT_ONCE):
-                loaded = [
-                    t.load_global(
-                        begin, 4, "relaxed.gpu", where=turn + band < bands,
-                        offset=band * MOST_ROWS * 4,
-                    )
-                    for band in range(first, min(bands, first + 16 * LOADS_AT_ONCE), 16)
-                ]  # fmt: skip
-                for four in loaded:
-                    sums = [x + y.bits() for x, y in zip(sums, four, strict=True)]
-            t.store_shared(staged + (turn * MOST_ROWS + fours * 4) * 4, sums)
-            t.together(THREADS)
-
-            def add() -> None:
-                at = staged + t.me() * 4
-                parts = [t.load_shared_floats(at + n * MOST_ROWS * 4)[0] for n in range(16)]
-                mean = sum(parts[1:], start=parts[0]) * (1 / shape.hidden)
-                t.store_shared(self.scales + t.me() * 4, [t.rsqrt(mean + shape.eps)])
-
-            t.when(t.me() < self.rows, add)
-            t.together(THREADS)
-
-        t.when(self.work.count[phase] > 0, take)
+        bands = self.work.count[phase]
+        spots = self.products.product(spots, p, bands, tiles, finish, scaled, height)
+        # Without bands too, lest a turn of the barrier be taken for the one before the last.
+        t.when(bands.equals(0), scaled)
+        return spots
 
     def _scale(self, text: V) -> V:
         return t.load_shared_floats(self.scales + text * 4)[0]
@@ -244,7 +279,6 @@ class Step:
     def qkv(self, spots: Spots, layer: V, tag: V) -> Spots:
         """Queries, keys and values, biases added."""
         width = self.plan.shape.qkv
-        self._take_scales(QKV)
 
         def finish(band: V, text: V, row: V, total: Total) -> None:
             at = (self.work.first[QKV] + band) * BAND + row
@@ -253,7 +287,7 @@ class Step:
             values = [x * scale + b.bits() for x, b in zip(total(0), bias, strict=True)]
             leave(self._word(w.QKV, width, text, at), values, tag)
 
-        return self._product(spots, QKV, finish)
+        return self._product(spots, QKV, finish, layer * 2)
 
     def attend(self, layer: V, tag: V) -> None:
         """Attention of every row and key/value head that is this block's turn."""
@@ -279,9 +313,8 @@ class Step:
         self._leave_hidden(layer * 2 + 1)
         return spots
 
-    def gate_up(self, spots: Spots) -> Spots:
+    def gate_up(self, spots: Spots, layer: V) -> Spots:
         """silu(gate) * up; a band has eight rows of each."""
-        self._take_scales(GATE_UP)
         height = BAND // 2
 
         def finish(band: V, text: V, row: V, total: Total) -> None:
@@ -292,7 +325,7 @@ class Step:
                 values.append(gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up)
             self.put(w.FFN, text, (self.work.first[GATE_UP] + band) * height + row, values)
 
-        return self._product(spots, GATE_UP, finish, height)
+        return self._product(spots, GATE_UP, finish, layer * 2 + 1, height)
 
     def down(self, spots: Spots, tag: V) -> Spots:
         """The block's part of the down projection."""
@@ -331,14 +364,13 @@ class Step:
     def head(self, spots: Spots) -> None:
         """The logits."""
         vocab = self.plan.shape.vocab
-        self._take_scales(HEAD)
 
         def finish(band: V, text: V, row: V, total: Total) -> None:
             at = text * vocab + (self.work.first[HEAD] + band) * BAND + row
             scale = self._scale(text)
             t.store_global(self.logits + (at << 2).wide(), [x * scale for x in total(0)])
 
-        self._product(spots, HEAD, finish)
+        self._product(spots, HEAD, finish, t.integer(2 * self.plan.shape.layers))
 
     def run(self) -> None:
         """Every layer, then the head; blocks meet in front of all products but the first.
@@ -361,7 +393,7 @@ class Step:
             spots = self.output(spots, index)
             self._meet(meetings + 2)
             self._ended("output")
-            spots = self.gate_up(spots)
+            spots = self.gate_up(spots, index)
             self._meet(meetings + 3)
             self._ended("gate_up")
             spots = self.down(spots, tag)

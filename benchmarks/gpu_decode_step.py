@@ -20,7 +20,7 @@ from jax import lax
 
 from benchmarks.gpu_decode import copy_bandwidth, print_record
 from benchmarks.random_model import SIZES
-from pallas_kernels.decode_step import Plan, mosaic_gpu
+from pallas_kernels.decode_step import Plan, kernels
 from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.step import PHASES
 from qwen_jax.packed import plan_for
@@ -55,7 +55,7 @@ def arguments(
 
 def microseconds(plan: Plan, args: tuple[Any, ...], capacity: int, rounds: int) -> list[float]:
     """A step's time, in every round of a chain."""
-    step = mosaic_gpu.build(plan, args[4].shape[0], capacity, args[0].dtype)
+    step = kernels.build(plan, args[4].shape[0], capacity, args[0].dtype)
 
     @jax.jit
     def chain(*args: Any) -> Any:
@@ -75,7 +75,7 @@ def microseconds(plan: Plan, args: tuple[Any, ...], capacity: int, rounds: int) 
 
 
 def print_phases(plan: Plan, args: tuple[Any, ...], capacity: int) -> None:
-    step = jax.jit(mosaic_gpu.build(plan, args[4].shape[0], capacity, args[0].dtype, traced=True))
+    step = jax.jit(kernels.build(plan, args[4].shape[0], capacity, args[0].dtype, traced=True))
     for _ in range(3):
         *_, times = jax.block_until_ready(step(*args))
     since = np.asarray(times).view(np.uint32).astype(np.int64)

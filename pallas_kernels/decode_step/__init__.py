@@ -1,12 +1,13 @@
-"""A whole decode step of a few rows: from embeddings to the logits of the next tokens."""
+"""A whole decode step of up to 64 rows: from embeddings to the logits of the next tokens."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step import mosaic_gpu, unpack
+from pallas_kernels.decode_step import kernels, unpack
+from pallas_kernels.decode_step.batched.step import MOST_ROWS
 from pallas_kernels.decode_step.packing import Packed, empty_tape, places, put
-from pallas_kernels.decode_step.plan import HEAD, MOST_ROWS, Plan, Shape
+from pallas_kernels.decode_step.plan import HEAD, Plan, Shape
 from pallas_kernels.decode_step.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -24,7 +25,7 @@ __all__ = [
     "unpacked",
 ]
 
-refusal = mosaic_gpu.refusal
+refusal = kernels.refusal
 
 
 def unpacked(
@@ -54,12 +55,13 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     """Runs one token of every row through every layer and the head.
 
-    The kernel takes up to 16 rows, as far as shared memory has room for their input: 16 of 0.5B,
-    1.5B and 3B, 11 of 7B, 8 of 14B and 32B, 5 of 72B.
+    There are two kernels. Up to 16 rows of 0.5B, 9 of 1.5B, 7 of 3B and 4 of 7B run on one that
+    keeps the whole input of a product in shared memory, up to 64 rows on one that lets it stream.
 
     Sums, norms, softmax and the residual stream are float32; keys, values, queries and
-    attention weights are rounded to the cache's dtype where they enter a product. The
-    cache is read only: the caller writes the new keys and values at `position`.
+    attention weights are rounded to the cache's dtype where they enter a product, as all inputs of
+    products are in the kernel of many rows. The cache is read only: the caller writes the new keys
+    and values at `position`.
 
     Args:
         plan: how the weights in `packed` are cut and dealt out.
@@ -90,7 +92,7 @@ def decode_step(
             return reference(packed, plan, hidden, cache, position, inv_freq, attention_factor)
         angles = position[:, None].astype(jnp.float32) * inv_freq
         rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
-        logits, new, _ = mosaic_gpu.build(plan, rows, capacity, dtype)(
+        logits, new, _ = kernels.build(plan, rows, capacity, dtype)(
             packed.tape,
             plan.table(),
             packed.bias,

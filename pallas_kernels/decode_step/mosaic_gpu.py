@@ -106,16 +106,11 @@ def _divided(plan: Plan, rows: int, bands: int) -> Memory:
     return Memory(stages * page, *pieces, stages * 16)
 
 
-def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
-    """Why the kernel can't run a step, or None.
-
-    A plan whose blocks don't all fit at once would hang the GPU: they wait for each other.
-    """
+def unfit(plan: Plan, dtype: DTypeLike) -> str | None:
+    """Why neither this kernel nor the one of many rows can run the model, or None."""
     shape = plan.shape
     if jnp.dtype(dtype).name not in FORMATS:
         return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"
-    if rows > MOST_ROWS:
-        return f"it takes at most {MOST_ROWS} rows, not {rows}"
     for height, columns in shape.matrices:
         if height % BAND or columns % COLUMNS:
             return f"a matrix of {height} x {columns} is not made of {BAND} x {COLUMNS} tiles"
@@ -123,6 +118,19 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
         return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
     if shape.group > 8:
         return f"{shape.group} query heads share a key/value head, more than 8"
+    return None
+
+
+def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
+    """Why the kernel can't run a step, or None.
+
+    A plan whose blocks don't all fit at once would hang the GPU: they wait for each other.
+    """
+    shape = plan.shape
+    if why := unfit(plan, dtype):
+        return why
+    if rows > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} rows, not {rows}"
     if rows * shape.kv_heads > plan.blocks:
         return f"{rows} rows of {shape.kv_heads} key/value heads are more than {plan.blocks} blocks"
     if (stages := memory(plan, rows).stages) < FEWEST_STAGES:
@@ -137,12 +145,7 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
 def build(
     plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
-    """The kernel for one model, cache capacity, dtype of both, number of rows and of blocks.
-
-    Returns a function of (tape, table, bias, norms, hidden, rope, cache, positions) to (logits,
-    new keys and values, scratch); and, if traced, the nanosecond at which each block ended each
-    of `step.PHASES`, int32 `[blocks, phases]`.
-    """
+    """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
     splits = attention.most_splits(plan, rows, capacity)

@@ -1,5 +1,6 @@
 """The decode-step kernel without a GPU: it lowers for CUDA at real sizes, or says why not."""
 
+import types
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import Packed, Plan, Shape, mosaic_gpu, unpack
+from pallas_kernels.decode_step import Packed, Plan, Shape, kernels, unpack
+from pallas_kernels.decode_step import mosaic_gpu as few
+from pallas_kernels.decode_step.batched import mosaic_gpu as many
+from pallas_kernels.decode_step.batched.pages import Group
 from pallas_kernels.decode_step.plan import DOWN, MOST_ROWS
 from tests.kernels import hopper
 
@@ -20,13 +24,15 @@ SIZES = {
     "32b": Shape(64, 5120, 40, 8, 128, 27648, 152064, 1e-6),
     "72b": Shape(80, 8192, 64, 8, 128, 29568, 152064, 1e-6),
 }
-MOST_ROWS_OF = {"0.5b": 16, "1.5b": 16, "3b": 16, "7b": 11, "14b": 8, "32b": 8, "72b": 5}
+MOST_FEW = {"0.5b": 16, "1.5b": 16, "3b": 16, "7b": 11, "14b": 8, "32b": 8, "72b": 5}
 SMALL = Shape(2, 256, 4, 2, 64, 512, 1024, 1e-6)
 TINY = Shape(2, 256, 4, 2, 64, 256, 1024, 1e-6)
 """A layer of it is less than a band for each of 132 blocks."""
 
 
-def lower(shape: Shape, rows: int, capacity: int, dtype: str) -> str:
+def lower(
+    shape: Shape, rows: int, capacity: int, dtype: str, kernel: types.ModuleType = few
+) -> str:
     plan = Plan(shape, 132)
 
     def f32(*dims: int) -> ShapeDtypeStruct:
@@ -43,7 +49,7 @@ def lower(shape: Shape, rows: int, capacity: int, dtype: str) -> str:
         ShapeDtypeStruct(dims, dtype),
         ShapeDtypeStruct((rows,), jnp.int32),
     )
-    return hopper.lower(mosaic_gpu.build(plan, rows, capacity, jnp.dtype(dtype)), *arguments)
+    return hopper.lower(kernel.build(plan, rows, capacity, jnp.dtype(dtype)), *arguments)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -58,12 +64,22 @@ def lower(shape: Shape, rows: int, capacity: int, dtype: str) -> str:
     ],
 )
 def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
-    if why := mosaic_gpu.refusal(Plan(SIZES[size], 132), rows, dtype):
-        assert rows > MOST_ROWS_OF[size]
+    if why := few.refusal(Plan(SIZES[size], 132), rows, dtype):
+        assert rows > MOST_FEW[size]
         pytest.skip(why)
     text = lower(SIZES[size], rows, capacity, dtype)
     assert "mosaic_gpu" in text
     assert "decode_step" in text
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("rows", "capacity", "dtype"),
+    [(5, 512, "bfloat16"), (17, 256, "float16"), (33, 32768, "bfloat16"), (64, 1024, "bfloat16")],
+)
+def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
+    assert kernels.refusal(Plan(SIZES[size], 132), rows, dtype) is None
+    assert "decode_step" in lower(SIZES[size], rows, capacity, dtype, many)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -84,43 +100,90 @@ def test_unpacking_lowers(size: str) -> None:
 def test_shared_memory_is_enough(size: str, rows: int) -> None:
     """What the plan takes of it, counted apart from the code that divides it."""
     shape, plan = SIZES[size], Plan(SIZES[size], 132)
-    if mosaic_gpu.refusal(plan, rows, "bfloat16"):
-        assert rows > MOST_ROWS_OF[size]
+    if few.refusal(plan, rows, "bfloat16"):
+        assert rows > MOST_FEW[size]
         return
-    assert rows <= MOST_ROWS_OF[size]
-    memory = mosaic_gpu.memory(plan, rows)
+    assert rows <= MOST_FEW[size]
+    memory = few.memory(plan, rows)
     longest = -(-shape.ffn // 128 // plan.phases[DOWN].parts)
     inputs = max(shape.hidden, 128 * longest) * rows * 4
     assert memory.inputs >= max(inputs, 8 * shape.group * (shape.head_dim + 2) * 4)
     assert memory.slot_bytes >= 4096 * max(p.page_tiles for p in plan.phases)
     assert memory.stages * (memory.slot_bytes + 16) <= memory.ring + memory.barriers
-    assert sum(memory) + mosaic_gpu.RESERVED_BYTES <= 232_448
-    assert memory.stages >= mosaic_gpu.FEWEST_STAGES
+    assert sum(memory) + few.RESERVED_BYTES <= 232_448
+    assert memory.stages >= few.FEWEST_STAGES
     # Copies want 16 bytes, the barriers 8.
     assert memory.slot_bytes % 16 == 0
     assert all(begin % 16 == 0 for begin in memory.begins())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 48, 64])
+@pytest.mark.parametrize("size", SIZES)
+def test_shared_memory_is_enough_for_many_rows(size: str, rows: int) -> None:
+    """Counted apart from the code that divides it."""
+    shape, plan = SIZES[size], Plan(SIZES[size], 132)
+    assert many.refusal(plan, rows, "bfloat16") is None
+    memory, padded = many.memory(plan, rows), -(-rows // 16) * 16
+    groups = [Group.of(phase) for phase in plan.phases]
+    # A ring that a page doesn't fit into twice would not fetch ahead.
+    assert memory.units >= 2 * max(2048 * g.units * g.bands for g in groups)
+    assert memory.chunks >= 3 * 128 * 2 * padded
+    # Eight warps' sums, or the parts of a group of heads that they found, and the new token's.
+    assert memory.sums >= 8 * 16 * padded * 4
+    assert memory.sums >= 9 * shape.group * (shape.head_dim + 2) * 4
+    assert memory.own >= -(-(shape.hidden // 16) // 132) * 16 * rows * 4
+    assert sum(memory) + few.RESERVED_BYTES <= 232_448
+    assert all(begin % 16 == 0 for begin in memory.begins())
+    # The sums of a lane stay in its registers.
+    assert max(g.each for g in groups) * padded // 2 <= 96
+    assert all(g.bands <= (8 // g.sharers) * g.each for g in groups)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "kernel"),
+    [("0.5b", 16, few), ("0.5b", 17, many), ("1.5b", 9, few), ("1.5b", 10, many), ("7b", 4, few),
+     ("7b", 5, many), ("72b", 1, few), ("72b", 64, many)],
+)  # fmt: skip
+def test_the_faster_kernel_is_built(
+    monkeypatch: pytest.MonkeyPatch, size: str, rows: int, kernel: types.ModuleType
+) -> None:
+    built = []
+    for module in (few, many):
+        monkeypatch.setattr(module, "build", lambda *_, module=module: built.append(module))
+    kernels.build(Plan(SIZES[size], 132), rows, 256, jnp.dtype("bfloat16"))
+    assert built == [kernel]
 
 
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "why"),
     [
         (SIZES["0.5b"], 1, "float32", "float32, not bfloat16 or float16"),
-        (SIZES["0.5b"], 17, "bfloat16", "at most 16 rows, not 17"),
+        (SIZES["0.5b"], 65, "bfloat16", "at most 64 rows, not 65"),
         (Shape(2, 256, 8, 2, 32, 512, 320, 1e-6), 1, "bfloat16", "head dimension is 32"),
         (Shape(2, 192, 4, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "512 x 192 is not made of"),
         (Shape(2, 1024, 18, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "9 query heads"),
-        (SIZES["72b"], 8, "bfloat16", "shared memory has room for"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_value(
     shape: Shape, rows: int, dtype: str, why: str
 ) -> None:
-    assert why in str(mosaic_gpu.refusal(Plan(shape, 132), rows, dtype))
+    assert why in str(kernels.refusal(Plan(shape, 132), rows, dtype))
 
 
-def test_more_heads_than_blocks_are_refused() -> None:
-    why = mosaic_gpu.refusal(Plan(SIZES["14b"], 60), 8, "bfloat16")
-    assert "8 rows of 8 key/value heads are more than 60 blocks" in str(why)
+@pytest.mark.parametrize(
+    ("size", "blocks", "rows", "why"),
+    [
+        ("0.5b", 132, 17, "at most 16 rows, not 17"),
+        ("72b", 132, 8, "shared memory has room for"),
+        ("14b", 60, 8, "8 rows of 8 key/value heads are more than 60 blocks"),
+    ],
+)
+def test_what_the_kernel_of_few_rows_leaves_to_the_other(
+    size: str, blocks: int, rows: int, why: str
+) -> None:
+    plan = Plan(SIZES[size], blocks)
+    assert why in str(few.refusal(plan, rows, "bfloat16"))
+    assert many.refusal(plan, rows, "bfloat16") is None
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 114, 132])

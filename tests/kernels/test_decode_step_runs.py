@@ -16,14 +16,14 @@ from pallas_kernels.decode_step import (
     Shape,
     barriers,
     empty_tape,
-    mosaic_gpu,
     places,
     put,
     step,
     unpack,
 )
+from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.batched import mosaic_gpu as batched
+from pallas_kernels.decode_step.batched import mosaic_gpu as many
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Deadlock, Machine, Race, Role
 from tests.kernels.simt_thread import install
@@ -91,7 +91,7 @@ def run(
     case: Case,
     seed: int,
     alter: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
-    kernel: types.ModuleType = mosaic_gpu,
+    kernel: types.ModuleType = few,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's logits and new keys and values; slots from each position on hold NaN.
 
@@ -101,7 +101,7 @@ def run(
     rows, capacity = case.hidden.shape[0], case.cache.shape[3]
     assert kernel.refusal(plan, rows, dtype) is None
     divided = kernel.memory(plan, rows)
-    copied = divided.begins()[2 if kernel is batched else 1]
+    copied = divided.begins()[2 if kernel is many else 1]
     machine = Machine(plan.blocks, sum(divided), (0, copied), seed)
     kept = jnp.arange(capacity) < case.position[:, None]
     poisoned = jnp.where(kept[None, :, None, :, None], case.cache, jnp.nan)
@@ -172,6 +172,16 @@ def relative(x: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
 
 
+def check(patch: pytest.MonkeyPatch, case: Case, dtype: str, kernel: types.ModuleType) -> None:
+    truth, xla = expected(case, "float32"), expected(case, dtype)
+    found = [run(patch, case, SEED + n, kernel=kernel) for n in range(2)]
+    for mine, theirs, right in zip(found[0], xla, truth, strict=True):
+        ours = relative(mine, right)
+        print(f"seed {SEED}: kernel {ours:.2e}, xla {relative(theirs, right):.2e}")
+        assert ours <= 1.5 * relative(theirs, right)
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(
     ("shape", "blocks", "positions", "capacity", "dtype"),
     [
@@ -199,25 +209,20 @@ def test_no_worse_than_xla_and_the_same_in_every_order(
     dtype: str,
 ) -> None:
     case = drawn(shape, blocks, positions, capacity, dtype)
-    truth, xla = expected(case, "float32"), expected(case, dtype)
-    found = [run(monkeypatch, case, SEED + n) for n in range(2)]
-    for mine, theirs, right in zip(found[0], xla, truth, strict=True):
-        ours = relative(mine, right)
-        print(f"seed {SEED}: kernel {ours:.2e}, xla {relative(theirs, right):.2e}")
-        assert ours <= 1.5 * relative(theirs, right)
-    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+    check(monkeypatch, case, dtype, few)
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks", "positions", "capacity"),
+    ("shape", "blocks", "positions", "capacity", "dtype"),
     [
-        (SMALL, 9, [*range(17)], 64),
-        (SMALL, 5, [255, *range(24)], 256),
+        (SMALL, 9, [*range(17)], 64, "bfloat16"),
+        (SMALL, 5, [255, *range(24)], 256, "float16"),
         # A text is shared by several blocks, and several bands by a warp.
-        (ODD, 40, [300, 17, 200, 3, 129], 512),
-        (TINY, 3, [*range(33)], 64),
-        (TINY, 2, [7] * 20, 64),
-        (GROUPS[8], 11, [*range(64)], 64),
+        (ODD, 40, [300, 17, 200, 3, 129], 512, "bfloat16"),
+        (TINY, 3, [*range(33)], 64, "bfloat16"),
+        # So many bands that they are multiplied in turns.
+        (TINY, 2, [7] * 20, 64, "float16"),
+        (GROUPS[8], 11, [*range(64)], 64, "bfloat16"),
     ],
 )
 def test_many_rows(
@@ -226,27 +231,27 @@ def test_many_rows(
     blocks: int,
     positions: list[int],
     capacity: int,
+    dtype: str,
 ) -> None:
-    case = drawn(shape, blocks, positions, capacity)
-    truth, xla = expected(case, "float32"), expected(case, "bfloat16")
-    found = [run(monkeypatch, case, SEED + n, kernel=batched) for n in range(2)]
-    for mine, theirs, right in zip(found[0], xla, truth, strict=True):
-        ours = relative(mine, right)
-        print(f"seed {SEED}: kernel {ours:.2e}, xla {relative(theirs, right):.2e}")
-        assert ours <= 1.5 * relative(theirs, right)
-    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+    case = drawn(shape, blocks, positions, capacity, dtype)
+    check(monkeypatch, case, dtype, many)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("size", [1e5, 1e-4])
+@pytest.mark.parametrize(
+    ("size", "rows", "kernel"),
+    [(size, rows, few) for size in (1e5, 1e-4) for rows in (1, 5)]
+    # What enters the first layer is not scaled here.
+    + [(size, 5, many) for size in (1e4, 1e-3)],
+)
 def test_float16_takes_hidden_states_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, size: float, rows: int
+    monkeypatch: pytest.MonkeyPatch, size: float, rows: int, kernel: types.ModuleType
 ) -> None:
     """It ends at 65504 and has nothing below 6e-8."""
     case = drawn(SMALL, 11, [20, 3, 1, 0, 7][:rows], 64, "float16")
     case = case._replace(hidden=case.hidden * size)
     truth, xla = expected(case, "float32"), expected(case, "float16")
-    for mine, theirs, right in zip(run(monkeypatch, case, SEED), xla, truth, strict=True):
+    found = run(monkeypatch, case, SEED, kernel=kernel)
+    for mine, theirs, right in zip(found, xla, truth, strict=True):
         assert relative(mine, right) <= 1.5 * relative(theirs, right)
 
 

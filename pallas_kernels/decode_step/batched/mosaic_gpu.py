@@ -33,6 +33,7 @@ from pallas_kernels.decode_step.mosaic_gpu import (
     REGISTERS,
     RESERVED_BYTES,
     SMEM_BYTES,
+    unfit,
 )
 from pallas_kernels.decode_step.plan import BAND, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS
@@ -43,11 +44,8 @@ PAGES = 16
 """Of weights in shared memory, at most."""
 FEWEST_UNITS = 2 * MOST_BANDS
 """Of weights: two of the largest pages."""
-import os
-
-CHUNKS_BYTES = int(os.environ.get("CHUNKS_KB", 48)) * 1024
+CHUNKS_BYTES = 48 * 1024
 """Shared memory for chunks of an input, about."""
-DTYPE = "bfloat16"
 
 
 class Memory(NamedTuple):
@@ -82,14 +80,14 @@ class Memory(NamedTuple):
 
 
 def memory(plan: Plan, rows: int) -> Memory:
-    texts = Texts(rows, FORMATS[DTYPE])
+    texts = Texts(rows, FORMATS["bfloat16"])  # the other is as large
     chunks = max(3, CHUNKS_BYTES // texts.chunk_bytes)
     pieces = (
         chunks * texts.chunk_bytes,
         max(products.sums_bytes(texts), attention.found_bytes(plan)),
         int(plan.phases[OUTPUT].count.max()) * rows * BAND * 4,
         attention.heads_bytes(plan),
-        MOST_ROWS * 4,
+        2 * MOST_ROWS * 4,
         PAGES * 4,
         PAGES * 16,
         chunks * 16,
@@ -101,9 +99,9 @@ def memory(plan: Plan, rows: int) -> Memory:
 
 
 def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
-    """Why the kernel can't run a step, or None; `mosaic_gpu.unfit` has been asked."""
-    if jnp.dtype(dtype).name != DTYPE:
-        return f"of {rows} rows the weights must be {DTYPE}, not {jnp.dtype(dtype).name}"
+    """Why the kernel can't run a step, or None."""
+    if why := unfit(plan, dtype):
+        return why
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     if (units := memory(plan, rows).units // UNIT_BYTES) < FEWEST_UNITS:
@@ -115,7 +113,7 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
 def build(
     plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
-    """The kernel for one model, as `mosaic_gpu.build` makes the one of few rows."""
+    """The kernel of many rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided, texts = memory(plan, rows), Texts(rows, FORMATS[jnp.dtype(dtype).name])
     splits = attention.most_splits(plan, rows, capacity)
@@ -187,8 +185,8 @@ def build(
                 t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
                 attended,
             ),
-            own, scales, scaled, t.address(bias), t.address(norms), t.address(hidden), t.address(logits),
-            memory, layout,
+            own, scales, scaled, t.address(bias), t.address(norms), t.address(hidden),
+            t.address(logits), memory, layout,
             t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
 

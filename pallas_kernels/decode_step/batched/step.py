@@ -14,6 +14,7 @@ from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.batched.pages import Group
 from pallas_kernels.decode_step.batched.products import Finish, Products, Spots, Total
 from pallas_kernels.decode_step.batched.texts import Texts
+from pallas_kernels.decode_step.formats import times
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
 from pallas_kernels.decode_step.products import THREADS
@@ -97,7 +98,7 @@ def fetch_inputs(
 def make_scales(
     plan: Plan, layout: Layout, memory: V, which: V, scales: V, scaled: V, cleared: V
 ) -> None:
-    """What every norm multiplies each text by, in order, while its product runs; for one warp.
+    """The scales of every norm, in order, while its product runs; for one warp.
 
     Eight lanes have four texts' sums of squares each of every fourth band.
 
@@ -113,7 +114,9 @@ def make_scales(
     begin = layout.at(memory, SQUARES, own * MOST_ROWS + text)
     barriers.await_turn(cleared, t.integer(0))
 
-    def norm(meetings: V) -> None:
+    def norm(meetings: V, before: list[V]) -> list[V]:
+        """The scales of four texts, from those of the norm before."""
+
         def await_all() -> None:
             barriers.await_count(counter, meetings * plan.blocks)
 
@@ -136,17 +139,23 @@ def make_scales(
         turns = -(-bands // (4 * LOADS_AT_ONCE))
         sums = [t.warp_sum(x, (8, 16)) for x in t.loop(turns, [t.number(0)] * 4, some)]
         found = [t.rsqrt(x * (1 / shape.hidden) + shape.eps) for x in sums]
-        t.when(own.equals(0), lambda: t.store_shared(scales + text * 4, found))
+        rest = [x * t.reciprocal(y) for x, y in zip(found, before, strict=True)]
+
+        def keep() -> None:
+            t.store_shared(scales + text * 4, rest)
+            t.store_shared(scales + (text + MOST_ROWS) * 4, found)
+
+        t.when(own.equals(0), keep)
         t.warp_together()
         t.when(lane.equals(0), lambda: barriers.arrive(scaled))
+        return found
 
-    def layer(index: V, _: list[V]) -> list[V]:
+    def layer(index: V, before: list[V]) -> list[V]:
         for phase in (QKV, GATE_UP):
-            norm(index * HEAD + phase)
-        return []
+            before = norm(index * HEAD + phase, before)
+        return before
 
-    t.loop(shape.layers, [], layer)
-    norm(t.integer(shape.layers * HEAD))
+    norm(t.integer(shape.layers * HEAD), t.loop(shape.layers, [t.number(1)] * 4, layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +165,8 @@ class Step:
     Attributes:
         attention: of the block's first row and key/value head.
         own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
-        scales: shared memory for what a norm multiplies each text by.
+        scales: shared memory for what each text's product is multiplied with after a norm, then for
+            the norm's whole scale, with which the next input is made.
         scaled: an mbarrier of which a turn ends when that of the next norm is there.
         bias, norms, hidden: addresses of the inputs.
         logits: of the output.
@@ -239,8 +249,12 @@ class Step:
     def _over_own(self, body: Finish) -> None:
         over(self.work.count[OUTPUT] * (self.rows * BAND // 4), THREADS, body)
 
-    def _leave_hidden(self, norm: V) -> None:
-        """The block's hidden state as an input, with a norm's weights, and its squares."""
+    def _leave_hidden(self, norm: V, scaled: bool = True) -> None:
+        """The block's hidden state as an input, with a norm's weights, and its squares.
+
+        The scale that it needs is known when all squares are. With that of the norm before, most of
+        it, numbers are as large as 16 bits like them.
+        """
         weights = self.norms + norm.wide() * (4 * self.plan.shape.hidden)
         t.together(THREADS)
 
@@ -248,9 +262,11 @@ class Step:
             place, text, row = self._own(item)
             weight = t.load_global(weights + (row << 2).wide(), 4)
             values = t.load_shared_floats(place, 4)
-            self.put(
-                w.HIDDEN, text, row, [v * x.bits() for v, x in zip(values, weight, strict=True)]
-            )
+            values = [v * x.bits() for v, x in zip(values, weight, strict=True)]
+            if scaled:
+                (scale,) = t.load_shared_floats(self.scales + (text + MOST_ROWS) * 4)
+                values = [v * scale for v in values]
+            self.put(w.HIDDEN, text, row, values)
 
         def squares(item: V) -> None:
             """Of a band of a text."""
@@ -273,7 +289,7 @@ class Step:
             t.store_shared(place, t.load_global(self.hidden + ((text * d + row) << 2).wide(), 4))
 
         self._over_own(take)
-        self._leave_hidden(t.integer(0))
+        self._leave_hidden(t.integer(0), scaled=False)
         barriers.before_copies()
 
     def qkv(self, spots: Spots, layer: V, tag: V) -> Spots:
@@ -322,7 +338,8 @@ class Step:
             values = []
             for gate, up in zip(total(0), total(height), strict=True):
                 gate, up = gate * scale, up * scale
-                values.append(gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up)
+                value = gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
+                values.append(times(value, self.texts.format.scale))
             self.put(w.FFN, text, (self.work.first[GATE_UP] + band) * height + row, values)
 
         return self._product(spots, GATE_UP, finish, layer * 2 + 1, height)
@@ -334,7 +351,8 @@ class Step:
         def finish(band: V, text: V, row: V, total: Total) -> None:
             at = (self.work.first[DOWN] + band) * BAND + row
             text_of_part = self.work.part * self.rows + text
-            leave(self._word(w.PARTS, width, text_of_part, at), total(0), tag)
+            values = [times(x, 1 / self.texts.format.scale) for x in total(0)]
+            leave(self._word(w.PARTS, width, text_of_part, at), values, tag)
 
         return self._product(spots, DOWN, finish)
 

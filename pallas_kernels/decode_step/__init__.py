@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import kernels, unpack
-from pallas_kernels.decode_step.batched.step import MOST_ROWS
+from pallas_kernels.decode_step.batched.exchange import MOST_ROWS
 from pallas_kernels.decode_step.packing import Packed, empty_tape, places, put
 from pallas_kernels.decode_step.plan import HEAD, Plan, Shape
 from pallas_kernels.decode_step.reference import reference

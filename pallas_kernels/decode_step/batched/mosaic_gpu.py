@@ -21,10 +21,11 @@ from pallas_kernels.decode_step import attention, barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
-from pallas_kernels.decode_step.batched import products, step
+from pallas_kernels.decode_step.batched import exchange, products, warps
+from pallas_kernels.decode_step.batched.exchange import MOST_ROWS
 from pallas_kernels.decode_step.batched.pages import MOST_BANDS, UNIT_BYTES, Pages
 from pallas_kernels.decode_step.batched.products import Products
-from pallas_kernels.decode_step.batched.step import MOST_ROWS, Step, layout_of
+from pallas_kernels.decode_step.batched.step import Step
 from pallas_kernels.decode_step.batched.texts import Texts
 from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.mosaic_gpu import (
@@ -60,7 +61,7 @@ class Memory(NamedTuple):
         scales: of norms.
         sizes: of the pages, an int32 each.
         page_turns, chunk_turns: two barriers each.
-        cleared, scaled: a barrier each, and 8 bytes.
+        cleared, scaled, met: a barrier each, and 8 bytes.
     """
 
     units: int
@@ -74,6 +75,7 @@ class Memory(NamedTuple):
     chunk_turns: int
     cleared: int
     scaled: int
+    met: int
 
     def begins(self) -> list[int]:
         return [sum(self[:i]) for i in range(len(self))]
@@ -91,6 +93,7 @@ def memory(plan: Plan, rows: int) -> Memory:
         PAGES * 4,
         PAGES * 16,
         chunks * 16,
+        16,
         16,
         16,
     )
@@ -117,14 +120,14 @@ def build(
     shape, blocks = plan.shape, plan.blocks
     divided, texts = memory(plan, rows), Texts(rows, FORMATS[jnp.dtype(dtype).name])
     splits = attention.most_splits(plan, rows, capacity)
-    layout = layout_of(plan, texts, splits)
+    layout = exchange.layout_of(plan, texts, splits)
 
     def own_memory(smem: Any) -> list[t.V]:
         base = t.address(smem, shared=True)
         return [base + begin for begin in divided.begins()]
 
     def streams(smem: Any) -> tuple[Pages, Ring]:
-        units, chunks, *_, sizes, page_turns, chunk_turns, _, _ = own_memory(smem)
+        units, chunks, *_, sizes, page_turns, chunk_turns, _, _, _ = own_memory(smem)
         pages = Pages(units, divided.units // UNIT_BYTES, Ring(sizes, page_turns, PAGES, 4))
         stages = divided.chunk_turns // 16
         return pages, Ring(chunks, chunk_turns, stages, texts.chunk_bytes)
@@ -134,9 +137,10 @@ def build(
 
     def make(context: Any, smem: Any) -> None:
         def barriers_of_all() -> None:
-            *_, cleared, scaled = own_memory(smem)
+            *_, cleared, scaled, met = own_memory(smem)
             barriers.make_barrier(cleared, 1)
-            barriers.make_barrier(scaled, step.SCALERS)
+            barriers.make_barrier(met, 1)
+            barriers.make_barrier(scaled, warps.SCALERS)
             pages, chunks = streams(smem)
             pages.ring.make()
             chunks.make()
@@ -148,16 +152,16 @@ def build(
         """What the warps do that don't compute."""
         work, memory = work_of(table), t.address(words)
         pages, chunks = streams(smem)
-        *_, scales, _, _, _, cleared, scaled = own_memory(smem)
+        *_, scales, _, _, _, cleared, scaled, met = own_memory(smem)
         warp, first = t.me() // t.WARP, THREADS // t.WARP
         t.when(warp.equals(first), lambda: pages.fetch(plan, t.address(tape), work))
 
         def inputs() -> None:
-            step.fetch_inputs(plan, texts, layout, memory, work, chunks, cleared)
+            warps.fetch_inputs(plan, texts, layout, memory, work, chunks, cleared)
 
         def norms() -> None:
             which = warp - (first + 2)
-            step.make_scales(plan, layout, memory, which, scales, scaled, cleared)
+            warps.make_scales(plan, layout, memory, which, scales, scaled, met)
 
         t.when(t.me().equals(THREADS + t.WARP), inputs)
         t.when(warp >= first + 2, norms)
@@ -166,7 +170,7 @@ def build(
         """This block's part of the step, from all references but the tape."""
         *outside, smem = refs
         table, bias, norms, hidden, rope, cache, positions, logits, new, words, *times = outside
-        _, _, sums, own, heads, scales, *_, scaled = own_memory(smem)
+        _, _, sums, own, heads, scales, *_, scaled, met = own_memory(smem)
         pages, chunks = streams(smem)
         memory, block = t.address(words), t.block()
 
@@ -185,7 +189,7 @@ def build(
                 t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
                 attended,
             ),
-            own, scales, scaled, t.address(bias), t.address(norms), t.address(hidden),
+            own, scales, scaled, met, t.address(bias), t.address(norms), t.address(hidden),
             t.address(logits), memory, layout,
             t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
@@ -207,12 +211,17 @@ def build(
             t.loop(-(-size // (THREADS * blocks)), [], one)
 
         # Tag 0 is that of the layer before the first; the first waits for 1.
-        for section in (w.QKV, w.PARTS, w.SPLITS, w.STATS, step.MEETINGS):
+        for section in (w.QKV, w.PARTS, w.SPLITS, w.STATS, exchange.MEETINGS):
             clear(section)
         t.together(THREADS)
 
     def steps(context: Any, *refs: Any) -> None:
-        t.when(t.me().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-2]))
+        def all_have_met() -> None:
+            *_, cleared, _, met = own_memory(refs[-1])
+            barriers.arrive(cleared)
+            barriers.arrive(met)
+
+        t.when(t.me().equals(0), all_have_met)
         made(refs).run()
 
     def body(*refs: Any) -> None:

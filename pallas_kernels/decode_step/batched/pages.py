@@ -156,6 +156,8 @@ class Pages:
         spot = Spot(*state[:3])
         *oldest, free, pages = t.loop_while(crowded, state[3:], let_go)
         full = ring.full(spot.slot)
+        # A lane may not have read yet how many units the slot's last page had.
+        t.warp_together()
 
         def announce() -> None:
             t.store_shared(ring.memory + spot.slot * ring.slot_bytes, [units])

@@ -11,151 +11,15 @@ from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
-from pallas_kernels.decode_step.batched.pages import Group
+from pallas_kernels.decode_step.batched.exchange import MEETINGS, MOST_ROWS, SQUARES
 from pallas_kernels.decode_step.batched.products import Finish, Products, Spots, Total
 from pallas_kernels.decode_step.batched.texts import Texts
 from pallas_kernels.decode_step.formats import times
-from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
 from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.ring import Place, Ring
 from pallas_kernels.decode_step.step import PHASES, Work
 from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import Layout, awaited, leave, over
-
-MOST_ROWS = 64
-SCALERS = 2
-"""Warps that make the scales of norms, 32 texts each."""
-LOADS_AT_ONCE = 5
-"""Sums of squares that one of their lanes loads together, four texts each."""
-
-SQUARES, MEETINGS = w.STATS + 1, w.STATS + 2
-"""Sections besides those of a step of few rows: of every band of the hidden state each text's sum
-of squares, `[bands, 64]`; and a counter of blocks that wait for each other. `ATTENDED`, `FFN` and
-`HIDDEN` hold inputs of products here."""
-INPUTS = {QKV: w.HIDDEN, OUTPUT: w.ATTENDED, GATE_UP: w.HIDDEN, DOWN: w.FFN, HEAD: w.HIDDEN}
-"""The section of each phase's input."""
-
-
-def layout_of(plan: Plan, texts: Texts, splits: int) -> Layout:
-    shape = plan.shape
-    few = Layout.of(plan, texts.rows, splits)
-    sizes = [*few.sizes, shape.hidden // BAND * MOST_ROWS, 4]
-    sizes[w.MIDDLE] = 0
-    for phase, section in INPUTS.items():
-        sizes[section] = texts.words(shape.matrices[phase][1])
-    # Copies want 16 bytes.
-    return Layout(tuple(-(-size // 4) * 4 for size in sizes))
-
-
-def fetch_inputs(
-    plan: Plan, texts: Texts, layout: Layout, memory: V, work: Work, chunks: Ring, cleared: V
-) -> None:
-    """Copies every chunk of every input the block needs, in order; for one thread alone.
-
-    Args:
-        memory: address of the words.
-        cleared: an mbarrier whose first turn ends when the words have been cleared.
-    """
-    counter = layout.at(memory, MEETINGS)
-    barriers.await_turn(cleared, t.integer(0))
-
-    def input(phase: int, meetings: V, carry: list[V]) -> list[V]:
-        p = plan.phases[phase]
-        group = Group.of(p)
-        first, tiles = t.integer(0), t.integer(p.across)
-        if p.parts > 1:
-            first, tiles = work.part_column, work.part_tiles
-        begin = layout.at(memory, INPUTS[phase])
-        barriers.await_count(counter, meetings * plan.blocks)
-        barriers.before_copies()
-
-        def chunk(i: V, carry: list[V]) -> list[V]:
-            place = Place(*carry)
-            # A slot that was never used is empty: the turn before the first is over.
-            barriers.await_turn(chunks.empty(place.slot), place.parity ^ 1)
-            piece = first * WARPS + i * group.pieces
-            source = begin + (piece * texts.piece_bytes).wide()
-            target = chunks.memory + place.slot * chunks.slot_bytes
-            size = t.integer(group.pieces * texts.piece_bytes)
-            barriers.copy_in(target, source, size, chunks.full(place.slot))
-            return [*chunks.next(place)]
-
-        def turn(_: V, carry: list[V]) -> list[V]:
-            return t.loop(group.pages(tiles), carry, chunk)
-
-        return t.loop(group.turns(work.count[phase]), carry, turn)
-
-    def layer(index: V, carry: list[V]) -> list[V]:
-        for phase in range(HEAD):
-            carry = input(phase, index * HEAD + phase, carry)
-        return carry
-
-    layers = plan.shape.layers
-    input(HEAD, t.integer(layers * HEAD), t.loop(layers, [*Place.begin()], layer))
-
-
-def make_scales(
-    plan: Plan, layout: Layout, memory: V, which: V, scales: V, scaled: V, cleared: V
-) -> None:
-    """The scales of every norm, in order, while its product runs; for one warp.
-
-    Eight lanes have four texts' sums of squares each of every fourth band.
-
-    Args:
-        which: of the warps.
-        scales, scaled: as `Step` has them.
-        memory, cleared: as above.
-    """
-    shape, lane = plan.shape, t.me() % t.WARP
-    bands, fours, own = shape.hidden // BAND, lane % 8, lane // 8
-    text = which * t.WARP + fours * 4
-    counter = layout.at(memory, MEETINGS)
-    begin = layout.at(memory, SQUARES, own * MOST_ROWS + text)
-    barriers.await_turn(cleared, t.integer(0))
-
-    def norm(meetings: V, before: list[V]) -> list[V]:
-        """The scales of four texts, from those of the norm before."""
-
-        def await_all() -> None:
-            barriers.await_count(counter, meetings * plan.blocks)
-
-        t.when(lane.equals(0), await_all)
-        t.warp_together()
-
-        def some(i: V, sums: list[V]) -> list[V]:
-            wanted = [own + (i * LOADS_AT_ONCE + n) * 4 for n in range(LOADS_AT_ONCE)]
-            at = begin + (i * (LOADS_AT_ONCE * 4 * MOST_ROWS * 4)).wide()
-            loaded = [
-                t.load_global(
-                    at, 4, "relaxed.gpu", where=band < bands, offset=n * 4 * MOST_ROWS * 4
-                )
-                for n, band in enumerate(wanted)
-            ]
-            for four in loaded:
-                sums = [x + y.bits() for x, y in zip(sums, four, strict=True)]
-            return sums
-
-        turns = -(-bands // (4 * LOADS_AT_ONCE))
-        sums = [t.warp_sum(x, (8, 16)) for x in t.loop(turns, [t.number(0)] * 4, some)]
-        found = [t.rsqrt(x * (1 / shape.hidden) + shape.eps) for x in sums]
-        rest = [x * t.reciprocal(y) for x, y in zip(found, before, strict=True)]
-
-        def keep() -> None:
-            t.store_shared(scales + text * 4, rest)
-            t.store_shared(scales + (text + MOST_ROWS) * 4, found)
-
-        t.when(own.equals(0), keep)
-        t.warp_together()
-        t.when(lane.equals(0), lambda: barriers.arrive(scaled))
-        return found
-
-    def layer(index: V, before: list[V]) -> list[V]:
-        for phase in (QKV, GATE_UP):
-            before = norm(index * HEAD + phase, before)
-        return before
-
-    norm(t.integer(shape.layers * HEAD), t.loop(shape.layers, [t.number(1)] * 4, layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +32,7 @@ class Step:
         scales: shared memory for what each text's product is multiplied with after a norm, then for
             the norm's whole scale, with which the next input is made.
         scaled: an mbarrier of which a turn ends when that of the next norm is there.
+        met: one of which a turn ends when all blocks have met in front of the next norm.
         bias, norms, hidden: addresses of the inputs.
         logits: of the output.
         memory, layout: the words blocks leave for each other.
@@ -182,6 +47,7 @@ class Step:
     own: V
     scales: V
     scaled: V
+    met: V
     bias: V
     norms: V
     hidden: V
@@ -207,8 +73,11 @@ class Step:
         """Leaves numbers of a product's input."""
         self.texts.put(self.layout.at(self.memory, section), text, column, values)
 
-    def _meet(self, meetings: V) -> None:
-        """Waits until all blocks have come to their meeting of this number, from 1."""
+    def _meet(self, meetings: V, norm: bool = False) -> None:
+        """Waits until all blocks have come to their meeting of this number, from 1.
+
+        `norm` tells the warps that make scales.
+        """
         counter = self.layout.at(self.memory, MEETINGS)
         barriers.before_copies()
         t.together(THREADS)
@@ -216,6 +85,8 @@ class Step:
         def wait() -> None:
             barriers.count_arrival(counter)
             barriers.await_count(counter, meetings * self.plan.blocks)
+            if norm:
+                barriers.arrive(self.met)
 
         t.when(t.me().equals(0), wait)
         t.together(THREADS)
@@ -409,7 +280,7 @@ class Step:
             self._meet(meetings + 1)
             self._ended("combine")
             spots = self.output(spots, index)
-            self._meet(meetings + 2)
+            self._meet(meetings + 2, norm=True)
             self._ended("output")
             spots = self.gate_up(spots, index)
             self._meet(meetings + 3)
@@ -417,7 +288,7 @@ class Step:
             spots = self.down(spots, tag)
             self._ended("down")
             self.add_parts(index, tag)
-            self._meet(meetings + 4)
+            self._meet(meetings + 4, norm=True)
             self._ended("add_parts")
             return spots.carry()
 

@@ -1,0 +1,25 @@
+"""What blocks of a step of many rows leave for each other: words, and inputs in 16 bits."""
+
+from pallas_kernels.decode_step import words as w
+from pallas_kernels.decode_step.batched.texts import Texts
+from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
+from pallas_kernels.decode_step.words import Layout
+
+MOST_ROWS = 64
+SQUARES, MEETINGS = w.STATS + 1, w.STATS + 2
+"""Sections besides those of a step of few rows: of every band of the hidden state each text's sum
+of squares, `[bands, 64]`; and a counter of blocks that wait for each other. `ATTENDED`, `FFN` and
+`HIDDEN` hold inputs of products here."""
+INPUTS = {QKV: w.HIDDEN, OUTPUT: w.ATTENDED, GATE_UP: w.HIDDEN, DOWN: w.FFN, HEAD: w.HIDDEN}
+"""The section of each phase's input."""
+
+
+def layout_of(plan: Plan, texts: Texts, splits: int) -> Layout:
+    shape = plan.shape
+    few = Layout.of(plan, texts.rows, splits)
+    sizes = [*few.sizes, shape.hidden // BAND * MOST_ROWS, 4]
+    sizes[w.MIDDLE] = 0
+    for phase, section in INPUTS.items():
+        sizes[section] = texts.words(shape.matrices[phase][1])
+    # Copies want 16 bytes.
+    return Layout(tuple(-(-size // 4) * 4 for size in sizes))

@@ -21,7 +21,7 @@ scf: Any = importlib.import_module("jaxlib.mlir.dialects.scf")
 
 WARP, WARPGROUP = 32, 128
 OURS = 8
-"""Of a block's 16 barriers the one that is ours; Mosaic's warpgroups use those from 1 on."""
+"""Of a block's 16 barriers the first that is ours; Mosaic's warpgroups use those from 1 on."""
 
 
 def emit(code: Callable[..., None], *refs: Any) -> None:
@@ -255,9 +255,14 @@ def nanoseconds() -> V:
     return asm("mov.u32 $0, %globaltimer_lo;", [i32()], "=r")[0]
 
 
-def together(threads: int) -> None:
+def together(threads: int, barrier: int = OURS) -> None:
     """Waits for so many threads of the block, always the same ones."""
-    asm(f"bar.sync {OURS}, {threads};", [], "~{memory}")
+    asm(f"bar.sync {barrier}, {threads};", [], "~{memory}")
+
+
+def arrive(threads: int, barrier: int) -> None:
+    """Counts among the threads that others wait for by `together`, without waiting."""
+    asm(f"bar.arrive {barrier}, {threads};", [], "~{memory}")
 
 
 def warp_together() -> None:

@@ -8,6 +8,7 @@ Threads of a role run in step, which would hide a missing barrier: shared memory
 which warp last read and wrote each word, and complains if another one meets it before a barrier.
 """
 
+import collections
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -97,7 +98,8 @@ class Machine:
         self.arrays: list[np.ndarray] = []
         self.shared = [Shared(shared, seed + b) for b in range(blocks)]
         self.unwatched = unwatched
-        self.semaphore, self.meetings, self.copies = 0, [0] * blocks, []
+        self.semaphore, self.copies = 0, []
+        self.meetings: dict[tuple[int, int], int] = collections.Counter()
         self.baton, self.progress, self.failed = threading.Condition(), 0, None
         self.running: int | None = None
         self.alive: set[int] = set()
@@ -270,13 +272,17 @@ class Machine:
         while self._barrier(address).turn % 2 == parity:
             self.give_way()
 
-    def together(self, threads: int) -> None:
+    def together(self, threads: int, barrier: int = t.OURS) -> None:
         block = self.role.block
         if threads == self.role.count:
             self.shared[block].epoch += 1
             return
-        # All roles meet, once.
-        self.meetings[block] += self.role.count
-        self.progress += 1
-        while self.meetings[block] < threads:
+        come = self.arrive_at(barrier)
+        while self.meetings[block, barrier] // threads < -(-come // threads):
             self.give_way()
+
+    def arrive_at(self, barrier: int) -> int:
+        """Counts this role's threads at a barrier of the block; how many have come so far."""
+        self.meetings[self.role.block, barrier] += self.role.count
+        self.progress += 1
+        return self.meetings[self.role.block, barrier]

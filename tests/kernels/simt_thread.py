@@ -245,7 +245,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "loop": loop, "loop_while": loop_while, "repeat_while": repeat_while,
         "either": either, "when": when,
         "me": lambda: v(m.role.first + np.arange(m.role.count), I32),
-        "block": lambda: v(m.role.block, I32), "together": m.together,
+        "block": lambda: v(m.role.block, I32), "together": m.together, "arrive": lambda threads, barrier: m.arrive_at(barrier),
         "warp_together": lambda: None, "from_lane": from_lane,
         "load_shared": load_shared, "store_shared": store_shared,
         "store_shared_half": store_shared_half, "load_global": load_global,

@@ -61,7 +61,7 @@ class Memory(NamedTuple):
         scales: of norms.
         sizes: of the pages, an int32 each.
         page_turns, chunk_turns: two barriers each.
-        cleared, scaled, met: a barrier each, and 8 bytes.
+        cleared: one barrier.
     """
 
     units: int
@@ -74,8 +74,6 @@ class Memory(NamedTuple):
     page_turns: int
     chunk_turns: int
     cleared: int
-    scaled: int
-    met: int
 
     def begins(self) -> list[int]:
         return [sum(self[:i]) for i in range(len(self))]
@@ -93,8 +91,6 @@ def memory(plan: Plan, rows: int) -> Memory:
         PAGES * 4,
         PAGES * 16,
         chunks * 16,
-        16,
-        16,
         16,
     )
     left = SMEM_BYTES - RESERVED_BYTES - sum(pieces)
@@ -127,7 +123,7 @@ def build(
         return [base + begin for begin in divided.begins()]
 
     def streams(smem: Any) -> tuple[Pages, Ring]:
-        units, chunks, *_, sizes, page_turns, chunk_turns, _, _, _ = own_memory(smem)
+        units, chunks, *_, sizes, page_turns, chunk_turns, _ = own_memory(smem)
         pages = Pages(units, divided.units // UNIT_BYTES, Ring(sizes, page_turns, PAGES, 4))
         stages = divided.chunk_turns // 16
         return pages, Ring(chunks, chunk_turns, stages, texts.chunk_bytes)
@@ -137,10 +133,7 @@ def build(
 
     def make(context: Any, smem: Any) -> None:
         def barriers_of_all() -> None:
-            *_, cleared, scaled, met = own_memory(smem)
-            barriers.make_barrier(cleared, 1)
-            barriers.make_barrier(met, 1)
-            barriers.make_barrier(scaled, warps.SCALERS)
+            barriers.make_barrier(own_memory(smem)[-1], 1)
             pages, chunks = streams(smem)
             pages.ring.make()
             chunks.make()
@@ -152,7 +145,7 @@ def build(
         """What the warps do that don't compute."""
         work, memory = work_of(table), t.address(words)
         pages, chunks = streams(smem)
-        *_, scales, _, _, _, cleared, scaled, met = own_memory(smem)
+        *_, scales, _, _, _, cleared = own_memory(smem)
         warp, first = t.me() // t.WARP, THREADS // t.WARP
         t.when(warp.equals(first), lambda: pages.fetch(plan, t.address(tape), work))
 
@@ -161,7 +154,7 @@ def build(
 
         def norms() -> None:
             which = warp - (first + 2)
-            warps.make_scales(plan, layout, memory, which, scales, scaled, met)
+            warps.make_scales(plan, layout, memory, which, scales)
 
         t.when(t.me().equals(THREADS + t.WARP), inputs)
         t.when(warp >= first + 2, norms)
@@ -170,7 +163,7 @@ def build(
         """This block's part of the step, from all references but the tape."""
         *outside, smem = refs
         table, bias, norms, hidden, rope, cache, positions, logits, new, words, *times = outside
-        _, _, sums, own, heads, scales, *_, scaled, met = own_memory(smem)
+        _, _, sums, own, heads, scales, *_ = own_memory(smem)
         pages, chunks = streams(smem)
         memory, block = t.address(words), t.block()
 
@@ -189,7 +182,7 @@ def build(
                 t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
                 attended,
             ),
-            own, scales, scaled, met, t.address(bias), t.address(norms), t.address(hidden),
+            own, scales, t.address(bias), t.address(norms), t.address(hidden),
             t.address(logits), memory, layout,
             t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
@@ -216,12 +209,7 @@ def build(
         t.together(THREADS)
 
     def steps(context: Any, *refs: Any) -> None:
-        def all_have_met() -> None:
-            *_, cleared, _, met = own_memory(refs[-1])
-            barriers.arrive(cleared)
-            barriers.arrive(met)
-
-        t.when(t.me().equals(0), all_have_met)
+        t.when(t.me().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-1]))
         made(refs).run()
 
     def body(*refs: Any) -> None:

@@ -82,7 +82,7 @@ class Products:
             finish: called with the block's band, a text, a row that is a multiple of four and
                 below `height`, and a function from 0 or 8 to the sums of four rows: from that row
                 on, or from so many after it.
-            ready: waits for what `finish` needs besides.
+            ready: waits for what `finish` needs besides; called once, without bands too.
         """
         group = Group.of(phase)
         size = group.each * self.texts.padded // 2  # of a lane's sums
@@ -107,7 +107,7 @@ class Products:
 
             carry = t.loop(group.pages(tiles), [*carry, *[t.number(0)] * size], page)
             first, sums = i * group.bands, carry[5:]
-            ready()
+            t.when(i.equals(0), ready)
             for n in range(group.each):
                 each = size // group.each
                 self._store(sums[n * each : (n + 1) * each])
@@ -116,7 +116,9 @@ class Products:
                 t.together(THREADS)
             return carry[:5]
 
-        return Spots.carried(t.loop(group.turns(bands), spots.carry(), turn))
+        after = t.loop(group.turns(bands), spots.carry(), turn)
+        t.when(bands.equals(0), ready)
+        return Spots.carried(after)
 
     def _multiplied(self, group: Group, page: Spot, chunk: V, sums: list[V]) -> list[V]:
         """A lane's sums with a page added: of its bands in turn, of every eight texts."""

@@ -6,6 +6,7 @@ which can't say so: all blocks meet before they are read.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
@@ -14,6 +15,7 @@ from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.batched.exchange import MEETINGS, MOST_ROWS, SQUARES
 from pallas_kernels.decode_step.batched.products import Finish, Products, Spots, Total
 from pallas_kernels.decode_step.batched.texts import Texts
+from pallas_kernels.decode_step.batched.warps import MET, SCALED, WITH_SCALERS
 from pallas_kernels.decode_step.formats import times
 from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
 from pallas_kernels.decode_step.products import THREADS
@@ -31,8 +33,6 @@ class Step:
         own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
         scales: shared memory for what each text's product is multiplied with after a norm, then for
             the norm's whole scale, with which the next input is made.
-        scaled: an mbarrier of which a turn ends when that of the next norm is there.
-        met: one of which a turn ends when all blocks have met in front of the next norm.
         bias, norms, hidden: addresses of the inputs.
         logits: of the output.
         memory, layout: the words blocks leave for each other.
@@ -46,8 +46,6 @@ class Step:
     attention: Attention
     own: V
     scales: V
-    scaled: V
-    met: V
     bias: V
     norms: V
     hidden: V
@@ -85,28 +83,25 @@ class Step:
         def wait() -> None:
             barriers.count_arrival(counter)
             barriers.await_count(counter, meetings * self.plan.blocks)
-            if norm:
-                barriers.arrive(self.met)
 
         t.when(t.me().equals(0), wait)
         t.together(THREADS)
+        if norm:
+            t.arrive(WITH_SCALERS, MET)
 
     def _product(
-        self, spots: Spots, phase: int, finish: Finish, norm: V | None = None, height: int = BAND
+        self, spots: Spots, phase: int, finish: Finish, norm: bool = False, height: int = BAND
     ) -> Spots:
-        """A phase's product, after the norm of that number if there is one."""
+        """A phase's product, after a norm or not."""
         p = self.plan.phases[phase]
         tiles = self.work.part_tiles if p.parts > 1 else p.across
 
         def scaled() -> None:
-            if norm is not None:
-                barriers.await_turn(self.scaled, norm & 1)
+            if norm:
+                t.together(WITH_SCALERS, SCALED)
 
         bands = self.work.count[phase]
-        spots = self.products.product(spots, p, bands, tiles, finish, scaled, height)
-        # Without bands too, lest a turn of the barrier be taken for the one before the last.
-        t.when(bands.equals(0), scaled)
-        return spots
+        return self.products.product(spots, p, bands, tiles, finish, scaled, height)
 
     def _scale(self, text: V) -> V:
         return t.load_shared_floats(self.scales + text * 4)[0]
@@ -117,7 +112,7 @@ class Step:
         band = self.work.first[OUTPUT] + rest // self.rows
         return self.own + item * 16, rest % self.rows, band * BAND + item % (BAND // 4) * 4
 
-    def _over_own(self, body: Finish) -> None:
+    def _over_own(self, body: Callable[[V], None]) -> None:
         over(self.work.count[OUTPUT] * (self.rows * BAND // 4), THREADS, body)
 
     def _leave_hidden(self, norm: V, scaled: bool = True) -> None:
@@ -174,7 +169,7 @@ class Step:
             values = [x * scale + b.bits() for x, b in zip(total(0), bias, strict=True)]
             leave(self._word(w.QKV, width, text, at), values, tag)
 
-        return self._product(spots, QKV, finish, layer * 2)
+        return self._product(spots, QKV, finish, norm=True)
 
     def attend(self, layer: V, tag: V) -> None:
         """Attention of every row and key/value head that is this block's turn."""
@@ -200,7 +195,7 @@ class Step:
         self._leave_hidden(layer * 2 + 1)
         return spots
 
-    def gate_up(self, spots: Spots, layer: V) -> Spots:
+    def gate_up(self, spots: Spots) -> Spots:
         """silu(gate) * up; a band has eight rows of each."""
         height = BAND // 2
 
@@ -213,7 +208,7 @@ class Step:
                 values.append(times(value, self.texts.format.scale))
             self.put(w.FFN, text, (self.work.first[GATE_UP] + band) * height + row, values)
 
-        return self._product(spots, GATE_UP, finish, layer * 2 + 1, height)
+        return self._product(spots, GATE_UP, finish, True, height)
 
     def down(self, spots: Spots, tag: V) -> Spots:
         """The block's part of the down projection."""
@@ -259,13 +254,15 @@ class Step:
             scale = self._scale(text)
             t.store_global(self.logits + (at << 2).wide(), [x * scale for x in total(0)])
 
-        self._product(spots, HEAD, finish, t.integer(2 * self.plan.shape.layers))
+        self._product(spots, HEAD, finish, norm=True)
 
     def run(self) -> None:
         """Every layer, then the head; blocks meet in front of all products but the first.
 
         Layers take turns with their tag; the first has 1.
         """
+        # They have met before, where the words were cleared.
+        t.arrive(WITH_SCALERS, MET)
 
         def layer(index: V, carry: list[V]) -> list[V]:
             spots, tag = Spots.carried(carry), (index + 1) & 1
@@ -282,7 +279,7 @@ class Step:
             spots = self.output(spots, index)
             self._meet(meetings + 2, norm=True)
             self._ended("output")
-            spots = self.gate_up(spots, index)
+            spots = self.gate_up(spots)
             self._meet(meetings + 3)
             self._ended("gate_up")
             spots = self.down(spots, tag)

@@ -7,6 +7,7 @@ from pallas_kernels.decode_step.batched.pages import Group
 from pallas_kernels.decode_step.batched.texts import Texts
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, HEAD, Plan
+from pallas_kernels.decode_step.products import THREADS
 from pallas_kernels.decode_step.ring import Place, Ring
 from pallas_kernels.decode_step.step import Work
 from pallas_kernels.decode_step.thread import V
@@ -14,6 +15,9 @@ from pallas_kernels.decode_step.words import Layout
 
 SCALERS = 2
 """Warps that make the scales of norms, 32 texts each."""
+WITH_SCALERS = THREADS + SCALERS * t.WARP
+MET, SCALED = t.OURS + 1, t.OURS + 2
+"""Barriers of these threads: all blocks have met in front of a norm; its scales are made."""
 LOADS_AT_ONCE = 5
 """Sums of squares that one of their lanes loads together, four texts each."""
 
@@ -65,9 +69,7 @@ def fetch_inputs(
     input(HEAD, t.integer(layers * HEAD), t.loop(layers, [*Place.begin()], layer))
 
 
-def make_scales(
-    plan: Plan, layout: Layout, memory: V, which: V, scales: V, scaled: V, met: V
-) -> None:
+def make_scales(plan: Plan, layout: Layout, memory: V, which: V, scales: V) -> None:
     """The scales of every norm, in order, while its product runs; for one warp.
 
     Eight lanes have four texts' sums of squares each of every fourth band.
@@ -75,16 +77,16 @@ def make_scales(
     Args:
         memory: address of the words.
         which: of the warps.
-        scales, scaled, met: as `Step` has them.
+        scales: as `Step` has them.
     """
     shape, lane = plan.shape, t.me() % t.WARP
     bands, fours, own = shape.hidden // BAND, lane % 8, lane // 8
     text = which * t.WARP + fours * 4
     begin = layout.at(memory, SQUARES, own * MOST_ROWS + text)
 
-    def norm(number: V, before: list[V]) -> list[V]:
+    def norm(_: V, before: list[V]) -> list[V]:
         """The scales of four texts, from those of the norm before."""
-        barriers.await_turn(met, number & 1)
+        t.together(WITH_SCALERS, MET)
 
         def some(i: V, sums: list[V]) -> list[V]:
             wanted = [own + (i * LOADS_AT_ONCE + n) * 4 for n in range(LOADS_AT_ONCE)]
@@ -109,8 +111,7 @@ def make_scales(
             t.store_shared(scales + (text + MOST_ROWS) * 4, found)
 
         t.when(own.equals(0), keep)
-        t.warp_together()
-        t.when(lane.equals(0), lambda: barriers.arrive(scaled))
+        t.arrive(WITH_SCALERS, SCALED)
         return found
 
     t.loop(2 * shape.layers + 1, [t.number(1)] * 4, norm)

@@ -1,15 +1,20 @@
 """Decode speed of Hugging Face transformers on a GPU: static cache and torch.compile.
 
-    python -m benchmarks.gpu_decode_transformers --size=0.5b --batch=8
+    python -m benchmarks.gpu_decode_transformers --sizes 0.5b 1.5b 7b --batches 1 8 64
 
-Random bfloat16 weights of a real size, greedy. The figure is the difference of two generations
-of different lengths, so that prompt and set-up cancel. Needs torch with CUDA and transformers.
+Random bfloat16 weights of a real size, greedy. A figure is the difference of two generations of
+different lengths, so that prompt and set-up cancel. Each case has a process: all compile at the
+same time, and when the last has compiled they are measured one after the other. Needs torch with
+CUDA and transformers. Ends with one line of JSON.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import time
 from statistics import median
+from typing import Any
 
 import torch
 import transformers
@@ -17,16 +22,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.random_model import SIZES
 
+SHORT, LONG = 33, 161
+"""Tokens of the two generations."""
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="0.5b")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
 
-    c = SIZES[args.size]
+def seconds_a_step(
+    size: str, batch: int, args: argparse.Namespace, compiled: Any, alone: Any, found: Any
+) -> None:
+    """Measures one case, once all have come to `compiled`, and puts its times into `found`."""
+    c = SIZES[size]
     config = Qwen2Config(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -43,7 +47,7 @@ def main() -> None:
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         model = Qwen2ForCausalLM(config).eval()
-    prompt = torch.randint(0, c.vocab_size, (args.batch, args.context), device="cuda")
+    prompt = torch.randint(0, c.vocab_size, (batch, args.context), device="cuda")
 
     def seconds(tokens: int) -> float:
         torch.cuda.synchronize()
@@ -61,16 +65,47 @@ def main() -> None:
         return time.perf_counter() - start
 
     with torch.inference_mode():
-        for tokens in (33, 161, 33, 161):  # compiles
+        for tokens in (SHORT, LONG, SHORT, LONG):
             seconds(tokens)
-        steps = [(seconds(161) - seconds(33)) / 128 for _ in range(args.rounds)]
-    print(
-        f"{args.size}, batch {args.batch}: transformers, static cache, compiled: "
-        f"{median(steps) * 1e6:.0f} us a step"
-    )
+        compiled.wait()
+        with alone:
+            times = [seconds(LONG) - seconds(SHORT) for _ in range(args.rounds)]
+    found[f"{size} {batch}"] = [round(t / (LONG - SHORT) * 1e6, 1) for t in times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["0.5b"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+
+    cases = list(itertools.product(args.sizes, args.batches))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager:
+        found = manager.dict()
+        compiled, alone = spawn.Barrier(len(cases)), spawn.Lock()
+        workers = [
+            spawn.Process(target=seconds_a_step, args=(*case, args, compiled, alone, found))
+            for case in cases
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            if worker.exitcode:
+                # The others would wait for it forever.
+                compiled.abort()
+        figures = dict(found)
+    print(f"transformers, static cache, compiled: microseconds a step, medians of {args.rounds}")
+    print(f"{'size':<6}{'batch':>6}{'us':>8}")
+    for size, batch in cases:
+        if us := figures.get(f"{size} {batch}"):
+            print(f"{size:<6}{batch:>6}{median(us):>8.0f}")
     record = vars(args) | {
         "benchmark": "gpu_decode_transformers",
-        "us": [round(s * 1e6, 1) for s in steps],
+        "us": figures,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -26,10 +26,10 @@ SHORT, LONG = 33, 161
 """Tokens of the two generations."""
 
 
-def seconds_a_step(
-    size: str, batch: int, args: argparse.Namespace, compiled: Any, alone: Any, found: Any
-) -> None:
-    """Measures one case, once all have come to `compiled`, and puts its times into `found`."""
+def microseconds(
+    size: str, batch: int, args: argparse.Namespace, compiled: Any, alone: Any
+) -> list[float]:
+    """A step's time in every round, measured when all cases have come to `compiled`."""
     c = SIZES[size]
     config = Qwen2Config(
         vocab_size=c.vocab_size,
@@ -70,7 +70,18 @@ def seconds_a_step(
         compiled.wait()
         with alone:
             times = [seconds(LONG) - seconds(SHORT) for _ in range(args.rounds)]
-    found[f"{size} {batch}"] = [round(t / (LONG - SHORT) * 1e6, 1) for t in times]
+    return [round(t / (LONG - SHORT) * 1e6, 1) for t in times]
+
+
+def work(
+    size: str, batch: int, args: argparse.Namespace, compiled: Any, alone: Any, found: Any
+) -> None:
+    """A process: its times go into `found`; if it fails nobody waits for it."""
+    try:
+        found[f"{size} {batch}"] = microseconds(size, batch, args, compiled, alone)
+    except BaseException:
+        compiled.abort()
+        raise
 
 
 def main() -> None:
@@ -87,22 +98,19 @@ def main() -> None:
         found = manager.dict()
         compiled, alone = spawn.Barrier(len(cases)), spawn.Lock()
         workers = [
-            spawn.Process(target=seconds_a_step, args=(*case, args, compiled, alone, found))
-            for case in cases
+            spawn.Process(target=work, args=(*case, args, compiled, alone, found)) for case in cases
         ]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-            if worker.exitcode:
-                # The others would wait for it forever.
-                compiled.abort()
+        if any(worker.exitcode for worker in workers):
+            raise SystemExit("A case failed; its error stands above.")
         figures = dict(found)
     print(f"transformers, static cache, compiled: microseconds a step, medians of {args.rounds}")
     print(f"{'size':<6}{'batch':>6}{'us':>8}")
     for size, batch in cases:
-        if us := figures.get(f"{size} {batch}"):
-            print(f"{size:<6}{batch:>6}{median(us):>8.0f}")
+        print(f"{size:<6}{batch:>6}{median(figures[f'{size} {batch}']):>8.0f}")
     record = vars(args) | {
         "benchmark": "gpu_decode_transformers",
         "us": figures,

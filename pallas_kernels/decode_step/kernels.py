@@ -29,6 +29,6 @@ def build(
     new keys and values, scratch); and, if traced, the nanosecond at which each block ended each
     of `step.PHASES`, int32 `[blocks, phases]`.
     """
-    small = rows * plan.shape.hidden <= FEW or many.refusal(plan, rows, dtype)
-    kernel = few if small and few.refusal(plan, rows, dtype) is None else many
+    faster = rows * plan.shape.hidden <= FEW or many.refusal(plan, rows, dtype) is not None
+    kernel = few if faster and few.refusal(plan, rows, dtype) is None else many
     return kernel.build(plan, rows, capacity, dtype, traced)

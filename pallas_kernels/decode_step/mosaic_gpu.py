@@ -23,7 +23,7 @@ from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, MOST_ROWS, OUTPUT, Plan
+from pallas_kernels.decode_step.plan import BAND, COLUMNS, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS, Products
 from pallas_kernels.decode_step.step import PHASES, Step, Work
 from pallas_kernels.decode_step.stream import IN_FLIGHT, TILE_BYTES, Stream
@@ -35,12 +35,14 @@ RESERVED_BYTES = 2048
 """For what Pallas puts there itself, and alignment."""
 
 FETCHERS = t.WARPGROUP
-"""Threads beside those that compute: one of them fetches, but they come by the warpgroup."""
+"""Threads beside those that compute: one of them fetches here, but they come by the warpgroup."""
 
 REGISTERS, FETCHER_REGISTERS = 232, 40
 """Of a thread that computes and one that fetches; together the 168 of each of 384 threads that
 the kernel starts with. One more, and the block would wait for it forever."""
 
+MOST_ROWS = 16
+"""Rows of a step: so many by a band's 16 rows are the block's threads."""
 HEAD_DIMS = (64, 128)
 FEWEST_STAGES = IN_FLIGHT
 """With fewer slots the fetching thread could wait for a page whose slot has gone on, forever."""

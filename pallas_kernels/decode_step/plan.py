@@ -26,9 +26,6 @@ LONGEST_PART = 20
 """Tiles in a band of a part, unless the hidden state or `MOST_PARTS` parts are longer."""
 MOST_PARTS = 8
 
-MOST_ROWS = 16
-"""Rows of a step: so many by a band's 16 rows are the block's threads."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

@@ -1,7 +1,7 @@
 """The definition of correct for `decode_step`, in plain jnp over the same packed weights.
 
-It rounds every product's input to the cache's dtype; the kernel keeps more of it, and in float16
-takes larger ones.
+It rounds every product's input to the cache's dtype. In float16 the kernels take larger ones, and
+that of few rows keeps more of them.
 """
 
 import jax

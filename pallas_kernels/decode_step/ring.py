@@ -24,7 +24,7 @@ class Ring:
 
     Attributes:
         memory: address of the `stages` slots, in shared memory, of `slot_bytes` each.
-        turns: of two mbarriers a slot: that it is full, and that all warps have read it.
+        turns: address of two mbarriers a slot: that it is full, and that all warps have read it.
     """
 
     def __init__(self, memory: V, turns: V, stages: int, slot_bytes: int):

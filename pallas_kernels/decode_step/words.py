@@ -20,9 +20,10 @@ from pallas_kernels.decode_step.plan import DOWN, Plan
 from pallas_kernels.decode_step.thread import V
 
 QKV, ATTENDED, MIDDLE, FFN, PARTS, HIDDEN, SPLITS, STATS = range(8)
-"""The sections: products of QKV; attention's result; the hidden state after attention; gate and
-up; parts of the down projection; the hidden state after a layer; then what every split of a text
-found, its values and its maximum and sum, where a text is attended to by several blocks."""
+"""The sections, in a step of few rows: products of QKV; attention's result; the hidden state after
+attention; gate and up; parts of the down projection; the hidden state after a layer; then what
+every split of a text found, its values and its maximum and sum, where a text is attended to by
+several blocks."""
 
 
 @dataclasses.dataclass(frozen=True)

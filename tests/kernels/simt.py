@@ -1,11 +1,12 @@
 """Thread code on NumPy: what `decode_step/thread.py` emits for a GPU runs here instead.
 
-A value is an array, a number for every thread of a block's role (those that compute, or those
-that fetch); a mask says which threads are at work. Every role of every block is a thread of
-Python, of which one runs at a time and gives way wherever it waits, to another at random. So it
-finds wrong numbers, words that are read too early or never come, and memory outside its array.
+A value is an array, a number for every thread of a block's role (those that compute, or some of
+the warps beside them); a mask says which threads are at work. Every role of every block is a
+thread of Python, of which one runs at a time and gives way wherever it waits, to another at random.
+So it finds wrong numbers, words that are read too early or never come, memory past its array's end.
 Threads of a role run in step, which would hide a missing barrier: shared memory therefore notes
 which warp last read and wrote each word, and complains if another one meets it before a barrier.
+Barriers that guard global memory, and fences, are not missed here; only a GPU shows those.
 """
 
 import collections
@@ -217,7 +218,7 @@ class Machine:
     ) -> np.ndarray | None:
         shared = self.shared[self.role.block]
         assert (address % (4 * count) == 0).all(), "shared memory is not aligned"
-        warp = (np.arange(self.role.count) // t.WARP)[mask]
+        warp = ((self.role.first + np.arange(self.role.count)) // t.WARP)[mask]
         found = []
         for n in range(count):
             word = address // 4 + n
@@ -248,10 +249,10 @@ class Machine:
         """One copy, which lands later."""
         block, waited = self.shared[self.role.block], self._barrier(barrier)
         at = source & ((1 << REGION) - 1)
-        data = self.bytes_at(source)[at : at + size].copy()
-        assert len(data) == size, "a copy past the end of its array"
 
         def land() -> None:
+            data = self.bytes_at(source)[at : at + size].copy()
+            assert len(data) == size, "a copy past the end of its array"
             block.words[shared // 4 : (shared + size) // 4] = data.view(np.uint32)
             waited.bytes -= size
             waited.settle()

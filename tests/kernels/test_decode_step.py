@@ -12,7 +12,7 @@ from pallas_kernels.decode_step import Packed, Plan, Shape, kernels, unpack
 from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
 from pallas_kernels.decode_step.batched.pages import Group
-from pallas_kernels.decode_step.plan import DOWN, MOST_ROWS
+from pallas_kernels.decode_step.plan import DOWN
 from tests.kernels import hopper
 
 SIZES = {
@@ -95,7 +95,7 @@ def test_unpacking_lowers(size: str) -> None:
     assert "decode_step_unpack" in hopper.lower(matrices, tape, places)
 
 
-@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+@pytest.mark.parametrize("rows", range(1, few.MOST_ROWS + 1))
 @pytest.mark.parametrize("size", SIZES)
 def test_shared_memory_is_enough(size: str, rows: int) -> None:
     """What the plan takes of it, counted apart from the code that divides it."""

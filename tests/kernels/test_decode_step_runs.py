@@ -24,6 +24,7 @@ from pallas_kernels.decode_step import (
 from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
+from pallas_kernels.decode_step.batched import warps
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Deadlock, Machine, Race, Role
 from tests.kernels.simt_thread import install
@@ -35,6 +36,9 @@ ODD = Shape(3, 256, 2, 1, 128, 384, 256, 1e-6)
 TINY = Shape(2, 128, 2, 1, 64, 128, 1024, 1e-6)
 """A layer of it has 48 bands."""
 NARROW = Shape(1, 128, 2, 1, 64, 128, 256, 1e-6)
+TURNS = Shape(1, 128, 2, 1, 64, 128, 816, 1e-6)
+"""The head has 51 bands."""
+PARTS = Shape(2, 256, 4, 2, 64, 1152, 256, 1e-6)
 GROUPS = {
     1: Shape(1, 256, 2, 2, 128, 256, 256, 1e-6),
     7: Shape(1, 256, 14, 2, 64, 256, 256, 1e-6),
@@ -229,8 +233,11 @@ def test_no_worse_than_xla_and_the_same_in_every_order(
         # A text is shared by several blocks, and several bands by a warp.
         (ODD, 20, [300, 17, 200, 3, 129], 512, "bfloat16"),
         (TINY, 3, [*range(33)], 64, "bfloat16"),
-        # So many bands that they are multiplied in turns.
-        (TINY, 2, [7] * 20, 64, "float16"),
+        # So many bands that they are multiplied in turns, 13 and 12.
+        (TURNS, 2, [7] * 20, 64, "float16"),
+        # The parts of the down projection are two tiles and one; more heads than blocks; one row.
+        (PARTS, 15, [3], 64, "bfloat16"),
+        # The only one that finds an input's slot filled before it was read.
         (GROUPS[8], 11, [*range(64)], 64, "bfloat16"),
     ],
 )
@@ -249,8 +256,8 @@ def test_many_rows(
 @pytest.mark.parametrize(
     ("size", "rows", "kernel"),
     [(size, rows, few) for size in (1e5, 1e-4) for rows in (1, 5)]
-    # What enters the first layer is not scaled here.
-    + [(size, 5, many) for size in (1e4, 1e-3)],
+    # Embeddings are not scaled there.
+    + [(size, 5, many) for size in (1e4, 1e-4)],
 )
 def test_float16_takes_hidden_states_of_any_size(
     monkeypatch: pytest.MonkeyPatch, size: float, rows: int, kernel: types.ModuleType
@@ -262,6 +269,20 @@ def test_float16_takes_hidden_states_of_any_size(
     found = run(monkeypatch, case, SEED, kernel=kernel)
     for mine, theirs, right in zip(found, xla, truth, strict=True):
         assert relative(mine, right) <= 1.5 * relative(theirs, right)
+
+
+def test_float16_takes_hidden_states_that_grow_a_millionfold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A layer's down projection makes numbers of which 16 bits have none so large."""
+    case = drawn(SMALL, 5, [3, 20, 7], 64, "float16")
+    down = case.packed.at(3, 0)
+    large = jnp.clip(case.packed.tape[down].astype(jnp.float32) * 2e5, -6e4, 6e4)
+    tape = case.packed.tape.at[down].set(large.astype(jnp.float16))
+    case = case._replace(packed=case.packed._replace(tape=tape))
+    truth, xla = expected(case, "float32"), expected(case, "float16")
+    found = run(monkeypatch, case, SEED, kernel=many)
+    assert relative(found[0], truth[0]) <= 2 * relative(xla[0], truth[0])
 
 
 @pytest.mark.parametrize("phase", range(5))
@@ -286,17 +307,45 @@ def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) 
 
 
 class TestWhatIsFound:
-    """Mistakes put into the kernel."""
+    """Mistakes put into the kernels."""
 
     CASE = (SMALL, 5, [100], 256)
 
-    def test_a_missing_barrier(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("kernel", [few, many])
+    def test_a_missing_barrier(
+        self, monkeypatch: pytest.MonkeyPatch, kernel: types.ModuleType
+    ) -> None:
         def alter(patch: pytest.MonkeyPatch) -> None:
             real = t.together
-            patch.setattr(t, "together", lambda n: real(n) if n != 256 else None)
+            patch.setattr(t, "together", lambda n, *which: real(n, *which) if n != 256 else None)
 
         with pytest.raises(Race):
-            run(monkeypatch, drawn(*self.CASE), SEED, alter)
+            run(monkeypatch, drawn(*self.CASE), SEED, alter, kernel)
+
+    def test_a_block_that_does_not_wait_for_the_others(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def alter(patch: pytest.MonkeyPatch) -> None:
+            patch.setattr(barriers, "await_count", lambda counter, count: None)
+
+        case = drawn(*self.CASE)
+        right = run(monkeypatch, case, SEED, kernel=many)
+        wrong = run(monkeypatch, case, SEED, alter, many)
+        assert not np.array_equal(right[0], wrong[0])
+
+    @pytest.mark.parametrize("barrier", [warps.MET, warps.SCALED])
+    def test_scales_of_another_norm(self, monkeypatch: pytest.MonkeyPatch, barrier: int) -> None:
+        def alter(patch: pytest.MonkeyPatch) -> None:
+            real = t.together
+            patch.setattr(t, "together", lambda n, *which: barrier in which or real(n, *which))
+
+        case = drawn(*self.CASE)
+        right = run(monkeypatch, case, SEED, kernel=many)
+        try:
+            wrong = run(monkeypatch, case, SEED, alter, many)
+        except (Race, Deadlock):
+            return
+        assert not np.array_equal(right[0], wrong[0])
 
     def test_a_word_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def alter(patch: pytest.MonkeyPatch) -> None:

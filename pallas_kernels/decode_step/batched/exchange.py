@@ -6,6 +6,8 @@ from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, Q
 from pallas_kernels.decode_step.words import Layout
 
 MOST_ROWS = 64
+"""Rows of a step: a lane's sums of three bands of as many texts fill its registers."""
+
 SQUARES, MEETINGS = w.STATS + 1, w.STATS + 2
 """Sections besides those of a step of few rows: of every band of the hidden state each text's sum
 of squares, `[bands, 64]`; and a counter of blocks that wait for each other. `ATTENDED`, `FFN` and
@@ -17,7 +19,7 @@ INPUTS = {QKV: w.HIDDEN, OUTPUT: w.ATTENDED, GATE_UP: w.HIDDEN, DOWN: w.FFN, HEA
 def layout_of(plan: Plan, texts: Texts, splits: int) -> Layout:
     shape = plan.shape
     few = Layout.of(plan, texts.rows, splits)
-    sizes = [*few.sizes, shape.hidden // BAND * MOST_ROWS, 4]
+    sizes = [*few.sizes, shape.hidden // BAND * MOST_ROWS, 1]
     sizes[w.MIDDLE] = 0
     for phase, section in INPUTS.items():
         sizes[section] = texts.words(shape.matrices[phase][1])

@@ -154,7 +154,7 @@ def build(
 
         def norms() -> None:
             which = warp - (first + 2)
-            warps.make_scales(plan, layout, memory, which, scales)
+            warps.make_scales(plan, layout, texts.format, memory, which, scales)
 
         t.when(t.me().equals(THREADS + t.WARP), inputs)
         t.when(warp >= first + 2, norms)

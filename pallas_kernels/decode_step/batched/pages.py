@@ -1,4 +1,4 @@
-"""Weights in the order in which many rows need them: of all bands at hand 128 columns, then more.
+"""Weights in the order in which many rows need them: some columns of all bands at hand, then more.
 
 A page is 64 or 128 columns of each of a group of bands, so that pages differ in size. Half a tile
 is copied by itself, since the bands lie one after the other on the tape, and takes any place in a

@@ -20,7 +20,7 @@ from pallas_kernels.decode_step.thread import V
 from pallas_kernels.decode_step.words import over
 
 STRIDE = BAND + 4
-"""Words from a text's sums to the next's: rows of 16 bytes that no four lanes meet in a bank."""
+"""Words from a text's sums to the next's, so that lanes store into different banks."""
 AT_ONCE = 2
 """Times 16 columns whose operands are loaded while as many are multiplied."""
 

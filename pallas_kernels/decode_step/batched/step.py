@@ -32,7 +32,7 @@ class Step:
         attention: of the block's first row and key/value head.
         own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
         scales: shared memory for what each text's product is multiplied with after a norm, then for
-            the norm's whole scale, with which the next input is made.
+            what its next hidden state is multiplied with to be an input.
         bias, norms, hidden: addresses of the inputs.
         logits: of the output.
         memory, layout: the words blocks leave for each other.
@@ -118,8 +118,9 @@ class Step:
     def _leave_hidden(self, norm: V, scaled: bool = True) -> None:
         """The block's hidden state as an input, with a norm's weights, and its squares.
 
-        The scale that it needs is known when all squares are. With that of the norm before, most of
-        it, numbers are as large as 16 bits like them.
+        The norm's scale isn't known before all squares are. Numbers are multiplied with the scale
+        of the norm before, lest float16 overflow; their products take the rest of it. Embeddings,
+        which have no norm before them, enter as they are.
         """
         weights = self.norms + norm.wide() * (4 * self.plan.shape.hidden)
         t.together(THREADS)
@@ -208,7 +209,7 @@ class Step:
                 values.append(times(value, self.texts.format.scale))
             self.put(w.FFN, text, (self.work.first[GATE_UP] + band) * height + row, values)
 
-        return self._product(spots, GATE_UP, finish, True, height)
+        return self._product(spots, GATE_UP, finish, norm=True, height=height)
 
     def down(self, spots: Spots, tag: V) -> Spots:
         """The block's part of the down projection."""

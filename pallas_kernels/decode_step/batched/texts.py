@@ -1,8 +1,8 @@
 """A product's input of many texts, in 16 bits, as the tensor cores take it.
 
-Of every 128 columns a chunk, which blocks copy whole: 16 columns after 16, pairs of eight texts,
-32 lanes. Lane 4 g + t has columns 4 t to 4 t + 3 of text g of both eights, its operands of two
-products in 16 bytes.
+16 columns after 16, of which pairs of eight texts, of which 32 lanes. Lane 4 g + t has columns 4 t
+to 4 t + 3 of text g of both eights, its operands of two products in 16 bytes. Blocks copy 64 or
+128 columns of all texts at a time, a chunk.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Texts:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of 128 columns."""
+        """Of 128 columns, the longest chunk."""
         return WARPS * self.piece_bytes
 
     def words(self, width: int) -> int:

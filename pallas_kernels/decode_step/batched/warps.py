@@ -5,6 +5,7 @@ from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.batched.exchange import INPUTS, MEETINGS, MOST_ROWS, SQUARES
 from pallas_kernels.decode_step.batched.pages import Group
 from pallas_kernels.decode_step.batched.texts import Texts
+from pallas_kernels.decode_step.formats import Format, times
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import BAND, HEAD, Plan
 from pallas_kernels.decode_step.products import THREADS
@@ -69,12 +70,13 @@ def fetch_inputs(
     input(HEAD, t.integer(layers * HEAD), t.loop(layers, [*Place.begin()], layer))
 
 
-def make_scales(plan: Plan, layout: Layout, memory: V, which: V, scales: V) -> None:
+def make_scales(plan: Plan, layout: Layout, format: Format, memory: V, which: V, scales: V) -> None:
     """The scales of every norm, in order, while its product runs; for one warp.
 
     Eight lanes have four texts' sums of squares each of every fourth band.
 
     Args:
+        format: of the inputs of products.
         memory: address of the words.
         which: of the warps.
         scales: as `Step` has them.
@@ -85,7 +87,7 @@ def make_scales(plan: Plan, layout: Layout, memory: V, which: V, scales: V) -> N
     begin = layout.at(memory, SQUARES, own * MOST_ROWS + text)
 
     def norm(_: V, before: list[V]) -> list[V]:
-        """The scales of four texts, from those of the norm before."""
+        """Of four texts what the next input is made with, from what this one was made with."""
         t.together(WITH_SCALERS, MET)
 
         def some(i: V, sums: list[V]) -> list[V]:
@@ -105,13 +107,14 @@ def make_scales(plan: Plan, layout: Layout, memory: V, which: V, scales: V) -> N
         sums = [t.warp_sum(x, (8, 16)) for x in t.loop(turns, [t.number(0)] * 4, some)]
         found = [t.rsqrt(x * (1 / shape.hidden) + shape.eps) for x in sums]
         rest = [x * t.reciprocal(y) for x, y in zip(found, before, strict=True)]
+        following = [times(x, format.scale) for x in found]
 
         def keep() -> None:
             t.store_shared(scales + text * 4, rest)
-            t.store_shared(scales + (text + MOST_ROWS) * 4, found)
+            t.store_shared(scales + (text + MOST_ROWS) * 4, following)
 
         t.when(own.equals(0), keep)
         t.arrive(WITH_SCALERS, SCALED)
-        return found
+        return following
 
     t.loop(2 * shape.layers + 1, [t.number(1)] * 4, norm)

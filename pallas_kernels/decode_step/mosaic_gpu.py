@@ -10,40 +10,30 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels import compat
 from pallas_kernels.decode_step import attention, products
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, OUTPUT, Plan
+from pallas_kernels.decode_step.launch import (
+    FETCHERS,
+    RESERVED_BYTES,
+    SMEM_BYTES,
+    Roles,
+    persistent,
+    unfit,
+)
+from pallas_kernels.decode_step.plan import BAND, OUTPUT, Plan
 from pallas_kernels.decode_step.products import THREADS, Products
 from pallas_kernels.decode_step.step import PHASES, Step, Work
 from pallas_kernels.decode_step.stream import IN_FLIGHT, TILE_BYTES, Stream
 from pallas_kernels.decode_step.words import Layout
 
-SMEM_BYTES = 232_448
-"""Shared memory a block may have on Hopper."""
-RESERVED_BYTES = 2048
-"""For what Pallas puts there itself, and alignment."""
-
-FETCHERS = t.WARPGROUP
-"""Threads beside those that compute: one of them fetches here, but they come by the warpgroup."""
-
-REGISTERS, FETCHER_REGISTERS = 232, 40
-"""Of a thread that computes and one that fetches; together the 168 of each of 384 threads that
-the kernel starts with. One more, and the block would wait for it forever."""
-
 MOST_ROWS = 16
 """Rows of a step: so many by a band's 16 rows are the block's threads."""
-HEAD_DIMS = (64, 128)
 FEWEST_STAGES = IN_FLIGHT
 """With fewer slots the fetching thread could wait for a page whose slot has gone on, forever."""
 
@@ -108,21 +98,6 @@ def _divided(plan: Plan, rows: int, bands: int) -> Memory:
     return Memory(stages * page, *pieces, stages * 16)
 
 
-def unfit(plan: Plan, dtype: DTypeLike) -> str | None:
-    """Why neither this kernel nor the one of many rows can run the model, or None."""
-    shape = plan.shape
-    if jnp.dtype(dtype).name not in FORMATS:
-        return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"
-    for height, columns in shape.matrices:
-        if height % BAND or columns % COLUMNS:
-            return f"a matrix of {height} x {columns} is not made of {BAND} x {COLUMNS} tiles"
-    if shape.head_dim not in HEAD_DIMS:
-        return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
-    if shape.group > 8:
-        return f"{shape.group} query heads share a key/value head, more than 8"
-    return None
-
-
 def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
     """Why the kernel can't run a step, or None.
 
@@ -153,10 +128,10 @@ def build(
     splits = attention.most_splits(plan, rows, capacity)
     layout, format = Layout.of(plan, rows, splits), FORMATS[jnp.dtype(dtype).name]
 
-    def start(context: Any, hidden: Any, words: Any) -> None:
+    def start(context: Any, *refs: Any) -> None:
         """Leaves the embeddings for the first layer, and clears every other word."""
         begin = layout.begins[w.HIDDEN]
-        hidden_at, words_at = t.address(hidden), t.address(words)
+        hidden_at, words_at = t.address(refs[3]), t.address(refs[9])
         size = shape.hidden * rows
 
         def clear(i: t.V, _: list[t.V]) -> list[t.V]:
@@ -182,7 +157,7 @@ def build(
         t.when(t.me().equals(0), stream_in(smem).make)
         t.together(THREADS + FETCHERS)
 
-    def fetch(context: Any, tape: Any, table: Any, smem: Any) -> None:
+    def fetch(context: Any, tape: Any, table: Any, words: Any, smem: Any) -> None:
         work = Work.read(t.address(table) + (t.block() << 6).wide())
 
         def alone() -> None:
@@ -222,37 +197,6 @@ def build(
         t.together(THREADS)
         step.run()
 
-    def body(*refs: Any) -> None:
-        tape, table, hidden, words, smem = (refs[i] for i in (0, 1, 4, 10, -1))
-        semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
-        warpgroup = lax.axis_index("wg")
-        t.emit(make, smem)
-
-        @pl.when(warpgroup == THREADS // t.WARPGROUP)
-        def _() -> None:
-            plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
-            t.emit(fetch, tape, table, smem)
-
-        @pl.when(warpgroup < THREADS // t.WARPGROUP)
-        def _() -> None:
-            plgpu.set_max_registers(REGISTERS, action="increase")
-            t.emit(start, hidden, words)
-            plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
-            count = blocks * THREADS // t.WARPGROUP
-            plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
-            t.emit(steps, *refs[1:])
-
-    return compat.kernel(
-        body,
-        name="decode_step",
-        out_type=(
-            jax.ShapeDtypeStruct((rows, shape.vocab), jnp.float32),
-            jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), dtype),
-            jax.ShapeDtypeStruct((layout.total,), jnp.int32),
-            *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,
-        ),
-        grid=(blocks,),
-        grid_names=("sm",),
-        scratch_types=(plgpu.SMEM((sum(divided) // 4,), jnp.int32),),
-        warpgroups=(THREADS + FETCHERS) // t.WARPGROUP,
-    )
+    roles = Roles(make, fetch, start, steps)
+    shared = sum(divided)
+    return persistent("decode_step", plan, rows, dtype, layout.total, shared, roles, traced)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import Packed, Plan, Shape, kernels, unpack
+from pallas_kernels.decode_step import Packed, Plan, Shape, kernels, launch, unpack
 from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
 from pallas_kernels.decode_step.batched.pages import Group
@@ -79,7 +79,7 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
 )
 def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
     assert kernels.refusal(Plan(SIZES[size], 132), rows, dtype) is None
-    assert "decode_step" in lower(SIZES[size], rows, capacity, dtype, many)
+    assert "decode_step_many" in lower(SIZES[size], rows, capacity, dtype, many)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -110,7 +110,7 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
     assert memory.inputs >= max(inputs, 8 * shape.group * (shape.head_dim + 2) * 4)
     assert memory.slot_bytes >= 4096 * max(p.page_tiles for p in plan.phases)
     assert memory.stages * (memory.slot_bytes + 16) <= memory.ring + memory.barriers
-    assert sum(memory) + few.RESERVED_BYTES <= 232_448
+    assert sum(memory) + launch.RESERVED_BYTES <= 232_448
     assert memory.stages >= few.FEWEST_STAGES
     # Copies want 16 bytes, the barriers 8.
     assert memory.slot_bytes % 16 == 0
@@ -132,7 +132,7 @@ def test_shared_memory_is_enough_for_many_rows(size: str, rows: int) -> None:
     assert memory.sums >= 8 * 16 * padded * 4
     assert memory.sums >= 9 * shape.group * (shape.head_dim + 2) * 4
     assert memory.own >= -(-(shape.hidden // 16) // 132) * 16 * rows * 4
-    assert sum(memory) + few.RESERVED_BYTES <= 232_448
+    assert sum(memory) + launch.RESERVED_BYTES <= 232_448
     assert all(begin % 16 == 0 for begin in memory.begins())
     # The sums of a lane stay in its registers.
     assert max(g.each for g in groups) * padded // 2 <= 96

@@ -16,6 +16,7 @@ from pallas_kernels.decode_step import (
     Shape,
     barriers,
     empty_tape,
+    launch,
     places,
     put,
     step,
@@ -118,7 +119,7 @@ def run(
     refs: list[int] = [machine.array(np.asarray(x)) for x in inputs]
     made: list[Any] = []
     with patch.context() as inner:
-        inner.setattr(kernel.compat, "kernel", lambda body, **how: made.append((body, how)))
+        inner.setattr(launch.compat, "kernel", lambda body, **how: made.append((body, how)))
         kernel.build.__wrapped__(plan, rows, capacity, dtype)
         ((body, how),) = made
         rng = np.random.default_rng(seed)
@@ -126,7 +127,7 @@ def run(
             size = int(np.prod(out.shape)) * out.dtype.itemsize
             refs.append(machine.array(rng.integers(0, 256, size, np.uint8)))
         install(inner, machine)
-        _install_pallas(inner, machine, kernel)
+        _install_pallas(inner, machine)
         alter(inner)
         workers = [
             (Role(block, first, count), lambda: body(*refs, 0))
@@ -154,14 +155,14 @@ def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine, kernel: types.M
     def when(condition: bool) -> Callable[[Callable[[], None]], None]:
         return lambda code: code() if condition else None
 
-    patch.setattr(kernel, "pl", types.SimpleNamespace(when=when, get_global=lambda kind: None))
+    patch.setattr(launch, "pl", types.SimpleNamespace(when=when, get_global=lambda kind: None))
     patch.setattr(
-        kernel,
+        launch,
         "lax",
         types.SimpleNamespace(axis_index=lambda name: machine.role.first // 128),
     )
     patch.setattr(
-        kernel,
+        launch,
         "plgpu",
         types.SimpleNamespace(
             SemaphoreType=types.SimpleNamespace(REGULAR=None),

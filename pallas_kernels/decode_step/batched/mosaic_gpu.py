@@ -9,14 +9,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels import compat
 from pallas_kernels.decode_step import attention, barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
@@ -28,12 +23,12 @@ from pallas_kernels.decode_step.batched.products import Products
 from pallas_kernels.decode_step.batched.step import Step
 from pallas_kernels.decode_step.batched.texts import Texts
 from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.mosaic_gpu import (
-    FETCHER_REGISTERS,
+from pallas_kernels.decode_step.launch import (
     FETCHERS,
-    REGISTERS,
     RESERVED_BYTES,
     SMEM_BYTES,
+    Roles,
+    persistent,
     unfit,
 )
 from pallas_kernels.decode_step.plan import BAND, OUTPUT, Plan
@@ -212,37 +207,6 @@ def build(
         t.when(t.me().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-1]))
         made(refs).run()
 
-    def body(*refs: Any) -> None:
-        tape, table, words, smem = (refs[i] for i in (0, 1, 10, -1))
-        semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
-        warpgroup = lax.axis_index("wg")
-        t.emit(make, smem)
-
-        @pl.when(warpgroup == THREADS // t.WARPGROUP)
-        def _() -> None:
-            plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
-            t.emit(others, tape, table, words, smem)
-
-        @pl.when(warpgroup < THREADS // t.WARPGROUP)
-        def _() -> None:
-            plgpu.set_max_registers(REGISTERS, action="increase")
-            t.emit(start, *refs[1:])
-            plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
-            count = blocks * THREADS // t.WARPGROUP
-            plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
-            t.emit(steps, *refs[1:])
-
-    return compat.kernel(
-        body,
-        name="decode_step",
-        out_type=(
-            jax.ShapeDtypeStruct((rows, shape.vocab), jnp.float32),
-            jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), dtype),
-            jax.ShapeDtypeStruct((layout.total,), jnp.int32),
-            *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,
-        ),
-        grid=(blocks,),
-        grid_names=("sm",),
-        scratch_types=(plgpu.SMEM((sum(divided) // 4,), jnp.int32),),
-        warpgroups=(THREADS + FETCHERS) // t.WARPGROUP,
-    )
+    roles = Roles(make, others, start, steps)
+    shared = sum(divided)
+    return persistent("decode_step_many", plan, rows, dtype, layout.total, shared, roles, traced)

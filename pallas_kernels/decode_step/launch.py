@@ -1,0 +1,113 @@
+"""How both kernels are launched: a block a multiprocessor, which stays for the whole step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from pallas_kernels import compat
+from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.formats import FORMATS
+from pallas_kernels.decode_step.plan import BAND, COLUMNS, Plan
+from pallas_kernels.decode_step.products import THREADS
+from pallas_kernels.decode_step.step import PHASES
+
+SMEM_BYTES = 232_448
+"""Shared memory a block may have on Hopper."""
+RESERVED_BYTES = 2048
+"""For what Pallas puts there itself, and alignment."""
+
+FETCHERS = t.WARPGROUP
+"""Threads beside those that compute: to fetch and the like, but they come by the warpgroup."""
+
+REGISTERS, FETCHER_REGISTERS = 232, 40
+"""Of a thread that computes and one that fetches; together the 168 of each of 384 threads that
+the kernel starts with. One more, and the block would wait for it forever."""
+
+HEAD_DIMS = (64, 128)
+
+
+class Roles(NamedTuple):
+    """What a block's threads do, each a function of a context and of references.
+
+    Attributes:
+        make: sets up barriers; all threads, with the shared memory.
+        beside: the threads that don't compute, with the tape, the table, the words and the shared
+            memory.
+        start: those that do, before the blocks have met; with all references but the tape.
+        steps: the same, after.
+    """
+
+    make: Callable[..., None]
+    beside: Callable[..., None]
+    start: Callable[..., None]
+    steps: Callable[..., None]
+
+
+def unfit(plan: Plan, dtype: DTypeLike) -> str | None:
+    """Why neither this kernel nor the one of many rows can run the model, or None."""
+    shape = plan.shape
+    if jnp.dtype(dtype).name not in FORMATS:
+        return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"
+    for height, columns in shape.matrices:
+        if height % BAND or columns % COLUMNS:
+            return f"a matrix of {height} x {columns} is not made of {BAND} x {COLUMNS} tiles"
+    if shape.head_dim not in HEAD_DIMS:
+        return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
+    if shape.group > 8:
+        return f"{shape.group} query heads share a key/value head, more than 8"
+    return None
+
+
+def persistent(
+    name: str,
+    plan: Plan,
+    rows: int,
+    dtype: DTypeLike,
+    words: int,
+    shared: int,
+    roles: Roles,
+    traced: bool,
+) -> Callable[..., Any]:
+    """A kernel as `kernels.build` describes it, with so many words and bytes of shared memory."""
+    shape, blocks = plan.shape, plan.blocks
+
+    def body(*refs: Any) -> None:
+        tape, table, memory, smem = (refs[i] for i in (0, 1, 10, -1))
+        semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
+        warpgroup = lax.axis_index("wg")
+        t.emit(roles.make, smem)
+
+        @pl.when(warpgroup == THREADS // t.WARPGROUP)
+        def _() -> None:
+            plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
+            t.emit(roles.beside, tape, table, memory, smem)
+
+        @pl.when(warpgroup < THREADS // t.WARPGROUP)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            t.emit(roles.start, *refs[1:])
+            plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
+            count = blocks * THREADS // t.WARPGROUP
+            plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
+            t.emit(roles.steps, *refs[1:])
+
+    return compat.kernel(
+        body,
+        name=name,
+        out_type=(
+            jax.ShapeDtypeStruct((rows, shape.vocab), jnp.float32),
+            jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), dtype),
+            jax.ShapeDtypeStruct((words,), jnp.int32),
+            *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,
+        ),
+        grid=(blocks,),
+        grid_names=("sm",),
+        scratch_types=(plgpu.SMEM((shared // 4,), jnp.int32),),
+        warpgroups=(THREADS + FETCHERS) // t.WARPGROUP,
+    )

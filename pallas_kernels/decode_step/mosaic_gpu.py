@@ -180,18 +180,19 @@ def build(
             w.leave(at, values, tag)
 
         step = Step(
-            plan,
-            rows,
-            Work.read(table + (block << 6).wide()),
-            Products(
+            plan=plan,
+            rows=rows,
+            work=Work.read(table + (block << 6).wide()),
+            products=Products(
                 rows, stream_in(smem), inputs, sums, squares, bands_at_once(plan, rows), format
             ),
-            Attention(
+            attention=Attention(
                 plan, rows, capacity, splits, block, cache, rope, positions, new, words, layout,
                 heads, inputs, format, attended,
             ),
-            own, bias, norms, hidden, logits, words, layout,
-            times[0] + (block * (4 * len(PHASES))).wide() if traced else None,
+            own=own, bias=bias, norms=norms, hidden=hidden, logits=logits,
+            memory=words, layout=layout,
+            times=times[0] + (block * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
         step.begin()
         t.together(THREADS)

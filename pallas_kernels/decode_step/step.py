@@ -49,9 +49,9 @@ class Work:
         return cls(n[0], n[1:11:2], n[2:11:2], *n[11:14])
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One block's part of a decode step.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """One block's part of a step, of few rows or of many.
 
     Attributes:
         own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
@@ -62,9 +62,7 @@ class Step:
     """
 
     plan: Plan
-    rows: int
     work: Work
-    products: Products
     attention: Attention
     own: V
     bias: V
@@ -73,16 +71,30 @@ class Step:
     logits: V
     memory: V
     layout: Layout
-    times: V | None = None
+    times: V | None
 
-    def _ended(self, phase: str) -> None:
+    def ended(self, phase: str) -> None:
         """Notes the time in a trace; a later layer overwrites an earlier one's."""
         if self.times is not None:
             at = self.times + 4 * PHASES.index(phase)
             t.when(t.me().equals(0), lambda: t.store_global(at, [t.nanoseconds()]))
 
-    def _word(self, section: int, width: int, text: V, at: V) -> V:
+    def word(self, section: int, width: int, text: V, at: V) -> V:
+        """The address of a text's word in a section of `width` a text."""
         return self.layout.at(self.memory, section, text * width + at)
+
+
+def gated(gate: V, up: V) -> V:
+    """silu(gate) * up."""
+    return gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step(Share):
+    """One block's part of a step of few rows."""
+
+    rows: int
+    products: Products
 
     def _scale(self, text: V) -> V:
         """What a norm multiplies by; it waits for the product's results."""
@@ -147,7 +159,7 @@ class Step:
         def finish(band: V, text: V, row: V, total: Total, bias: list[V]) -> None:
             at = (self.work.first[QKV] + band) * BAND + row
             value = total(row) * self._scale(text) + bias[0].bits()
-            leave(self._word(w.QKV, width, text, at), [value], tag)
+            leave(self.word(w.QKV, width, text, at), [value], tag)
 
         return self._product(place, QKV, finish, bias)
 
@@ -161,7 +173,7 @@ class Step:
             value = t.load_shared_floats(own)[0] + total(row)
             t.store_shared(own, [value])
             at = (self.work.first[OUTPUT] + band) * BAND + row
-            leave(self._word(w.MIDDLE, shape.hidden, text, at), [value], tag)
+            leave(self.word(w.MIDDLE, shape.hidden, text, at), [value], tag)
 
         return self._product(place, OUTPUT, finish)
 
@@ -173,9 +185,9 @@ class Step:
         def finish(band: V, text: V, row: V, total: Total, _: list[V]) -> None:
             scale = self._scale(text)
             gate, up = total(row) * scale, total(row + height) * scale
-            value = gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
+            value = gated(gate, up)
             at = (self.work.first[GATE_UP] + band) * height + row
-            leave(self._word(w.FFN, self.plan.shape.ffn, text, at), [value], tag)
+            leave(self.word(w.FFN, self.plan.shape.ffn, text, at), [value], tag)
 
         return self._product(place, GATE_UP, finish, height=height)
 
@@ -187,7 +199,7 @@ class Step:
         def finish(band: V, text: V, row: V, total: Total, _: list[V]) -> None:
             at = (self.work.first[DOWN] + band) * BAND + row
             text_of_part = self.work.part * self.rows + text
-            leave(self._word(w.PARTS, shape.hidden, text_of_part, at), [total(row)], tag)
+            leave(self.word(w.PARTS, shape.hidden, text_of_part, at), [total(row)], tag)
 
         return self._product(place, DOWN, finish)
 
@@ -198,14 +210,14 @@ class Step:
         def add(item: V) -> None:
             place, text, row = self._own(item)
             at = [
-                self._word(w.PARTS, shape.hidden, text + part * self.rows, row)
+                self.word(w.PARTS, shape.hidden, text + part * self.rows, row)
                 for part in range(parts)
             ]
             value = t.load_shared_floats(place)[0]
             for (part,) in awaited(at, 1, tag):
                 value = value + part
             t.store_shared(place, [value])
-            leave(self._word(w.HIDDEN, shape.hidden, text, row), [value], tag)
+            leave(self.word(w.HIDDEN, shape.hidden, text, row), [value], tag)
 
         def every() -> None:
             # Another thread wrote these numbers.
@@ -232,24 +244,24 @@ class Step:
 
         def layer(index: V, carry: list[V]) -> list[V]:
             place, tag, before = Place(*carry), (index + 1) & 1, index & 1
-            self._ended("begin")
+            self.ended("begin")
             self.attention.prefetch(index)
             place = self.qkv(place, index, tag, before)
-            self._ended("qkv")
+            self.ended("qkv")
             self.attention.attend(index, tag)
-            self._ended("attend")
+            self.ended("attend")
             self.attention.combine(tag)
-            self._ended("combine")
+            self.ended("combine")
             place = self.output(place, tag)
-            self._ended("output")
+            self.ended("output")
             place = self.gate_up(place, index, tag)
-            self._ended("gate_up")
+            self.ended("gate_up")
             place = self.down(place, tag)
-            self._ended("down")
+            self.ended("down")
             self.add_parts(tag)
-            self._ended("add_parts")
+            self.ended("add_parts")
             return [*place]
 
         place = Place(*t.loop(layers, [*Place.begin()], layer))
         self.head(place, t.integer(layers & 1))
-        self._ended("head")
+        self.ended("head")

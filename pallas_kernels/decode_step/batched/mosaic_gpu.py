@@ -168,18 +168,18 @@ def build(
             texts.put(at, head // shape.heads, column, values)
 
         return Step(
-            plan,
-            texts,
-            work_of(table),
-            Products(texts, pages, chunks, sums),
-            Attention(
+            plan=plan,
+            texts=texts,
+            work=work_of(table),
+            products=Products(texts, pages, chunks, sums),
+            attention=Attention(
                 plan, rows, capacity, splits, block, t.address(cache), t.address(rope),
                 t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
                 attended,
             ),
-            own, scales, t.address(bias), t.address(norms), t.address(hidden),
-            t.address(logits), memory, layout,
-            t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
+            own=own, scales=scales, bias=t.address(bias), norms=t.address(norms),
+            hidden=t.address(hidden), logits=t.address(logits), memory=memory, layout=layout,
+            times=t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
 
     def start(context: Any, *refs: Any) -> None:

@@ -11,61 +11,35 @@ from collections.abc import Callable
 from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.attention import Attention
 from pallas_kernels.decode_step.batched.exchange import MEETINGS, MOST_ROWS, SQUARES
 from pallas_kernels.decode_step.batched.products import Finish, Products, Spots, Total
 from pallas_kernels.decode_step.batched.texts import Texts
 from pallas_kernels.decode_step.batched.warps import MET, SCALED, WITH_SCALERS
 from pallas_kernels.decode_step.formats import times
-from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
+from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV
 from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.step import PHASES, Work
+from pallas_kernels.decode_step.step import Share, gated
 from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import Layout, awaited, leave, over
+from pallas_kernels.decode_step.words import awaited, leave, over
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step(Share):
     """One block's part of a step of many rows.
 
     Attributes:
         attention: of the block's first row and key/value head.
-        own: shared memory for the hidden state of the block's bands, `[bands, rows, 16]`.
         scales: shared memory for what each text's product is multiplied with after a norm, then for
             what its next hidden state is multiplied with to be an input.
-        bias, norms, hidden: addresses of the inputs.
-        logits: of the output.
-        memory, layout: the words blocks leave for each other.
-        times: of a trace, where there is one: int32 for every phase.
     """
 
-    plan: Plan
     texts: Texts
-    work: Work
     products: Products
-    attention: Attention
-    own: V
     scales: V
-    bias: V
-    norms: V
-    hidden: V
-    logits: V
-    memory: V
-    layout: Layout
-    times: V | None = None
 
     @property
     def rows(self) -> int:
         return self.texts.rows
-
-    def _ended(self, phase: str) -> None:
-        """Notes the time in a trace; a later layer overwrites an earlier one's."""
-        if self.times is not None:
-            at = self.times + 4 * PHASES.index(phase)
-            t.when(t.me().equals(0), lambda: t.store_global(at, [t.nanoseconds()]))
-
-    def _word(self, section: int, width: int, text: V, at: V) -> V:
-        return self.layout.at(self.memory, section, text * width + at)
 
     def put(self, section: int, text: V, column: V, values: list[V]) -> None:
         """Leaves numbers of a product's input."""
@@ -168,7 +142,7 @@ class Step:
             bias = t.load_global(self.bias + ((layer * width + at) << 2).wide(), 4)
             scale = self._scale(text)
             values = [x * scale + b.bits() for x, b in zip(total(0), bias, strict=True)]
-            leave(self._word(w.QKV, width, text, at), values, tag)
+            leave(self.word(w.QKV, width, text, at), values, tag)
 
         return self._product(spots, QKV, finish, norm=True)
 
@@ -205,8 +179,7 @@ class Step:
             values = []
             for gate, up in zip(total(0), total(height), strict=True):
                 gate, up = gate * scale, up * scale
-                value = gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
-                values.append(times(value, self.texts.format.scale))
+                values.append(times(gated(gate, up), self.texts.format.scale))
             self.put(w.FFN, text, (self.work.first[GATE_UP] + band) * height + row, values)
 
         return self._product(spots, GATE_UP, finish, norm=True, height=height)
@@ -219,7 +192,7 @@ class Step:
             at = (self.work.first[DOWN] + band) * BAND + row
             text_of_part = self.work.part * self.rows + text
             values = [times(x, 1 / self.texts.format.scale) for x in total(0)]
-            leave(self._word(w.PARTS, width, text_of_part, at), values, tag)
+            leave(self.word(w.PARTS, width, text_of_part, at), values, tag)
 
         return self._product(spots, DOWN, finish)
 
@@ -229,7 +202,7 @@ class Step:
 
         def of(item: V) -> list[V]:
             _, text, row = self._own(item)
-            return [self._word(w.PARTS, width, text + n * self.rows, row) for n in range(parts)]
+            return [self.word(w.PARTS, width, text + n * self.rows, row) for n in range(parts)]
 
         def add(item: V) -> None:
             place, at = self.own + item * 16, of(item)
@@ -268,27 +241,27 @@ class Step:
         def layer(index: V, carry: list[V]) -> list[V]:
             spots, tag = Spots.carried(carry), (index + 1) & 1
             meetings = index * HEAD
-            self._ended("begin")
+            self.ended("begin")
             self.attention.prefetch(index)
             spots = self.qkv(spots, index, tag)
-            self._ended("qkv")
+            self.ended("qkv")
             self.attend(index, tag)
-            self._ended("attend")
+            self.ended("attend")
             self.attention.combine(tag)
             self._meet(meetings + 1)
-            self._ended("combine")
+            self.ended("combine")
             spots = self.output(spots, index)
             self._meet(meetings + 2, norm=True)
-            self._ended("output")
+            self.ended("output")
             spots = self.gate_up(spots)
             self._meet(meetings + 3)
-            self._ended("gate_up")
+            self.ended("gate_up")
             spots = self.down(spots, tag)
-            self._ended("down")
+            self.ended("down")
             self.add_parts(index, tag)
             self._meet(meetings + 4, norm=True)
-            self._ended("add_parts")
+            self.ended("add_parts")
             return spots.carry()
 
         self.head(Spots.carried(t.loop(self.plan.shape.layers, Spots.begin().carry(), layer)))
-        self._ended("head")
+        self.ended("head")

@@ -141,7 +141,7 @@ def run(
     return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
 
 
-def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine, kernel: types.ModuleType) -> None:
+def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     """What the kernel's body asks of Pallas."""
 
     def signal(_: Any, count: int, **how: Any) -> None:

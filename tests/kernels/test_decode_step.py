@@ -75,7 +75,7 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("rows", "capacity", "dtype"),
-    [(5, 512, "bfloat16"), (17, 256, "float16"), (33, 32768, "bfloat16"), (64, 1024, "bfloat16")],
+    [(17, 256, "float16"), (64, 32768, "bfloat16")],
 )
 def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
     assert kernels.refusal(Plan(SIZES[size], 132), rows, dtype) is None

@@ -35,7 +35,7 @@ def fetch_inputs(
     counter = layout.at(memory, MEETINGS)
     barriers.await_turn(cleared, t.integer(0))
 
-    def input(phase: int, meetings: V, carry: list[V]) -> list[V]:
+    def copied(phase: int, meetings: V, carry: list[V]) -> list[V]:
         p = plan.phases[phase]
         group = Group.of(p)
         first, tiles = t.integer(0), t.integer(p.across)
@@ -63,11 +63,11 @@ def fetch_inputs(
 
     def layer(index: V, carry: list[V]) -> list[V]:
         for phase in range(HEAD):
-            carry = input(phase, index * HEAD + phase, carry)
+            carry = copied(phase, index * HEAD + phase, carry)
         return carry
 
     layers = plan.shape.layers
-    input(HEAD, t.integer(layers * HEAD), t.loop(layers, [*Place.begin()], layer))
+    copied(HEAD, t.integer(layers * HEAD), t.loop(layers, [*Place.begin()], layer))
 
 
 def make_scales(plan: Plan, layout: Layout, format: Format, memory: V, which: V, scales: V) -> None:

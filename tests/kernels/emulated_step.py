@@ -1,0 +1,196 @@
+"""A decode step on the machine of `simt.py`, block by block, and what it is compared with."""
+
+import secrets
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_step import (
+    Packed,
+    Plan,
+    Shape,
+    empty_tape,
+    launch,
+    places,
+    put,
+)
+from pallas_kernels.decode_step import mosaic_gpu as few
+from pallas_kernels.decode_step.batched import mosaic_gpu as many
+from pallas_kernels.decode_step.reference import reference
+from tests.kernels.simt import Machine, Role
+from tests.kernels.simt_thread import install
+
+SEED = secrets.randbits(31)
+SMALL = Shape(2, 256, 4, 2, 64, 512, 256, 1e-6)
+ODD = Shape(3, 256, 2, 1, 128, 384, 256, 1e-6)
+"""Three layers, heads of 128, and a feed-forward in parts of different lengths."""
+TINY = Shape(2, 128, 2, 1, 64, 128, 1024, 1e-6)
+"""A layer of it has 48 bands."""
+NARROW = Shape(1, 128, 2, 1, 64, 128, 256, 1e-6)
+TURNS = Shape(1, 128, 2, 1, 64, 128, 816, 1e-6)
+"""The head has 51 bands."""
+PARTS = Shape(2, 256, 4, 2, 64, 1152, 256, 1e-6)
+GROUPS = {
+    1: Shape(1, 256, 2, 2, 128, 256, 256, 1e-6),
+    7: Shape(1, 256, 14, 2, 64, 256, 256, 1e-6),
+    8: Shape(1, 512, 8, 1, 64, 256, 256, 1e-6),
+}
+"""A layer with so many query heads to a key/value head."""
+
+
+class Case(NamedTuple):
+    """One step's inputs."""
+
+    plan: Plan
+    packed: Packed
+    hidden: jax.Array
+    cache: jax.Array
+    position: jax.Array
+    inv_freq: jax.Array
+
+
+def drawn(
+    shape: Shape, blocks: int, positions: list[int], capacity: int, dtype: str = "bfloat16"
+) -> Case:
+    plan, rng = Plan(shape, blocks), np.random.default_rng(SEED)
+
+    def normal(*dims: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(dims), jnp.float32)
+
+    tape, where = empty_tape(plan, jnp.dtype(dtype)), places(plan)
+    for phase, matrix in enumerate(shape.matrices):
+        for layer in range(1 if phase == 4 else shape.layers):
+            weights = (normal(*matrix) * 0.08).astype(dtype)
+            tape = put(tape, where[phase], weights, layer, phase)
+    norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
+    rows, h = len(positions), shape.head_dim
+    return Case(
+        plan,
+        Packed(tape, normal(shape.layers, shape.qkv), norms, where),
+        normal(rows, shape.hidden),
+        normal(2 * shape.layers, rows, shape.kv_heads, capacity, h).astype(dtype),
+        jnp.asarray(positions, jnp.int32),
+        1e6 ** (-jnp.arange(0, h, 2) / h),
+    )
+
+
+def expected(case: Case, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    packed = case.packed._replace(tape=case.packed.tape.astype(dtype))
+    cache = case.cache.astype(dtype)
+    args = (case.plan, case.hidden, cache, case.position, case.inv_freq, 1.0)
+    return tuple(np.asarray(x, np.float64) for x in reference(packed, *args))  # type: ignore
+
+
+def run(
+    patch: pytest.MonkeyPatch,
+    case: Case,
+    seed: int,
+    alter: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
+    kernel: types.ModuleType = few,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The kernel's logits and new keys and values; slots from each position on hold NaN.
+
+    `alter` puts a mistake into the kernel with the patch it is given, which is undone first.
+    """
+    plan, shape, dtype = case.plan, case.plan.shape, case.cache.dtype
+    rows, capacity = case.hidden.shape[0], case.cache.shape[3]
+    assert kernel.refusal(plan, rows, dtype) is None
+    divided = kernel.memory(plan, rows)
+    copied = divided.begins()[2 if kernel is many else 1]
+    machine = Machine(plan.blocks, sum(divided), (0, copied), seed)
+    kept = jnp.arange(capacity) < case.position[:, None]
+    poisoned = jnp.where(kept[None, :, None, :, None], case.cache, jnp.nan)
+    angles = case.position[:, None].astype(jnp.float32) * case.inv_freq
+    rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    inputs = [
+        case.packed.tape, plan.table(), case.packed.bias, case.packed.norms, case.hidden, rope,
+        poisoned, case.position,
+    ]  # fmt: skip
+    refs: list[int] = [machine.array(np.asarray(x)) for x in inputs]
+    made: list[Any] = []
+    with patch.context() as inner:
+        inner.setattr(launch.compat, "kernel", lambda body, **how: made.append((body, how)))
+        kernel.build.__wrapped__(plan, rows, capacity, dtype)
+        ((body, how),) = made
+        rng = np.random.default_rng(seed)
+        for out in how["out_type"]:
+            size = int(np.prod(out.shape)) * out.dtype.itemsize
+            refs.append(machine.array(rng.integers(0, 256, size, np.uint8)))
+        install(inner, machine)
+        _install_pallas(inner, machine)
+        alter(inner)
+        workers = [
+            (Role(block, first, count), lambda: body(*refs, 0))
+            for block in range(plan.blocks)
+            # Those that compute, a warp that fetches weights, one that fetches inputs, the rest.
+            for first, count in ((0, 256), (256, 32), (288, 32), (320, 64))
+        ]
+        machine.run(workers)
+    logits = machine.bytes_at(refs[8]).view(np.float32).reshape(rows, shape.vocab)
+    new = machine.bytes_at(refs[9]).view(dtype)
+    return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
+
+
+def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """What the kernel's body asks of Pallas."""
+
+    def signal(_: Any, count: int, **how: Any) -> None:
+        machine.semaphore += count * machine.role.count // 128
+        machine.progress += 1
+
+    def wait(_: Any, count: int, **how: Any) -> None:
+        while machine.semaphore < count:
+            machine.give_way()
+
+    def when(condition: bool) -> Callable[[Callable[[], None]], None]:
+        return lambda code: code() if condition else None
+
+    patch.setattr(launch, "pl", types.SimpleNamespace(when=when, get_global=lambda kind: None))
+    patch.setattr(
+        launch,
+        "lax",
+        types.SimpleNamespace(axis_index=lambda name: machine.role.first // 128),
+    )
+    patch.setattr(
+        launch,
+        "plgpu",
+        types.SimpleNamespace(
+            SemaphoreType=types.SimpleNamespace(REGULAR=None),
+            semaphore_signal=signal,
+            semaphore_wait=wait,
+            set_max_registers=lambda count, action: None,
+        ),
+    )
+
+
+def relative(x: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
+
+
+def check(patch: pytest.MonkeyPatch, case: Case, dtype: str, kernel: types.ModuleType) -> None:
+    """Errors of rows beside XLA's in the same dtype; of few blocks, the same bits in two orders.
+
+    A row whose best scores are nearly tied has several times the error of others, in either: so
+    the middle rows are compared, and none may be far from all of XLA's. The kernel of few rows
+    rounds less than XLA, so that its whole error is smaller in spite of those.
+    """
+    truth, xla = expected(case, "float32"), expected(case, dtype)
+    orders = 2 if case.plan.blocks <= 10 else 1
+    found = [run(patch, case, SEED + n, kernel=kernel) for n in range(orders)]
+    for mine, theirs, right, rows in zip(found[0], xla, truth, (0, 1), strict=True):
+        ours, xlas = (
+            [relative(*row) for row in zip(*(np.moveaxis(x, rows, 0) for x in both), strict=True)]
+            for both in ((mine, right), (theirs, right))
+        )
+        print(f"seed {SEED}: kernel {np.median(ours):.2e}, xla {np.median(xlas):.2e}")
+        assert np.median(ours) <= 1.5 * np.median(xlas)
+        assert max(ours) <= 10 * max(xlas)
+        if kernel is few:
+            assert relative(mine, right) <= 1.5 * relative(theirs, right)
+    for again in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], again, strict=True))

@@ -13,6 +13,7 @@ from pallas_kernels.decode_step.plan import (
     HEAD,
     OUTPUT,
     QKV,
+    Phase,
     Plan,
 )
 from pallas_kernels.decode_step.products import (
@@ -47,6 +48,10 @@ class Work:
         """From the address of the block's row."""
         n = [v for at in range(0, 16, 4) for v in t.load_global(table + 4 * at, 4)]
         return cls(n[0], n[1:11:2], n[2:11:2], *n[11:14])
+
+    def tiles(self, phase: Phase) -> int | V:
+        """In each of the block's bands: of its part, where the columns are cut into parts."""
+        return self.part_tiles if phase.parts > 1 else phase.across
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,7 @@ class Step(Share):
         height: int = BAND,
     ) -> Place:
         p, bands = self.plan.phases[phase], self.work.count[phase]
-        tiles = self.work.part_tiles if p.parts > 1 else p.across
+        tiles = self.work.tiles(p)
         return self.products.product(place, p, bands, tiles, finish, prepare, height)
 
     def begin(self) -> None:

@@ -113,7 +113,7 @@ class Pages:
         def bands(phase: int, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
             group, count = Group.of(p), work.count[phase]
-            tiles = work.part_tiles if p.parts > 1 else t.integer(p.across)
+            tiles = t.integer(work.tiles(p))
             band, unit = lane // group.units, lane % group.units
 
             def turn(i: V, carry: list[V]) -> list[V]:

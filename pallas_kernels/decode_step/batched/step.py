@@ -68,7 +68,7 @@ class Step(Share):
     ) -> Spots:
         """A phase's product, after a norm or not."""
         p = self.plan.phases[phase]
-        tiles = self.work.part_tiles if p.parts > 1 else p.across
+        tiles = self.work.tiles(p)
 
         def scaled() -> None:
             if norm:

@@ -38,9 +38,7 @@ def fetch_inputs(
     def copied(phase: int, meetings: V, carry: list[V]) -> list[V]:
         p = plan.phases[phase]
         group = Group.of(p)
-        first, tiles = t.integer(0), t.integer(p.across)
-        if p.parts > 1:
-            first, tiles = work.part_column, work.part_tiles
+        first, tiles = work.part_column if p.parts > 1 else t.integer(0), work.tiles(p)
         begin = layout.at(memory, INPUTS[phase])
         barriers.await_count(counter, meetings * plan.blocks)
         barriers.before_copies()

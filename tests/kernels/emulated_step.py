@@ -20,6 +20,7 @@ from pallas_kernels.decode_step import (
     put,
 )
 from pallas_kernels.decode_step import mosaic_gpu as few
+from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
@@ -194,3 +195,21 @@ def check(patch: pytest.MonkeyPatch, case: Case, dtype: str, kernel: types.Modul
             assert relative(mine, right) <= 1.5 * relative(theirs, right)
     for again in found[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+def check_size(
+    patch: pytest.MonkeyPatch, size: float, positions: list[int], kernel: types.ModuleType
+) -> None:
+    """Float16's error beside XLA's, with embeddings of that size."""
+    case = drawn(SMALL, 11, positions, 64, "float16")
+    case = case._replace(hidden=case.hidden * size)
+    truth, xla = expected(case, "float32"), expected(case, "float16")
+    found = run(patch, case, SEED, kernel=kernel)
+    for mine, theirs, right in zip(found, xla, truth, strict=True):
+        assert relative(mine, right) <= 1.5 * relative(theirs, right)
+
+
+def without_barriers(patch: pytest.MonkeyPatch) -> None:
+    """A mistake: the threads that compute don't wait for each other."""
+    real = t.together
+    patch.setattr(t, "together", lambda n, *which: real(n, *which) if n != 256 else None)

@@ -16,10 +16,12 @@ from tests.kernels.emulated_step import (
     SMALL,
     TURNS,
     check,
+    check_size,
     drawn,
     expected,
     relative,
     run,
+    without_barriers,
 )
 from tests.kernels.simt import Deadlock, Race
 
@@ -56,12 +58,7 @@ def test_float16_takes_hidden_states_of_any_size(
     monkeypatch: pytest.MonkeyPatch, size: float
 ) -> None:
     """Embeddings, which are not scaled, end at 65504."""
-    case = drawn(SMALL, 11, [20, 3, 1, 0, 7], 64, "float16")
-    case = case._replace(hidden=case.hidden * size)
-    truth, xla = expected(case, "float32"), expected(case, "float16")
-    found = run(monkeypatch, case, SEED, kernel=many)
-    for mine, theirs, right in zip(found, xla, truth, strict=True):
-        assert relative(mine, right) <= 1.5 * relative(theirs, right)
+    check_size(monkeypatch, size, [20, 3, 1, 0, 7], many)
 
 
 def test_float16_takes_hidden_states_that_grow_a_millionfold(
@@ -84,12 +81,8 @@ class TestWhatIsFound:
     CASE = (SMALL, 5, [100], 256)
 
     def test_a_missing_barrier(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def alter(patch: pytest.MonkeyPatch) -> None:
-            real = t.together
-            patch.setattr(t, "together", lambda n, *which: real(n, *which) if n != 256 else None)
-
         with pytest.raises(Race):
-            run(monkeypatch, drawn(*self.CASE), SEED, alter, many)
+            run(monkeypatch, drawn(*self.CASE), SEED, without_barriers, many)
 
     def test_a_block_that_does_not_wait_for_the_others(
         self, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ in no slot yet, is one more part beside those of the warps.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
@@ -23,6 +24,8 @@ SLOTS_A_SPLIT = 128
 SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
+TURNS_AHEAD = 2
+"""Whose keys and values are on their way while a warp attends to those before."""
 FEW_BLOCKS = 8
 """Attending blocks up to which a warp asks for 8 KiB of keys and of values early; else for 4."""
 SPLITS_AT_ONCE = 4
@@ -156,9 +159,9 @@ class Attention:
             self._take_heads(layer, row, kv_head, split, tag)
             t.together(THREADS)
             # Not before: they would be in the way of the words that are waited for.
-            first = self._load(layer, unit, run, t.integer(0))
+            loaded = [self._load(layer, unit, run, turn) for turn in range(TURNS_AHEAD)]
             self._new_token(split)
-            self._of_group.keep(self._slots(layer, unit, run, first))
+            self._of_group.keep(self._slots(layer, unit, run, loaded))
             t.together(THREADS)
             self._leave(row, kv_head, split, active, tag)
             t.together(THREADS)
@@ -223,8 +226,11 @@ class Attention:
 
         t.when(head < group, score)
 
-    def _load(self, layer: V, unit: V, run: tuple[V, V], turn: V) -> list[V]:
-        """This lane's words of 16 slots of a run, which `_apart` takes apart."""
+    def _load(self, layer: V, unit: V, run: tuple[V, V], turn: int | V) -> list[V]:
+        """This lane's words of 16 slots of a run, which `_apart` takes apart.
+
+        After the run's end they are those of its last slot, and after the last turn anything.
+        """
         begin, end = run
         lane, first = t.me() % t.WARP, begin + turn * SLOTS_AT_ONCE
         g, quarter = lane // 4, lane % 4
@@ -235,23 +241,21 @@ class Attention:
             (1, quarter * 2, g * 16, (0, 1, 8, 9), 128),
         ):
             base = self._cached(which, layer, unit) + column.wide()
-            at = base + ((first + own) * self._slot_bytes).wide()
             for slot in slots:
-                there = first + own + slot < end
+                at = base + (t.smaller(first + own + slot, end - 1) * self._slot_bytes).wide()
                 for offset in range(0, self._slot_bytes, stride):
-                    offset += slot * self._slot_bytes
-                    words += t.load_global(at, 4, where=there, offset=offset)
+                    words += t.load_global(at, 4, where=first < end, otherwise=None, offset=offset)
         return words
 
-    def _apart(self, words: list[V]) -> tuple[list[list[list[V]]], list[list[list[list[V]]]]]:
-        """Keys and values as `Softmax.over` takes them, of every eight slots."""
+    def _apart(self, words: list[V]) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
+        """Keys and values as `Softmax.over` takes them."""
         per_key, per_value = self._slot_bytes // 64, self._slot_bytes // 128
         fours = [words[n : n + 4] for n in range(0, len(words), 4)]
         keys, values = fours[: 2 * per_key], fours[2 * per_key :]
         slots = [values[n : n + per_value] for n in range(0, len(values), per_value)]
-        return [keys[:per_key], keys[per_key:]], [slots[:2], slots[2:]]
+        return [keys[:per_key], keys[per_key:]], slots
 
-    def _slots(self, layer: V, unit: V, run: tuple[V, V], loaded: list[V]) -> Softmax:
+    def _slots(self, layer: V, unit: V, run: tuple[V, V], loaded: list[list[V]]) -> Softmax:
         """The running softmax of this warp's slots, in one lane's share."""
         shape = self.plan.shape
         h = shape.head_dim
@@ -263,23 +267,31 @@ class Attention:
         ]
         begin, end = run
         empty = Softmax.empty(h).carry()
+        size = len(loaded[0])
 
-        def tile(i: V, carry: list[V]) -> list[V]:
-            first = begin + i * SLOTS_AT_ONCE
-            begin_next = first + SLOTS_AT_ONCE
-            end_next = t.smaller(begin_next + SLOTS_AT_ONCE, end)
-            # In one piece, which memory likes better than its words asked for by lanes.
-            t.when(lane.equals(0), lambda: self._bring(layer, unit, begin_next, end_next))
-            later = self._load(layer, unit, run, i + 1)
-            found = Softmax.carried(carry[: len(empty)])
-            keys, values = self._apart(carry[len(empty) :])
-            slots = [first + quarter * 2 + n for n in (0, 1, 8, 9)]
-            there = [slot < end for slot in slots]
-            found = found.over(self.format, queries, keys, values, [there[:2], there[2:]])
-            return [*found.carry(), *later]
+        def several(i: V, carry: list[V]) -> list[V]:
+            found, ahead = carry[: len(empty)], carry[len(empty) :]
+            for n in range(len(loaded)):
+                turn = i * len(loaded) + n
+                first = begin + turn * SLOTS_AT_ONCE
+                keys, values = self._apart(ahead[n * size : (n + 1) * size])
 
-        tiles = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
-        return Softmax.carried(t.loop(tiles, [*empty, *loaded], tile)[: len(empty)])
+                def attend(
+                    first: V = first, found: list[V] = found, keys: Any = keys, values: Any = values
+                ) -> list[V]:
+                    there = [first + g + slot < end for slot in (0, 8)]
+                    softmax = Softmax.carried(found)
+                    return softmax.over(self.format, queries, keys, values, there).carry()
+
+                found = t.either(first < end, attend, found) if n else attend()
+                # Not before: the registers of this turn's are free for them now.
+                ahead[n * size : (n + 1) * size] = self._load(layer, unit, run, turn + len(loaded))
+            return [*found, *ahead]
+
+        stripe = len(loaded) * SLOTS_AT_ONCE
+        turns = (t.larger(end - begin, 0) + (stripe - 1)) // stripe
+        carry = [*empty, *(word for words in loaded for word in words)]
+        return Softmax.carried(t.loop(turns, carry, several)[: len(empty)])
 
     def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:
         shape = self.plan.shape

@@ -1,10 +1,11 @@
 """A running softmax over slots of a cache, spread over the lanes of a warp, then over warps.
 
-Scores are q K^T with the heads of a group as rows, so that a lane's share of them is already its
-operand of the product with V. Lane 4 g + t has head g.
+Scores are K q^T and results V^T P^T, with the heads of a group in the eight columns of a product on
+the tensor cores: as rows they would fill half of it. Lane 4 g + t has heads 2 t and 2 t + 1.
 """
 
 import dataclasses
+import functools
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.formats import Format
@@ -12,6 +13,9 @@ from pallas_kernels.decode_step.thread import V
 
 NEVER = -1e30
 """The score of a slot that isn't there."""
+
+ACROSS = (4, 8, 16)
+"""What the numbers of lanes with the same heads differ in."""
 
 
 def score_scale(head_dim: int) -> float:
@@ -23,74 +27,78 @@ def score_scale(head_dim: int) -> float:
 class Softmax:
     """A lane's share of a running softmax.
 
-    `values` holds pairs of columns, for 64 columns at a time: 16 t + j and 16 t + 8 + j.
+    Attributes:
+        maximum: of each of its two heads.
+        total: of each, over the lane's slots alone.
+        values: for every 64 columns, of columns 8 g to 8 g + 7 the first head's and the second's.
     """
 
-    maximum: V
-    total: V
+    maximum: list[V]
+    total: list[V]
     values: list[V]
 
     @classmethod
     def empty(cls, head_dim: int) -> "Softmax":
-        return cls(t.number(NEVER), t.number(0), [t.number(0)] * (head_dim // 4))
+        zero = t.number(0)
+        return cls([t.number(NEVER)] * 2, [zero] * 2, [zero] * (head_dim // 4))
 
     def carry(self) -> list[V]:
-        return [self.maximum, self.total, *self.values]
+        return [*self.maximum, *self.total, *self.values]
 
     @classmethod
     def carried(cls, carry: list[V]) -> "Softmax":
-        return cls(carry[0], carry[1], carry[2:])
+        return cls(carry[:2], carry[2:4], carry[4:])
 
     def over(
         self,
         format: Format,
         queries: list[list[V]],
         keys: list[list[list[V]]],
-        values: list[list[list[list[V]]]],
-        there: list[list[V]],
+        values: list[list[list[V]]],
+        there: list[V],
     ) -> "Softmax":
-        """With some more slots, a multiple of 16, eight at a time.
+        """With 16 more slots.
 
         Args:
             format: of queries, keys, values and weights.
-            queries: the lane's operands, four words for every 32 columns: 8 t to 8 t + 7.
-            keys: of every eight slots, the same columns of slot g's key.
-            values: of every eight slots, of slots 2 t and 2 t + 1, for every 64 columns the
-                value's columns 8 g to 8 g + 7.
-            there: of every eight slots, whether to attend to slots 2 t and 2 t + 1.
+            queries: of head g, four words for every 32 columns: 8 t to 8 t + 7.
+            keys: of slots g and g + 8, the same columns.
+            values: of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, four words for every 64 columns:
+                8 g to 8 g + 7.
+            there: whether to attend to slots g and g + 8. What isn't attended to is finite.
         """
         head_dim = 4 * len(self.values)
-        zero, none = t.number(0), t.integer(0)
-        scores = []
-        for eight, both in zip(keys, there, strict=True):
-            sums = [zero, zero]
-            for query, key in zip(queries, eight, strict=True):
-                for i in (0, 2):
-                    a = [query[i], none, query[i + 1], none]
-                    sums = format.multiply(a, key[i : i + 2], [*sums, zero, zero])[:2]
-            scaled = [s * score_scale(head_dim) for s in sums]
-            scores.append([t.select(c, s, NEVER) for c, s in zip(both, scaled, strict=True)])
-        maximum = self.maximum
-        for score in (s for pair in scores for s in pair):
-            maximum = t.larger(maximum, score)
-        for mask in (1, 2):
-            maximum = t.larger(maximum, t.from_lane(maximum, mask))
-        shrink = t.exp2(self.maximum - maximum)
-        total, weights = self.total * shrink, []
-        for both, pair in zip(there, scores, strict=True):
+        sums = [t.number(0)] * 4
+        for query, *both in zip(queries, *keys, strict=True):
+            for i in (0, 2):
+                a = [key[n] for n in (i, i + 1) for key in both]
+                sums = format.multiply(a, query[i : i + 2], sums)
+        scores = [
+            [t.select(c, s * score_scale(head_dim), NEVER) for s in sums[2 * n : 2 * n + 2]]
+            for n, c in enumerate(there)
+        ]
+        maximum = [t.larger(*of_head) for of_head in zip(*scores, strict=True)]
+        for mask in ACROSS:
+            maximum = [t.larger(m, t.from_lane(m, mask)) for m in maximum]
+        maximum = [t.larger(m, mine) for m, mine in zip(maximum, self.maximum, strict=True)]
+        shrink = [t.exp2(mine - m) for m, mine in zip(maximum, self.maximum, strict=True)]
+        total = [mine * less for mine, less in zip(self.total, shrink, strict=True)]
+        weights = []
+        for c, pair in zip(there, scores, strict=True):
             # Where no slot was there so far, the maximum is no score either.
-            each = [t.select(c, t.exp2(s - maximum), 0.0) for c, s in zip(both, pair, strict=True)]
-            total = total + each[0] + each[1]
-            weights.append(format.pair(*each))
-        out = [value * shrink for value in self.values]
-        for n in range(0, len(keys), 2):
-            a = [weights[n], none, weights[n + 1], none]
-            for i in range(head_dim // 64):
-                rows = [slot[i] for eight in values[n : n + 2] for slot in eight]
-                for j in range(8):
-                    b = [t.halves(rows[m][j // 2], rows[m + 1][j // 2], j % 2) for m in (0, 2)]
-                    at = 2 * (8 * i + j)
-                    out[at : at + 2] = format.multiply(a, b, [*out[at : at + 2], zero, zero])[:2]
+            each = [t.select(c, t.exp2(s - m), 0.0) for s, m in zip(pair, maximum, strict=True)]
+            total = [x + e for x, e in zip(total, each, strict=True)]
+            weights.append(t.transposed(format.pair(*each)))
+        out = [value * shrink[n % 2] for n, value in enumerate(self.values)]
+        for i, (first, second, *later) in enumerate(zip(*values, strict=True)):
+            for j in range(4):
+                a = [
+                    t.halves(low[j], high[j], half)
+                    for low, high in ((first, second), later)
+                    for half in range(2)
+                ]
+                at = 4 * (4 * i + j)
+                out[at : at + 4] = format.multiply(a, weights, out[at : at + 4])
         return Softmax(maximum, total, out)
 
 
@@ -120,20 +128,18 @@ class Found:
     def keep(self, found: Softmax) -> None:
         """Leaves what this warp found."""
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
-        head, quarter = lane // 4, lane % 4
-        total = t.warp_sum(found.total, (1, 2))
+        eighth, two = lane // 4, lane % 4 * 2
+        totals = [t.warp_sum(total, ACROSS) for total in found.total]
 
-        def store() -> None:
-            for i in range(0, len(found.values), 16):
-                for side in range(2):
-                    column = found.values[i + side : i + 16 : 2]
-                    at = self.value(warp, head, quarter * 16 + (4 * i + 8 * side))
-                    for j in (0, 4):
-                        t.store_shared(at + 4 * j, column[j : j + 4])
-            at = self.stats(warp, head)
-            t.when(quarter.equals(0), lambda: t.store_shared(at, [found.maximum, total]))
+        def store(n: int) -> None:
+            for i in range(0, len(found.values), 8):
+                at = self.value(warp, two + n, eighth * 8 + (i // 16 * 64 + i % 16 // 2))
+                t.store_shared(at, found.values[i + n : i + 8 : 2])
+            at = self.stats(warp, two + n)
+            t.when(eighth.equals(0), lambda: t.store_shared(at, [found.maximum[n], totals[n]]))
 
-        t.when(head < self.heads, store)
+        for n in range(2):
+            t.when(two + n < self.heads, functools.partial(store, n))
 
     def merged(self, head: V, column: V, count: int) -> tuple[V, V, list[V]]:
         """Maximum, sum and values of `count` columns, over the parts."""

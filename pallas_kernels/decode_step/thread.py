@@ -283,18 +283,26 @@ def warp_sum(value: V, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> V:
 
 
 def _load(
-    instruction: str, address: V, count: int, where: V | None, otherwise: int | V, offset: int = 0
+    instruction: str,
+    address: V,
+    count: int,
+    where: V | None,
+    otherwise: int | V | None,
+    offset: int = 0,
 ) -> list[V]:
     """Int32 by one instruction, `offset` bytes from the address; `otherwise` if not `where`."""
     kinds, c = [i32()] * count, "l" if address.raw.type == i64() else "r"
     load = f"{instruction}.{_width(count)} {_registers(0, count)}, [${count} + {offset}];"
     if where is None:
         return asm(load, kinds, ",".join(["=r"] * count) + f",{c}", address)
-    clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
+    clear, others = "", []
+    if otherwise is not None:
+        clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
+        others = [integer(otherwise)]
     text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} @p {load} }}"
     flag = V(arith.extui(i32(), where.raw))
-    outs = ",".join(["=&r"] * count)
-    return asm(text, kinds, outs + f",{c},r,r", address, flag, integer(otherwise))
+    constraints = ",".join(["=&r"] * count + [c, "r"] + ["r"] * len(others))
+    return asm(text, kinds, constraints, address, flag, *others)
 
 
 def load_shared(address: V, count: int = 1, where: V | None = None) -> list[V]:
@@ -332,7 +340,7 @@ def load_global(
     kind: str = "nc",
     *,
     where: V | None = None,
-    otherwise: int | V = 0,
+    otherwise: int | V | None = 0,
     offset: int = 0,
 ) -> list[V]:
     """Int32 from global memory, `offset` bytes from the address, in one instruction.
@@ -340,7 +348,7 @@ def load_global(
     Args:
         kind: "nc" what nobody writes, "relaxed.gpu" what others write, "acquire.gpu" what they
             write after something else that is read next.
-        where: whether to load, or to take `otherwise`.
+        where: whether to load, or to take `otherwise`, or anything if that is None.
     """
     return _load(LOADS[kind], address, count, where, otherwise, offset)
 
@@ -383,6 +391,11 @@ def halves(low: V, high: V, which: int) -> V:
     """The lower (0) or upper (1) 16 bits of two words, in one."""
     selector = ("0x5410", "0x7632")[which]
     return asm(f"prmt.b32 $0, $1, $2, {selector};", [i32()], "=r,r,r", low, high)[0]
+
+
+def transposed(pair: V) -> V:
+    """Of 8 x 8 numbers of 16 bits, of which lane 4 g + t has row g's columns 2 t and 2 t + 1."""
+    return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [i32()], "=r,r", pair)[0]
 
 
 def address(ref: Any, shared: bool = False) -> V:

@@ -165,7 +165,9 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         otherwise: Any = 0,
         offset: int = 0,
     ) -> list[t.V]:
-        there, other = truth(where), m.lanes(t.integer(otherwise))
+        # Two NaN of either format, where anything may be.
+        there = truth(where)
+        other = m.lanes(t.integer(0x7FFF7FFF if otherwise is None else otherwise))
         loaded = m.load(m.lanes(address) + offset, count, there)
         return ints([np.where(there, x, other) for x in loaded])
 
@@ -188,6 +190,10 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     def halves(low: t.V, high: t.V, which: int) -> t.V:
         a, b = (m.lanes(x).view(np.uint32) >> (16 * which) & 0xFFFF for x in (low, high))
         return v((a | (b << 16)).astype(np.uint32).view(np.int32), I32)
+
+    def transposed(pair: t.V) -> t.V:
+        both = np.ascontiguousarray(m.lanes(pair)).view(np.uint16).reshape(-1, 8, 8)
+        return v(np.ascontiguousarray(both.swapaxes(1, 2)).reshape(-1).view(np.int32), I32)
 
     def multiply(format: Format, a: Any, b: Any, c: Any) -> list[t.V]:
         warps = m.role.count // 32
@@ -252,7 +258,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "store_shared_half": store_shared_half, "load_global": load_global,
         "store_global": store_global,
         "store_global_half": store_global_half, "prefetch": prefetch,
-        "halves": halves,
+        "halves": halves, "transposed": transposed,
         "exp2": function(np.exp2), "reciprocal": function(lambda x: 1 / x),
         "rsqrt": function(lambda x: 1 / np.sqrt(x)),
         "address": lambda ref, shared=False: v(ref, I32 if shared else I64),

@@ -7,7 +7,6 @@ in no slot yet, is one more part beside those of the warps.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
@@ -24,8 +23,6 @@ SLOTS_A_SPLIT = 128
 SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
-TURNS_AHEAD = 2
-"""Whose keys and values are on their way while a warp attends to those before."""
 FEW_BLOCKS = 8
 """Attending blocks up to which a warp asks for 8 KiB of keys and of values early; else for 4."""
 SPLITS_AT_ONCE = 4
@@ -159,9 +156,9 @@ class Attention:
             self._take_heads(layer, row, kv_head, split, tag)
             t.together(THREADS)
             # Not before: they would be in the way of the words that are waited for.
-            loaded = [self._load(layer, unit, run, turn) for turn in range(TURNS_AHEAD)]
+            first = self._load(layer, unit, run, t.integer(0))
             self._new_token(split)
-            self._of_group.keep(self._slots(layer, unit, run, loaded))
+            self._of_group.keep(self._slots(layer, unit, run, first))
             t.together(THREADS)
             self._leave(row, kv_head, split, active, tag)
             t.together(THREADS)
@@ -226,13 +223,14 @@ class Attention:
 
         t.when(head < group, score)
 
-    def _load(self, layer: V, unit: V, run: tuple[V, V], turn: int | V) -> list[V]:
+    def _load(self, layer: V, unit: V, run: tuple[V, V], turn: V) -> list[V]:
         """This lane's words of 16 slots of a run, which `_apart` takes apart.
 
-        After the run's end they are those of its last slot, and after the last turn anything.
+        After the run's end they are those of its last slot. A load that might not take place would
+        keep its registers occupied all the way from the kernel's start.
         """
         begin, end = run
-        lane, first = t.me() % t.WARP, begin + turn * SLOTS_AT_ONCE
+        lane, first, last = t.me() % t.WARP, begin + turn * SLOTS_AT_ONCE, t.larger(end - 1, 0)
         g, quarter = lane // 4, lane % 4
         words = []
         # Keys of slots g and g + 8, values of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
@@ -242,9 +240,9 @@ class Attention:
         ):
             base = self._cached(which, layer, unit) + column.wide()
             for slot in slots:
-                at = base + (t.smaller(first + own + slot, end - 1) * self._slot_bytes).wide()
+                at = base + (t.smaller(first + own + slot, last) * self._slot_bytes).wide()
                 for offset in range(0, self._slot_bytes, stride):
-                    words += t.load_global(at, 4, where=first < end, otherwise=None, offset=offset)
+                    words += t.load_global(at, 4, "weak", offset=offset)
         return words
 
     def _apart(self, words: list[V]) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
@@ -255,7 +253,7 @@ class Attention:
         slots = [values[n : n + per_value] for n in range(0, len(values), per_value)]
         return [keys[:per_key], keys[per_key:]], slots
 
-    def _slots(self, layer: V, unit: V, run: tuple[V, V], loaded: list[list[V]]) -> Softmax:
+    def _slots(self, layer: V, unit: V, run: tuple[V, V], loaded: list[V]) -> Softmax:
         """The running softmax of this warp's slots, in one lane's share."""
         shape = self.plan.shape
         h = shape.head_dim
@@ -267,31 +265,18 @@ class Attention:
         ]
         begin, end = run
         empty = Softmax.empty(h).carry()
-        size = len(loaded[0])
 
-        def several(i: V, carry: list[V]) -> list[V]:
-            found, ahead = carry[: len(empty)], carry[len(empty) :]
-            for n in range(len(loaded)):
-                turn = i * len(loaded) + n
-                first = begin + turn * SLOTS_AT_ONCE
-                keys, values = self._apart(ahead[n * size : (n + 1) * size])
+        def turn(i: V, carry: list[V]) -> list[V]:
+            own = begin + i * SLOTS_AT_ONCE + g
+            keys, values = self._apart(carry[len(empty) :])
+            there = [own + slot < end for slot in (0, 8)]
+            found = Softmax.carried(carry[: len(empty)])
+            found = found.over(self.format, queries, keys, values, there)
+            # Not before: now the registers of this turn's are free, or will be while it multiplies.
+            return [*found.carry(), *self._load(layer, unit, run, i + 1)]
 
-                def attend(
-                    first: V = first, found: list[V] = found, keys: Any = keys, values: Any = values
-                ) -> list[V]:
-                    there = [first + g + slot < end for slot in (0, 8)]
-                    softmax = Softmax.carried(found)
-                    return softmax.over(self.format, queries, keys, values, there).carry()
-
-                found = t.either(first < end, attend, found) if n else attend()
-                # Not before: the registers of this turn's are free for them now.
-                ahead[n * size : (n + 1) * size] = self._load(layer, unit, run, turn + len(loaded))
-            return [*found, *ahead]
-
-        stripe = len(loaded) * SLOTS_AT_ONCE
-        turns = (t.larger(end - begin, 0) + (stripe - 1)) // stripe
-        carry = [*empty, *(word for words in loaded for word in words)]
-        return Softmax.carried(t.loop(turns, carry, several)[: len(empty)])
+        turns = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
+        return Softmax.carried(t.loop(turns, [*empty, *loaded], turn)[: len(empty)])
 
     def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:
         shape = self.plan.shape

@@ -68,11 +68,13 @@ class Softmax:
             there: whether to attend to slots g and g + 8. What isn't attended to is finite.
         """
         head_dim = 4 * len(self.values)
-        sums = [t.number(0)] * 4
+        # Two sums, so that half as many products wait for each other.
+        parts = [[t.number(0)] * 4] * 2
         for query, *both in zip(queries, *keys, strict=True):
-            for i in (0, 2):
-                a = [key[n] for n in (i, i + 1) for key in both]
-                sums = format.multiply(a, query[i : i + 2], sums)
+            for n in range(2):
+                a = [key[i] for i in (2 * n, 2 * n + 1) for key in both]
+                parts[n] = format.multiply(a, query[2 * n : 2 * n + 2], parts[n])
+        sums = [x + y for x, y in zip(*parts, strict=True)]
         scores = [
             [t.select(c, s * score_scale(head_dim), NEVER) for s in sums[2 * n : 2 * n + 2]]
             for n, c in enumerate(there)

@@ -283,26 +283,18 @@ def warp_sum(value: V, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> V:
 
 
 def _load(
-    instruction: str,
-    address: V,
-    count: int,
-    where: V | None,
-    otherwise: int | V | None,
-    offset: int = 0,
+    instruction: str, address: V, count: int, where: V | None, otherwise: int | V, offset: int = 0
 ) -> list[V]:
     """Int32 by one instruction, `offset` bytes from the address; `otherwise` if not `where`."""
     kinds, c = [i32()] * count, "l" if address.raw.type == i64() else "r"
     load = f"{instruction}.{_width(count)} {_registers(0, count)}, [${count} + {offset}];"
     if where is None:
         return asm(load, kinds, ",".join(["=r"] * count) + f",{c}", address)
-    clear, others = "", []
-    if otherwise is not None:
-        clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
-        others = [integer(otherwise)]
+    clear = " ".join(f"mov.b32 ${i}, ${count + 2};" for i in range(count))
     text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {clear} @p {load} }}"
     flag = V(arith.extui(i32(), where.raw))
-    constraints = ",".join(["=&r"] * count + [c, "r"] + ["r"] * len(others))
-    return asm(text, kinds, constraints, address, flag, *others)
+    outs = ",".join(["=&r"] * count)
+    return asm(text, kinds, outs + f",{c},r,r", address, flag, integer(otherwise))
 
 
 def load_shared(address: V, count: int = 1, where: V | None = None) -> list[V]:
@@ -329,6 +321,7 @@ def store_shared_half(address: V, value: V) -> None:
 
 LOADS = {
     "nc": "ld.global.nc",
+    "weak": "ld.global",
     "relaxed.gpu": "ld.relaxed.gpu.global",
     "acquire.gpu": "ld.acquire.gpu.global",
 }
@@ -340,7 +333,7 @@ def load_global(
     kind: str = "nc",
     *,
     where: V | None = None,
-    otherwise: int | V | None = 0,
+    otherwise: int | V = 0,
     offset: int = 0,
 ) -> list[V]:
     """Int32 from global memory, `offset` bytes from the address, in one instruction.
@@ -348,7 +341,7 @@ def load_global(
     Args:
         kind: "nc" what nobody writes, "relaxed.gpu" what others write, "acquire.gpu" what they
             write after something else that is read next.
-        where: whether to load, or to take `otherwise`, or anything if that is None.
+        where: whether to load, or to take `otherwise`.
     """
     return _load(LOADS[kind], address, count, where, otherwise, offset)
 

@@ -165,9 +165,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         otherwise: Any = 0,
         offset: int = 0,
     ) -> list[t.V]:
-        # Two NaN of either format, where anything may be.
-        there = truth(where)
-        other = m.lanes(t.integer(0x7FFF7FFF if otherwise is None else otherwise))
+        there, other = truth(where), m.lanes(t.integer(otherwise))
         loaded = m.load(m.lanes(address) + offset, count, there)
         return ints([np.where(there, x, other) for x in loaded])
 

@@ -1,8 +1,8 @@
 """Attention inside a step: one row and key/value head to a block, or to several for a long text.
 
 Eight warps take a run of slots each and keep a running softmax for all query heads of the group.
-Keys and values go from memory straight to the tensor cores, a turn ahead. The new token, which is
-in no slot yet, is one more part beside those of the warps.
+Keys and values go from memory straight to the registers of the tensor cores' operands, a turn
+ahead. The new token, which is in no slot yet, is one more part beside those of the warps.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
 FEW_BLOCKS = 8
-"""Attending blocks up to which a warp asks for 8 KiB of keys and of values early; else for 4."""
-SPLITS_AT_ONCE = 4
-"""Splits of a warp that are waited for together."""
+"""Attending blocks up to which keys and values of two turns are asked for early; else of one."""
+SPLITS_AT_ONCE = 5
+"""Splits of a warp that are waited for together, at most."""
 
 
 Result = Callable[[V, V, list[V], V], None]
@@ -85,6 +85,12 @@ class Attention:
     result: Result
 
     @property
+    def _at_once(self) -> int:
+        """Splits of a warp that are waited for together."""
+        of_warp = -(-self.splits // WARPS)
+        return -(-of_warp // -(-of_warp // SPLITS_AT_ONCE))
+
+    @property
     def _of_group(self) -> Found:
         return Found(self.found, self.plan.shape.group, self.plan.shape.head_dim, WARPS + 1)
 
@@ -97,7 +103,10 @@ class Attention:
         return t.select(position <= SLOTS_ALONE, t.integer(1), several)
 
     def prefetch(self, layer: V) -> None:
-        """Brings each warp's first keys and values nearer, while the queries are made."""
+        """Brings each warp's keys and values nearer while the queries are made, if they are few.
+
+        More would be in the way of the words and weights that others wait for.
+        """
         row, _, unit, split = self._mine()
         position = self._position(row)
         active = self._active(position)
@@ -105,22 +114,16 @@ class Attention:
         def bring() -> None:
             begin, end = self._run(split, position, active)
             few = (active * (self.rows * self.plan.shape.kv_heads)) <= FEW_BLOCKS
-            slots = 4096 // self._slot_bytes
-            count = t.select(few, t.integer(2 * slots), slots)
-            self._bring(layer, unit, begin, t.smaller(begin + count, end))
+            most = t.select(few, t.integer(2 * SLOTS_AT_ONCE), SLOTS_AT_ONCE)
+
+            def both() -> None:
+                for which in range(2):
+                    at = self._cached(which, layer, unit) + (begin * self._slot_bytes).wide()
+                    t.prefetch(at, (end - begin) * self._slot_bytes)
+
+            t.when((begin < end) & (end - begin <= most), both)
 
         t.when((split < active) & (t.me() % t.WARP).equals(0), bring)
-
-    def _bring(self, layer: V, unit: V, begin: V, end: V) -> None:
-        """Asks for the keys and values of some slots."""
-
-        def both() -> None:
-            size = (end - begin) * self._slot_bytes
-            for which in range(2):
-                at = self._cached(which, layer, unit) + (begin * self._slot_bytes).wide()
-                t.prefetch(at, size)
-
-        t.when(begin < end, both)
 
     @property
     def _slot_bytes(self) -> int:
@@ -242,7 +245,7 @@ class Attention:
             for slot in slots:
                 at = base + (t.smaller(first + own + slot, last) * self._slot_bytes).wide()
                 for offset in range(0, self._slot_bytes, stride):
-                    words += t.load_global(at, 4, "weak", offset=offset)
+                    words += t.load_global(at, 4, offset=offset)
         return words
 
     def _apart(self, words: list[V]) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
@@ -324,7 +327,7 @@ class Attention:
         lane, warp = t.me() % t.WARP, t.me() // t.WARP
 
         def some(i: V, carry: list[V]) -> list[V]:
-            wanted = [(i * SPLITS_AT_ONCE + n) * WARPS + warp for n in range(SPLITS_AT_ONCE)]
+            wanted = [(i * self._at_once + n) * WARPS + warp for n in range(self._at_once)]
             places = [index * self.splits + t.smaller(s, active - 1) for s in wanted]
             ats = []
             for place in places:
@@ -346,7 +349,7 @@ class Attention:
                 maximum = new
             return [maximum, total, *values]
 
-        stripe = WARPS * SPLITS_AT_ONCE
+        stripe = WARPS * self._at_once
         none = [t.number(NEVER), *[t.number(0)] * (1 + each)]
         found = t.loop((active + (stripe - 1)) // stripe, none, some)
         of_head, head = Found(self.found, 1, h, WARPS), t.integer(0)

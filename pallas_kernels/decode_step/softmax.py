@@ -12,7 +12,7 @@ from pallas_kernels.decode_step.formats import Format
 from pallas_kernels.decode_step.thread import V
 
 NEVER = -1e30
-"""The score of a slot that isn't there."""
+"""The score of a slot that isn't there: far below every other, so that it weighs nothing."""
 
 ACROSS = (4, 8, 16)
 """What the numbers of lanes with the same heads differ in."""
@@ -57,7 +57,7 @@ class Softmax:
         values: list[list[list[V]]],
         there: list[V],
     ) -> "Softmax":
-        """With 16 more slots.
+        """With 16 more slots, of which one at least is attended to.
 
         Args:
             format: of queries, keys, values and weights.
@@ -65,7 +65,7 @@ class Softmax:
             keys: of slots g and g + 8, the same columns.
             values: of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, four words for every 64 columns:
                 8 g to 8 g + 7.
-            there: whether to attend to slots g and g + 8. What isn't attended to is finite.
+            there: whether to attend to slots g and g + 8. Values of the others are finite.
         """
         head_dim = 4 * len(self.values)
         # Two sums, so that half as many products wait for each other.
@@ -86,9 +86,8 @@ class Softmax:
         shrink = [t.exp2(mine - m) for m, mine in zip(maximum, self.maximum, strict=True)]
         total = [mine * less for mine, less in zip(self.total, shrink, strict=True)]
         weights = []
-        for c, pair in zip(there, scores, strict=True):
-            # Where no slot was there so far, the maximum is no score either.
-            each = [t.select(c, t.exp2(s - m), 0.0) for s, m in zip(pair, maximum, strict=True)]
+        for pair in scores:
+            each = [t.exp2(s - m) for s, m in zip(pair, maximum, strict=True)]
             total = [x + e for x, e in zip(total, each, strict=True)]
             weights.append(t.transposed(format.pair(*each)))
         out = [value * shrink[n % 2] for n, value in enumerate(self.values)]

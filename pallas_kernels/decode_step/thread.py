@@ -321,7 +321,6 @@ def store_shared_half(address: V, value: V) -> None:
 
 LOADS = {
     "nc": "ld.global.nc",
-    "weak": "ld.global",
     "relaxed.gpu": "ld.relaxed.gpu.global",
     "acquire.gpu": "ld.acquire.gpu.global",
 }

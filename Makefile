@@ -31,7 +31,8 @@ compile:
 	$(BIN)/pip install --quiet --no-deps nvidia-cuda-nvcc \
 		jax-cuda13-plugin==$(CUDA) jax-cuda13-pjrt==$(CUDA)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -n 2 \
-		tests/kernels/test_lowering.py tests/kernels/test_decode_step.py
+		tests/kernels/test_lowering.py tests/kernels/test_decode_step.py \
+		tests/kernels/test_prefill_memory.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.random_model import SIZES
-from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, StackedCache, bytes_per_token
+from qwen_jax.cache import SMALLEST_CAPACITY, bytes_per_token
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, bucket
 from qwen_jax.packed import prepare
@@ -93,15 +93,14 @@ def rows_of(engine: Engine, batch: int, context: int, capacity: int) -> Rows:
     """Rows that hold `context` random tokens each, as they are after the first steps."""
     config = engine.config
     key = jax.random.key(time.time_ns() % 2**31)
-    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-    draw = jax.jit(lambda key: jax.random.normal(key, shape, DTYPE))
+    draw = jax.jit(lambda key, of: jax.random.normal(key, of.shape, of.dtype), static_argnums=1)
     keys = iter(jax.random.split(key, 2 * config.num_layers))
-    k, v = (tuple(draw(next(keys)) for _ in range(config.num_layers)) for _ in "kv")
+    empty = jax.eval_shape(lambda: engine.create_cache(batch, capacity))
+    cache = jax.tree.map(lambda x: draw(next(keys), x), empty)
     full = jnp.full((batch,), context, jnp.int32)
     token = jax.random.randint(key, (batch,), 0, config.vocab_size)
-    cache = KVCache(k, v)
     return Rows(
-        cache=StackedCache.of(cache) if engine.fuses(batch) else cache,
+        cache=cache,
         length=full,
         token=token,
         generated=jnp.ones_like(full),
@@ -178,7 +177,7 @@ def main() -> None:
     figures = {}
     for size in args.sizes:
         config = SIZES[size]
-        # Two copies of a cache beside two of the weights must fit.
+        # Beside two copies of the weights, a cache must fit, and room to draw it.
         most = 125e9 - 2 * config.num_parameters * DTYPE.itemsize
         token = bytes_per_token(config, DTYPE.itemsize)
         wanted = [

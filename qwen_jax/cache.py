@@ -13,6 +13,10 @@ from qwen_jax.config import ModelConfig
 AXES = ("rows", "kv_heads", None, None)
 """Logical axis names of each layer's `[B, K, S, H]` arrays."""
 
+Keys = Float[Array, "B K S H"]
+Layer = tuple[Keys, Keys]
+"""A layer's keys and values."""
+
 SMALLEST_CAPACITY = 256
 """Every cache the engine makes holds a power of two slots, and at least so many."""
 
@@ -42,6 +46,12 @@ class KVCache:
     def capacity(self) -> int:
         return self.k[0].shape[2]
 
+    def layer(self, i: int) -> Layer:
+        return self.k[i], self.v[i]
+
+    def with_layer(self, i: int, k: Keys, v: Keys) -> "KVCache":
+        return KVCache(_replaced(self.k, i, k), _replaced(self.v, i, v))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +61,11 @@ class StackedCache:
     layers: Float[Array, "2L B K S H"]
 
     @classmethod
-    def of(cls, cache: KVCache) -> "StackedCache":
-        """A copy."""
-        return cls(jnp.stack([*cache.k, *cache.v]))
+    def create(
+        cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype
+    ) -> "StackedCache":
+        shape = (2 * config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
+        return cls(jnp.zeros(shape, dtype))
 
     @property
     def k(self) -> Float[Array, "L B K S H"]:
@@ -71,9 +83,22 @@ class StackedCache:
     def capacity(self) -> int:
         return self.layers.shape[3]
 
-    def unstacked(self) -> KVCache:
-        """A copy."""
-        return KVCache(tuple(jnp.unstack(self.k)), tuple(jnp.unstack(self.v)))
+    def layer(self, i: int) -> Layer:
+        """A copy of both, made before either is written: else XLA copies all layers to be safe."""
+        return lax.optimization_barrier((self.layers[i], self.layers[len(self.layers) // 2 + i]))
+
+    def with_layer(self, i: int, k: Keys, v: Keys) -> "StackedCache":
+        layers = self.layers
+        for at, new in ((i, k), (len(layers) // 2 + i, v)):
+            layers = lax.dynamic_update_index_in_dim(layers, new, at, 0)
+        return StackedCache(layers)
+
+
+Cache = KVCache | StackedCache
+
+
+def _replaced(layers: tuple[Keys, ...], i: int, new: Keys) -> tuple[Keys, ...]:
+    return (*layers[:i], new, *layers[i + 1 :])
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int) -> int:

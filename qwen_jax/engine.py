@@ -4,7 +4,6 @@ Shapes come in buckets, so that another prompt of the same bucket compiles nothi
 """
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from qwen_jax import programs
-from qwen_jax.cache import SMALLEST_CAPACITY, KVCache
+from qwen_jax.cache import SMALLEST_CAPACITY, Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.measure import check_cache_fits
@@ -96,12 +95,11 @@ class Engine:
         stops = jnp.asarray(self.stop_ids, jnp.int32)
         constants = programs.Constants(stops, self.valid_tokens)
         self._create_cache = self._jit(
-            programs.create_cache, config, self.cache_dtype, static=(0, 1)
+            programs.create_cache, config, self.cache_dtype, static=(0, 1, 2)
         )
         self._prefill_chunk = self._jit(programs.prefill_chunk, make, donate=1)
         self._begin = self._jit(programs.begin, make, constants, static=(4,))
         self._logits = self._jit(programs.chunk_logits, make, donate=1)
-        self._stack = self._jit(programs.stack_cache)
         self._decode = self._jit(programs.decode_many, make, constants, donate=1, static=(3, 4))
 
     def _jit(
@@ -164,6 +162,11 @@ class Engine:
         longest = max(min(len(p.tokens) + p.max_tokens, context) for p in prompts)
         return bucket(longest, SMALLEST_CAPACITY)
 
+    def create_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache as so many rows' decode steps take it; prefill takes either."""
+        cache: Cache = self._create_cache(rows, capacity, self.fuses(rows))
+        return cache
+
     def prefill(
         self,
         prompts: Sequence[Prompt],
@@ -175,7 +178,7 @@ class Engine:
         Raises:
             UserError: a prompt is empty or leaves no room in the context.
         """
-        cache = self._create_cache(len(prompts), self.capacity(prompts))
+        cache = self.create_cache(len(prompts), self.capacity(prompts))
         lengths = np.array([len(p.tokens) for p in prompts], np.int32)
         limits = np.minimum([p.max_tokens for p in prompts], self.config.context_length - lengths)
         last = jnp.zeros(
@@ -207,13 +210,6 @@ class Engine:
         The rows passed in are donated. The trip count is fixed, since a loop that ends by
         a condition on the device would ask the host at every step.
         """
-        cache = rows.cache
-        if isinstance(cache, KVCache) and self.fuses(cache.rows):
-            # Once after a prefill, and for a moment there are two: from here on the cache stays as
-            # the kernel takes it.
-            rows = dataclasses.replace(rows, cache=self._stack(cache))
-            for layer in jax.tree.leaves(cache):
-                layer.delete()
         return self._decode(self.weights, rows, params, plan, steps)
 
     def fuses(self, rows: int) -> bool:
@@ -239,7 +235,7 @@ class Engine:
             )
         # Whatever the weights: longer chunks have more logits.
         lengths = chunk_lengths(len(tokens), CHUNK)
-        cache = self._create_cache(1, bucket(sum(lengths), SMALLEST_CAPACITY))
+        cache = self.create_cache(1, bucket(sum(lengths), SMALLEST_CAPACITY))
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
         start = 0
         for length in lengths:
@@ -271,5 +267,4 @@ def _count_prompts(prompts: Sequence[Prompt], vocab: int) -> Counts:
 def check_fits(engine: Engine, prompts: Sequence[Prompt], rows: int) -> None:
     """Raises UserError, besides where `Engine.capacity` does, where a cache of so many rows, each
     with room for any of these prompts, is more than the device has free."""
-    copies = 2 if engine.fuses(rows) else 1
-    check_cache_fits(engine.config, engine.cache_dtype, rows, engine.capacity(prompts), copies)
+    check_cache_fits(engine.config, engine.cache_dtype, rows, engine.capacity(prompts))

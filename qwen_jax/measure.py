@@ -97,18 +97,14 @@ def check_weights_fit(config: ModelConfig, dtype: jnp.dtype) -> None:
         )
 
 
-def check_cache_fits(
-    config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int, copies: int
-) -> None:
-    """Raises UserError where so many copies of a cache of `capacity` tokens a row are more than
-    is free."""
+def check_cache_fits(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> None:
+    """Raises UserError where a cache of `capacity` tokens a row is more than is free."""
     budget = Budget.of(config, dtype)
-    if (size := copies * rows * capacity * budget.cache_per_token) > budget.free:
-        twice = ", twice while they are put into one array" * (copies > 1)
+    if (size := rows * capacity * budget.cache_per_token) > budget.free:
         raise TooLarge(
-            f"{rows} texts of up to {capacity} tokens need {show_bytes(size)} for keys and values"
-            f"{twice}, but the {device().device_kind} has {show_bytes(budget.free)} free; lower "
-            "n, the batch size or max_tokens."
+            f"{rows} texts of up to {capacity} tokens need {show_bytes(size)} for keys and values, "
+            f"but the {device().device_kind} has {show_bytes(budget.free)} free; lower n, the "
+            "batch size or max_tokens."
         )
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from qwen_jax.cache import KVCache, write
+from qwen_jax.cache import Cache, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.rotary import inverse_frequencies
 from qwen_jax.tap import tap, watched
@@ -247,10 +247,10 @@ class Qwen2(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        cache: KVCache,
+        cache: Cache,
         start: Int[Array, "B"],
         lengths: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Runs tokens that stand at positions start[b] .. start[b] + T - 1 of each row.
 
         Args:
@@ -265,12 +265,10 @@ class Qwen2(nnx.Module):
         embedded = self.look_up(tokens) if self.look_up else self.embed[...][tokens]
         x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
-        k, v = [], []
-        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
-            x, k_cache, v_cache = layer(x, k_cache, v_cache, positions, lengths, inv_freq)
-            k.append(k_cache)
-            v.append(v_cache)
-        return tap("final_norm", self.final_norm(x)), KVCache(tuple(k), tuple(v))
+        for i, layer in enumerate(self.layers):
+            x, k, v = layer(x, *cache.layer(i), positions, lengths, inv_freq)
+            cache = cache.with_layer(i, k, v)
+        return tap("final_norm", self.final_norm(x)), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token, float32."""

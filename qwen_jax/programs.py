@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen_jax import sampling
-from qwen_jax.cache import KVCache, StackedCache
+from qwen_jax.cache import Cache, KVCache, StackedCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Parameters, Qwen2
 from qwen_jax.packed import PackedWeights
@@ -37,7 +37,7 @@ class Rows:
         counts: tokens by id, where the sampling plan has penalties.
     """
 
-    cache: KVCache | StackedCache
+    cache: Cache
     length: Int[Array, "B"]
     token: Int[Array, "B"]
     generated: Int[Array, "B"]
@@ -54,12 +54,10 @@ class Emitted(NamedTuple):
     finite: Bool[Array, "B"]
 
 
-def create_cache(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> KVCache:
-    return KVCache.create(config, rows, capacity, dtype)
-
-
-def stack_cache(cache: KVCache) -> StackedCache:
-    return StackedCache.of(cache)
+def create_cache(
+    config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int, stacked: bool
+) -> Cache:
+    return (StackedCache if stacked else KVCache).create(config, rows, capacity, dtype)
 
 
 def make_model(
@@ -88,12 +86,12 @@ class Constants(NamedTuple):
 def prefill_chunk(
     make: ModelMaker,
     weights: Parameters | PackedWeights,
-    cache: KVCache,
+    cache: Cache,
     last: Float[Array, "B D"],
     tokens: Int[Array, "B T"],
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
-) -> tuple[KVCache, Float[Array, "B D"]]:
+) -> tuple[Cache, Float[Array, "B D"]]:
     """One chunk of every prompt; keeps the hidden state of the rows that end in it."""
     hidden, cache = _run_chunk(make, weights, cache, tokens, start, lengths)
     at = lengths - 1 - start
@@ -106,11 +104,11 @@ def prefill_chunk(
 def _run_chunk(
     make: ModelMaker,
     weights: Parameters | PackedWeights,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B T D"], KVCache]:
+) -> tuple[Float[Array, "B T D"], Cache]:
     starts = jnp.full_like(lengths, start)
     # A row that ended in an earlier chunk still has slots to see: those of its own prompt.
     valid = jnp.minimum(lengths, start + tokens.shape[1])
@@ -120,11 +118,11 @@ def _run_chunk(
 def chunk_logits(
     make: ModelMaker,
     weights: Parameters | PackedWeights,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
-) -> tuple[KVCache, Float[Array, "B T V"]]:
+) -> tuple[Cache, Float[Array, "B T V"]]:
     hidden, cache = _run_chunk(make, weights, cache, tokens, start, lengths)
     return cache, make(weights).logits(hidden)
 
@@ -220,10 +218,10 @@ def decode_many(
 def _forward(
     model: Qwen2,
     token: Int[Array, "B"],
-    cache: KVCache,
+    cache: Cache,
     at: Int[Array, "B"],
     lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B V"], KVCache]:
+) -> tuple[Float[Array, "B V"], Cache]:
     """One token of every row through the model; its keys and values go to slot `at`."""
     hidden, cache = model(token[:, None], cache, at, lengths)
     return model.logits(hidden)[:, 0], cache

@@ -300,7 +300,7 @@ def test_unused_cache_slots_never_leak(monkeypatch: pytest.MonkeyPatch, poison: 
         cache = KVCache.create(CONFIG, rows, capacity, jnp.dtype(jnp.float32))
         return jax.tree.map(lambda x: jnp.full_like(x, poison), cache)
 
-    monkeypatch.setattr(engine, "_create_cache", poisoned)
+    monkeypatch.setattr(engine, "create_cache", poisoned)
     dirty = generate(engine, prompts, logprobs=True)
     assert dirty.tokens == clean.tokens and dirty.logprobs == clean.logprobs
     np.testing.assert_array_equal(engine.logits(prompts[1].tokens), logits)

@@ -19,11 +19,9 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.decode_step.plan import DOWN, Phase
 from qwen_jax import engine as engine_module
-from qwen_jax import measure
-from qwen_jax.cache import KVCache, StackedCache, bytes_per_token
+from qwen_jax.cache import Cache, StackedCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine, Prompt, check_fits
-from qwen_jax.errors import UserError
+from qwen_jax.engine import Engine, Prompt
 from qwen_jax.packed import PackedWeights, pack
 from qwen_jax.sampling import Sampling, plan_rows
 from tests.engines import device_parameters, generate
@@ -146,32 +144,26 @@ def test_a_prompt_in_one_long_chunk_reads_the_same() -> None:
     np.testing.assert_allclose(long.logprobs[0], short.logprobs[0], atol=1e-4)
 
 
-def test_stacking_needs_room_for_two_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    params, packed = plain_and_packed(CONFIG)
-    prompts, size = [Prompt([1], 10)], 256 * bytes_per_token(CONFIG, 4)
-    monkeypatch.setattr(measure, "free_memory", lambda: size * 3 // 2)
-    check_fits(Engine(CONFIG, params), prompts, 1)
-    with pytest.raises(UserError, match="for keys and values, twice while"):
-        check_fits(Engine(CONFIG, packed), prompts, 1)
-
-
-def test_the_cache_is_stacked_once() -> None:
-    """And no buffer is held twice for longer than that takes."""
+def test_the_cache_is_one_array_from_prefill_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is in memory once: whoever takes it writes into it."""
     engine = Engine(CONFIG, plain_and_packed(CONFIG)[1])
+    prefilled: list[Cache] = []
+    real = engine._prefill_chunk
+    monkeypatch.setattr(
+        engine, "_prefill_chunk", lambda w, c, *rest: (prefilled.append(c), real(w, c, *rest))[1]
+    )
     plan, numbers = plan_rows([Sampling()], CONFIG.vocab_size)
     filled, _ = engine.prefill([Prompt([1, 2, 3], 30)], plan, numbers)
-    before = engine.compiled
-    stacked, _ = engine.decode_many(filled, numbers, plan, 4)
-    after, _ = engine.decode_many(stacked, numbers, plan, 4)
-    assert engine.compiled == before + 2  # the steps, and the stacking
-    assert isinstance(after.cache, StackedCache)
-    assert all(x.is_deleted() for x in jax.tree.leaves((filled.cache, stacked.cache)))
+    after, _ = engine.decode_many(filled, numbers, plan, 4)
+    for cache in (*prefilled, filled.cache, after.cache):
+        assert isinstance(cache, StackedCache)
+    assert all(x.is_deleted() for x in jax.tree.leaves((prefilled, filled.cache)))
     assert not any(x.is_deleted() for x in jax.tree.leaves(after))
 
 
 def test_a_cache_of_another_dtype_is_refused() -> None:
     _, packed = plain_and_packed(CONFIG)
-    cache = StackedCache.of(KVCache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16)))
+    cache = StackedCache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16))
     one = jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match="the cache is float16, the weights are float32"):
         packed.decode(one, cache.layers, one)

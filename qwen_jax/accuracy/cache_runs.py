@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.cache_slots import Scenario
-from qwen_jax.cache import KVCache, StackedCache
+from qwen_jax.cache import Cache
 from qwen_jax.engine import Emitted, Engine, Rows
 from qwen_jax.model import activation_dtype
 from qwen_jax.sampling import Sampling, plan_rows
@@ -49,8 +49,8 @@ def run(engine: Engine, scenario: Scenario, valid: int) -> list[Shown]:
     ]
 
 
-def _cache(engine: Engine, scenario: Scenario) -> KVCache:
-    cache = engine._create_cache(len(scenario.rows), scenario.capacity)
+def _cache(engine: Engine, scenario: Scenario) -> Cache:
+    cache = engine.create_cache(len(scenario.rows), scenario.capacity)
     if scenario.poisoned:
         cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
     step = scenario.chunks[0]
@@ -69,9 +69,7 @@ def _prompts(scenario: Scenario, start: int, length: int) -> np.ndarray:
     return tokens
 
 
-def _prefill(
-    engine: Engine, scenario: Scenario, cache: KVCache, logits: list[np.ndarray]
-) -> KVCache:
+def _prefill(engine: Engine, scenario: Scenario, cache: Cache, logits: list[np.ndarray]) -> Cache:
     """The logits of every position, from the calls that `Engine.logits` makes."""
     lengths = np.array([row.prompt for row in scenario.rows], np.int32)
     start = 0
@@ -89,9 +87,7 @@ def _prefill(
     return cache
 
 
-def _decode(
-    engine: Engine, scenario: Scenario, cache: KVCache, logits: list[np.ndarray]
-) -> KVCache | StackedCache:
+def _decode(engine: Engine, scenario: Scenario, cache: Cache, logits: list[np.ndarray]) -> Cache:
     """Prefill and decode steps as `Engine.prefill` and `Engine.decode_many` make them.
 
     The tokens are the text's own, whatever the engine would choose.

@@ -17,7 +17,7 @@ from qwen_jax import programs
 from qwen_jax.accuracy.collecting import Collector
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import Model
-from qwen_jax.cache import SMALLEST_CAPACITY, KVCache, StackedCache
+from qwen_jax.cache import SMALLEST_CAPACITY, Cache, StackedCache
 from qwen_jax.engine import CHUNK, SMALLEST_CHUNK, Engine, Prompt, bucket
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
@@ -131,7 +131,7 @@ class Recorder:
     ) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
         """The tensors and logits of every call, one after another through one cache."""
         engine = self.engine
-        cache = KVCache.create(engine.config, 1, slots, engine.cache_dtype)
+        cache = engine.create_cache(1, slots)
         for call in calls:
             padded = np.zeros((1, call.padded), np.int32)
             padded[0, : call.length] = tokens[call.start : call.start + call.length]
@@ -291,18 +291,16 @@ def _hash(path: Path, mtime: int, size: int) -> str:
 def _plain_chunk(
     make: programs.ModelMaker,
     weights: Parameters | PackedWeights,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
-) -> tuple[KVCache, dict[str, jax.Array], Float[Array, "B T V"]]:
+) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
     """The call without records; one token goes through the decode-step kernel, if any does."""
-    one = tokens.shape[1] == 1
-    if one and isinstance(weights, PackedWeights) and weights.serves(1):
-        logits, stacked = programs.forward_packed(
-            weights, tokens[:, 0], StackedCache.of(cache), start[None], lengths
-        )
-        return stacked.unstacked(), {}, logits[:, None]
+    if tokens.shape[1] == 1 and isinstance(cache, StackedCache):
+        assert isinstance(weights, PackedWeights)
+        logits, cache = programs.forward_packed(weights, tokens[:, 0], cache, start[None], lengths)
+        return cache, {}, logits[:, None]
     cache, logits = programs.chunk_logits(make, weights, cache, tokens, start, lengths)
     return cache, {}, logits
 
@@ -311,11 +309,11 @@ def _traced_chunk(
     make: programs.ModelMaker,
     names: Sequence[str],
     weights: Parameters | PackedWeights,
-    cache: KVCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
-) -> tuple[KVCache, dict[str, jax.Array], Float[Array, "B T V"]]:
+) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
     """The same with the named tensors besides."""
     with recording() as seen:
         cache, logits = programs.chunk_logits(make, weights, cache, tokens, start, lengths)

@@ -43,14 +43,29 @@ def _sharding() -> SingleDeviceSharding | None:
     return SingleDeviceSharding(described.devices[0])
 
 
-def lower(function: Callable[..., Any], *arguments: Any) -> str:
-    """The lowered program, as text; compiled as well where it can be."""
+def compiles() -> bool:
+    """Whether programs can be compiled here, not only lowered."""
+    return _sharding() is not None
+
+
+def _lowered(function: Callable[..., Any], arguments: Any, **how: Any) -> Any:
     sharding = _sharding()
     if sharding is not None:
         arguments = jax.tree.map(
             lambda x: ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
         )
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    if sharding is not None:
+    return jax.jit(function, **how).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def temporary_bytes(function: Callable[..., Any], *arguments: Any, donate: int) -> int:
+    """What the compiled program needs besides its arguments and results."""
+    analysis = _lowered(function, arguments, donate_argnums=donate).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def lower(function: Callable[..., Any], *arguments: Any) -> str:
+    """The lowered program, as text; compiled as well where it can be."""
+    lowered = _lowered(function, arguments)
+    if compiles():
         lowered.compile()
     return lowered.as_text()

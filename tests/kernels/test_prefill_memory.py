@@ -1,0 +1,43 @@
+"""What prefill of packed weights holds besides its cache, which only `make compile` can tell."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import ShapeDtypeStruct, lax
+
+import pallas_kernels
+from qwen_jax import programs
+from qwen_jax.cache import StackedCache
+from qwen_jax.config import ModelConfig
+from qwen_jax.packed import pack
+from tests.kernels import hopper
+from tests.tiny_checkpoints import canonical, random_parameters
+
+CONFIG = ModelConfig(10, 256, 4, 2, 64, 512, 1024, 32768, 1e6, 1e-6, tied=True)
+ROWS = 4
+
+
+def test_one_cache_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is copied out of the cache and back, a few of them at a time."""
+    if not hopper.compiles():
+        pytest.skip("JAX's CUDA plugin is not installed")
+    monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
+    pallas_kernels.choose.cache_clear()
+    how = {"precision": lax.Precision.HIGHEST, "implementation": "mosaic_gpu"}
+    make = functools.partial(programs.make_model, CONFIG, **how)
+    dtype = jnp.dtype(jnp.bfloat16)
+    params = canonical(random_parameters(CONFIG, 0))
+    weights, cache = jax.eval_shape(
+        lambda: (
+            pack(CONFIG, ((k, jnp.asarray(v)) for k, v in params.items()), dtype, "mosaic_gpu"),
+            StackedCache.create(CONFIG, ROWS, 32768, dtype),
+        )
+    )
+    last = ShapeDtypeStruct((ROWS, CONFIG.hidden_size), dtype)
+    tokens, number = ShapeDtypeStruct((ROWS, 16), jnp.int32), ShapeDtypeStruct((), jnp.int32)
+    lengths = ShapeDtypeStruct((ROWS,), jnp.int32)
+    chunk = functools.partial(programs.prefill_chunk, make)
+    held = hopper.temporary_bytes(chunk, weights, cache, last, tokens, number, lengths, donate=1)
+    assert held < 0.35 * cache.layers.size * dtype.itemsize

@@ -87,7 +87,7 @@ class Config:
 
 
 def default_config(dim: int) -> Config:
-    return Config(ring=6 * 64 // dim)
+    return Config(tile=128 * 64 // dim, ring=3)
 
 
 def refusal(heads: int, kv_heads: int, capacity: int, dim: int, *dtypes: jnp.dtype) -> str | None:

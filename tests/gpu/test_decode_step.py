@@ -80,7 +80,7 @@ class Engines(NamedTuple):
     kernel: Engine
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # several tests in a row have the same, and others no room
 def engines(name: str, dtype: str) -> Engines:
     config = CONFIGS[name]
     params = parameters(config, SEED, dtype)
@@ -210,7 +210,7 @@ def test_matrices_are_put_together_again(name: str) -> None:
     packed = pack(config, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
     back = jax.jit(PackedWeights.parameters)(packed)
     assert back.keys() == params.keys()
-    assert all(np.array_equal(back[name], value) for name, value in params.items())
+    assert [name for name, x in params.items() if not np.array_equal(back[name], x)] == []
 
 
 def test_two_rows_choose_as_the_plain_model_does() -> None:

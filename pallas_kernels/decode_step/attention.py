@@ -23,8 +23,8 @@ SLOTS_A_SPLIT = 128
 SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
-FEW_BLOCKS = 8
-"""Attending blocks up to which keys and values of two turns are asked for early; else of one."""
+TURNS_EARLY = 2
+"""Of which keys and values are asked for before the queries are there."""
 SPLITS_AT_ONCE = 5
 """Splits of a warp that are waited for together, at most."""
 
@@ -66,6 +66,8 @@ class Attention:
         found: shared memory for what the warps found.
         format: of the cache.
         result: where the results go.
+        early: bytes of a layer's keys and values up to which the first are asked for early; more
+            would be in the way of words and weights that others wait for.
     """
 
     plan: Plan
@@ -83,6 +85,7 @@ class Attention:
     found: V
     format: Format
     result: Result
+    early: int | None = None
 
     @property
     def _at_once(self) -> int:
@@ -103,27 +106,27 @@ class Attention:
         return t.select(position <= SLOTS_ALONE, t.integer(1), several)
 
     def prefetch(self, layer: V) -> None:
-        """Brings each warp's keys and values nearer while the queries are made, if they are few.
-
-        More would be in the way of the words and weights that others wait for.
-        """
+        """Brings each warp's first keys and values nearer while the queries are made."""
         row, _, unit, split = self._mine()
         position = self._position(row)
         active = self._active(position)
+        wanted = split < active
+        if self.early is not None:
+            of_slot = self.rows * self.plan.shape.kv_heads * 2 * self._slot_bytes
+            wanted = wanted & (position <= self.early // of_slot)
 
         def bring() -> None:
             begin, end = self._run(split, position, active)
-            few = (active * (self.rows * self.plan.shape.kv_heads)) <= FEW_BLOCKS
-            most = t.select(few, t.integer(2 * SLOTS_AT_ONCE), SLOTS_AT_ONCE)
+            size = (t.smaller(begin + TURNS_EARLY * SLOTS_AT_ONCE, end) - begin) * self._slot_bytes
 
             def both() -> None:
                 for which in range(2):
                     at = self._cached(which, layer, unit) + (begin * self._slot_bytes).wide()
-                    t.prefetch(at, (end - begin) * self._slot_bytes)
+                    t.prefetch(at, size)
 
-            t.when((begin < end) & (end - begin <= most), both)
+            t.when(begin < end, both)
 
-        t.when((split < active) & (t.me() % t.WARP).equals(0), bring)
+        t.when(wanted & (t.me() % t.WARP).equals(0), bring)
 
     @property
     def _slot_bytes(self) -> int:

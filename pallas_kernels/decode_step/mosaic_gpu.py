@@ -37,6 +37,9 @@ MOST_ROWS = 16
 FEWEST_STAGES = IN_FLIGHT
 """With fewer slots the fetching thread could wait for a page whose slot has gone on, forever."""
 
+EARLY_BYTES = 3 << 20
+"""Of a layer's keys and values, up to which they are asked for before the queries are there."""
+
 
 class Memory(NamedTuple):
     """How a block's shared memory is divided: bytes of each piece, in this order.
@@ -188,7 +191,7 @@ def build(
             ),
             attention=Attention(
                 plan, rows, capacity, splits, block, cache, rope, positions, new, words, layout,
-                heads, inputs, format, attended,
+                heads, inputs, format, attended, EARLY_BYTES,
             ),
             own=own, bias=bias, norms=norms, hidden=hidden, logits=logits,
             memory=words, layout=layout,

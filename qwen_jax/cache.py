@@ -14,6 +14,7 @@ AXES = ("rows", "kv_heads", None, None)
 """Logical axis names of each layer's `[B, K, S, H]` arrays."""
 
 Keys = Float[Array, "B K S H"]
+New = Float[Array, "B T K H"]
 Layer = tuple[Keys, Keys]
 """A layer's keys and values."""
 
@@ -48,6 +49,11 @@ class KVCache:
 
     def layer(self, i: int) -> Layer:
         return self.k[i], self.v[i]
+
+    def write(self, i: int, k: New, v: New, positions: Int[Array, "B"]) -> "KVCache":
+        """With a layer's keys and values of T tokens, as `write` puts them in."""
+        keys, values = self.layer(i)
+        return self.with_layer(i, write(keys, k, positions), write(values, v, positions))
 
     def with_layer(self, i: int, k: Keys, v: Keys) -> "KVCache":
         return KVCache(_replaced(self.k, i, k), _replaced(self.v, i, v))
@@ -84,14 +90,19 @@ class StackedCache:
         return self.layers.shape[3]
 
     def layer(self, i: int) -> Layer:
-        """A copy of both, made before either is written: else XLA copies all layers to be safe."""
-        return lax.optimization_barrier((self.layers[i], self.layers[len(self.layers) // 2 + i]))
+        """A copy."""
+        return self.layers[i], self.layers[len(self.layers) // 2 + i]
+
+    def write(self, i: int, k: New, v: New, positions: Int[Array, "B"]) -> "StackedCache":
+        """With a layer's keys and values of T tokens, as `write` puts them in."""
+        rows = self.layers.reshape(-1, *self.layers.shape[2:])
+        for layer, new in ((i, k), (len(self.layers) // 2 + i, v)):
+            rows = write(rows, new, positions, layer * self.rows)
+        return StackedCache(rows.reshape(self.layers.shape))
 
     def with_layer(self, i: int, k: Keys, v: Keys) -> "StackedCache":
-        layers = self.layers
-        for at, new in ((i, k), (len(layers) // 2 + i, v)):
-            layers = lax.dynamic_update_index_in_dim(layers, new, at, 0)
-        return StackedCache(layers)
+        values = len(self.layers) // 2 + i
+        return StackedCache(self.layers.at[i].set(k).at[values].set(v))
 
 
 Cache = KVCache | StackedCache
@@ -107,14 +118,14 @@ def bytes_per_token(config: ModelConfig, itemsize: int) -> int:
 
 
 def write(
-    cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Int[Array, "B"]
-) -> Float[Array, "B K S H"]:
-    """Puts `new[b]` into the T slots from `positions[b]` on.
+    cache: Float[Array, "R K S H"], new: New, positions: Int[Array, "B"], first: int = 0
+) -> Float[Array, "R K S H"]:
+    """Puts `new[b]` into the T slots from `positions[b]` on, of row `first + b`.
 
     A row whose slots don't all lie inside the cache is dropped, never clamped: XLA's
     dynamic_update_slice would overwrite the last slots instead.
     """
-    rows = jnp.arange(cache.shape[0], dtype=positions.dtype)
+    rows = first + jnp.arange(new.shape[0], dtype=positions.dtype)
     return lax.scatter(
         cache,
         jnp.stack([rows, positions], axis=1),

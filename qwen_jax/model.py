@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from qwen_jax.cache import Cache, write
+from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.rotary import inverse_frequencies
 from qwen_jax.tap import tap, watched
@@ -119,12 +119,12 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        k_cache: Float[Array, "B K S H"],
-        v_cache: Float[Array, "B K S H"],
+        cache: Cache,
+        layer: int,
         positions: Int[Array, "B T"],
         lengths: Int[Array, "B"],
         inv_freq: Float[Array, "H2"],
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         batch, steps, _ = x.shape
         qkv = matmul(x, self.weight[...], self.precision) + self.bias[...].astype(x.dtype)
         heads = qkv.reshape(batch, steps, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -140,9 +140,12 @@ class Attention(nnx.Module):
         )
         q, k = tap(f"{self.prefix}q_rope", q), tap(f"{self.prefix}k_rope", k)
         start = positions[:, 0]
-        slots = tap(f"{self.prefix}cache_slots", start)
-        k_cache = tap(f"{self.prefix}k_cache", write(k_cache, k, slots))
-        v_cache = tap(f"{self.prefix}v_cache", write(v_cache, v, slots))
+        cache = cache.write(layer, k, v, tap(f"{self.prefix}cache_slots", start))
+        k_cache, v_cache = cache.layer(layer)
+        if watched():
+            k_cache = tap(f"{self.prefix}k_cache", k_cache)
+            v_cache = tap(f"{self.prefix}v_cache", v_cache)
+            cache = cache.with_layer(layer, k_cache, v_cache)
         # As the keys it meets: float32 beside a float16 cache is served by no kernel.
         q = q.astype(k_cache.dtype)
         if watched():  # the operations below keep no scores to look at
@@ -160,7 +163,7 @@ class Attention(nnx.Module):
         attended = attended.reshape(batch, steps, -1).astype(x.dtype)
         attended = tap(f"{self.prefix}attn_out", attended)
         out = matmul(attended, self.out[...], self.precision)
-        return tap(f"{self.prefix}o_proj", out), k_cache, v_cache
+        return tap(f"{self.prefix}o_proj", out), cache
 
 
 class MLP(nnx.Module):
@@ -198,20 +201,18 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        k_cache: Float[Array, "B K S H"],
-        v_cache: Float[Array, "B K S H"],
+        cache: Cache,
+        layer: int,
         positions: Int[Array, "B T"],
         lengths: Int[Array, "B"],
         inv_freq: Float[Array, "H2"],
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         normed = tap(f"{self.prefix}attn_norm", self.attn_norm(x))
-        attended, k_cache, v_cache = self.attention(
-            normed, k_cache, v_cache, positions, lengths, inv_freq
-        )
+        attended, cache = self.attention(normed, cache, layer, positions, lengths, inv_freq)
         x = tap(f"{self.prefix}attn_residual", x + attended)
         normed = tap(f"{self.prefix}ffn_norm", self.ffn_norm(x))
         x = tap(f"{self.prefix}ffn_residual", x + self.mlp(normed))
-        return x, k_cache, v_cache
+        return x, cache
 
 
 class Qwen2(nnx.Module):
@@ -266,8 +267,7 @@ class Qwen2(nnx.Module):
         x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         for i, layer in enumerate(self.layers):
-            x, k, v = layer(x, *cache.layer(i), positions, lengths, inv_freq)
-            cache = cache.with_layer(i, k, v)
+            x, cache = layer(x, cache, i, positions, lengths, inv_freq)
         return tap("final_norm", self.final_norm(x)), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

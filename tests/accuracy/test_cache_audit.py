@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import pallas_kernels
+from qwen_jax import cache as cache_module
 from qwen_jax import model, programs
 from qwen_jax.accuracy.cache_audit import audit_cache, cache_table, scenarios
 from qwen_jax.accuracy.cache_faults import FAULTS
@@ -161,17 +162,17 @@ CASES = {
         "unused-slots-seen",
     ),
     "written over the one before": (
-        replaced(model, "write", early),
+        replaced(cache_module, "write", early),
         {"prompt, then decoding"},
         "slot-off-by-one",
     ),
     "decoded tokens never written": (
-        replaced(model, "write", lost),
+        replaced(cache_module, "write", lost),
         {"prompt, then decoding"},
         "write-lost",
     ),
     "write clamped at the end": (
-        replaced(model, "write", clamped),
+        replaced(cache_module, "write", clamped),
         {"full cache"},
         "write-clamped",
     ),

@@ -20,7 +20,7 @@ ROWS = 4
 
 
 def test_one_cache_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each layer is copied out of the cache and back, a few of them at a time."""
+    """Layers are written where they lie, and read there too; JAX 0.10 copies one at a time."""
     if not hopper.compiles():
         pytest.skip("JAX's CUDA plugin is not installed")
     monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
@@ -40,4 +40,4 @@ def test_one_cache_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = ShapeDtypeStruct((ROWS,), jnp.int32)
     chunk = functools.partial(programs.prefill_chunk, make)
     held = hopper.temporary_bytes(chunk, weights, cache, last, tokens, number, lengths, donate=1)
-    assert held < 0.35 * cache.layers.size * dtype.itemsize
+    assert held < 0.12 * cache.layers.size * dtype.itemsize

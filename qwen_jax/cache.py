@@ -90,7 +90,7 @@ class StackedCache:
         return self.layers.shape[3]
 
     def layer(self, i: int) -> Layer:
-        """A copy."""
+        """Slices, which kernels read where they lie (with JAX 0.10 XLA copies them first)."""
         return self.layers[i], self.layers[len(self.layers) // 2 + i]
 
     def write(self, i: int, k: New, v: New, positions: Int[Array, "B"]) -> "StackedCache":

@@ -66,8 +66,8 @@ class Attention:
         found: shared memory for what the warps found.
         format: of the cache.
         result: where the results go.
-        early: bytes of a layer's keys and values up to which the first are asked for early; more
-            would be in the way of words and weights that others wait for.
+        early: bytes of a layer's keys and values up to which the first are asked for early, or
+            None for always; more would be in the way of words and weights that others wait for.
     """
 
     plan: Plan

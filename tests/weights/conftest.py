@@ -14,3 +14,8 @@ def qwen2_vocabulary() -> Path:
     if not path.exists():
         pytest.skip(f"{path} is absent, so a header of real size is NOT tested")
     return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.gguf"

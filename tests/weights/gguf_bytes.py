@@ -4,8 +4,21 @@ import dataclasses
 import struct
 from pathlib import Path
 
+import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
+
+from qwen_jax.errors import UserError
+from qwen_jax.weights.gguf_file import open_gguf
+
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["a", "b", "Ġc", "é", "<|im_end|>"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 1, 3],
+    "tokenizer.ggml.add_bos_token": False,
+    "tokenizer.ggml.eos_token_id": 4,
+    "scores": [0.5, -1.0],
+}
 
 
 def string(text: str | bytes) -> bytes:
@@ -58,3 +71,12 @@ class Bytes:
 
 
 ARCHITECTURE = pair("general.architecture", Value.STRING, string("qwen2"))
+
+
+def refusal(path: Path) -> str:
+    """The one sentence; every refusal names the file."""
+    with pytest.raises(UserError) as caught:
+        open_gguf(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and message.endswith(".") and "\n" not in message
+    return message

@@ -1,6 +1,5 @@
 """The GGUF reader: against gguf's own writer and reader, and against damaged files."""
 
-import hashlib
 import os
 import re
 import struct
@@ -18,35 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
-from qwen_jax.weights import checksum
 from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.gguf_file import MAX_HEADER_BYTES, open_gguf
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
-from tests.weights.gguf_bytes import ARCHITECTURE, Bytes, array, pair, string, tensor
-
-TOKENIZER = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.tokens": ["a", "b", "Ġc", "é", "<|im_end|>"],
-    "tokenizer.ggml.token_type": [1, 1, 1, 1, 3],
-    "tokenizer.ggml.add_bos_token": False,
-    "tokenizer.ggml.eos_token_id": 4,
-    "scores": [0.5, -1.0],
-}
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
-
-
-def refusal(path: Path) -> str:
-    """The one sentence; every refusal names the file."""
-    with pytest.raises(UserError) as caught:
-        open_gguf(path)
-    message = str(caught.value)
-    assert message.startswith(str(path)) and message.endswith(".") and "\n" not in message
-    return message
-
+from tests.weights.gguf_bytes import (
+    ARCHITECTURE,
+    TOKENIZER,
+    Bytes,
+    array,
+    pair,
+    refusal,
+    string,
+    tensor,
+)
 
 # Well-formed files
 
@@ -131,79 +114,6 @@ def test_real_vocabulary(qwen2_vocabulary):
 def test_vocabulary_alone_is_no_model(qwen2_vocabulary):
     with pytest.raises(UserError, match="a vocabulary and no weights"):
         open_checkpoint(qwen2_vocabulary)
-
-
-# Split files
-
-
-@pytest.fixture
-def split(path) -> list[Path]:
-    config = tiny_config(num_layers=1)
-    write_gguf(path, config, random_parameters(config), split_max_tensors=5, metadata=TOKENIZER)
-    parts = sorted(path.parent.glob("model-*.gguf"))
-    assert len(parts) == 3
-    return parts
-
-
-def test_split_files_open_by_any_part(split, path):
-    config = tiny_config(num_layers=1)
-    written = write_gguf(path, config, random_parameters(config))
-    whole = open_gguf(written.path)
-    for part in split:
-        file = open_gguf(part)
-        assert file.paths == tuple(split)
-        assert file.metadata["tokenizer.ggml.tokens"] == TOKENIZER["tokenizer.ggml.tokens"]
-        assert file.tensors.keys() == whole.tensors.keys()
-        for name in whole.tensors:
-            np.testing.assert_array_equal(file.raw(name), whole.raw(name))
-
-
-def test_missing_part_is_named(split):
-    split[1].unlink()
-    message = refusal(split[0])
-    assert "of the 3 parts" in message and f"({split[1].name})" in message
-
-
-def test_renamed_part(split):
-    other = split[0].with_name("other.gguf")
-    split[0].rename(other)
-    assert "split.count is 3, but the name" in refusal(other)
-
-
-def test_swapped_parts(split):
-    one, two = split[1].read_bytes(), split[2].read_bytes()
-    split[1].write_bytes(two)
-    split[2].write_bytes(one)
-    with pytest.raises(UserError, match=r"00002-of-00003.gguf: split.no is 2, but its name says 1"):
-        open_gguf(split[0])
-
-
-def split_part(no: int, name: str, total: int = 2, count: int = 2) -> Bytes:
-    keys = {"split.no": no, "split.count": count}
-    pairs = [pair(key, Value.UINT16, struct.pack("<H", value)) for key, value in keys.items()]
-    pairs.append(pair("split.tensors.count", Value.INT32, struct.pack("<i", total)))
-    return Bytes(tuple(pairs), (tensor(name),), bytes(16))
-
-
-@pytest.mark.parametrize(
-    ("second", "problem"),
-    [
-        (split_part(1, "a"), "'a' is already in m-00001-of-00002.gguf"),
-        (split_part(1, "b", count=3), "split.count is 3, but its name says 2"),
-        (Bytes(), "'split.no' holds None"),
-    ],
-)
-def test_parts_that_do_not_belong_together(tmp_path, second, problem):
-    first = split_part(0, "a").write(tmp_path / "m-00001-of-00002.gguf")
-    second.write(tmp_path / "m-00002-of-00002.gguf")
-    with pytest.raises(UserError, match=problem):
-        open_gguf(first)
-
-
-def test_too_few_tensors_in_all_parts(tmp_path):
-    first = split_part(0, "a", total=3).write(tmp_path / "m-00001-of-00002.gguf")
-    split_part(1, "b").write(tmp_path / "m-00002-of-00002.gguf")
-    assert "split.tensors.count is 3, but the 2 parts hold 2" in refusal(first)
 
 
 # Damaged files: one fault each
@@ -432,28 +342,3 @@ def test_big_endian_files_of_gguf_are_refused(path):
     config = tiny_config(num_layers=1)
     write_gguf(path, config, random_parameters(config), endian=GGUFEndian.BIG)
     assert "big-endian; convert it with gguf-convert-endian" in refusal(path)
-
-
-# SHA-256
-
-
-def test_sha256_of_one_file(path):
-    path.write_bytes(b"x" * 1000)
-    heard = []
-    digest = checksum.sha256(path, lambda done, total: heard.append((done, total)))
-    assert digest == hashlib.sha256(b"x" * 1000).hexdigest()
-    assert heard == [(1000, 1000)]
-    checksum.check_sha256([path], digest.upper())
-    with pytest.raises(UserError, match=f"the SHA-256 is {digest}, not {'0' * 64}"):
-        checksum.check_sha256([path], "0" * 64)
-    with pytest.raises(UserError, match="'abc' is not 64 hexadecimal digits"):
-        checksum.check_sha256([path], "abc")
-
-
-def test_sha256_of_split_files_is_one_for_each(split):
-    hashes = [hashlib.sha256(part.read_bytes()).hexdigest() for part in split]
-    open_checkpoint(split[1], sha256=", ".join(hashes))
-    with pytest.raises(UserError, match=rf"covers one file and the model is 3 \({split[0].name},"):
-        open_checkpoint(split[0], sha256=hashes[0])
-    with pytest.raises(UserError, match=r"00001-of-00003\.gguf: the SHA-256 is"):
-        open_checkpoint(split[0], sha256=",".join(reversed(hashes)))

@@ -28,11 +28,6 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NUMPY_TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
-
-
 def refusal(path: Path, dtype: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
         checkpoint = open_checkpoint(path)

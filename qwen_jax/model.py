@@ -141,10 +141,10 @@ class Attention(nnx.Module):
         q, k = tap(f"{self.prefix}q_rope", q), tap(f"{self.prefix}k_rope", k)
         start = positions[:, 0]
         cache = cache.write(layer, k, v, tap(f"{self.prefix}cache_slots", start))
-        k_cache, v_cache = cache.layer(layer)
-        if watched():
-            k_cache = tap(f"{self.prefix}k_cache", k_cache)
-            v_cache = tap(f"{self.prefix}v_cache", v_cache)
+        keys, values = cache.layer(layer)
+        k_cache = tap(f"{self.prefix}k_cache", keys)
+        v_cache = tap(f"{self.prefix}v_cache", values)
+        if k_cache is not keys or v_cache is not values:  # but an intervention's
             cache = cache.with_layer(layer, k_cache, v_cache)
         # As the keys it meets: float32 beside a float16 cache is served by no kernel.
         q = q.astype(k_cache.dtype)

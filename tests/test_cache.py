@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.cache import KVCache, bytes_per_token, write
+from qwen_jax.cache import KVCache, StackedCache, bytes_per_token, write
 from qwen_jax.config import ModelConfig
 from tests.tiny_checkpoints import tiny_config
 
@@ -30,6 +30,38 @@ def test_writes_go_to_their_slots_or_nowhere(steps: int, positions: list[int]) -
             expected[row, :, position : position + steps] = new[row].swapaxes(0, 1)
     got = jitted(jnp.asarray(cache), jnp.asarray(new), jnp.asarray(positions, jnp.int32))
     np.testing.assert_array_equal(got, expected)
+
+
+@given(
+    layer=st.integers(0, 2),
+    steps=st.integers(1, CAPACITY),
+    positions=st.lists(st.integers(-3, CAPACITY + 2), min_size=3, max_size=3),
+)
+def test_one_array_of_all_layers_is_written_alike(
+    layer: int, steps: int, positions: list[int]
+) -> None:
+    """No row that is dropped lands in another row or layer."""
+    rng = np.random.default_rng(0)
+    stacked = StackedCache(jnp.asarray(rng.normal(size=(6, 3, 2, CAPACITY, 4)), jnp.float32))
+    apart = KVCache(tuple(stacked.k), tuple(stacked.v))
+    k, v = (jnp.asarray(rng.normal(size=(3, steps, 2, 4)), jnp.float32) for _ in "kv")
+    at = jnp.asarray(positions, jnp.int32)
+    one, other = stacked.write(layer, k, v, at), apart.write(layer, k, v, at)
+    for i in range(3):
+        for ours, theirs in zip(one.layer(i), other.layer(i), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_a_layer_is_put_in_its_place(layer: int) -> None:
+    rng = np.random.default_rng(0)
+    stacked = StackedCache(jnp.asarray(rng.normal(size=(6, 1, 2, 3, 4)), jnp.float32))
+    k, v = (jnp.asarray(rng.normal(size=(1, 2, 3, 4)), jnp.float32) for _ in "kv")
+    expected = np.array(stacked.layers)
+    expected[layer], expected[3 + layer] = k, v
+    apart = KVCache(tuple(stacked.k), tuple(stacked.v)).with_layer(layer, k, v)
+    np.testing.assert_array_equal(stacked.with_layer(layer, k, v).layers, expected)
+    np.testing.assert_array_equal([*apart.k, *apart.v], expected)
 
 
 def test_writes_take_the_caches_dtype() -> None:

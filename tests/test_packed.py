@@ -154,10 +154,13 @@ def test_the_cache_is_one_array_from_prefill_on(monkeypatch: pytest.MonkeyPatch)
     )
     plan, numbers = plan_rows([Sampling()], CONFIG.vocab_size)
     filled, _ = engine.prefill([Prompt([1, 2, 3], 30)], plan, numbers)
-    after, _ = engine.decode_many(filled, numbers, plan, 4)
-    for cache in (*prefilled, filled.cache, after.cache):
+    before = engine.compiled
+    stepped, _ = engine.decode_many(filled, numbers, plan, 4)
+    after, _ = engine.decode_many(stepped, numbers, plan, 4)
+    assert engine.compiled == before + 1
+    for cache in (*prefilled, filled.cache, stepped.cache, after.cache):
         assert isinstance(cache, StackedCache)
-    assert all(x.is_deleted() for x in jax.tree.leaves((prefilled, filled.cache)))
+    assert all(x.is_deleted() for x in jax.tree.leaves((prefilled, filled.cache, stepped.cache)))
     assert not any(x.is_deleted() for x in jax.tree.leaves(after))
 
 

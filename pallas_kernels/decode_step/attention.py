@@ -66,8 +66,8 @@ class Attention:
         found: shared memory for what the warps found.
         format: of the cache.
         result: where the results go.
-        early: bytes of a layer's keys and values up to which the first are asked for early, or
-            None for always; more would be in the way of words and weights that others wait for.
+        early: bytes of a layer's keys and values, were all rows as long as one, up to which its
+            first are asked for early; more would be in the way of what others wait for.
     """
 
     plan: Plan
@@ -85,7 +85,7 @@ class Attention:
     found: V
     format: Format
     result: Result
-    early: int | None = None
+    early: int
 
     @property
     def _at_once(self) -> int:
@@ -110,10 +110,8 @@ class Attention:
         row, _, unit, split = self._mine()
         position = self._position(row)
         active = self._active(position)
-        wanted = split < active
-        if self.early is not None:
-            of_slot = self.rows * self.plan.shape.kv_heads * 2 * self._slot_bytes
-            wanted = wanted & (position <= self.early // of_slot)
+        of_slot = self.rows * self.plan.shape.kv_heads * 2 * self._slot_bytes
+        wanted = (split < active) & (position <= self.early // of_slot)
 
         def bring() -> None:
             begin, end = self._run(split, position, active)

@@ -38,7 +38,7 @@ FEWEST_STAGES = IN_FLIGHT
 """With fewer slots the fetching thread could wait for a page whose slot has gone on, forever."""
 
 EARLY_BYTES = 2 << 20
-"""Of a layer's keys and values, up to which they are asked for before the queries are there."""
+"""Of a layer's keys and values, up to which the first are asked for before the queries come."""
 
 
 class Memory(NamedTuple):

@@ -8,8 +8,8 @@ large cache costs what a short text costs.
 Everything is transposed: scores are K q^T [slots, 8] and values V^T P^T [H, 8], with the query
 heads in the eight columns of the narrowest wgmma. Rows would have to be padded to 64.
 
-  slots ─► K tile [64, H] · q^T [H, 8] ─► softmax over rows, 8 columns at once ─► P^T [64, 8]
-           V tile [64, H]^T · P^T ─► acc [H, 8] ─► partial (acc, maximum, sum) ─► combine
+  slots ─► K tile [tile, H] · q^T [H, 8] ─► softmax over rows, 8 columns at once ─► P^T [tile, 8]
+           V tile [tile, H]^T · P^T ─► acc [H, 8] ─► partial (acc, maximum, sum) ─► combine
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Config:
     """
 
     tile: int = 64
-    ring: int = 6
+    ring: int = 3
     blocks_per_sm: int = 2
     max_splits: int = 64
 
@@ -87,7 +87,7 @@ class Config:
 
 
 def default_config(dim: int) -> Config:
-    return Config(tile=128 * 64 // dim, ring=3)
+    return Config(tile=128 * 64 // dim)
 
 
 def refusal(heads: int, kv_heads: int, capacity: int, dim: int, *dtypes: jnp.dtype) -> str | None:

@@ -18,8 +18,10 @@ from qwen_jax.accuracy.cache_faults import FAULTS
 from qwen_jax.accuracy.cache_slots import Row, Scenario, simulate
 from qwen_jax.engine import Engine
 from qwen_jax.errors import UserError
+from qwen_jax.packed import pack
 from tests.engines import device_parameters, random_engine, random_tokens
 from tests.golden_cases import Case, odd_config
+from tests.tiny_checkpoints import tiny_config
 
 CONFIG = odd_config(num_layers=2, tied=True, context_length=96)
 TEXT = random_tokens(CONFIG, 48, seed=5)
@@ -201,6 +203,17 @@ class TestNoAlarm:
         text = cache_table(findings)
         assert text.startswith("cache: 10 ways through it, no fault\n")
         assert max(map(len, text.splitlines())) <= 100
+
+    def test_packed_weights_and_one_array_of_caches(self):
+        config = tiny_config(
+            num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=384,
+            vocab_size=320, context_length=96,
+        )  # fmt: skip
+        params = device_parameters(Case(config, 3).parameters(), "float32")
+        packed = pack(config, params.items(), jnp.dtype(jnp.float32), "xla")
+        engine = Engine(config, packed, implementation="xla")
+        assert engine.fuses(4)
+        assert not causes(engine, TEXT, {"chunks", "prompt, then decoding", "used cache"})
 
     def test_stop_tokens_and_padding_rows(self):
         params = device_parameters(Case(CONFIG, 3).parameters(), "float32")

@@ -113,7 +113,8 @@ def named(lengths: tuple[int, ...]) -> str:
 
 FEWEST_ROWS = 12
 """Whose errors are compared: a single row's scatters around XLA's, since both round queries and
-keys. 2 in 100 are past twice XLA's, and of six rows one with four times its error is too many."""
+keys. 2 in 100 are past twice XLA's; of six rows one of 4.4 times the others' error would decide,
+of twelve it takes 6."""
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=named)

@@ -4,7 +4,7 @@ Layouts that don't fit, copies that can't be described and shared memory that is
 here. An operation adds its arguments to `ARGUMENTS` and its kernels' names to `KERNELS`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +37,8 @@ def rope_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, ..
     return q, k, positions, ShapeDtypeStruct((dim // 2,), jnp.float32)
 
 
+pytestmark = pytest.mark.usefixtures("as_if_on_hopper")
+
 ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "gqa_decode_attention": decode_arguments,
     "gqa_prefill_attention": prefill_arguments,
@@ -47,14 +49,6 @@ KERNELS = {
     "gqa_prefill_attention": ("gqa_prefill_attention",),
     "rope": ("rope",),
 }
-
-
-@pytest.fixture(autouse=True)
-def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
-    pallas_kernels.choose.cache_clear()
-    yield
-    pallas_kernels.choose.cache_clear()
 
 
 def lower(operation: str, arguments: tuple[Any, ...]) -> str:

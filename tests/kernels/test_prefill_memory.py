@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct, lax
 
-import pallas_kernels
 from qwen_jax import programs
 from qwen_jax.cache import StackedCache
 from qwen_jax.config import ModelConfig
@@ -19,12 +18,11 @@ CONFIG = ModelConfig(10, 256, 4, 2, 64, 512, 1024, 32768, 1e6, 1e-6, tied=True)
 ROWS = 4
 
 
-def test_one_cache_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("as_if_on_hopper")
+def test_one_cache_is_enough() -> None:
     """Layers are written where they lie, and read there too; JAX 0.10 copies one at a time."""
     if not hopper.compiles():
         pytest.skip("JAX's CUDA plugin is not installed")
-    monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
-    pallas_kernels.choose.cache_clear()
     how = {"precision": lax.Precision.HIGHEST, "implementation": "mosaic_gpu"}
     make = functools.partial(programs.make_model, CONFIG, **how)
     dtype = jnp.dtype(jnp.bfloat16)

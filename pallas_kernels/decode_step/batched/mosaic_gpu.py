@@ -42,6 +42,8 @@ FEWEST_UNITS = 2 * MOST_BANDS
 """Of weights: two of the largest pages."""
 CHUNKS_BYTES = 48 * 1024
 """Shared memory for chunks of an input, about."""
+EARLY_BYTES = 128 << 20
+"""Of a layer's keys and values, up to which the first are asked for before the queries come."""
 
 
 class Memory(NamedTuple):
@@ -175,7 +177,7 @@ def build(
             attention=Attention(
                 plan, rows, capacity, splits, block, t.address(cache), t.address(rope),
                 t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
-                attended,
+                attended, EARLY_BYTES,
             ),
             own=own, scales=scales, bias=t.address(bias), norms=t.address(norms),
             hidden=t.address(hidden), logits=t.address(logits), memory=memory, layout=layout,

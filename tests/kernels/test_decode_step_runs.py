@@ -115,8 +115,12 @@ class TestWhatIsFound:
 
             patch.setattr(barriers, "await_turn", hasty)
 
-        try:
-            wrong = run(monkeypatch, case, SEED, alter)
-        except Deadlock:  # two pages came while a reader waited for one
-            return
-        assert not np.array_equal(right[0], wrong[0])
+        def shows(seed: int) -> bool:
+            try:
+                wrong = run(monkeypatch, case, seed, alter)
+            except Deadlock:  # two pages came while a reader waited for one
+                return True
+            return not np.array_equal(right[0], wrong[0])
+
+        # In one order of five the copies come late enough by chance.
+        assert any(shows(SEED + n) for n in range(8))

@@ -91,18 +91,23 @@ class StackedCache:
 
     def layer(self, i: int) -> Layer:
         """Slices, which kernels read where they lie (with JAX 0.10 XLA copies them first)."""
-        return self.layers[i], self.layers[len(self.layers) // 2 + i]
+        keys, values = self._places(i)
+        return self.layers[keys], self.layers[values]
+
+    def _places(self, i: int) -> tuple[int, int]:
+        """Of a layer's keys and of its values."""
+        return i, len(self.layers) // 2 + i
 
     def write(self, i: int, k: New, v: New, positions: Int[Array, "B"]) -> "StackedCache":
         """With a layer's keys and values of T tokens, as `write` puts them in."""
         rows = self.layers.reshape(-1, *self.layers.shape[2:])
-        for layer, new in ((i, k), (len(self.layers) // 2 + i, v)):
-            rows = write(rows, new, positions, layer * self.rows)
+        for at, new in zip(self._places(i), (k, v), strict=True):
+            rows = write(rows, new, positions, at * self.rows)
         return StackedCache(rows.reshape(self.layers.shape))
 
     def with_layer(self, i: int, k: Keys, v: Keys) -> "StackedCache":
-        values = len(self.layers) // 2 + i
-        return StackedCache(self.layers.at[i].set(k).at[values].set(v))
+        keys, values = self._places(i)
+        return StackedCache(self.layers.at[keys].set(k).at[values].set(v))
 
 
 Cache = KVCache | StackedCache

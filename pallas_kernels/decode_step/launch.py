@@ -1,6 +1,6 @@
 """How both kernels are launched: a block a multiprocessor, which stays for the whole step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,11 @@ class Roles(NamedTuple):
     beside: Callable[..., None]
     start: Callable[..., None]
     steps: Callable[..., None]
+
+
+def begins(pieces: Sequence[int]) -> list[int]:
+    """Where pieces of shared memory begin that lie one after the other, of so many bytes each."""
+    return [sum(pieces[:i]) for i in range(len(pieces))]
 
 
 def unfit(plan: Plan, dtype: DTypeLike) -> str | None:

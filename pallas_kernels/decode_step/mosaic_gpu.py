@@ -23,6 +23,7 @@ from pallas_kernels.decode_step.launch import (
     RESERVED_BYTES,
     SMEM_BYTES,
     Roles,
+    begins,
     persistent,
     unfit,
 )
@@ -70,9 +71,6 @@ class Memory(NamedTuple):
     @property
     def slot_bytes(self) -> int:
         return self.ring // self.stages
-
-    def begins(self) -> list[int]:
-        return [sum(self[:i]) for i in range(len(self))]
 
 
 def bands_at_once(plan: Plan, rows: int) -> int:
@@ -152,9 +150,8 @@ def build(
         t.together(THREADS)
 
     def stream_in(smem: Any) -> Stream:
-        begins = divided.begins()
         base = t.address(smem, shared=True)
-        return Stream(base, base + begins[-1], divided.stages, divided.slot_bytes)
+        return Stream(base, base + begins(divided)[-1], divided.stages, divided.slot_bytes)
 
     def make(context: Any, smem: Any) -> None:
         t.when(t.me().equals(0), stream_in(smem).make)
@@ -175,7 +172,7 @@ def build(
             t.address, outside
         )
         base = t.address(smem, shared=True)
-        _, inputs, sums, own, heads, squares, _ = (base + b for b in divided.begins())
+        _, inputs, sums, own, heads, squares, _ = (base + b for b in begins(divided))
         block = t.block()
 
         def attended(head: t.V, column: t.V, values: list[t.V], tag: t.V) -> None:

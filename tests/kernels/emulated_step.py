@@ -55,6 +55,10 @@ class Case(NamedTuple):
     inv_freq: jax.Array
 
 
+Inputs = tuple[Shape, int, list[int], int, str]
+"""What `drawn` takes: the model, blocks, positions, the capacity and the dtype."""
+
+
 def drawn(
     shape: Shape, blocks: int, positions: list[int], capacity: int, dtype: str = "bfloat16"
 ) -> Case:
@@ -102,7 +106,7 @@ def run(
     rows, capacity = case.hidden.shape[0], case.cache.shape[3]
     assert kernel.refusal(plan, rows, dtype) is None
     divided = kernel.memory(plan, rows)
-    copied = divided.begins()[2 if kernel is many else 1]
+    copied = launch.begins(divided)[2 if kernel is many else 1]
     machine = Machine(plan.blocks, sum(divided), (0, copied), seed)
     kept = jnp.arange(capacity) < case.position[:, None]
     poisoned = jnp.where(kept[None, :, None, :, None], case.cache, jnp.nan)
@@ -173,14 +177,14 @@ def relative(x: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
 
 
-def check(patch: pytest.MonkeyPatch, case: Case, dtype: str, kernel: types.ModuleType) -> None:
+def check(patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType) -> None:
     """Errors of rows beside XLA's in the same dtype; of few blocks, the same bits in two orders.
 
     A row whose best scores are nearly tied has several times the error of others, in either: so
     the middle rows are compared, and none may be far from all of XLA's. The kernel of few rows
     rounds less than XLA, so that its whole error is smaller in spite of those.
     """
-    truth, xla = expected(case, "float32"), expected(case, dtype)
+    truth, xla = expected(case, "float32"), expected(case, case.cache.dtype.name)
     orders = 2 if case.plan.blocks <= 10 else 1
     found = [run(patch, case, SEED + n, kernel=kernel) for n in range(orders)]
     for mine, theirs, right, rows in zip(found[0], xla, truth, (0, 1), strict=True):

@@ -113,7 +113,7 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
     assert memory.stages >= few.FEWEST_STAGES
     # Copies want 16 bytes, the barriers 8.
     assert memory.slot_bytes % 16 == 0
-    assert all(begin % 16 == 0 for begin in memory.begins())
+    assert all(begin % 16 == 0 for begin in launch.begins(memory))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 48, 64])
@@ -132,7 +132,7 @@ def test_shared_memory_is_enough_for_many_rows(size: str, rows: int) -> None:
     assert memory.sums >= 9 * shape.group * (shape.head_dim + 2) * 4
     assert memory.own >= -(-(shape.hidden // 16) // 132) * 16 * rows * 4
     assert sum(memory) + launch.RESERVED_BYTES <= 232_448
-    assert all(begin % 16 == 0 for begin in memory.begins())
+    assert all(begin % 16 == 0 for begin in launch.begins(memory))
     # The sums of a lane stay in its registers.
     assert max(g.each for g in groups) * padded // 2 <= 96
     assert all(g.bands <= (8 // g.sharers) * g.each for g in groups)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import Shape, barriers
+from pallas_kernels.decode_step import barriers
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
 from pallas_kernels.decode_step.batched import warps
@@ -15,6 +15,7 @@ from tests.kernels.emulated_step import (
     SEED,
     SMALL,
     TURNS,
+    Inputs,
     check,
     check_size,
     drawn,
@@ -27,7 +28,7 @@ from tests.kernels.simt import Deadlock, Race
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks", "positions", "capacity", "dtype"),
+    "inputs",
     [
         (SMALL, 9, [*range(17)], 64, "bfloat16"),
         (SMALL, 5, [255, *range(24)], 256, "float16"),
@@ -41,16 +42,8 @@ from tests.kernels.simt import Deadlock, Race
         (GROUPS[8], 11, [*range(64)], 64, "bfloat16"),
     ],
 )
-def test_many_rows(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: Shape,
-    blocks: int,
-    positions: list[int],
-    capacity: int,
-    dtype: str,
-) -> None:
-    case = drawn(shape, blocks, positions, capacity, dtype)
-    check(monkeypatch, case, dtype, many)
+def test_many_rows(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:
+    check(monkeypatch, drawn(*inputs), many)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-4])

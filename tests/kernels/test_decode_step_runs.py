@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import Shape, barriers, step, unpack
+from pallas_kernels.decode_step import barriers, step, unpack
 from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step import thread as t
 from tests.kernels.emulated_step import (
@@ -16,6 +16,7 @@ from tests.kernels.emulated_step import (
     SEED,
     SMALL,
     TINY,
+    Inputs,
     check,
     check_size,
     drawn,
@@ -27,7 +28,7 @@ from tests.kernels.simt_thread import install
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks", "positions", "capacity", "dtype"),
+    "inputs",
     [
         (SMALL, 5, [100], 256, "bfloat16"),
         # Shared by several blocks, and so that some of them get no slot.
@@ -45,15 +46,9 @@ from tests.kernels.simt_thread import install
     ],
 )
 def test_no_worse_than_xla_and_the_same_in_every_order(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: Shape,
-    blocks: int,
-    positions: list[int],
-    capacity: int,
-    dtype: str,
+    monkeypatch: pytest.MonkeyPatch, inputs: Inputs
 ) -> None:
-    case = drawn(shape, blocks, positions, capacity, dtype)
-    check(monkeypatch, case, dtype, few)
+    check(monkeypatch, drawn(*inputs), few)
 
 
 @pytest.mark.parametrize(("size", "rows"), [(1e5, 1), (1e-4, 5)])

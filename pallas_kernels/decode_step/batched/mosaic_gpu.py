@@ -28,6 +28,7 @@ from pallas_kernels.decode_step.launch import (
     RESERVED_BYTES,
     SMEM_BYTES,
     Roles,
+    begins,
     persistent,
     unfit,
 )
@@ -72,9 +73,6 @@ class Memory(NamedTuple):
     chunk_turns: int
     cleared: int
 
-    def begins(self) -> list[int]:
-        return [sum(self[:i]) for i in range(len(self))]
-
 
 def memory(plan: Plan, rows: int) -> Memory:
     texts = Texts(rows, FORMATS["bfloat16"])  # the other is as large
@@ -117,7 +115,7 @@ def build(
 
     def own_memory(smem: Any) -> list[t.V]:
         base = t.address(smem, shared=True)
-        return [base + begin for begin in divided.begins()]
+        return [base + begin for begin in begins(divided)]
 
     def streams(smem: Any) -> tuple[Pages, Ring]:
         units, chunks, *_, sizes, page_turns, chunk_turns, _ = own_memory(smem)

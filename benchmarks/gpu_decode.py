@@ -101,7 +101,7 @@ def rows_of(engine: Engine, batch: int, context: int, capacity: int) -> Rows:
     token = jax.random.randint(key, (batch,), 0, config.vocab_size)
     return Rows(
         cache=cache,
-        length=full,
+        prompt=full,
         token=token,
         generated=jnp.ones_like(full),
         limit=jnp.full_like(full, 1 << 30),

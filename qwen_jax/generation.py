@@ -11,7 +11,7 @@ import numpy as np
 from qwen_jax.engine import Emitted, Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
 from qwen_jax.measure import compile_seconds
-from qwen_jax.sampling import Choice, Sampling, plan_rows
+from qwen_jax.sampling import Logprobs, Sampling, plan_rows
 from qwen_jax.text.streaming import StopStrings, TextStream
 from qwen_jax.text.tokenizer import Tokenizer
 
@@ -190,7 +190,7 @@ class Batch:
     def _read(self, emitted: Emitted, *, one_step: bool = False) -> list[str]:
         """Hands each row what a chunk of steps, or one step without a leading axis, chose for it;
         returns the text that completes."""
-        choice, wanted = emitted.choice, (emitted.choice.token, emitted.live, emitted.finite)
+        wanted = (emitted.choice.token, emitted.live, emitted.finite)
         # A CPU's memory is the host's: nothing has to be fetched.
         on_host = self._engine.platform == "cpu"
         fetched = map(np.asarray, wanted) if on_host else jax.device_get(wanted)
@@ -201,13 +201,13 @@ class Batch:
                 f"The logits are not finite in {self._engine.cache_dtype}: a value has overflowed; "
                 "choose --dtype=bfloat16 or float32, and check the model's file."
             )
-        if self._plan.logprobs:
-            choice = jax.device_get(choice)
-            choice = jax.tree.map(lambda x: x[None], choice) if one_step else choice
+        logprobs = jax.device_get(emitted.choice.logprobs)
+        if one_step:
+            logprobs = jax.tree.map(lambda x: x[None], logprobs)
         # As lists, since Python asks for one token after another; a row is live up to its end.
         tokens, counts = token.T.tolist(), live.sum(0).tolist()
         return [
-            row.feed(tokens[index][: counts[index]], choice, index, self._engine.stop_ids)
+            row.feed(tokens[index][: counts[index]], logprobs, index, self._engine.stop_ids)
             for index, row in enumerate(self._rows)
         ]
 
@@ -225,17 +225,19 @@ class _Row:
         self._stop = StopStrings(request.stop)
         self._text: list[str] = []
 
-    def feed(self, tokens: Sequence[int], choice: Choice, row: int, stop_ids: Sequence[int]) -> str:
+    def feed(
+        self, tokens: Sequence[int], logprobs: Logprobs | None, row: int, stop_ids: Sequence[int]
+    ) -> str:
         """Takes the row's live tokens of a chunk of steps; returns text safe to show."""
         if self.finish_reason is not None:
             return ""
         piece, before = "", len(self.tokens)
         for step, token in enumerate(tokens):
             self.tokens.append(token)
-            if self._logprobs is not None:
-                top = zip(choice.top_ids[step, row], choice.top_logprobs[step, row], strict=True)
-                pairs = tuple((int(i), float(p)) for i, p in top)
-                self._logprobs.append(TokenLogprob(token, float(choice.logprob[step, row]), pairs))
+            if self._logprobs is not None and logprobs is not None:
+                chosen, ids, top = (x[step, row] for x in logprobs)
+                pairs = tuple((int(i), float(p)) for i, p in zip(ids, top, strict=True))
+                self._logprobs.append(TokenLogprob(token, float(chosen), pairs))
             if self.request.stop:  # Which token completes one has to be known.
                 piece += self._stop.feed(self._stream.feed([token]))
             if self._stop.found is not None or token in stop_ids:

@@ -19,7 +19,7 @@ from qwen_jax.cache import Cache, KVCache, StackedCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Parameters, Qwen2
 from qwen_jax.packed import PackedWeights
-from qwen_jax.sampling import Choice, Counts, Plan, RowParameters
+from qwen_jax.sampling import Choice, Counts, Logprobs, Plan, RowParameters
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +29,7 @@ class Rows:
 
     Attributes:
         cache: keys and values of the tokens so far, without `token`.
-        length: tokens in the cache.
+        prompt: tokens of the prompt.
         token: chosen last, and the next to enter the cache.
         generated: tokens chosen so far, `token` included.
         limit: tokens the row may generate; it is done when it has.
@@ -38,20 +38,25 @@ class Rows:
     """
 
     cache: Cache
-    length: Int[Array, "B"]
+    prompt: Int[Array, "B"]
     token: Int[Array, "B"]
     generated: Int[Array, "B"]
     limit: Int[Array, "B"]
     done: Bool[Array, "B"]
     counts: Counts | None
 
+    @property
+    def length(self) -> Int[Array, "B"]:
+        """Tokens in the cache."""
+        return self.prompt + self.generated - 1
+
 
 class Emitted(NamedTuple):
     """What one step chose, for which rows, and whether their logits were finite."""
 
     choice: Choice
-    live: Bool[Array, "B"]
-    finite: Bool[Array, "B"]
+    live: Bool[Array, "*steps B"]
+    finite: Bool[Array, "*steps B"]
 
 
 def create_cache(
@@ -79,7 +84,7 @@ Forward = Callable[..., tuple[jax.Array, Any]]
 
 
 class Constants(NamedTuple):
-    stop_ids: Int[Array, "stops"]
+    stop_ids: tuple[int, ...]
     valid_tokens: int
 
 
@@ -135,8 +140,9 @@ def _choose(
     generated: Int[Array, "B"],
     live: Bool[Array, "B"],
     plan: Plan,
-) -> tuple[Emitted, Counts | None, Bool[Array, "B"]]:
-    """Logits to tokens, the counts with live rows' in, and whether each is a stop."""
+) -> tuple[Choice, Bool[Array, "B"], Counts | None, Bool[Array, "B"]]:
+    """What was chosen, whether the logits were finite, the counts with live rows' in, and whether
+    each token is a stop."""
     in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
     logits = jnp.where(in_use, logits, -jnp.inf)
     choice = sampling.choose(logits, params, counts, generated, plan)
@@ -145,8 +151,11 @@ def _choose(
     if counts is not None:
         rows = jnp.arange(choice.token.shape[0])
         counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(live))
-    stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
-    return Emitted(choice, live, finite), counts, stopped
+    # One by one: a reduction over them would be a kernel of its own on a GPU.
+    stopped = jnp.zeros_like(live)
+    for stop in constants.stop_ids:
+        stopped |= choice.token == stop
+    return choice, finite, counts, stopped
 
 
 def begin(
@@ -163,16 +172,16 @@ def begin(
     zero = jnp.zeros_like(lengths)
     logits = make(weights).logits(last[:, None])[:, 0]
     live = limits > 0
-    emitted, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
+    choice, finite, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
     fields = {
-        "length": lengths,
-        "token": emitted.choice.token,
+        "prompt": lengths,
+        "token": choice.token,
         "generated": zero + 1,
         "limit": limits,
         "done": stopped | (limits <= 1),
         "counts": counts,
     }
-    return fields, emitted
+    return fields, Emitted(choice, live, finite)
 
 
 def decode_many(
@@ -192,27 +201,30 @@ def decode_many(
     else:
         forward = functools.partial(_forward, make(weights))
 
-    def step(rows: Rows, _: None) -> tuple[Rows, Emitted]:
-        live = ~rows.done
+    def step(before: Rows, _: None) -> tuple[Rows, tuple[Int[Array, "2 B"], Logprobs | None]]:
+        live = ~before.done
         # A done row keeps its place: its token goes where no slot is, and is dropped.
-        at = jnp.where(live, rows.length, capacity)
-        logits, cache = forward(rows.token, rows.cache, at, rows.length + live)
-        emitted, counts, stopped = _choose(
-            constants, logits, params, rows.counts, rows.generated, live, plan
+        at = jnp.where(live, before.length, capacity)
+        logits, cache = forward(before.token, before.cache, at, before.length + live)
+        choice, finite, counts, stopped = _choose(
+            constants, logits, params, before.counts, before.generated, live, plan
         )
-        generated = rows.generated + live
-        after = Rows(
+        generated = before.generated + live
+        after = dataclasses.replace(
+            before,
             cache=cache,
-            length=rows.length + live,
-            token=jnp.where(live, emitted.choice.token, rows.token),
+            token=choice.token,
             generated=generated,
-            limit=rows.limit,
-            done=rows.done | stopped | (generated >= rows.limit),
+            done=before.done | stopped | (generated >= before.limit),
             counts=counts,
         )
-        return after, emitted
+        # In one array, since each that the scan collects takes a kernel of its own in every step.
+        return after, (jnp.stack([choice.token, finite]), choice.logprobs)
 
-    return lax.scan(step, rows, length=steps)
+    after, (chosen, logprobs) = lax.scan(step, rows, length=steps)
+    # A row is live up to its end, and generates a token in every step till then.
+    live = jnp.arange(steps)[:, None] < after.generated - rows.generated
+    return after, Emitted(Choice(chosen[:, 0], logprobs), live, chosen[:, 1] != 0)
 
 
 def _forward(
@@ -240,11 +252,9 @@ def forward_packed(
     """
     live, layers = at < cache.capacity, cache.layers
     logits, new = weights.decode(token, layers, jnp.where(live, lengths - 1, 0))
-    if len(token) == 1:
-        # As below, but XLA makes one kernel of it on a GPU, and two of index arrays of length 1.
-        return logits, StackedCache(layers.at[:, 0, :, at[0]].set(new[:, 0], mode="drop"))
-    # Of two index arrays with a slice between them, the dimension comes first: [B, 2L, K, H].
-    layers = layers.at[:, jnp.arange(len(token)), :, at].set(
-        new.swapaxes(0, 1), mode="drop", indices_are_sorted=True, unique_indices=True
+    # Indices of layers too, though all are written: of one row XLA makes two kernels otherwise.
+    every = jnp.arange(len(layers))[:, None]
+    layers = layers.at[every, jnp.arange(len(token)), :, at].set(
+        new, mode="drop", indices_are_sorted=True, unique_indices=True
     )
     return logits, StackedCache(layers)

@@ -126,13 +126,19 @@ class Counts(NamedTuple):
     generated: Int[Array, "B V"]
 
 
+class Logprobs(NamedTuple):
+    """The model's own log-probabilities, before any processor: the chosen token's and the top."""
+
+    chosen: Float[Array, "B"]
+    top_ids: Int[Array, "B top"]
+    top: Float[Array, "B top"]
+
+
 class Choice(NamedTuple):
-    """What one step chose. Log-probabilities are the model's own, before any processor."""
+    """What one step chose; with log-probabilities where the plan has them."""
 
     token: Int[Array, "B"]
-    logprob: Float[Array, "B"]
-    top_ids: Int[Array, "B top"]
-    top_logprobs: Float[Array, "B top"]
+    logprobs: Logprobs | None
 
 
 def plan_rows(
@@ -257,11 +263,9 @@ def choose(
             jax.vmap(jax.random.fold_in)(params.key, step), hot
         )
         token = jnp.where(params.temperature > 0, drawn.astype(jnp.int32), token)
-    rows = logits.shape[0]
     if not plan.logprobs:
-        empty = jnp.zeros((rows, 0), jnp.float32)
-        return Choice(token, jnp.zeros(rows, jnp.float32), empty.astype(jnp.int32), empty)
+        return Choice(token, None)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top, ids = jax.lax.top_k(logprobs, plan.top_logprobs)
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-    return Choice(token, chosen, ids.astype(jnp.int32), top)
+    return Choice(token, Logprobs(chosen, ids.astype(jnp.int32), top))

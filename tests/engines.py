@@ -71,7 +71,9 @@ def generate(
     columns = range(len(prompts))
     return Generated(
         [every.choice.token[every.live[:, b], b].tolist() for b in columns],
-        [every.choice.logprob[every.live[:, b], b].tolist() for b in columns],
+        [every.choice.logprobs.chosen[every.live[:, b], b].tolist() for b in columns]
+        if logprobs
+        else [],
         rows,
     )
 
@@ -88,7 +90,8 @@ def decoded_logprobs(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
     for i in range(len(tokens)):
         if i > 0:
             rows, emitted = force(engine, rows, params, plan, tokens[i])
-        out[i, np.asarray(emitted.choice.top_ids[0])] = emitted.choice.top_logprobs[0]
+        likeliest = emitted.choice.logprobs
+        out[i, np.asarray(likeliest.top_ids[0])] = likeliest.top[0]
     return out
 
 

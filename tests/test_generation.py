@@ -20,7 +20,7 @@ from qwen_jax import api
 from qwen_jax.engine import Emitted, Prompt
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Batch, Completion, Request, Timings
-from qwen_jax.sampling import Choice, Sampling
+from qwen_jax.sampling import Choice, Logprobs, Sampling
 from qwen_jax.text.tokenizer import Tokenizer
 from tests.tiny_checkpoints import tiny_config
 
@@ -72,7 +72,7 @@ class Scripted:
             done |= np.isin(tokens[-1], self.stop_ids) | (step + 1 >= self._limits)
         token = np.array(tokens)
         top = np.stack([token, token + 1], axis=-1)
-        choice = Choice(token, -1.0 - token, top, -1.0 - top)
+        choice = Choice(token, Logprobs(-1.0 - token, top, -1.0 - top))
         emitted = Emitted(choice, np.array(live), np.ones(np.shape(live), bool))
         return State(state.step + steps, done), emitted
 

@@ -295,21 +295,19 @@ def test_logprobs_are_the_models_own() -> None:
     logits = rng.normal(0, 10, (3, 300)).astype(np.float32)
     logits[:, 290:] = -np.inf
     rows = [Sampling(temperature=2.0, top_k=50, logit_bias={5: 3.0}, seed=s) for s in range(3)]
-    choice = choose_rows(logits, rows, top_logprobs=20)
+    token, (chosen, top_ids, top) = choose_rows(logits, rows, top_logprobs=20)
     exact = log_softmax(logits)
-    at = np.arange(3)
-    assert choice.top_ids.shape == choice.top_logprobs.shape == (3, 20)
-    np.testing.assert_allclose(choice.logprob, exact[at, choice.token], rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(choice.top_ids, np.argsort(-exact, kind="stable")[:, :20])
-    np.testing.assert_allclose(choice.top_logprobs, -np.sort(-exact)[:, :20], rtol=1e-6, atol=1e-6)
+    assert top_ids.shape == top.shape == (3, 20)
+    np.testing.assert_allclose(chosen, exact[np.arange(3), token], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(top_ids, np.argsort(-exact, kind="stable")[:, :20])
+    np.testing.assert_allclose(top, -np.sort(-exact)[:, :20], rtol=1e-6, atol=1e-6)
 
 
 def test_no_logprobs_unless_asked_for() -> None:
-    choice = choose_rows(np.log(FOUR)[None], [Sampling()])
-    assert choice.top_ids.shape == (1, 0) and choice.logprob[0] == 0
-    choice = choose_rows(np.log(FOUR)[None], [Sampling()], logprobs=True)
-    assert choice.top_ids.shape == (1, 0)
-    assert choice.logprob[0] == pytest.approx(math.log(0.5), rel=1e-6)
+    assert choose_rows(np.log(FOUR)[None], [Sampling()]).logprobs is None
+    logprobs = choose_rows(np.log(FOUR)[None], [Sampling()], logprobs=True).logprobs
+    assert logprobs.top_ids.shape == (1, 0)
+    assert logprobs.chosen[0] == pytest.approx(math.log(0.5), rel=1e-6)
 
 
 # ---- Plans and refusals

@@ -122,9 +122,10 @@ def _keep(
     logits: list[np.ndarray], emitted: Emitted, at: Int[np.ndarray, "B"], totals: np.ndarray
 ) -> None:
     """Puts each row's log-probabilities in their place; all of them come as the likeliest V."""
-    choice = emitted.choice
-    ids = np.asarray(choice.top_ids)
-    values = np.asarray(choice.top_logprobs).astype(np.float64)
+    likeliest = emitted.choice.logprobs
+    assert likeliest is not None
+    ids = np.asarray(likeliest.top_ids)
+    values = np.asarray(likeliest.top).astype(np.float64)
     for b in np.flatnonzero(at < totals):
         in_use = ids[b] < logits[b].shape[1]
         logits[b][at[b], ids[b][in_use]] = values[b][in_use]

@@ -66,7 +66,7 @@ def after_prompts(engine: Engine, texts: list[list[int]], poison: bool) -> np.nd
         done=jnp.zeros(len(texts), bool),
     )
     _, emitted = engine.decode_step(rows, numbers, plan)
-    ids, logprobs = (np.asarray(x) for x in (emitted.choice.top_ids, emitted.choice.top_logprobs))
+    _, ids, logprobs = map(np.asarray, emitted.choice.logprobs)
     out = np.empty((len(texts), vocab), np.float32)
     np.put_along_axis(out, ids, logprobs, axis=1)
     return out

@@ -92,7 +92,8 @@ class Engine:
         self.cache_dtype = table.dtype
         self.valid_tokens = config.vocab_size if valid_tokens is None else valid_tokens
         self._traced: list[str] = []
-        constants = programs.Constants(self.stop_ids, self.valid_tokens)
+        stops = jnp.asarray(self.stop_ids, jnp.int32)
+        constants = programs.Constants(stops, self.valid_tokens)
         self._create_cache = self._jit(
             programs.create_cache, config, self.cache_dtype, static=(0, 1, 2)
         )

@@ -19,7 +19,7 @@ from qwen_jax.cache import Cache, KVCache, StackedCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Parameters, Qwen2
 from qwen_jax.packed import PackedWeights
-from qwen_jax.sampling import Choice, Counts, Logprobs, Plan, RowParameters
+from qwen_jax.sampling import Choice, Counts, Plan, RowParameters
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +55,8 @@ class Emitted(NamedTuple):
     """What one step chose, for which rows, and whether their logits were finite."""
 
     choice: Choice
-    live: Bool[Array, "*steps B"]
-    finite: Bool[Array, "*steps B"]
+    live: Bool[Array, "B"]
+    finite: Bool[Array, "B"]
 
 
 def create_cache(
@@ -84,7 +84,7 @@ Forward = Callable[..., tuple[jax.Array, Any]]
 
 
 class Constants(NamedTuple):
-    stop_ids: tuple[int, ...]
+    stop_ids: Int[Array, "stops"]
     valid_tokens: int
 
 
@@ -140,9 +140,8 @@ def _choose(
     generated: Int[Array, "B"],
     live: Bool[Array, "B"],
     plan: Plan,
-) -> tuple[Choice, Bool[Array, "B"], Counts | None, Bool[Array, "B"]]:
-    """What was chosen, whether the logits were finite, the counts with live rows' in, and whether
-    each token is a stop."""
+) -> tuple[Emitted, Counts | None, Bool[Array, "B"]]:
+    """Logits to tokens, the counts with live rows' in, and whether each is a stop."""
     in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
     logits = jnp.where(in_use, logits, -jnp.inf)
     choice = sampling.choose(logits, params, counts, generated, plan)
@@ -151,11 +150,8 @@ def _choose(
     if counts is not None:
         rows = jnp.arange(choice.token.shape[0])
         counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(live))
-    # One by one: a reduction over them would be a kernel of its own on a GPU.
-    stopped = jnp.zeros_like(live)
-    for stop in constants.stop_ids:
-        stopped |= choice.token == stop
-    return choice, finite, counts, stopped
+    stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
+    return Emitted(choice, live, finite), counts, stopped
 
 
 def begin(
@@ -172,16 +168,16 @@ def begin(
     zero = jnp.zeros_like(lengths)
     logits = make(weights).logits(last[:, None])[:, 0]
     live = limits > 0
-    choice, finite, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
+    emitted, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
     fields = {
         "prompt": lengths,
-        "token": choice.token,
+        "token": emitted.choice.token,
         "generated": zero + 1,
         "limit": limits,
         "done": stopped | (limits <= 1),
         "counts": counts,
     }
-    return fields, Emitted(choice, live, finite)
+    return fields, emitted
 
 
 def decode_many(
@@ -201,30 +197,26 @@ def decode_many(
     else:
         forward = functools.partial(_forward, make(weights))
 
-    def step(before: Rows, _: None) -> tuple[Rows, tuple[Int[Array, "2 B"], Logprobs | None]]:
+    def step(before: Rows, _: None) -> tuple[Rows, Emitted]:
         live = ~before.done
         # A done row keeps its place: its token goes where no slot is, and is dropped.
         at = jnp.where(live, before.length, capacity)
         logits, cache = forward(before.token, before.cache, at, before.length + live)
-        choice, finite, counts, stopped = _choose(
+        emitted, counts, stopped = _choose(
             constants, logits, params, before.counts, before.generated, live, plan
         )
         generated = before.generated + live
         after = dataclasses.replace(
             before,
             cache=cache,
-            token=choice.token,
+            token=jnp.where(live, emitted.choice.token, before.token),
             generated=generated,
             done=before.done | stopped | (generated >= before.limit),
             counts=counts,
         )
-        # In one array, since each that the scan collects takes a kernel of its own in every step.
-        return after, (jnp.stack([choice.token, finite]), choice.logprobs)
+        return after, emitted
 
-    after, (chosen, logprobs) = lax.scan(step, rows, length=steps)
-    # A row is live up to its end, and generates a token in every step till then.
-    live = jnp.arange(steps)[:, None] < after.generated - rows.generated
-    return after, Emitted(Choice(chosen[:, 0], logprobs), live, chosen[:, 1] != 0)
+    return lax.scan(step, rows, length=steps)
 
 
 def _forward(

@@ -19,18 +19,17 @@ parity: $(VENV)/installed-test
 lower: VENV = .venv-lower
 lower:
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet -e . pytest hypothesis 'jax$(JAX)'
-	$(BIN)/python -m pytest tests/kernels/test_lowering.py tests/kernels/test_decode_step.py
+	$(BIN)/pip install --quiet -e . pytest pytest-xdist hypothesis 'jax$(JAX)'
+	$(BIN)/python -m pytest -n 2 tests/kernels/test_lowering.py tests/kernels/test_decode_step.py
 
 # Every kernel compiled to machine code for Hopper, without a GPU; downloads 190 MB.
-compile: VENV = .venv-compile
-compile: CUDA = "$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
-compile:
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet -e . pytest pytest-xdist hypothesis
-	$(BIN)/pip install --quiet --no-deps nvidia-cuda-nvcc \
-		jax-cuda13-plugin==$(CUDA) jax-cuda13-pjrt==$(CUDA)
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -n 2 \
+# JAX's CUDA plugin stays out of the virtual environment, where every run would look for a GPU.
+compile: VERSION = "$$($(BIN)/python -c 'import jax; print(jax.__version__)')"
+compile: $(VENV)/installed-test
+	rm -rf .cuda
+	$(BIN)/pip install --quiet --no-deps --target .cuda nvidia-cuda-nvcc \
+		jax-cuda13-plugin==$(VERSION) jax-cuda13-pjrt==$(VERSION)
+	PYTHONPATH=.cuda JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -n 2 \
 		tests/kernels/test_lowering.py tests/kernels/test_decode_step.py \
 		tests/kernels/test_prefill_memory.py
 
@@ -40,7 +39,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-lower .venv-compile build *.egg-info
+	rm -rf $(VENV) .venv-lower .cuda build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,13 +12,15 @@ Barriers that guard global memory, and fences, are not missed here; only a GPU s
 import collections
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pallas_kernels.decode_step import thread as t
 
+MOST_WARPS = 12
+"""Of a block."""
 REGION = 40
 """Bits of an address within an array; those above say which array."""
 I32, I64, F32, BOOL = "i32", "i64", "f32", "i1"
@@ -65,21 +67,19 @@ class Shared:
     def __init__(self, size: int, seed: int):
         self.words = np.random.default_rng(seed).integers(0, 2**32, size // 4, dtype=np.uint32)
         self.epoch = 1
-        self.written, self.writer = (np.zeros(size // 4, np.int64) for _ in range(2))
-        self.read, self.readers = (np.zeros(size // 4, np.int64) for _ in range(2))
+        self.written, self.writer = (np.zeros(size // 4, np.int32) for _ in range(2))
+        # When each warp did so last.
+        self.read = np.zeros((size // 4, MOST_WARPS), np.int32)
         self.barriers: dict[int, Barrier] = {}
 
     def reads(self, word: np.ndarray, warp: np.ndarray) -> None:
         if ((self.written[word] == self.epoch) & (self.writer[word] != warp)).any():
             raise Race("a warp read what another had written")
-        fresh = self.read[word] != self.epoch
-        self.readers[word[fresh]] = 0
-        self.read[word] = self.epoch
-        np.bitwise_or.at(self.readers, word, 1 << warp)
+        self.read[word, warp] = self.epoch
 
     def writes(self, word: np.ndarray, warp: np.ndarray) -> None:
-        others = self.readers[word] & ~(1 << warp)
-        if ((self.read[word] == self.epoch) & (others != 0)).any():
+        readers = self.read[word] == self.epoch
+        if (readers.sum(1) > readers[np.arange(len(word)), warp]).any():
             raise Race("a warp wrote what another had read")
         if ((self.written[word] == self.epoch) & (self.writer[word] != warp)).any():
             raise Race("two warps wrote the same word")
@@ -101,8 +101,8 @@ class Machine:
         self.unwatched = unwatched
         self.semaphore, self.copies = 0, []
         self.meetings: dict[tuple[int, int], int] = collections.Counter()
-        self.baton, self.progress, self.failed = threading.Condition(), 0, None
-        self.running: int | None = None
+        self.progress, self.failed = 0, None
+        self.batons: list[threading.Semaphore] = []
         self.alive: set[int] = set()
         self.idle: dict[int, int] = {}
         self.local = threading.local()
@@ -130,34 +130,36 @@ class Machine:
                     code()
             except BaseException as error:  # for whoever called `run`
                 self.failed = self.failed or error
-            with self.baton:
-                self.alive.discard(number)
-                self._pass_on()
+            self.alive.discard(number)
+            self._pass_on()
 
         self.alive = set(range(len(workers)))
+        self.batons = [threading.Semaphore(0) for _ in workers]
         threads = [
             threading.Thread(target=work, args=(n, *worker), daemon=True)
             for n, worker in enumerate(workers)
         ]
         for thread in threads:
             thread.start()
-        with self.baton:
-            self._pass_on()
+        self._pass_on()
         for thread in threads:
             thread.join()
         if self.failed:
             raise self.failed
 
     def _pass_on(self) -> None:
+        if self.failed:
+            for number in list(self.alive):
+                self.batons[number].release()
+            return
         if self.copies:
             # A copy lands at any time, and those of others before or after.
             self.copies.pop(self.random.randrange(len(self.copies)))()
-        self.running = self.random.choice(sorted(self.alive)) if self.alive else None
-        self.baton.notify_all()
+        if self.alive:
+            self.batons[self.random.choice(sorted(self.alive))].release()
 
     def _await_baton(self) -> None:
-        with self.baton:
-            self.baton.wait_for(lambda: self.running == self.local.number or self.failed)
+        self.batons[self.local.number].acquire()
         if self.failed:
             raise Deadlock("another failed")
 
@@ -168,8 +170,7 @@ class Machine:
             self.idle[self.local.number] = self.progress
         if len(self.idle) >= len(self.alive) and not self.copies:
             self.failed = Deadlock(f"{len(self.alive)} roles wait for each other")
-        with self.baton:
-            self._pass_on()
+        self._pass_on()
         self._await_baton()
 
     # What threads do
@@ -183,7 +184,8 @@ class Machine:
         return self.local.role
 
     def lanes(self, value: t.V) -> np.ndarray:
-        return np.broadcast_to(value.raw.data, (self.role.count,))
+        data = value.raw.data
+        return data if data.ndim else np.full(self.role.count, data)
 
     def masked(self, mask: np.ndarray, code: Callable[[], Any]) -> Any:
         self.local.masks.append(mask)
@@ -195,23 +197,25 @@ class Machine:
     def load(self, address: np.ndarray, count: int, mask: np.ndarray) -> list[np.ndarray]:
         """Words at addresses in arrays."""
         out = np.zeros((count, self.role.count), np.uint32)
-        for region in np.unique(address[mask] >> REGION):
-            of = mask & (address >> REGION == region)
-            words = self.arrays[region - 1].view(np.uint32)
-            at = (address[of] & ((1 << REGION) - 1)) // 4
-            assert (address[of] % (4 * count) == 0).all(), "a load is not aligned"
+        for words, at, of in self._arrays_at(address, 4 * count, mask):
             out[:, of] = [words[at + n] for n in range(count)]
         return [x.view(np.int32) for x in out]
 
     def store(self, address: np.ndarray, values: Sequence[np.ndarray]) -> None:
         self.progress += 1
-        for region in np.unique(address[self.mask] >> REGION):
-            of = self.mask & (address >> REGION == region)
-            words = self.arrays[region - 1].view(np.uint32)
-            at = (address[of] & ((1 << REGION) - 1)) // 4
-            assert (address[of] % (4 * len(values)) == 0).all(), "a store is not aligned"
+        for words, at, of in self._arrays_at(address, 4 * len(values), self.mask):
             for n, value in enumerate(values):
                 words[at + n] = value[of].view(np.uint32)
+
+    def _arrays_at(
+        self, address: np.ndarray, size: int, mask: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The words of each array in turn, and which of them which threads at work meet."""
+        assert (address[mask] % size == 0).all(), "a load or store is not aligned"
+        regions = address >> REGION
+        for region in set(regions[mask].tolist()):
+            of = mask & (regions == region)
+            yield self.arrays[region - 1].view(np.uint32), address[of] % (1 << REGION) // 4, of
 
     def _shared_words(
         self, address: np.ndarray, count: int, mask: np.ndarray, writes: Any

@@ -209,7 +209,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         right = floats(format, lanes(b)).transpose(1, 0, 3, 4, 2).reshape(warps, 16, 8)
         sums = lanes(c).reshape(2, 2, warps, 8, 4)  # [rows, column, w, g, t]
         sums = sums.transpose(2, 0, 3, 4, 1).reshape(warps, 16, 8)
-        out = np.einsum("wmk,wkn->wmn", left, right) + sums
+        out = left @ right + sums
         out = out.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
         return [v(x, F32) for x in out.astype(np.float32)]
 

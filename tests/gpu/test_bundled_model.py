@@ -1,0 +1,33 @@
+"""The bundled model writes the same on our kernels, alone and in batches, as on XLA in float32."""
+
+import functools
+
+import pytest
+
+import qwen_jax
+
+WORDS = [
+    "snow", "rivers", "coffee", "fern", "train", "lamp", "winter", "bread", "garden", "window",
+    "moon", "letter", "harbor", "bridge", "paper", "clock", "piano", "mountain", "street", "apple",
+]  # fmt: skip
+"""Of each, XLA in bfloat16 writes the same haiku on a CPU as in float32."""
+
+
+@functools.cache
+def haiku(dtype: str, implementation: str, rows: int) -> list[str]:
+    model = qwen_jax.load(dtype=dtype, implementation=implementation)
+    assert model.engine.fuses(rows) == (implementation == "auto")
+    prompts = [f"haiku: {word}" for word in WORDS]
+    return [
+        completion.text
+        for first in range(0, len(prompts), rows)
+        for completion in model.generate(prompts[first : first + rows], max_tokens=40)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 4, len(WORDS)])
+def test_haiku(dtype: str, rows: int) -> None:
+    texts = haiku("float32", "xla", len(WORDS))
+    assert all(len(text.splitlines()) == 3 for text in texts)
+    assert haiku(dtype, "auto", rows) == texts

@@ -105,6 +105,15 @@ class StackedCache:
             rows = write(rows, new, positions, at * self.rows)
         return StackedCache(rows.reshape(self.layers.shape))
 
+    def write_all(
+        self, new: Float[Array, "2L B K H"], positions: Int[Array, "B"]
+    ) -> "StackedCache":
+        """With one token's keys and values of every layer, as `write` puts them in."""
+        rows = self.layers.reshape(-1, *self.layers.shape[2:])
+        new = new.reshape(-1, 1, *new.shape[2:])
+        rows = write(rows, new, jnp.tile(positions, len(self.layers)))
+        return StackedCache(rows.reshape(self.layers.shape))
+
     def with_layer(self, i: int, k: Keys, v: Keys) -> "StackedCache":
         keys, values = self._places(i)
         return StackedCache(self.layers.at[keys].set(k).at[values].set(v))

@@ -234,7 +234,8 @@ class _Row:
         piece, before = "", len(self.tokens)
         for step, token in enumerate(tokens):
             self.tokens.append(token)
-            if self._logprobs is not None and logprobs is not None:
+            if self._logprobs is not None:
+                assert logprobs is not None
                 chosen, ids, top = (x[step, row] for x in logprobs)
                 pairs = tuple((int(i), float(p)) for i, p in zip(ids, top, strict=True))
                 self._logprobs.append(TokenLogprob(token, float(chosen), pairs))

@@ -242,11 +242,6 @@ def forward_packed(
 
     A done row, whose `at` is past the cache, goes along as the shortest text, which costs least.
     """
-    live, layers = at < cache.capacity, cache.layers
-    logits, new = weights.decode(token, layers, jnp.where(live, lengths - 1, 0))
-    # Indices of layers too, though all are written: of one row XLA makes two kernels otherwise.
-    every = jnp.arange(len(layers))[:, None]
-    layers = layers.at[every, jnp.arange(len(token)), :, at].set(
-        new, mode="drop", indices_are_sorted=True, unique_indices=True
-    )
-    return logits, StackedCache(layers)
+    live = at < cache.capacity
+    logits, new = weights.decode(token, cache.layers, jnp.where(live, lengths - 1, 0))
+    return logits, cache.write_all(new, at)

@@ -52,6 +52,18 @@ def test_one_array_of_all_layers_is_written_alike(
             np.testing.assert_array_equal(ours, theirs)
 
 
+@given(positions=st.lists(st.integers(-3, CAPACITY + 2), min_size=3, max_size=3))
+def test_all_layers_at_once_are_written_as_one_by_one(positions: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    stacked = StackedCache(jnp.asarray(rng.normal(size=(6, 3, 2, CAPACITY, 4)), jnp.float32))
+    new = jnp.asarray(rng.normal(size=(6, 3, 2, 4)), jnp.float32)
+    at = jnp.asarray(positions, jnp.int32)
+    expected = stacked
+    for i in range(3):
+        expected = expected.write(i, new[i][:, None], new[3 + i][:, None], at)
+    np.testing.assert_array_equal(stacked.write_all(new, at).layers, expected.layers)
+
+
 @pytest.mark.parametrize("layer", range(3))
 def test_a_layer_is_put_in_its_place(layer: int) -> None:
     rng = np.random.default_rng(0)

@@ -8,54 +8,32 @@ that one lane arrives for its warp at an mbarrier. Under pytest compute-sanitize
 """  # noqa: E501
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.decode_step import Plan, Shape
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
+from pallas_kernels.decode_step import decode_step
+from qwen_jax.packed import HOPPER_BLOCKS
+from tests.kernels.emulated_step import SMALL, Case, drawn
 
-SHAPE = Shape(layers=2, hidden=256, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab=1024, eps=1e-6)
 CAPACITY = 1024
-DTYPE = jnp.dtype(jnp.bfloat16)
 POSITIONS = {"few": [700, CAPACITY - 1, 3], "many": [*range(18), 700, CAPACITY - 1]}
 """Texts of one slot, of several blocks' splits, and up to the cache's end."""
 
 
-def step(kernel: str) -> tuple[Callable[..., Any], list[Any]]:
-    """The kernel and random arguments for it."""
-    position = np.array(POSITIONS[kernel], np.int32)
-    plan, rows, rng = Plan(SHAPE, blocks=132), len(position), np.random.default_rng()
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
-
-    tape = 0.05 * normal(plan.tape_tiles, 8, 256)
-    cache = normal(2 * SHAPE.layers, rows, SHAPE.kv_heads, CAPACITY, SHAPE.head_dim)
-    arguments = [
-        tape.astype(DTYPE),
-        np.asarray(plan.table()),
-        normal(SHAPE.layers, SHAPE.qkv),
-        1 + 0.1 * normal(2 * SHAPE.layers + 1, SHAPE.hidden),
-        normal(rows, SHAPE.hidden),
-        normal(rows, 2, SHAPE.head_dim // 2),
-        cache.astype(DTYPE),
-        position,
-    ]
-    build = {"few": few.build, "many": many.build}[kernel]
-    return build(plan, rows, CAPACITY, DTYPE), arguments
+def step(case: Case) -> tuple[jax.Array, jax.Array]:
+    run = functools.partial(decode_step, plan=case.plan, implementation="mosaic_gpu")
+    inputs = case._asdict()
+    del inputs["plan"]
+    return jax.jit(run)(**inputs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kernel", choices=POSITIONS)
-    function, arguments = step(parser.parse_args().kernel)
-    logits, new, _ = jax.block_until_ready(jax.jit(function)(*arguments))
-    print("finite:", bool(jnp.isfinite(logits).all() & jnp.isfinite(new).all()))
+    case = drawn(SMALL, HOPPER_BLOCKS, POSITIONS[parser.parse_args().kernel], CAPACITY)
+    print("finite:", all(bool(jnp.isfinite(x).all()) for x in step(case)))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def add_sizes(writer: GGUFWriter, config: ModelConfig) -> None:
 
 
 def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    tokens = vocabulary.tokens
+    tokens = list(vocabulary.ids)
     kinds = (
         TokenType.CONTROL if i in vocabulary.added else TokenType.NORMAL for i in range(len(tokens))
     )

@@ -75,4 +75,4 @@ def _vocabulary(merges: list[tuple[str, str]]) -> Vocabulary:
 
 def letter_pieces(vocabulary: Vocabulary) -> list[str]:
     """The tokens that are lower-case letters and nothing else."""
-    return [token for token in vocabulary.tokens if re.fullmatch("[a-z]+", token)]
+    return [token for token in vocabulary.ids if re.fullmatch("[a-z]+", token)]

@@ -1,21 +1,37 @@
 """A GGUF file's `tokenizer.*` keys -> Vocabulary."""
 
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import logging
 from tokenizers import AddedToken
 
 from qwen_jax.errors import UserError
-from qwen_jax.text.vocabulary import Vocabulary
+from qwen_jax.text.vocabulary import Vocabulary, is_control
 
 T = TypeVar("T", int, str, bool)
 
 # Names under which llama.cpp's converter records exactly `vocabulary.PATTERN`.
 PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen")
-# Values of tokenizer.ggml.token_type, as in gguf.TokenType, which is slow to import.
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+# Values of tokenizer.ggml.token_type, as in gguf.TokenType, which is slow to import. A type not
+# named here is that of ordinary tokens.
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+# Converters name a row without a token [PAD151665], whatever type they give it; Ollama's counts
+# from the first such row.
+_PADDING = re.compile(r"\[PAD\d+\]")
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+_ENDS = ("eos", "eot", "eom")
+# Two names each: today's and the one before.
+_FIM_KEYS = {
+    "prefix": ("fim_pre", "prefix"),
+    "middle": ("fim_mid", "middle"),
+    "suffix": ("fim_suf", "suffix"),
+    "pad": ("fim_pad",),
+    "repo_name": ("fim_rep",),
+    "file_sep": ("fim_sep",),
+}
 
 
 def read(metadata: Mapping[str, Any], source: str) -> Vocabulary:
@@ -30,65 +46,86 @@ def read(metadata: Mapping[str, Any], source: str) -> Vocabulary:
             f"Qwen2.5 file has 'gpt2' and {' or '.join(map(repr, PRE_TOKENIZERS))}; choose a "
             "Qwen2.5 file from a current converter."
         )
-    tokens = _array(metadata, "tokenizer.ggml.tokens", str, source)
-    kinds = _array(metadata, "tokenizer.ggml.token_type", int, source)
-    if len(tokens) != len(kinds):
-        raise UserError(
-            f"{source}: tokenizer.ggml.tokens has {len(tokens)} entries and "
-            f"tokenizer.ggml.token_type {len(kinds)}; the file is damaged."
-        )
-    # Converters name the embedding's spare rows [PAD151665] and so on.
-    size = len(tokens)
-    while size and (kinds[size - 1] == UNUSED or tokens[size - 1] == f"[PAD{size - 1}]"):
-        size -= 1
-    named = {
-        name: token
-        for name, key in _SPECIAL.items()
-        if (token := _token_id(metadata, key, size, source)) is not None
-    }
-    end_of_turn = _token_id(metadata, "eot", size, source)
-    ends = [token for token in (named.get("eos_token"), end_of_turn) if token is not None]
+    tokens, kinds = _tokens(metadata, source)
+    named = _named_ids(metadata, tokens, source)
     # Qwen's files name a BOS that the model was never trained with and that the reference
     # tokenizer does not have, so a template must find it undefined, as it does there.
     if not _optional(metadata, "tokenizer.ggml.add_bos_token", bool, source):
-        named.pop("bos_token", None)
-    elif "bos_token" in named:
+        named.pop("bos", None)
+    elif "bos" in named:
         logging.warning(
             "%s asks for %r before every text; Qwen2.5 was trained without, so only a chat "
             "template can add it.",
             source,
-            tokens[named["bos_token"]],
+            tokens[named["bos"]],
         )
     return Vocabulary(
-        tokens=tokens[:size],
+        tokens=tokens,
         merges=_merges(metadata, source),
         added={
-            token: AddedToken(tokens[token], special=kind == CONTROL, normalized=False)
-            for token, kind in enumerate(kinds[:size])
-            if kind in (CONTROL, USER_DEFINED)
+            i: AddedToken(token, special=is_control(token, kind != USER_DEFINED), normalized=False)
+            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            if token is not None and kind in (UNKNOWN, CONTROL, USER_DEFINED)
         },
-        end_ids=ends,
-        special_tokens={name: tokens[token] for name, token in named.items()},
+        end_ids=[named[end] for end in _ENDS if end in named],
+        special_tokens={
+            name: token
+            for name, key in _SPECIAL.items()
+            if key in named and (token := tokens[named[key]])
+        },
         chat_template=_optional(metadata, "tokenizer.chat_template", str, source),
         source=source,
+        fim_ids={
+            role: next(named[key] for key in keys if key in named)
+            for role, keys in _FIM_KEYS.items()
+            if not named.keys().isdisjoint(keys)
+        },
     )
+
+
+def _tokens(metadata: Mapping[str, Any], source: str) -> tuple[list[str | None], list[int]]:
+    """Text, None where a row has no token, and type of each id up to the last token."""
+    texts = _array(metadata, "tokenizer.ggml.tokens", str, source)
+    kinds = _array(metadata, "tokenizer.ggml.token_type", int, source)
+    if len(texts) != len(kinds):
+        raise UserError(
+            f"{source}: tokenizer.ggml.tokens has {len(texts)} entries and "
+            f"tokenizer.ggml.token_type {len(kinds)}; convert or download the file again."
+        )
+    # An empty text is no token either: nothing could be encoded as it.
+    tokens = [
+        text if text and kind != UNUSED and not _PADDING.fullmatch(text) else None
+        for text, kind in zip(texts, kinds, strict=True)
+    ]
+    while tokens and tokens[-1] is None:
+        tokens.pop()
+    return tokens, kinds[: len(tokens)]
+
+
+def _named_ids(
+    metadata: Mapping[str, Any], tokens: Sequence[str | None], source: str
+) -> dict[str, int]:
+    """The ids that `tokenizer.ggml.*_token_id` name, without those that are no token's.
+
+    Files name a padding, unknown or BOS id outside the vocabulary where nothing uses it.
+    """
+    named = {}
+    for name in {*_SPECIAL.values(), *_ENDS, *itertools.chain(*_FIM_KEYS.values())}:
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = _optional(metadata, key, int, source)
+        if token is None:
+            continue
+        if 0 <= token < len(tokens) and tokens[token] is not None:
+            named[name] = token
+        elif name in _ENDS:
+            logging.warning("%s: %s is %d, but no token has that id.", source, key, token)
+    return named
 
 
 def _merges(metadata: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
     """Lines "left right". One that is not two tokens yields a token that no vocabulary has."""
     lines = _array(metadata, "tokenizer.ggml.merges", str, source)
     return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-
-
-def _token_id(metadata: Mapping[str, Any], name: str, size: int, source: str) -> int | None:
-    key = f"tokenizer.ggml.{name}_token_id"
-    token = _optional(metadata, key, int, source)
-    if token is not None and not 0 <= token < size:
-        raise UserError(
-            f"{source}: {key} is {token}, but the ids in use are 0 to {size - 1}; the file is "
-            "damaged."
-        )
-    return token
 
 
 def _optional(metadata: Mapping[str, Any], key: str, kind: type[T], source: str) -> T | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken
 
 from qwen_jax.errors import UserError
-from qwen_jax.text.vocabulary import PATTERN, Vocabulary
+from qwen_jax.text.vocabulary import PATTERN, Vocabulary, is_control
 
 T = TypeVar("T", int, str, list, dict)
 
@@ -126,7 +126,8 @@ def _tokens(
                 f"{source}: the added token {text!r} has the ids {token} and {ids[text]!r}; the "
                 "file is damaged, so download it again."
             )
-        added[token] = AddedToken(text, **{k: entry.get(k) is True for k in _TOKEN_FLAGS})
+        flags = {k: entry.get(k) is True for k in _TOKEN_FLAGS}
+        added[token] = AddedToken(text, **flags | {"special": is_control(text, flags["special"])})
     if not set(map(type, ids.values())) <= {int} or set(ids.values()) != set(range(len(ids))):
         raise UserError(
             f"{source}: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once; "

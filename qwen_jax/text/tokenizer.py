@@ -9,7 +9,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import gguf_vocabulary, hf_vocabulary
-from qwen_jax.text.vocabulary import BYTE_SYMBOLS, PATTERN, Vocabulary
+from qwen_jax.text.vocabulary import BYTE_SYMBOLS, PATTERN, Fim, Vocabulary
 
 _BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
@@ -39,8 +39,24 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in use; the embedding may have more rows, which are padding."""
+        """The last token's id plus one; the embedding may have more rows, which are padding."""
         return len(self._vocabulary.tokens)
+
+    @property
+    def unused_ids(self) -> tuple[int, ...]:
+        """Ids below `vocab_size` that no token has."""
+        tokens = self._vocabulary.tokens
+        return tuple(i for i, token in enumerate(tokens) if token is None)
+
+    @property
+    def fim(self) -> Fim | None:
+        """Tokens of a fill-in-the-middle prompt; None for a model that has none."""
+        return self._vocabulary.fim
+
+    @property
+    def fim_stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a filled-in middle besides `stop_ids`, as llama.cpp counts them."""
+        return self._vocabulary.fim.stop_ids if self._vocabulary.fim else ()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -92,23 +108,23 @@ class Tokenizer:
         return (i for i in ids if i not in added or not added[i].special)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for, which may be part of a character.
+        """The bytes that one id stands for: part of a character, or none for an unused id.
 
-        Raises UserError where no token has that id.
+        Raises UserError for an id from `vocab_size` on.
         """
         if not 0 <= token < self.vocab_size:
             raise UserError(
                 f"{self._vocabulary.source}: there is no token {token}, only 0 to "
                 f"{self.vocab_size - 1}."
             )
-        text = self._vocabulary.tokens[token]
+        text = self._vocabulary.tokens[token] or ""
         if token in self._vocabulary.added or not _BYTE_OF_SYMBOL.keys() >= set(text):
             return text.encode("utf-8")
         return bytes(map(_BYTE_OF_SYMBOL.__getitem__, text))
 
     def token_name(self, token: int) -> str:
         """How to show one id to a person: quoted text, bytes where it is part of a character."""
-        if token >= self.vocab_size:
+        if token >= self.vocab_size or self._vocabulary.tokens[token] is None:
             return f"[PAD{token}]"
         content = self.token_bytes(token)
         try:

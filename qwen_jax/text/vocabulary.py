@@ -5,7 +5,7 @@ tokens out of them, and added tokens such as `<|im_end|>` stand outside the merg
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken
 
@@ -26,6 +26,34 @@ PATTERN = "|".join(
 )
 # A chat turn ends on the first and a document on the second, whatever the file calls its eos.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+# Text of each of `Fim`'s fields. Qwen's tokenizer.json has them as ordinary added tokens, so the
+# reference shows them; llama.cpp's converter makes control tokens of them by their looks.
+FIM_TOKENS = {
+    "prefix": "<|fim_prefix|>",
+    "middle": "<|fim_middle|>",
+    "suffix": "<|fim_suffix|>",
+    "pad": "<|fim_pad|>",
+    "repo_name": "<|repo_name|>",
+    "file_sep": "<|file_sep|>",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fim:
+    """Ids of the tokens around the pieces of a fill-in-the-middle prompt."""
+
+    prefix: int
+    middle: int
+    suffix: int
+    pad: int | None = None
+    repo_name: int | None = None
+    file_sep: int | None = None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a completed middle besides the ordinary ends, as llama.cpp counts them."""
+        ends = (self.pad, self.repo_name, self.file_sep)
+        return tuple(end for end in ends if end is not None)
 
 
 def _byte_symbols() -> tuple[str, ...]:
@@ -38,36 +66,61 @@ def _byte_symbols() -> tuple[str, ...]:
 BYTE_SYMBOLS = _byte_symbols()
 
 
+def is_control(text: str, marked: bool) -> bool:
+    """Whether an added token is left out of what a user reads.
+
+    llama.cpp's converter marks tokens by their looks, besides those a tokenizer.json marks, and a
+    GGUF file does not tell which was which. The same rule for both formats lets both show the
+    same text; for the tokens that Qwen2.5 has, it is the text that the reference shows.
+    """
+    if text in FIM_TOKENS.values():
+        return False
+    brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+    looks_special = any(text.startswith(a) and text.endswith(b) for a, b in brackets)
+    return marked or looks_special or text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+
+
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """The tokens in use, without an embedding's padding rows, and the roles some of them have.
 
     Attributes:
-        tokens: text of each id, in symbols for ordinary tokens and as it stands for added ones.
+        tokens: text of each id, in symbols for ordinary tokens and as it stands for added ones;
+            None where no token has that id. The last is a token.
         merges: pairs of tokens, the first to be merged first.
         added: id -> token that is matched as a whole, before BPE.
         end_ids: ids that the checkpoint's files name as ends of a text.
         special_tokens: `bos_token`, `eos_token`, … as chat templates know them.
         chat_template: Jinja source, or None where the checkpoint has none.
         source: the file's name, for messages.
+        fim_ids: fields of `Fim` that the file names; the others are found by their text.
+        ids: text of a token -> id.
+        stop_ids: ids that end a text.
+        fim: None for a model that was not trained to fill in a middle.
 
     Raises UserError where they contradict one another.
     """
 
-    tokens: Sequence[str]
+    tokens: Sequence[str | None]
     merges: Sequence[tuple[str, str]]
     added: dict[int, AddedToken]
     end_ids: Iterable[int]
     special_tokens: dict[str, str]
     chat_template: str | None
     source: str
+    fim_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
     ids: dict[str, int] = dataclasses.field(init=False)
     stop_ids: tuple[int, ...] = dataclasses.field(init=False)
+    fim: Fim | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        ids = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
+        ids = {token: i for i, token in enumerate(self.tokens) if token is not None}
+        named = {role: ids[text] for role, text in FIM_TOKENS.items() if text in ids}
+        named |= self.fim_ids
         ends = [i for i, token in self.added.items() if token.content in END_TOKENS]
         object.__setattr__(self, "ids", ids)
+        fim = Fim(**named) if {"prefix", "middle", "suffix"} <= named.keys() else None
+        object.__setattr__(self, "fim", fim)
         object.__setattr__(self, "stop_ids", tuple(dict.fromkeys([*self.end_ids, *ends])))
         self._check_tokens()
         self._check_merges()
@@ -78,14 +131,9 @@ class Vocabulary:
             )
 
     def _check_tokens(self) -> None:
-        if len(self.ids) < len(self.tokens):
-            twice = next(i for i, token in enumerate(self.tokens) if self.ids[token] != i)
-            self._refuse(
-                f"the token {self.tokens[twice]!r} has two ids, {twice} and "
-                f"{self.ids[self.tokens[twice]]}"
-            )
-        if "" in self.ids:
-            self._refuse(f"the token with id {self.ids['']} is empty")
+        for i, token in enumerate(self.tokens):
+            if token is not None and self.ids[token] != i:
+                self._refuse(f"the token {token!r} has two ids, {i} and {self.ids[token]}")
         missing = [byte for byte, symbol in enumerate(BYTE_SYMBOLS) if symbol not in self.ids]
         if missing:
             self._refuse(
@@ -100,7 +148,7 @@ class Vocabulary:
             if not (known(left) and known(right) and known(left + right)):
                 self._refuse(f"the merge of {left!r} and {right!r} names a token that is not there")
         # A merge makes one token, so fewer merges than tokens to be made mean a list cut short.
-        made = len(self.tokens) - len(self.added) - len(BYTE_SYMBOLS)
+        made = len(self.ids) - len(self.added) - len(BYTE_SYMBOLS)
         if made > len(self.merges):
             self._refuse(f"{made} tokens are made by merges but there are only {len(self.merges)}")
 

@@ -19,6 +19,7 @@ QWEN2_PATTERN = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER_DEFINED = ("<tool_call>", "</tool_call>")
+PADDING = 3
 CORPUS = (
     "Hello, y'all! How are you? I've been told he's there; I'M not sure I'll make it.",
     "Äpfel, Cửa Việt, нещо на Български, 我想在apple工作1314151天\uff5e 😁 🦙🦙 が ガ",
@@ -69,11 +70,15 @@ def reference() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def write_hf(directory: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "bos_token": None, "pad_token": {"content": SPECIAL[0]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture
 def hf_directory(reference: tokenizers.Tokenizer, tmp_path: Path) -> Path:
-    reference.save(str(tmp_path / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "bos_token": None, "pad_token": {"content": SPECIAL[0]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    write_hf(tmp_path, reference)
     return tmp_path
 
 
@@ -86,7 +91,7 @@ def gguf_metadata(reference: tokenizers.Tokenizer) -> dict[str, Any]:
     kinds |= dict.fromkeys(USER_DEFINED, TokenType.USER_DEFINED)
     types = [int(kinds.get(token, TokenType.NORMAL)) for token in tokens]
     merges = json.loads(reference.to_str())["model"]["merges"]
-    padding = range(len(tokens), len(tokens) + 3)
+    padding = range(len(tokens), len(tokens) + PADDING)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",

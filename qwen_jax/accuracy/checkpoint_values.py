@@ -7,13 +7,12 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType, quants
 from jaxtyping import Float, UInt8
 from safetensors import safe_open
 
 from qwen_jax.weights.checkpoint import Checkpoint
-from qwen_jax.weights.tensors import TensorInfo
+from qwen_jax.weights.tensors import TensorInfo, block_size
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -45,7 +44,9 @@ class CheckpointValues:
         """Whole rows of this tensor, from bytes that need not be its own."""
         info = self.info(name)
         with np.errstate(all="ignore"):  # what planted bytes hold may be anything
-            values = quants.dequantize(raw, info.type).astype(_FLOAT32, copy=False)
+            values = quants.dequantize(raw, GGMLQuantizationType[info.type.name]).astype(
+                _FLOAT32, copy=False
+            )
         return values.reshape(-1, *info.shape[1:])
 
     def bytes(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "n"]:
@@ -59,4 +60,4 @@ class CheckpointValues:
 
     def block(self, name: str) -> int:
         """Values in one block of the tensor's type; 1 for plain numbers."""
-        return GGML_QUANT_SIZES[self.info(name).type][0]
+        return block_size(self.info(name).type)[0]

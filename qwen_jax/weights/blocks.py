@@ -6,14 +6,16 @@ while they are in the cache and on all cores (NumPy and ml_dtypes release the in
 
 import functools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 from jaxtyping import Float, UInt8
 
 from qwen_jax.weights import iquants, kquants, simple_quants
+from qwen_jax.weights.tensors import OtherType, TensorType, block_size
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CHUNK = 1 << 18
@@ -24,7 +26,12 @@ _PLAIN = {
     GGMLQuantizationType.F16: np.dtype("<f2"),
     GGMLQuantizationType.BF16: BFLOAT16,
 }
+_FLOAT8 = {
+    OtherType.F8_E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
+    OtherType.F8_E5M2: np.dtype(ml_dtypes.float8_e5m2),
+}
 DECODABLE = frozenset(_FORMATS) | frozenset(_PLAIN)
+"""GGML's types, each of which is decoded."""
 
 # The exponent bits of each dtype as an unsigned integer: all set in infinities and NaNs alone.
 _EXPONENTS: dict[np.dtype, np.unsignedinteger] = {
@@ -36,9 +43,9 @@ _EXPONENTS: dict[np.dtype, np.unsignedinteger] = {
 
 
 def decode_into(
-    raw: UInt8[np.ndarray, "bytes"], kind: GGMLQuantizationType, out: Float[np.ndarray, "..."]
+    raw: UInt8[np.ndarray, "bytes"], kind: TensorType, out: Float[np.ndarray, "..."]
 ) -> bool:
-    """Decodes `raw`, a tensor of a type in `DECODABLE`, into `out`.
+    """Decodes `raw`, a tensor of a GGML or float8 type, into `out`.
 
     Args:
         raw: the tensor's bytes, whole blocks.
@@ -48,38 +55,52 @@ def decode_into(
     Returns:
         Whether every value in `out` is finite.
     """
-    block, size = GGML_QUANT_SIZES[kind]
+    block, size = block_size(kind)
     if len(raw) * block != out.size * size or len(raw) % size:
         raise ValueError(f"{len(raw)=} bytes of {kind.name} do not make {out.shape=}")
     if not out.flags.c_contiguous:
         raise ValueError(f"out must be C-contiguous, {out.strides=}")
-    flat = out.reshape(-1)
+
+    def values(start: int, stop: int) -> np.ndarray:
+        return decoded(raw[start // block * size : stop // block * size], kind)
+
+    return fill(out.reshape(-1), values)
+
+
+def fill(
+    out: Float[np.ndarray, "rows ..."], values: Callable[[int, int], Float[np.ndarray, "n ..."]]
+) -> bool:
+    """Sets out[start:stop] to `values(start, stop)`, some `CHUNK` values at once and on all cores.
+
+    They are rounded as in `decode_into`; returns whether every value in `out` is finite.
+    """
+    step = max(CHUNK // out[0].size, 1)
 
     def chunk(start: int) -> bool:
-        stop = min(start + CHUNK, flat.size)
-        part = flat[start:stop]
-        _decode_chunk(raw[start // block * size : stop // block * size], kind, part)
+        part = out[start : start + step]
+        # Damaged scales overflow or are NaN; the caller hears of it by `_finite`, once.
+        with np.errstate(over="ignore", invalid="ignore"):
+            part[...] = values(start, start + len(part))
         return _finite(part)
 
-    starts = range(0, flat.size, CHUNK)
+    starts = range(0, len(out), step)
     if len(starts) == 1:
         return chunk(0)
     return all(list(_pool().map(chunk, starts)))
 
 
+def decoded(raw: UInt8[np.ndarray, "bytes"], kind: TensorType) -> Float[np.ndarray, "values"]:
+    """The values of some whole blocks, on this thread; of plain numbers, the bytes themselves."""
+    if isinstance(kind, OtherType):
+        return raw.view(_FLOAT8[kind])
+    if kind in _PLAIN:
+        return raw.view(_PLAIN[kind])
+    return _FORMATS[kind].decode(raw.view(_FORMATS[kind].layout)).reshape(-1)
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
-
-
-def _decode_chunk(raw: np.ndarray, kind: GGMLQuantizationType, out: np.ndarray) -> None:
-    # Damaged scales overflow or are NaN; the caller hears of it by `_finite`, once.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if kind in _FORMATS:
-            values = _FORMATS[kind].decode(raw.view(_FORMATS[kind].layout)).reshape(-1)
-        else:
-            values = raw.view(_PLAIN[kind])
-        out[:] = values
 
 
 def _finite(values: np.ndarray) -> bool:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from absl import logging
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.weights import names
-from qwen_jax.weights.blocks import DECODABLE
 from qwen_jax.weights.checksum import Progress, check_sha256
 from qwen_jax.weights.gguf_file import open_gguf, split_paths
 from qwen_jax.weights.safetensors import open_safetensors
+from qwen_jax.weights.stored import Plain, Stored
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
 
@@ -26,7 +26,8 @@ class Checkpoint:
     Attributes:
         path: what the user named: a GGUF file or a Hugging Face directory.
         files: the mapped files.
-        parameters: what to load, each from which tensors.
+        parameters: what to load, each from which weights of the files.
+        stored: how the files hold each of these weights.
         ignored: tensors that are in the files and that the model does not need.
     """
 
@@ -35,6 +36,7 @@ class Checkpoint:
     config: ModelConfig
     files: TensorFiles
     parameters: tuple[names.Parameter, ...]
+    stored: Mapping[str, Stored]
     ignored: tuple[str, ...]
 
     @property
@@ -157,7 +159,12 @@ def _checked(
             f"{len(tensors)} tensors; it is damaged or incomplete, so download it again."
         )
     parameters = names.parameters(config, file_format)
-    wanted = {name: shape for parameter in parameters for name, shape in parameter.sources.items()}
+    stored: dict[str, Stored] = {
+        name: Plain(files, name, shape)
+        for parameter in parameters
+        for name, shape in parameter.sources.items()
+    }
+    wanted = dict.fromkeys(name for weight in stored.values() for name in weight.tensors)
     if missing := [name for name in wanted if name not in tensors]:
         raise UserError(
             f"{path}: of the {len(wanted)} tensors of this model, {_some(missing)} missing; the "
@@ -170,21 +177,11 @@ def _checked(
             f"{path}: {_some(unknown)} no part of a Qwen2.5 model, and leaving it out could change "
             "the output; choose a plain Qwen2.5 checkpoint."
         )
-    for name, shape in wanted.items():
-        info = tensors[name]
-        if info.shape != shape:
-            raise UserError(
-                f"{path}: the tensor {name!r} has the shape {info.shape}, but the config asks for "
-                f"{shape}; the metadata belong to another model, so convert the checkpoint again."
-            )
-        if info.type not in DECODABLE:
-            raise UserError(
-                f"{path}: the tensor {name!r} is of type {info.type.name}, which cannot be "
-                f"decoded; choose one of {', '.join(sorted(kind.name for kind in DECODABLE))}."
-            )
+    for weight in stored.values():
+        weight.check(path)
     if ignored:
         logging.info("%s: ignored %s, not needed", path, ", ".join(sorted(ignored)))
-    return Checkpoint(path, file_format, config, files, parameters, tuple(sorted(ignored)))
+    return Checkpoint(path, file_format, config, files, parameters, stored, tuple(sorted(ignored)))
 
 
 def _some(tensors: Iterable[str]) -> str:

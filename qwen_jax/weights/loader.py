@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights import names
-from qwen_jax.weights.blocks import BFLOAT16, decode_into
+from qwen_jax.weights.blocks import BFLOAT16
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.checksum import Progress
 
@@ -57,9 +57,8 @@ def iter_parameters(
         raise UserError(
             f"dtype is {compute.name!r}; choose one of {', '.join(d.name for d in _DTYPES)}."
         )
-    total = sum(
-        checkpoint.tensors[name].nbytes for part in checkpoint.parameters for name in part.sources
-    )
+    sizes = {name: _nbytes(checkpoint, name) for name in checkpoint.stored}
+    total = sum(sizes.values())
     done = 0
     previous: jax.Array | None = None
     for parameter in checkpoint.parameters:
@@ -67,7 +66,7 @@ def iter_parameters(
             parameter.shape, np.dtype(np.float32) if parameter.keep_float32 else compute
         )
         for name in decode(checkpoint, parameter, host):
-            done += checkpoint.tensors[name].nbytes
+            done += sizes[name]
             if progress:
                 progress(done, total)
         # One transfer runs while the next parameter is decoded.
@@ -82,19 +81,25 @@ def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) 
     row = 0
     for name, shape in parameter.sources.items():
         rows = out[row : row + shape[0]]
-        info = checkpoint.tensors[name]
-        if not decode_into(checkpoint.files.raw(name), info.type, rows):
+        stored = checkpoint.stored[name]
+        if not stored.decode(rows):
+            file = checkpoint.tensors[stored.tensors[0]].path
             if out.dtype == np.float16:
                 raise UserError(
-                    f"{info.path}: the tensor {name!r} has values that float16 cannot hold (its "
+                    f"{file}: the tensor {name!r} has values that float16 cannot hold (its "
                     "limit is 65504); use bfloat16 or float32."
                 )
             raise UserError(
-                f"{info.path}: the tensor {name!r} has values that are not finite; the file is "
+                f"{file}: the tensor {name!r} has values that are not finite; the file is "
                 "damaged, so download it again."
             )
         row += shape[0]
         yield name
+
+
+def _nbytes(checkpoint: Checkpoint, weight: str) -> int:
+    """What the files hold of one weight."""
+    return sum(checkpoint.tensors[name].nbytes for name in checkpoint.stored[weight].tensors)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

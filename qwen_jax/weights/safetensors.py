@@ -10,23 +10,25 @@ import struct
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gguf.constants import GGMLQuantizationType as Type
+from gguf.constants import GGMLQuantizationType
 
 from qwen_jax.errors import UserError
-from qwen_jax.weights.tensors import TensorFiles, TensorInfo, check_extents, map_file
+from qwen_jax.weights.tensors import (
+    OtherType,
+    TensorFiles,
+    TensorInfo,
+    TensorType,
+    check_extents,
+    map_file,
+)
 
 # The header of a 72B shard has 100 kB; the bound also caps what parsing it can take.
 MAX_JSON_BYTES = 16 << 20
 
-_TYPES = {
-    "F64": Type.F64,
-    "F32": Type.F32,
-    "F16": Type.F16,
-    "BF16": Type.BF16,
-    "I64": Type.I64,
-    "I32": Type.I32,
-    "I16": Type.I16,
-    "I8": Type.I8,
+_TYPES: dict[str, TensorType] = {
+    **{name: GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")},
+    **{name: GGMLQuantizationType[name] for name in ("I64", "I32", "I16", "I8")},
+    **OtherType.__members__,
 }
 
 

@@ -1,6 +1,7 @@
 """What a checkpoint file holds, whatever its format: named tensors, read through a memory map."""
 
 import dataclasses
+import enum
 import functools
 import math
 import mmap
@@ -15,6 +16,39 @@ from jaxtyping import UInt8
 from qwen_jax.errors import UserError
 
 
+class OtherType(enum.Enum):
+    """What safetensors files hold and GGML has no type for."""
+
+    BOOL = enum.auto()
+    U8 = enum.auto()
+    U16 = enum.auto()
+    U32 = enum.auto()
+    U64 = enum.auto()
+    F8_E4M3 = enum.auto()
+    F8_E5M2 = enum.auto()
+    F8_E8M0 = enum.auto()
+    F4 = enum.auto()
+    C64 = enum.auto()
+
+
+TensorType = GGMLQuantizationType | OtherType
+
+_OTHER_SIZES = {
+    OtherType.F4: (2, 1),
+    OtherType.U16: (1, 2),
+    OtherType.U32: (1, 4),
+    OtherType.U64: (1, 8),
+    OtherType.C64: (1, 8),
+}
+
+
+def block_size(kind: TensorType) -> tuple[int, int]:
+    """How many values make a block of this type, and its bytes; plain numbers are blocks of one."""
+    if isinstance(kind, OtherType):
+        return _OTHER_SIZES.get(kind, (1, 1))
+    return GGML_QUANT_SIZES[kind]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies: `nbytes` bytes from `offset` in the file `path`.
@@ -24,7 +58,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: TensorType
     path: Path
     offset: int
 
@@ -34,7 +68,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.type]
+        block, size = block_size(self.type)
         return self.elements // block * size
 
 

@@ -17,7 +17,7 @@ from tests.cli.conftest import HAIKU, Result, Run
 def test_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     path.write_text("moon\n")
-    monkeypatch.setattr(loader, "decode_into", lambda *args: signal.raise_signal(2))
+    monkeypatch.setattr(loader, "decode", lambda *args: signal.raise_signal(2))
     result = run(f"--prompt_file={path}", f"--output={output}")
     assert result == Result(130, "", "interrupted\n")
     assert not output.exists()

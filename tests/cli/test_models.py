@@ -107,7 +107,7 @@ def test_weights_that_do_not_fit(
     refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "free_memory", lambda: 10_000_000)
-    monkeypatch.setattr(loader, "decode_into", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loader, "decode", lambda *args: pytest.fail("it was loaded"))
     refuses(["--dtype=float32"], "weights take 13.3 MB in float32", "10.0 MB free", "bfloat16")
 
 

@@ -4,7 +4,6 @@ The format: https://huggingface.co/docs/safetensors. A file is the length of a J
 header and the tensors' bytes. The reader trusts nothing: see `gguf_file`.
 """
 
-import json
 import math
 import struct
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeGuard
 from gguf.constants import GGMLQuantizationType
 
 from qwen_jax.errors import UserError
+from qwen_jax.strict_json import parse_object, read_object
 from qwen_jax.weights.tensors import (
     OtherType,
     TensorFiles,
@@ -42,7 +42,7 @@ def open_safetensors(directory: str | Path) -> SafetensorsDirectory:
     Raises UserError, naming file and field, for anything else.
     """
     directory = Path(directory)
-    config = _read_json(directory / "config.json")
+    config = read_object(directory / "config.json", allow_nan=True)
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
         return SafetensorsDirectory((single,), config, _read_shard(single))
@@ -73,7 +73,7 @@ def open_safetensors(directory: str | Path) -> SafetensorsDirectory:
 
 def _shards(index: Path) -> dict[Path, set[str]]:
     """Which tensors the index places in which shard; each tensor is in one, as a JSON key."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map is missing or empty; download the file again.")
     shards: dict[Path, set[str]] = {}
@@ -96,7 +96,7 @@ def _read_shard(path: Path) -> dict[str, TensorInfo]:
             f"{path}: the header claims to end at byte {start}, but the file has {len(data)} and "
             f"a header at most {MAX_JSON_BYTES}; it is no safetensors file, or damaged."
         )
-    header = _parse_json(data[8:start], path)
+    header = parse_object(data[8:start], str(path))
     header.pop("__metadata__", None)
     tensors = {name: _tensor(name, entry, path, start) for name, entry in header.items()}
     check_extents(tensors.values(), path, len(data))
@@ -130,36 +130,3 @@ def _tensor(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: the file has {size} bytes, above {MAX_JSON_BYTES}.")
-        return _parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check that the directory is a "
-            "complete Hugging Face checkpoint."
-        ) from None
-
-
-def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """One JSON object without repeated keys."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key appears twice")
-        return found
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: the JSON is not valid ({error}); the file is damaged, so download it again."
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: the JSON is not an object; download the file again.")
-    return value

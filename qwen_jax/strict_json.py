@@ -1,0 +1,93 @@
+"""The one reader of JSON that others wrote: an object, each of its keys once.
+
+Python's reader keeps the last of several values, so a file with a key twice says two things and
+one of them would be ignored in silence.
+"""
+
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+
+# The bound of the safetensors header in its own reader. A Qwen2.5 tokenizer.json has 7 MB.
+MAX_BYTES = 100_000_000
+
+
+def read_object(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
+    """The JSON object in the file. Raises UserError for anything else, or where there is none."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise UserError(
+                f"{path}: the file has {size} bytes, and such a file may have {MAX_BYTES}; "
+                "choose another."
+            )
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: the file cannot be read ({error.strerror}); check that it is there and "
+            "yours to read."
+        ) from None
+    return parse_object(text, str(path), allow_nan=allow_nan)
+
+
+def parse_object(text: bytes | str, source: str, *, allow_nan: bool = False) -> dict[str, Any]:
+    """The JSON object in `text`, UTF-8 with or without a byte order mark.
+
+    Args:
+        source: what the text is, for messages: a file, or a file and its line.
+        allow_nan: reads NaN and Infinity, which are no JSON, as Python and therefore
+            transformers do; whoever takes a number has to check it.
+
+    Raises:
+        UserError: the text is no JSON object, or names a key twice.
+    """
+    try:
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(
+            decoded,
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_constant=float if allow_nan else _no_number,
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: it is not UTF-8 at byte {error.start}; convert it.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{source}: it is not JSON ({error.msg} at line {error.lineno}, column "
+            f"{error.colno}); correct it, or get the original again."
+        ) from None
+    except RecursionError:
+        raise UserError(f"{source}: its JSON is nested too deeply to be read.") from None
+    except _RefusedError as error:
+        raise UserError(f"{source}: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: it is {value!r:.60}, but it must be a JSON object, {{...}}.")
+    return value
+
+
+class _RefusedError(Exception):
+    """What Python's reader would have let pass."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise _RefusedError(f"the key {twice!r:.80} appears twice; keep one of them")
+    return found
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python reads 4,300 digits.
+        raise _RefusedError(
+            f"the number {digits:.20}... has {len(digits)} digits; correct it"
+        ) from None
+
+
+def _no_number(name: str) -> float:
+    raise _RefusedError(f"{name} is no number of JSON; correct it")

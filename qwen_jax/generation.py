@@ -12,18 +12,27 @@ from qwen_jax.engine import Emitted, Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
 from qwen_jax.measure import compile_seconds
 from qwen_jax.sampling import Logprobs, Sampling, plan_rows
-from qwen_jax.text.streaming import StopStrings, TextStream
+from qwen_jax.text.streaming import TextStream
 from qwen_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One row's work: a prompt's ids, and how to answer it. With 0 tokens the row is idle."""
+    """One row's work: a prompt's ids, and how to answer it. With 0 tokens the row is idle.
+
+    Attributes:
+        tokens: the prompt's ids.
+        max_tokens: the most tokens to generate.
+        sampling: how tokens are chosen.
+        stop: strings that end the text, control tokens included; they are cut off.
+        stop_ids: ids that end the text, besides those of the model; they are not shown.
+    """
 
     tokens: Sequence[int]
     max_tokens: int = 256
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -47,7 +56,7 @@ class Completion:
     """What became of one request.
 
     Attributes:
-        text: without special tokens, cut before a stop string.
+        text: without control tokens and the stop token, cut before a stop string.
         tokens: every id the model chose, the stop token included.
         finish_reason: "stop" (a stop token or string), "length" (max_tokens or the context
             is used up) or "interrupted".
@@ -120,8 +129,7 @@ class Batch:
             logprobs=top_logprobs is not None,
             top_logprobs=top_logprobs or 0,
         )
-        context = engine.config.context_length
-        self._rows = [_Row(r, context, tokenizer, top_logprobs is not None) for r in requests]
+        self._rows = [_Row(r, engine, tokenizer, top_logprobs is not None) for r in requests]
         self._marks: list[tuple[float, float]] = []
 
     @property
@@ -159,8 +167,8 @@ class Batch:
         self._mark()
         state, first = self._engine.prefill(self._prompts, plan, params)
         steps_left = max(row.limit for row in self._rows) - 1
-        # The device knows stop tokens and limits by itself.
-        tells = any(request.stop for request in self._requests)
+        # The device knows the model's stop tokens and limits by itself.
+        tells = any(row.ends_on_host for row in self._rows)
 
         def next_chunk() -> Emitted | None:
             nonlocal state, steps_left
@@ -207,7 +215,7 @@ class Batch:
         # As lists, since Python asks for one token after another; a row is live up to its end.
         tokens, counts = token.T.tolist(), live.sum(0).tolist()
         return [
-            row.feed(tokens[index][: counts[index]], logprobs, index, self._engine.stop_ids)
+            row.feed(tokens[index][: counts[index]], logprobs, index)
             for index, row in enumerate(self._rows)
         ]
 
@@ -215,19 +223,20 @@ class Batch:
 class _Row:
     """A request's text while it grows."""
 
-    def __init__(self, request: Request, context: int, tokenizer: Tokenizer, logprobs: bool):
+    def __init__(self, request: Request, engine: Engine, tokenizer: Tokenizer, logprobs: bool):
         self.request = request
-        self.limit = min(request.max_tokens, context - len(request.tokens))
+        self.limit = min(request.max_tokens, engine.config.context_length - len(request.tokens))
         self.tokens: list[int] = []
         self.finish_reason: str | None = None if self.limit > 0 else "length"
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
-        self._stream = TextStream(tokenizer)
-        self._stop = StopStrings(request.stop)
+        own = _own_stop_ids(request, tokenizer)
+        self._stop_ids = {*engine.stop_ids, *own}
+        self._stream = TextStream(tokenizer, request.stop, hidden=self._stop_ids)
         self._text: list[str] = []
+        # Whether the host alone knows that the row has ended.
+        self.ends_on_host = bool(request.stop or own)
 
-    def feed(
-        self, tokens: Sequence[int], logprobs: Logprobs | None, row: int, stop_ids: Sequence[int]
-    ) -> str:
+    def feed(self, tokens: Sequence[int], logprobs: Logprobs | None, row: int) -> str:
         """Takes the row's live tokens of a chunk of steps; returns text safe to show."""
         if self.finish_reason is not None:
             return ""
@@ -240,8 +249,8 @@ class _Row:
                 pairs = tuple((int(i), float(p)) for i, p in zip(ids, top, strict=True))
                 self._logprobs.append(TokenLogprob(token, float(chosen), pairs))
             if self.request.stop:  # Which token completes one has to be known.
-                piece += self._stop.feed(self._stream.feed([token]))
-            if self._stop.found is not None or token in stop_ids:
+                piece += self._stream.feed([token])
+            if self._stream.stopped or token in self._stop_ids:
                 self.finish_reason = "stop"
             elif len(self.tokens) == self.limit:
                 self.finish_reason = "length"
@@ -250,8 +259,7 @@ class _Row:
         if not self.request.stop:
             piece = self._stream.feed(self.tokens[before:])
         if self.finish_reason is not None and len(self.tokens) > before:
-            # What was held back: half a character, or the possible start of a stop string.
-            piece += self._stop.feed(self._stream.finish()) + self._stop.finish()
+            piece += self._stream.finish()
         self._text.append(piece)
         return piece
 
@@ -263,3 +271,13 @@ class _Row:
             prompt_tokens=len(self.request.tokens),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
         )
+
+
+def _own_stop_ids(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end this text besides the model's. Raises UserError where one is no token."""
+    for token in request.stop_ids:
+        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+            raise UserError(
+                f"stop_ids holds {token!r:.40}, but token ids are 0 to {tokenizer.vocab_size - 1}."
+            )
+    return tuple(request.stop_ids)

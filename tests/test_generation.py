@@ -5,6 +5,7 @@ whole list of tokens at once, which `expected` does.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,16 +94,21 @@ def batch(
 def expected(script: Sequence[int], request: Request) -> tuple[str, tuple[int, ...], str]:
     """Text, tokens and reason of one row, from all its tokens at once."""
     limit = min(request.max_tokens, CONTEXT - len(request.tokens))
-    for count in range(1, limit + 1):
-        tokens = [*script, *[7] * CONTEXT][:count]
-        text = TOKENIZER.decode(tokens)
-        hits = [(text.find(s) + len(s), text.find(s)) for s in request.stop if s in text]
-        if hits:
-            return text[: min(hits)[1]], tuple(tokens), "stop"
-        if tokens[-1] in TOKENIZER.stop_ids:
-            return text, tuple(tokens), "stop"
-    tokens = [*script, *[7] * CONTEXT][:limit]
-    return TOKENIZER.decode(tokens), tuple(tokens), "length"
+    ends = {*TOKENIZER.stop_ids, *request.stop_ids}
+    stops = [stop.encode() for stop in request.stop]
+    tokens, text, shown, hits = [], b"", b"", []
+    for token in [*script, *[7] * CONTEXT][:limit]:
+        content = TOKENIZER.token_bytes(token)
+        is_shown = TOKENIZER.decode([token]) != "" and token not in ends
+        tokens.append(token)
+        text, shown = text + content, shown + bytes([is_shown]) * len(content)
+        hits = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+        if hits or token in ends:
+            break
+    end = min(hits)[1] if hits else len(text)
+    seen = bytes(itertools.compress(text[:end], shown))
+    ended = hits or (tokens and tokens[-1] in ends)
+    return seen.decode(errors="replace"), tuple(tokens), "stop" if ended else "length"
 
 
 def collect(made: Batch) -> list[str]:
@@ -118,11 +124,17 @@ requests = st.builds(
     Request,
     tokens=st.lists(st.just(5), min_size=1, max_size=CONTEXT - 1),
     max_tokens=st.integers(0, 2 * CONTEXT),
-    # ASCII, which is never a part of a character.
-    stop=st.lists(st.text("ab \n", min_size=1, max_size=3), max_size=2),
+    stop=st.lists(
+        st.lists(st.sampled_from(["a", "b", " ", "\n", "é", "<|im_start|>", "<|", "rt|>"]))
+        .map("".join)
+        .filter(bool),
+        max_size=2,
+    ),
+    stop_ids=st.lists(st.sampled_from(tokens_of("a b<|im_start|>")), max_size=2),
 )
 scripts = st.lists(
-    st.sampled_from([*tokens_of("a b\nab é🦊 aab"), STOP]) | st.integers(0, 2047), max_size=30
+    st.sampled_from([*tokens_of("a b\nab é🦊 aab<|im_start|>"), STOP]) | st.integers(0, 2047),
+    max_size=30,
 )
 
 
@@ -265,6 +277,11 @@ def test_wrong_requests() -> None:
         Request([1], max_tokens=-1)
     with pytest.raises(UserError, match="stop is 'abc'"):
         batch([[1]], [Request([1], stop="abc")])
+    with pytest.raises(UserError, match=r"stop is .*not valid Unicode"):
+        batch([[1]], [Request([1], stop=["a\ud800"])])
+    for wrong in (-1, TOKENIZER.vocab_size, True, "13"):
+        with pytest.raises(UserError, match=f"stop_ids holds {wrong!r}, but .* 0 to 2047"):
+            batch([[1]], [Request([1], stop_ids=[wrong])])  # type: ignore[list-item]
     with pytest.raises(UserError, match="names token 2048"):
         batch([[1]], [Request([1], sampling=Sampling(logit_bias={2048: 1.0}))])
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_jax.errors import UserError
+from qwen_jax.text.messages import plain_messages, plain_tools
 from qwen_jax.text.template_renderer import TemplateRenderer
 
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -19,8 +20,9 @@ CHATML_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Qwen2.5's template drops a message with any other role without a word.
-ROLES = ("system", "user", "assistant", "tool")
+# Marks the end of a message that is to be continued; transformers has the same. A template that
+# trims its messages takes the space away, which shows that it does.
+_OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def render_chat(
@@ -28,6 +30,7 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     special_tokens: Mapping[str, str] | None = None,
     source: str = "the model",
@@ -36,34 +39,74 @@ def render_chat(
 
     Args:
         template: Jinja source. None: ChatML with DEFAULT_SYSTEM; the caller tells the user.
-        messages: each a `role` (one of ROLES) and `content` (text); an assistant's may have
-            `tool_calls` instead of content.
+        messages: each a `role` (one of messages.ROLES) and `content` (text, or a list of OpenAI's
+            text parts); an assistant's may have `tool_calls` instead of content.
         add_generation_prompt: end with the opening of the assistant's turn.
+        continue_final_message: end where the final message's text does, so that the model goes
+            on with it; no turn is opened then.
         tools: JSON schemas of functions that the model may call.
         special_tokens: `Tokenizer.special_tokens`, which some templates write out.
         source: the file's name, for messages.
 
     Raises:
-        UserError: the messages are malformed, or the template is faulty, refuses them, takes
-            too long or writes too much.
+        UserError: the messages are malformed, or the template is faulty, refuses them, knows no
+            tools, takes too long or writes too much.
     """
-    messages = [_checked(message, index) for index, message in enumerate(messages)]
-    if not messages:
-        raise UserError("the conversation has no messages; give at least one from the user.")
-    if template is None:
-        if tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
+    chat, tools = plain_messages(messages), plain_tools(tools)
+    _check_knows_tools(template, chat, tools, source)
+    final: str = chat[-1].get("content", "")
+    if continue_final_message:
+        if "content" not in chat[-1] or chat[-1].get("tool_calls"):
             raise UserError(
-                f"{source}: it has no chat template, so there is no known way to show it tools; "
-                "leave them out or use a file that has one."
+                "the final message can't be continued: it must have content, and no tool_calls, "
+                "which would stand after it."
             )
-        template = CHATML_TEMPLATE
+        chat[-1]["content"] = final + _OPEN_END
     context = {
         **(special_tokens or {}),
-        "messages": messages,
-        "tools": None if tools is None else list(tools),
-        "add_generation_prompt": add_generation_prompt,
+        "messages": chat,
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt and not continue_final_message,
     }
-    return _renderer().render(template, context, source)
+    text = _renderer().render(CHATML_TEMPLATE if template is None else template, context, source)
+    return _open_end(text, final, source) if continue_final_message else text
+
+
+def _open_end(text: str, final: str, source: str) -> str:
+    """The text up to the end of its final message, which `_OPEN_END` marks."""
+    end = text.rfind(_OPEN_END.strip())
+    if end < 0 or final.strip() not in text:
+        raise UserError(
+            f"{source}: its chat template leaves out or changes the final message, so it can't be "
+            "continued; leave out continue_final_message."
+        )
+    # As transformers: where the message was trimmed, so is its end.
+    return text[:end] if text.startswith(_OPEN_END, end) else text[:end].rstrip()
+
+
+def _check_knows_tools(
+    template: str | None,
+    chat: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    source: str,
+) -> None:
+    """Raises UserError where the template would drop tools, calls or results without a word."""
+    used = {
+        "tools": bool(tools),
+        "tool_calls": any(message.get("tool_calls") for message in chat),
+        "tool": any(message["role"] == "tool" for message in chat),
+    }
+    unknown = [word for word, is_used in used.items() if is_used and word not in (template or "")]
+    if unknown:
+        without = (
+            "it has no chat template"
+            if template is None
+            else f"its chat template never mentions {', '.join(unknown)}"
+        )
+        raise UserError(
+            f"{source}: {without}, so there is no known way to show it tools; leave them out or "
+            "use a file that has one."
+        )
 
 
 @functools.cache
@@ -71,25 +114,3 @@ def _renderer() -> TemplateRenderer:
     renderer = TemplateRenderer()
     atexit.register(renderer.close)
     return renderer
-
-
-def _checked(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise UserError(
-            f"message {index} is {message!r:.80}; give a dict with 'role' and 'content'."
-        )
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise UserError(
-            f"message {index} has the role {role!r:.80}; give one of {', '.join(ROLES)}."
-        )
-    calls = message.get("tool_calls")
-    if calls is not None and not (
-        isinstance(calls, Sequence) and all(isinstance(call, Mapping) for call in calls)
-    ):
-        raise UserError(
-            f"message {index} has tool_calls {calls!r:.80}; give a list of dicts, one per call."
-        )
-    if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
-        raise UserError(f"message {index} ({role}) has the content {content!r:.80}; give text.")
-    return dict(message)

@@ -72,8 +72,8 @@ def _cut(text: str, sizes: list[int]) -> list[str]:
 
 def _run(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
     matcher = StopStrings(stops)
-    shown = "".join(map(matcher.feed, pieces))
-    return shown + matcher.finish(), matcher.found
+    shown = b"".join(matcher.feed(piece.encode()) for piece in pieces)
+    return (shown + matcher.finish()).decode(), matcher.found
 
 
 few_letters = st.text(st.sampled_from("ab\n"), max_size=30)
@@ -108,7 +108,7 @@ def test_only_a_possible_beginning_is_held_back(
 ) -> None:
     matcher, shown, fed = StopStrings(stops), "", ""
     for piece in _cut(text, sizes):
-        shown, fed = shown + matcher.feed(piece), fed + piece
+        shown, fed = shown + matcher.feed(piece.encode()).decode(), fed + piece
         if matcher.found is None:
             held = fed.removeprefix(shown)
             assert fed == shown + held
@@ -117,12 +117,12 @@ def test_only_a_possible_beginning_is_held_back(
 
 def test_by_hand() -> None:
     matcher = StopStrings(["\nUser:", "</s>"])
-    assert matcher.feed("Hello\nUs") == "Hello"
-    assert matcher.feed("ual") == "\nUsual"
-    assert matcher.feed(" <") == " "
-    assert matcher.feed("/s> more") == ""
+    assert matcher.feed(b"Hello\nUs") == b"Hello"
+    assert matcher.feed(b"ual") == b"\nUsual"
+    assert matcher.feed(b" <") == b" "
+    assert matcher.feed(b"/s> more") == b""
     assert matcher.found == "</s>"
-    assert matcher.feed("ignored") == "" and matcher.finish() == ""
+    assert matcher.feed(b"ignored") == b"" and matcher.finish() == b""
 
 
 @pytest.mark.parametrize("stops", ["text", [""], ["a", 5], [None]])

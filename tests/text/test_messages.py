@@ -1,0 +1,177 @@
+"""Final messages are continued as transformers does it, and OpenAI's forms become plain ones."""
+
+from typing import Any
+
+import pytest
+
+from qwen_jax.errors import UserError
+from qwen_jax.text.chat import CHATML_TEMPLATE, render_chat
+from tests.text.conftest import fixture_path
+
+USER = {"role": "user", "content": "Count."}
+SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+ASKED = SYSTEM + "<|im_end|>\n<|im_start|>user\nCount.<|im_end|>\n<|im_start|>assistant\n"
+TRIMMING = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content | trim + '</>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# What transformers 5.24 renders with continue_final_message, of the last message's text.
+CONTINUED = {
+    "one, two": "one, two",
+    "one, two ": "one, two ",
+    "one\n\n": "one\n\n",
+    " one": " one",
+    "": "",
+    "a CONTINUE_FINAL_MESSAGE_TAG b": "a CONTINUE_FINAL_MESSAGE_TAG b",
+    "<|im_end|>\nx": "<|im_end|>\nx",
+}
+
+
+def _chat(text: Any, role: str = "assistant") -> list[dict[str, Any]]:
+    return [USER, {"role": role, "content": text}]
+
+
+def _continue(template: str | None, chat: list[dict[str, Any]]) -> str:
+    return render_chat(template, chat, continue_final_message=True)
+
+
+@pytest.mark.parametrize(("text", "end"), CONTINUED.items())
+def test_a_final_message_stays_open(text: str, end: str) -> None:
+    assert _continue(CHATML_TEMPLATE, _chat(text)) == ASKED + end
+
+
+def test_a_template_may_trim_what_is_continued() -> None:
+    assert _continue(TRIMMING, _chat(" one,  ")) == "<user>Count.</>\n<assistant>one,"
+    assert _continue(TRIMMING, _chat("")) == "<user>Count.</>\n<assistant>"
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, TRIMMING, "qwen"])
+@pytest.mark.parametrize("text", [*CONTINUED, "  one,\t \n", "\n"])
+def test_continued_equals_transformers(template: str, text: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    if template == "qwen":
+        template = fixture_path("qwen2.5-instruct-chat-template.jinja").read_text("utf-8")
+    oracle = transformers.Qwen2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[])
+    for role in ("assistant", "user"):
+        chat = _chat(text, role)
+        expected = oracle.apply_chat_template(
+            chat, chat_template=template, continue_final_message=True, tokenize=False
+        )
+        assert _continue(template, chat) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "final", "words"),
+    [
+        ("{{ messages[0].content }}", {"content": "x"}, "leaves out or changes the final message"),
+        ("{{ messages[1].content | upper }}", {"content": "x"}, "leaves out or changes"),
+        (
+            "{{ messages[1].tool_calls }}",
+            {"tool_calls": [{"name": "f"}]},
+            "must have content, and no tool_calls",
+        ),
+        (
+            "{{ messages[1].tool_calls }}",
+            {"content": "x", "tool_calls": [{"name": "f"}]},
+            "must have content, and no tool_calls",
+        ),
+    ],
+)
+def test_what_cannot_be_continued(template: str, final: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _continue(template, [USER, {"role": "assistant", **final}])
+
+
+def test_the_callers_messages_stay_as_they_are() -> None:
+    chat = _chat("one")
+    _continue(CHATML_TEMPLATE, chat)
+    assert chat == _chat("one")
+
+
+SHOW = "{% for m in messages %}{{ m.content is defined }} {{ m.content }}|{% endfor %}"
+
+
+def test_parts_of_text_are_joined_by_line_breaks() -> None:
+    """As vLLM and llama.cpp join them for a template that takes text."""
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert render_chat(SHOW, _chat(parts)) == "True Count.|True one\ntwo|"
+    assert render_chat(SHOW, _chat([])) == "True Count.|True |"
+    assert _continue(CHATML_TEMPLATE, _chat(parts)) == ASKED + "one\ntwo"
+
+
+CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    "{{ (c.function or c).arguments | tojson }}{{ c.id }};{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({"city": "Oslo"}, '{"city": "Oslo"}'),
+        ('{"city": "Oslo"}', '{"city": "Oslo"}'),
+        (' {"a": [1, {"b": "\\u00f8"}]}\n', '{"a": [1, {"b": "ø"}]}'),
+        ("{}", "{}"),
+        ("", "{}"),
+        (None, "{}"),
+    ],
+)
+def test_arguments_as_json_text_are_objects(arguments: object, shown: str) -> None:
+    function = {"name": "time", "arguments": arguments}
+    for call in ({"id": 1, "type": "function", "function": function}, {"id": 1, **function}):
+        for content in ({}, {"content": None}, {"content": "x"}):
+            chat = [USER, {"role": "assistant", "tool_calls": [call], **content}]
+            assert render_chat(CALLS, chat) == f"{shown}1;"
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "a part of type 'image_url', but"),
+        ({"content": [{"type": "text", "text": None}]}, "a part whose text is None"),
+        ({"content": [{"text": "x"}]}, "has the content"),
+        ({"content": {"type": "text", "text": "x"}}, "has the content"),
+        ({"content": "x", "tool_calls": {"name": "f"}}, "has tool_calls {'name': 'f'}; give a"),
+        ({"tool_calls": []}, "has the content None"),
+        ({"tool_calls": [{"function": "f"}]}, "tool call 0: function is 'f', not an object"),
+        ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "tool call 0 has the name None"),
+        ({"tool_calls": [{"name": "f", "arguments": "{'a': 1}"}]}, "which are not JSON: Expecting"),
+        ({"tool_calls": [{"name": "f", "arguments": '"Oslo"'}]}, "give an object, or one as JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": [1]}]}, "give an object, or one as JSON"),
+        ({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}, "only an assistant"),
+    ],
+)
+def test_refused(message: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=rf"^message 1 \(\w+\).*{words}"):
+        render_chat(CALLS, [USER, {"role": "assistant", **message}])
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ("weather", "tools is 'weather'"),
+        ({"name": "f"}, "tools is {'name': 'f'}"),
+        (["f"], "tool 0 is 'f'; give it as"),
+        ([{"type": "function"}], "tool 0 is"),
+        ([{"type": "function", "function": {"description": "x"}}], "tool 0 is"),
+    ],
+)
+def test_refused_tools(tools: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        render_chat("{{ tools }}", [USER], tools=tools)
+
+
+@pytest.mark.parametrize(
+    ("chat", "tools", "word"),
+    [
+        ([USER], [{"name": "f"}], "tools"),
+        ([USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}], None, "tool_calls"),
+        ([USER, {"role": "tool", "content": "x"}], None, "tool"),
+    ],
+)
+def test_tools_are_not_dropped_by_a_template_that_knows_none(
+    chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, word: str
+) -> None:
+    with pytest.raises(UserError, match=f"its chat template never mentions {word}, so"):
+        render_chat("{{ messages[0].content }}", chat, tools=tools)

@@ -114,7 +114,7 @@ def _plain_arguments(arguments: Any, where: str) -> Mapping[str, Any]:
             found = json.loads(found)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{where} has arguments {arguments!r:.80}, not JSON: {error}."
+                f"{where} has arguments {arguments!r:.80}, which are not JSON: {error}."
             ) from error
     if not isinstance(found, Mapping):
         raise UserError(f"{where} has arguments {arguments!r:.80}; give an object, or one as JSON.")

@@ -6,10 +6,12 @@ one of them would be ignored in silence.
 
 import collections
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
+from qwen_jax.file_kinds import told_by_kind
 
 # The bound of the safetensors header in its own reader. A Qwen2.5 tokenizer.json has 7 MB.
 MAX_BYTES = 100_000_000
@@ -30,7 +32,8 @@ def read_object(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
             f"{path}: the file cannot be read ({error.strerror}); check that it is there and "
             "yours to read."
         ) from None
-    return parse_object(text, str(path), allow_nan=allow_nan)
+    with told_by_kind(path, "JSON"):
+        return parse_object(text, str(path), allow_nan=allow_nan)
 
 
 def parse_object(text: bytes | str, source: str, *, allow_nan: bool = False) -> dict[str, Any]:
@@ -63,9 +66,22 @@ def parse_object(text: bytes | str, source: str, *, allow_nan: bool = False) -> 
         raise UserError(f"{source}: its JSON is nested too deeply to be read.") from None
     except _RefusedError as error:
         raise UserError(f"{source}: {error}.") from None
+    if half := _half_a_character(decoded, value):
+        raise UserError(f"{source}: it holds {half}, half a character without its other half.")
     if not isinstance(value, dict):
         raise UserError(f"{source}: it is {value!r:.60}, but it must be a JSON object, {{...}}.")
     return value
+
+
+def _half_a_character(text: str, value: Any) -> str:
+    r"""The first lone surrogate such as `\ud800`, which no text in UTF-8 can hold; else ""."""
+    if not re.search(r"\\u[dD][89a-fA-F]", text):
+        return ""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return repr(error.object[error.start])[1:-1]
+    return ""
 
 
 class _RefusedError(Exception):

@@ -14,7 +14,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.checksum import Progress, check_sha256
 from qwen_jax.weights.gguf_file import open_gguf, split_paths
-from qwen_jax.weights.safetensors import open_safetensors
+from qwen_jax.weights.hf_directory import open_directory
 from qwen_jax.weights.stored import Plain, Stored
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
@@ -123,7 +123,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    files = open_safetensors(path)
+    files = open_directory(path)
     config = ModelConfig.from_hf(files.metadata, source=str(path / "config.json"))
     head, embed = names.LM_HEAD.sources[0].safetensors, names.EMBED.sources[0].safetensors
     spare = set()

@@ -18,7 +18,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from qwen_jax.errors import UserError
-from qwen_jax.weights.tensors import TensorFiles, TensorInfo, check_extents, map_file
+from qwen_jax.file_kinds import told_by_kind
+from qwen_jax.weights.tensors import TensorFiles, TensorInfo, map_file
 
 # All before the tensors' bytes. A Qwen2.5 header is 6 MB; a vocabulary of a million tokens is 40.
 # The bound caps every count and length a damaged file may claim, hence also the memory.
@@ -26,9 +27,29 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_DIMENSIONS = 4
 MAX_ARRAY_DEPTH = 4
 MAX_ALIGNMENT = 1 << 16
+# llama.cpp counts on from 42; ik_llama.cpp, a fork, has numbers of its own up to 398.
+MAX_TYPE = 1023
 DEFAULT_ALIGNMENT = 32
 
+# Types that llama.cpp wrote once and has removed. Rows of the last six were interleaved for one
+# processor each.
+REMOVED_TYPES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+NOT_WELL_FORMED = (
+    "this is no well-formed GGUF file, so compare its SHA-256 with the published one, or convert "
+    "the checkpoint again"
+)
 
 _DTYPES = {
     GGUFValueType.UINT8: "u1",
@@ -74,7 +95,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
             f"{path}: split.count is {count}, but the name does not end in "
             f"-0000N-of-{count:05d}.gguf; give the parts the names they were published under."
         )
-    missing = [other.name for other in paths if not other.exists()]
+    missing = [other.name for other in paths if not other.is_file()]
     if missing:
         raise UserError(
             f"{path}: of the {count} parts of this split checkpoint, {len(missing)} are missing "
@@ -106,13 +127,13 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
             if found != expected:
                 raise UserError(
                     f"{path}: {key} is {found}, but its name says {expected}; the parts are mixed "
-                    "up, so download them again under their published names."
+                    "up, so give them the names they were published under."
                 )
         for name, info in part.tensors.items():
             if name in tensors:
                 raise UserError(
                     f"{path}: the tensor {name!r} is already in {tensors[name].path.name}; the "
-                    "parts do not belong together, so download them again."
+                    "parts are not of one checkpoint, so take all of them from one place."
                 )
             tensors[name] = info
     (first,) = parts[0].paths
@@ -120,14 +141,18 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
     if total != len(tensors):
         raise UserError(
             f"{first}: split.tensors.count is {total}, but the {len(parts)} parts hold "
-            f"{len(tensors)} tensors; the parts do not belong together, so download them again."
+            f"{len(tensors)} tensors; they are not of one checkpoint, so take all from one place."
         )
     paths = tuple(path for part in parts for path in part.paths)
     return GGUFFile(paths, parts[0].metadata, tensors, parts[0].version)
 
 
 def _read_part(path: Path) -> GGUFFile:
-    data = map_file(path)
+    with told_by_kind(path, "GGUF"):
+        return _parse(path, map_file(path))
+
+
+def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
     cursor = _Cursor(path, data)
     version, num_tensors, num_pairs = _read_header(cursor)
     metadata: dict[str, Any] = {}
@@ -142,18 +167,31 @@ def _read_part(path: Path) -> GGUFFile:
             f"general.alignment is {alignment}, which is no power of two up to {MAX_ALIGNMENT}"
         )
     tensors: dict[str, TensorInfo] = {}
+    end = 0  # of the tensors so far, counted from the start of their bytes
     for index in range(num_tensors):
-        info = _read_tensor(cursor, index, alignment)
+        info = _read_tensor(cursor, index, alignment, end)
         if info.name in tensors:
             cursor.fail(f"the tensor {info.name!r} appears twice")
         tensors[info.name] = info
-    start = -(-cursor.at // alignment) * alignment
+        end += _padded(info.nbytes, alignment)
+    start = _padded(cursor.at, alignment)
     tensors = {
         name: dataclasses.replace(info, offset=start + info.offset)
         for name, info in tensors.items()
     }
-    check_extents(tensors.values(), path, len(data))
+    # As in llama.cpp the last tensor need not be padded, and bytes after it are nobody's.
+    for info in tensors.values():
+        if info.offset + info.nbytes > len(data):
+            raise UserError(
+                f"{path}: the tensor {info.name!r} ends at byte {info.offset + info.nbytes}, but "
+                f"the file has only {len(data)}; finish the download, or compare the size with the "
+                "published one."
+            )
     return GGUFFile((path,), metadata, tensors, version)
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 
 def _read_header(cursor: "_Cursor") -> tuple[int, int, int]:
@@ -161,8 +199,8 @@ def _read_header(cursor: "_Cursor") -> tuple[int, int, int]:
     magic = cursor.bytes(4, "the magic number")
     if magic != b"GGUF":
         raise UserError(
-            f"{cursor.path}: the file begins with {magic!r}, not b'GGUF'; it is no GGUF file, so "
-            "choose another."
+            f"{cursor.path}: the file begins with {magic!r}, and a GGUF file begins with b'GGUF'; "
+            "choose another file."
         )
     version = cursor.number("<I", "the version")
     if version & 0xFFFF == 0:
@@ -173,15 +211,19 @@ def _read_header(cursor: "_Cursor") -> tuple[int, int, int]:
     if version not in (2, 3):
         raise UserError(
             f"{cursor.path}: the GGUF version is {version}, and only 2 and 3 are supported; "
-            "convert the checkpoint again."
+            "choose a file of one of them, or convert the checkpoint again."
         )
     num_tensors = cursor.count("the number of tensors", _SMALLEST_TENSOR)
     num_pairs = cursor.count("the number of keys", _SMALLEST_PAIR)
     return version, num_tensors, num_pairs
 
 
-def _read_tensor(cursor: "_Cursor", index: int, alignment: int) -> TensorInfo:
-    """One description; its offset still counts from the start of the tensors' bytes."""
+def _read_tensor(cursor: "_Cursor", index: int, alignment: int, expected: int) -> TensorInfo:
+    """One description; its offset, still from the start of the tensors' bytes, is `expected`.
+
+    llama.cpp demands that each tensor begins where the padded sizes before it add up to
+    (gguf_init_from_reader in gguf.cpp), so neither gaps nor another order are GGUF.
+    """
     name = cursor.name(f"tensor {index}")
     field = f"the tensor {name!r}"
     dimensions = cursor.number("<I", f"{field}: the number of dimensions")
@@ -194,28 +236,44 @@ def _read_tensor(cursor: "_Cursor", index: int, alignment: int) -> TensorInfo:
     if math.prod(shape) >= 1 << 63:
         cursor.fail(f"{field} has the shape {shape}, which no file can hold")
     code = cursor.number("<I", f"{field}: the type")
-    try:
-        kind = GGMLQuantizationType(code)
-    except ValueError:
-        cursor.fail(f"{field} has the unknown type {code}")
+    offset = cursor.number("<Q", f"{field}: the offset")
+    if offset != expected:
+        cursor.fail(
+            f"{field} has the offset {offset}, but the sizes of the tensors before it, padded to "
+            f"the alignment {alignment}, add up to {expected}"
+        )
+    kind = _tensor_type(cursor, field, code)
     block, _ = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         cursor.fail(
             f"{field} has rows of {shape[-1]} values, no multiple of {kind.name}'s blocks of "
             f"{block}"
         )
-    offset = cursor.number("<Q", f"{field}: the offset")
-    if offset % alignment:
-        cursor.fail(f"{field} has the offset {offset}, no multiple of the alignment {alignment}")
     return TensorInfo(name, shape, kind, cursor.path, offset)
+
+
+def _tensor_type(cursor: "_Cursor", field: str, code: int) -> GGMLQuantizationType:
+    if code in REMOVED_TYPES:
+        raise UserError(
+            f"{cursor.path}: {field} is of type {code}, {REMOVED_TYPES[code]}, which llama.cpp has "
+            "removed; choose a file in Q4_0 or Q4_K_M, or quantise the model again."
+        )
+    try:
+        return GGMLQuantizationType(code)
+    except ValueError:
+        if code <= MAX_TYPE:
+            raise UserError(
+                f"{cursor.path}: {field} is of type {code}, which is newer than this engine knows, "
+                "or a fork's; choose a file in another quantisation, such as Q4_K_M or Q8_0."
+            ) from None
+        cursor.fail(f"{field} has the type {code}, which no program has given out")
 
 
 def _integer(path: Path, metadata: dict[str, Any], key: str, default: int | None = None) -> int:
     value = metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(
-            f"{path}: the key {key!r} holds {value!r}, not an integer; the file is damaged, so "
-            "download it again."
+            f"{path}: the key {key!r} holds {value!r:.60}, not an integer; {NOT_WELL_FORMED}."
         )
     return value
 
@@ -230,12 +288,16 @@ class _Cursor:
         self._end = min(len(data), MAX_HEADER_BYTES)
 
     def fail(self, problem: str) -> NoReturn:
-        raise UserError(f"{self.path}: {problem}; the file is damaged, so download it again.")
+        raise UserError(f"{self.path}: {problem}; {NOT_WELL_FORMED}.")
 
     def _past_end(self, field: str) -> NoReturn:
         if len(self._data) > MAX_HEADER_BYTES:
             self.fail(f"{field} lies beyond the {MAX_HEADER_BYTES} bytes a header may have")
-        self.fail(f"{field} lies beyond the end of the file ({len(self._data)} bytes)")
+        raise UserError(
+            f"{self.path}: {field} lies beyond the end of the file ({len(self._data)} bytes), "
+            "which is cut off or damaged; finish the download, or compare size and SHA-256 with "
+            "the published ones."
+        )
 
     def _advance(self, size: int, field: str) -> int:
         """Where the next `size` bytes start; they are there."""

@@ -1,29 +1,27 @@
-"""A bounded reader of Hugging Face directories: config.json and safetensors, sharded or not.
+"""A bounded reader of safetensors files.
 
 The format: https://huggingface.co/docs/safetensors. A file is the length of a JSON header, the
-header and the tensors' bytes. The reader trusts nothing: see `gguf_file`.
+header and the tensors' bytes. The reader trusts nothing: see `gguf_file`. It accepts what the
+reference reader (safetensors' deserialize in tensor.rs) accepts, but for a name that stands in a
+header twice.
 """
 
-import math
+import itertools
+import operator
 import struct
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 from gguf.constants import GGMLQuantizationType
 
 from qwen_jax.errors import UserError
-from qwen_jax.strict_json import parse_object, read_object
-from qwen_jax.weights.tensors import (
-    OtherType,
-    TensorFiles,
-    TensorInfo,
-    TensorType,
-    check_extents,
-    map_file,
-)
+from qwen_jax.file_kinds import told_by_kind
+from qwen_jax.strict_json import parse_object
+from qwen_jax.weights.tensors import OtherType, TensorInfo, TensorType, block_size, map_file
 
-# The header of a 72B shard has 100 kB; the bound also caps what parsing it can take.
-MAX_JSON_BYTES = 16 << 20
+# The header of a 72B shard has 100 kB; the bound, the reference reader's, also caps what parsing
+# it can take.
+MAX_HEADER_BYTES = 100_000_000
 
 _TYPES: dict[str, TensorType] = {
     **{name: GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")},
@@ -32,101 +30,101 @@ _TYPES: dict[str, TensorType] = {
 }
 
 
-class SafetensorsDirectory(TensorFiles):
-    """An open Hugging Face checkpoint; `metadata` is its config.json."""
+def read_safetensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one file, by name. Raises UserError for anything but well-formed safetensors.
 
-
-def open_safetensors(directory: str | Path) -> SafetensorsDirectory:
-    """Opens a directory with config.json and model.safetensors, or an index of shards.
-
-    Raises UserError, naming file and field, for anything else.
+    A type that cannot be computed with is no fault of the file: who needs the tensor will say so.
     """
-    directory = Path(directory)
-    config = read_object(directory / "config.json", allow_nan=True)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return SafetensorsDirectory((single,), config, _read_shard(single))
-    if not index.exists():
-        raise UserError(
-            f"{directory}: the directory has neither {single.name} nor {index.name}; download the "
-            "safetensors files of the checkpoint, or convert it to them."
-        )
-    shards = _shards(index)
-    missing = sorted(shard.name for shard in shards if not shard.exists())
-    if missing:
-        raise UserError(
-            f"{index}: of the {len(shards)} shards, {len(missing)} are missing "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); download them too."
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for shard, listed in shards.items():
-        found = _read_shard(shard)
-        astray = sorted(found.keys() ^ listed)
-        if astray:
+    with told_by_kind(path, "safetensors"):
+        data = map_file(path)
+        if len(data) < 8:
+            _fail(path, f"the file has {len(data)} bytes, and its header's length alone takes 8")
+        (length,) = struct.unpack_from("<Q", data)
+        start = 8 + length
+        if length > MAX_HEADER_BYTES:
+            _fail(path, f"the header claims {length} bytes, above {MAX_HEADER_BYTES}")
+        if start > len(data):
             raise UserError(
-                f"{shard}: the tensor {astray[0]!r} is in only one of this shard and "
-                f"{index.name}; they do not belong together, so download them again."
+                f"{path}: the header claims to end at byte {start}, but the file has {len(data)}; "
+                "finish the download, or compare size and SHA-256 with the published ones."
             )
-        tensors |= found
-    return SafetensorsDirectory(tuple(shards), config, tensors)
+        text = data[8:start]
+        if text.lstrip(b" \t\r\n")[:1] != b"{":
+            _fail(path, "the header is no JSON object")
+        header = parse_object(text, str(path))
+        _check_metadata(header.pop("__metadata__", None), path)
+        tensors = {name: _tensor(name, entry, path) for name, entry in header.items()}
+        _check_layout(header, path, len(data) - start)
+        return {name: _moved(info, start) for name, info in tensors.items()}
 
 
-def _shards(index: Path) -> dict[Path, set[str]]:
-    """Which tensors the index places in which shard; each tensor is in one, as a JSON key."""
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: weight_map is missing or empty; download the file again.")
-    shards: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        plain = isinstance(file, str) and Path(file).name == file and file.isprintable()
-        if not (plain and file.endswith(".safetensors")):
-            raise UserError(
-                f"{index}: the tensor {name!r} is in {file!r}, which is no safetensors file here; "
-                "download the file again."
+def _moved(info: TensorInfo, start: int) -> TensorInfo:
+    return TensorInfo(info.name, info.shape, info.type, info.path, start + info.offset)
+
+
+def _check_metadata(metadata: Any, path: Path) -> None:
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if metadata is not None and not texts:
+        _fail(path, f"__metadata__ is {metadata!r:.60}, not names with texts")
+
+
+def _check_layout(header: dict[str, Any], path: Path, size: int) -> None:
+    """The tensors cover the `size` bytes of data one after another, without a hole."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if first != end:
+            _fail(
+                path,
+                f"the tensor {name!r} begins at byte {first} of the data, but the one before it "
+                f"ends at {end}",
             )
-        shards.setdefault(index.with_name(file), set()).add(name)
-    return dict(sorted(shards.items()))
-
-
-def _read_shard(path: Path) -> dict[str, TensorInfo]:
-    data = map_file(path)
-    start = 8 + (struct.unpack_from("<Q", data)[0] if len(data) >= 8 else 0)
-    if not 8 < start <= min(len(data), MAX_JSON_BYTES):
+        end = last
+    if end > size:
         raise UserError(
-            f"{path}: the header claims to end at byte {start}, but the file has {len(data)} and "
-            f"a header at most {MAX_JSON_BYTES}; it is no safetensors file, or damaged."
+            f"{path}: the last tensor, {name!r}, ends at byte {end} of the data, but the file has "
+            f"only {size}; finish the download, or compare the size with the published one."
         )
-    header = parse_object(data[8:start], str(path))
-    header.pop("__metadata__", None)
-    tensors = {name: _tensor(name, entry, path, start) for name, entry in header.items()}
-    check_extents(tensors.values(), path, len(data))
-    return tensors
+    if end < size:
+        _fail(path, f"{size - end} bytes follow the last tensor")
 
 
-def _tensor(name: str, entry: Any, path: Path, start: int) -> TensorInfo:
-    def fail(problem: str) -> UserError:
-        return UserError(f"{path}: the tensor {name!r} {problem}.")
-
+def _tensor(name: str, entry: Any, path: Path) -> TensorInfo:
+    """One entry; its offset still counts from the start of the tensors' bytes."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, extent = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     kind = _TYPES.get(dtype) if isinstance(dtype, str) else None
     if kind is None:
-        raise fail(
-            f"has the dtype {dtype!r}, and only {', '.join(_TYPES)} are known; choose a "
-            "checkpoint in F32, F16 or BF16, or a GGUF file"
+        raise UserError(
+            f"{path}: the tensor {name!r} has the dtype {dtype!r:.60}, and only "
+            f"{', '.join(_TYPES)} are known; choose a checkpoint in F32, F16 or BF16, or a GGUF "
+            "file."
         )
-    if not _naturals(shape) or 0 in shape:
-        raise fail(f"has the shape {shape!r}, not a list of positive integers; it is damaged")
+    if not _naturals(shape):
+        _fail(path, f"the tensor {name!r} has the shape {shape!r:.60}, not a list of sizes")
     if not _naturals(extent) or len(extent) != 2:
-        raise fail(f"has the data_offsets {extent!r}, not two integers; it is damaged")
-    info = TensorInfo(name, tuple(shape), kind, path, start + extent[0])
-    if math.prod(shape) >= 1 << 63 or info.nbytes != extent[1] - extent[0]:
-        raise fail(
-            f"of shape {shape} in {dtype} has the data_offsets {extent}, which do not fit it; it "
-            "is damaged"
+        _fail(path, f"the tensor {name!r} has the data_offsets {extent!r:.60}, not two integers")
+    info = TensorInfo(name, tuple(shape), kind, path, extent[0])
+    # Sizes are 64-bit integers on the way to the product, even where a later 0 makes it 0.
+    fits = max(itertools.accumulate(shape, operator.mul), default=1) < 1 << 64
+    whole = info.elements % block_size(kind)[0] == 0
+    if not (fits and whole and info.nbytes == extent[1] - extent[0]):
+        _fail(
+            path,
+            f"the tensor {name!r} of shape {shape} in {dtype} has the data_offsets {extent}, "
+            "which do not fit it",
         )
     return info
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 1 << 64 for item in value
+    )
+
+
+def _fail(path: Path, problem: str) -> NoReturn:
+    raise UserError(
+        f"{path}: {problem}; this is no well-formed safetensors file, so compare its SHA-256 with "
+        "the published one, or save the checkpoint again."
+    )

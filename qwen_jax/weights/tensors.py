@@ -5,7 +5,6 @@ import enum
 import functools
 import math
 import mmap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,12 @@ class OtherType(enum.Enum):
     U64 = enum.auto()
     F8_E4M3 = enum.auto()
     F8_E5M2 = enum.auto()
+    F8_E4M3FNUZ = enum.auto()
+    F8_E5M2FNUZ = enum.auto()
     F8_E8M0 = enum.auto()
     F4 = enum.auto()
+    F6_E2M3 = enum.auto()
+    F6_E3M2 = enum.auto()
     C64 = enum.auto()
 
 
@@ -35,6 +38,8 @@ TensorType = GGMLQuantizationType | OtherType
 
 _OTHER_SIZES = {
     OtherType.F4: (2, 1),
+    OtherType.F6_E2M3: (4, 3),
+    OtherType.F6_E3M2: (4, 3),
     OtherType.U16: (1, 2),
     OtherType.U32: (1, 4),
     OtherType.U64: (1, 8),
@@ -105,20 +110,3 @@ def map_file(path: Path) -> mmap.mmap:
         raise UserError(
             f"{path}: the file cannot be read ({error.strerror}); check the path."
         ) from None
-
-
-def check_extents(tensors: Iterable[TensorInfo], path: Path, size: int) -> None:
-    """Every tensor inside the file of `size` bytes, no two sharing a byte; else UserError."""
-    end, previous = 0, ""
-    for info in sorted(tensors, key=lambda info: info.offset):
-        if info.offset < end:
-            raise UserError(
-                f"{path}: the tensors {previous!r} and {info.name!r} overlap at byte "
-                f"{info.offset}; the file is damaged, so download it again."
-            )
-        end, previous = info.offset + info.nbytes, info.name
-        if end > size:
-            raise UserError(
-                f"{path}: the tensor {info.name!r} ends at byte {end}, but the file has only "
-                f"{size}; the download is incomplete, so resume it."
-            )

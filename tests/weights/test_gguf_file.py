@@ -97,6 +97,16 @@ def test_alignment_moves_the_data(path):
     assert file.raw("t").tobytes() == data
 
 
+def test_only_the_last_tensor_needs_no_padding_and_bytes_after_it_are_nobodys(path):
+    """As llama.cpp has it: it reads up to the last tensor's end and looks no further."""
+    tensors = (tensor("a", dims=(9,)), tensor("b", offset=64))
+    for after in (b"", bytes(16), bytes(99)):
+        data = np.arange(20, dtype="<f4").tobytes()
+        file = open_gguf(Bytes(tensors=tensors, data=data + after).write(path))
+        assert file.raw("a").tobytes() == data[:36]
+        assert file.raw("b").tobytes() == data[64:]
+
+
 def test_real_vocabulary(qwen2_vocabulary):
     """A header of Qwen's size in under half a second."""
     times = []
@@ -181,7 +191,7 @@ BAD = {
         Bytes((pair("split.count", Value.BOOL, b"\1"),)),
         "'split.count' holds True, not an integer",
     ),
-    "tensor twice": (Bytes(tensors=(tensor(), tensor())), "'t' appears twice"),
+    "tensor twice": (Bytes(tensors=(tensor(), tensor(offset=32))), "'t' appears twice"),
     "tensor name": (Bytes(tensors=(tensor(b"\xff"),)), "tensor 0 is not valid UTF-8"),
     "no dimensions": (Bytes(tensors=(tensor(dims=()),), data=bytes(64)), "'t' has 0 dimensions"),
     "five dimensions": (Bytes(tensors=(tensor(dims=(1,) * 5),)), "'t' has 5 dimensions"),
@@ -191,23 +201,38 @@ BAD = {
         Bytes(tensors=(tensor(dims=(2**32, 2**32)),)),
         r"'t' has the shape .*, which no file",
     ),
-    "tensor type": (Bytes(tensors=(tensor(kind=4),)), "'t' has the unknown type 4"),
+    "tensor type": (Bytes(tensors=(tensor(kind=2**20),)), "'t' has the type 1048576, which no"),
     "row size": (
         Bytes(tensors=(tensor(dims=(33,), kind=Type.Q8_0),)),
         "'t' has rows of 33 values, no multiple of Q8_0's blocks of 32",
     ),
-    "offset": (Bytes(tensors=(tensor(offset=8),), data=bytes(64)), "'t' has the offset 8"),
+    "offset unaligned": (
+        Bytes(tensors=(tensor("a"), tensor("b", offset=16)), data=bytes(64)),
+        "'b' has the offset 16, but .* the alignment 32, add up to 32",
+    ),
     "offset far": (
         Bytes(tensors=(tensor(offset=2**63),), data=bytes(64)),
-        "'t' ends at byte .* only 128",
+        "'t' has the offset 9223372036854775808, but .* add up to 0",
     ),
     "overlap": (
-        Bytes(tensors=(tensor("a", dims=(9,)), tensor("b", offset=32)), data=bytes(64)),
-        "'a' and 'b' overlap",
+        Bytes(tensors=(tensor("a", dims=(9,)), tensor("b", offset=32)), data=bytes(96)),
+        "'b' has the offset 32, but .* add up to 64",
     ),
     "same place": (
         Bytes(tensors=(tensor("a"), tensor("b")), data=bytes(64)),
-        "'a' and 'b' overlap",
+        "'b' has the offset 0, but .* add up to 32",
+    ),
+    "gap before the first": (
+        Bytes(tensors=(tensor(offset=32),), data=bytes(64)),
+        "'t' has the offset 32, but .* add up to 0",
+    ),
+    "gap": (
+        Bytes(tensors=(tensor("a"), tensor("b", offset=64)), data=bytes(96)),
+        "'b' has the offset 64, but .* add up to 32",
+    ),
+    "swapped": (
+        Bytes(tensors=(tensor("a", offset=32), tensor("b")), data=bytes(64)),
+        "'a' has the offset 32, but .* add up to 0",
     ),
     "past the end": (
         Bytes(tensors=(tensor(dims=(2**40,)),), data=bytes(64)),
@@ -222,6 +247,23 @@ def test_one_fault_one_sentence(path, case):
     file, problem = BAD[case]
     message = refusal(file.write(path))
     assert re.search(problem, message), message
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [(4, "Q4_2"), (5, "Q4_3"), (31, "Q4_0_4_4"), (33, "Q4_0_8_8"), (36, "IQ4_NL_4_4")],
+)
+def test_types_that_llama_cpp_has_removed(path, code, name):
+    message = refusal(Bytes(tensors=(tensor(kind=code),), data=bytes(64)).write(path))
+    assert f"'t' is of type {code}, {name}, which llama.cpp has removed; choose a file in Q4_0" in (
+        message
+    )
+
+
+@pytest.mark.parametrize("code", [99, 398, 1000])
+def test_types_newer_than_this_engine(path, code):
+    message = refusal(Bytes(tensors=(tensor(kind=code),), data=bytes(64)).write(path))
+    assert f"'t' is of type {code}, which is newer than this engine knows, or a fork's" in message
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -1,0 +1,144 @@
+"""Hugging Face directories: config.json and the safetensors files that hold the weights."""
+
+import re
+from pathlib import Path
+
+from absl import logging
+
+from qwen_jax.errors import UserError
+from qwen_jax.strict_json import read_object
+from qwen_jax.weights.safetensors import read_safetensors
+from qwen_jax.weights.tensors import TensorFiles, TensorInfo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+def open_directory(directory: Path) -> TensorFiles:
+    """Opens a directory with config.json and model.safetensors, or shards.
+
+    As in transformers, model.safetensors comes before shards, and which tensors a shard holds is
+    what the shard says: the index only says which shards there are. Where both disagree but every
+    tensor is there once, the files are read with a warning.
+
+    Returns:
+        The tensors; the metadata is config.json.
+
+    Raises:
+        UserError: naming file and field, for anything else.
+    """
+    config = read_object(directory / "config.json", allow_nan=True)
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        if index.is_file():
+            logging.warning(
+                "%s: read alone, since it is there; the shards of %s are not read", single, INDEX
+            )
+        return TensorFiles((single,), config, read_safetensors(single))
+    weight_map = _weight_map(index) if index.is_file() else {}
+    shards = _shards(directory, weight_map)
+    return TensorFiles(tuple(shards), config, _merge(shards, weight_map, index))
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    """Which shard holds which tensor, as the index has it."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(
+            f"{index}: weight_map is {weight_map!r:.60}, not names of tensors with their files; "
+            "get the file from the checkpoint's repository, or remove it if all shards are here."
+        )
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and Path(file).name == file and file.isprintable()
+        if not (plain and file.endswith(".safetensors")):
+            raise UserError(
+                f"{index}: the tensor {name!r} is in {file!r:.60}, which is no name of a "
+                "safetensors file; get the file from the checkpoint's repository, or remove it if "
+                "all shards are here."
+            )
+    return {name: index.with_name(file) for name, file in weight_map.items()}
+
+
+def _shards(directory: Path, weight_map: dict[str, Path]) -> list[Path]:
+    """The files to read: those of the index and, by their names, the others of the same set."""
+    listed = set(weight_map.values())
+    sets = _sets(directory)
+    if (missing := {path for path in listed if not path.is_file()}) or not listed:
+        # The files may have been converted again, and the index be of before.
+        whole = {stem: paths for stem, paths in sets.items() if all(p.is_file() for p in paths)}
+        if len(whole) == 1:
+            (paths,) = whole.values()
+            return paths
+        if not listed:
+            raise UserError(_none(directory, sets))
+        raise UserError(
+            f"{directory / INDEX}: of the {len(listed)} shards, {_absent(missing)}; "
+            "download all of them into this directory."
+        )
+    return sorted(
+        listed.union(*(filter(Path.is_file, s) for s in sets.values() if listed & set(s)))
+    )
+
+
+def _sets(directory: Path) -> dict[tuple[str, str], list[Path]]:
+    """The shards that belong together by their names (`model-0000i-of-0000N`), here or not."""
+    found = {}
+    for file in directory.glob("model-*.safetensors"):
+        name = _SHARD.fullmatch(file.name)
+        if name and 1 <= int(name["number"]) <= int(name["count"]):
+            stem, count = name["stem"], name["count"]
+            found[stem, count] = [
+                directory / f"{stem}-{number:05d}-of-{count}.safetensors"
+                for number in range(1, int(count) + 1)
+            ]
+    return dict(sorted(found.items()))
+
+
+def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
+    """Why the directory has no set of weights: parts of one, several, or other files."""
+    if len(sets) == 1:
+        (paths,) = sets.values()
+        missing = {path for path in paths if not path.is_file()}
+        return (
+            f"{directory}: of the {len(paths)} shards, {_absent(missing)}; download all of "
+            "them into this directory."
+        )
+    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    has = f"only {', '.join(others[:5])}" if others else "no safetensors file"
+    return (
+        f"{directory}: the directory has neither {SINGLE} nor a whole set of shards, {has}; "
+        "download the safetensors files of the checkpoint under their names."
+    )
+
+
+def _merge(shards: list[Path], weight_map: dict[str, Path], index: Path) -> dict[str, TensorInfo]:
+    """All shards' tensors; one that is in several is taken from where the index says."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_safetensors(shard).items():
+            if name not in tensors or weight_map.get(name) == shard:
+                tensors[name] = info
+            elif weight_map.get(name) != tensors[name].path:
+                raise UserError(
+                    f"{shard}: the tensor {name!r} is also in {tensors[name].path.name}, and "
+                    f"{index.name} does not say which counts; remove the shard that is not of this "
+                    "checkpoint."
+                )
+    held = {name: info.path for name, info in tensors.items()}
+    astray = sorted(
+        name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name)
+    )
+    if weight_map and astray:
+        logging.warning(
+            "%s: the index has %d tensors (%s first) where the shards do not; the shards count",
+            *(index, len(astray), astray[0]),
+        )
+    return tensors
+
+
+def _absent(paths: set[Path]) -> str:
+    """`1 is not here (a)`, or `5 are not here (a, b, c, ...)`."""
+    names = sorted(path.name for path in paths)
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} {'is' if len(names) == 1 else 'are'} not here ({listed})"

@@ -15,7 +15,8 @@ from qwen_jax.weights import names
 from qwen_jax.weights.checksum import Progress, check_sha256
 from qwen_jax.weights.gguf_file import open_gguf, split_paths
 from qwen_jax.weights.hf_directory import open_directory
-from qwen_jax.weights.stored import Plain, Stored
+from qwen_jax.weights.quantization import Quantization, Unquantised, read_quantization
+from qwen_jax.weights.stored import Stored
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
 
@@ -50,8 +51,8 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, int]:
-        """How many tensors are of which type, the most frequent first."""
-        counts = collections.Counter(info.type.name for info in self.tensors.values())
+        """How many weights are stored in which way (Q4_K, GPTQ-Int4), the most frequent first."""
+        counts = collections.Counter(weight.kind for weight in self.stored.values())
         return dict(counts.most_common())
 
 
@@ -119,7 +120,7 @@ def _open_gguf(path: Path) -> Checkpoint:
             f"{path}: tokenizer.ggml.tokens has {len(tokens)} tokens, but {embed.gguf} only {rows} "
             "rows; the tokenizer belongs to another model, so convert the checkpoint again."
         )
-    return _checked(path, "gguf", config, files, set())
+    return _checked(path, "gguf", config, files, Unquantised(), set())
 
 
 def _open_directory(path: Path) -> Checkpoint:
@@ -135,7 +136,16 @@ def _open_directory(path: Path) -> Checkpoint:
                 f"{embed}; set it to false, or download the checkpoint again."
             )
         spare = {head}
-    return _checked(path, "safetensors", config, files, spare)
+    quantization = read_quantization(files, path)
+    spare |= {name for name in files.tensors if name.endswith(quantization.not_needed)}
+    return _checked(path, "safetensors", config, files, quantization, spare | _zero_biases(files))
+
+
+def _zero_biases(files: TensorFiles) -> set[str]:
+    """Biases that change nothing: GPTQ's tools give one of zeros to modules that have none."""
+    return {
+        name for name in files.tensors if name.endswith("_proj.bias") and not files.raw(name).any()
+    }
 
 
 def _same(files: TensorFiles, first: str, second: str) -> bool:
@@ -148,7 +158,12 @@ def _same(files: TensorFiles, first: str, second: str) -> bool:
 
 
 def _checked(
-    path: Path, file_format: names.Format, config: ModelConfig, files: TensorFiles, spare: set[str]
+    path: Path,
+    file_format: names.Format,
+    config: ModelConfig,
+    files: TensorFiles,
+    quantization: Quantization,
+    spare: set[str],
 ) -> Checkpoint:
     """Tensors against config; `spare` ones may be there without being needed."""
     tensors = files.tensors
@@ -160,7 +175,7 @@ def _checked(
         )
     parameters = names.parameters(config, file_format)
     stored: dict[str, Stored] = {
-        name: Plain(files, name, shape)
+        name: quantization.stored(files, name, shape)
         for parameter in parameters
         for name, shape in parameter.sources.items()
     }
@@ -170,6 +185,8 @@ def _checked(
             f"{path}: of the {len(wanted)} tensors of this model, {_some(missing)} missing; the "
             "checkpoint is incomplete, so download or convert it again."
         )
+    for weight in stored.values():
+        weight.check(path)
     extra = tensors.keys() - wanted.keys()
     ignored = {name for name in extra if name.endswith(names.HARMLESS)} | (extra & spare)
     if unknown := sorted(extra - ignored):
@@ -177,8 +194,6 @@ def _checked(
             f"{path}: {_some(unknown)} no part of a Qwen2.5 model, and leaving it out could change "
             "the output; choose a plain Qwen2.5 checkpoint."
         )
-    for weight in stored.values():
-        weight.check(path)
     if ignored:
         logging.info("%s: ignored %s, not needed", path, ", ".join(sorted(ignored)))
     return Checkpoint(path, file_format, config, files, parameters, stored, tuple(sorted(ignored)))

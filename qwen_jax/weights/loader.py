@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights import names
-from qwen_jax.weights.blocks import BFLOAT16
+from qwen_jax.weights.blocks import BFLOAT16, fill
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.checksum import Progress
 
@@ -82,16 +82,16 @@ def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) 
     for name, shape in parameter.sources.items():
         rows = out[row : row + shape[0]]
         stored = checkpoint.stored[name]
-        if not stored.decode(rows):
+        if not fill(rows, stored.rows):
             file = checkpoint.tensors[stored.tensors[0]].path
             if out.dtype == np.float16:
                 raise UserError(
-                    f"{file}: the tensor {name!r} has values that float16 cannot hold (its "
+                    f"{file}: the weight {name!r} has values that float16 cannot hold (its "
                     "limit is 65504); use bfloat16 or float32."
                 )
             raise UserError(
-                f"{file}: the tensor {name!r} has values that are not finite; the file is "
-                "damaged, so download it again."
+                f"{file}: the weight {name!r} has values that are not finite, with which nothing "
+                "can be computed; choose another checkpoint, or get this one again."
             )
         row += shape[0]
         yield name

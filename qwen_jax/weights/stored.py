@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.errors import UserError
-from qwen_jax.weights.blocks import DECODABLE, decode_into
-from qwen_jax.weights.tensors import TensorFiles
+from qwen_jax.weights.blocks import DECODABLE, FLOAT8, decoded
+from qwen_jax.weights.tensors import TensorFiles, block_size
 
 
 class Stored(Protocol):
@@ -19,11 +19,18 @@ class Stored(Protocol):
     def tensors(self) -> tuple[str, ...]:
         """The names of all tensors that it is made of."""
 
+    @property
+    def kind(self) -> str:
+        """How it is stored, in a word: BF16, Q4_K, GPTQ-Int4."""
+
     def check(self, path: Path) -> None:
         """Raises UserError, naming the checkpoint `path`, where their shapes or types are wrong."""
 
-    def decode(self, out: Float[np.ndarray, "..."]) -> bool:
-        """Fills `out`, C-contiguous and of the weight's shape; see `blocks.decode_into`."""
+    def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:
+        """Rows [start, stop) of a matrix, or so many values of a vector, in float32 or as stored.
+
+        Called by `blocks.fill`, which rounds them to the wanted dtype and uses all cores.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,10 @@ class Plain:
     def tensors(self) -> tuple[str, ...]:
         return (self.name,)
 
+    @property
+    def kind(self) -> str:
+        return self.files.tensors[self.name].type.name
+
     def check(self, path: Path) -> None:
         info = self.files.tensors[self.name]
         if info.shape != self.shape:
@@ -46,11 +57,18 @@ class Plain:
                 f"for {self.shape}; the metadata belong to another model, so convert the "
                 "checkpoint again."
             )
-        if info.type not in DECODABLE:
+        if info.type not in DECODABLE | FLOAT8:
             raise UserError(
                 f"{path}: the tensor {self.name!r} is of type {info.type.name}, which cannot be "
                 f"decoded; choose one of {', '.join(sorted(kind.name for kind in DECODABLE))}."
             )
 
-    def decode(self, out: Float[np.ndarray, "..."]) -> bool:
-        return decode_into(self.files.raw(self.name), self.files.tensors[self.name].type, out)
+    def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:
+        info = self.files.tensors[self.name]
+        block, size = block_size(info.type)
+        # Rows are whole blocks; a vector is asked for in pieces of `blocks.CHUNK`, which are too.
+        row = info.elements // info.shape[0]
+        first, last = (n * row // block * size for n in (start, stop))
+        return decoded(self.files.raw(self.name)[first:last], info.type).reshape(
+            -1, *info.shape[1:]
+        )

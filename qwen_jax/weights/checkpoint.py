@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from qwen_jax import config_gguf, config_hf
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.weights import names
@@ -111,7 +112,7 @@ def _open_gguf(path: Path) -> Checkpoint:
             "the file is damaged or no language model."
         )
     # The format has no key for a tied head: its tensor is absent.
-    config = ModelConfig.from_gguf(
+    config = config_gguf.read(
         files.metadata, vocab_size=rows, tied=head.gguf not in files.tensors, source=str(path)
     )
     tokens = files.metadata.get("tokenizer.ggml.tokens", [])
@@ -125,7 +126,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 def _open_directory(path: Path) -> Checkpoint:
     files = open_directory(path)
-    config = ModelConfig.from_hf(files.metadata, source=str(path / "config.json"))
+    config = config_hf.read(files.metadata, source=str(path / "config.json"))
     head, embed = names.LM_HEAD.sources[0].safetensors, names.EMBED.sources[0].safetensors
     spare = set()
     if config.tied and {head, embed} <= files.tensors.keys():

@@ -32,9 +32,10 @@ def window(fields: Fields, config: ModelConfig) -> int:
 
 def no_layer_slides(use: bool, fields: Fields, config: ModelConfig) -> bool:
     """Layers from max_window_layers on slide, as in transformers; layer_types overrules it."""
-    first = fields.maybe("max_window_layers", int, 28)
-    spared = fields.given("layer_types") or first >= config.num_layers
-    return not use or spared or window(fields, config) >= config.context_length
+    if not use or fields.given("layer_types"):
+        return True
+    first = fields.maybe("max_window_layers", int, 28)  # transformers' default
+    return first >= config.num_layers or window(fields, config) >= config.context_length
 
 
 def all_layers_are_full(types: list[Any], fields: Fields, config: ModelConfig) -> bool:

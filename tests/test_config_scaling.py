@@ -200,7 +200,7 @@ def test_other_gguf_scalings_are_refused(keys: dict[str, Any], says: str) -> Non
 ODD = {
     "partial": tiny_config(rope_dim=12),
     "linear": tiny_config(linear_factor=4.0),
-    "partial and linear": tiny_config(rope_dim=24, linear_factor=0.5),
+    "partial and linear": tiny_config(rope_dim=24, linear_factor=2.0),
     "partial and YaRN": tiny_config(rope_dim=24, yarn=YarnScaling.create(4.0, 256, beta_fast=8.0)),
     "plain": tiny_config(),
 }

@@ -43,7 +43,7 @@ _GPU_CHUNK = 32
 
 
 def locate(model: str | Path = BUNDLED) -> Path:
-    """The path of a model: the bundled one, a file, a directory, or what `load` says of `hf:`."""
+    """The path of a model: the bundled one, a file, a directory, or `hf:owner/repo[:quant]`."""
     if str(model) == BUNDLED:
         return Path(str(resources.files("qwen_jax") / "data" / f"{BUNDLED}.gguf"))
     return resolve(str(model))
@@ -62,8 +62,7 @@ def load(
 
     Args:
         model: a GGUF file (of a split one, any part), a Hugging Face directory,
-            `hf:owner/repo[@revision][:quant]`, or nothing for the bundled model. The revision
-            is a branch, tag or commit; the quant a type, as Q4_K_M, or a file of the repository.
+            `hf:owner/repo[:quant]`, or nothing for the bundled model.
         dtype: of the parameters: "float32", "bfloat16", "float16", or "auto": float32 on a
             CPU, where it is fastest, bfloat16 elsewhere.
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.
@@ -93,6 +92,7 @@ def load(
         weights,
         stop_ids=tokenizer.stop_ids,
         valid_tokens=tokenizer.vocab_size,
+        unused_ids=tokenizer.unused_ids,
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
     )
@@ -131,13 +131,23 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's own tokenizer. Raises UserError where none fits or it is damaged."""
     if checkpoint.format == "gguf":
-        return Tokenizer.from_gguf(checkpoint.metadata, str(checkpoint.path))
-    tokenizer = Tokenizer.from_hf(checkpoint.path)
+        tokenizer = Tokenizer.from_gguf(checkpoint.metadata, str(checkpoint.path))
+    else:
+        tokenizer = Tokenizer.from_hf(checkpoint.path)
     rows = checkpoint.config.vocab_size
-    if tokenizer.vocab_size > rows:  # fewer: the other rows are padding
+    # Fewer: the other rows are padding. An added token without a row (a padding token that a
+    # trainer named, say) does no harm before a prompt holds it.
+    if tokenizer.text_size > rows:
         raise UserError(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the "
-            f"embedding only {rows} rows; they belong to different models, so download both again."
+            f"embedding only {rows} rows; they belong to different models, so take both from the "
+            "same checkpoint."
+        )
+    if min(tokenizer.stop_ids) >= rows:
+        raise UserError(
+            f"{checkpoint.path}: the tokens that end a text have the ids {tokenizer.stop_ids}, but "
+            f"the embedding has only {rows} rows, so no text would end; take the tokenizer and the "
+            "weights from the same checkpoint."
         )
     return tokenizer
 
@@ -207,13 +217,13 @@ class Model:
         if raw:
             if not isinstance(prompt, str) or system is not None:
                 raise UserError("A raw prompt is one text, without messages or a system prompt.")
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system is not None:
             if any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages):
                 raise UserError("The chat has a system message of its own; leave out the other.")
             messages = [{"role": "system", "content": system}, *messages]
-        template = self.tokenizer.chat_template
+        template = self.tokenizer.template_for()
         if template is None and not self._warned:
             self._warned = True
             logging.warning(

@@ -17,7 +17,6 @@ from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
 from qwen_jax.measure import Budget, show_bytes
-from qwen_jax.weights.hub_names import is_hub_name
 from qwen_jax.weights.loader import open_checkpoint
 
 
@@ -85,7 +84,7 @@ def _task(point: Point) -> Task:
 
 
 def _size(model: str) -> ModelConfig | None:
-    if is_hub_name(model):
+    if model.startswith("hf:"):
         return None
     return open_checkpoint(api.locate(model)).config
 

@@ -43,7 +43,7 @@ _GPU_CHUNK = 32
 
 
 def locate(model: str | Path = BUNDLED) -> Path:
-    """The path of a model: the bundled one, a file, a directory, or `hf:owner/repo[:quant]`."""
+    """The path of a model: the bundled one, a file, a directory, or what `load` says of `hf:`."""
     if str(model) == BUNDLED:
         return Path(str(resources.files("qwen_jax") / "data" / f"{BUNDLED}.gguf"))
     return resolve(str(model))
@@ -62,7 +62,8 @@ def load(
 
     Args:
         model: a GGUF file (of a split one, any part), a Hugging Face directory,
-            `hf:owner/repo[:quant]`, or nothing for the bundled model.
+            `hf:owner/repo[@revision][:quant]`, or nothing for the bundled model. The revision
+            is a branch, tag or commit; the quant a type, as Q4_K_M, or a file of the repository.
         dtype: of the parameters: "float32", "bfloat16", "float16", or "auto": float32 on a
             CPU, where it is fastest, bfloat16 elsewhere.
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.

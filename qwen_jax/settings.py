@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     """Every setting with its default: the bundled model writes a haiku, greedily."""
     return ConfigDict(
         {
-            # A GGUF file, a Hugging Face directory, hf:owner/repo[:quant], or the bundled model.
+            # A GGUF file, a Hugging Face directory, a name on the Hub as
+            # hf:owner/repo[@revision][:quant], or the bundled model.
             "model": "haiku",
             "sha256": placeholder(str),
             "dtype": "auto",
@@ -134,7 +135,7 @@ def get_config() -> ConfigDict:
 
 
 FLAGS: dict[str, tuple[str, str]] = {
-    "model": ("model", "GGUF file, Hugging Face directory, hf:owner/repo[:quant], or 'haiku'."),
+    "model": ("model", "GGUF file, directory, hf:owner/repo[@revision][:quant], or 'haiku'."),
     "sha256": ("sha256", "What the GGUF file's SHA-256 must be."),
     "dtype": ("dtype", "auto, float32, bfloat16 or float16."),
     "implementation": ("implementation", "auto, mosaic_gpu or xla, for every operation."),

@@ -10,9 +10,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import settings
+from qwen_jax import pins, settings
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs
+from qwen_jax.weights.hub_names import abbreviated
 
 EXAMPLE = "configs/experiments/haiku_temperature.py"
 NOT_HASHED = ("workdir", "output", "runner.")
@@ -29,7 +30,7 @@ class Point:
     Attributes:
         id: a hash of the resolved config and of the contents of the files it names.
         overrides: what the sweep sets.
-        config: everything resolved.
+        config: everything resolved; models of the Hub are at a commit, here and in `overrides`.
     """
 
     id: str
@@ -74,7 +75,7 @@ def one_line(value: Any) -> str:
 
 def clipped(text: str) -> str:
     """A text without its middle, if it is long: prompts differ first, and paths last."""
-    half = LONGEST // 2
+    text, half = abbreviated(text), LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[: half - 1]}…{text[-half:]}"
 
 
@@ -107,6 +108,7 @@ def declare(command: settings.Command) -> Declaration:
     path = command.config_file.partition(":")[0]
     sweep = _swept(settings.call(command.config_file, "get_sweep", EXAMPLE), path)
     points: list[tuple[dict[str, Any], ConfigDict]] = []
+    commits: dict[str, str] = {}
     for number, overrides in enumerate(sweep, start=1):
         config = command.config.copy_and_resolve_references()
         settings.update(config, overrides, f"{path}: point {number} of the sweep")
@@ -115,21 +117,31 @@ def declare(command: settings.Command) -> Declaration:
                 raise UserError(f"{path}: a sweep can't set {name}, which changes no result.")
             if name in command.overrides:
                 raise UserError(f"{name} is given by a flag, but {path} sweeps it; drop one.")
-        points.append((overrides, config))
+        pins.pin_models(config, pins.OF_EXPERIMENT, commits)
+        points.append((overrides | _models_of(overrides, commits), config))
+    # What all points override is not asked for: nothing reads it.
+    base = command.config.copy_and_resolve_references()
+    settings.update(base, _models_of(dict(settings.flatten(base)), commits), path)
     prints = inputs.of_points(config for _, config in points)
     default = dict(settings.flatten(settings.get_config()))
     return Declaration(
         name=command.config_file,
         source=_source(path),
-        base=hashed_fields(command.config),
+        base=hashed_fields(base),
         changed={
             name: value
-            for name, value in settings.flatten(command.config)
+            for name, value in settings.flatten(base)
             if value != default[name] and not name.startswith(NOT_HASHED)
         },
         points=_identified(points, prints, path),
         inputs=prints,
     )
+
+
+def _models_of(fields: Mapping[str, Any], commits: Mapping[str, str]) -> dict[str, str]:
+    """Of the fields those that name models, with the names' commits where they are known."""
+    given = {name: fields[name] for name in pins.OF_EXPERIMENT if name in fields}
+    return {name: commits[model] for name, model in given.items() if model in commits}
 
 
 def _source(path: str) -> str:

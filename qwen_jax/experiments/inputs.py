@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from qwen_jax.api import locate
 from qwen_jax.errors import UserError
+from qwen_jax.weights.hub_names import is_hub_name
 
 _WHOLE = 64 << 20
 """Files up to this many bytes are hashed whole."""
@@ -44,13 +45,13 @@ def fingerprint(path: Path) -> str:
 def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
     """Fingerprints of all that the points read, by the name the config has for it.
 
-    A model of the hub is known by its name alone: listing points must not download it.
+    A model of the Hub is known by the commit in its name: listing points must not download it.
     """
     found: dict[str, str] = {}
     for config in configs:
         experiment = config.experiment
         for model in (config.model, experiment.reference.model):
-            if model is not None and model not in found and not model.startswith("hf:"):
+            if model is not None and model not in found and not is_hub_name(model):
                 found[model] = fingerprint(locate(model))
         for name in (config.prompt_file, experiment.text, experiment.eval.include):
             if name is not None and name not in found:

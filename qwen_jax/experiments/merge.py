@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
+from qwen_jax.experiments.moved import moved
 from qwen_jax.experiments.records import (
     CONFIG,
     CONFIG_FILE,
@@ -75,8 +76,14 @@ def _refuse_others(contents: Sequence[Contents]) -> None:
     own: dict[str, Any] = {"shard": None, "assigned": [], "config_file": ""}
     for other in contents[1:]:
         if changes := difference(contents[0].config | own, other.config | own):
+            hints = [
+                f"{m.name} is at commit {m.old} in one and {m.new} in the other; run the other's "
+                f"points with {m.pinned}."
+                for m in moved(contents[0].config, other.config)
+            ]
+            lines_of = "\n".join([*hints, changes])
             raise UserError(
-                f"{contents[0].path} and {other.path} are of different experiments:\n{changes}"
+                f"{contents[0].path} and {other.path} are of different experiments:\n{lines_of}"
             )
 
 

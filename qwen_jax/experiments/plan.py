@@ -17,6 +17,7 @@ from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
 from qwen_jax.measure import Budget, show_bytes
+from qwen_jax.weights.hub_names import is_hub_name
 from qwen_jax.weights.loader import open_checkpoint
 
 
@@ -84,7 +85,7 @@ def _task(point: Point) -> Task:
 
 
 def _size(model: str) -> ModelConfig | None:
-    if model.startswith("hf:"):
+    if is_hub_name(model):
         return None
     return open_checkpoint(api.locate(model)).config
 

@@ -38,7 +38,7 @@ def check(kind: str) -> None:
 def made(source: Path, kind: str, directory: Path) -> Path:
     """The checkpoint in another type, written into `directory/models` unless it is there."""
     check(kind)
-    source = source.resolve()
+    source = source.absolute()  # A link of the Hub's cache leads to a file without a name.
     name = hashlib.sha256(str(source).encode()).hexdigest()[:6]
     path = directory / "models" / f"{source.stem}-{name}-{kind}.gguf"
     if not path.exists():
@@ -57,7 +57,8 @@ def write(source: Path, kind: Type, out: Path) -> None:
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, checkpoint.metadata["general.architecture"])
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+        left_out = field.name.startswith(("GGUF.", "split."))  # The new file is whole.
+        if left_out or field.name == "general.architecture":
             continue
         element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], element)

@@ -23,6 +23,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
 from qwen_jax.experiments.declaration import Declaration, Point, label
 from qwen_jax.experiments.lines import Lines
+from qwen_jax.experiments.moved import moved
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
 CONFIG_FILE, ENVIRONMENTS, LOCK = "config.py", "environments", "lock"
@@ -250,9 +251,14 @@ class Records:
             if changes := difference(
                 old | {"config_file": description["config_file"]}, description
             ):
+                hints = [
+                    f"{m.name} is asked for at commit {m.new}, and had {m.old}; {m.pinned} goes on."
+                    for m in moved(old, description)
+                ]
+                lines_of = "\n".join([*hints, changes])
                 raise UserError(
                     f"--workdir={self.directory} holds an experiment with another config; choose "
-                    f"another directory, or undo the difference:\n{changes}"
+                    f"another directory, or undo the difference:\n{lines_of}"
                 )
             return True
         lines.write_atomically(self.directory / CONFIG_FILE, source)

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, prompts
+from qwen_jax import api, pins, prompts
 from qwen_jax.accuracy import distribution, gates, report
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.cache_audit import audit_cache
@@ -47,6 +47,7 @@ def run(command: Command) -> int:
         return 0
     limits = gates.parse(settings.fail_if or "")
     parts = _parts(settings)
+    pins.pin_and_tell(config, pins.OF_COMPARE)
     if settings.save_base is not None:
         return _save_base(config)
     if config.workdir is not None:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, prompts
+from qwen_jax import api, pins, prompts
 from qwen_jax.accuracy.recording import trace_generation
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
@@ -32,6 +32,7 @@ def run(command: Command) -> int:
     with _writer(config) as out:
         single = config.prompt_file is None
         items = [prompts.single(config, options)] if single else prompts.read(config, options)
+        pins.pin_and_tell(config, pins.OF_RUN)
         model = load(config)
         summary = Summary(model, options["sampling"])
         try:

@@ -11,7 +11,7 @@ import pallas_kernels
 from pallas_kernels.gqa_decode_attention import mosaic_gpu as gqa_decode_attention
 from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_attention
 from pallas_kernels.rope import mosaic_gpu as rope
-from qwen_jax import api, packed
+from qwen_jax import api, packed, pins
 from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import CHUNK
@@ -19,6 +19,7 @@ from qwen_jax.measure import Budget, device, show_bytes
 from qwen_jax.model import activation_dtype
 from qwen_jax.settings import Command
 from qwen_jax.text.tokenizer import Tokenizer
+from qwen_jax.weights.hub_names import is_hub_name
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
 MAX_VALUE = 100
@@ -30,10 +31,11 @@ def run(command: Command) -> int:
     config = command.config
     dtype = api.dtype_of(config.dtype)
     api.check_implementation(config.implementation)
+    pins.pin_and_tell(config, pins.OF_RUN)
     checkpoint = open_checkpoint(api.locate(config.model), sha256=config.sha256)
     tokenizer = api.read_tokenizer(checkpoint)
     sections = (
-        ("file", file_lines(checkpoint)),
+        ("file", file_lines(checkpoint, config.model)),
         ("model", model_lines(checkpoint.config)),
         ("metadata", metadata_lines(checkpoint.metadata)),
         ("tensors", tensor_lines(checkpoint)),
@@ -45,7 +47,10 @@ def run(command: Command) -> int:
     return 0
 
 
-def file_lines(checkpoint: Checkpoint) -> Iterator[str]:
+def file_lines(checkpoint: Checkpoint, name: str = "") -> Iterator[str]:
+    """Where it lies, and its name on the Hub if `name` is one."""
+    if is_hub_name(name):
+        yield name
     size = sum(path.stat().st_size for path in checkpoint.files.paths)
     yield f"{checkpoint.path}"
     count = len(checkpoint.files.paths)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qwen_jax import cli
+from tests.fake_hub import hub_server
+
+__all__ = ["hub_server"]
 
 # This file is read before ../conftest.py has told JAX what to do, so it must not import JAX.
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import pytest
 
 from qwen_jax import api, measure
 from qwen_jax.weights import loader
-from tests.cli.conftest import BUNDLED, REPOSITORY
+from tests.cli.conftest import BUNDLED, REPOSITORY, Result
+from tests.fake_hub import FakeHub
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
 
 
@@ -61,7 +62,7 @@ def test_without_a_tokenizer(refuses: Callable[..., None], tmp_path: Path) -> No
         ("", "there is no such file"),
         ("~nobody/x.gguf", "there is no such file"),
         ("x" * 5000, "there is no such file"),
-        ("http://host/x.gguf", "there is no such file"),
+        ("http://host/x.gguf", "an address can't be read as a model"),
         ("hf:", "does not read hf:owner/repo"),
         ("hf:a/b:c:d", "does not read hf:owner/repo"),
         ("/dev/null", "cannot be read"),
@@ -152,3 +153,18 @@ def test_nothing_is_written_into_the_home(monkeypatch: pytest.MonkeyPatch, tmp_p
     api.load()
     assert not list(tmp_path.iterdir())
     assert not jax.config.values["jax_compilation_cache_dir"]
+
+
+def test_of_the_hub_at_a_commit_that_is_shown(
+    run: Callable[..., Result], loaded: api.Model, hub_server: FakeHub
+) -> None:
+    hub_server.files["haiku-q8_0.gguf"] = BUNDLED.read_bytes()
+    name = f"hf:{FakeHub.repo}"
+    result = run("inspect", f"--model={name}:q8-0")
+    assert result.code == 0 and f"file\n  {name}@{'a' * 40}:q8-0\n" in result.out
+    line = f"{name} is {name}@{'a' * 40}\n"
+    assert run(f"--model={name}", "--prompt=x", "--max_tokens=1").err.startswith(line)
+    result = run("compare", f"--model={name}", "--list_faults")
+    assert result.code == 0 and result.err == ""
+    pinned = run("inspect", f"--model={name}@{'a' * 40}")
+    assert pinned.code == 0 and pinned.err == ""

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import loaded, model, refuses, run
+from tests.fake_hub import hub_server
 
-__all__ = ["experiment", "loaded", "model", "refuses", "run"]
+__all__ = ["experiment", "hub_server", "loaded", "model", "refuses", "run"]
 
 CONFIG = '''"""What this is about."""
 from ml_collections import ConfigDict

@@ -9,6 +9,9 @@ from gguf import GGMLQuantizationType as Type
 
 from qwen_jax import api
 from qwen_jax.experiments import kquants, quantize
+from qwen_jax.weights.loader import open_checkpoint
+from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
+from tests.weights.gguf_bytes import TOKENIZER
 
 # Of normally distributed weights, the error of rounding to the nearest of a grid of n bits that
 # spans +- 2.5 sigma (the largest of 32) or a little more, relative to the weights' norm:
@@ -55,6 +58,23 @@ def test_files(tmp_path: Path, kind: str) -> None:
         if kind in ("F32", "Q8_0"):  # The source is Q8_0: nothing is lost.
             values = (gguf.quants.dequantize(t.data, t.tensor_type) for t in (before, after))
             np.testing.assert_array_equal(*values)
+
+
+def test_parts_behind_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
+    config, blobs, snapshot = tiny_config(), tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    parameters = random_parameters(config)
+    write_gguf(blobs / "m.gguf", config, parameters, split_max_tensors=9, metadata=TOKENIZER)
+    links = []
+    for number, part in enumerate(sorted(blobs.iterdir())):
+        links.append(snapshot / part.name)
+        links[-1].symlink_to(part.rename(blobs / str(number)))
+    path = quantize.made(links[0], "F32", tmp_path)
+    assert path.name.startswith("m-00001-of-")
+    whole, source = (open_checkpoint(file) for file in (path, links[0]))
+    assert len(source.files.paths) > 1 and whole.files.paths == (path,)
+    assert whole.tensors.keys() == source.tensors.keys()
 
 
 def test_rows_that_are_no_whole_blocks_get_more_bits() -> None:

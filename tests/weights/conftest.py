@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_hub import hub_server
+
+__all__ = ["hub_server"]
+
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 
 

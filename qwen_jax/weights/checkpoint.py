@@ -118,8 +118,8 @@ def _only_gguf(directory: Path) -> Path:
         raise UserError(told)
     listed = f"the GGUF files {', '.join(file.name for file in found)}" if found else "no model"
     raise UserError(
-        f"{directory}: the directory has no config.json and holds {listed}; name one GGUF "
-        "file, or a directory with config.json and safetensors."
+        f"{directory}: the directory has no safetensors with a config.json and holds {listed}; "
+        "name one GGUF file, or a directory with config.json and safetensors."
     )
 
 

@@ -77,8 +77,10 @@ def test_directories(refuses: Callable[..., None], tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.gguf").write_bytes(b"")
     refuses([f"--model={tmp_path}", "--prompt=x"], "holds the GGUF files a.gguf, b.gguf")
-    (tmp_path / "config.json").write_text("{")
-    refuses([f"--model={tmp_path}", "--prompt=x"], "config.json: the JSON is not valid")
+    (tmp_path / "config.json").write_text("{")  # as repositories of GGUF files have one
+    refuses([f"--model={tmp_path}", "--prompt=x"], "holds the GGUF files a.gguf, b.gguf")
+    (tmp_path / "model.safetensors").touch()
+    refuses([f"--model={tmp_path}", "--prompt=x"], "config.json: it is not JSON")
 
 
 @pytest.mark.parametrize(

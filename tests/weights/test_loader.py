@@ -131,7 +131,7 @@ def test_directory_with_one_gguf(tmp_path):
 
 
 def test_directory_with_nothing(tmp_path):
-    assert "has no config.json and holds no model" in refusal(tmp_path)
+    assert "has no safetensors with a config.json and holds no model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "x.gguf", "x.json"])

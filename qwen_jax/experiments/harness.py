@@ -1,25 +1,33 @@
 """Our model as lm-evaluation-harness sees one; needs the extra `eval`.
 
-lm_eval --model qwen_jax --model_args model=my.gguf,dtype=bfloat16 --tasks arc_easy
+python -m qwen_jax.lm_eval --model qwen_jax --model_args model=my.gguf --tasks arc_easy
 """
 
+import dataclasses
 import hashlib
+import inspect
 import json
+import random
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
 from qwen_jax import api
 from qwen_jax.accuracy.metrics import log_softmax
-from qwen_jax.generation import Request
-from qwen_jax.sampling import Sampling
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import harness_settings
+from qwen_jax.generation import Completion, Request
+from qwen_jax.text.chat import CHATML_TEMPLATE
 
 _QUIET = not sys.stderr.isatty()
 Keep = Callable[[str, dict[str, Any]], None]
@@ -27,32 +35,101 @@ Keep = Callable[[str, dict[str, Any]], None]
 
 @register_model("qwen_jax")
 class Harness(TemplateLM):
-    """A model for `lm_eval.simple_evaluate`.
+    """A model for `lm_eval.simple_evaluate`; its arguments are those of `--model_args`.
+
+    A request that a task repeats is answered with as many draws. What is drawn follows from `seed`,
+    the request and the number of its repeat alone: not from the order of requests nor from those
+    that run together. Requests that are equal are repeats of one another.
 
     Args:
         model: what `qwen_jax.load` takes, or a loaded model.
-        batch_size: rows that generate together.
+        batch_size: rows that generate together, or "auto": as many as fit the device.
+        pretrained: another name for `model`, which the harness' own models have.
+        max_batch_size: the most rows that "auto" tries, 64 if None.
+        device: JAX chooses it, and the name of another one is refused.
+        max_length: tokens of the context, where it is to be shorter than the model's.
+        max_gen_toks: the most tokens of an answer, where the task says nothing.
+        seed: of what is drawn, where the task says nothing.
+        prefix_token_id: what a text without context is conditioned on; if None, what ends a text.
+        think_end_token: text or id; what an answer holds up to the last one is dropped.
+        trust_remote_code: is there for data sets; no code of a model is ever run.
+        overrides: generation settings that win over every task's own.
         answers: responses of an earlier run by the request's key, which are not asked for again.
         keep: hears of each new response, with its key.
         options: further arguments of `qwen_jax.load`.
+
+    Raises:
+        UserError: an argument is unknown or makes no sense, or the model doesn't load.
     """
 
     def __init__(
         self,
-        model: str | api.Model = api.BUNDLED,
+        model: str | api.Model | None = None,
         batch_size: int | str = 8,
         *,
+        pretrained: str | api.Model | None = None,
+        max_batch_size: int | str | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        seed: int = 0,
+        prefix_token_id: int | None = None,
+        think_end_token: str | int | None = None,
+        trust_remote_code: bool = False,
+        overrides: Mapping[str, Any] | None = None,
         answers: dict[str, Any] | None = None,
         keep: Keep | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
         **options: Any,
     ):
         super().__init__()
-        self._model = model if isinstance(model, api.Model) else api.load(model, **options)
-        self._batch_size = 8 if batch_size == "auto" else int(batch_size)
+        self._warned: set[str] = set()
+        harness_settings.check_arguments(options, inspect.signature(Harness).parameters)
+        harness_settings.check_device(device, self._warn)
+        self._most_rows, self._automatic = harness_settings.rows(batch_size, max_batch_size)
+        self._max_tokens = harness_settings.positive("max_gen_toks", max_gen_toks)
+        self._seed, self._overrides = harness_settings.number("seed", seed, int), overrides or {}
+        if None not in (model, pretrained) and model != pretrained:
+            raise UserError(f"model={model} and pretrained={pretrained} mean the same; give one.")
+        model = pretrained if model is None else model
+        if isinstance(model, api.Model):
+            if options:
+                raise UserError(f"{', '.join(options)} is of a model already loaded; leave it out.")
+            self._model = model
+        else:
+            self._model = api.load(api.BUNDLED if model is None else model, **options)
+        most = self._model.config.context_length
+        length = most if max_length is None else max_length
+        self._context = harness_settings.positive("max_length", length, most)
+        self._prefix = self._id("prefix_token_id", prefix_token_id)
+        digits = isinstance(think_end_token, int) or (think_end_token or "").isdigit()
+        self._think_end = (
+            self._id("think_end_token", think_end_token) if digits else think_end_token
+        )
         self._answers = answers if answers is not None else {}
         self._keep = keep or (lambda key, line: None)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "Harness":
+        """As lm_eval makes a model by its name, just after it has given `--seed` to Python."""
+        lasting = random.getstate()
+        seed = random.getrandbits(32)
+        random.setstate(lasting)  # Tasks draw what they would draw beside another model.
+        flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        for name in flags.keys() & arg_dict.keys():
+            if flags[name] != arg_dict[name]:
+                raise UserError(
+                    f"--model_args has {name}={arg_dict[name]}, but lm_eval has --{name}="
+                    f"{flags[name]}, perhaps by default; give lm_eval --{name}={arg_dict[name]}."
+                )
+        return cls(**{"seed": seed, **arg_dict, **flags})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> "Harness":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
@@ -60,11 +137,15 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id
+        if self._prefix is not None:
+            return self._prefix
+        begin = self._model.tokenizer.special_tokens.get("bos_token")
+        return self.eot_token_id if begin is None else self.tok_encode(begin)[0]
 
     @property
     def tokenizer_name(self) -> str:
-        return self._model.config.source
+        # Part of a file's name, where the harness caches prompts.
+        return self._model.config.source.replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -72,37 +153,70 @@ class Harness(TemplateLM):
         return self._model.tokenizer.encode(string)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self._model.tokenizer.chat_template if chat_template else None
+        """The template's source, which the harness records. Raises UserError for a name."""
+        if isinstance(chat_template, str):
+            raise UserError(
+                f"{self._model.config.source} has no chat template of the name {chat_template!r}; "
+                "give --apply_chat_template without a name."
+            )
+        return (self._model.tokenizer.chat_template or CHATML_TEMPLATE) if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """The chat as text that the assistant's turn follows, or, where there is no generation
+        prompt, that ends with the last message, an opened turn of the assistant."""
         tokenizer = self._model.tokenizer
         return api.render_chat(
             tokenizer.chat_template,
             chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
             special_tokens=tokenizer.special_tokens,
             source=self._model.config.source,
         )
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-probabilities of continuations, and whether greedy decoding would write them.
+
+        Raises:
+            UserError: a continuation has no tokens of its own, or more than the context holds.
+        """
+        for request in requests:
+            _check_continuation(request.args[1], request.args)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or _QUIET)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """The continuation's log-probability, and whether greedy decoding would write it."""
+        for texts, context, continuation in requests:
+            _check_continuation(continuation, texts)
+            if len(continuation) > self._context:
+                raise UserError(
+                    f"A continuation of {len(continuation)} tokens, {texts[1]!r:.60}, is longer "
+                    f"than the context of {self._context}; leave its document out."
+                )
+            if (length := len(context) + len(continuation)) > self._context + 1:
+                self._warn(
+                    f"A context of {len(context)} tokens with a continuation of "
+                    f"{len(continuation)} is longer than the model's of {self._context}: it, and "
+                    f"others like it, lose their beginning, here {length - self._context - 1}."
+                )
         found = []
         for texts, context, continuation in tqdm(requests, disable=disable_tqdm or _QUIET):
             key = _key("loglikelihood", texts or (context, continuation))
             if key not in self._answers:
-                self._answers[key] = self._score(context, continuation)
-                line = {"type": "loglikelihood", "arguments": texts, "response": self._answers[key]}
-                self._keep(key, line)
+                line = {"type": "loglikelihood", "arguments": texts}
+                self._answer(key, line, self._score(context, continuation), texts)
             logprob, greedy = self._answers[key]
             found.append((logprob, greedy))
         return found
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-        # What doesn't fit is cut off the front, as the harness does everywhere.
-        tokens = [*context, *continuation][-(self._model.config.context_length + 1) :]
+        # A context of spaces alone has none left: they begin the continuation.
+        tokens = [*(context or [self.prefix_token_id]), *continuation][-(self._context + 1) :]
         ends = tokens[-len(continuation) :]
         logprobs = log_softmax(self._model.logits(tokens[:-1])[-len(ends) :])
         chosen = np.take_along_axis(logprobs, np.array(ends)[:, None], 1)
@@ -111,46 +225,158 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
+        """Log-probabilities of whole texts, each token given as much before it as fits."""
         found = []
         for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm or _QUIET):
             windows = get_rolling_token_windows(
                 self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self._model.config.context_length,
+                max_seq_len=self._context,
                 context_len=1,
             )
             pairs = [(None, *make_disjoint_window(window)) for window in windows]
             scores = self._loglikelihood_tokens(pairs, disable_tqdm=True)
-            found.append(sum(logprob for logprob, _ in scores))
+            found.append(float(sum(logprob for logprob, _ in scores)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        keys = [_key("generate_until", request.args) for request in requests]
-        left = [i for i, key in enumerate(keys) if key not in self._answers]
+        """Answers to requests of (context, generation settings), one text each.
+
+        Raises:
+            UserError: a setting is refused, see `harness_settings.generation`, or a prompt leaves
+                no room for an answer.
+        """
+        keyed = self._keyed(requests)
+        # Equal keys, as of a greedy request's repeats, are one text.
+        left = {key: i for i, (key, _, _) in enumerate(keyed) if key not in self._answers}
+        order = list(left.values())
         quiet = disable_tqdm or _QUIET
-        with tqdm(total=len(requests), initial=len(requests) - len(left), disable=quiet) as bar:
-            for start in range(0, len(left), self._batch_size):
-                part = left[start : start + self._batch_size]
-                batch = self._model.batch([self._request(*requests[i].args) for i in part])
+        with tqdm(total=len(requests), initial=len(requests) - len(order), disable=quiet) as bar:
+            rows = self._rows([keyed[i][2] for i in order])
+            for start in range(0, len(order), rows):
+                part = order[start : start + rows]
+                asked = [keyed[i][2] for i in part]
+                # Idle rows, since a smaller batch would be compiled for itself.
+                idle = [Request(asked[0].tokens[:1], max_tokens=0)] * (rows - len(part))
+                batch = self._model.batch(asked + idle)
                 for _ in batch:
                     pass
-                for i, completion in zip(part, batch.completions, strict=True):
-                    self._answers[keys[i]] = completion.text
-                    line = {"arguments": requests[i].args, "response": completion.text}
-                    self._keep(keys[i], {"type": "generate_until", **line})
+                for i, request, completion in zip(part, asked, batch.completions, strict=False):
+                    key, repeat, _ = keyed[i]
+                    line = {
+                        "type": "generate_until",
+                        "arguments": requests[i].args,
+                        "repeat": repeat,
+                        "max_tokens": request.max_tokens,
+                        "stop": request.stop,
+                        "sampling": dataclasses.asdict(request.sampling),
+                    }
+                    self._answer(key, line, self._said(request, completion), requests[i].args)
                 bar.update(len(part))
-        return [self._answers[key] for key in keys]
+        return [self._answers[key] for key, _, _ in keyed]
 
-    def _request(self, context: str, options: dict[str, Any]) -> Request:
-        until = options.get("until") or []
-        longest = options.get("max_gen_toks", 256)
-        room = self._model.config.context_length - longest
-        temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
-        return Request(
-            self.tok_encode(context)[-max(room, 1) :],
-            longest,
-            Sampling(temperature=temperature, top_p=float(options.get("top_p", 1.0))),
-            [until] if isinstance(until, str) else [text for text in until if text],
+    def _keyed(self, requests: Sequence[Instance]) -> list[tuple[str, int, Request]]:
+        """Each request's key, the number of its repeat, and our work for it."""
+        made: dict[str, Request] = {}
+        seen: Counter[str] = Counter()
+        found = []
+        for instance in requests:
+            context, options = instance.args
+            name = json.dumps([context, options], default=str, sort_keys=True)
+            if name not in made:
+                made[name] = self._request(context, options)
+            request = made[name]
+            asked = [context, request.max_tokens, request.stop, self._think_end]
+            asked.append(dataclasses.asdict(request.sampling))
+            plain = _key("generate_until", asked)
+            repeat = seen[plain] if request.sampling.temperature > 0 else 0
+            seen[plain] += 1
+            key = _key(plain, repeat)
+            if request.sampling.temperature > 0:
+                drawn = dataclasses.replace(request.sampling, seed=int(key[:8], 16))
+                request = dataclasses.replace(request, sampling=drawn)
+            found.append((key, repeat, request))
+        return found
+
+    def _request(self, context: str, options: Mapping[str, Any]) -> Request:
+        """Our work for a request, its seed not yet that of a repeat."""
+        asked = harness_settings.generation(
+            harness_settings.overridden(options, self._overrides),
+            max_tokens=self._max_tokens,
+            seed=self._seed,
+            warn=self._warn,
+        )
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        room = self._context - len(tokens)
+        if room < 1:
+            raise UserError(
+                f"A prompt of {len(tokens)} tokens, {context!r:.60}, leaves no room for an answer "
+                f"in the context of {self._context}; give fewer examples (--num_fewshot), or leave "
+                "its document out (--samples)."
+            )
+        if asked.max_tokens > room:
+            self._warn(
+                f"Answers of {asked.max_tokens} tokens don't fit the context of {self._context} "
+                f"behind a prompt of {len(tokens)}: it is kept whole, and its answer, as those of "
+                f"others like it, ends where the context does, here after {room}."
+            )
+        return Request(tokens, min(asked.max_tokens, room), asked.sampling, asked.stop)
+
+    def _rows(self, requests: Sequence[Request]) -> int:
+        """Rows that run together: with `auto`, as many as fit the device by halves."""
+        rows = max(1, min(self._most_rows, len(requests)))
+        while self._automatic and rows > 1:
+            longest = max(requests, key=lambda r: len(r.tokens) + r.max_tokens)
+            try:
+                self._model.check_fits(longest, rows)
+                break
+            except UserError:
+                rows //= 2
+        return rows
+
+    def _said(self, request: Request, completion: Completion) -> str:
+        """A completion's text, without what was thought before it."""
+        end, text, tokens = self._think_end, completion.text, completion.tokens
+        if end is None:
+            return text
+        if isinstance(end, str):
+            return postprocess_generated_text(text, list(request.stop), end)
+        if end in tokens:
+            after = tokens[len(tokens) - tokens[::-1].index(end) :]
+            text = self._model.tokenizer.decode(after).lstrip()
+        return postprocess_generated_text(text, list(request.stop), None)
+
+    def _answer(self, key: str, line: dict[str, Any], response: Any, arguments: Any) -> None:
+        """Keeps a response, here and wherever else responses are kept."""
+        self._answers[key] = response
+        self._keep(key, {**line, "response": response})
+        if arguments is not None:  # those of a window of a text, which is kept as a whole
+            self.cache_hook.add_partial(line["type"], arguments, response)
+
+    def _id(self, name: str, value: Any) -> int | None:
+        """An argument that names a token."""
+        if value is None:
+            return None
+        token, size = harness_settings.number(name, value, int), self._model.tokenizer.vocab_size
+        if not 0 <= token < size:
+            raise UserError(f"{name} is {token}, but the tokens are 0 to {size - 1}.")
+        return token
+
+    def _warn(self, message: str) -> None:
+        """Warns of what thousands of requests may share: once for what differs in numbers only."""
+        kind = "".join(c for c in message if not c.isdigit())
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logging.warning(message)
+
+
+def _check_continuation(continuation: Sequence[Any], texts: Sequence[str]) -> None:
+    if not continuation:
+        raise UserError(
+            f"The continuation {texts[1]!r:.60} has no token of its own behind "
+            f"{texts[0][-40:]!r}, so there is nothing to score; give the task a target_delimiter, "
+            "or leave its document out (--samples)."
         )
 
 

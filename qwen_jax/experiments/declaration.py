@@ -5,11 +5,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import pins, settings, utf8
+from qwen_jax import pins, settings
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs
 from qwen_jax.weights.hub_names import abbreviated
@@ -29,11 +30,14 @@ class Point:
     Attributes:
         id: a hash of the resolved config and of the contents of the files it names.
         overrides: what the sweep sets.
-        config: everything resolved; models of the Hub are at a commit, here and in `overrides`.
+        base=hashed_fields(base),
+        changed=changed,
+        points=_identified(points, prints, {*changed, *command.overrides}, path),
     """
 
     id: str
     overrides: dict[str, Any]
+    asked: frozenset[str]
     config: ConfigDict
 
     @property
@@ -123,16 +127,17 @@ def declare(command: settings.Command) -> Declaration:
     settings.update(base, _models_of(dict(settings.flatten(base)), commits), path)
     prints = inputs.of_points(config for _, config in points)
     default = dict(settings.flatten(settings.get_config()))
+    changed = {
+        name: value
+        for name, value in settings.flatten(base)
+        if value != default[name] and not name.startswith(NOT_HASHED)
+    }
     return Declaration(
         name=command.config_file,
-        source=utf8.read(path),  # Python reads other encodings, too, where told which.
+        source=_source(path),
         base=hashed_fields(base),
-        changed={
-            name: value
-            for name, value in settings.flatten(base)
-            if value != default[name] and not name.startswith(NOT_HASHED)
-        },
-        points=_identified(points, prints, path),
+        changed=changed,
+        points=_identified(points, prints, {*changed, *command.overrides}, path),
         inputs=prints,
     )
 
@@ -141,6 +146,13 @@ def _models_of(fields: Mapping[str, Any], commits: Mapping[str, str]) -> dict[st
     """Of the fields those that name models, with the names' commits where they are known."""
     given = {name: fields[name] for name in pins.OF_EXPERIMENT if name in fields}
     return {name: commits[model] for name, model in given.items() if model in commits}
+
+
+def _source(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:  # Python reads other encodings, too, where told which.
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it.") from error
 
 
 def _swept(sweep: Any, path: str) -> list[dict[str, Any]]:
@@ -152,7 +164,10 @@ def _swept(sweep: Any, path: str) -> list[dict[str, Any]]:
 
 
 def _identified(
-    points: list[tuple[dict[str, Any], ConfigDict]], prints: dict[str, str], path: str
+    points: list[tuple[dict[str, Any], ConfigDict]],
+    prints: dict[str, str],
+    asked: set[str],
+    path: str,
 ) -> tuple[Point, ...]:
     found: dict[str, Point] = {}
     for overrides, config in points:
@@ -162,7 +177,7 @@ def _identified(
         identity = hashlib.sha256(text.encode()).hexdigest()[:12]
         if identity in found:
             raise UserError(f"{path}: the sweep has the point {label(overrides)} twice; keep one.")
-        found[identity] = Point(identity, overrides, config)
+        found[identity] = Point(identity, overrides, frozenset({*asked, *overrides}), config)
     return tuple(found.values())
 
 

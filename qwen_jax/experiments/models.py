@@ -94,8 +94,7 @@ class Models:
         engine = model.engine
         key: tuple[Any, ...] = (
             *(choice.implementation, choice.matmul_precision, str(engine.cache_dtype)),
-            *(model.config, engine.stop_ids),
-            *(model.tokenizer.vocab_size, model.tokenizer.unused_ids),
+            *(model.config, engine.stop_ids, model.tokenizer.vocab_size),
         )
         if key in self._programs:
             model.engine = self._programs[key].over(engine.weights, engine.config)

@@ -100,7 +100,8 @@ class PointWork(Work):
     """One point's view of the records, with a progress bar of its own."""
 
     def __init__(self, item: Planned, records: Records, models: Models):
-        self.config, self.directory = item.point.config, records.directory
+        self.config, self.asked = item.point.config, item.point.asked
+        self.directory = records.directory
         self._point, self._records, self._models = item.point, records, models
         self._bar = tqdm(
             desc="  this point", leave=False, position=1, disable=not sys.stderr.isatty()

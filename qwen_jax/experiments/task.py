@@ -33,10 +33,12 @@ class Work(abc.ABC):
 
     Attributes:
         config: everything resolved.
+        asked: fields of it that the sweep or a flag sets, or that are not the defaults.
         directory: the workdir.
     """
 
     config: ConfigDict
+    asked: frozenset[str]
     directory: Path
 
     @abc.abstractmethod

@@ -147,6 +147,15 @@ def test_a_batch_that_fits_nowhere_stops_no_other(
         ("config.experiment.task = 'perplexity'; config.experiment.text = 'no.txt'", "no.txt"),
         ("config.experiment.task = 'perplexity'; config.experiment.context = 3", "at least 4"),
         ("config.experiment.task = 'eval'", "experiment.eval.tasks is empty"),
+        (
+            "config.experiment.task = 'eval'; config.experiment.eval.tasks = ('a',); config.n = 2",
+            "n is 2, but a task",
+        ),
+        (
+            "config.experiment.task = 'eval'; config.experiment.eval.tasks = ('a',); "
+            "config.experiment.eval.fewshot_as_multiturn = True",
+            "fewshot_as_multiturn needs experiment.eval.apply_chat_template",
+        ),
         ("config.prompt = '-'; config.experiment.task = 'generate'", "can't read stdin"),
         ("config.experiment.task = 'generate'; config.n = 0", "n is 0"),
     ],
@@ -154,8 +163,6 @@ def test_a_batch_that_fits_nowhere_stops_no_other(
 def test_refused(
     experiment: Callable[..., list[str]], refuses: Callable[..., None], setting: str, words: str
 ) -> None:
-    if "eval" in setting:
-        pytest.importorskip("lm_eval")
     refuses(experiment('axis("max_tokens", [8])', setting), words)
 
 

@@ -1,14 +1,20 @@
 """`eval`: tasks of lm-evaluation-harness, one item a request to the model; needs extra `eval`."""
 
 import functools
-import importlib.util
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from qwen_jax import prompts
 from qwen_jax.errors import UserError
+from qwen_jax.experiments import harness_settings
 from qwen_jax.experiments.task import Metrics, Task, Work
+from qwen_jax.settings import flatten, get_config
+
+_DRAWS = ("sampling.top_k", "sampling.top_p", "sampling.min_p", "sampling.seed")
+"""Fields that change nothing where answers are greedy."""
 
 
 class Evaluate(Task):
@@ -20,13 +26,22 @@ class Evaluate(Task):
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)
+        self.options = prompts.options_of(config)
         settings = config.experiment.eval
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("The task eval needs lm-evaluation-harness: install qwen_jax[eval].")
         if not settings.tasks:
             raise UserError("experiment.eval.tasks is empty; name tasks of lm-evaluation-harness.")
         if settings.include is not None and not Path(settings.include).is_dir():
             raise UserError(f"experiment.eval.include={settings.include} is no directory.")
+        if settings.fewshot_as_multiturn and not settings.apply_chat_template:
+            raise UserError(
+                "experiment.eval.fewshot_as_multiturn needs experiment.eval.apply_chat_template."
+            )
+        if config.n != 1:
+            raise UserError(
+                f"n is {config.n}, but a task of lm-evaluation-harness has its own number of "
+                "samples; set `repeats` in the task's file."
+            )
+        harness_settings.check_installed()
 
     def run(self, work: Work) -> Metrics:
         # Heavy, and of an extra: imported where it is needed.
@@ -34,26 +49,101 @@ class Evaluate(Task):
 
         from qwen_jax.experiments.harness import Harness
 
-        settings = self.config.experiment.eval
+        settings, seed = self.config.experiment.eval, self.config.sampling.seed
+        where = (settings.tasks, settings.include)
+        overrides = self._overrides(work.asked)
+        if changed := self._changed():  # The tasks' data is read for it.
+            _check_effect(changed, _generation(*where), overrides, settings.shots)
         answers = {item["request"]: item["response"] for item in work.recorded()}
 
         def keep(key: str, line: dict[str, Any]) -> None:
             work.record(request=key, **line)
 
+        multiturn = settings.fewshot_as_multiturn
         found = lm_eval.simple_evaluate(
-            model=Harness(work.model(), self.config.batch_size, answers=answers, keep=keep),
+            model=Harness(
+                work.model(),
+                self.config.batch_size,
+                seed=seed,
+                overrides=overrides,
+                answers=answers,
+                keep=keep,
+            ),
             tasks=list(settings.tasks),
             num_fewshot=settings.shots,
             limit=settings.limit,
-            task_manager=_manager(settings.tasks, settings.include),
-            random_seed=self.config.sampling.seed,
-            numpy_random_seed=self.config.sampling.seed,
-            fewshot_random_seed=self.config.sampling.seed,
+            task_manager=_manager(*where),
+            apply_chat_template=settings.apply_chat_template,
+            # As lm_eval's own command line has it where nobody says.
+            fewshot_as_multiturn=settings.apply_chat_template if multiturn is None else multiturn,
+            system_instruction=self.config.system,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            fewshot_random_seed=seed,
             bootstrap_iters=100,
             log_samples=False,
             verbosity="ERROR",
         )
         return _metrics(found["results"])
+
+    def _changed(self) -> list[str]:
+        """Fields about answers that are not the defaults, which would be no loss."""
+        default = dict(flatten(get_config()))
+        return [f for f, value in flatten(self.config) if _is_of_answers(f) and value != default[f]]
+
+    def _overrides(self, asked: Iterable[str]) -> dict[str, Any]:
+        """What the config says of answers where somebody asks, in the harness' words."""
+        sampling = self.options["sampling"]
+        words: dict[str, dict[str, Any]] = {
+            "max_tokens": {"max_gen_toks": self.options["max_tokens"]},
+            "stop": {"until": list(self.options["stop"])},
+            "sampling.temperature": {
+                "temperature": sampling.temperature,
+                "do_sample": sampling.temperature > 0,
+            },
+        }
+        found: dict[str, Any] = {}
+        for field in filter(_is_of_answers, asked):
+            name = field.removeprefix("sampling.")
+            found |= words[field] if field in words else {name: getattr(sampling, name)}
+        return found
+
+
+def _is_of_answers(field: str) -> bool:
+    return field in ("max_tokens", "stop") or field.startswith("sampling.")
+
+
+def _check_effect(
+    fields: Iterable[str],
+    tasks: Mapping[str, Mapping[str, Any]],
+    overrides: Mapping[str, Any],
+    shots: int,
+) -> None:
+    """Raises UserError where one of the config's fields changes nothing in any task's answers.
+
+    Args:
+        tasks: the generation settings of those that generate text.
+    """
+    settings = [harness_settings.overridden(options, overrides) for options in tasks.values()]
+    draws = any(harness_settings.generation(s).sampling.temperature > 0 for s in settings)
+    for field in fields:
+        if field == "sampling.seed" and shots > 0:
+            continue  # It chooses the examples, too.
+        if not tasks:
+            raise UserError(f"{field} changes nothing: these tasks generate no text; drop it.")
+        if field in _DRAWS and not draws:
+            raise UserError(
+                f"{field} changes nothing: {', '.join(tasks)} answers greedily; set "
+                "sampling.temperature or drop it."
+            )
+
+
+@functools.cache
+def _generation(tasks: tuple[str, ...], include: str | None) -> dict[str, Mapping[str, Any]]:
+    """The generation settings of the tasks that generate text, by their names."""
+    loaded = _manager(tasks, include).load(list(tasks))["tasks"].values()
+    configs = [task.config for task in loaded]
+    return {c.task: c.generation_kwargs for c in configs if c.output_type == "generate_until"}
 
 
 @functools.cache

@@ -59,8 +59,7 @@ class Generate(Task):
 
     def _lines(self) -> Iterator[bytes]:
         if self.config.prompt_file is None:
-            text = str(prompts.single(self.config, self.options).prompt)
-            yield text.encode("utf-8", "surrogatepass")  # The tokenizer says what is wrong.
+            yield str(prompts.single(self.config, self.options).prompt).encode()
         else:
             with Path(self.config.prompt_file).open("rb") as file:
                 yield from (line for line in file if line.strip())

@@ -93,6 +93,7 @@ def load(
         weights,
         stop_ids=tokenizer.stop_ids,
         valid_tokens=tokenizer.vocab_size,
+        unused_ids=tokenizer.unused_ids,
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
     )
@@ -131,13 +132,23 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's own tokenizer. Raises UserError where none fits or it is damaged."""
     if checkpoint.format == "gguf":
-        return Tokenizer.from_gguf(checkpoint.metadata, str(checkpoint.path))
-    tokenizer = Tokenizer.from_hf(checkpoint.path)
+        tokenizer = Tokenizer.from_gguf(checkpoint.metadata, str(checkpoint.path))
+    else:
+        tokenizer = Tokenizer.from_hf(checkpoint.path)
     rows = checkpoint.config.vocab_size
-    if tokenizer.vocab_size > rows:  # fewer: the other rows are padding
+    # Fewer: the other rows are padding. An added token without a row (a padding token that a
+    # trainer named, say) does no harm before a prompt holds it.
+    if tokenizer.text_size > rows:
         raise UserError(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the "
-            f"embedding only {rows} rows; they belong to different models, so download both again."
+            f"embedding only {rows} rows; they belong to different models, so take both from the "
+            "same checkpoint."
+        )
+    if min(tokenizer.stop_ids) >= rows:
+        raise UserError(
+            f"{checkpoint.path}: the tokens that end a text have the ids {tokenizer.stop_ids}, but "
+            f"the embedding has only {rows} rows, so no text would end; take the tokenizer and the "
+            "weights from the same checkpoint."
         )
     return tokenizer
 
@@ -207,13 +218,13 @@ class Model:
         if raw:
             if not isinstance(prompt, str) or system is not None:
                 raise UserError("A raw prompt is one text, without messages or a system prompt.")
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system is not None:
             if any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages):
                 raise UserError("The chat has a system message of its own; leave out the other.")
             messages = [{"role": "system", "content": system}, *messages]
-        template = self.tokenizer.chat_template
+        template = self.tokenizer.template_for()
         if template is None and not self._warned:
             self._warned = True
             logging.warning(

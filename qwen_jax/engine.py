@@ -63,6 +63,7 @@ class Engine:
             the decode-step kernel (`qwen_jax.packed.prepare`).
         stop_ids: tokens that end a row; they are emitted, then the row is done.
         valid_tokens: vocabulary rows in use; ids from here on are never chosen.
+        unused_ids: rows below them that no token has, and that are never chosen either.
         precision: of float32 matrix products.
         implementation: "auto", "mosaic_gpu" or "xla".
 
@@ -77,6 +78,7 @@ class Engine:
         *,
         stop_ids: Sequence[int] = (),
         valid_tokens: int | None = None,
+        unused_ids: Sequence[int] = (),
         precision: lax.Precision = lax.Precision.HIGHEST,
         implementation: str = "auto",
     ):
@@ -90,10 +92,11 @@ class Engine:
         table = weights.packed.tape if isinstance(weights, PackedWeights) else weights["embed"]
         self.platform = next(iter(table.devices())).platform
         self.cache_dtype = table.dtype
-        self.valid_tokens = config.vocab_size if valid_tokens is None else valid_tokens
+        rows = config.vocab_size
+        self.valid_tokens = rows if valid_tokens is None else min(valid_tokens, rows)
         self._traced: list[str] = []
         stops = jnp.asarray(self.stop_ids, jnp.int32)
-        constants = programs.Constants(stops, self.valid_tokens)
+        constants = programs.Constants(stops, self.valid_tokens, tuple(unused_ids))
         self._create_cache = self._jit(
             programs.create_cache, config, self.cache_dtype, static=(0, 1, 2)
         )

@@ -155,4 +155,5 @@ def _kind_by_text(head: bytes, expected: Expected) -> str | None:
     if is_json and expected == "JSON":
         return None
     kind = "JSON" if is_json else "text"
-    return f"{kind}, not {expected}, and begins {shown:.60}; get the file by its own address"
+    beginning = shown[:60].rstrip()
+    return f"{kind}, not {expected}, and begins {beginning!r}; get the file by its own address"

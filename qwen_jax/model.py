@@ -1,8 +1,8 @@
 """The Qwen2.5 decoder in Flax NNX, top to bottom.
 
 Shape letters: B rows, T positions, S cache capacity, N query heads, K key/value heads,
-H head dimension, D hidden size, F feed-forward size, V vocabulary. A linear weight is
-`[out, in]`, as checkpoints store it.
+H head dimension, R2 rotated pairs of it, D hidden size, F feed-forward size, V vocabulary.
+A linear weight is `[out, in]`, as checkpoints store it.
 """
 
 from collections.abc import Callable, Mapping
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
         self.prefix, self.precision, self.implementation = prefix, precision, implementation
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        self.attention_factor = config.yarn.attention_factor if config.yarn else 1.0
+        self.attention_factor = config.attention_factor
         self.weight = parameter(params, prefix, "qkv_proj.weight")
         self.bias = parameter(params, prefix, "qkv_proj.bias")
         self.out = parameter(params, prefix, "o_proj.weight")
@@ -123,7 +123,7 @@ class Attention(nnx.Module):
         layer: int,
         positions: Int[Array, "B T"],
         lengths: Int[Array, "B"],
-        inv_freq: Float[Array, "H2"],
+        inv_freq: Float[Array, "R2"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         batch, steps, _ = x.shape
         qkv = matmul(x, self.weight[...], self.precision) + self.bias[...].astype(x.dtype)
@@ -205,7 +205,7 @@ class DecoderLayer(nnx.Module):
         layer: int,
         positions: Int[Array, "B T"],
         lengths: Int[Array, "B"],
-        inv_freq: Float[Array, "H2"],
+        inv_freq: Float[Array, "R2"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         normed = tap(f"{self.prefix}attn_norm", self.attn_norm(x))
         attended, cache = self.attention(normed, cache, layer, positions, lengths, inv_freq)

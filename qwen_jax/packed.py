@@ -62,7 +62,7 @@ class PackedWeights:
         """
         if self.implementation == "xla":
             return rows <= MOST_ROWS
-        why_not = kernel_refusal(self.plan, rows, self.packed.tape.dtype)
+        why_not = kernel_refusal(self.plan, rows, self.packed.tape.dtype, self.config.rope_dim // 2)
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:
@@ -97,7 +97,6 @@ class PackedWeights:
         position: Int[Array, "B"],
     ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
         """One step of every row: logits, and the tokens' keys, then values, of every layer."""
-        yarn = self.config.yarn
         return pallas_kernels.decode_step(
             self.packed,
             self.plan,
@@ -105,7 +104,7 @@ class PackedWeights:
             cache,
             position,
             jnp.asarray(inverse_frequencies(self.config)),
-            attention_factor=yarn.attention_factor if yarn else 1.0,
+            attention_factor=self.config.attention_factor,
             implementation=self.implementation,
         )
 
@@ -128,7 +127,7 @@ def plan_for(config: ModelConfig) -> Plan:
 
 def refusal(config: ModelConfig, dtype: jnp.dtype) -> str | None:
     """Why the decode-step kernel can't run this model, were it for one row; or None."""
-    return kernel_refusal(plan_for(config), 1, dtype)
+    return kernel_refusal(plan_for(config), 1, dtype, config.rope_dim // 2)
 
 
 def prepare(

@@ -86,6 +86,7 @@ Forward = Callable[..., tuple[jax.Array, Any]]
 class Constants(NamedTuple):
     stop_ids: Int[Array, "stops"]
     valid_tokens: int
+    unused_ids: tuple[int, ...] = ()
 
 
 def prefill_chunk(
@@ -143,6 +144,8 @@ def _choose(
 ) -> tuple[Emitted, Counts | None, Bool[Array, "B"]]:
     """Logits to tokens, the counts with live rows' in, and whether each is a stop."""
     in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
+    if constants.unused_ids:
+        in_use = in_use.at[jnp.asarray(constants.unused_ids)].set(False, mode="drop")
     logits = jnp.where(in_use, logits, -jnp.inf)
     choice = sampling.choose(logits, params, counts, generated, plan)
     # An overflow anywhere ends as NaN or infinity here, and argmax of NaN is token 0.

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import api, settings
+from qwen_jax import api, settings, utf8
 from qwen_jax.api import BUNDLED, Message, Options
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
@@ -83,7 +83,8 @@ def single(config: ConfigDict, options: Options) -> Item:
             )
         return Item(HAIKU, options, "--prompt")
     if config.prompt == "-":
-        return Item(_decode(sys.stdin.buffer.read(), "stdin").removesuffix("\n"), options, "stdin")
+        text = utf8.decoded(sys.stdin.buffer.read(), "stdin")
+        return Item(utf8.without_line_break(text), options, "stdin")
     return Item(config.prompt, options, "--prompt")
 
 
@@ -99,9 +100,10 @@ def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
     """The prompts of a file, in order, each checked when its turn comes.
 
     A `.jsonl` file holds one object a line with `prompt` or `messages`, and optionally `id`,
-    `system`, `raw`, `max_tokens` and `seed`; any other file holds one prompt a line. Empty
-    lines are skipped. Where an experiment has a template, the prompt is made from it and the
-    line's fields, which may then have any other names.
+    `system`, `raw`, `max_tokens` and `seed`; any other file holds one prompt a line. Lines end
+    with LF or CR LF, and with nothing else; empty ones are skipped. Where an experiment has a
+    template, the prompt is made from it and the line's fields, which may then have any other
+    names.
 
     Raises:
         UserError: the file can't be read, or a line is not what it should be.
@@ -114,7 +116,8 @@ def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{path}, line {number}"
-                text = _decode(line, where).strip("\r\n")
+                text = utf8.decoded(line, where, from_start=number == 1)
+                text = utf8.without_line_break(text)
                 if not text.strip():
                     continue
                 if is_json:
@@ -216,13 +219,6 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where} is {record!r:.60}, but it must be an object.")
     return {name: value for name, value in record.items() if value is not None}
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")  # Windows begins files with a mark that is no text.
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 at byte {error.start}; convert it.") from error
 
 
 def _logit_bias(pairs: str) -> dict[int, float]:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import utf8
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import told_by_kind
 
@@ -48,15 +49,13 @@ def parse_object(text: bytes | str, source: str, *, allow_nan: bool = False) -> 
         UserError: the text is no JSON object, or names a key twice.
     """
     try:
-        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        decoded = utf8.decoded(text, f"{source}: it") if isinstance(text, bytes) else text
         value = json.loads(
             decoded,
             object_pairs_hook=_unique,
             parse_int=_integer,
             parse_constant=float if allow_nan else _no_number,
         )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: it is not UTF-8 at byte {error.start}; convert it.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{source}: it is not JSON ({error.msg} at line {error.lineno}, column "

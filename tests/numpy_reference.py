@@ -25,14 +25,33 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def rotate(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """`x` [..., H] with pair (i, i + R/2) turned by angles [..., R/2]; the rest is unchanged.
+def rotate(x: np.ndarray, angles: np.ndarray, factor: float = 1.0) -> np.ndarray:
+    """`x` [..., H] with pair (i, i + R/2) turned by angles [..., R/2], times `factor`.
 
-    A pair is a complex number here, and turning it a multiplication by exp(i angle).
+    The rest is unchanged. A pair is a complex number here, and turning it a multiplication by
+    exp(i angle).
     """
     half = angles.shape[-1]
-    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angles)
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * factor * np.exp(1j * angles)
     return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], axis=-1)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of pairs (i, i + R/2): theta^(-2i/R), slower by a linear factor.
+
+    By YaRN (its section 3.2) the share `gamma` of a pair keeps its frequency, which depends on how
+    often the pair turns in the original context, by its index as in the authors' code.
+    """
+    size = config.rope_dim
+    plain = np.array([config.rope_theta ** (-2 * i / size) for i in range(size // 2)])
+    if config.yarn is None:
+        return plain / config.linear_factor
+    yarn, log_theta = config.yarn, np.log(config.rope_theta)
+    turns = yarn.original_context / (2 * np.pi * np.array([yarn.beta_fast, yarn.beta_slow]))
+    first, last = size / 2 * np.log(turns) / log_theta
+    first, last = max(np.floor(first), 0), min(np.ceil(last), size - 1)
+    gamma = [1 - min(max((i - first) / max(last - first, 0.001), 0), 1) for i in range(size // 2)]
+    return np.array([f * g + f / yarn.factor * (1 - g) for f, g in zip(plain, gamma, strict=True)])
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -56,7 +75,7 @@ def forward(
     """Every named tensor of one text, without the batch axis, from Hugging Face parameters."""
     steps, dim = len(tokens), config.head_dim
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
-    frequencies = config.rope_theta ** (-np.arange(0, dim, 2) / dim)
+    frequencies = rope_frequencies(config)
     # Angles alone are rounded to float32, as models are trained with: at late positions that
     # rounding outweighs all others, and no engine is to blame for it.
     angles = np.arange(steps, dtype=np.float32)[:, None, None] * frequencies.astype(np.float32)
@@ -73,7 +92,7 @@ def forward(
 
         normed = rms_norm(x, p[f"{hf}input_layernorm.weight"], config.rms_eps)
         q, k, v = (linear(normed, f"self_attn.{n}_proj").reshape(steps, -1, dim) for n in "qkv")
-        q_rope, k_rope = rotate(q, angles), rotate(k, angles)
+        q_rope, k_rope = (rotate(y, angles, config.attention_factor) for y in (q, k))
         attended = attention(q_rope, k_rope.swapaxes(0, 1), v.swapaxes(0, 1), causal)
         attended = attended.reshape(steps, -1)
         out = linear(attended, "self_attn.o_proj")

@@ -113,7 +113,9 @@ class TestTokenizer:
                 messages.append({"role": "assistant", "content": turn.answer})
             if chat.system == demo_corpus.DEFAULT_SYSTEM:
                 del messages[0]  # the template puts it there
-            rendered = render_chat(vocabulary.chat_template, messages, add_generation_prompt=False)
+            rendered = render_chat(
+                vocabulary.chat_templates["default"], messages, add_generation_prompt=False
+            )
             assert rendered == chat.render()
 
 

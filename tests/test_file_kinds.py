@@ -51,7 +51,7 @@ KINDS = {
     "git-lfs": (POINTER.encode(), "a git-lfs pointer to the file of 988097824 bytes"),
     "web page": (b"\n<!DOCTYPE html>\n<html><head>", "a web page"),
     "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied', "a web page"),
-    "text": (b"Entry not found", "text, not {expected}, and begins Entry not found"),
+    "text": (b"Entry not found", "text, not {expected}, and begins 'Entry not found'"),
     "zip": (zipped("model.gguf"), "a zip archive"),
     "PyTorch": (zipped("archive/data.pkl"), "a PyTorch checkpoint"),
     **{f"pickle {n}": (pickle.dumps({"a": [1]}, n), "a PyTorch checkpoint") for n in (2, 3, 4, 5)},

@@ -151,7 +151,7 @@ def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
     """The `qwen2.*` keys llama.cpp's converter writes; int means uint32, float means float32."""
     keys: dict[str, Any] = {
         "block_count": config.num_layers,
-        "context_length": config.context_length,
+        "context_length": int(config.context_length / config.linear_factor),
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.ffn_size,
         "attention.head_count": config.num_heads,
@@ -161,6 +161,10 @@ def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
     }
     if config.head_dim * config.num_heads != config.hidden_size:
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if config.rope_dim != config.head_dim:
+        keys["rope.dimension_count"] = config.rope_dim
+    if config.linear_factor != 1:
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.linear_factor}
     if config.yarn:
         keys |= {
             "rope.scaling.type": "yarn",
@@ -275,7 +279,7 @@ def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
-        "max_position_embeddings": config.context_length,
+        "max_position_embeddings": int(config.context_length / config.linear_factor),
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
@@ -286,6 +290,10 @@ def hf_config(config: ModelConfig, **changes: Any) -> dict[str, Any]:
         "use_sliding_window": False,
         "vocab_size": config.vocab_size,
     }
+    if config.rope_dim != config.head_dim:
+        hf["partial_rotary_factor"] = config.rope_dim / config.head_dim
+    if config.linear_factor != 1:
+        hf["rope_scaling"] = {"type": "linear", "factor": config.linear_factor}
     if config.yarn:
         hf["rope_scaling"] = {
             "type": "yarn",

@@ -102,4 +102,4 @@ def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     # As in Qwen's own files: named, and never to be added.
     writer.add_bos_token_id(vocabulary.ids[END_OF_TEXT])
     writer.add_add_bos_token(False)
-    writer.add_chat_template(vocabulary.chat_template or "")
+    writer.add_chat_template(vocabulary.chat_templates["default"])

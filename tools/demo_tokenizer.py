@@ -68,7 +68,7 @@ def _vocabulary(merges: list[tuple[str, str]]) -> Vocabulary:
         },
         end_ids=[ids[TURN_END]],
         special_tokens={"eos_token": TURN_END, "pad_token": END_OF_TEXT},
-        chat_template=CHATML_TEMPLATE,
+        chat_templates={"default": CHATML_TEMPLATE},
         source="the demo model",
     )
 

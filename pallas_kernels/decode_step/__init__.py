@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import kernels, unpack
@@ -25,7 +26,12 @@ __all__ = [
     "unpacked",
 ]
 
-refusal = kernels.refusal
+
+def refusal(plan: Plan, rows: int, dtype: DTypeLike, pairs: int) -> str | None:
+    """Why no kernel can run a step that rotates so many pairs of every head, or None."""
+    if 2 * pairs != plan.shape.head_dim:
+        return f"it rotates whole heads, not {2 * pairs} of {plan.shape.head_dim} dimensions"
+    return kernels.refusal(plan, rows, dtype)
 
 
 def unpacked(
@@ -48,7 +54,7 @@ def decode_step(
     hidden: Float[Array, "B D"],
     cache: Float[Array, "2L B K S H"],
     position: Int[Array, "B"],
-    inv_freq: Float[Array, "H2"],
+    inv_freq: Float[Array, "R2"],
     *,
     attention_factor: float = 1.0,
     implementation: str = "auto",
@@ -86,7 +92,7 @@ def decode_step(
         raise ValueError(f"hidden {hidden.shape} and cache {cache.shape} don't fit {shape}")
     if cache.dtype != dtype:
         raise ValueError(f"the cache is {cache.dtype}, the weights are {dtype}")
-    why_not = refusal(plan, rows, dtype)
+    why_not = refusal(plan, rows, dtype, inv_freq.shape[0])
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":
             return reference(packed, plan, hidden, cache, position, inv_freq, attention_factor)

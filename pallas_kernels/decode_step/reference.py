@@ -21,7 +21,7 @@ def reference(
     hidden: Float[Array, "B D"],
     cache: Float[Array, "2L B K S H"],
     position: Int[Array, "B"],
-    inv_freq: Float[Array, "H2"],
+    inv_freq: Float[Array, "R2"],
     attention_factor: float,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     shape, dtype = plan.shape, cache.dtype

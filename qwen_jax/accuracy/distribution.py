@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
+from qwen_jax import utf8
 from qwen_jax.accuracy import base_file
 from qwen_jax.accuracy.base_file import SavedBase, scored
 from qwen_jax.accuracy.metrics import kl_divergence, log_softmax
@@ -180,7 +181,8 @@ def save_base(
 
 
 def read_text(model: Model, path: str | Path | None = None) -> list[int]:
-    """The tokens of a text file; of the bundled model's own sample text where none is given.
+    """The tokens of a text file, its line breaks as they are; of the bundled model's own sample
+    text where none is given.
 
     Raises:
         UserError: the file can't be read, or there is none and the model is not the bundled one.
@@ -192,19 +194,13 @@ def read_text(model: Model, path: str | Path | None = None) -> list[int]:
                 "WikiText-2's wiki.test.raw."
             )
         return sample_tokens(model)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: the text can't be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the text is not UTF-8 (byte {error.start}).") from None
-    return model.tokenizer.encode(text, parse_special=False)
+    return model.tokenizer.encode(utf8.read(path), parse_special=False)
 
 
 def sample_tokens(model: Model) -> list[int]:
     """The bundled model's sample text, as its tokenizer has it: chats, special tokens included."""
     sample = resources.files("qwen_jax") / "data" / f"{BUNDLED}.txt"
-    return model.tokenizer.encode(sample.read_text(encoding="utf-8"))
+    return model.tokenizer.encode(utf8.decoded(sample.read_bytes(), str(sample)))
 
 
 def check_context(context: int, name: str = "context") -> None:

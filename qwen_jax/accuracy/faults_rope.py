@@ -1,6 +1,7 @@
 """Faults of the rotary embedding: pairs, frequencies, positions, precision of the angle."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -9,21 +10,26 @@ from qwen_jax.accuracy.operations import Array, Calls
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.rotary import inverse_frequencies
 
+Frequencies = Callable[[ModelConfig], np.ndarray]
+
 ROPE = ("q_rope", "k_rope")
 
 
-def theta(value: float):  # type: ignore[no-untyped-def]
+def theta(value: float) -> Frequencies:
     return lambda config: inverse_frequencies(dataclasses.replace(config, rope_theta=value))
 
 
-def half_of_the_head(config: ModelConfig) -> np.ndarray:
-    half = config.head_dim // 4
-    return (config.rope_theta ** (-np.arange(half) / half)).astype(np.float32)
+def rotated(part: Callable[[ModelConfig], int]) -> Frequencies:
+    return lambda config: inverse_frequencies(dataclasses.replace(config, rope_dim=part(config)))
 
 
 def yarn(config: ModelConfig) -> np.ndarray:
     scaled = YarnScaling.create(4.0, 32768)
-    return inverse_frequencies(dataclasses.replace(config, yarn=scaled))
+    return inverse_frequencies(dataclasses.replace(config, yarn=scaled, linear_factor=1.0))
+
+
+def unscaled(config: ModelConfig) -> np.ndarray:
+    return inverse_frequencies(dataclasses.replace(config, yarn=None, linear_factor=1.0))
 
 
 def restarted(calls: Calls) -> Array:
@@ -71,9 +77,23 @@ FAULTS = area(
         Fault(
             "rope_half_head",
             ROPE,
-            "only the first half of every head is rotated",
-            knobs=turn(frequencies=half_of_the_head),
-            possible=lambda c: not c.head_dim % 4,
+            "only the first half of what should be is rotated",
+            knobs=turn(frequencies=rotated(lambda c: c.rope_dim // 2)),
+            possible=lambda c: not c.rope_dim % 4,
+        ),
+        Fault(
+            "rope_whole_head",
+            ROPE,
+            "all of every head is rotated where only a part should be",
+            knobs=turn(frequencies=rotated(lambda c: c.head_dim)),
+            possible=lambda c: c.rope_dim < c.head_dim,
+        ),
+        Fault(
+            "rope_unscaled",
+            ROPE,
+            "the scaling of the context is left out",
+            knobs=turn(frequencies=unscaled, attention_factor=1.0),
+            possible=lambda c: c.yarn is not None or c.linear_factor != 1,
         ),
         Fault(
             "rope_yarn",

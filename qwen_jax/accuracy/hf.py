@@ -148,8 +148,18 @@ def _state(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, to
 
 
 def hf_config(config: ModelConfig) -> Qwen2Config:
-    """The config in transformers' words."""
+    """The config in transformers' words.
+
+    Raises UserError where its Qwen2 cannot do as the config says.
+    """
+    if config.rope_dim != config.head_dim:
+        raise UserError(
+            f"{config.source}: {config.rope_dim} of a head's {config.head_dim} dimensions are "
+            "rotated, and transformers' Qwen2 always rotates all; choose another reference."
+        )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.linear_factor != 1:
+        rope |= {"rope_type": "linear", "factor": config.linear_factor}
     if config.yarn:
         rope |= {
             "rope_type": "yarn",

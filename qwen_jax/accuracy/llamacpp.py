@@ -105,6 +105,11 @@ def trace(
     if checkpoint.format != "gguf":
         raise UserError(f"{checkpoint.path}: llama.cpp reads GGUF files only; convert it.")
     config = checkpoint.config
+    if config.rope_dim != config.head_dim:  # llama.cpp asserts, and ends the process
+        raise UserError(
+            f"{checkpoint.path}: {config.rope_dim} of a head's {config.head_dim} dimensions are "
+            "rotated, and llama.cpp's Qwen2 rotates all or stops; choose another reference."
+        )
     header = Header(
         model=str(checkpoint.path),
         model_sha256=model_hash(str(checkpoint.path)),

@@ -175,10 +175,9 @@ def angles(ctx: Context) -> Float[Array, "T 1 R2"]:
 
 def rotation(ctx: Context, like: Array) -> tuple[Float[Array, "T 1 R2"], Float[Array, "T 1 R2"]]:
     """cos and sin, in the dtype of `like`."""
-    config, knobs = ctx.config, ctx.knobs
-    factor = knobs.attention_factor
+    factor = ctx.knobs.attention_factor
     if factor is None:
-        factor = config.yarn.attention_factor if config.yarn else 1.0
+        factor = ctx.config.attention_factor
     phase = angles(ctx).astype(like.dtype)
     return ctx.xp.cos(phase) * factor, ctx.xp.sin(phase) * factor
 

@@ -228,10 +228,12 @@ def trace_generation(
     start, stop = parse_positions(positions, len(tokens))
     capacity = model.engine.capacity([Prompt(request.tokens, request.max_tokens)])
     chosen: list[int] = []
+    # Rows without a token are padding, which the engine never chooses.
+    rows = min(model.tokenizer.vocab_size, model.config.vocab_size)
+    used = np.setdiff1d(np.arange(rows), model.tokenizer.unused_ids)
 
     def see(call: Call, logits: Float[np.ndarray, "T V"]) -> None:
-        # Ids past the tokenizer's are padding rows, which the engine never chooses.
-        chosen.extend(logits[:, : model.tokenizer.vocab_size].argmax(axis=-1).tolist())
+        chosen.extend(used[logits[:, used].argmax(axis=-1)].tolist())
 
     trace = Recorder(model, names).record(
         tokens, prompt_length=prompt, start=start, stop=stop, capacity=capacity, see=see

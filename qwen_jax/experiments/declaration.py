@@ -5,12 +5,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import pins, settings
+from qwen_jax import pins, settings, utf8
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs
 from qwen_jax.weights.hub_names import abbreviated
@@ -134,7 +133,7 @@ def declare(command: settings.Command) -> Declaration:
     }
     return Declaration(
         name=command.config_file,
-        source=_source(path),
+        source=utf8.read(path),  # Python reads other encodings, too, where told which.
         base=hashed_fields(base),
         changed=changed,
         points=_identified(points, prints, {*changed, *command.overrides}, path),
@@ -146,13 +145,6 @@ def _models_of(fields: Mapping[str, Any], commits: Mapping[str, str]) -> dict[st
     """Of the fields those that name models, with the names' commits where they are known."""
     given = {name: fields[name] for name in pins.OF_EXPERIMENT if name in fields}
     return {name: commits[model] for name, model in given.items() if model in commits}
-
-
-def _source(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:  # Python reads other encodings, too, where told which.
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it.") from error
 
 
 def _swept(sweep: Any, path: str) -> list[dict[str, Any]]:

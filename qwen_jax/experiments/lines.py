@@ -110,7 +110,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Puts a whole file in its place at once. Raises NotWritten where that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with temporary.open("w", -1, "utf-8", "backslashreplace", newline="") as file:
             file.write(text)
         put(temporary, path)
     except OSError as error:

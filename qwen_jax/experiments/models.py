@@ -94,7 +94,8 @@ class Models:
         engine = model.engine
         key: tuple[Any, ...] = (
             *(choice.implementation, choice.matmul_precision, str(engine.cache_dtype)),
-            *(model.config, engine.stop_ids, model.tokenizer.vocab_size),
+            *(model.config, engine.stop_ids),
+            *(model.tokenizer.vocab_size, model.tokenizer.unused_ids),
         )
         if key in self._programs:
             model.engine = self._programs[key].over(engine.weights, engine.config)

@@ -74,7 +74,7 @@ class Contents:
     def source(self) -> str:
         """The config file as it was, or nothing where it is gone."""
         path = self.path / CONFIG_FILE
-        return path.read_text("utf-8", "replace") if path.is_file() else ""
+        return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
 
     @property
     def ends(self) -> dict[str, dict[str, Any]]:

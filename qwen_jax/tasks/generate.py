@@ -75,7 +75,7 @@ def _writer(config: ConfigDict) -> Iterator[IO[str]]:
     path = Path(config.output)
     try:
         # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
-        file = path.open("x", encoding="utf-8", errors="backslashreplace")
+        file = path.open("x", -1, "utf-8", errors="backslashreplace", newline="\n")
     except FileExistsError:
         raise UserError(
             f"--output={path} exists already; move it or choose another name."

@@ -74,6 +74,10 @@ def model_lines(config: ModelConfig) -> Iterator[str]:
         f"context {config.context_length}, rope theta {config.rope_theta:g}, "
         f"RMSNorm eps {config.rms_eps:g}"
     )
+    if config.rope_dim != config.head_dim:
+        yield f"rotary embedding of the first {config.rope_dim} dimensions of a head"
+    if config.linear_factor != 1:
+        yield f"linear rope scaling, positions divided by {config.linear_factor:g}"
     if config.yarn:
         yield (
             f"YaRN factor {config.yarn.factor:g} over {config.yarn.original_context}, "
@@ -128,7 +132,7 @@ def implementation_lines(
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     cache = (1, kv_heads, SMALLEST_CAPACITY, dim)
     reasons = {
-        "rope": rope.refusal(CHUNK, (dim, dim), dim // 2, activation_dtype(dtype)),
+        "rope": rope.refusal(CHUNK, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(
             (1, CHUNK, heads, dim), cache, dtype, dtype, dtype
         ),

@@ -18,10 +18,19 @@ PRE_TOKENIZERS = ("qwen2", "deepseek-r1-qwen")
 # Values of tokenizer.ggml.token_type, as in gguf.TokenType, which is slow to import. A type not
 # named here is that of ordinary tokens.
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+# The default's key; others' have a dot and their name behind it.
+_TEMPLATE = "tokenizer.chat_template"
 # Converters name a row without a token [PAD151665], whatever type they give it; Ollama's counts
 # from the first such row.
 _PADDING = re.compile(r"\[PAD\d+\]")
-_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # as llama.cpp spells it
+    "pad_token": "padding",
+    "mask_token": "mask",
+}
 _ENDS = ("eos", "eot", "eom")
 # Two names each: today's and the one before.
 _FIM_KEYS = {
@@ -52,12 +61,15 @@ def read(metadata: Mapping[str, Any], source: str) -> Vocabulary:
     # tokenizer does not have, so a template must find it undefined, as it does there.
     if not _optional(metadata, "tokenizer.ggml.add_bos_token", bool, source):
         named.pop("bos", None)
-    elif "bos" in named:
-        logging.warning(
-            "%s asks for %r before every text; Qwen2.5 was trained without, so only a chat "
-            "template can add it.",
-            source,
-            tokens[named["bos"]],
+    elif "bos" not in named:
+        raise UserError(
+            f"{source}: tokenizer.ggml.add_bos_token is true, but tokenizer.ggml.bos_token_id "
+            "names no token; convert the checkpoint again or choose another file."
+        )
+    if _optional(metadata, "tokenizer.ggml.add_eos_token", bool, source):
+        raise UserError(
+            f"{source}: tokenizer.ggml.add_eos_token is true, so every text would end before the "
+            "model writes; choose a file of a model that generates text."
         )
     return Vocabulary(
         tokens=tokens,
@@ -73,13 +85,20 @@ def read(metadata: Mapping[str, Any], source: str) -> Vocabulary:
             for name, key in _SPECIAL.items()
             if key in named and (token := tokens[named[key]])
         },
-        chat_template=_optional(metadata, "tokenizer.chat_template", str, source),
+        chat_templates={
+            key.removeprefix(_TEMPLATE).removeprefix(".") or "default": _value(
+                metadata, key, str, source
+            )
+            for key in metadata
+            if key == _TEMPLATE or key.startswith(_TEMPLATE + ".")
+        },
         source=source,
         fim_ids={
             role: next(named[key] for key in keys if key in named)
             for role, keys in _FIM_KEYS.items()
             if not named.keys().isdisjoint(keys)
         },
+        prefix_ids=[named["bos"]] if "bos" in named else (),
     )
 
 

@@ -5,10 +5,14 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers import AddedToken
+import tokenizers
+from absl import logging
 
 from qwen_jax.errors import UserError
-from qwen_jax.text.vocabulary import PATTERN, Vocabulary, is_control
+from qwen_jax.strict_json import read_object
+from qwen_jax.text import hf_added_tokens, hf_templates
+from qwen_jax.text.hf_added_tokens import AddedTokens
+from qwen_jax.text.vocabulary import PATTERN, Vocabulary
 
 T = TypeVar("T", int, str, list, dict)
 
@@ -17,7 +21,14 @@ _PRE_TOKENIZERS: tuple[dict[str, object], ...] = (
     {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
 )
-_TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+_NFC = {"type": "NFC"}
+# None is accepted: some exports forget it, and the reference class adds NFC regardless.
+_NORMALIZERS: tuple[object, ...] = (
+    None,
+    _NFC,
+    {"type": "Sequence", "normalizers": []},
+    {"type": "Sequence", "normalizers": [_NFC]},
+)
 # Settings of the BPE model that would change ids and that no Qwen2 tokenizer has.
 _FOREIGN = (
     "dropout",
@@ -29,74 +40,77 @@ _FOREIGN = (
 
 
 def read(directory: Path) -> Vocabulary:
-    """The vocabulary in tokenizer.json, with what the files beside it say about special tokens.
+    """The vocabulary in tokenizer.json, or in vocab.json and merges.txt where there is none.
 
-    tokenizer_config.json, generation_config.json and chat_template.jinja may be absent.
-    Like transformers' Qwen2Tokenizer this takes tokens and merges from tokenizer.json and
-    nothing else, so a file that describes another pre-tokenizer is refused.
+    The files beside them say more about special tokens, and may be absent. Like transformers'
+    Qwen2Tokenizer, which it takes whatever `tokenizer_class` says, this takes tokens, merges and
+    the BOS put before texts from tokenizer.json; a file that describes another pre-tokenizer or
+    normaliser is refused, and truncation, padding and decoder do not matter.
 
-    Raises UserError where a file is missing, damaged or contradicts another.
+    Raises UserError where a file is missing, malformed or contradicts another.
     """
-    path = directory / "tokenizer.json"
-    source = str(path)
-    if not path.is_file():
-        raise UserError(
-            f"{source} is missing, and without it text cannot be tokenised; download it from the "
-            "checkpoint's repository."
+    path, slow = directory / "tokenizer.json", directory / "vocab.json"
+    config = _read_if_there(directory / "tokenizer_config.json")
+    if path.is_file():
+        content = read_object(path)
+        model = _field(content, "model", dict, path)
+        _check_is_qwen2(content, model, path)
+        listed = content.get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise UserError(f"{path}: added_tokens is {listed!r:.80}, not a list; correct it.")
+        tokens = hf_added_tokens.read(_field(model, "vocab", dict, path), listed, path, config)
+        merges = _merges(model, path)
+        before, after = _around(content.get("post_processor"), path)
+    elif slow.is_file():
+        path = slow
+        tokens = hf_added_tokens.read(read_object(path), [], path, config)
+        merges = _merge_lines(directory / "merges.txt")
+        before, after = (
+            [tokens.ids[tokens.roles[f"{name}_token"]]]
+            if config.get(f"add_{name}_token") is True and f"{name}_token" in tokens.roles
+            else []
+            for name in ("bos", "eos")
         )
-    content = _read_object(path)
-    model = _field(content, "model", dict, source)
-    _check_is_qwen2(content, model, source)
-    tokens, added = _tokens(content, model, source)
-    known = set(tokens)
-
-    config_path = directory / "tokenizer_config.json"
-    config = _read_object(config_path)
-    special = {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if text is None:
-            continue
-        if not isinstance(text, str) or text not in known:
-            raise UserError(
-                f"{config_path}: {name} is {value!r:.80}, which is no token of {path.name}; the "
-                "files do not belong together, so download both again."
-            )
-        special[name] = text
-    ends = _generation_ends(directory / "generation_config.json", len(tokens))
-    if "eos_token" in special:
-        ends.insert(0, tokens.index(special["eos_token"]))
+    else:
+        raise UserError(
+            f"{path} is missing, and there is no vocab.json with merges.txt either, so text cannot "
+            "be tokenised; download the tokenizer's files from the checkpoint's repository."
+        )
+    _check_settings(config, after, tokens, directory / "tokenizer_config.json", path)
+    by_id = {token: text for text, token in tokens.ids.items() if text}
+    ends = _generation_ends(directory / "generation_config.json", by_id)
+    if "eos_token" in tokens.roles:
+        ends.insert(0, tokens.ids[tokens.roles["eos_token"]])
     return Vocabulary(
-        tokens=tokens,
-        merges=_merges(model, source),
-        added=added,
+        tokens=[by_id.get(token) for token in range(max(by_id, default=-1) + 1)],
+        merges=merges,
+        added=tokens.tokens,
         end_ids=ends,
-        special_tokens=special,
-        chat_template=_chat_template(directory, config, str(config_path)),
-        source=source,
+        special_tokens=tokens.roles,
+        chat_templates=hf_templates.read(directory, config),
+        source=str(path),
+        prefix_ids=before,
+        add_prefix_space=config.get("add_prefix_space") is True,
     )
 
 
-def _check_is_qwen2(content: dict[str, Any], model: dict[str, Any], source: str) -> None:
+def _check_is_qwen2(content: dict[str, Any], model: dict[str, Any], path: Path) -> None:
     foreign = [name for name in _FOREIGN if model.get(name)]
     if model.get("type", "BPE") != "BPE" or foreign:
         raise UserError(
-            f"{source}: its model is {model.get('type')!r} with {', '.join(foreign) or 'no'} "
+            f"{path}: its model is {model.get('type')!r} with {', '.join(foreign) or 'no'} "
             "setting of another tokenizer, but a Qwen2.5 tokenizer is a plain byte-level BPE; "
             "choose a Qwen2.5 checkpoint."
         )
     if not _is_qwen2_pre_tokenizer(content.get("pre_tokenizer")):
         raise UserError(
-            f"{source}: its pre_tokenizer is {content.get('pre_tokenizer')!r:.200}, not Qwen2's; "
+            f"{path}: its pre_tokenizer is {content.get('pre_tokenizer')!r:.200}, not Qwen2's; "
             "choose a Qwen2.5 checkpoint."
         )
-    # None is accepted: some exports forget it, and the reference class adds NFC regardless.
-    normalizer = content.get("normalizer")
-    if normalizer not in (None, {"type": "NFC"}):
+    if content.get("normalizer") not in _NORMALIZERS:
         raise UserError(
-            f"{source}: its normalizer is {normalizer!r:.80}, but Qwen2.5's is NFC; choose a "
-            "Qwen2.5 checkpoint."
+            f"{path}: its normalizer is {content['normalizer']!r:.80}, but Qwen2.5's is NFC; "
+            "choose a Qwen2.5 checkpoint."
         )
 
 
@@ -112,99 +126,111 @@ def _is_qwen2_pre_tokenizer(value: object) -> bool:
     )
 
 
-def _tokens(
-    content: dict[str, Any], model: dict[str, Any], source: str
-) -> tuple[list[str], dict[int, AddedToken]]:
-    ids = dict(_field(model, "vocab", dict, source))
-    added = {}
-    for entry in _field(content, "added_tokens", list, source):
-        if not isinstance(entry, dict):
-            raise UserError(f"{source}: the added token {entry!r:.80} is not an object.")
-        text, token = _field(entry, "content", str, source), _field(entry, "id", int, source)
-        if ids.setdefault(text, token) != token:
-            raise UserError(
-                f"{source}: the added token {text!r} has the ids {token} and {ids[text]!r}; the "
-                "file is damaged, so download it again."
-            )
-        flags = {k: entry.get(k) is True for k in _TOKEN_FLAGS}
-        added[token] = AddedToken(text, **flags | {"special": is_control(text, flags["special"])})
-    if not set(map(type, ids.values())) <= {int} or set(ids.values()) != set(range(len(ids))):
+def _check_settings(
+    config: dict[str, Any], after: list[int], tokens: AddedTokens, config_path: Path, path: Path
+) -> None:
+    """Refuses what the reference would do but what leaves nothing to generate from."""
+    if config.get("split_special_tokens") is True:
         raise UserError(
-            f"{source}: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once; "
-            "the file is damaged, so download it again."
+            f"{config_path}: split_special_tokens is true, so <|im_start|> and the other special "
+            "tokens would be spelt out and no chat could be told from its text; set it to false."
         )
-    return sorted(ids, key=ids.__getitem__), added
+    if after:
+        names = {token: text for text, token in tokens.ids.items()}
+        raise UserError(
+            f"{path}: it puts {names.get(after[0])!r:.80} after every text, which would end before "
+            "the model writes; remove that from its post_processor or add_eos_token."
+        )
 
 
-def _merges(model: dict[str, Any], source: str) -> list[tuple[str, str]]:
+def _around(post_processor: object, path: Path) -> tuple[list[int], list[int]]:
+    """Ids that a post-processor puts before and after a text, asked of the library itself."""
+    if post_processor is None:
+        return [], []
+    bare = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(
+            json.dumps({"version": "1.0", "post_processor": post_processor} | bare)
+        )
+        shown = tokenizer.encode("a")
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(
+            f"{path}: its post_processor is {post_processor!r:.80}, which the tokenizers library "
+            f"does not read ({error}); correct it."
+        ) from None
+    text = shown.special_tokens_mask.index(0)
+    return shown.ids[:text], shown.ids[text + 1 :]
+
+
+def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
     """Both forms: "a b" up to tokenizers 0.19, ["a", "b"] since."""
-    entries = _field(model, "merges", list, source)
+    entries = _field(model, "merges", list, path)
     merges = []
     if set(map(type, entries)) <= {str, list}:
         merges = [tuple(e.split(" ") if type(e) is str else e) for e in entries]
     texts_only = set(map(type, itertools.chain.from_iterable(merges))) <= {str}
     if len(merges) < len(entries) or not set(map(len, merges)) <= {2} or not texts_only:
         raise UserError(
-            f"{source}: merges holds entries that are not two tokens each; the file is damaged, so "
-            "download it again."
+            f"{path}: merges holds entries that are not two tokens each; get the file again from "
+            "where the model is from."
         )
     return merges
 
 
-def _generation_ends(path: Path, size: int) -> list[int]:
-    value = _read_object(path).get("eos_token_id", [])
-    ends = value if isinstance(value, list) else [value]
-    for end in ends:
-        if type(end) is not int or not 0 <= end < size:
-            raise UserError(
-                f"{path}: eos_token_id is {value!r:.80}, but the ids in use are 0 to {size - 1}; "
-                "download it again."
-            )
-    return list(ends)
-
-
-def _chat_template(directory: Path, config: dict[str, Any], source: str) -> str | None:
-    """chat_template.jinja, where checkpoints keep it now, else the older entry in the config."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return _read_text(path)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several templates with names
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default", template)
-    if not isinstance(template, str | None):
+def _merge_lines(path: Path) -> list[tuple[str, str]]:
+    """merges.txt: "left right" a line, after a first line with the format's version."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
         raise UserError(
-            f"{source}: chat_template is {template!r:.80}, which is neither text nor a list with "
-            "a 'default'; download it again."
-        )
-    return template
+            f"{path} is missing, and vocab.json beside it is no tokenizer without its merges; "
+            "download it from the checkpoint's repository."
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: the file cannot be read ({error.strerror}); check that it is yours to read."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: it is not UTF-8 at byte {error.start}; convert it.") from None
+    merges = []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or line.startswith("#version"):
+            continue
+        if len(words) != 2:
+            raise UserError(
+                f"{path}: line {number} is {line!r:.80}, not two tokens; get the file again from "
+                "where the model is from."
+            )
+        merges.append((words[0], words[1]))
+    return merges
 
 
-def _field(where: dict[str, Any], key: str, kind: type[T], source: str) -> T:
+def _generation_ends(path: Path, tokens: dict[int, str]) -> list[int]:
+    """Ends of generation_config.json, without those that no token has."""
+    value = _read_if_there(path).get("eos_token_id")
+    ends = value if isinstance(value, list) else [] if value is None else [value]
+    for end in ends:
+        if type(end) is not int:
+            raise UserError(
+                f"{path}: eos_token_id is {value!r:.80}, not a token's id or a list of them; "
+                "correct it."
+            )
+        if end not in tokens:
+            logging.warning("%s: eos_token_id names %d, but no token has that id.", path, end)
+    return [end for end in ends if end in tokens]
+
+
+def _field(where: dict[str, Any], key: str, kind: type[T], path: Path) -> T:
     value = where.get(key)
     if type(value) is not kind:
         raise UserError(
-            f"{source}: {key!r} holds {value!r:.80}, not {kind.__name__}; the file is damaged, so "
-            "download it again."
+            f"{path}: {key!r} holds {value!r:.80}, not {kind.__name__}; get the file again from "
+            "where the model is from."
         )
     return value
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download it again.")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again.") from error
+    return read_object(path) if path.is_file() else {}

@@ -15,7 +15,7 @@ _BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
 
 
 class Tokenizer:
-    """Byte-level BPE with NFC normalisation. Adds no BOS: Qwen2.5 has none.
+    """Byte-level BPE with NFC normalisation. Qwen2.5 has no BOS, so none is added unasked.
 
     Build one with `from_gguf` or `from_hf`.
     """
@@ -24,7 +24,8 @@ class Tokenizer:
         self._vocabulary = vocabulary
         bpe = models.BPE(vocabulary.ids, vocabulary.merges)
         # Two front ends share the one model; only the first knows the added tokens.
-        self._chat, self._plain = _front_end(bpe), _front_end(bpe)
+        space = vocabulary.add_prefix_space
+        self._chat, self._plain = _front_end(bpe, space), _front_end(bpe, space)
         self._chat.add_tokens(list(vocabulary.added.values()))
 
     @classmethod
@@ -34,13 +35,19 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, directory: Path) -> "Tokenizer":
-        """From the tokenizer.json in a Hugging Face checkpoint's directory."""
+        """From the tokenizer's files in a Hugging Face checkpoint's directory."""
         return cls(hf_vocabulary.read(directory))
 
     @property
     def vocab_size(self) -> int:
         """The last token's id plus one; the embedding may have more rows, which are padding."""
         return len(self._vocabulary.tokens)
+
+    @property
+    def text_size(self) -> int:
+        """Rows an embedding needs for text without added tokens, some of which may be unused."""
+        ordinary = self._vocabulary.ids.values() - self._vocabulary.added.keys()
+        return max(ordinary) + 1
 
     @property
     def unused_ids(self) -> tuple[int, ...]:
@@ -64,15 +71,43 @@ class Tokenizer:
         return self._vocabulary.stop_ids
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What the checkpoint puts before a text that is no chat; Qwen2.5's puts nothing."""
+        return tuple(self._vocabulary.prefix_ids)
+
+    @property
     def chat_template(self) -> str | None:
-        return self._vocabulary.chat_template
+        """The Jinja source for chats without tools."""
+        return self._vocabulary.chat_templates.get("default")
+
+    def template_for(self, tools: object = None) -> str | None:
+        """The Jinja source for a chat, as transformers chooses it; None where there is none.
+
+        Args:
+            tools: what the chat offers; anything but None prefers the template "tool_use".
+
+        Raises UserError where there are templates but none for such a chat.
+        """
+        templates = self._vocabulary.chat_templates
+        names = ("tool_use", "default") if tools is not None else ("default",)
+        for name in names:
+            if name in templates:
+                return templates[name]
+        if templates:
+            raise UserError(
+                f"{self._vocabulary.source}: its chat templates are named "
+                f"{', '.join(sorted(templates))}, and none is the default; name one so."
+            )
+        return None
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Text of `eos_token`, `pad_token` and, rarely, `bos_token`, for chat templates."""
+        """Text of `eos_token`, `pad_token`, `unk_token` and others, for chat templates."""
         return dict(self._vocabulary.special_tokens)
 
-    def encode(self, text: str, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, parse_special: bool = True, add_special_tokens: bool = False
+    ) -> list[int]:
         """Ids of `text`.
 
         Args:
@@ -80,13 +115,16 @@ class Tokenizer:
             parse_special: whether `<|im_end|>` and the other added tokens become one id each,
                 as a rendered chat needs. With False they are spelt out like any other text, so
                 that text from elsewhere cannot close a turn or call a tool.
+            add_special_tokens: begin with `prefix_ids`, as transformers and llama.cpp do for a
+                text that is no chat; a chat template writes its own.
 
         Raises:
             UserError: the text holds half of a surrogate pair, so it is not Unicode.
         """
         front_end = self._chat if parse_special else self._plain
+        prefix = self._vocabulary.prefix_ids if add_special_tokens else ()
         try:
-            return front_end.encode(text, add_special_tokens=False).ids
+            return [*prefix, *front_end.encode(text, add_special_tokens=False).ids]
         except TypeError as error:
             raise UserError(
                 f"the text {text!r:.60} is not valid Unicode; give it as UTF-8."
@@ -133,14 +171,14 @@ class Tokenizer:
             return repr(content)
 
 
-def _front_end(bpe: models.BPE) -> tokenizers.Tokenizer:
+def _front_end(bpe: models.BPE, add_prefix_space: bool) -> tokenizers.Tokenizer:
     front_end = tokenizers.Tokenizer(bpe)
     # Not optional: ids of decomposed text differ without it, as llama.cpp's do.
     front_end.normalizer = normalizers.NFC()
     front_end.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False),
         ]
     )
     return front_end

@@ -2,19 +2,22 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from qwen_jax import config_gguf, config_hf
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.weights import names
+from qwen_jax.file_kinds import kind_of
+from qwen_jax.weights import names, recognition
 from qwen_jax.weights.checksum import Progress, check_sha256
 from qwen_jax.weights.gguf_file import open_gguf, split_paths
-from qwen_jax.weights.hf_directory import open_directory
+from qwen_jax.weights.hf_directory import INDEX, open_directory
+from qwen_jax.weights.prefixes import Naming
 from qwen_jax.weights.quantization import Quantization, Unquantised, read_quantization
 from qwen_jax.weights.stored import Stored
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
@@ -59,47 +62,70 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, *, sha256: str | None = None, progress: Progress | None = None
 ) -> Checkpoint:
-    """Opens a GGUF file (any part of a split one), a directory of one, or a Hugging Face directory.
+    """Opens a GGUF file (any part of a split one), a Hugging Face directory, or one file of it.
 
     Args:
+        path: also a directory that holds one GGUF model; a file is known by its content.
         sha256: what the GGUF file's SHA-256 must be; of a split one, each part's, with commas.
         progress: hears of the bytes hashed, file by file.
 
-    Raises UserError for a damaged file, another architecture, metadata that contradict the
-    tensors, and tensors that are missing, unknown, or of a wrong shape or type.
+    Raises UserError for a file that is not well-formed, another kind of model, metadata that
+    contradict the tensors, and tensors that are missing, unknown, or of a wrong shape or type.
     """
-    path = Path(path)
-    if path.suffix in (".safetensors", ".json"):
-        raise UserError(f"{path}: give the directory {path.parent} instead of one file in it.")
-    if path.is_dir() and not (path / "config.json").exists():
+    given = Path(path)
+    path = given.parent if _stands_for_directory(given) else given
+    if path.is_dir() and not _is_hf(path):
         path = _only_gguf(path)
-    if path.is_dir():
+    if not path.is_dir():
         if sha256 is not None:
-            raise UserError(f"{path}: sha256 is for GGUF files, and this is a directory; drop it.")
-        return _open_directory(path)
+            check_sha256(split_paths(path), sha256, progress)
+        return _open_gguf(path)
     if sha256 is not None:
-        check_sha256(split_paths(path), sha256, progress)
-    return _open_gguf(path)
+        raise UserError(f"{given}: sha256 is for GGUF files, and this is none; drop it.")
+    checkpoint = _open_directory(path)
+    if given.suffix == ".safetensors" and given.is_file() and given not in checkpoint.files.paths:
+        raise UserError(
+            f"{given}: the model in this directory is {checkpoint.files.paths[0].name}; give the "
+            "directory, or put the other model into a directory of its own with its config.json."
+        )
+    return checkpoint
+
+
+def _stands_for_directory(path: Path) -> bool:
+    """Whether it is a file that means the Hugging Face checkpoint in which it lies."""
+    if not path.is_file():
+        return False
+    if path.suffix == ".safetensors":
+        return kind_of(path, "safetensors") is None and (path.parent / "config.json").is_file()
+    return path.name in ("config.json", INDEX)
+
+
+def _is_hf(directory: Path) -> bool:
+    """Repositories of GGUF files may have a config.json too, but no safetensors."""
+    kinds = {file.suffix.lower() for file in directory.glob("*") if file.is_file()}
+    return (directory / "config.json").is_file() and (
+        ".safetensors" in kinds or ".gguf" not in kinds
+    )
 
 
 def _only_gguf(directory: Path) -> Path:
     """The one GGUF checkpoint in a directory: a file, or the first part of a split one."""
-    found = sorted(
-        file
-        for file in directory.glob("*.gguf")
-        if "-of-" not in file.name or "-00001-of-" in file.name
+    files = [f for f in directory.glob("*") if f.suffix.lower() == ".gguf" and f.is_file()]
+    found = sorted({split_paths(file)[0] for file in files})
+    if len(found) == 1:
+        return found[0]
+    if not found and (told := recognition.without_config(directory)):
+        raise UserError(told)
+    listed = f"the GGUF files {', '.join(file.name for file in found)}" if found else "no model"
+    raise UserError(
+        f"{directory}: the directory has no safetensors with a config.json and holds {listed}; "
+        "name one GGUF file, or a directory with config.json and safetensors."
     )
-    if len(found) != 1:
-        listed = f"the GGUF files {', '.join(file.name for file in found)}" if found else "no model"
-        raise UserError(
-            f"{directory}: the directory has no config.json and holds {listed}; name one GGUF "
-            "file, or a directory with config.json and safetensors."
-        )
-    return found[0]
 
 
 def _open_gguf(path: Path) -> Checkpoint:
     files = open_gguf(path)
+    recognition.check_gguf(path, files.metadata, files.tensors)
     if not files.tensors:
         raise UserError(f"{path}: the file holds a vocabulary and no weights; choose a model file.")
     (embed,) = names.EMBED.sources
@@ -108,10 +134,10 @@ def _open_gguf(path: Path) -> Checkpoint:
     if not rows:
         raise UserError(
             f"{path}: the tensor {embed.gguf!r} is missing, without which there is no vocabulary; "
-            "the file is damaged or no language model."
+            "choose the GGUF file of a Qwen2.5 language model."
         )
     # The format has no key for a tied head: its tensor is absent.
-    config = ModelConfig.from_gguf(
+    config = config_gguf.read(
         files.metadata, vocab_size=rows, tied=head.gguf not in files.tensors, source=str(path)
     )
     tokens = files.metadata.get("tokenizer.ggml.tokens", [])
@@ -125,7 +151,10 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 def _open_directory(path: Path) -> Checkpoint:
     files = open_directory(path)
-    config = ModelConfig.from_hf(files.metadata, source=str(path / "config.json"))
+    recognition.check_directory(path, files.metadata, files.tensors)
+    naming = Naming.of(files.tensors)
+    files = naming.rename(files, path)
+    config = config_hf.read(files.metadata, source=str(path / "config.json"))
     head, embed = names.LM_HEAD.sources[0].safetensors, names.EMBED.sources[0].safetensors
     spare = set()
     if config.tied and {head, embed} <= files.tensors.keys():
@@ -133,12 +162,13 @@ def _open_directory(path: Path) -> Checkpoint:
         if not _same(files, head, embed):
             raise UserError(
                 f"{path / 'config.json'}: tie_word_embeddings is true, but {head} differs from "
-                f"{embed}; set it to false, or download the checkpoint again."
+                f"{embed}; set it to false if the model was trained with a head of its own."
             )
         spare = {head}
     quantization = read_quantization(files, path)
     spare |= {name for name in files.tensors if name.endswith(quantization.not_needed)}
-    return _checked(path, "safetensors", config, files, quantization, spare | _zero_biases(files))
+    spare |= _zero_biases(files)
+    return _checked(path, "safetensors", config, files, quantization, spare, naming)
 
 
 def _zero_biases(files: TensorFiles) -> set[str]:
@@ -164,6 +194,7 @@ def _checked(
     files: TensorFiles,
     quantization: Quantization,
     spare: set[str],
+    naming: Naming | None = None,
 ) -> Checkpoint:
     """Tensors against config; `spare` ones may be there without being needed."""
     tensors = files.tensors
@@ -171,7 +202,7 @@ def _checked(
     if config.num_layers > len(tensors):
         raise UserError(
             f"{path}: the config has {config.num_layers} layers, but the checkpoint only "
-            f"{len(tensors)} tensors; it is damaged or incomplete, so download it again."
+            f"{len(tensors)} tensors; take the config and all files of one checkpoint."
         )
     parameters = names.parameters(config, file_format)
     stored: dict[str, Stored] = {
@@ -181,22 +212,38 @@ def _checked(
     }
     wanted = dict.fromkeys(name for weight in stored.values() for name in weight.tensors)
     if missing := [name for name in wanted if name not in tensors]:
-        raise UserError(
-            f"{path}: of the {len(wanted)} tensors of this model, {_some(missing)} missing; the "
-            "checkpoint is incomplete, so download or convert it again."
-        )
+        raise UserError(_missing(path, missing, wanted, files, naming))
     for weight in stored.values():
         weight.check(path)
     extra = tensors.keys() - wanted.keys()
     ignored = {name for name in extra if name.endswith(names.HARMLESS)} | (extra & spare)
     if unknown := sorted(extra - ignored):
         raise UserError(
-            f"{path}: {_some(unknown)} no part of a Qwen2.5 model, and leaving it out could change "
-            "the output; choose a plain Qwen2.5 checkpoint."
+            f"{path}: {_some(tensors[name].name for name in unknown)} no part of a Qwen2.5 model, "
+            "and leaving it out could change the output; choose a plain Qwen2.5 checkpoint."
         )
     if ignored:
         logging.info("%s: ignored %s, not needed", path, ", ".join(sorted(ignored)))
     return Checkpoint(path, file_format, config, files, parameters, stored, tuple(sorted(ignored)))
+
+
+def _missing(
+    path: Path,
+    missing: list[str],
+    wanted: Collection[str],
+    files: TensorFiles,
+    naming: Naming | None,
+) -> str:
+    """Says what is missing by the names of this checkpoint, and what is there instead."""
+    own = [naming.own(name) if naming else name for name in missing]
+    if missing == [names.LM_HEAD.sources[0].safetensors]:
+        return recognition.missing_head(path, own[0])
+    others = sorted(info.name for name, info in files.tensors.items() if name not in wanted)
+    instead = f"; {_some(others)} no part of it" if others else ""
+    return (
+        f"{path}: of the {len(wanted)} tensors of this model, {_some(own)} missing{instead}; take "
+        "the config and all files of one checkpoint, or convert it again."
+    )
 
 
 def _some(tensors: Iterable[str]) -> str:

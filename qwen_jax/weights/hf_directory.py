@@ -7,6 +7,7 @@ from absl import logging
 
 from qwen_jax.errors import UserError
 from qwen_jax.strict_json import read_object
+from qwen_jax.weights import recognition
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
@@ -105,6 +106,8 @@ def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
             "them into this directory."
         )
     others = sorted(file.name for file in directory.glob("*.safetensors"))
+    if not others and (told := recognition.without_safetensors(directory)):
+        return told
     has = f"only {', '.join(others[:5])}" if others else "no safetensors file"
     return (
         f"{directory}: the directory has neither {SINGLE} nor a whole set of shards, {has}; "

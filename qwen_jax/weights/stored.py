@@ -53,13 +53,13 @@ class Plain:
         info = self.files.tensors[self.name]
         if info.shape != self.shape:
             raise UserError(
-                f"{path}: the tensor {self.name!r} has the shape {info.shape}, but the config asks "
+                f"{path}: the tensor {info.name!r} has the shape {info.shape}, but the config asks "
                 f"for {self.shape}; the metadata belong to another model, so convert the "
                 "checkpoint again."
             )
         if info.type not in DECODABLE | FLOAT8:
             raise UserError(
-                f"{path}: the tensor {self.name!r} is of type {info.type.name}, which cannot be "
+                f"{path}: the tensor {info.name!r} is of type {info.type.name}, which cannot be "
                 f"decoded; choose one of {', '.join(sorted(kind.name for kind in DECODABLE))}."
             )
 

@@ -192,11 +192,21 @@ def test_text_files_are_read_as_plain_text(model: Model, tmp_path: Path) -> None
     path = tmp_path / "text.txt"
     path.write_text("a<|im_end|>", encoding="utf-8")
     assert read_text(model, path) == model.tokenizer.encode("a<|im_end|>", parse_special=False)
-    path.write_bytes(b"ab\xff")
-    with pytest.raises(UserError, match=r"not UTF-8 \(byte 2\)"):
-        read_text(model, path)
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(mark + b"ab\xff")
+        with pytest.raises(UserError, match=f"not UTF-8 at byte {len(mark) + 2}; convert it"):
+            read_text(model, path)
     with pytest.raises(UserError, match="can't be read"):
         read_text(model, tmp_path / "absent")
+
+
+def test_line_breaks_of_text_files_stay(model: Model, tmp_path: Path) -> None:
+    """The ids are those of the text itself, 320, and not the 280 of a text without "\\r"."""
+    text = "An old pond\r\na frog\rjumps in\r\n" * 20
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = read_text(model, tmp_path / "text.txt")
+    assert len(found) == 320 and found == model.tokenizer.encode(text, parse_special=False)
+    assert model.tokenizer.decode(found) == text
 
 
 def test_the_sample_text_is_what_its_tool_makes() -> None:

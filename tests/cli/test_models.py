@@ -21,10 +21,10 @@ def damaged() -> dict[str, tuple[bytes, str]]:
     return {
         "empty": (b"", "the file is empty"),
         "magic": (b"GGUF", "beyond the end"),
-        "text": (b"hello " * 1000, "it is no GGUF file"),
+        "text": (b"hello " * 1000, "the file is text, not GGUF, and begins 'hello"),
         "header": (whole[:5000], "beyond the end"),
-        "half": (whole[: len(whole) // 2], "the download is incomplete"),
-        "tail": (whole[:-1], "the download is incomplete"),
+        "half": (whole[: len(whole) // 2], "but the file has only"),
+        "tail": (whole[:-1], "but the file has only"),
         "values": (whole[:-100000] + b"\xff" * 100000, "values that are not finite"),
     }
 
@@ -43,7 +43,7 @@ def test_huge(refuses: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    refuses([f"--model={path}", "--prompt=x"], "it is no GGUF file")
+    refuses([f"--model={path}", "--prompt=x"], "the file is all zeros where it begins")
 
 
 def test_without_a_tokenizer(refuses: Callable[..., None], tmp_path: Path) -> None:
@@ -77,8 +77,10 @@ def test_directories(refuses: Callable[..., None], tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.gguf").write_bytes(b"")
     refuses([f"--model={tmp_path}", "--prompt=x"], "holds the GGUF files a.gguf, b.gguf")
-    (tmp_path / "config.json").write_text("{")
-    refuses([f"--model={tmp_path}", "--prompt=x"], "config.json: the JSON is not valid")
+    (tmp_path / "config.json").write_text("{")  # as repositories of GGUF files have one
+    refuses([f"--model={tmp_path}", "--prompt=x"], "holds the GGUF files a.gguf, b.gguf")
+    (tmp_path / "model.safetensors").touch()
+    refuses([f"--model={tmp_path}", "--prompt=x"], "config.json: it is not JSON")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,19 @@ def test_any_bytes(tmp_path: Path, parts: list[bytes]) -> None:
             assert items
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """As lines of bytes do; str.splitlines knows ten more ends, and text mode one."""
+    path, config = tmp_path / "prompts.txt", settings.get_config()
+    wanted = ["a\rb\u2028c\u0085d\x0be", "\ufefff\r", "\rg", "h\r"]
+    path.write_bytes("\r\n".join(["\ufeff" + wanted[0], *wanted[1:]]).encode())
+    config.prompt_file = str(path)
+    items = prompts.read(config, prompts.options_of(config))
+    assert [item.prompt for item in items] == wanted
+    path.write_bytes(b"\xef\xbb\xbfab\xff")
+    with pytest.raises(UserError, match="line 1 is not UTF-8 at byte 5; convert it"):
+        prompts.read(config, prompts.options_of(config))
+
+
 @pytest.mark.usefixtures("loaded")
 def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> None:
     # 33 to 64 tokens each, so that three programs serve all: one for each batch size.

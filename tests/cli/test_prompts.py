@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qwen_jax import api, prompts
+from qwen_jax import api, prompts, settings
 from tests.cli.conftest import HAIKU, Run
 
 pytestmark = pytest.mark.usefixtures("loaded")
@@ -64,6 +64,19 @@ def test_stdin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     given = f"{prompts.HAIKU}\n".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
     assert run("--prompt=-").out == HAIKU + "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [("a\r\nb\r\n", "a\r\nb"), ("\ufeffa\n\n", "a\n"), ("a\r", "a\r"), ("a\u2028", "a\u2028")],
+)
+def test_of_stdin_one_line_break_at_the_end_goes(
+    monkeypatch: pytest.MonkeyPatch, given: str, prompt: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    config = settings.get_config()
+    config.prompt = "-"
+    assert prompts.single(config, prompts.options_of(config)).prompt == prompt
 
 
 def test_stop_strings(run: Run) -> None:

@@ -86,6 +86,25 @@ def test_a_config_in_another_encoding(
     refuses(argv, "config.py is not UTF-8 at byte 23; convert it")
 
 
+def test_a_config_file_is_kept_to_the_byte(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    argv, config = experiment('axis("n", [1])'), tmp_path / "config.py"
+    config.write_bytes(config.read_bytes().replace(b"\n", b"\r\n"))
+    assert run(*argv).code == 0
+    assert (tmp_path / "w" / "config.py").read_bytes() == config.read_bytes()
+
+
+def test_a_prompt_that_is_no_unicode_fails_its_point(
+    experiment: Callable[..., list[str]], run: Callable, loaded: object, tmp_path: Path
+) -> None:
+    """As an argument of a command that is no UTF-8 becomes one."""
+    config = 'config.experiment.task, config.prompt = "generate", "a\\udcff"'
+    result = run(*experiment('axis("n", [1])', config))
+    assert result.code == 1 and "1 failed" in result.out
+    assert "Traceback" not in result.err
+
+
 def test_dry_run_lists_points_groups_and_memory(
     experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ GGUF_DAMAGE: dict[str, tuple[Change, str]] = {
     "merge of three": (_edit(G + "merges", _set(3, "a b c")), "the merge of 'a' and 'b c'"),
     "merges cut short": (
         _edit(G + "merges", lambda merges: merges.__delitem__(slice(100, None))),
-        "128 tokens are made by merges but there are only 100",
+        "28 of its tokens, the first",
     ),
     "eos not an integer": (_set(G + "eos_token_id", "386"), "holds '386', not int"),
     "add_bos not a bool": (_set(G + "add_bos_token", 1), "holds 1, not bool"),
@@ -147,21 +147,59 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "merges of numbers": (_edit("model", _edit("merges", _set(0, [1, 2]))), "not two tokens"),
     "merges of nothing": (_edit("model", _edit("merges", _set(0, None))), "not two tokens"),
-    "id missing": (
-        _edit("model", _edit("vocab", _remove("A"))),
-        "the ids of its 388 tokens are not 0 to 387, each once",
+    "id missing": (_edit("model", _edit("vocab", _remove("A"))), "lacks 1 of the 256 bytes"),
+    "id twice": (
+        _edit("model", _edit("vocab", _set("A", 33))),
+        "the tokens 'A' and 'B' have the same id, 33",
     ),
-    "id twice": (_edit("model", _edit("vocab", _set("A", 33))), "0 to 388, each once"),
-    "id not an integer": (_edit("model", _edit("vocab", _set("A", "x"))), "each once"),
-    "id true": (_edit("model", _edit("vocab", _set('"', True))), "each once"),
+    "id not an integer": (
+        _edit("model", _edit("vocab", _set("A", "x"))),
+        "the id of the token 'A' is 'x', not a number",
+    ),
+    "id true": (_edit("model", _edit("vocab", _set('"', True))), "is True, not a number"),
+    "id negative": (_edit("model", _edit("vocab", _set("A", -1))), "'A' has the id -1"),
+    "id absurd": (
+        _edit("added_tokens", _edit(0, _set("id", 10**12))),
+        "has the id 1000000000000, and ids here are 0 to 4194303",
+    ),
+    "half a surrogate pair": (
+        _edit("added_tokens", _edit(3, _set("content", "\ud800"))),
+        "it holds \\ud800, half a character",
+    ),
     "added token with two ids": (
         _edit("model", _edit("vocab", _set("<|im_end|>", 32))),
-        "the added token '<|im_end|>' has the ids 386 and 32",
+        "the tokens 'A' and '<|im_end|>' have the same id, 32",
     ),
-    "added token no object": (_edit("added_tokens", _set(0, 5)), "the added token 5"),
+    "added token no object": (
+        _edit("added_tokens", _set(0, 5)),
+        "the entry 5 of added_tokens is no object",
+    ),
+    "added token with another id": (
+        _edit("added_tokens", _edit(0, _set("content", "A"))),
+        "gives 'A' the id 32 and also the id 384",
+    ),
+    "added token flag": (
+        _edit("added_tokens", _edit(0, _set("lstrip", "yes"))),
+        "'lstrip' of the token '<|endoftext|>' is 'yes', neither true nor false",
+    ),
+    "added tokens no list": (_set("added_tokens", {"a": 1}), "added_tokens is {'a': 1}, not a"),
+    "post-processor": (_set("post_processor", {"type": "Mine"}), "its post_processor is"),
+    "post-processor that ends": (
+        _set(
+            "post_processor",
+            {
+                "type": "RobertaProcessing",
+                "sep": ["<|im_end|>", 386],
+                "cls": ["<|im_start|>", 385],
+                "trim_offsets": True,
+                "add_prefix_space": False,
+            },
+        ),
+        "puts '<|im_end|>' after every text",
+    ),
     "added token no text": (
         _edit("added_tokens", _edit(0, _remove("content"))),
-        "'content' holds None, not str",
+        "of added_tokens is no object with a text 'content'",
     ),
     "other pattern": (
         _edit("pre_tokenizer", _edit("pretokenizers", _edit(0, _set("pattern", {"Regex": "."})))),
@@ -190,23 +228,38 @@ def test_damaged_tokenizer_json(change: Change, message: str, hf_directory: Path
     "name, content, message",
     [
         ("tokenizer.json", "{", "is not JSON"),
-        ("tokenizer.json", "[" * 100_000, "is not JSON"),
-        ("tokenizer.json", "[]", "holds no JSON object"),
-        ("tokenizer.json", b"\xff", "cannot be read"),
-        ("tokenizer_config.json", "[]", "holds no JSON object"),
-        ("tokenizer_config.json", '{"eos_token": "<nobody>"}', "eos_token is '<nobody>'"),
+        ("tokenizer.json", "[" * 100_000, "nested too deeply"),
+        ("tokenizer.json", "[]", "must be a JSON object"),
+        ("tokenizer.json", b"\xff", "is text, not JSON"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0, "a": 1}}}', "the key 'a' appears twice"),
+        ("tokenizer_config.json", "[]", "must be a JSON object"),
+        ("tokenizer_config.json", '{"eos_token": 1, "eos_token": 2}', "'eos_token' appears twice"),
+        ("tokenizer_config.json", '{"split_special_tokens": true}', "split_special_tokens is true"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}', "added_tokens_decoder is []"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": "x"}}', "the entry 'x'"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": {"content": "<a>"}}}',
+            "the id of the token '<a>' is 'x'",
+        ),
+        ("tokenizer_config.json", '{"extra_special_tokens": "<a>"}', "special_tokens is '<a>'"),
+        ("tokenizer_config.json", '{"additional_special_tokens": [1]}', "special_tokens is 1"),
+        ("special_tokens_map.json", '{"eos_token": [1]}', "eos_token is [1]"),
+        ("added_tokens.json", '{"<a>": "1"}', "the id of the token '<a>' is '1'"),
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token is 5"),
         ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is 5"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "chat_template is [{"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
-        ("generation_config.json", '{"eos_token_id": [1, 9999]}', "eos_token_id is [1, 9999]"),
-        ("chat_template.jinja", b"\xff", "cannot be read"),
+        ("generation_config.json", '{"eos_token_id": [1, true]}', "eos_token_id is [1, True]"),
+        ("chat_template.jinja", b"\xff", "it is not UTF-8 at byte 0"),
+        ("additional_chat_templates/x.jinja", b"\xff", "it is not UTF-8 at byte 0"),
     ],
 )
 def test_damaged_hf_files(
     name: str, content: str | bytes, message: str, hf_directory: Path
 ) -> None:
     path = hf_directory / name
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     _assert_refused(lambda: Tokenizer.from_hf(hf_directory), str(path), message)
 

@@ -59,7 +59,8 @@ class Generate(Task):
 
     def _lines(self) -> Iterator[bytes]:
         if self.config.prompt_file is None:
-            yield str(prompts.single(self.config, self.options).prompt).encode()
+            text = str(prompts.single(self.config, self.options).prompt)
+            yield text.encode("utf-8", "surrogatepass")  # The tokenizer says what is wrong.
         else:
             with Path(self.config.prompt_file).open("rb") as file:
                 yield from (line for line in file if line.strip())

@@ -1,0 +1,51 @@
+"""The chat templates of a Hugging Face directory, by name."""
+
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import UserError
+
+DEFAULT = "default"
+
+
+def read(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Jinja sources: `chat_template` of tokenizer_config.json, and files, which hold over it.
+
+    Files are chat_template.jinja, the default, and additional_chat_templates/NAME.jinja. As in
+    transformers chat_template.json, which processors of images read, is none of them.
+
+    Raises UserError where one is no text.
+    """
+    templates = _in_config(config.get("chat_template"), directory / "tokenizer_config.json")
+    named = sorted(directory.glob("additional_chat_templates/*.jinja"))
+    paths = {DEFAULT: directory / "chat_template.jinja"} | {path.stem: path for path in named}
+    return templates | {name: _text(path) for name, path in paths.items() if path.is_file()}
+
+
+def _in_config(value: object, path: Path) -> dict[str, str]:
+    """One template, or several as [{"name": …, "template": …}]."""
+    entries = [{"name": DEFAULT, "template": value}] if isinstance(value, str) else value or []
+    named = {
+        entry["name"]: entry["template"]
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("template"), str)
+    }
+    if not isinstance(entries, list) or len(named) < len(entries):
+        raise UserError(
+            f"{path}: chat_template is {value!r:.80}, which is neither text nor a list of objects "
+            "with different names and a template each; correct it."
+        )
+    return named
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: it is not UTF-8 at byte {error.start}; convert it.") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: the file cannot be read ({error.strerror}); check that it is yours to read."
+        ) from None

@@ -29,9 +29,8 @@ class Point:
     Attributes:
         id: a hash of the resolved config and of the contents of the files it names.
         overrides: what the sweep sets.
-        base=hashed_fields(base),
-        changed=changed,
-        points=_identified(points, prints, {*changed, *command.overrides}, path),
+        asked: fields that the sweep or a flag sets, or that are not the defaults.
+        config: everything resolved; models of the Hub are at a commit, here and in `overrides`.
     """
 
     id: str

@@ -100,6 +100,19 @@ def test_output_up_to_the_limit(renderer: TemplateRenderer) -> None:
     assert renderer.render("{{ '\\0' * 100000 }}", {}, "x") == "\0" * 100_000
 
 
+@pytest.mark.parametrize("text", ["a" * (20 << 20), "\x01\u4f60\U0001f999" * (1 << 20)])
+def test_limits_follow_the_conversation(text: str, renderer: TemplateRenderer) -> None:
+    """20 MiB and 8 MiB, where a short conversation may become 100,000 bytes."""
+    context = {"messages": [{"role": "user", "content": text}]}
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    assert renderer.render(template, context, "x") == f"<|im_start|>user\n{text}"
+    with pytest.raises(UserError, match=r"wrote more than \d+ bytes and was stopped"):
+        renderer.render(template * 40, context, "x")
+    assert renderer.render("{{ messages | length }}", CONTEXT, "x") == "50"
+    with pytest.raises(UserError, match="wrote more than 100000 bytes"):  # the old limit again
+        renderer.render("{{ 'a' * 100001 }}", CONTEXT, "x")
+
+
 def test_start_and_render_are_quick(renderer: TemplateRenderer) -> None:
     """0.1 s for the first chat and 0.2 ms for later ones; the bounds allow for a busy machine."""
     renderer.close()

@@ -25,7 +25,7 @@ def pin_models(config: ConfigDict, fields: Iterable[str], known: dict[str, str])
             section = section[parent]
         if (model := section[name]) is not None:
             if model not in known:
-                known[model] = pin(model)
+                known[model] = pin(model, adapter=field == "adapter")
             section[name] = known[model]
 
 

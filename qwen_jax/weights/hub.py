@@ -44,15 +44,25 @@ class _Repository:
         return "the cache (the Hub can't be asked)" if self.snapshot else "the repository"
 
 
-def pin(model: str) -> str:
+def pin(model: str, *, adapter: bool = False) -> str:
     """The name with the commit that its branch or tag means now; a path as it is.
 
-    Raises UserError where the name is malformed, or means nothing, or nobody knows what.
+    Args:
+        adapter: as `resolve` has it.
+
+    Raises:
+        UserError: the name is malformed, nobody knows what it means, or the Hub does, but has no
+            such model at that commit. A name with a commit is not looked up.
     """
     if not hub_names.is_hub_name(model):
         return model
     name = hub_names.parse(model)
-    return model if name.is_commit else str(_open(name).name)
+    if name.is_commit:
+        return model
+    repository = _open(name)
+    if repository.snapshot is None:  # What a cache lacks need not be wanted: all may be done.
+        _wanted(repository, adapter)
+    return str(repository.name)
 
 
 def resolve(model: str, *, adapter: bool = False) -> Path:

@@ -7,6 +7,8 @@ import json
 from qwen_jax.weights.hub_names import HubName
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+# Of the library for HTTP, or of simplejson, which requests prefers.
+_BY_NAME = ("TooManyRedirects", "JSONDecodeError")
 _LOGIN = "log in with hf auth login"
 _BAD_TOKEN = ("the token in HF_TOKEN has letters that none has", "set it again")
 
@@ -54,7 +56,7 @@ def explain(name: HubName, error: Exception) -> tuple[str, str]:
         )
     wrong: tuple[type[Exception], ...] = (NotTheHub, json.JSONDecodeError, UnicodeDecodeError)
     wrong += (RecursionError, FileMetadataError, LookupError, TypeError, AttributeError)
-    if isinstance(error, wrong) or type(error).__name__ == "TooManyRedirects":
+    if isinstance(error, wrong) or type(error).__name__ in _BY_NAME:
         return (
             f"what {constants.ENDPOINT} answers is not the Hub's",
             "a network's login page or a proxy may answer in its place, or HF_ENDPOINT is wrong",

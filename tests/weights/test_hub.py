@@ -138,6 +138,7 @@ def test_adapters(hub_server, tmp_path):
     )
     assert hub.resolve(NAME, adapter=True) == snapshot(tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub_server.downloaded)
+    assert hub.pin(NAME, adapter=True) == f"{NAME}@{MAIN}"
     hub_server.names("x-q8_0.gguf", "x-lora-f16.gguf")
     assert hub.resolve(NAME, adapter=True).name == "x-lora-f16.gguf"
     assert hub.resolve(NAME).name == "x-q8_0.gguf"
@@ -164,11 +165,13 @@ def test_revisions(hub_server, tmp_path):
 
 def test_pinning(hub_server):
     hub_server.names(*GGUF_FILES)
-    pinned = hub.pin(NAME)
-    assert pinned == f"{NAME}@{MAIN}" and hub.pin(pinned) == pinned
+    pinned = hub.pin(f"{NAME}:f16")
+    assert pinned == f"{NAME}@{MAIN}:f16" and hub.pin(pinned) == pinned
     assert hub.pin("haiku") == "haiku"
     hub_server.branches = {"main": MOVED, "old": MAIN}
-    assert MAIN in str(hub.resolve(f"{pinned}:f16")) and hub.pin(NAME) == f"{NAME}@{MOVED}"
+    assert MAIN in str(hub.resolve(pinned)) and hub.pin(f"{NAME}:f16") == f"{NAME}@{MOVED}:f16"
+    with pytest.raises(UserError, match="there are GGUF files of these quantisations"):
+        hub.pin(f"{NAME}:q3_k")
 
 
 # Without the Hub
@@ -212,7 +215,8 @@ def test_branches_are_where_they_were_last_seen(hub_server, tmp_path, monkeypatc
         hub.resolve(f"{NAME}:q4_k_m")
     hub.resolve(f"{NAME}@old:f16")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub.pin(NAME) == f"{NAME}@{MOVED}" and hub.pin(f"{NAME}@old") == f"{NAME}@{MAIN}"
+    assert hub.pin(f"{NAME}:f16") == f"{NAME}@{MOVED}:f16"
+    assert hub.pin(f"{NAME}@old:f16") == f"{NAME}@{MAIN}:f16"
 
 
 def test_part_missing_in_the_cache(hub_server, tmp_path, monkeypatch):

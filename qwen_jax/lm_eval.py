@@ -8,12 +8,13 @@ its own, `lm_eval`, imports nothing of ours. Everything behind `python -m qwen_j
 
 import sys
 
+from qwen_jax import interrupts
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.harness_settings import check_installed
 
 
 def main() -> int:
-    """Runs one command of lm_eval; returns 0, or 2 after a sentence about bad input."""
+    """Runs one command of lm_eval; returns 0, 2 for bad input, 130 after Ctrl-C."""
     try:
         check_installed()
         from lm_eval.__main__ import cli_evaluate
@@ -21,9 +22,13 @@ def main() -> int:
         import qwen_jax.experiments.harness  # noqa: F401  Which registers the model.
 
         cli_evaluate()
-    except UserError as error:
+    except (UserError, NotImplementedError) as error:
+        # NotImplementedError: an implementation asked for by name can't serve a shape.
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return interrupts.EXIT_CODE
     return 0
 
 

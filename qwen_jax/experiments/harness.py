@@ -27,7 +27,7 @@ from qwen_jax.accuracy.metrics import log_softmax
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
 from qwen_jax.generation import Completion, Request
-from qwen_jax.text.chat import CHATML_TEMPLATE
+from qwen_jax.text.chat import CHATML_TEMPLATE, render_chat
 
 _QUIET = not sys.stderr.isatty()
 Keep = Callable[[str, dict[str, Any]], None]
@@ -116,14 +116,7 @@ class Harness(TemplateLM):
         lasting = random.getstate()
         seed = random.getrandbits(32)
         random.setstate(lasting)  # Tasks draw what they would draw beside another model.
-        flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        for name in flags.keys() & arg_dict.keys():
-            if flags[name] != arg_dict[name]:
-                raise UserError(
-                    f"--model_args has {name}={arg_dict[name]}, but lm_eval has --{name}="
-                    f"{flags[name]}, perhaps by default; give lm_eval --{name}={arg_dict[name]}."
-                )
-        return cls(**{"seed": seed, **arg_dict, **flags})
+        return cls(**{"seed": seed} | harness_settings.joined(arg_dict, additional_config or {}))
 
     @classmethod
     def create_from_arg_string(
@@ -139,8 +132,9 @@ class Harness(TemplateLM):
     def prefix_token_id(self) -> int:
         if self._prefix is not None:
             return self._prefix
-        begin = self._model.tokenizer.special_tokens.get("bos_token")
-        return self.eot_token_id if begin is None else self.tok_encode(begin)[0]
+        tokenizer = self._model.tokenizer
+        begin = tokenizer.special_tokens.get("bos_token")
+        return self.eot_token_id if begin is None else tokenizer.encode(begin)[0]
 
     @property
     def tokenizer_name(self) -> str:
@@ -150,30 +144,36 @@ class Harness(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        return self._model.tokenizer.encode(string)
+        """A text's ids, behind what the checkpoint puts before texts, unless it begins so."""
+        tokens, prefix = self._model.tokenizer.encode(string), self._model.tokenizer.prefix_ids
+        begins = add_special_tokens is None and tuple(tokens[: len(prefix)]) == prefix
+        return tokens if begins or add_special_tokens is False else [*prefix, *tokens]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's source, which the harness records. Raises UserError for a name."""
-        if isinstance(chat_template, str):
+        if isinstance(chat_template, str) and chat_template != "default":
             raise UserError(
                 f"{self._model.config.source} has no chat template of the name {chat_template!r}; "
                 "give --apply_chat_template without a name."
             )
-        return (self._model.tokenizer.chat_template or CHATML_TEMPLATE) if chat_template else None
+        return (self._model.tokenizer.template_for() or CHATML_TEMPLATE) if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The chat as text that the assistant's turn follows, or, where there is no generation
         prompt, that ends with the last message, an opened turn of the assistant."""
-        tokenizer = self._model.tokenizer
-        return api.render_chat(
-            tokenizer.chat_template,
+        tokenizer, source = self._model.tokenizer, self._model.config.source
+        template = tokenizer.template_for()
+        if template is None:
+            self._warn(f"{source} has no chat template: using ChatML.")
+        return render_chat(
+            template,
             chat_history,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             special_tokens=tokenizer.special_tokens,
-            source=self._model.config.source,
+            source=source,
         )
 
     def loglikelihood(

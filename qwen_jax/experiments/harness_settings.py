@@ -190,6 +190,18 @@ def check_arguments(given: Iterable[str], own: Iterable[str]) -> None:
             raise UserError(f"The model has no argument {name}; {_near(name, known)}")
 
 
+def joined(arguments: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What `--model_args` and lm_eval's own flags say. Raises UserError where they differ."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in given.keys() & arguments.keys():
+        if given[name] != arguments[name]:
+            raise UserError(
+                f"--model_args has {name}={arguments[name]}, but lm_eval has --{name}="
+                f"{given[name]}, perhaps by default; give lm_eval --{name}={arguments[name]}."
+            )
+    return {**arguments, **given}
+
+
 def check_device(name: str | None, warn: Callable[[str], None]) -> None:
     """Raises UserError where the harness asks for another device than JAX has chosen."""
     platform = measure.device().platform

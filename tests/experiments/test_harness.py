@@ -200,12 +200,25 @@ def test_arguments(model: api.Model, caplog: pytest.LogCaptureFixture) -> None:
     refused("dtype is 'float8'", Harness, dtype="float8")
     refused("already loaded", Harness, model, dtype="float32")
     refused("has no chat template of the name 'rag'", Harness(model).chat_template, "rag")
-    made = Harness.create_from_arg_obj
-    refused("give lm_eval --batch_size=16", made, {"batch_size": 16}, {"batch_size": 1})
     harness = Harness(pretrained=model, max_gen_toks=7, prefix_token_id=5, trust_remote_code=True)
     assert harness.prefix_token_id == 5 and harness._request("a", {}).max_tokens == 7
     assert "/" not in harness.tokenizer_name
     assert harness.chat_template(True) == model.tokenizer.chat_template
+
+
+def test_texts_begin_as_the_checkpoint_has_it(
+    model: api.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lm_eval's `hf`: a prefix is put before a text, unless it begins so or nobody wants one."""
+    harness, plain = Harness(model), model.tokenizer.encode("the moon")
+    assert harness.tok_encode("the moon") == plain  # Qwen2.5 has none.
+    end = harness.eot_token_id
+    monkeypatch.setattr(type(model.tokenizer), "prefix_ids", (end,))
+    assert harness.tok_encode("the moon") == [end, *plain]
+    assert harness.tok_encode("the moon", add_special_tokens=False) == plain
+    marked = model.tokenizer.decode([end], skip_special=False) + "the moon"
+    assert harness.tok_encode(marked) == [end, *plain]
+    assert harness.tok_encode(marked, add_special_tokens=True) == [end, end, *plain]
 
 
 def test_the_seed_is_the_command_lines(model: api.Model) -> None:

@@ -176,6 +176,14 @@ def test_arguments_refused(name: str, words: str) -> None:
     harness_settings.check_arguments(["dtype", "matmul_precision", "sha256"], [])
 
 
+def test_arguments_and_flags() -> None:
+    flags = {"batch_size": "auto", "max_batch_size": None, "device": "cuda:0"}
+    found = harness_settings.joined({"dtype": "float32"}, flags)
+    assert found == {"dtype": "float32", "batch_size": "auto", "device": "cuda:0"}
+    with pytest.raises(UserError, match="give lm_eval --batch_size=16"):
+        harness_settings.joined({"batch_size": 16}, {"batch_size": 1})
+
+
 def test_devices() -> None:
     told: list[str] = []
     for name in (None, "cpu", "cuda:0"):  # The last is what lm_eval says where nobody does.

@@ -10,10 +10,10 @@ run: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The comparison with transformers and lm_eval themselves, not with what they once said; installs
-# PyTorch.
+# The comparison with transformers, peft and lm_eval themselves, not with what they once said;
+# installs PyTorch.
 parity: $(VENV)/installed-test
-	$(BIN)/pip install --quiet -e '.[hf,eval]'
+	$(BIN)/pip install --quiet -e '.[parity]'
 	$(BIN)/python -m pytest -m live
 
 # Every kernel lowered for CUDA by the JAX of another Python: make lower PYTHON=python3.13

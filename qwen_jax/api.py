@@ -24,6 +24,7 @@ from qwen_jax.packed import prepare
 from qwen_jax.sampling import Sampling
 from qwen_jax.text.chat import DEFAULT_SYSTEM, render_chat
 from qwen_jax.text.tokenizer import Tokenizer
+from qwen_jax.weights.adapters import with_adapters
 from qwen_jax.weights.hub import resolve
 from qwen_jax.weights.loader import Checkpoint, iter_parameters, open_checkpoint
 
@@ -49,9 +50,27 @@ def locate(model: str | Path = BUNDLED) -> Path:
     return resolve(str(model))
 
 
+def locate_adapter(adapter: str | Path) -> Path:
+    """The path of an adapter: a PEFT directory, a LoRA GGUF file, or one of the Hub as `hf:`."""
+    return resolve(str(adapter), adapter=True)
+
+
+def open_model(
+    model: str | Path = BUNDLED,
+    adapter: str | Path | Sequence[str | Path] = (),
+    *,
+    sha256: str | None = None,
+) -> Checkpoint:
+    """The checkpoint that `load` would read, open and checked, with its adapters."""
+    adapters = [adapter] if isinstance(adapter, str | Path) else adapter
+    checkpoint = open_checkpoint(locate(model), sha256=sha256)
+    return with_adapters(checkpoint, [locate_adapter(path) for path in adapters])
+
+
 def load(
     model: str | Path = BUNDLED,
     *,
+    adapter: str | Path | Sequence[str | Path] = (),
     dtype: str = "auto",
     implementation: str = "auto",
     matmul_precision: str = "highest",
@@ -64,6 +83,8 @@ def load(
         model: a GGUF file (of a split one, any part), a Hugging Face directory,
             `hf:owner/repo[@revision][:quant]`, or nothing for the bundled model. The revision
             is a branch, tag or commit; the quant a type, as Q4_K_M, or a file of the repository.
+        adapter: a LoRA to merge into the weights, in float32 and before they are rounded, or
+            several, which add up: directories that peft saved, LoRA GGUF files, or `hf:`.
         dtype: of the parameters: "float32", "bfloat16", "float16", or "auto": float32 on a
             CPU, where it is fastest, bfloat16 elsewhere.
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.
@@ -80,7 +101,7 @@ def load(
     check_precision(matmul_precision)
     check_implementation(implementation)
     _use_compilation_cache()
-    checkpoint = open_checkpoint(locate(model), sha256=sha256)
+    checkpoint = open_model(model, adapter, sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)
     check_weights_fit(checkpoint.config, parameter_dtype)
     parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)

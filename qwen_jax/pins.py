@@ -1,16 +1,17 @@
 """Names of the Hub in a config become names of commits, so that all of a run reads one state."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from qwen_jax.weights.hub import pin
 
-OF_RUN = ("model",)
-OF_COMPARE = ("model", "compare.base.model")
-OF_EXPERIMENT = ("model", "experiment.reference.model")
-"""The fields of a config that name models, by what reads them."""
+OF_RUN = ("model", "adapter")
+OF_COMPARE = (*OF_RUN, "compare.base.model")
+OF_EXPERIMENT = (*OF_RUN, "experiment.reference.model")
+"""The fields of a config that name models and adapters, by what reads them."""
 
 
 def pin_models(config: ConfigDict, fields: Iterable[str], known: dict[str, str]) -> None:
@@ -23,16 +24,28 @@ def pin_models(config: ConfigDict, fields: Iterable[str], known: dict[str, str])
         section = config
         for parent in parents:
             section = section[parent]
-        if (model := section[name]) is not None:
+        for model in names_in(section[name]):
             if model not in known:
                 known[model] = pin(model, adapter=field == "adapter")
-            section[name] = known[model]
+        section[name] = pinned(section[name], known)
+
+
+def names_in(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names in a field of one name, of several, or of none."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+def pinned(value: Any, known: Mapping[str, str]) -> Any:
+    """A field's value with the commits of its names, where they are known."""
+    if isinstance(value, tuple):
+        return tuple(known.get(name, name) for name in value)
+    return known.get(value, value)
 
 
 def pin_and_tell(config: ConfigDict, fields: Iterable[str]) -> None:
     """Pins the fields in place, and says on stderr which commits that made of which names."""
     known: dict[str, str] = {}
     pin_models(config, fields, known)
-    for name, pinned in known.items():
-        if pinned != name:
-            print(f"{name} is {pinned}", file=sys.stderr)
+    for name, commit in known.items():
+        if commit != name:
+            print(f"{name} is {commit}", file=sys.stderr)

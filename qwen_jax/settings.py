@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
             # A GGUF file, a Hugging Face directory, a name on the Hub as
             # hf:owner/repo[@revision][:quant], or the bundled model.
             "model": "haiku",
+            # LoRA adapters merged into it: PEFT directories, LoRA GGUF files, or hf:owner/repo.
+            "adapter": (),
             "sha256": placeholder(str),
             "dtype": "auto",
             "implementation": "auto",
@@ -141,6 +143,10 @@ def get_config() -> ConfigDict:
 
 FLAGS: dict[str, tuple[str, str]] = {
     "model": ("model", "GGUF file, directory, hf:owner/repo[@revision][:quant], or 'haiku'."),
+    "adapter": (
+        "adapter",
+        "LoRA to merge: PEFT directory, GGUF or hf:; may be given several times.",
+    ),
     "sha256": ("sha256", "What the GGUF file's SHA-256 must be."),
     "dtype": ("dtype", "auto, float32, bfloat16 or float16."),
     "implementation": ("implementation", "auto, mosaic_gpu or xla, for every operation."),

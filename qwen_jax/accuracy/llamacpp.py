@@ -104,6 +104,11 @@ def trace(
     """
     if checkpoint.format != "gguf":
         raise UserError(f"{checkpoint.path}: llama.cpp reads GGUF files only; convert it.")
+    if checkpoint.adapters:
+        raise UserError(
+            f"{checkpoint.adapters[0]}: llama.cpp is run here without adapters; take the reference "
+            "float64 or hf."
+        )
     config = checkpoint.config
     if config.rope_dim != config.head_dim:  # llama.cpp asserts, and ends the process
         raise UserError(

@@ -15,14 +15,14 @@ from qwen_jax.accuracy.recording import model_hash
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import locate
 from qwen_jax.errors import UserError
-from qwen_jax.weights.loader import open_checkpoint
+from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
 KINDS = ("float64", "hf", "llamacpp")
 
 
 def reference(
     kind: str,
-    model: str | Path,
+    model: str | Path | Checkpoint,
     tokens: Sequence[int],
     *,
     dtype: str = "float32",
@@ -36,7 +36,7 @@ def reference(
     Args:
         kind: "float64" (our operations in NumPy, the truth), "hf" (transformers), "llamacpp"
             (llama.cpp), or the path of a trace of the same model and text.
-        model: as for `qwen_jax.load`.
+        model: as for `qwen_jax.load`, or an open checkpoint, perhaps with adapters.
         dtype: of the parameters; float64 takes them rounded to it, transformers also computes
             in it, llama.cpp has that of the file and takes none.
         chunks: how many tokens each call takes; one call by default.
@@ -48,7 +48,7 @@ def reference(
         UserError: the kind is unknown, its extra is not installed, the model cannot be read, or
             a recorded trace is of another model, text or position.
     """
-    checkpoint = open_checkpoint(locate(model))
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(locate(model))
     last = len(tokens) if stop is None else stop
     if kind == "float64":
         source = CheckpointSource(checkpoint, dtype)

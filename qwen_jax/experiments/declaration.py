@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -140,10 +140,10 @@ def declare(command: settings.Command) -> Declaration:
     )
 
 
-def _models_of(fields: Mapping[str, Any], commits: Mapping[str, str]) -> dict[str, str]:
+def _models_of(fields: Mapping[str, Any], commits: Mapping[str, str]) -> dict[str, Any]:
     """Of the fields those that name models, with the names' commits where they are known."""
     given = {name: fields[name] for name in pins.OF_EXPERIMENT if name in fields}
-    return {name: commits[model] for name, model in given.items() if model in commits}
+    return {name: pins.pinned(value, commits) for name, value in given.items()}
 
 
 def _swept(sweep: Any, path: str) -> list[dict[str, Any]]:
@@ -163,7 +163,8 @@ def _identified(
     found: dict[str, Point] = {}
     for overrides, config in points:
         fields = hashed_fields(config)
-        files = {name: prints[name] for name in fields.values() if _is_input(name, prints)}
+        read = [name for value in fields.values() for name in _names(value)]
+        files = {name: prints[name] for name in read if name in prints}
         text = json.dumps([fields, files], sort_keys=True)
         identity = hashlib.sha256(text.encode()).hexdigest()[:12]
         if identity in found:
@@ -172,8 +173,9 @@ def _identified(
     return tuple(found.values())
 
 
-def _is_input(value: Any, prints: dict[str, str]) -> bool:
-    return isinstance(value, str) and value in prints
+def _names(value: Any) -> Sequence[str]:
+    """What may name an input, in a field of any type."""
+    return [value] if isinstance(value, str) else value if isinstance(value, list) else []
 
 
 def title(source: str, name: str) -> str:

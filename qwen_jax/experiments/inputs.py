@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qwen_jax.api import locate
+from qwen_jax.api import locate, locate_adapter
 from qwen_jax.errors import UserError
 from qwen_jax.weights.hub_names import is_hub_name
 
@@ -53,6 +53,9 @@ def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
         for model in (config.model, experiment.reference.model):
             if model is not None and model not in found and not is_hub_name(model):
                 found[model] = fingerprint(locate(model))
+        for adapter in config.adapter:
+            if adapter not in found and not is_hub_name(adapter):
+                found[adapter] = fingerprint(locate_adapter(adapter))
         for name in (config.prompt_file, experiment.text, experiment.eval.include):
             if name is not None and name not in found:
                 found[name] = fingerprint(Path(name))

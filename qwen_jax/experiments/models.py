@@ -24,6 +24,7 @@ class Choice:
     """What decides the weights on the device and the programs that read them."""
 
     model: str
+    adapter: tuple[str, ...]
     quantization: str | None
     sha256: str | None
     dtype: str
@@ -86,6 +87,7 @@ class Models:
             path = quantize.made(api.locate(choice.model), choice.quantization, self._directory)
         model = api.load(
             path,
+            adapter=choice.adapter,
             dtype=choice.dtype,
             implementation=choice.implementation,
             matmul_precision=choice.matmul_precision,

@@ -18,7 +18,6 @@ from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
 from qwen_jax.measure import Budget, show_bytes
 from qwen_jax.weights.hub_names import is_hub_name
-from qwen_jax.weights.loader import open_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +42,18 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
     Raises:
         UserError: a point's config makes no sense for its task, or a model can't be read.
     """
-    sizes: dict[str, ModelConfig | None] = {}
+    sizes: dict[tuple[str, ...], ModelConfig | None] = {}
     weights: dict[Choice, int] = {}
     groups: dict[tuple[Any, ...], int] = {}
     planned = []
     for point in points:
         task, choice = _task(point), Choice.of(point.config)
-        if choice.model not in sizes:
-            sizes[choice.model] = _size(choice.model)
-        size = sizes[choice.model]
+        files = (choice.model, *choice.adapter)
+        if files not in sizes:
+            sizes[files] = _size(choice)
+        size = sizes[files]
         programs = (choice.dtype, choice.implementation, choice.matmul_precision)
-        key = (size or choice.model, *programs, *task.shapes())
+        key = (size or files, *programs, *task.shapes())
         group = groups.setdefault(key, len(groups))
         order = (weights.setdefault(choice, len(weights)), group)
         planned.append((order, Planned(point, task, group + 1, _memory(task, size))))
@@ -84,10 +84,10 @@ def _task(point: Point) -> Task:
         raise UserError(f"The point {point.label}: {error}") from error
 
 
-def _size(model: str) -> ModelConfig | None:
-    if is_hub_name(model):
+def _size(choice: Choice) -> ModelConfig | None:
+    if any(map(is_hub_name, (choice.model, *choice.adapter))):
         return None
-    return open_checkpoint(api.locate(model)).config
+    return api.open_model(choice.model, choice.adapter).config
 
 
 def _memory(task: Task, size: ModelConfig | None) -> int | None:

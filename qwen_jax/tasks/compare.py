@@ -32,7 +32,7 @@ from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.settings import Command
 from qwen_jax.tasks.generate import load
-from qwen_jax.weights.loader import Checkpoint, open_checkpoint
+from qwen_jax.weights.loader import Checkpoint
 
 PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
 ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
@@ -97,7 +97,7 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
         )
     if settings.parts is not None and "text" in parts and config.prompt is None:
         raise UserError("The part text needs --prompt, the message whose token ids the trace has.")
-    checkpoint = open_checkpoint(api.locate(config.model))
+    checkpoint = api.open_model(config.model, config.adapter)
     trace = open_trace(settings.candidate, checkpoint.config, tokens=_ids(settings.tokens))
     found = Report(candidate=trace.header)
     if "tensors" in parts:
@@ -120,7 +120,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     ids = _ids(settings.tokens)
     item = prompts.single(config, options) if ids is None and "tensors" in parts else None
     model = load(config)
-    checkpoint = open_checkpoint(api.locate(config.model))
+    checkpoint = api.open_model(config.model, config.adapter)
     tokens = ids or (
         model.tokens(item.prompt, system=options["system"], raw=options["raw"]) if item else None
     )
@@ -164,7 +164,7 @@ def _with_tensors(
     # First: what is wrong with a reference should show before minutes of replay.
     right = reference(
         config.compare.reference,
-        api.locate(config.model),
+        checkpoint,
         header.tokens,
         dtype=header.dtype,
         chunks=header.chunks,
@@ -201,6 +201,8 @@ def _distribution(config: ConfigDict, model: Model) -> distribution.Distribution
         )
     other = ConfigDict(config)
     other.update_from_flattened_dict(changes)
+    if "model" in changes:  # adapters are for one model
+        other.adapter = ()
     tokens = distribution.read_text(model, settings.text)
     names = (_describe(config), _describe(other))
     return distribution.compare_distributions(
@@ -209,7 +211,7 @@ def _distribution(config: ConfigDict, model: Model) -> distribution.Distribution
 
 
 def _describe(config: ConfigDict) -> str:
-    return f"{config.model} {config.dtype} {config.implementation}"
+    return " ".join((config.model, *config.adapter, config.dtype, config.implementation))
 
 
 def _save_base(config: ConfigDict) -> int:

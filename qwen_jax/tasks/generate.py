@@ -102,6 +102,7 @@ def load(config: ConfigDict) -> Model:
 
         return api.load(
             config.model,
+            adapter=config.adapter,
             dtype=config.dtype,
             implementation=config.implementation,
             matmul_precision=config.matmul_precision,

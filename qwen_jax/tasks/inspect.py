@@ -20,7 +20,7 @@ from qwen_jax.model import activation_dtype
 from qwen_jax.settings import Command
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.hub_names import is_hub_name
-from qwen_jax.weights.loader import Checkpoint, open_checkpoint
+from qwen_jax.weights.loader import Checkpoint
 
 MAX_VALUE = 100
 """Characters of a metadata value that are shown."""
@@ -32,7 +32,7 @@ def run(command: Command) -> int:
     dtype = api.dtype_of(config.dtype)
     api.check_implementation(config.implementation)
     pins.pin_and_tell(config, pins.OF_RUN)
-    checkpoint = open_checkpoint(api.locate(config.model), sha256=config.sha256)
+    checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
     tokenizer = api.read_tokenizer(checkpoint)
     sections = (
         ("file", file_lines(checkpoint, config.model)),
@@ -56,6 +56,8 @@ def file_lines(checkpoint: Checkpoint, name: str = "") -> Iterator[str]:
     count = len(checkpoint.files.paths)
     yield f"{checkpoint.format}, {count} file{'s' * (count > 1)}, {show_bytes(size)}"
     yield ", ".join(f"{count} {name}" for name, count in checkpoint.quantization.items())
+    for adapter in checkpoint.adapters:
+        yield f"adapter {adapter}"
     if checkpoint.ignored:
         yield f"ignored: {', '.join(checkpoint.ignored)}"
 

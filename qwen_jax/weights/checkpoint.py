@@ -33,6 +33,7 @@ class Checkpoint:
         parameters: what to load, each from which weights of the files.
         stored: how the files hold each of these weights.
         ignored: tensors that are in the files and that the model does not need.
+        adapters: what has changed weights, see `weights.adapters`.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Checkpoint:
     parameters: tuple[names.Parameter, ...]
     stored: Mapping[str, Stored]
     ignored: tuple[str, ...]
+    adapters: tuple[Path, ...] = ()
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import Float32
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights.blocks import FLOAT8, decoded
-from qwen_jax.weights.tensors import OtherType, TensorFiles
+from qwen_jax.weights.tensors import OtherType, TensorFiles, TensorInfo
 
 SCALES = ("weight_scale_inv", "weight_scale")
 """Names of the scales; in spite of the first's, a weight is multiplied by either."""
@@ -44,11 +44,15 @@ class Float8:
         return self.name, self.scale
 
     @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return tuple(self.files.tensors[name] for name in self.tensors)
+
+    @property
     def kind(self) -> str:
         return self.files.tensors[self.name].type.name
 
     def check(self, path: Path) -> None:
-        weight, scale = (self.files.tensors[name] for name in self.tensors)
+        weight, scale = self.infos
         if weight.shape != self.shape:
             raise UserError(
                 f"{path}: the tensor {self.name!r} has the shape {weight.shape}, but the config "

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int32, UInt8, UInt32
 from qwen_jax.errors import UserError
 from qwen_jax.weights import simple_quants
 from qwen_jax.weights.blocks import decoded
-from qwen_jax.weights.tensors import TensorFiles
+from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
 SCALE_TYPES = (Type.F16, Type.BF16, Type.F32)
 
@@ -44,6 +44,10 @@ class PackedIntegers(abc.ABC):
         return tuple(f"{self.module}.{part}" for part in self.layout())
 
     @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return tuple(self.files.tensors[name] for name in self.tensors)
+
+    @property
     def kind(self) -> str:
         return f"{type(self).__name__.upper()}-Int{self.bits}"
 
@@ -65,8 +69,7 @@ class PackedIntegers(abc.ABC):
                 f"{path}: {self.module!r} has the shape {self.shape}, which {self.bits} bits do "
                 f"not pack into whole 32-bit words; quantization_config is not of this checkpoint."
             )
-        for part, shape in self.layout().items():
-            info = self.files.tensors[f"{self.module}.{part}"]
+        for info, (part, shape) in zip(self.infos, self.layout().items(), strict=True):
             if info.shape != shape:
                 raise UserError(
                     f"{path}: the tensor {info.name!r} has the shape {info.shape}, but bits "

@@ -57,7 +57,10 @@ def iter_parameters(
         raise UserError(
             f"dtype is {compute.name!r}; choose one of {', '.join(d.name for d in _DTYPES)}."
         )
-    sizes = {name: _nbytes(checkpoint, name) for name in checkpoint.stored}
+    sizes = {
+        name: sum(info.nbytes for info in weight.infos)
+        for name, weight in checkpoint.stored.items()
+    }
     total = sum(sizes.values())
     done = 0
     previous: jax.Array | None = None
@@ -83,7 +86,7 @@ def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) 
         rows = out[row : row + shape[0]]
         stored = checkpoint.stored[name]
         if not fill(rows, stored.rows):
-            file = checkpoint.tensors[stored.tensors[0]].path
+            file = stored.infos[0].path
             if out.dtype == np.float16:
                 raise UserError(
                     f"{file}: the weight {name!r} has values that float16 cannot hold (its "
@@ -95,11 +98,6 @@ def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) 
             )
         row += shape[0]
         yield name
-
-
-def _nbytes(checkpoint: Checkpoint, weight: str) -> int:
-    """What the files hold of one weight."""
-    return sum(checkpoint.tensors[name].nbytes for name in checkpoint.stored[weight].tensors)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights.blocks import DECODABLE, FLOAT8, decoded
-from qwen_jax.weights.tensors import TensorFiles, block_size
+from qwen_jax.weights.tensors import TensorFiles, TensorInfo, block_size
 
 
 class Stored(Protocol):
@@ -17,7 +17,11 @@ class Stored(Protocol):
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The names of all tensors that it is made of."""
+        """The names of all tensors that it is made of; they need not be there."""
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """Where these tensors lie."""
 
     @property
     def kind(self) -> str:
@@ -44,6 +48,10 @@ class Plain:
     @property
     def tensors(self) -> tuple[str, ...]:
         return (self.name,)
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return (self.files.tensors[self.name],)
 
     @property
     def kind(self) -> str:

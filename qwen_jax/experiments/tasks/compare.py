@@ -23,7 +23,6 @@ from qwen_jax.experiments import quantize
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.experiments.tasks.perplexity import check_text, sizes, text_tokens
-from qwen_jax.weights.loader import open_checkpoint
 
 TRUTH = "float64"
 """The reference's dtype that means NumPy in float64, layer by layer, instead of the engine."""
@@ -43,6 +42,8 @@ class Compare(Task):
             self.reference.experiment.quantization = quantization
         elif "model" in given:
             self.reference.experiment.quantization = None
+        if "model" in given:  # adapters are for one model
+            self.reference.adapter = ()
         self.exact = given.get("dtype") == TRUTH
         if self.exact:
             del given["dtype"]
@@ -105,7 +106,7 @@ class Compare(Task):
         if self.reference.experiment.quantization is not None:
             kind = self.reference.experiment.quantization
             location = quantize.made(location, kind, work.directory)
-        source = CheckpointSource(open_checkpoint(location))
+        source = CheckpointSource(api.open_model(location, self.reference.adapter))
 
         def logits() -> Iterator[np.ndarray]:
             for window in windows:

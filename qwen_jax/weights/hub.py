@@ -104,16 +104,15 @@ def _wanted(repository: _Repository, adapter: bool) -> Sequence[str]:
         return checkpoint
     if not found:
         raise UserError(f"{where}: {_nothing(repository, bool(checkpoint), adapter)}")
-    if quant is None or not quant.lower().endswith(".gguf"):
-        found = (hub_files.adapters if adapter else hub_files.models)(found)
-    if not found:
+    of_a_kind = hub_files.adapters if adapter else hub_files.models
+    usable = hub_files.named(found, quant) or of_a_kind(found)
+    if not usable:
         raise UserError(
             f"{where}: the GGUF files of {repository.place} are by their names no models "
-            f"({', '.join(c.first for c in hub_files.candidates(files))}); give a file's name "
-            "after a colon if one is."
+            f"({', '.join(c.first for c in found)}); give a file's name after a colon if one is."
         )
-    chosen = hub_files.chosen(where, found, quant)
-    if missing := [part for part in chosen.files if part not in files]:
+    chosen = hub_files.chosen(where, usable, quant)
+    if missing := chosen.missing:
         raise UserError(
             f"{where}: {repository.place} lacks {', '.join(missing[:3])}"
             f"{', ...' if missing[3:] else ''}, {len(missing)} of the {len(chosen.files)} parts; "

@@ -3,6 +3,7 @@ the way out."""
 
 import errno
 import json
+import re
 
 from qwen_jax.weights.hub_names import HubName
 
@@ -50,10 +51,11 @@ def explain(name: HubName, error: Exception) -> tuple[str, str]:
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"the disk of the cache {cache} is full", "free some, or set HF_HUB_CACHE to another"
     if isinstance(error, OSError) and error.filename is not None:
-        return (
-            f"the cache {cache} can't be used ({error.strerror})",
-            "set HF_HUB_CACHE to a directory that can be written",
-        )
+        if str(error.filename).startswith(cache):
+            problem = f"the cache {cache} can't be used ({error.strerror})"
+            return problem, "set HF_HUB_CACHE to a directory that can be written"
+        # As the file that keeps the token.
+        return f"{error.filename} can't be used ({error.strerror})", "see to that it can"
     wrong: tuple[type[Exception], ...] = (NotTheHub, json.JSONDecodeError, UnicodeDecodeError)
     wrong += (RecursionError, FileMetadataError, LookupError, TypeError, AttributeError)
     if isinstance(error, wrong) or type(error).__name__ in _BY_NAME:
@@ -78,7 +80,9 @@ def _of_answer(name: HubName, error: Exception) -> tuple[str, str]:
         GatedRepoError: ("the repository asks for consent", f"accept it on its page, and {_LOGIN}"),
         RevisionNotFoundError: (
             f"the repository has no revision {name.revision!r}",
-            "its page lists branches and commits",
+            "a commit is named by its 40 digits, in small letters"
+            if re.fullmatch(r"[0-9a-fA-F]{6,40}", name.revision or "")
+            else "its page lists branches and commits",
         ),
         DisabledRepoError: ("the Hub has disabled this repository", "choose another"),
         RepositoryNotFoundError: (

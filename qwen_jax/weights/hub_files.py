@@ -40,11 +40,13 @@ class Candidate:
     Attributes:
         first: its file, or the first of its parts.
         files: all of it.
+        missing: those of them that the repository lacks.
         quant: as in "UD-Q4_K_XL", from the file's name or its folder's; "" where neither has one.
     """
 
     first: str
     files: tuple[str, ...]
+    missing: tuple[str, ...]
     quant: str
 
     @property
@@ -69,15 +71,28 @@ def checkpoint_files(files: Iterable[str]) -> list[str]:
 
 def candidates(files: Iterable[str]) -> list[Candidate]:
     """All GGUF files, the parts of a split one together, also where some are missing."""
-    wholes = {tuple(split_paths(Path(f))) for f in files if f.lower().endswith(".gguf")}
-    names = sorted([path.as_posix() for path in parts] for parts in wholes)
-    return [Candidate(parts[0], tuple(parts), quantisation(parts[0])) for parts in names]
+    there = set(files)
+    wholes = {tuple(split_paths(Path(f))) for f in there if f.lower().endswith(".gguf")}
+    found = []
+    for parts in sorted(tuple(path.as_posix() for path in paths) for paths in wholes):
+        missing = tuple(part for part in parts if part not in there)
+        found.append(Candidate(parts[0], parts, missing, quantisation(parts[0])))
+    return found
 
 
 def models(found: Sequence[Candidate]) -> list[Candidate]:
     """Those that are no helpers by their name. A word that all have is part of the model's."""
     common = set.intersection(*map(_helps, found)) if found else set()
     return [candidate for candidate in found if not _helps(candidate) - common]
+
+
+def named(found: Sequence[Candidate], file: str | None) -> list[Candidate]:
+    """Those of which a file has this name or path, helpers among them."""
+    return [
+        candidate
+        for candidate in found
+        if file in candidate.files or file in {PurePosixPath(f).name for f in candidate.files}
+    ]
 
 
 def adapters(found: Sequence[Candidate]) -> list[Candidate]:
@@ -130,6 +145,8 @@ def chosen(where: str, found: Sequence[Candidate], quant: str | None) -> Candida
     Raises UserError, listing what there is, where it names none or several.
     """
     matching = list(found) if quant is None else _matching(found, quant)
+    if quant is not None:  # What is whole is meant, and not what somebody left beside it.
+        matching = [candidate for candidate in matching if not candidate.missing] or matching
     if len(matching) == 1:
         return matching[0]
     repo = where if quant is None else where.removesuffix(f":{quant}")
@@ -155,10 +172,10 @@ def _matching(found: Sequence[Candidate], quant: str) -> list[Candidate]:
     """By the first of the rules that finds any."""
     folder, _, last = quant.strip("/").rpartition("/")
     inside = [c for c in found if not folder or c.first.startswith(f"{folder}/")]
-    key = _key(last)
+    key = _key(last.lower().removesuffix(".gguf"))
     rules = (
         lambda c: quant in c.files,
-        lambda c: last in {PurePosixPath(file).name for file in c.files},
+        lambda c: bool(named([c], last)),
         lambda c: last.lower().removesuffix(".gguf") == _stem(c).lower(),
         lambda c: key == _key(c.quant),
         # Without who made it, where nobody else did: `Q4_K_M` finds `i1-Q4_K_M`.

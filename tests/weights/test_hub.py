@@ -116,6 +116,13 @@ def test_part_missing_on_the_hub(hub_server):
     assert "lacks qwen2.5-0.5b-instruct-q8_0-00001-of-00002.gguf, 1 of the 2 parts" in message
 
 
+def test_a_helper_is_what_its_whole_name_means(hub_server):
+    hub_server.names("m-q8_0.gguf", "mmproj-f16.gguf")
+    assert hub.resolve(NAME).name == "m-q8_0.gguf"
+    assert hub.resolve(f"{NAME}:mmproj-f16.gguf").name == "mmproj-f16.gguf"
+    assert "quantisations: Q8_0; choose one" in refusal(f"{NAME}:f16")
+
+
 @pytest.mark.parametrize(
     ("files", "quant", "words"),
     [
@@ -161,6 +168,7 @@ def test_revisions(hub_server, tmp_path):
         assert hub.pin(f"{NAME}@{revision}:q4-k-m") == f"{NAME}@{commit}:q4-k-m"
         assert hub.resolve(f"{NAME}@{revision}:q4_k_m").parent == snapshot(tmp_path, commit)
     assert "has no revision 'v2'; its page lists branches and commits." in refusal(f"{NAME}@v2:f16")
+    assert "named by its 40 digits, in small letters." in refusal(f"{NAME}@AAAAAAA:f16")
 
 
 def test_pinning(hub_server):
@@ -349,6 +357,12 @@ def test_a_cache_that_cannot_be_written(hub_server, tmp_path, monkeypatch):
     assert f"the cache {tmp_path}/file/cache can't be used (Not a directory)" in (
         refusal(f"{NAME}:f16")
     )
+
+
+def test_a_token_file_that_cannot_be_read(hub_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert f"{tmp_path} can't be used (Is a directory)" in refusal(NAME)
 
 
 def test_files_that_lead_out_of_the_cache(hub_server):

@@ -75,6 +75,8 @@ def choose(quant: str | None, files: list[str] = FILES) -> str:
         ("b/q2_k", "b/m-Q2_K.gguf"),
         ("a/m-Q2_K.gguf", "a/m-Q2_K.gguf"),
         ("mxfp4", "MXFP4.gguf"),
+        ("Q4_K_M.gguf", "m.i1-Q4_K_M.gguf"),
+        ("F16.gguf", "m-fp16.gguf"),
     ],
 )
 def test_names_that_mean_one_file(quant, file):
@@ -98,6 +100,12 @@ def test_several_files_of_one_quantisation():
         "hf:o/r:q2-k: several files are of this name (a/m-Q2_K.gguf, b/m-Q2_K.gguf); give one's "
         "path, as in hf:o/r:a/m-Q2_K.gguf."
     )
+
+
+def test_a_whole_file_beside_parts_of_one():
+    files = ["m-q4_0-00001-of-00002.gguf", "m-q4_0.gguf"]
+    assert choose("q4_0", files) == "m-q4_0.gguf"
+    assert choose("q4_0", files[:1]) == files[0]  # which is then said to lack a part
 
 
 def test_one_checkpoint_needs_no_name():

@@ -148,12 +148,16 @@ def _kind_by_bytes(head: bytes, expected: Expected) -> str | None:
 
 def _kind_by_text(head: bytes, expected: Expected) -> str | None:
     """Text where none should be: most often what a server answered."""
-    shown = " ".join(head.decode("utf-8", "replace").split())
-    if not shown or not shown.isprintable() or "\ufffd" in shown[:-1]:
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if len(head) < HEAD_BYTES or error.start < HEAD_BYTES - 3:  # else a character is cut
+            return None
+        text = head[: error.start].decode()
+    shown = " ".join(text.split())
+    # Few bytes look like text by chance, and JSON with a fault is told by its own reader.
+    if len(shown) < 8 or not shown.isprintable() or (expected == "JSON" and set(shown) & set("{[")):
         return None
-    is_json = shown[0] in "{["
-    if is_json and expected == "JSON":
-        return None
-    kind = "JSON" if is_json else "text"
+    kind = "JSON" if shown[0] in "{[" else "text"
     beginning = shown[:60].rstrip()
     return f"{kind}, not {expected}, and begins {beginning!r}; get the file by its own address"

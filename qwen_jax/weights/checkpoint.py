@@ -76,9 +76,9 @@ def open_checkpoint(
     """
     given = Path(path)
     path = given.parent if _stands_for_directory(given) else given
-    if path.is_dir() and not _is_hf(path):
-        path = _only_gguf(path)
-    if not path.is_dir():
+    if not _is_hf(path):
+        if path.is_dir():
+            path = _only_gguf(path)
         if sha256 is not None:
             check_sha256(split_paths(path), sha256, progress)
         return _open_gguf(path)

@@ -26,7 +26,6 @@ from qwen_jax.weights.tensors import TensorFiles, TensorInfo, map_file
 MAX_HEADER_BYTES = 64 << 20
 MAX_DIMENSIONS = 4
 MAX_ARRAY_DEPTH = 4
-MAX_ALIGNMENT = 1 << 16
 # llama.cpp counts on from 42; ik_llama.cpp, a fork, has numbers of its own up to 398.
 MAX_TYPE = 1023
 DEFAULT_ALIGNMENT = 32
@@ -85,24 +84,30 @@ def open_gguf(path: str | Path) -> GGUFFile:
     version 2 or 3.
     """
     path = Path(path)
+    paths = split_paths(path)
+    if not path.is_file():
+        _check_all_there(path, paths)
     part = _read_part(path)
     count = _integer(path, part.metadata, "split.count", default=1)
     if count <= 1:
         return part
-    paths = split_paths(path)
     if len(paths) != count:
         raise UserError(
             f"{path}: split.count is {count}, but the name does not end in "
             f"-0000N-of-{count:05d}.gguf; give the parts the names they were published under."
         )
-    missing = [other.name for other in paths if not other.is_file()]
-    if missing:
-        raise UserError(
-            f"{path}: of the {count} parts of this split checkpoint, {len(missing)} are missing "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); download all parts "
-            "into one directory."
-        )
+    _check_all_there(path, paths)
     return _join([part if other == path else _read_part(other) for other in paths])
+
+
+def _check_all_there(path: Path, parts: list[Path]) -> None:
+    missing = [part.name for part in parts if not part.is_file()]
+    if 0 < len(missing) < len(parts):
+        raise UserError(
+            f"{path}: of the {len(parts)} parts of this split checkpoint, {len(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); download all parts into one directory."
+        )
 
 
 def split_paths(path: Path) -> list[Path]:
@@ -162,10 +167,8 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
             cursor.fail(f"the key {key!r} appears twice")
         metadata[key] = cursor.value(cursor.value_type(f"the key {key!r}"), f"the key {key!r}")
     alignment = _integer(path, metadata, "general.alignment", default=DEFAULT_ALIGNMENT)
-    if not (0 < alignment <= MAX_ALIGNMENT and alignment & (alignment - 1) == 0):
-        cursor.fail(
-            f"general.alignment is {alignment}, which is no power of two up to {MAX_ALIGNMENT}"
-        )
+    if alignment < 1 or alignment & (alignment - 1):
+        cursor.fail(f"general.alignment is {alignment}, which is no power of two")
     tensors: dict[str, TensorInfo] = {}
     end = 0  # of the tensors so far, counted from the start of their bytes
     for index in range(num_tensors):

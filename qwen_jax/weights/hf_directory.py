@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -42,44 +43,37 @@ def open_directory(directory: Path) -> TensorFiles:
     return TensorFiles(tuple(shards), config, _merge(shards, weight_map, index))
 
 
-def _weight_map(index: Path) -> dict[str, Path]:
-    """Which shard holds which tensor, as the index has it."""
+def _weight_map(index: Path) -> dict[str, Path | None]:
+    """Which file holds which tensor, as the index has it; None for what is no file beside it."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UserError(
-            f"{index}: weight_map is {weight_map!r:.60}, not names of tensors with their files; "
-            "get the file from the checkpoint's repository, or remove it if all shards are here."
-        )
-    for name, file in weight_map.items():
+        return {}
+
+    def beside(file: Any) -> Path | None:
         plain = isinstance(file, str) and Path(file).name == file and file.isprintable()
-        if not (plain and file.endswith(".safetensors")):
-            raise UserError(
-                f"{index}: the tensor {name!r} is in {file!r:.60}, which is no name of a "
-                "safetensors file; get the file from the checkpoint's repository, or remove it if "
-                "all shards are here."
-            )
-    return {name: index.with_name(file) for name, file in weight_map.items()}
+        return index.with_name(file) if plain and file.endswith(".safetensors") else None
+
+    return {name: beside(file) for name, file in weight_map.items()}
 
 
-def _shards(directory: Path, weight_map: dict[str, Path]) -> list[Path]:
+def _shards(directory: Path, weight_map: dict[str, Path | None]) -> list[Path]:
     """The files to read: those of the index and, by their names, the others of the same set."""
-    listed = set(weight_map.values())
+    listed = {path for path in weight_map.values() if path}
     sets = _sets(directory)
-    if (missing := {path for path in listed if not path.is_file()}) or not listed:
-        # The files may have been converted again, and the index be of before.
-        whole = {stem: paths for stem, paths in sets.items() if all(p.is_file() for p in paths)}
-        if len(whole) == 1:
-            (paths,) = whole.values()
-            return paths
-        if not listed:
-            raise UserError(_none(directory, sets))
+    missing = {path for path in listed if not path.is_file()}
+    if listed and not missing:
+        same = (paths for paths in sets.values() if listed & set(paths))
+        return sorted(listed.union(*(filter(Path.is_file, paths) for paths in same)))
+    # The files may have been converted again, and the index be of before.
+    whole = [paths for paths in sets.values() if all(path.is_file() for path in paths)]
+    if len(whole) == 1:
+        return whole[0]
+    if listed:
         raise UserError(
-            f"{directory / INDEX}: of the {len(listed)} shards, {_absent(missing)}; "
-            "download all of them into this directory."
+            f"{directory / INDEX}: of the {len(listed)} shards, {_absent(missing)}; download all "
+            "of them into this directory."
         )
-    return sorted(
-        listed.union(*(filter(Path.is_file, s) for s in sets.values() if listed & set(s)))
-    )
+    raise UserError(_none(directory, sets))
 
 
 def _sets(directory: Path) -> dict[tuple[str, str], list[Path]]:
@@ -105,17 +99,19 @@ def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
             f"{directory}: of the {len(paths)} shards, {_absent(missing)}; download all of "
             "them into this directory."
         )
-    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    others = sorted(file.name for file in directory.glob("*.safetensors") if file.is_file())
     if not others and (told := recognition.without_safetensors(directory)):
         return told
-    has = f"only {', '.join(others[:5])}" if others else "no safetensors file"
+    has = f", only {', '.join(others[:5])}" if others else ""
     return (
-        f"{directory}: the directory has neither {SINGLE} nor a whole set of shards, {has}; "
+        f"{directory}: the directory has neither {SINGLE} nor a whole set of shards{has}; "
         "download the safetensors files of the checkpoint under their names."
     )
 
 
-def _merge(shards: list[Path], weight_map: dict[str, Path], index: Path) -> dict[str, TensorInfo]:
+def _merge(
+    shards: list[Path], weight_map: dict[str, Path | None], index: Path
+) -> dict[str, TensorInfo]:
     """All shards' tensors; one that is in several is taken from where the index says."""
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -130,7 +126,9 @@ def _merge(shards: list[Path], weight_map: dict[str, Path], index: Path) -> dict
                 )
     held = {name: info.path for name, info in tensors.items()}
     astray = sorted(
-        name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name)
+        name
+        for name in held.keys() | weight_map.keys()
+        if name not in held or held[name] != weight_map.get(name)
     )
     if weight_map and astray:
         logging.warning(

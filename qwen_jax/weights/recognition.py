@@ -142,6 +142,11 @@ def without_config(directory: Path) -> str | None:
     """What a directory without config.json and GGUF files is; None if that is not known."""
     if (directory / "adapter_config.json").is_file():
         return f"{directory}: the directory is a LoRA adapter of PEFT; {_ADAPTER}."
+    if any(directory.glob("*.safetensors")):
+        return (
+            f"{directory}: config.json is missing, which says what the safetensors mean; get it "
+            "from the checkpoint's repository."
+        )
     below = sorted(file.parent for file in directory.glob("*/config.json"))
     below += sorted(file.parent for file in directory.glob("snapshots/*/config.json"))
     if below:

@@ -41,7 +41,15 @@ def test_split_files_open_by_any_part(split, path):
 def test_missing_part_is_named(split):
     split[1].unlink()
     message = refusal(split[0])
-    assert "of the 3 parts" in message and f"({split[1].name})" in message
+    assert "of the 3 parts" in message and f"1 is missing ({split[1].name})" in message
+    split[1].mkdir()
+    assert f"1 is missing ({split[1].name})" in refusal(split[2])
+
+
+def test_missing_first_part_of_a_directory(split):
+    split[0].unlink()
+    with pytest.raises(UserError, match=rf"1 is missing \({split[0].name}\)"):
+        open_checkpoint(split[0].parent)
 
 
 def test_renamed_part(split):

@@ -118,6 +118,13 @@ def test_an_adapter_is_told_to_be_one(tmp_path):
     )
 
 
+def test_safetensors_without_their_config(tmp_path):
+    write_hf(tmp_path, CONFIG, PARAMS)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing, which says what"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_model_in_a_folder_below(tmp_path):
     write_hf(tmp_path / "snapshots" / "abc", CONFIG, PARAMS)
     assert f"has no model, but {tmp_path / 'snapshots' / 'abc'} has" in refusal(tmp_path)

@@ -48,14 +48,21 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: the header claims to end at byte {start}, but the file has {len(data)}; "
                 "finish the download, or compare size and SHA-256 with the published ones."
             )
-        text = data[8:start]
-        if text.lstrip(b" \t\r\n")[:1] != b"{":
-            _fail(path, "the header is no JSON object")
-        header = parse_object(text, str(path))
+        header = _header(data[8:start], path)
         _check_metadata(header.pop("__metadata__", None), path)
         tensors = {name: _tensor(name, entry, path) for name, entry in header.items()}
         _check_layout(header, path, len(data) - start)
         return {name: _moved(info, start) for name, info in tensors.items()}
+
+
+def _header(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        _fail(path, f"the header is not UTF-8 at its byte {error.start}")
+    if text.lstrip(" \t\r\n")[:1] != "{":
+        _fail(path, "the header is no JSON object")
+    return parse_object(text, f"{path}, its header")
 
 
 def _moved(info: TensorInfo, start: int) -> TensorInfo:

@@ -24,7 +24,11 @@ def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         read_safetensors(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ") and message.endswith(".") and "\n" not in message
+    assert (
+        message.startswith((f"{path}: ", f"{path}, its header: "))
+        and message.endswith(".")
+        and "\n" not in message
+    )
     return message
 
 
@@ -86,6 +90,7 @@ BAD = {
     "header empty": (bytes(8), "the header is no JSON object"),
     "list": (shard([1]), "the header is no JSON object"),
     "byte order mark": (shard(b"\xef\xbb\xbf" + TEXT), "the header is no JSON object"),
+    "not UTF-8": (shard(b'{"\xff": 1}'), "the header is not UTF-8 at its byte 2; this is no well"),
     "no json": (shard(b"{"), "not JSON"),
     "bytes after": (shard(TEXT + b"\0"), "not JSON"),
     "NaN": (shard(TEXT[:-2] + b', "x": NaN}}'), "NaN is no number of JSON"),

@@ -1,6 +1,6 @@
 """The directory of an experiment: what was asked, on what it ran, what came out.
 
-config.json      the config, the points and the fingerprints of what they read
+config.json      the config, its Hub models at commits; the points; fingerprints of what they read
 config.py        the config file as it was
 environments/    commit, uncommitted changes, versions, device: one file for each that differs
 metrics.jsonl    one line an event: session, started, finished, failed, interrupted

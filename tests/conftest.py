@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Drawn here and not where it is used, since pytest-xdist's workers must all see one seed.
     os.environ.setdefault("QWEN_JAX_LIVE_SEED", str(secrets.randbits(31)))
     config.addinivalue_line(
-        "markers", "live: compares with transformers as it is installed (the 'parity' extra)"
+        "markers", "live: compares with transformers or lm_eval as installed (see `make parity`)"
     )
     # The first example of a jax test compiles; its time says nothing.
     hypothesis.settings.register_profile("jax", deadline=None)

@@ -7,7 +7,9 @@ Five points, a minute on two CPU cores. Each line of tasks/haiku_word.jsonl asks
 a word and offers two that differ in that word alone; the model should find the one with the word
 more likely. Expect an accuracy of 0.9 or more down to Q2_K and a coin's for the ternary type.
 Tasks that the harness knows, such as arc_easy, go the same way with
---config.experiment.eval.tasks=arc_easy, and need a download.
+--config.experiment.eval.tasks=arc_easy, and need a download. Chat models want
+--config.experiment.eval.apply_chat_template, and perhaps --system; tasks that write answers follow
+--max_tokens, --stop and sampling, where they are given, instead of their own settings.
 """
 
 from ml_collections import ConfigDict

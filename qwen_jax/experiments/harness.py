@@ -324,8 +324,9 @@ class Harness(TemplateLM):
         return Request(tokens, min(asked.max_tokens, room), asked.sampling, asked.stop)
 
     def _rows(self, requests: Sequence[Request]) -> int:
-        """Rows that run together: with `auto`, as many as fit the device by halves."""
-        rows = max(1, min(self._most_rows, len(requests)))
+        """Rows that run together: no more than twice what there is, since each number of them
+        is compiled for itself, and with `auto` as many as fit the device."""
+        rows = min(self._most_rows, 1 << max(len(requests) - 1, 0).bit_length())
         while self._automatic and rows > 1:
             longest = max(requests, key=lambda r: len(r.tokens) + r.max_tokens)
             try:

@@ -235,16 +235,17 @@ def test_the_seed_is_the_command_lines(model: api.Model) -> None:
 
 def test_batches_as_large_as_fit(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [model.request("the moon", raw=True)] * 40
-    assert Harness(model, "auto")._rows(requests) == 40
+    assert Harness(model, "auto")._rows(requests) == 64
     assert Harness(model, "auto", max_batch_size=16)._rows(requests) == 16
     assert Harness(model, 4)._rows(requests) == 4
+    assert [Harness(model, 12)._rows(requests[:n]) for n in (0, 1, 2, 3, 9)] == [1, 1, 2, 4, 12]
 
     def check_fits(request: object, n: int) -> None:
         if n > 12:
             raise UserError("too many")
 
     monkeypatch.setattr(model, "check_fits", check_fits)
-    assert Harness(model, "auto")._rows(requests) == 10
+    assert Harness(model, "auto")._rows(requests) == 8
 
 
 def test_what_was_thought_is_dropped(model: api.Model) -> None:
@@ -340,7 +341,7 @@ def test_a_config_that_says_how_to_answer(
     ]"""
     chat = (
         "config.experiment.eval.apply_chat_template = True; config.system = 'Be brief.'; "
-        "config.batch_size = 3"
+        "config.batch_size = 8"
     )
     result = run(*experiment(sweep, evaluates("local_lines", tasks, chat)))
     assert result.code == 1 and "5 finished, 2 failed" in result.out, result

@@ -156,6 +156,17 @@ def test_show_bytes(count: float, text: str) -> None:
     assert measure.show_bytes(count) == text
 
 
+def test_other_rotations_are_shown() -> None:
+    config = tiny_config(rope_dim=12, linear_factor=2.5)
+    assert list(inspect.model_lines(config))[-2:] == [
+        "rotary embedding of the first 12 dimensions of a head",
+        "linear rope scaling, positions divided by 2.5",
+    ]
+    config = tiny_config(head_dim=64, rope_dim=48)
+    lines = inspect.implementation_lines("auto", config, jnp.dtype(jnp.bfloat16))
+    assert len(list(lines)) == len(pallas_kernels.OPERATIONS)
+
+
 def test_a_split_file_with_yarn_and_no_template(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

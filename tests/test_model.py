@@ -1,5 +1,7 @@
 """The model's own arithmetic: matrix products in every dtype, norms, and a large stream."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,16 @@ from jax import lax
 
 from qwen_jax.engine import Engine
 from qwen_jax.model import matmul
-from tests.engines import device_parameters, random_tokens, relative
+from tests.engines import (
+    decoded_logprobs,
+    device_parameters,
+    random_engine,
+    random_tokens,
+    relative,
+)
 from tests.golden_cases import Case, odd_config
-from tests.numpy_reference import forward
-from tests.test_parity import rounding_bound
+from tests.numpy_reference import forward, log_softmax
+from tests.test_parity import FLOAT32_BOUND, rounding_bound
 
 HIGHEST = lax.Precision.HIGHEST
 ROWS, IN, OUT = 5, 300, 70
@@ -52,6 +60,20 @@ def test_float16_rows_do_not_share_a_scale() -> None:
     np.testing.assert_array_equal(out[:, 0], 0)
     for row in range(1, ROWS):
         assert relative(out[:, row], expected[:, row]) <= 2**-11
+
+
+def test_partial_rotation_of_scaled_positions() -> None:
+    """12 of 32 dimensions turn, four times as slowly: 512 positions, in prefill and in decoding."""
+    config = odd_config(num_layers=1, rope_dim=12, linear_factor=4.0)
+    engine, tokens = random_engine(config, 1), random_tokens(config, 512)
+    exact = forward(config, Case(config, 1).parameters(), tokens)["logits"]
+    assert relative(engine.logits(tokens), exact) <= FLOAT32_BOUND
+    decoded = decoded_logprobs(engine, tokens)
+    assert relative(decoded, log_softmax(exact)) <= FLOAT32_BOUND
+    for other in ({"rope_dim": 32}, {"linear_factor": 1.0}):
+        wrong = dataclasses.replace(config, **other)
+        short = forward(wrong, Case(config, 1).parameters(), tokens[:64])["logits"]
+        assert relative(short, exact[:64]) > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels.decode_step import (
     HEAD,
     MOST_ROWS,
@@ -19,6 +20,7 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.decode_step.plan import DOWN, Phase
 from qwen_jax import engine as engine_module
+from qwen_jax import packed as packed_module
 from qwen_jax.cache import Cache, StackedCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, Prompt
@@ -170,6 +172,19 @@ def test_a_cache_of_another_dtype_is_refused() -> None:
     one = jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match="the cache is float16, the weights are float32"):
         packed.decode(one, cache.layers, one)
+
+
+def test_a_partial_rotation_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = dataclasses.replace(CONFIG, rope_dim=32)
+    why = "it rotates whole heads, not 32 of 64 dimensions"
+    assert packed_module.refusal(part, jnp.dtype(jnp.bfloat16)) == why
+    assert packed_module.refusal(CONFIG, jnp.dtype(jnp.bfloat16)) is None
+    monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
+    pallas_kernels.choose.cache_clear()
+    assert isinstance(packed_module.prepare(part, [], jnp.dtype(jnp.bfloat16), "auto"), dict)
+    with pytest.raises(pallas_kernels.UnsupportedError, match=why):
+        packed_module.prepare(part, [], jnp.dtype(jnp.bfloat16), "mosaic_gpu")
+    pallas_kernels.choose.cache_clear()
 
 
 def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:

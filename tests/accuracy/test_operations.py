@@ -7,19 +7,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.operations import Calls, forward
+from qwen_jax.accuracy.diagnosis import diagnose
+from qwen_jax.accuracy.faults import parse
+from qwen_jax.accuracy.operations import Calls, Knobs, forward
 from qwen_jax.accuracy.parameters import CheckpointSource, EngineSource, Weights
+from qwen_jax.accuracy.references import float64
 from qwen_jax.accuracy.rounding import UNIT, round_to
-from qwen_jax.accuracy.trace import names
+from qwen_jax.accuracy.trace import Trace, names
+from qwen_jax.errors import UserError
 from tests.engines import random_engine, random_tokens
-from tests.golden_cases import CASES, Case
+from tests.golden_cases import CASES, Case, odd_config
 from tests.numpy_reference import forward as reference
 from tests.tiny_checkpoints import canonical, write_gguf
 
+PARTIAL = Case(odd_config(num_layers=2, rope_dim=16, linear_factor=4.0), seed=6)
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
+
+@pytest.mark.parametrize("name", [*CASES, "partial and linear"])
 def test_forward_is_the_model_in_float64(name: str) -> None:
-    case = CASES[name]
+    case = CASES.get(name, PARTIAL)
     tokens = random_tokens(case.config, 40)
     source = EngineSource(random_engine(case.config, case.seed))
     ours = dict(forward(source, tokens))
@@ -27,6 +33,28 @@ def test_forward_is_the_model_in_float64(name: str) -> None:
     exact = reference(case.config, case.parameters(), tokens)
     for tensor, expected in exact.items():
         np.testing.assert_allclose(ours[tensor], expected, rtol=1e-10, atol=1e-11, err_msg=tensor)
+
+
+ROPE_FAULTS = ["rope_whole_head", "rope_unscaled", "rope_half_head", "rope_interleaved"]
+
+
+@pytest.mark.parametrize("name", ROPE_FAULTS)
+def test_faults_of_a_partial_and_scaled_rotation_are_named(name: str) -> None:
+    """The candidate is the truth with the fault in it."""
+    (fault,) = parse(name, PARTIAL.config)
+    source, tokens = EngineSource(random_engine(PARTIAL.config, PARTIAL.seed)), list(range(40))
+    (change,) = fault.fault.knobs(PARTIAL.config)
+    knobs = dict.fromkeys(fault.fault.operations, Knobs(**change))
+    header = float64(source, tokens, dtype="float32", names="logits").header
+    found = diagnose(Trace(header, dict(forward(source, tokens, None, knobs))), source)
+    assert found.named == (name,) and not found.unknown
+
+
+def test_a_whole_head_has_no_part_to_forget() -> None:
+    for name in ("rope_whole_head", "rope_unscaled"):
+        with pytest.raises(UserError, match=f"can't have the fault '{name}'"):
+            parse(name, CASES["tied"].config)
+    assert parse("rope_unscaled", CASES["yarn"].config)
 
 
 def test_scores_and_probabilities_are_softmax_of_masked_products() -> None:

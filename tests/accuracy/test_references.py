@@ -45,9 +45,8 @@ def assert_same(ours: Trace, theirs: Trace, bound: float) -> None:
 
 
 def test_float64_equals_another_float64(tmp_path: Path) -> None:
-    """The other has no YaRN."""
-    case = CASES["tied"]
-    model = write_gguf(tmp_path / "tied.gguf", case.config, case.parameters()).path
+    case = CASES["yarn"]
+    model = write_gguf(tmp_path / "yarn.gguf", case.config, case.parameters()).path
     trace = reference("float64", model, tokens(model), chunks=CHUNKS)
     exact = numpy_reference.forward(case.config, case.parameters(), tokens(model))
     assert list(trace.tensors) == names(case.config)

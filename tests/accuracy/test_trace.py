@@ -109,9 +109,22 @@ def test_globs_select_names() -> None:
         select(CONFIG, ["embed", "layers.2.*"])
 
 
-def test_a_config_with_yarn_comes_back() -> None:
-    config = odd_config(yarn=YARN, context_length=640)
+@pytest.mark.parametrize(
+    "changes",
+    [{"yarn": YARN, "context_length": 640}, {"rope_dim": 16, "linear_factor": 4.0}],
+    ids=["yarn", "partial and linear"],
+)
+def test_a_config_with_yarn_comes_back(changes: dict[str, object]) -> None:
+    config = odd_config(**changes)
     assert config_from_json(json.loads(json.dumps(config_to_json(config))), "m") == config
+
+
+def test_a_config_from_before_there_were_other_rotations_is_read() -> None:
+    older = config_to_json(CONFIG)
+    del older["rope_dim"], older["linear_factor"]
+    assert config_from_json(older, "m") == CONFIG
+    older["yarn"] = dataclasses.asdict(YARN)
+    assert config_from_json(older, "m") == dataclasses.replace(CONFIG, yarn=YARN)
 
 
 @pytest.mark.parametrize(

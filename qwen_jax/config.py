@@ -118,6 +118,7 @@ class ModelConfig:
 def stretched(context: int, factor: float, original: int) -> int:
     """Positions that a model has whose `original` ones are stretched; `context` is what it says.
 
-    No more than int32 counts.
+    Where a file says no original length it is the context, which then grows, as in vLLM. No more
+    than int32 counts.
     """
     return max(context, int(min(factor * original, 2**31 - 1)))

@@ -20,6 +20,9 @@ T = TypeVar("T", bool, int, float, str, list[Any], dict[str, Any])
 MAX_VALUE = 60
 """Characters of a value that a message shows."""
 
+LARGEST = 2**53
+"""An integer of a file: products with a float stay finite or, at worst, become infinite."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Used:
@@ -129,6 +132,8 @@ class Fields:
             what: str = kind.__name__
         elif kind is float and not _is_finite(value):
             what = "a finite number"
+        elif kind is int and abs(value) > LARGEST:
+            what = "a size"
         else:
             return kind(value)
         raise UserError(
@@ -178,8 +183,8 @@ def warn_of_ignored(source: str, keys: Iterable[str]) -> None:
     """One warning of all that a file says and nobody reads."""
     if names := ", ".join(map(repr, keys)):
         logging.warning(
-            "%s: ignored %s, without meaning to this engine; where one of them changes what the "
-            "model computes, its output is wrong.",
+            "%s: ignored %s, which this engine does not know or use here; if the model was trained "
+            "with it, the output may be wrong.",
             source,
             names,
         )

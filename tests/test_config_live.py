@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from qwen_jax import config_hf
+from qwen_jax import config_hf, config_hf_rope
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.engine import Engine
 from qwen_jax.errors import UserError
@@ -173,7 +173,7 @@ def test_what_transformers_saves_is_read_without_a_word(
 def test_the_table_has_every_field_of_transformers() -> None:
     fields = {*Qwen2Config().to_dict(), *GenerationConfig._get_default_generation_params()}
     assert fields <= config_hf.TABLE.keys()
-    assert RopeParameters.__annotations__.keys() <= config_hf.ROPE.keys()
+    assert RopeParameters.__annotations__.keys() <= config_hf_rope.TABLE.keys()
 
 
 def test_transformers_refuses_a_linear_scaling_without_a_factor() -> None:

@@ -162,6 +162,10 @@ def test_what_config_json_says(changes: dict[str, Any], expected: dict[str, Any]
             for part in (0.4, 0.001, 1.5, -0.5, 0.0)  # 51 dimensions, 0, 192, ...
         ),
         ({"rope_scaling": HF_YARN | {"factor": 1e308}}, None),
+        ({"rope_scaling": {"type": "", "factor": 4.0}}, "rope_scaling has the factor 4.0 and no"),
+        ({"rope_scaling": HF_YARN, "max_position_embeddings": 10**400}, "not a size"),
+        ({"partial_rotary_factor": 0.5, "head_dim": 10**400}, "not a size"),
+        ({"partial_rotary_factor": 10**400}, "not a finite number"),
     ],
     ids=str,
 )

@@ -1,15 +1,18 @@
 """The whole of both tables: every key is used, silent or refused as it says; none is missing."""
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import gguf
 import pytest
 
-from qwen_jax import config_gguf, config_hf, config_table
+from qwen_jax import config_gguf, config_hf, config_hf_rope, config_table
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.config_table import Neutral, Only, Rule, Used, Where
+from qwen_jax.errors import UserError
 from tests.test_config import from_gguf, from_hf, refusal, released_gguf, released_hf
 
 Keys = dict[str, Any]
@@ -22,12 +25,14 @@ class Format:
     """A table, and a file of the 0.5B with some of its keys changed.
 
     Attributes:
+        yarn: keys of a file that has it.
         used: an example of each used key.
         holds: examples of each key with a condition, met and not met.
     """
 
     table: Mapping[str, Rule]
     read: Callable[[Keys], ModelConfig]
+    yarn: Keys
     used: dict[str, Use]
     holds: dict[str, tuple[list[Keys], list[Keys]]]
 
@@ -63,6 +68,7 @@ LINEAR = {"linear_factor": 2.0, "context_length": 65536}
 GGUF = Format(
     config_gguf.TABLE,
     read_gguf,
+    yarn=GGUF_YARN,
     used={
         **one("block_count", 2, num_layers=2),
         **one("context_length", 99, context_length=99),
@@ -129,6 +135,7 @@ HF_YARN = {"rope_type": "yarn", "factor": 4.0}
 HF = Format(
     config_hf.TABLE,
     read_hf,
+    yarn={"rope_scaling": HF_YARN},
     used={
         **one("hidden_size", 448, hidden_size=448, **HEADS_OF_32),
         **one("intermediate_size", 99, ffn_size=99),
@@ -170,6 +177,8 @@ HF = Format(
                 {"layer_types": SLIDING, "sliding_window": None},
                 {"layer_types": SLIDING, "sliding_window": 4096},
                 SLIDES | {"layer_types": SLIDING},
+                {"layer_types": SLIDING, "sliding_window": 32768}
+                | {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}},
             ],
         ),
         **alone("rotary_dim", [64], [32]),
@@ -180,8 +189,9 @@ HF = Format(
 )
 
 HF_ROPE = Format(
-    config_hf.ROPE,
+    config_hf_rope.TABLE,
     read_rope,
+    yarn=HF_YARN,
     used={
         "rope_type": (HF_YARN, yarn()),
         "type": ({"type": "yarn", "factor": 4.0}, yarn()),
@@ -248,6 +258,15 @@ def test_every_field_does_as_its_rule_says(
                 assert says in refusal(form.read, keys)
             assert f"{key}' holds {{}}, not " in refusal(form.read, {key: {}})
     assert not warnings
+
+
+@pytest.mark.parametrize(("form", "key", "rule"), FIELDS)
+def test_no_value_ends_in_a_traceback(form: Format, key: str, rule: Rule) -> None:
+    odd = (-1, 0, 2**64, 10**400, 1e308, -0.0, math.nan, True, "", "yarn", [], [[]], {}, {"a": {}})
+    for value in odd:
+        for beside in ({}, form.yarn):
+            with contextlib.suppress(UserError):
+                form.read(beside | {key: value})
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from qwen_jax.errors import UserError
 
-Expected = Literal["GGUF", "safetensors", "JSON"]
+Expected = Literal["GGUF", "safetensors", "JSON", "text"]
 
 HEAD_BYTES = 512
 """So many first bytes tell every kind here: tar's signature ends at 262."""
@@ -143,7 +143,7 @@ def _kind_by_bytes(head: bytes, expected: Expected) -> str | None:
             "all zeros where it begins, as one for which a download has made room and no more; let "
             "the download finish"
         )
-    return _kind_by_text(head, expected)
+    return None if expected == "text" else _kind_by_text(head, expected)
 
 
 def _kind_by_text(head: bytes, expected: Expected) -> str | None:

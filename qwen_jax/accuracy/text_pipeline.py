@@ -75,6 +75,7 @@ class Pipeline:
         added: tokens matched as a whole.
         ends: ids the files name as ends of a text.
         template: the chat template, or None.
+        prefix: ids that the files put before a text that is no chat.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Pipeline:
         ends: Sequence[int],
         template: str | None,
         special_tokens: Mapping[str, str],
+        prefix: Sequence[int] = (),
     ):
         self.ids, self.template = ids, CHATML if template is None else template
-        self._added, self._special_tokens = added, special_tokens
+        self._added, self._special_tokens, self._prefix = added, special_tokens, tuple(prefix)
         self._bpe = models.BPE(dict(ids), list(merges))
         self.size = max(ids.values()) + 1
         self.ends = tuple(dict.fromkeys([*ends, *(ids[end] for end in _ENDS if end in ids)]))
@@ -115,8 +117,8 @@ class Pipeline:
             tokens.pop()
         named = {
             name: metadata[f"{key}{name}_token_id"]
-            for name in ("bos", "eos", "eot", "padding")
-            if f"{key}{name}_token_id" in metadata
+            for name in ("bos", "eos", "eot", "eom", "padding")
+            if 0 <= metadata.get(f"{key}{name}_token_id", -1) < len(tokens)
         }
         if not metadata.get(key + "add_bos_token"):
             named.pop("bos", None)
@@ -130,22 +132,35 @@ class Pipeline:
                 for token, kind in zip(tokens, kinds, strict=False)
                 if kind in (_CONTROL, _USER_DEFINED)
             ],
-            [int(named[name]) for name in ("eos", "eot") if name in named],
+            [int(named[name]) for name in ("eos", "eot", "eom") if name in named],
             metadata.get("tokenizer.chat_template"),
             special,
+            [named["bos"]] if "bos" in named else (),
         )
 
     @classmethod
     def from_hf(cls, directory: Path) -> "Pipeline":
-        """From tokenizer.json, tokenizer_config.json, generation_config.json and the template."""
-        path = directory / "tokenizer.json"
+        """From tokenizer.json (or vocab.json and merges.txt) and the files beside it."""
+        path, vocab = directory / "tokenizer.json", directory / "vocab.json"
+        fast = path.is_file()
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = (
+                tokenizers.Tokenizer.from_file(str(path))
+                if fast
+                else tokenizers.Tokenizer(
+                    models.BPE.from_file(str(vocab), str(directory / "merges.txt"))
+                )
+            )
         except Exception as error:  # the library raises Exception itself
-            raise UserError(f"{path} is no tokenizer ({error}); download it again.") from None
+            raise UserError(f"{path if fast else vocab} is no tokenizer ({error}).") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         content = json.loads(tokenizer.to_str())
-        ids = tokenizer.get_vocab(with_added_tokens=True)
         config = _json(directory / "tokenizer_config.json")
+        older = _json(directory / "added_tokens.json")
+        entries = {str(i): {"content": token, "normalized": False} for token, i in older.items()}
+        decoder = config.get("added_tokens_decoder", entries)
+        tokenizer.add_tokens([AddedToken(**decoder[i]) for i in sorted(decoder, key=int)])
         template_file = directory / "chat_template.jinja"
         template = config.get("chat_template")
         if isinstance(template, list):
@@ -157,15 +172,20 @@ class Pipeline:
             for name in ("bos_token", "eos_token", "pad_token")
             if (token := config.get(name))
         }
-        ends = _json(directory / "generation_config.json").get("eos_token_id", [])
+        tokenizer.add_special_tokens(list(special.values()))
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        value = _json(directory / "generation_config.json").get("eos_token_id") or []
+        ends = set(value if isinstance(value, list) else [value]) & set(ids.values())
+        adds_bos = not fast and config.get("add_bos_token") and "bos_token" in special
         named = [ids[special["eos_token"]]] if special.get("eos_token") in ids else []
         return cls(
             ids,
             [tuple(merge) for merge in content["model"]["merges"]],
             list(tokenizer.get_added_tokens_decoder().values()),
-            named + (ends if isinstance(ends, list) else [ends]),
+            named + sorted(ends),
             template,
             special,
+            [ids[special["bos_token"]]] if adds_bos else tokenizer.encode("").ids,
         )
 
     def encode(
@@ -179,7 +199,7 @@ class Pipeline:
         front_end = self._front_end(settings.pattern, settings.normalise, settings.special)
         ids = front_end.encode(text, add_special_tokens=False).ids
         bos, eos = ([self.ids[t]] if t in self.ids else [] for t in (settings.bos, settings.eos))
-        return (*bos, *ids, *eos)
+        return (*bos, *(self._prefix if isinstance(prompt, str) else ()), *ids, *eos)
 
     def _render(self, messages: Sequence[Message], settings: Settings) -> str:
         if not settings.template:

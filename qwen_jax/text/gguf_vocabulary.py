@@ -154,9 +154,10 @@ def _optional(metadata: Mapping[str, Any], key: str, kind: type[T], source: str)
 def _value(metadata: Mapping[str, Any], key: str, kind: type[T], source: str) -> T:
     value = _need(metadata, key, source)
     if type(value) is not kind:
+        shown = value.tolist() if hasattr(value, "tolist") else value
         raise UserError(
-            f"{source}: the key {key!r} holds {value!r:.80}, not {kind.__name__}; the file is "
-            "damaged or was written by a faulty converter."
+            f"{source}: the key {key!r} holds {shown!r:.80}, not {kind.__name__}; convert the "
+            "checkpoint again or choose another file."
         )
     return value
 
@@ -166,8 +167,8 @@ def _array(metadata: Mapping[str, Any], key: str, kind: type[T], source: str) ->
     values = value.tolist() if hasattr(value, "tolist") else value  # a NumPy array of numbers
     if not isinstance(values, list | tuple) or not set(map(type, values)) <= {kind}:
         raise UserError(
-            f"{source}: the key {key!r} is not an array of {kind.__name__} only; the file is "
-            "damaged or was written by a faulty converter."
+            f"{source}: the key {key!r} is not an array of {kind.__name__} only; convert the "
+            "checkpoint again or choose another file."
         )
     return list(values)
 

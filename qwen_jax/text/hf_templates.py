@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
+from qwen_jax.text.text_file import read_text
 
 DEFAULT = "default"
 
@@ -19,7 +20,7 @@ def read(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     templates = _in_config(config.get("chat_template"), directory / "tokenizer_config.json")
     named = sorted(directory.glob("additional_chat_templates/*.jinja"))
     paths = {DEFAULT: directory / "chat_template.jinja"} | {path.stem: path for path in named}
-    return templates | {name: _text(path) for name, path in paths.items() if path.is_file()}
+    return templates | {name: read_text(path) for name, path in paths.items() if path.is_file()}
 
 
 def _in_config(value: object, path: Path) -> dict[str, str]:
@@ -38,14 +39,3 @@ def _in_config(value: object, path: Path) -> dict[str, str]:
             "with different names and a template each; correct it."
         )
     return named
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: it is not UTF-8 at byte {error.start}; convert it.") from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check that it is yours to read."
-        ) from None

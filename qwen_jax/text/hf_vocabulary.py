@@ -1,17 +1,17 @@
 """A Hugging Face directory's tokenizer files -> Vocabulary."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tokenizers
 from absl import logging
 
 from qwen_jax.errors import UserError
 from qwen_jax.strict_json import read_object
 from qwen_jax.text import hf_added_tokens, hf_templates
 from qwen_jax.text.hf_added_tokens import AddedTokens
+from qwen_jax.text.hf_post_processor import around
+from qwen_jax.text.text_file import read_text
 from qwen_jax.text.vocabulary import PATTERN, Vocabulary
 
 T = TypeVar("T", int, str, list, dict)
@@ -60,7 +60,7 @@ def read(directory: Path) -> Vocabulary:
             raise UserError(f"{path}: added_tokens is {listed!r:.80}, not a list; correct it.")
         tokens = hf_added_tokens.read(_field(model, "vocab", dict, path), listed, path, config)
         merges = _merges(model, path)
-        before, after = _around(content.get("post_processor"), path)
+        before, after = around(content.get("post_processor"), path)
     elif slow.is_file():
         path = slow
         tokens = hf_added_tokens.read(read_object(path), [], path, config)
@@ -143,25 +143,6 @@ def _check_settings(
         )
 
 
-def _around(post_processor: object, path: Path) -> tuple[list[int], list[int]]:
-    """Ids that a post-processor puts before and after a text, asked of the library itself."""
-    if post_processor is None:
-        return [], []
-    bare = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(
-            json.dumps({"version": "1.0", "post_processor": post_processor} | bare)
-        )
-        shown = tokenizer.encode("a")
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(
-            f"{path}: its post_processor is {post_processor!r:.80}, which the tokenizers library "
-            f"does not read ({error}); correct it."
-        ) from None
-    text = shown.special_tokens_mask.index(0)
-    return shown.ids[:text], shown.ids[text + 1 :]
-
-
 def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
     """Both forms: "a b" up to tokenizers 0.19, ["a", "b"] since."""
     entries = _field(model, "merges", list, path)
@@ -179,21 +160,13 @@ def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
 
 def _merge_lines(path: Path) -> list[tuple[str, str]]:
     """merges.txt: "left right" a line, after a first line with the format's version."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{path} is missing, and vocab.json beside it is no tokenizer without its merges; "
             "download it from the checkpoint's repository."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check that it is yours to read."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: it is not UTF-8 at byte {error.start}; convert it.") from None
+        )
     merges = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         words = line.split()
         if not words or line.startswith("#version"):
             continue

@@ -161,8 +161,8 @@ class Vocabulary:
         cut = [t for t in never if not (t.startswith(("<", "[")) and t.endswith((">", "]")))]
         if cut:
             self._refuse(
-                f"{len(cut)} of its tokens, the first {cut[0]!r:.80}, are made by none of the "
-                f"{len(self.merges)} merges, so the list of merges is not whole"
+                f"none of the {len(self.merges)} merges makes {len(cut)} of its tokens, the first "
+                f"{cut[0]!r:.80}, so merges are missing and text would be encoded wrongly"
             )
         if never:
             logging.warning(

@@ -19,6 +19,8 @@ from tests.text.conftest import (  # noqa: F401 (fixtures)
     qwen_metadata,
     reference,
 )
+from tests.text.test_hf_directories import CASES as DIRECTORIES
+from tests.text.test_hf_directories import write
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
@@ -91,6 +93,16 @@ class TestNoAlarm:
         (hf_directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 65}))
         (found,) = causes(audit_text(Pipeline.from_hf(hf_directory), held, stop_ids=ends)).values()
         assert found == ("eos-missing",)
+
+    @pytest.mark.parametrize("name", ["slow", "slow, a BOS", "slow, older", "a BOS", "eos"])
+    def test_directories_of_other_forms(self, name, reference, tmp_path):  # noqa: F811
+        edit, _ = DIRECTORIES[name]
+        tokenizer = Tokenizer.from_hf(write(tmp_path, reference, edit))
+        held = {
+            name: tokenizer.encode(text_of(case), add_special_tokens=isinstance(case, str))
+            for name, case in CASES.items()
+        }
+        assert not causes(audit_text(Pipeline.from_hf(tmp_path), held, stop_ids=tokenizer.stop_ids))
 
     def test_both_formats_agree(self, hf_directory, gguf_metadata):  # noqa: F811
         (hf_directory / "chat_template.jinja").write_text("{{ messages[0].content }}")

@@ -15,6 +15,7 @@ import tokenizers
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
 from tests.text.test_tokenizer import HARD_TEXTS
+from tests.text.test_vocabulary import POINTER
 
 # A file's name -> its JSON, or its text.
 Files = dict[str, Any]
@@ -362,13 +363,17 @@ CONTRADICTIONS = {
         both(slow, lambda files: files.pop("merges.txt")),
         "merges.txt is missing, and vocab.json beside it is no tokenizer without its merges",
     ),
+    "slow, merges are a pointer": (
+        both(slow, other_file("merges.txt", POINTER)),
+        "merges.txt: the file is a git-lfs pointer to the file of 7031645 bytes",
+    ),
     "slow, three tokens": (
         both(slow, in_merges("\nH e\n", "\nH e l\n")),
         "is 'H e l', not two tokens",
     ),
     "slow, merges cut": (
         both(slow, in_merges(r"(?s)\nH e\n.*", "\n")),
-        "are made by none of the 23 merges, so the list of merges is not whole",
+        "none of the 23 merges makes 105 of its tokens, the first 'He'",
     ),
     "slow, an end after every text": (
         both(slow, config(add_eos_token=True)),

@@ -15,6 +15,7 @@ from qwen_jax.text import Tokenizer
 from qwen_jax.text.vocabulary import BYTE_SYMBOLS
 
 G = "tokenizer.ggml."
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 7031645\n"
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -76,9 +77,18 @@ GGUF_DAMAGE: dict[str, tuple[Change, str]] = {
     "merge of three": (_edit(G + "merges", _set(3, "a b c")), "the merge of 'a' and 'b c'"),
     "merges cut short": (
         _edit(G + "merges", lambda merges: merges.__delitem__(slice(100, None))),
-        "28 of its tokens, the first",
+        "none of the 100 merges makes 28 of its tokens, the first",
     ),
     "eos not an integer": (_set(G + "eos_token_id", "386"), "holds '386', not int"),
+    "eos an array": (
+        _set(G + "eos_token_id", np.zeros(200, np.float32)),
+        "'tokenizer.ggml.eos_token_id' holds [0.0, 0.0,",
+    ),
+    "a BOS that is no token": (
+        lambda m: m.update({G + "add_bos_token": True, G + "bos_token_id": 10**6}),
+        "add_bos_token is true, but tokenizer.ggml.bos_token_id names no token",
+    ),
+    "an end after every text": (_set(G + "add_eos_token", True), "add_eos_token is true"),
     "add_bos not a bool": (_set(G + "add_bos_token", 1), "holds 1, not bool"),
     "template not text": (_set("tokenizer.chat_template", ["x"]), "not str"),
     "nothing ends a text": (
@@ -184,6 +194,21 @@ HF_DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "added tokens no list": (_set("added_tokens", {"a": 1}), "added_tokens is {'a': 1}, not a"),
     "post-processor": (_set("post_processor", {"type": "Mine"}), "its post_processor is"),
+    "post-processor of nothing": (
+        _set("post_processor", {"type": "TemplateProcessing", "single": [], "special_tokens": {}}),
+        "what that puts around a text is not known",
+    ),
+    "post-processor without its token": (
+        _set(
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "x"}}, {"Sequence": {"id": "A"}}],
+                "special_tokens": {},
+            },
+        ),
+        "what that puts around a text is not known",
+    ),
     "post-processor that ends": (
         _set(
             "post_processor",
@@ -251,8 +276,12 @@ def test_damaged_tokenizer_json(change: Change, message: str, hf_directory: Path
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "chat_template is [{"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
         ("generation_config.json", '{"eos_token_id": [1, true]}', "eos_token_id is [1, True]"),
-        ("chat_template.jinja", b"\xff", "it is not UTF-8 at byte 0"),
-        ("additional_chat_templates/x.jinja", b"\xff", "it is not UTF-8 at byte 0"),
+        ("chat_template.jinja", b"\xff", "the file is not UTF-8 at byte 0"),
+        ("chat_template.jinja", POINTER, "the file is a git-lfs pointer"),
+        ("tokenizer.json", POINTER, "the file is a git-lfs pointer"),
+        ("tokenizer.json", "<!DOCTYPE html><html>", "the file is a web page"),
+        ("tokenizer_config.json", POINTER, "the file is a git-lfs pointer"),
+        ("additional_chat_templates/x.jinja", b"\xff", "the file is not UTF-8 at byte 0"),
     ],
 )
 def test_damaged_hf_files(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qwen_jax import lm_eval
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
 from qwen_jax.sampling import Sampling
@@ -164,7 +165,7 @@ def test_rows_refused(sizes: tuple[Any, Any], words: str) -> None:
     ("name", "words"),
     [
         ("dtyp", "no argument dtyp; did you mean dtype?"),
-        ("load_in_4bit", "no argument load_in_4bit; there are batch_size,"),
+        ("load_in_4bit", "no argument load_in_4bit; there are "),
         ("apply_chat_template", "give lm_eval --apply_chat_template"),
         ("progress", "no argument progress"),
     ],
@@ -182,6 +183,15 @@ def test_arguments_and_flags() -> None:
     assert found == {"dtype": "float32", "batch_size": "auto", "device": "cuda:0"}
     with pytest.raises(UserError, match="give lm_eval --batch_size=16"):
         harness_settings.joined({"batch_size": 16}, {"batch_size": 1})
+
+
+def test_without_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert lm_eval.main() == 2
+    said = "error: lm-evaluation-harness is not installed; install qwen_jax[eval].\n"
+    assert capsys.readouterr() == ("", said)
 
 
 def test_devices() -> None:

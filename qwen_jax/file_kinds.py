@@ -87,6 +87,8 @@ def told_by_kind(path: Path, expected: Expected) -> Iterator[None]:
 
 def kind_of(path: Path, expected: Expected) -> str | None:
     """What a file that is no readable `expected` is, to follow "the file is"; None if not known."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)

@@ -14,11 +14,11 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
     lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
-    max_leaves=20,
+    max_leaves=8,
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(value=st.dictionaries(TEXT, VALUES), ascii_only=st.booleans())
 def test_what_python_wrote(value, ascii_only):
     text = json.dumps(value, ensure_ascii=ascii_only, allow_nan=True)

@@ -75,6 +75,13 @@ def open_checkpoint(
     contradict the tensors, and tensors that are missing, unknown, or of a wrong shape or type.
     """
     given = Path(path)
+    try:
+        return _open(given, sha256, progress)
+    except OSError as error:  # a directory that may be listed and not entered
+        raise UserError(f"{given}: it cannot be read ({error.strerror}).") from None
+
+
+def _open(given: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:
     path = given.parent if _stands_for_directory(given) else given
     if not _is_hf(path):
         if path.is_dir():
@@ -239,7 +246,7 @@ def _missing(
     """Says what is missing by the names of this checkpoint, and what is there instead."""
     own = [naming.own(name) if naming else name for name in missing]
     if missing == [names.LM_HEAD.sources[0].safetensors]:
-        return recognition.missing_head(path, own[0])
+        return recognition.missing_head(path, own[0], files.metadata)
     others = sorted(info.name for name, info in files.tensors.items() if name not in wanted)
     instead = f"; {_some(others)} no part of it" if others else ""
     return (

@@ -55,12 +55,12 @@ class Float8:
         weight, scale = self.infos
         if weight.shape != self.shape:
             raise UserError(
-                f"{path}: the tensor {self.name!r} has the shape {weight.shape}, but the config "
+                f"{path}: the tensor {weight.name!r} has the shape {weight.shape}, but the config "
                 f"asks for {self.shape}; take both from the same checkpoint."
             )
         if scale.type not in _SCALE_TYPES:
             raise UserError(
-                f"{path}: the tensor {self.scale!r} is of type {scale.type.name}, but it must be "
+                f"{path}: the tensor {scale.name!r} is of type {scale.type.name}, but it must be "
                 f"{' or '.join(kind.name for kind in _SCALE_TYPES)}; convert the checkpoint again."
             )
         if self.block:
@@ -72,7 +72,7 @@ class Float8:
             fits = scale.shape in whole_shapes(self.shape[0])
         if not fits:
             raise UserError(
-                f"{path}: the tensor {self.scale!r} has the shape {scale.shape}, but it must be "
+                f"{path}: the tensor {scale.name!r} has the shape {scale.shape}, but it must be "
                 f"{wanted}; take the checkpoint and its config together."
             )
 

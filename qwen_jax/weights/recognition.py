@@ -108,6 +108,13 @@ def check_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[str]) 
         if isinstance(kind, str) and kind in _GGUF_TYPES:
             raise UserError(f"{path}: the file is {_GGUF_TYPES[kind]}.")
     _check_family(path, "general.architecture", architecture)
+    # llama.cpp's converter writes it for models of sentence-transformers alone; 0 is none.
+    pooling = metadata.get("qwen2.pooling_type")
+    if isinstance(pooling, int) and pooling != 0:
+        raise UserError(
+            f"{path}: qwen2.pooling_type is {pooling}, so that this is a model for embeddings; "
+            f"{_NO_TEXT}."
+        )
     if found := _sign(_GGUF_TENSORS, tensors):
         raise UserError(f"{path}: the tensor {found[0]!r} is of {found[1]}.")
 
@@ -119,6 +126,11 @@ def check_directory(directory: Path, config: Mapping[str, Any], tensors: Iterabl
     """
     source = directory / "config.json"
     _check_family(source, "model_type", config.get("model_type"))
+    if (directory / "config_sentence_transformers.json").is_file():
+        raise UserError(
+            f"{directory}: it has a config_sentence_transformers.json, so that this is a model for "
+            f"embeddings; {_NO_TEXT}."
+        )
     mlx = config.get("quantization")
     if isinstance(mlx, dict) and {"group_size", "bits"} <= mlx.keys():
         raise UserError(f"{source}: quantization is {mlx!r:.60}, which is MLX's; {_PLAIN}.")
@@ -126,15 +138,13 @@ def check_directory(directory: Path, config: Mapping[str, Any], tensors: Iterabl
         raise UserError(f"{directory}: the tensor {found[0]!r} is of {found[1]}.")
 
 
-def missing_head(directory: Path, head: str) -> str:
+def missing_head(directory: Path, head: str, config: Mapping[str, Any]) -> str:
     """What a directory is that has every tensor but an untied head."""
-    kind = "as Qwen2Model saves it"
-    if (directory / "modules.json").is_file():
-        kind = "a model of sentence-transformers, for embeddings"
+    architectures = config.get("architectures") or ["Qwen2Model"]
     return (
         f"{directory}: {head} is missing, and tie_word_embeddings is false: this is the model "
-        f"without its head ({kind}), which writes no text; choose the Qwen2ForCausalLM checkpoint, "
-        "or set tie_word_embeddings to true if its head is the embedding."
+        f"without the head that writes text (architectures is {architectures!r:.80}); choose the "
+        "Qwen2ForCausalLM checkpoint, or set tie_word_embeddings to true if the head is shared."
     )
 
 

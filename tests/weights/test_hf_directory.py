@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import logging
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights.blocks import decode_into
+from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.hf_directory import open_directory
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_hf
 
@@ -121,6 +124,33 @@ def test_two_sets_without_an_index(sharded):
     (sharded / INDEX).unlink()
     shutil.copy(sharded / SHARDS[0], sharded / "model-00001-of-00001.safetensors")
     assert "nor a whole set of shards" in refusal(sharded)
+
+
+DAMAGE = st.one_of(
+    st.binary(max_size=3),
+    st.sampled_from([b'"', b"{", b"}", b",", b"[]", b"null", b"NaN", b"\\ud800", b"9" * 30]),
+)
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data(), name=st.sampled_from(["config.json", INDEX, SHARDS[0]]))
+def test_random_damage(sharded, data, name):
+    """Any file of a directory with bytes changed: it opens, or one sentence says why not."""
+    original = (sharded / name).read_bytes()
+    content = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 2))):
+        position = data.draw(st.integers(0, min(len(content), 2000)))
+        content[position : position + data.draw(st.integers(0, 40))] = data.draw(DAMAGE)
+    (sharded / name).write_bytes(content)
+    try:
+        open_checkpoint(sharded)
+    except UserError as error:
+        assert str(sharded) in str(error) and "\n" not in str(error)
+    (sharded / name).write_bytes(original)
 
 
 NORM = "model.norm.weight"

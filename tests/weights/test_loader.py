@@ -1,6 +1,7 @@
 """From files to parameters: values against gguf.quants, and every contradiction refused."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import gguf
@@ -159,6 +160,11 @@ def test_gguf_files_are_known_by_their_content(tmp_path):
     written.path.rename(renamed)
     (tmp_path / "config.json").touch()
     assert open_checkpoint(renamed).format == "gguf"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    assert "this is a pipe or a device" in refusal(tmp_path / "m.gguf")
 
 
 # Contradictions

@@ -11,8 +11,9 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.tiny_checkpoints import canonical, random_parameters, tiny_config, write_hf
 
-TIED = tiny_config()
-UNTIED = tiny_config(tied=False)
+SIZES = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "ffn_size": 8}
+TIED = tiny_config(**SIZES, vocab_size=8)
+UNTIED = tiny_config(**SIZES, vocab_size=8, tied=False)
 
 
 def prefixed(prefix: str) -> Callable[[str], str]:
@@ -109,6 +110,4 @@ def test_a_model_without_its_head(tmp_path, naming):
     write_hf(tmp_path, TIED, names, tie_word_embeddings=False)
     message = refusal(tmp_path)
     assert "lm_head.weight is missing, and tie_word_embeddings is false" in message
-    assert "as Qwen2Model saves it" in message
-    (tmp_path / "modules.json").touch()
-    assert "a model of sentence-transformers" in refusal(tmp_path)
+    assert "architectures is ['Qwen2ForCausalLM']" in message

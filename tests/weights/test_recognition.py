@@ -110,6 +110,16 @@ def test_directories_by_their_config(tmp_path, changes, told):
     assert told in refusal(tmp_path)
 
 
+def test_models_for_embeddings(tmp_path, path):
+    write_hf(tmp_path / "hf", CONFIG, PARAMS)
+    (tmp_path / "hf" / "config_sentence_transformers.json").write_text("{}")
+    assert "so that this is a model for embeddings; choose a model" in refusal(tmp_path / "hf")
+    write_gguf(path, CONFIG, PARAMS, metadata={"qwen2.pooling_type": 3})
+    assert "qwen2.pooling_type is 3, so that this is a model for embeddings" in refusal(path)
+    write_gguf(path, CONFIG, PARAMS, metadata={"qwen2.pooling_type": 0})
+    open_checkpoint(path)
+
+
 def test_an_adapter_is_told_to_be_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()

@@ -113,7 +113,7 @@ def tensor_lines(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def text_lines(tokenizer: Tokenizer) -> Iterator[str]:
-    yield f"{tokenizer.vocab_size} tokens in use"
+    yield f"{tokenizer.vocab_size - len(tokenizer.unused_ids)} tokens in use"
     stops = ", ".join(f"{i} {tokenizer.token_name(i)}" for i in tokenizer.stop_ids)
     yield f"stops on {stops}"
     template = tokenizer.chat_template

@@ -4,6 +4,7 @@ Only names are known here: nothing has been downloaded yet.
 """
 
 import dataclasses
+import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 # Beside the weights: config, tokenizer (merges.txt is the only text of it), chat templates.
 _SETTINGS = (".json", ".jinja", "merges.txt")
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 # Weights in other layouts, and what a training run leaves.
 _NOT_NEEDED = ("consolidated", "adapter_", "trainer_state", "optimizer")
 
@@ -60,13 +62,15 @@ def checkpoint_files(files: Iterable[str]) -> list[str]:
 
     Of model.safetensors and shards, the first is enough, and what is read.
     """
-    top = sorted(file for file in files if "/" not in file and not file.startswith(_NOT_NEEDED))
+    files = sorted(files)
+    top = [file for file in files if "/" not in file and not file.startswith(_NOT_NEEDED)]
+    named = [file for file in files if fnmatch.fnmatchcase(file, _NAMED_TEMPLATES)]
     weights = [file for file in top if file.endswith(".safetensors")]
     if "config.json" not in top or not weights:
         return []
     if "model.safetensors" in weights:
         weights = ["model.safetensors"]
-    return [file for file in top if file.endswith(_SETTINGS)] + weights
+    return [file for file in top if file.endswith(_SETTINGS)] + named + weights
 
 
 def candidates(files: Iterable[str]) -> list[Candidate]:

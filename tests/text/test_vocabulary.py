@@ -255,7 +255,7 @@ def test_damaged_tokenizer_json(change: Change, message: str, hf_directory: Path
         ("tokenizer.json", "{", "is not JSON"),
         ("tokenizer.json", "[" * 100_000, "nested too deeply"),
         ("tokenizer.json", "[]", "must be a JSON object"),
-        ("tokenizer.json", b"\xff", "is text, not JSON"),
+        ("tokenizer.json", b'{"a": "\xff"}', "it is not UTF-8 at byte 7"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 0, "a": 1}}}', "the key 'a' appears twice"),
         ("tokenizer_config.json", "[]", "must be a JSON object"),
         ("tokenizer_config.json", '{"eos_token": 1, "eos_token": 2}', "'eos_token' appears twice"),

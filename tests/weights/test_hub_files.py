@@ -3,7 +3,7 @@
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.weights.hub_files import candidates, chosen, models, quantisation
+from qwen_jax.weights.hub_files import candidates, checkpoint_files, chosen, models, quantisation
 
 # Names as the publishers have them: Qwen, bartowski, mradermacher, unsloth, ik_llama.cpp, others.
 QUANTISATIONS = {
@@ -118,3 +118,18 @@ def test_one_checkpoint_needs_no_name():
 def test_a_word_that_all_files_have_is_the_models_name():
     files = ["my-lora-merged-Q4_0.gguf", "my-lora-merged-Q8_0.gguf"]
     assert choose("q8_0", files) == files[1]
+
+
+def test_a_tokenizer_of_many_files():
+    tokenizer = [
+        "added_tokens.json",
+        "additional_chat_templates/tool_use.jinja",
+        "chat_template.jinja",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+    others = ["README.md", "images/a.jinja", "adapter_config.json"]
+    files = [*tokenizer, *others, "config.json", "model.safetensors"]
+    assert set(checkpoint_files(files)) == {*tokenizer, "config.json", "model.safetensors"}

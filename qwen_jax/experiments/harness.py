@@ -270,6 +270,7 @@ class Harness(TemplateLM):
                         "repeat": repeat,
                         "max_tokens": request.max_tokens,
                         "stop": request.stop,
+                        "stop_ids": request.stop_ids,
                         "sampling": dataclasses.asdict(request.sampling),
                     }
                     self._answer(key, line, self._said(request, completion), requests[i].args)
@@ -278,22 +279,22 @@ class Harness(TemplateLM):
 
     def _keyed(self, requests: Sequence[Instance]) -> list[tuple[str, int, Request]]:
         """Each request's key, the number of its repeat, and our work for it."""
-        made: dict[str, Request] = {}
+        made: dict[str, tuple[str, Request]] = {}
         seen: Counter[str] = Counter()
         found = []
         for instance in requests:
-            context, options = instance.args
-            name = json.dumps([context, options], default=str, sort_keys=True)
+            name = json.dumps(instance.args, default=str, sort_keys=True)
             if name not in made:
-                made[name] = self._request(context, options)
-            request = made[name]
-            asked = [context, request.max_tokens, request.stop, self._think_end]
-            asked.append(dataclasses.asdict(request.sampling))
-            plain = _key("generate_until", asked)
-            repeat = seen[plain] if request.sampling.temperature > 0 else 0
-            seen[plain] += 1
-            key = _key(plain, repeat)
-            if request.sampling.temperature > 0:
+                request = self._request(*instance.args)
+                asked = [self._think_end, dataclasses.asdict(request)]
+                made[name] = _key("generate_until", asked), request
+            # Settings that mean the same are the same request, however they are written.
+            asked_for, request = made[name]
+            draws = request.sampling.temperature > 0
+            repeat = seen[asked_for] if draws else 0
+            seen[asked_for] += 1
+            key = _key(asked_for, repeat)
+            if draws:
                 drawn = dataclasses.replace(request.sampling, seed=int(key[:8], 16))
                 request = dataclasses.replace(request, sampling=drawn)
             found.append((key, repeat, request))
@@ -321,7 +322,8 @@ class Harness(TemplateLM):
                 f"behind a prompt of {len(tokens)}: it is kept whole, and its answer, as those of "
                 f"others like it, ends where the context does, here after {room}."
             )
-        return Request(tokens, min(asked.max_tokens, room), asked.sampling, asked.stop)
+        most = min(asked.max_tokens, room)
+        return Request(tokens, most, asked.sampling, asked.stop, asked.stop_ids)
 
     def _rows(self, requests: Sequence[Request]) -> int:
         """Rows that run together: no more than twice what there is, since each number of them

@@ -20,6 +20,9 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 STOPS = ("until", "stop", "stop_strings", "stop_sequences")
 """Names for the texts that end an answer."""
 
+STOP_IDS = ("stop_token_ids", "stop_ids")
+"""Names, vLLM's and ours, for the tokens that end an answer besides the model's own."""
+
 MOST_ROWS = 64
 """What `batch_size=auto` starts from, as the harness' own models do."""
 
@@ -46,7 +49,7 @@ _NEUTRAL: dict[str, Any] = {
 }
 """Settings of other engines at the values that leave ours as it is."""
 
-_KNOWN = (*LENGTHS, *STOPS, "do_sample", "temperature", *_NUMBERS, "logit_bias")
+_KNOWN = (*LENGTHS, *STOPS, *STOP_IDS, "do_sample", "temperature", *_NUMBERS, "logit_bias")
 _FLAGS = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn", "gen_kwargs")
 """What people take for arguments of the model, and are flags of lm_eval."""
 
@@ -58,6 +61,7 @@ class Settings:
     max_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
+    stop_ids: tuple[int, ...] = ()
 
 
 def check_installed() -> None:
@@ -68,7 +72,9 @@ def check_installed() -> None:
 
 def overridden(options: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
     """Generation settings in which `by` wins, whatever name the others have for the same."""
-    hidden = {name for names in (LENGTHS, STOPS) if set(names) & set(by) for name in names}
+    hidden = {
+        name for names in (LENGTHS, STOPS, STOP_IDS) if set(names) & set(by) for name in names
+    }
     return {name: value for name, value in options.items() if name not in hidden} | dict(by)
 
 
@@ -111,7 +117,7 @@ def generation(
         numbers["top_k"] = 0
     numbers |= {"temperature": _temperature(given, warn), "logit_bias": _bias(given)}
     sampling = Sampling(**{"seed": seed, **numbers})
-    return Settings(_length(given, max_tokens), sampling, _stop(given))
+    return Settings(_length(given, max_tokens), sampling, _stop(given), _stop_ids(given))
 
 
 def _temperature(given: Mapping[str, Any], warn: Callable[[str], None]) -> float:
@@ -146,6 +152,15 @@ def _stop(given: Mapping[str, Any]) -> tuple[str, ...]:
         found += texts
     # An empty one stands for the end of the text in the harness' tasks.
     return tuple(dict.fromkeys(text for text in found if text))
+
+
+def _stop_ids(given: Mapping[str, Any]) -> tuple[int, ...]:
+    found: list[int] = []
+    for name in STOP_IDS:
+        ids = given.get(name, ())
+        ids = ids if isinstance(ids, list | tuple) else [ids]
+        found += [number(f"A token of {name}", token, int) for token in ids]
+    return tuple(dict.fromkeys(found))
 
 
 def _bias(given: Mapping[str, Any]) -> dict[int, float]:

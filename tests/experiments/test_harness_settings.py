@@ -78,6 +78,11 @@ def test_stops(options: dict[str, Any], expected: tuple[str, ...]) -> None:
     assert harness_settings.generation(options).stop == expected
 
 
+def test_stop_ids() -> None:
+    found = harness_settings.generation({"stop_token_ids": [7, "8"], "stop_ids": 7})
+    assert found.stop_ids == (7, 8)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -97,6 +102,7 @@ def test_stops(options: dict[str, Any], expected: tuple[str, ...]) -> None:
         ({"top_p": 0.0}, "sampling.top_p is 0.0"),
         ({"until": 7}, "until is 7, but it must be a text or a list of texts"),
         ({"until": ["a", None]}, "but it must be a text or a list of texts"),
+        ({"stop_token_ids": ["a"]}, "A token of stop_token_ids is 'a', but it must be a whole"),
         ({"logit_bias": [1]}, "logit_bias is [1], but it must map tokens to numbers"),
     ],
     ids=str,

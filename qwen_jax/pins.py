@@ -1,7 +1,7 @@
 """Names of the Hub in a config become names of commits, so that all of a run reads one state."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,9 +30,9 @@ def pin_models(config: ConfigDict, fields: Iterable[str], known: dict[str, str])
         section[name] = pinned(section[name], known)
 
 
-def names_in(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def names_in(value: str | Sequence[str] | None) -> Sequence[str]:
     """The names in a field of one name, of several, or of none."""
-    return value if isinstance(value, tuple) else () if value is None else (value,)
+    return () if value is None else (value,) if isinstance(value, str) else value
 
 
 def pinned(value: Any, known: Mapping[str, str]) -> Any:

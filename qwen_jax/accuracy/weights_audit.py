@@ -81,9 +81,15 @@ def audit_weights(
         progress: hears of tensors done and in all.
 
     Raises:
-        UserError: the checkpoint can't be opened, or `held` has none of its tensors.
+        UserError: the checkpoint can't be opened or has adapters, or `held` has none of its
+            tensors.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if checkpoint.adapters:
+        raise UserError(
+            f"{checkpoint.adapters[0]}: the part weights holds what is loaded against the "
+            "checkpoint's own bytes, which an adapter changes; leave out one of the two."
+        )
     return list(_Audit(checkpoint, _arrays(held)).run(progress))
 
 
@@ -175,7 +181,7 @@ class _Audit:
 
     def check(self, place: _Place, fused: dict[str, tuple[Cause, ...]]) -> WeightFinding:
         found, tensor = self.find(place), self.tensor(place)
-        count = int(np.prod(self.source.info(place.name).shape))
+        count = int(np.prod(self.source.shape(place.name)))
         if found is None:
             return self.missing(place, count)
         name, held = found
@@ -214,7 +220,7 @@ class _Audit:
     ) -> Iterator[Cause]:
         tensor, part = self.tensor(place), held
         if fault.local:
-            if held.shape != self.source.info(place.name).shape:
+            if held.shape != self.source.shape(place.name):
                 return
             # Where only some rows are wrong, the fault is sought and confirmed in those.
             first, last = before.span
@@ -232,7 +238,7 @@ class _Audit:
     def other_tensors(self, place: _Place, held: np.ndarray) -> Iterator[Cause]:
         """Tensors of the same shape whose values are held in this one's place."""
         for other in self.places:
-            shape = self.source.info(other.name).shape
+            shape = self.source.shape(other.name)
             if other.name == place.name or shape != held.shape:
                 continue
             few = 1 if held.ndim > 1 else len(held)

@@ -21,8 +21,11 @@ _MOST_BYTES = 64
 
 def _blocks(tensor: Tensor, shift: int = 0) -> tuple[Blocks, np.dtype] | None:
     """The bytes of the tensor's rows, a block a row, and a block's fields; None if it has none."""
-    source, info = tensor.source, tensor.source.info(tensor.name)
-    if not source.quantised or info.type not in _FORMATS or len(info.shape) == 1:
+    source = tensor.source
+    if not source.quantised:
+        return None
+    info = source.info(tensor.name)
+    if info.type not in _FORMATS or len(info.shape) == 1:
         return None
     row = info.nbytes // info.shape[0]
     stop = info.shape[0] if tensor.stop is None else tensor.stop
@@ -36,9 +39,10 @@ def _decode(tensor: Tensor, blocks: Blocks) -> np.ndarray:
 
 
 def _byte_offset(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
-    source, info = tensor.source, tensor.source.info(tensor.name)
+    source = tensor.source
     if not source.quantised:
         return
+    info = source.info(tensor.name)
     stop = info.shape[0] if tensor.stop is None else tensor.stop
     row = info.nbytes // info.shape[0]
     found = _blocks(tensor)
@@ -140,8 +144,10 @@ def _scale_ignored(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
 
 def _k_scales(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
     found = _blocks(tensor)
+    if found is None:
+        return
     kind = tensor.source.info(tensor.name).type.name
-    if found is None or kind not in _WRONG_SCALES:
+    if kind not in _WRONG_SCALES:
         return
     blocks, layout = found
     at, width = _place(layout, "scales")

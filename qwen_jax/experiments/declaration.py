@@ -163,7 +163,7 @@ def _identified(
     found: dict[str, Point] = {}
     for overrides, config in points:
         fields = hashed_fields(config)
-        read = [name for value in fields.values() for name in _names(value)]
+        read = [name for value in fields.values() for name in _texts(value)]
         files = {name: prints[name] for name in read if name in prints}
         text = json.dumps([fields, files], sort_keys=True)
         identity = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -173,7 +173,7 @@ def _identified(
     return tuple(found.values())
 
 
-def _names(value: Any) -> Sequence[str]:
+def _texts(value: Any) -> Sequence[str]:
     """What may name an input, in a field of any type."""
     return [value] if isinstance(value, str) else value if isinstance(value, list) else []
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from qwen_jax.pins import OF_EXPERIMENT
+from qwen_jax.pins import OF_EXPERIMENT, names_in
 from qwen_jax.weights.hub_names import HubName, is_hub_name, parse
 
 
@@ -33,10 +33,10 @@ def moved(old: dict[str, Any], new: dict[str, Any]) -> list[Moved]:
 
 
 def _commits(description: dict[str, Any]) -> dict[HubName, set[str]]:
-    """The commits of each model of the Hub that an experiment names."""
+    """The commits of each model and adapter of the Hub that an experiment names."""
     found: dict[HubName, set[str]] = {}
     for fields in (description["config"], *(p["overrides"] for p in description["points"])):
-        for model in filter(None, map(fields.get, OF_EXPERIMENT)):
+        for model in (m for field in OF_EXPERIMENT for m in names_in(fields.get(field))):
             if is_hub_name(model) and (name := parse(model)).is_commit:
                 found.setdefault(name.at(None), set()).add(str(name.revision))
     return found

@@ -46,7 +46,7 @@ def run(command: Command) -> int:
         _list_faults()
         return 0
     limits = gates.parse(settings.fail_if or "")
-    parts = _parts(settings)
+    parts = _parts(config)
     pins.pin_and_tell(config, pins.OF_COMPARE)
     if settings.save_base is not None:
         return _save_base(config)
@@ -68,8 +68,9 @@ def _list_faults() -> None:
         print(f"{fault.name:<28} {', '.join(fault.operations)}\n    {fault.line}{report_of}")
 
 
-def _parts(settings: ConfigDict) -> tuple[str, ...]:
+def _parts(config: ConfigDict) -> tuple[str, ...]:
     """What to run: all that is asked for, or what fits the candidate."""
+    settings = config.compare
     if settings.parts is not None:
         parts = tuple(part.strip() for part in settings.parts.split(","))
         for part in parts:
@@ -80,7 +81,9 @@ def _parts(settings: ConfigDict) -> tuple[str, ...]:
         return ("distribution",)
     if settings.candidate:
         return ("tensors", "text")
-    return ("tensors", "weights") if settings.plant else ("tensors", "weights", "text", "cache")
+    # Adapters change the weights that the audit would hold against their file.
+    weights = () if config.adapter else ("weights",)
+    return ("tensors", *weights) if settings.plant else ("tensors", *weights, "text", "cache")
 
 
 def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:

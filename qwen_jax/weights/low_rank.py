@@ -57,6 +57,10 @@ class Merged:
     updates: tuple[LowRank, ...]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         return self.base.tensors
 

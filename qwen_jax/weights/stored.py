@@ -16,6 +16,10 @@ class Stored(Protocol):
     """One weight of an open checkpoint, in the form the files have it."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's own, however it is packed."""
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """The names of all tensors that it is made of; they need not be there."""
 

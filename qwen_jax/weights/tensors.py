@@ -103,7 +103,8 @@ def map_file(path: Path) -> mmap.mmap:
     """The file, memory-mapped read-only. Raises UserError where it cannot be read or is empty."""
     if path.is_fifo() or path.is_char_device():
         raise UserError(
-            f"{path}: this is a pipe or a device, which cannot be mapped; save the model to a file."
+            f"{path}: the file cannot be read, as it is a pipe or a device; save the model to a "
+            "file."
         )
     try:
         with path.open("rb") as file:

@@ -28,8 +28,8 @@ ARCHITECTURE = "qwen2"
 def no_layer_slides(window: Any, fields: Fields, config: ModelConfig) -> bool:
     """By llama.cpp's pattern: a flag a layer, or n where all but every n-th layer slide."""
     pattern = fields.values.get("attention.sliding_window_pattern")
-    full = pattern == 1 or (isinstance(pattern, list) and not any(pattern))
-    return full or window == 0 or window >= config.context_length
+    full = isinstance(pattern, list) and len(pattern) == config.num_layers and not any(pattern)
+    return full or pattern == 1 or window == 0 or window >= config.context_length
 
 
 def is_own_scale(scale: Any, fields: Fields, config: ModelConfig) -> bool:

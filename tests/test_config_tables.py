@@ -113,6 +113,7 @@ GGUF = Format(
             [
                 *({"attention.sliding_window": size} for size in (4096, 32767)),
                 {"attention.sliding_window": 4096, "attention.sliding_window_pattern": 2},
+                {"attention.sliding_window": 4096, "attention.sliding_window_pattern": []},
                 GGUF_YARN | {"attention.sliding_window": 32768},
             ],
         ),

@@ -101,11 +101,11 @@ def metadata_lines(metadata: dict[str, Any]) -> Iterator[str]:
 def tensor_lines(checkpoint: Checkpoint) -> Iterator[str]:
     """One line a tensor of the first layer and outside the layers, then one for the others."""
     shown: Counter[str] = Counter()
-    for name, info in checkpoint.tensors.items():
-        layer = next((part for part in name.split(".") if part.isdigit()), "0")
+    for info in checkpoint.tensors.values():
+        layer = next((part for part in info.name.split(".") if part.isdigit()), "0")
         if layer == "0":
             shape = " x ".join(map(str, info.shape))
-            yield f"{name:<44} {info.type.name:<8} {shape:>16}  {show_bytes(info.nbytes):>9}"
+            yield f"{info.name:<44} {info.type.name:<8} {shape:>16}  {show_bytes(info.nbytes):>9}"
         else:
             shown[layer] += 1
     if shown:

@@ -103,8 +103,9 @@ class PackedIntegers(abc.ABC):
     ) -> Float32[np.ndarray, "rows columns"]:
         """(q - zero) * scale of the rows from `start` on."""
         values, offsets = quants.astype(np.float32), zeros.astype(np.float32)
-        info = self.files.tensors[f"{self.module}.scales"]
-        stored = decoded(self.files.raw(info.name), info.type).reshape(info.shape)
+        name = f"{self.module}.scales"
+        info = self.files.tensors[name]
+        stored = decoded(self.files.raw(name), info.type).reshape(info.shape)
         scales = stored[:, start : start + len(values)].T.astype(np.float32)
         order, size = self.order(), self.inputs_per_group
         if len(order) % size == 0 and np.array_equal(order, PackedIntegers.order(self)):

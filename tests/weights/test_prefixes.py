@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
+from tests.quantised_checkpoints import awq, fp8, gptq, write_quantised
 from tests.tiny_checkpoints import canonical, random_parameters, tiny_config, write_hf
 
 SIZES = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "ffn_size": 8}
@@ -56,6 +58,26 @@ def test_prefixes_load(tmp_path, case, config):
     expected = canonical(params)
     assert loaded.keys() == expected.keys()
     for name, values in expected.items():
+        np.testing.assert_array_equal(np.asarray(loaded[name]), values)
+
+
+QUANTISED = {
+    "gptq": (gptq(), {"bits": 4, "group_size": 32}),
+    "awq": (awq(), {"bits": 4, "group_size": 32}),
+    "fp8": (fp8(), {"weight_block_size": [128, 128]}),
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_prefixes_of_quantised_weights(tmp_path, method):
+    config = tiny_config(num_layers=1, hidden_size=32, head_dim=16, ffn_size=32, vocab_size=8)
+    quantise, settings = QUANTISED[method]
+    settings = settings | {"quant_method": method}
+    written = write_quantised(tmp_path, config, random_parameters(config), quantise, settings)
+    wrapped = {f"module.{k}": np.ascontiguousarray(v) for k, v in written.tensors.items()}
+    save_file(wrapped, tmp_path / "model.safetensors")
+    loaded = load_parameters(open_checkpoint(tmp_path), "float32")
+    for name, values in canonical(written.parameters).items():
         np.testing.assert_array_equal(np.asarray(loaded[name]), values)
 
 

@@ -131,8 +131,8 @@ class Vocabulary:
         self._check_merges()
         if not self.stop_ids:
             self._refuse(
-                f"no end-of-text token is named and the vocabulary has none of {END_TOKENS}, so a "
-                "text would never end"
+                f"no end-of-text token that it has is named, and it has none of {END_TOKENS}, so "
+                "a text would never end"
             )
 
     def _check_tokens(self) -> None:

@@ -91,12 +91,19 @@ GGUF_DAMAGE: dict[str, tuple[Change, str]] = {
     "an end after every text": (_set(G + "add_eos_token", True), "add_eos_token is true"),
     "add_bos not a bool": (_set(G + "add_bos_token", 1), "holds 1, not bool"),
     "template not text": (_set("tokenizer.chat_template", ["x"]), "not str"),
+    "an end that is no token": (
+        lambda m: (
+            m.update({G + "eos_token_id": 10**6}),
+            m[G + "tokens"].__setitem__(slice(384, 387), ["<a>", "<b>", "<c>"]),
+        ),
+        "no end-of-text token that it has is named",
+    ),
     "nothing ends a text": (
         lambda m: (
             m.pop(G + "eos_token_id"),
             m[G + "tokens"].__setitem__(slice(384, 387), ["<a>", "<b>", "<c>"]),
         ),
-        "no end-of-text token is named",
+        "no end-of-text token that it has is named",
     ),
 }
 

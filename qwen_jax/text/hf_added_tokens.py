@@ -24,9 +24,8 @@ ROLES = (
     "cls_token",
     "mask_token",
 )
-# What the reference's Qwen2Tokenizer takes where no file says anything. (Of unk_token too; but
-# no byte is unknown, and a GGUF file of the same model does not name it.)
-_DEFAULT_ROLES = dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+# What the reference's Qwen2Tokenizer takes where no file says anything.
+_DEFAULT_ROLES = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 # So that one absurd id asks for no memory; Qwen2.5's largest vocabulary has 152,064 rows.
@@ -133,10 +132,14 @@ def read(
             text, flags = _token(entry, "added_tokens_decoder", config_path)
             token = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else key
             found.add(text, _id(token, text, config_path), flags, config_path)
-    found.roles = {name: text for name, text in (_DEFAULT_ROLES | roles).items() if text}
     order = {name: i for i, name in enumerate(ROLES)}
-    for name in sorted(found.roles, key=lambda name: order.get(name, len(order))):
-        found.name(found.roles[name], config_path)
+    for name, text in sorted(
+        (_DEFAULT_ROLES | roles).items(), key=lambda role: order.get(role[0], len(order))
+    ):
+        found.name(text, config_path)
+        # No byte is unknown, and a GGUF file of the same model does not name this default.
+        if text and (name in roles or name != "unk_token"):
+            found.roles[name] = text
     for text, path in lists.items():
         found.name(text, path)
     return found

@@ -5,6 +5,7 @@ Each case's ids were written down from transformers 5.24.0; `make parity` asks i
 
 import json
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 
+from qwen_jax import api
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
 from tests.text.test_tokenizer import HARD_TEXTS
@@ -55,6 +57,12 @@ def older(files: Files) -> None:
 
 def other_file(name: str, content: Any) -> Edit:
     return lambda files: files.update({name: content})
+
+
+def without_end_of_text(files: Files) -> None:
+    """No token of this name, which is yet the reference's unk_token."""
+    for name, content in files.items():
+        files[name] = json.loads(json.dumps(content).replace("<|endoftext|>", "<|other|>"))
 
 
 def slow(files: Files) -> None:
@@ -143,6 +151,7 @@ CASES: dict[str, tuple[Edit, dict[str, list[int]]]] = {
         ),
         {"<|b|><|e|><|u|><|p|><|z|><|x|>": [389, 390, 391, 392, 393, 394]},
     ),
+    "unk that no file names": (without_end_of_text, {"a<|endoftext|>b": [64, 389, 65]}),
     "a plain token named special": (
         config(extra_special_tokens=["<tool_call>"]),
         {"a <tool_call> b": [64, 220, 387, 220, 65]},
@@ -463,3 +472,23 @@ def test_templates_without_a_default(reference: tokenizers.Tokenizer, tmp_path: 
     assert tokenizer.template_for([]) == "t"
     with pytest.raises(UserError, match="are named tool_use, and none is the default"):
         tokenizer.template_for()
+
+
+@pytest.mark.parametrize("rows, message", [
+    (389, None),  # the padding token that a trainer named has no row, and needs none
+    (384, "the tokens that end a text have the ids (386, 384), but the embedding has only 384"),
+    (383, "the tokenizer has 390 tokens, but the embedding only 383 rows"),
+])  # fmt: skip
+def test_tokens_without_a_row(
+    rows: int, message: str | None, reference: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    write(tmp_path, reference, config(pad_token="<|pad|>"))
+    checkpoint: Any = types.SimpleNamespace(
+        format="safetensors", path=tmp_path, config=types.SimpleNamespace(vocab_size=rows)
+    )
+    if message is None:
+        assert api.read_tokenizer(checkpoint).encode("<|pad|>") == [389]
+        return
+    with pytest.raises(UserError) as caught:
+        api.read_tokenizer(checkpoint)
+    assert message in str(caught.value)

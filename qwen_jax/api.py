@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast, get_args
+from typing import Any, Unpack, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,19 @@ import pallas_kernels
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Batch, Completion, Request
+from qwen_jax.generation import Batch, Completion, Request, row_stop_ids
+from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.measure import check_weights_fit, device
 from qwen_jax.packed import prepare
+from qwen_jax.recommended import Recommended
+from qwen_jax.recommended import read as read_recommended
 from qwen_jax.sampling import Sampling
-from qwen_jax.text.chat import DEFAULT_SYSTEM, render_chat
+from qwen_jax.text.chat import DEFAULT_SYSTEM
+from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.adapters import with_adapters
 from qwen_jax.weights.hub import resolve
 from qwen_jax.weights.loader import Checkpoint, iter_parameters, open_checkpoint
-
-Message = Mapping[str, Any]
-"""One chat message: {"role": "user", "content": "..."}."""
 
 BUNDLED = "haiku"
 """The name of the model that ships with the package."""
@@ -118,7 +119,7 @@ def load(
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
     )
-    return Model(engine, tokenizer)
+    return Model(engine, tokenizer, read_recommended(checkpoint))
 
 
 def dtype_of(name: str) -> jnp.dtype:
@@ -190,29 +191,43 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-class Options(TypedDict, total=False):
-    """How to answer a prompt.
+class Options(PromptOptions, total=False):
+    """How to answer a prompt, besides how it is put.
 
     Attributes:
         max_tokens: the most tokens to generate (256); the context may end the text earlier.
         sampling: how tokens are chosen; greedy by default.
-        stop: strings that end the text; they are cut off.
-        system: the system prompt; without one the chat template decides.
-        raw: continue the text, without a chat around it.
+        stop: strings that end the text, control tokens included; they are cut off.
+        stop_ids: ids of tokens that end the text, besides the model's own; they are not shown.
     """
 
     max_tokens: int
     sampling: Sampling
     stop: Sequence[str]
-    system: str | None
-    raw: bool
+    stop_ids: Sequence[int]
+
+
+PROMPT_OPTIONS = tuple(PromptOptions.__annotations__)
+"""Names of those options that decide the prompt's ids."""
+
+
+def prompt_options(options: Options) -> PromptOptions:
+    """Those of the options that decide the prompt's ids."""
+    return cast(PromptOptions, {k: v for k, v in options.items() if k in PROMPT_OPTIONS})
 
 
 class Model:
-    """A loaded model: an engine and the tokenizer that belongs to it."""
+    """A loaded model: an engine and the tokenizer that belongs to it.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+    `recommended.sampling` is how the checkpoint's authors would have it sampled; it is used where
+    it is given to `generate`, and nowhere else.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, recommended: Recommended | None = None
+    ):
         self.engine, self.tokenizer = engine, tokenizer
+        self.recommended = recommended or Recommended()
         self._warned = False
 
     @property
@@ -220,71 +235,52 @@ class Model:
         return self.engine.config
 
     def tokens(
-        self,
-        prompt: str | Sequence[Message],
-        *,
-        system: str | None = None,
-        raw: bool = False,
+        self, prompt: str | Sequence[Message], **options: Unpack[PromptOptions]
     ) -> list[int]:
-        """The ids of a prompt as the model will see them.
-
-        Args:
-            prompt: a user's message, or a whole chat.
-            system: the system prompt; None leaves it to the chat template.
-            raw: the prompt is text to be continued, without a chat around it.
+        """The ids of a prompt, a user's message or a whole chat, as the model will see them.
 
         Raises:
-            UserError: the chat is malformed, or `raw` doesn't fit the other arguments.
+            UserError: the chat is malformed, or options don't fit one another or the model.
         """
-        if raw:
-            if not isinstance(prompt, str) or system is not None:
-                raise UserError("A raw prompt is one text, without messages or a system prompt.")
-            return self.tokenizer.encode(prompt, add_special_tokens=True)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if system is not None:
-            if any(isinstance(m, Mapping) and m.get("role") == "system" for m in messages):
-                raise UserError("The chat has a system message of its own; leave out the other.")
-            messages = [{"role": "system", "content": system}, *messages]
-        template = self.tokenizer.template_for()
-        if template is None and not self._warned:
+        source = self.config.source
+        in_chat = not options.get("raw") and options.get("suffix") is None
+        without = in_chat and self.tokenizer.template_for(options.get("tools")) is None
+        if without and not self._warned:
             self._warned = True
             logging.warning(
                 "%s has no chat template: using ChatML, with the system prompt %r unless the "
                 "chat has one.",
-                self.config.source,
+                source,
                 DEFAULT_SYSTEM,
             )
-        text = render_chat(
-            template,
-            messages,
-            special_tokens=self.tokenizer.special_tokens,
-            source=self.config.source,
-        )
-        return self.tokenizer.encode(text)
+        return prompt_ids(self.tokenizer, prompt, source=source, **options)
 
     def batch(self, requests: Sequence[Request], top_logprobs: int | None = None) -> Batch:
         """Requests to run together; iterate over it for the text as it comes."""
         chunk = _CHUNK.get(self.engine.platform, _GPU_CHUNK)
         return Batch(self.engine, self.tokenizer, requests, chunk=chunk, top_logprobs=top_logprobs)
 
-    def request(
-        self,
-        prompt: str | Sequence[Message],
-        *,
-        max_tokens: int = 256,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        system: str | None = None,
-        raw: bool = False,
-    ) -> Request:
-        """One row's work, for `batch`; the arguments are those of `Options`.
+    def request(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Request:
+        """One row's work, for `batch`.
 
         Raises:
             UserError: the prompt is empty, malformed or longer than the context.
         """
-        tokens = self.tokens(prompt, system=system, raw=raw)
-        self.engine.capacity([Prompt(tokens, max_tokens)])
-        return Request(tokens, max_tokens, sampling or Sampling(), stop)
+        request = self.request_of(self.tokens(prompt, **prompt_options(options)), options)
+        self.engine.capacity([Prompt(request.tokens, request.max_tokens)])
+        return request
+
+    def request_of(self, tokens: Sequence[int], options: Options) -> Request:
+        """The same where the prompt's ids are known, and the options about it are not looked at.
+
+        Raises:
+            UserError: a stop id is no token.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        answer = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
+        request = Request(tokens, **cast(Any, answer))
+        row_stop_ids(request, self.tokenizer)
+        return request
 
     def check_fits(self, request: Request, n: int) -> None:
         """Raises UserError where a batch of n times this request doesn't fit the device.
@@ -332,6 +328,7 @@ class Model:
         requests = [request for request in firsts for _ in range(n)]
         if not requests:
             return []
+        _warn_of_idle(firsts[0].sampling, n)
         batch = self.batch(reseeded(requests), top_logprobs)
         for _ in batch:
             pass
@@ -343,7 +340,9 @@ class Model:
         Raises:
             UserError: the prompt is empty, malformed or longer than the context.
         """
-        for pieces in self.batch([self.request(prompt, **options)]):
+        request = self.request(prompt, **options)
+        _warn_of_idle(request.sampling)
+        for pieces in self.batch([request]):
             if pieces[0]:
                 yield pieces[0]
 
@@ -371,3 +370,9 @@ def reseeded(requests: Sequence[Request], first: int = 0) -> list[Request]:
         )
         for i, request in enumerate(requests)
     ]
+
+
+def _warn_of_idle(sampling: Sampling, n: int = 1) -> None:
+    """Warns of settings that do nothing, as `Sampling(top_p=0.9)` without a temperature."""
+    if sampling.temperature == 0:
+        warn_of_greedy(set(DRAWS) & set(changed(sampling)), n)

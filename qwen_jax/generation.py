@@ -12,6 +12,7 @@ from qwen_jax.engine import Emitted, Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
 from qwen_jax.measure import compile_seconds
 from qwen_jax.sampling import Logprobs, Sampling, plan_rows
+from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream
 from qwen_jax.text.tokenizer import Tokenizer
 
@@ -229,7 +230,7 @@ class _Row:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None if self.limit > 0 else "length"
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
-        own = _own_stop_ids(request, tokenizer)
+        own = row_stop_ids(request, tokenizer)
         self._stop_ids = {*engine.stop_ids, *own}
         self._stream = TextStream(tokenizer, request.stop, hidden=self._stop_ids)
         self._text: list[str] = []
@@ -273,11 +274,11 @@ class _Row:
         )
 
 
-def _own_stop_ids(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
+def row_stop_ids(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end this text besides the model's. Raises UserError where one is no token."""
     for token in request.stop_ids:
         if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
             raise UserError(
                 f"stop_ids holds {token!r:.40}, but token ids are 0 to {tokenizer.vocab_size - 1}."
             )
-    return tuple(request.stop_ids)
+    return (*request.stop_ids, *own_stop_ids(tokenizer, request.tokens))

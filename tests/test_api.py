@@ -160,6 +160,39 @@ class TestGenerate:
             assert completion.text == text[: text.index(stop)]
             assert completion.finish_reason == "stop"
 
+    def test_stop_ids_are_not_shown(self, model: Model) -> None:
+        whole = one(model, "haiku: snow")
+        token = next(t for t in whole.tokens if model.tokenizer.decode([t]) == "\n")
+        cut = one(model, "haiku: snow", stop_ids=[token])
+        at = whole.tokens.index(token)
+        assert (cut.tokens, cut.finish_reason) == (whole.tokens[: at + 1], "stop")
+        assert cut.text == model.tokenizer.decode(whole.tokens[:at])
+
+    def test_a_final_message_is_continued(self, model: Model) -> None:
+        """What the model wrote itself, cut anywhere between tokens, is gone on with as it was."""
+        asked = {"role": "user", "content": "haiku: snow"}
+        whole = one(model, [asked])
+        for at in (1, 5):
+            begun = model.tokenizer.decode(whole.tokens[:at])
+            chat = [asked, {"role": "assistant", "content": begun}]
+            assert model.tokens(chat, continue_final_message=True) == [
+                *model.tokens([asked]),
+                *whole.tokens[:at],
+            ]
+            rest = one(model, chat, continue_final_message=True)
+            assert (begun + rest.text, rest.finish_reason) == (whole.text, "stop")
+
+    def test_settings_that_do_nothing_are_told(
+        self, model: Model, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        one(model, "haiku: snow", max_tokens=1, sampling=Sampling(top_p=0.9))
+        next(model.stream("haiku: snow", sampling=Sampling(seed=3)))
+        one(model, "haiku: snow", max_tokens=1)
+        assert [text.split("greedy: ")[1] for text in caplog.messages] == [
+            "top_p does nothing; set a temperature.",
+            "seed does nothing; set a temperature.",
+        ]
+
     def test_wrong_arguments(self, model: Model) -> None:
         long = "word " * 3000
         for arguments, words in (

@@ -13,7 +13,6 @@ from qwen_jax.engine import Engine
 from qwen_jax.experiments import quantize
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
-from qwen_jax.sampling import Sampling
 
 _PROMPTS = 4096
 """Prompts whose ids are kept for other points."""
@@ -57,7 +56,7 @@ class Models:
     def __init__(self, directory: Path):
         self._directory = directory
         self._held: tuple[Choice, api.Model] | None = None
-        self._tokens: dict[tuple[str | bool | None, ...], Sequence[int]] = {}
+        self._tokens: dict[tuple[str, str], Sequence[int]] = {}
         self._programs: dict[tuple[Any, ...], Engine] = {}
 
     def get(self, choice: Choice) -> api.Model:
@@ -71,15 +70,12 @@ class Models:
         """A prompt as the model's ids, and how to answer it."""
         model, options = self.get(choice), item.options
         # Other weights of the same model have the same chat template and vocabulary.
-        frame = (choice.model, options.get("system"), options.get("raw", False))
-        key = (*frame, json.dumps(item.prompt))
+        key = choice.model, json.dumps([item.prompt, api.prompt_options(options)])
         if key not in self._tokens:
             if len(self._tokens) >= _PROMPTS:
                 self._tokens.clear()
             self._tokens[key] = model.request(item.prompt, **options).tokens
-        sampling = options.get("sampling") or Sampling()
-        stop = options.get("stop", ())
-        return Request(self._tokens[key], options.get("max_tokens", 256), sampling, stop)
+        return model.request_of(self._tokens[key], options)
 
     def _load(self, choice: Choice) -> api.Model:
         path: str | Path = choice.model

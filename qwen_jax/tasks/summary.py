@@ -8,6 +8,7 @@ import jax
 
 from qwen_jax.api import Model
 from qwen_jax.generation import Batch, Timings
+from qwen_jax.in_force import describe
 from qwen_jax.measure import peak_memory
 from qwen_jax.sampling import Sampling
 
@@ -51,22 +52,8 @@ class Summary:
                 f"compilation {total.compile_seconds:.2f} s in all",
                 f"memory      {peak / 1e6:,.0f} MB peak ({where})",
                 f"finished    {reasons}",
-                f"sampling    {_describe(self._sampling)}",
+                f"sampling    {describe(self._sampling)}",
                 f"ran on      {jax.local_devices()[0].device_kind}, {engine.cache_dtype}, "
                 f"JAX {jax.__version__}",
             )
         )
-
-
-def _describe(sampling: Sampling) -> str:
-    """Only what is in force: greedy decoding has no use for filters or a seed."""
-    defaults = Sampling()
-    names = [f.name for f in dataclasses.fields(Sampling)]
-    if sampling.temperature == 0:
-        names = [n for n in names if n.endswith(("penalty", "bias"))]
-    parts = [
-        f"{n} {getattr(sampling, n)}"
-        for n in names
-        if n == "seed" or getattr(sampling, n) != getattr(defaults, n)
-    ]
-    return ", ".join(([] if sampling.temperature else ["greedy"]) + parts)

@@ -1,5 +1,6 @@
 """A small vocabulary of our own, and Qwen's where the shared fixtures are at hand."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ QWEN2_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Of Qwen2.5-Coder's tokenizer.json: "special" is false for these.
+FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+       "<|file_sep|>")  # fmt: skip
 USER_DEFINED = ("<tool_call>", "</tool_call>")
 PADDING = 3
 CORPUS = (
@@ -109,3 +113,27 @@ def gguf_metadata(reference: tokenizers.Tokenizer) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def small(gguf_metadata: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_gguf(gguf_metadata, "small.gguf")
+
+
+def with_tokens(metadata: dict[str, Any], extra: dict[str, int], **keys: Any) -> dict[str, Any]:
+    """A copy with more tokens, of these types, in place of the padding."""
+    metadata = copy.deepcopy(metadata)
+    for name, more in (("tokens", [*extra]), ("token_type", [*map(int, extra.values())])):
+        values = list(metadata[f"tokenizer.ggml.{name}"])
+        metadata[f"tokenizer.ggml.{name}"] = [*values[:-PADDING], *more, *values[-PADDING:]]
+    return metadata | {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+
+
+@pytest.fixture
+def coder(
+    reference: tokenizers.Tokenizer, gguf_metadata: dict[str, Any], tmp_path: Path
+) -> dict[str, Tokenizer]:
+    """The two formats of one model, as Qwen and llama.cpp's converter write them."""
+    library = tokenizers.Tokenizer.from_str(reference.to_str())
+    library.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in FIM])
+    write_hf(tmp_path, library)
+    metadata = with_tokens(gguf_metadata, dict.fromkeys(FIM, TokenType.CONTROL))
+    return {
+        "hf": Tokenizer.from_hf(tmp_path),
+        "gguf": Tokenizer.from_gguf(metadata, "coder.gguf"),
+    }

@@ -12,36 +12,9 @@ from gguf.constants import Keys
 
 from qwen_jax.text import Fim, Tokenizer
 from qwen_jax.text.vocabulary import FIM_TOKENS
-from tests.text.conftest import PADDING, write_hf
+from tests.text.conftest import FIM, with_tokens, write_hf
 
 G = "tokenizer.ggml."
-# Of Qwen2.5-Coder's tokenizer.json: "special" is false for these.
-FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
-       "<|file_sep|>")  # fmt: skip
-
-
-def with_tokens(metadata: dict[str, Any], extra: dict[str, int], **keys: Any) -> dict[str, Any]:
-    """A copy with more tokens, of these types, in place of the padding."""
-    metadata = copy.deepcopy(metadata)
-    for name, more in (("tokens", [*extra]), ("token_type", [*map(int, extra.values())])):
-        values = list(metadata[G + name])
-        metadata[G + name] = [*values[:-PADDING], *more, *values[-PADDING:]]
-    return metadata | {G + key: value for key, value in keys.items()}
-
-
-@pytest.fixture
-def coder(
-    reference: tokenizers.Tokenizer, gguf_metadata: dict[str, Any], tmp_path: Path
-) -> dict[str, Tokenizer]:
-    """The two formats of one model, as Qwen and llama.cpp's converter write them."""
-    library = tokenizers.Tokenizer.from_str(reference.to_str())
-    library.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in FIM])
-    write_hf(tmp_path, library)
-    metadata = with_tokens(gguf_metadata, dict.fromkeys(FIM, TokenType.CONTROL))
-    return {
-        "hf": Tokenizer.from_hf(tmp_path),
-        "gguf": Tokenizer.from_gguf(metadata, "coder.gguf"),
-    }
 
 
 def test_fim_tokens_are_text_in_both_formats(

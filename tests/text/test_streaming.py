@@ -1,11 +1,14 @@
 """Pieces of text: whole characters, nothing lost, and stop strings cut wherever pieces end."""
 
+import itertools
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
 from qwen_jax.text import StopStrings, TextStream, Tokenizer
+from tests.text.conftest import FIM, SPECIAL
 
 few = settings(deadline=None, max_examples=300)
 
@@ -60,6 +63,52 @@ def test_control_tokens_can_be_shown(small: Tokenizer) -> None:
     ids = small.encode("a<|im_end|>")
     assert "".join(_pieces(small, ids)) == "a"
     assert TextStream(small, skip_special=False).feed(ids) == "a<|im_end|>"
+
+
+mixed = st.sampled_from("ab\n\u00e9\U0001f680") | st.sampled_from([*SPECIAL, *FIM])
+mixed_texts = st.lists(mixed, max_size=12).map("".join)
+
+
+@given(
+    data=st.lists(st.integers(0, 394) | st.integers(384, 394), max_size=20),
+    text=mixed_texts,
+    stops=st.lists(mixed_texts | st.sampled_from(["<|", "|><|im", "d|>"]), max_size=3),
+    hidden=st.sets(st.integers(0, 394), max_size=5),
+    sizes=st.lists(st.integers(0, 5), max_size=10),
+    form=st.sampled_from(["hf", "gguf"]),
+)
+@settings(few, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_stops_see_control_tokens_and_show_none(
+    data: list[int],
+    text: str,
+    stops: list[str],
+    hidden: set[int],
+    sizes: list[int],
+    form: str,
+    coder: dict[str, Tokenizer],
+) -> None:
+    tokenizer = coder[form]
+    ids, stops = [*data, *tokenizer.encode(text), *data], [stop for stop in stops if stop]
+    seen = [
+        (byte, tokenizer.decode([i]) != "" and i not in hidden)
+        for i in ids
+        for byte in tokenizer.token_bytes(i)
+    ]
+    whole = bytes(byte for byte, _ in seen)
+    coded = [stop.encode() for stop in stops]
+    ends = [(whole.find(s) + len(s), whole.find(s), s.decode()) for s in coded if s in whole]
+    end = min(ends)[1] if ends else len(whole)
+    expected = bytes(byte for byte, is_shown in seen[:end] if is_shown).decode(errors="replace")
+
+    stream = TextStream(tokenizer, stops, hidden)
+    pieces = [stream.feed(ids[at:to]) for at, to in _ranges(sizes, len(ids))]
+    assert "".join([*pieces, stream.finish()]) == expected
+    assert stream.stopped == bool(ends)
+
+
+def _ranges(sizes: list[int], length: int) -> list[tuple[int, int]]:
+    ends = [*itertools.accumulate(sizes), length]
+    return list(itertools.pairwise([0, *(min(end, length) for end in ends)]))
 
 
 def _cut(text: str, sizes: list[int]) -> list[str]:

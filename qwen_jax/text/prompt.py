@@ -1,0 +1,107 @@
+"""What a user asks -> the ids that the model goes on from: a chat, plain text, or a gap in one."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from qwen_jax.errors import UserError
+from qwen_jax.text.chat import render_chat
+from qwen_jax.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+"""One chat message: {"role": "user", "content": "..."}."""
+
+
+class PromptOptions(TypedDict, total=False):
+    """How a prompt is put to the model.
+
+    Attributes:
+        system: the system prompt; without one the chat template decides.
+        raw: continue the text, without a chat around it.
+        suffix: write what stands between the prompt and this text (fill in the middle).
+        tools: JSON schemas of functions that the model may call, as OpenAI's API takes them.
+        continue_final_message: go on with the chat's last message instead of answering it; the
+            completion is what is added to it.
+    """
+
+    system: str | None
+    raw: bool
+    suffix: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    continue_final_message: bool
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Message],
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    suffix: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    source: str = "the model",
+) -> list[int]:
+    """The ids of a prompt as the model will see them.
+
+    Args:
+        prompt: a user's message, or a whole chat; the others are those of `PromptOptions`.
+        source: the model's name, for messages.
+
+    Raises:
+        UserError: the chat is malformed, or arguments don't fit one another or the model.
+    """
+    of_chat = not isinstance(prompt, str) or system is not None or bool(tools)
+    if suffix is not None:
+        if of_chat or continue_final_message or not isinstance(suffix, str):
+            raise UserError(
+                "A suffix is a text that follows one other text, without messages, a system "
+                "prompt or tools."
+            )
+        return _infill(tokenizer, str(prompt), suffix, source)
+    if raw:
+        if of_chat or continue_final_message:
+            raise UserError("A raw prompt is one text, without messages, a system prompt or tools.")
+        return tokenizer.encode(str(prompt), add_special_tokens=True)
+    if isinstance(prompt, str):
+        if continue_final_message:
+            raise UserError(
+                "continue_final_message needs a chat, whose last message it continues; give "
+                "messages, or continue a text with raw."
+            )
+        prompt = [{"role": "user", "content": prompt}]
+    if system is not None:
+        if any(isinstance(m, Mapping) and m.get("role") == "system" for m in prompt):
+            raise UserError("The chat has a system message of its own; leave out the other.")
+        prompt = [{"role": "system", "content": system}, *prompt]
+    text = render_chat(
+        tokenizer.template_for(tools),
+        prompt,
+        continue_final_message=continue_final_message,
+        tools=tools,
+        special_tokens=tokenizer.special_tokens,
+        source=source,
+    )
+    return tokenizer.encode(text)
+
+
+def own_stop_ids(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[int, ...]:
+    """Ids that end what follows this prompt besides the model's: those of a gap in a text, where
+    the prompt has one of its tokens. So llama.cpp ends one; transformers knows none of this."""
+    fim = tokenizer.fim
+    if fim is None or set(dataclasses.astuple(fim)).isdisjoint(prompt):
+        return ()
+    return tokenizer.fim_stop_ids
+
+
+def _infill(tokenizer: Tokenizer, prefix: str, suffix: str, source: str) -> list[int]:
+    """Qwen2.5-Coder's order. The pieces are text: what looks like a control token is spelt out."""
+    fim = tokenizer.fim
+    if fim is None:
+        raise UserError(
+            f"{source}: the model has no tokens for filling in the middle, so it can't take a "
+            "suffix; choose a Coder model, or leave the suffix out."
+        )
+    before, after = (tokenizer.encode(text, parse_special=False) for text in (prefix, suffix))
+    begin = tokenizer.encode("", add_special_tokens=True)
+    return [*begin, fim.prefix, *before, fim.suffix, *after, fim.middle]

@@ -1,53 +1,24 @@
 """Which prompts a config asks for, and how they are to be answered."""
 
-import dataclasses
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import api, settings, utf8
-from qwen_jax.api import BUNDLED, Message, Options
+from qwen_jax import api, in_force, prompt_lines, recommended, strict_json, utf8
+from qwen_jax.api import BUNDLED, Options
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
+from qwen_jax.in_force import DRAWS
+from qwen_jax.prompt_lines import Item
 from qwen_jax.sampling import Sampling
+from qwen_jax.text.messages import plain_tools
 from qwen_jax.text.streaming import StopStrings
 
 HAIKU = "Write a haiku that contains the word lantern."
 """What the bundled model is asked where nobody asks anything."""
-
-FIELDS: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "messages": (list,),
-    "id": (str, int),
-    "system": (str,),
-    "raw": (bool,),
-    "max_tokens": (int,),
-    "seed": (int,),
-}
-"""Fields of a line of JSON, and their types."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One prompt: what to answer, how, where it stood and the caller's name for it.
-
-    `fields` is the line of JSON that a template made the prompt from.
-    """
-
-    prompt: str | list[Message]
-    options: Options
-    where: str
-    id: str | int = 1
-    has_seed: bool = False
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.prompt == "":
-            raise UserError(f"{self.where}: the prompt is empty; ask something.")
 
 
 def sampling_of(config: ConfigDict) -> Sampling:
@@ -61,13 +32,22 @@ def options_of(config: ConfigDict) -> Options:
     for name in ("max_tokens", "n", "batch_size"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}, but it must be at least 1.")
+    if config.generation_config not in recommended.CHOICES:
+        raise UserError(
+            f"generation_config is {config.generation_config!r:.40}, but it must be one of "
+            f"{', '.join(recommended.CHOICES)}."
+        )
     StopStrings(config.stop)  # Refuses an empty one.
     return Options(
         max_tokens=config.max_tokens,
         sampling=sampling_of(config),
         stop=tuple(config.stop),
+        stop_ids=_stop_ids(config.stop_ids),
         system=config.system,
         raw=config.raw,
+        suffix=config.suffix,
+        tools=_tools(config.tools),
+        continue_final_message=config.continue_final_message,
     )
 
 
@@ -99,10 +79,10 @@ def read(config: ConfigDict, options: Options) -> list[Item]:
 def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
     """The prompts of a file, in order, each checked when its turn comes.
 
-    A `.jsonl` file holds one object a line with `prompt` or `messages`, and optionally `id`,
-    `system`, `raw`, `max_tokens` and `seed`; any other file holds one prompt a line. Lines end
-    with LF or CR LF, and with nothing else; empty ones are skipped. Where an experiment has a
-    template, the prompt is made from it and the line's fields, which may then have any other
+    A `.jsonl` file holds one object a line with `prompt` or `messages`, and optionally an `id` and
+    settings of its own, which `prompt_lines.FIELDS` lists; any other file holds one prompt a line.
+    Lines end with LF or CR LF, and with nothing else; empty ones are skipped. Where an experiment
+    has a template, the prompt is made from it and the line's fields, which may then have any other
     names.
 
     Raises:
@@ -121,8 +101,10 @@ def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
                 if not text.strip():
                     continue
                 if is_json:
-                    record = _parse(text, where)
-                    yield _item(record, config.experiment.template, options, where, number)
+                    template = config.experiment.template
+                    yield prompt_lines.parse(
+                        text, template=template, options=options, where=where, number=number
+                    )
                 else:
                     yield Item(text, options, where, number)
     except OSError as error:
@@ -139,9 +121,25 @@ def rows(
             request = request_of(item)
         except UserError as error:
             raise UserError(f"{item.where}: {error}") from error
-        seed = 0 if item.has_seed else index * n
+        seed = 0 if "seed" in item.own else index * n
         for sample, seeded in enumerate(api.reseeded([request] * n, seed)):
             yield item, sample, seeded
+
+
+def warn_of_idle(items: Sequence[Item], asked: Collection[str], n: int) -> None:
+    """Warns once of what was asked for and does nothing, since answers are greedy.
+
+    Args:
+        items: all of the run's.
+        asked: fields of the config that somebody set.
+        n: samples of each.
+    """
+    greedy = [item for item in items if item.options["sampling"].temperature == 0]
+    idle = {name for item in greedy for name in DRAWS if name in item.own}
+    if len(greedy) == len(items):
+        in_force.warn_of_greedy(idle | {f.removeprefix("sampling.") for f in asked}, n)
+    else:
+        in_force.warn_of_greedy(idle)
 
 
 def answer(completion: Completion) -> dict[str, Any]:
@@ -159,66 +157,25 @@ def answer(completion: Completion) -> dict[str, Any]:
     return record
 
 
-def _filled(template: str, record: dict[str, Any], where: str) -> dict[str, Any]:
-    """The record with a prompt made from the template, and without the fields it took."""
-    if "messages" in record:
-        raise UserError(f"{where} has 'messages', which a template can't fill; drop one of them.")
+def _stop_ids(text: str) -> tuple[int, ...]:
+    """ "13,198" as ids."""
     try:
-        prompt = template.format_map(record)
-    except KeyError as error:
-        raise UserError(f"{where} has no {error}, which the template asks for.") from error
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise UserError(f"{where}: the template {template!r} can't be filled: {error}.") from error
-    return {name: value for name, value in record.items() if name in FIELDS} | {"prompt": prompt}
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UserError(f"stop_ids is {text!r:.60}, but it must be like 13,198.") from None
 
 
-def _item(
-    fields: dict[str, Any], template: str | None, options: Options, where: str, number: int
-) -> Item:
-    record = fields if template is None else _filled(template, fields, where)
-    if ("prompt" in record) == ("messages" in record):
-        raise UserError(f"{where} must have either 'prompt' or 'messages'.")
-    for name, value in record.items():
-        kinds = FIELDS.get(name)
-        if kinds is None:
-            known = ", ".join(FIELDS)
-            raise UserError(f"{where} has the field {name!r}; the fields are {known}.")
-        if type(value) not in kinds:
-            words = " or ".join(settings.KINDS[kind] for kind in kinds)
-            raise UserError(f"{where}: {name} is {value!r:.60}, but it must be {words}.")
-    if record.get("max_tokens", 1) < 1:
-        raise UserError(f"{where}: max_tokens is {record['max_tokens']}, but it must be positive.")
-    own = options.copy()
-    own["system"] = record.get("system", options["system"])
-    own["raw"] = record.get("raw", options["raw"])
-    own["max_tokens"] = record.get("max_tokens", options["max_tokens"])
-    if "seed" in record:
-        try:
-            own["sampling"] = dataclasses.replace(options["sampling"], seed=record["seed"])
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-    asked = record["prompt"] if "prompt" in record else record["messages"]
-    return Item(asked, own, where, record.get("id", number), "seed" in record, fields)
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    """A line's JSON object, without the fields that are null."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a field appears twice")
-        return dict(pairs)
-
+def _tools(path: str | None) -> list[Mapping[str, Any]] | None:
+    """The tools in a file of JSON."""
+    if path is None:
+        return None
     try:
-        record = json.loads(line, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-    except (ValueError, RecursionError) as error:
-        # ValueError also for a number of more digits than Python reads.
-        raise UserError(f"{where} is not JSON that can be read: {error}.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is {record!r:.60}, but it must be an object.")
-    return {name: value for name, value in record.items() if value is not None}
+        tools = strict_json.parse(Path(path).read_bytes(), path)
+        return plain_tools(tools)
+    except OSError as error:
+        raise UserError(f"--tools={path} can't be read: {error.strerror}.") from error
+    except UserError as error:
+        raise UserError(f"--tools: {error}") from error
 
 
 def _logit_bias(pairs: str) -> dict[int, float]:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import runpy
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,25 @@ def get_config() -> ConfigDict:
             "prompt_file": placeholder(str),
             "system": placeholder(str),
             "raw": False,
+            # The text after the cursor, where --prompt is the one before it (Coder models).
+            "suffix": placeholder(str),
+            # A file of JSON: a list of functions that the model may call, as OpenAI's API takes it.
+            "tools": placeholder(str),
+            # Go on with a chat's last message instead of answering it.
+            "continue_final_message": False,
             "max_tokens": 256,
+            # Texts and token ids, as in "13,198", that end the answer besides the model's own.
             "stop": (),
+            "stop_ids": "",
             "n": 1,
             "batch_size": 8,
             # JSON lines: of a prompt file's answers, instead of stdout.
             "output": placeholder(str),
             # Log-probabilities of the chosen token and of this many of the likeliest.
             "top_logprobs": placeholder(int),
+            # none or model: whether what the model recommends (generation_config.json, or
+            # general.sampling.* of a GGUF) holds where neither a flag nor a config says anything.
+            "generation_config": "none",
             "sampling": {
                 "temperature": 0.0,
                 "top_k": 0,
@@ -154,12 +165,23 @@ FLAGS: dict[str, tuple[str, str]] = {
     "prompt_file": ("prompt_file", "Prompts, one a line; .jsonl for one object a line."),
     "system": ("system", "The system prompt; without it the chat template decides."),
     "raw": ("raw", "Continue the prompt, without a chat around it."),
+    "suffix": ("suffix", "Write what stands between --prompt and this text (Coder models)."),
+    "tools": ("tools", "A JSON file with a list of functions that the model may call."),
+    "continue_final_message": (
+        "continue_final_message",
+        "Go on with a chat's last message instead of answering it.",
+    ),
     "max_tokens": ("max_tokens", "The most tokens to generate."),
     "stop": ("stop", "Text that ends the answer and is cut off; may be given several times."),
+    "stop_ids": ("stop_ids", "Ids of tokens that end the answer, as in 13,198."),
     "n": ("n", "Samples of each prompt."),
     "batch_size": ("batch_size", "Prompts of a file that run together."),
     "output": ("output", "Where the answers to a prompt file go, as JSON lines."),
     "top_logprobs": ("top_logprobs", "Report log-probabilities, and this many of the likeliest."),
+    "generation_config": (
+        "generation_config",
+        "none or model: follow what the model recommends where no flag or config says anything.",
+    ),
     "temperature": ("sampling.temperature", "0 is greedy."),
     "top_k": ("sampling.top_k", "Keep the k likeliest tokens; 0 keeps all."),
     "top_p": ("sampling.top_p", "Keep the likeliest tokens up to this probability; 1 keeps all."),
@@ -193,6 +215,7 @@ FLAGS: dict[str, tuple[str, str]] = {
 
 KINDS = {
     bool: "true or false",
+    dict: "an object",
     float: "a number",
     int: "a whole number",
     list: "a list",
@@ -219,6 +242,12 @@ class Command:
     config_file: str | None
     overrides: Mapping[str, Any]
     arguments: tuple[str, ...] = ()
+
+
+def asked(config: ConfigDict, overrides: Collection[str] = ()) -> frozenset[str]:
+    """The fields that somebody set: by a flag or a sweep, or to what is not the default."""
+    default = _defaults()
+    return frozenset(overrides) | {f for f, value in flatten(config) if value != default[f]}
 
 
 @functools.cache

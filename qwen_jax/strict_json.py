@@ -48,6 +48,18 @@ def parse_object(text: bytes | str, source: str, *, allow_nan: bool = False) -> 
     Raises:
         UserError: the text is no JSON object, or names a key twice.
     """
+    value = parse(text, source, allow_nan=allow_nan)
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: it is {value!r:.60}, but it must be a JSON object, {{...}}.")
+    return value
+
+
+def parse(text: bytes | str, source: str, *, allow_nan: bool = False) -> Any:
+    """Whatever value the JSON in `text` has; the arguments are `parse_object`'s.
+
+    Raises:
+        UserError: the text is no JSON, or names a key twice.
+    """
     try:
         decoded = utf8.decoded(text, f"{source}: it") if isinstance(text, bytes) else text
         value = json.loads(
@@ -67,8 +79,6 @@ def parse_object(text: bytes | str, source: str, *, allow_nan: bool = False) -> 
         raise UserError(f"{source}: {error}.") from None
     if half := _half_a_character(decoded, value):
         raise UserError(f"{source}: it holds {half}, half a character without its other half.")
-    if not isinstance(value, dict):
-        raise UserError(f"{source}: it is {value!r:.60}, but it must be a JSON object, {{...}}.")
     return value
 
 

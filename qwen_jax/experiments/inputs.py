@@ -56,7 +56,7 @@ def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
         for adapter in config.adapter:
             if adapter not in found and not is_hub_name(adapter):
                 found[adapter] = fingerprint(locate_adapter(adapter))
-        for name in (config.prompt_file, experiment.text, experiment.eval.include):
+        for name in (config.prompt_file, config.tools, experiment.text, experiment.eval.include):
             if name is not None and name not in found:
                 found[name] = fingerprint(Path(name))
     return found

@@ -106,7 +106,12 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     if "tensors" in parts:
         found = _with_tensors(found, config, checkpoint, trace)
     if "text" in parts and config.prompt is not None:
-        item = prompts.single(config, prompts.options_of(config))
+        options = prompts.options_of(config)
+        if options["suffix"] is not None or options["tools"] is not None:
+            raise UserError(
+                "The part text audits chats and plain texts; drop --suffix and --tools."
+            )
+        item = prompts.single(config, options)
         case = item.prompt
         if isinstance(case, str) and not config.raw:
             system = [{"role": "system", "content": config.system}] if config.system else []
@@ -124,9 +129,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     item = prompts.single(config, options) if ids is None and "tensors" in parts else None
     model = load(config)
     checkpoint = api.open_model(config.model, config.adapter)
-    tokens = ids or (
-        model.tokens(item.prompt, system=options["system"], raw=options["raw"]) if item else None
-    )
+    tokens = ids or (model.tokens(item.prompt, **api.prompt_options(options)) if item else None)
     faults = parse_faults(settings.plant or "", model.config)
     found = Report(planted=tuple(map(str, faults)))
     with (

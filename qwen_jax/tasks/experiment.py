@@ -1,8 +1,12 @@
 """`run.py experiment`: a sweep of settings, begun or gone on with."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from qwen_jax import in_force
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
 from qwen_jax.experiments.runner import Runner, devices_line
@@ -14,6 +18,7 @@ def run(command: Command) -> int:
     config = command.config
     declared = declaration.declare(command)
     planned = plan.part_of(plan.plan(declared.points), config.runner.shard)
+    _warn_of_idle(declared.points)
     if config.runner.dry_run:
         print(plan.listed(planned))
         return 0
@@ -40,6 +45,24 @@ def run(command: Command) -> int:
         opened.close()
     report.show([workdir], workdir)
     return 1 if failed else 0
+
+
+def _warn_of_idle(points: Sequence[declaration.Point]) -> None:
+    """Warns once of a seed or a filter that does nothing in any point, since all are greedy."""
+    if any(_may_draw(point.config) for point in points):
+        return
+    asked = {field.removeprefix("sampling.") for point in points for field in point.asked}
+    in_force.warn_of_greedy(asked, max(point.config.n for point in points))
+
+
+def _may_draw(config: ConfigDict) -> bool:
+    """Whether answers may be drawn, or the task has another use for the seed."""
+    if config.experiment.task != "generate" or config.generation_config != "none":
+        return True
+    if config.sampling.temperature > 0 or config.prompt_file is None:
+        return config.sampling.temperature > 0
+    with Path(config.prompt_file).open("rb") as file:
+        return any(b'"temperature"' in line for line in file)
 
 
 def _announce(declared: declaration.Declaration, opened: records.Records, count: int) -> None:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, pins, prompts
+from qwen_jax import api, pins, prompts, recommended, settings
 from qwen_jax.accuracy.recording import trace_generation
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
@@ -34,7 +34,8 @@ def run(command: Command) -> int:
         items = [prompts.single(config, options)] if single else prompts.read(config, options)
         pins.pin_and_tell(config, pins.OF_RUN)
         model = load(config)
-        summary = Summary(model, options["sampling"])
+        config, items = _as_recommended(model, command, items)
+        summary = Summary(model, prompts.sampling_of(config))
         try:
             if single:
                 _run_single(model, items[0], config, summary)
@@ -50,6 +51,23 @@ def run(command: Command) -> int:
         finally:
             summary.show()
     return 0
+
+
+def _as_recommended(
+    model: Model, command: Command, items: list[prompts.Item]
+) -> tuple[ConfigDict, list[prompts.Item]]:
+    """The config and the prompts with what the model recommends, where that is to be followed.
+
+    Says what it recommends and what is used, and warns of settings that then do nothing.
+    """
+    asked = settings.asked(command.config, command.overrides)
+    config = recommended.resolved(command.config, model.recommended, asked)
+    options = prompts.options_of(config)
+    items = [item.over(options) for item in items]
+    if said := recommended.line(model.recommended, config, options["sampling"]):
+        print(said, file=sys.stderr)
+    prompts.warn_of_idle(items, asked, config.n)
+    return config, items
 
 
 def _check_trace(config: ConfigDict) -> None:

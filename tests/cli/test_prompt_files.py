@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qwen_jax import prompts, settings
 from qwen_jax.errors import UserError
+from qwen_jax.sampling import Sampling
 from tests.cli.conftest import Run
 
 FILES = {
@@ -22,7 +23,20 @@ FILES = {
     b"[1]\n": "line 1 is [1], but it must be an object",
     b'{"id": 3}\n': "line 1 must have either 'prompt' or 'messages'",
     b'{"prompt": "a", "messages": []}\n': "line 1 must have either 'prompt' or 'messages'",
-    b'{"prompt": "a", "temperature": 1}\n': "line 1 has the field 'temperature'; the fields are",
+    b'{"prompt": "a", "temprature": 1}\n': "field 'temprature'; did you mean 'temperature'?",
+    b'{"prompt": "a", "xyzzy": 1}\n': "line 1 has the field 'xyzzy'; the fields are prompt, mess",
+    b'{"prompt": "a", "temperature": "1"}\n': "temperature is '1', but it must be a number",
+    b'{"prompt": "a", "top_p": 0}\n': "line 1: sampling.top_p is 0, but it must be above 0",
+    b'{"prompt": "a", "logit_bias": {"x": 1}}\n': "line 1: logit_bias has 'x': 1, but it must map",
+    b'{"prompt": "a", "logit_bias": {"1": "2"}}\n': "line 1: logit_bias has '1': '2', but it must",
+    b'{"prompt": "a", "stop": ""}\n': "line 1: stop is [''], but it must be a list of texts",
+    b'{"prompt": "a", "stop": ["b", 3]}\n': "line 1: stop is ['b', 3], but it must be a list",
+    b'{"prompt": "a", "stop": 3}\n': "line 1: stop is 3, but it must be text or a list",
+    b'{"prompt": "a", "stop_ids": [1, "2"]}\n': "line 1: stop_ids is [1, '2'], but it must be a",
+    b'{"prompt": "a", "stop_ids": 13}\n': "line 1: stop_ids is 13, but it must be a list",
+    b'{"prompt": "a", "suffix": 3}\n': "line 1: suffix is 3, but it must be text",
+    b'{"prompt": "a", "tools": {}}\n': "line 1: tools is {}, but it must be a list",
+    b'{"messages": [], "continue_final_message": 1}\n': "message is 1, but it must be true or f",
     b'{"prompt": "a", "prompt": "b"}\n': "line 1 is not JSON that can be read: a field appears",
     b'{"prompt": 3}\n': "line 1: prompt is 3, but it must be text",
     b'{"prompt": ""}\n': "line 1: the prompt is empty",
@@ -47,6 +61,17 @@ LATE = {
     b'{"messages": [{"role": "system", "content": "a"}], "system": "b"}\n': (
         "line 1: The chat has a system message"
     ),
+    b'{"prompt": "a"}\n{"prompt": "a", "stop_ids": [5, 2048]}\n': (
+        "line 2: stop_ids holds 2048, but token ids are 0 to 2047"
+    ),
+    b'{"prompt": "", "suffix": ""}\n': "line 1: ",
+    b'{"prompt": "a", "continue_final_message": true}\n': (
+        "line 1: continue_final_message needs a chat"
+    ),
+    b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n': (
+        "line 1: message 0 (user) has a part of type 'image_url'"
+    ),
+    b'{"prompt": "a", "tools": [{"type": "function"}]}\n': "line 1: tool 0 is",
 }
 
 
@@ -186,3 +211,71 @@ def test_lines_of_text_and_logprobs(run: Run, tmp_path: Path) -> None:
         (best, logprob), (_, runner_up) = entry["top"]
         assert (best, logprob) == (entry["token"], entry["logprob"])
         assert runner_up <= logprob < 0
+
+
+def items_of(tmp_path: Path, *lines: dict[str, Any], **fields: Any) -> list[prompts.Item]:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    config = settings.get_config()
+    settings.update(config, {"prompt_file": str(path), **fields}, "the test")
+    return prompts.read(config, prompts.options_of(config))
+
+
+def test_a_lines_own_settings_win_over_the_configs(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    config = {"stop": ("c",), "stop_ids": "3,4", "sampling.top_k": 5, "max_tokens": 7}
+    own = {"stop": "x", "stop_ids": [9], "temperature": 1, "logit_bias": {"7": -1}, "suffix": ""}
+    plain, line, listed = items_of(
+        tmp_path,
+        {"prompt": "a", "stop": None},
+        {"prompt": "", **own},
+        {"messages": [], "stop": ["x", "y"], "continue_final_message": True, "tools": []},
+        tools=str(tmp_path / "tools.json"),
+        **config,
+    )
+    assert (plain.options["stop"], plain.options["stop_ids"]) == (("c",), (3, 4))
+    assert plain.options["tools"] == tools and plain.options["suffix"] is None
+    assert (line.options["stop"], line.options["stop_ids"]) == (["x"], [9])
+    assert line.options["sampling"] == Sampling(temperature=1, top_k=5, logit_bias={7: -1.0})
+    assert (line.options["suffix"], line.options["max_tokens"]) == ("", 7)
+    assert (listed.options["stop"], listed.options["tools"]) == (["x", "y"], [])
+    assert listed.options["continue_final_message"]
+    # What all lines share may be known only with the model; a line's own still wins.
+    shared = plain.options | {"sampling": Sampling(temperature=0.3, top_p=0.5), "stop": ("m",)}
+    assert line.over(shared).options["sampling"] == Sampling(
+        temperature=1, top_p=0.5, logit_bias={7: -1.0}
+    )
+    assert (plain.over(shared).options["stop"], line.over(shared).options["stop"]) == (
+        ("m",),
+        ["x"],
+    )
+
+
+def test_what_a_template_takes_is_no_setting(tmp_path: Path) -> None:
+    (item,) = items_of(
+        tmp_path,
+        {"word": "a", "suffix": "b", "stop": "c", "temperature": 2, "id": "d", "max_tokens": 3},
+        **{"experiment.template": "{word}{suffix} {temperature} {id} {stop[0]}"},
+    )
+    assert (item.prompt, item.id, item.own) == ("ab 2 d c", "d", {"max_tokens": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "can't be read: No such file"),
+        (b"[", "it is not JSON (Expecting value at line 1"),
+        (b"{}", "tools is {}, but it must be a list of JSON schemas"),
+        (b'[{"type": "function"}]', "tool 0 is"),
+        (b'[{"name": "f", "name": "g"}]', "the key 'name' appears twice"),
+    ],
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_files_of_tools(
+    refuses: Callable[..., None], tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "tools.json"
+    if content is not None:
+        path.write_bytes(content)
+    refuses([f"--tools={path}"], "--tools", str(path) if content is None else "", words)

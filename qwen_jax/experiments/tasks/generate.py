@@ -2,19 +2,22 @@
 
 import functools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from qwen_jax import prompts
+from qwen_jax import prompts, recommended
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import scores
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.prompts import Item
+from qwen_jax.recommended import Recommended
 
 Row = tuple[Item, int, Request]
 
@@ -68,7 +71,8 @@ class Generate(Task):
     def run(self, work: Work) -> Metrics:
         total = sum(1 for _ in self._lines()) * self.config.n
         size = max(1, min(self.config.batch_size, total))
-        work.model()  # What is wrong with it is not the first prompt's fault.
+        # What is wrong with the model is not the first prompt's fault.
+        self._follow(work.model().recommended, work.asked)
         rows = prompts.rows(self._items(), self.config.n, work.request)
         earlier = work.recorded()
         pending = next(earlier, None)
@@ -93,6 +97,13 @@ class Generate(Task):
             raise UserError(f"--prompt_file={self.config.prompt_file} holds no prompts.")
         return tally.metrics()
 
+    def _follow(self, said: Recommended, asked: Collection[str]) -> None:
+        """Takes what the model recommends into the options, where that is to be followed."""
+        config = recommended.resolved(self.config, said, asked)
+        self.options = prompts.options_of(config)
+        if line := recommended.line(said, config, self.options["sampling"]):
+            _say(line)
+
     def _run_batch(
         self, work: Work, part: list[Row], size: int, tally: "_Tally"
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -107,6 +118,12 @@ class Generate(Task):
                 waiting.remove(index)
                 yield index, prompts.answer(batch.completion(index))
         tally.time(batch.timings)
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Once a process, since points share models and settings."""
+    tqdm.write(line, file=sys.stderr)
 
 
 @functools.cache

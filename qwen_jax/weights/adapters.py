@@ -63,9 +63,15 @@ def _with(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
             )
         name, shape = own[weight]
         if change.shape != shape:
+            resized = weight in ends and change.shape[1:] == shape[1:]
+            why = (
+                "the vocabulary was resized for it, so merge it with peft and give the result"
+                if resized
+                else adapter.made_for
+            )
             raise UserError(
                 f"{adapter.path}: its change of {weight!r} has the shape {change.shape}, but the "
-                f"weight of {checkpoint.path} has {shape}; {adapter.made_for}."
+                f"weight of {checkpoint.path} has {shape}; {why}."
             )
     for weight, tensor in adapter.replaced.items():
         name, _ = own[weight]

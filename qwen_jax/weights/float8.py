@@ -18,8 +18,11 @@ from qwen_jax.weights.tensors import OtherType, TensorFiles, TensorInfo
 SCALES = ("weight_scale_inv", "weight_scale")
 """Names of the scales; in spite of the first's, a weight is multiplied by either."""
 
-NOT_NEEDED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
-"""Scales of activations, keys and values, which are not quantised here."""
+NOT_NEEDED = (
+    *(".input_scale", ".activation_scale", ".output_scale"),
+    *(".k_scale", ".v_scale", ".kv_scale"),
+)
+"""Ends of the names of scales of activations, keys and values, which are not quantised here."""
 
 _SCALE_TYPES = (Type.F32, Type.BF16, Type.F16, OtherType.F8_E8M0)
 

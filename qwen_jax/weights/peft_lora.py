@@ -17,6 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.strict_json import read_object
 from qwen_jax.weights import names
 from qwen_jax.weights.low_rank import Factor, LowRank
+from qwen_jax.weights.prefixes import unwrapped
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.stored import Plain
 from qwen_jax.weights.tensors import TensorFiles
@@ -42,6 +43,14 @@ _REFUSED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take the update's first value out of the model's own weight."""
 
+_OTHERS = {
+    "adapter_model.bin": ", and adapter_model.bin is a pickle, which could run any program and is "
+    "not read; save it again with peft's save_pretrained",
+    "adapters.safetensors": ", and adapters.safetensors is MLX's; merge it with mlx_lm.fuse, and "
+    "give the result",
+}
+"""Files that adapters have instead, and what to say of them."""
+
 _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 _USED |= {"init_lora_weights", "base_model_name_or_path", "ensure_weight_tying"}
 
@@ -55,7 +64,8 @@ _NEUTRAL = {
 """Fields of training, or of what the tensors' names say. All modules of Qwen2 are `nn.Linear`, for
 which peft sets fan_in_fan_out to false."""
 
-_PREFIX = "base_model.model."
+_PEFT = "base_model.model."
+_STANDARD = "model."
 _UPDATE = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.default)?")
 _REPLACED = re.compile(
@@ -98,7 +108,7 @@ def open_adapter(directory: Path) -> Adapter:
     for name, info in files.tensors.items():
         tensor = Plain(files, name, info.shape)
         tensor.check(path)
-        plain = name.removeprefix(_PREFIX)
+        plain = _canonical(name)
         if found := _UPDATE.fullmatch(plain):
             factors.setdefault(found["module"], {})[found["side"]] = Factor(tensor)
         elif found := _EMBEDDING.fullmatch(plain):
@@ -118,6 +128,13 @@ def open_adapter(directory: Path) -> Adapter:
     if not updates and not replaced:
         raise UserError(f"{path}: it has no tensors; train the adapter, or leave it out.")
     return Adapter(directory, "safetensors", updates, replaced, config.made_for, config.tied)
+
+
+def _canonical(name: str) -> str:
+    """A tensor's name from the model on: peft's prefix is off, and `model.` is there."""
+    bare = unwrapped(name).removeprefix(_PEFT)
+    inner = bare.startswith(("layers.", "embed_tokens.", "norm."))  # trained without a head
+    return f"{_STANDARD}{bare}" if inner else bare
 
 
 def _update(module: str, pair: dict[str, Factor], config: "_Config", path: Path) -> LowRank:
@@ -154,16 +171,9 @@ class _Config:
                 "or a LoRA GGUF file."
             )
         if not (directory / WEIGHTS).is_file():
-            pickled = (directory / "adapter_model.bin").is_file()
-            raise UserError(
-                f"{directory}: it has no {WEIGHTS}"
-                + (
-                    ", and adapter_model.bin is a pickle, which could run any program and is not "
-                    "read; save it again with peft's save_pretrained."
-                    if pickled
-                    else "; get it from where the adapter is from."
-                )
-            )
+            others = [text for name, text in _OTHERS.items() if (directory / name).is_file()]
+            instead = others[0] if others else "; get it from where the adapter is from"
+            raise UserError(f"{directory}: it has no {WEIGHTS}{instead}.")
         config = cls(path, read_object(path))
         config.check()
         return config

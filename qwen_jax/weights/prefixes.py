@@ -29,7 +29,7 @@ class Naming:
         """By where the embedding is; the standard where that is in no place or in several."""
         found = {
             name.removesuffix(_ANCHOR)
-            for name in map(_unwrapped, names)
+            for name in map(unwrapped, names)
             if f".{name}".endswith(f".{_ANCHOR}")
         }
         return cls(found.pop()) if len(found) == 1 else cls()
@@ -41,7 +41,7 @@ class Naming:
 
     def canonical(self, name: str) -> str:
         """The name that transformers gives to the tensor `name` of this checkpoint."""
-        bare = _unwrapped(name)
+        bare = unwrapped(name)
         for head in (f"{self.outer}lm_head.", "lm_head."):
             if bare.startswith(head):
                 return f"lm_head.{bare.removeprefix(head)}"
@@ -72,5 +72,6 @@ class Naming:
         return dataclasses.replace(files, tensors=tensors)
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """The name without the modules that wrap the model or its layers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -198,6 +198,8 @@ def _gptq(settings: _Settings) -> Quantization:
             break
     if settings.get("is_marlin_format", bool, False):
         raise settings.refuse("is_marlin_format", f"only plain GPTQ is read; {_INSTEAD}")
+    if settings.fields.get("rotation"):
+        raise settings.refuse("rotation", f"only weights that are not rotated are read; {_INSTEAD}")
     if settings.get("pack_dtype", str, "int32") != "int32":
         raise settings.refuse("pack_dtype", f"only int32 is read; {_INSTEAD}")
     dynamic = settings.get("dynamic", dict, {})
@@ -219,12 +221,15 @@ def _gptq(settings: _Settings) -> Quantization:
 
 
 def _awq(settings: _Settings) -> Quantization:
-    # AutoAWQ's own names, then those of transformers.
-    names = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
+    for key in ("version", "format", "checkpoint_format"):
+        if settings.get(key, str, "gemm").lower() != "gemm":
+            raise settings.refuse(key, f"only gemm is read; {_INSTEAD}")
+    if settings.get("backend", str, "").lower() == "llm-awq":
+        raise settings.refuse("backend", f"only AutoAWQ's layout is read; {_INSTEAD}")
+    # AutoAWQ's own names, and those of transformers.
+    names = {"w_bit": "bits", "q_group_size": "group_size"}
     fields = {names.get(key, key): value for key, value in settings.fields.items()}
     settings = dataclasses.replace(settings, fields=fields)
-    if settings.get("version", str, "gemm").lower() != "gemm":
-        raise settings.refuse("version", f"only gemm is read; {_INSTEAD}")
     return AwqModules(_bits(settings, None, (4, 8)), _group_size(settings, None))
 
 
@@ -238,6 +243,8 @@ def _fp8(settings: _Settings) -> Quantization:
 def _compressed_tensors(settings: _Settings) -> Quantization:
     if settings.get("format", str) != "float-quantized":
         raise settings.refuse("format", f"only float-quantized is read; {_INSTEAD}")
+    if settings.fields.get("transform_config"):
+        raise settings.refuse("transform_config", f"activations would be transformed; {_INSTEAD}")
     blocks: set[tuple[int, int] | None] = set()
     for group in settings.get("config_groups", dict).values():
         weights = group.get("weights") if isinstance(group, dict) else None

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from absl import logging
+from safetensors.numpy import load_file, save_file
 
 from qwen_jax import api
 from qwen_jax.errors import UserError
@@ -269,6 +270,8 @@ def test_what_is_no_adapter(base, tmp_path):
     assert "adapter_model.bin is a pickle" in refusal(base, adapter, adapter)
     (adapter / "adapter_model.bin").unlink()
     assert "it has no adapter_model.safetensors; get it" in refusal(base, adapter, adapter)
+    (adapter / "adapters.safetensors").touch()
+    assert "adapters.safetensors is MLX's" in refusal(base, adapter, adapter)
     model = write_gguf(tmp_path / "model.gguf", CONFIG, PARAMS).path
     assert "general.type is None, and an adapter has 'adapter'; give a whole" in refusal(
         base, model, model
@@ -295,6 +298,30 @@ def test_gguf_adapter_of_another_model(base, tmp_path):
     name = Q_PROJ.replace("0", "9", 1)
     lora = write_gguf_lora(tmp_path / "a.gguf", {name: PAIRS[Q_PROJ]})
     assert "changes 'blk.9.attn_q.weight', which" in refusal(base, lora, lora)
+
+
+def test_a_vocabulary_that_was_resized(base, tmp_path):
+    more = {f"base_model.model.{EMBED}": np.zeros((50, 64), np.float32)}
+    adapter = write_peft(tmp_path, PAIRS, more=more)
+    assert "has (48, 64); the vocabulary was resized for it" in refusal(base, adapter, adapter)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace("base_model.model.", "module.base_model.model._orig_mod."),
+        lambda name: name.replace("model.layers", "layers"),
+        lambda name: name.replace(".weight", ".default.weight"),
+    ],
+    ids=["bare", "wrapped", "headless", "named"],
+)
+def test_other_names(tmp_path, rename):
+    base = write_hf(tmp_path / "base", CONFIG, PARAMS)
+    adapter = write_peft(tmp_path / "a", PAIRS)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({rename(k): v for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
+    assert_merged(base, adapter, [(PAIRS, lambda name: 2.0)])
 
 
 def test_tying_that_was_trained_is_refused(tmp_path):

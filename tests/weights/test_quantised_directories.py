@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from absl import logging
+from safetensors.numpy import save_file
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights import blocks
-from qwen_jax.weights.integers import Awq, unpack
+from qwen_jax.weights.integers import Awq, Gptq, unpack
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
+from qwen_jax.weights.safetensors import read_safetensors
+from qwen_jax.weights.tensors import TensorFiles
 from tests.quantised_checkpoints import (
     Quantise,
     Quantised,
@@ -222,6 +226,38 @@ def test_float8_without_scales_is_what_it_says(tmp_path):
     assert "k_proj.weight_scale_inv' and 5 more are missing" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("case", ["gptq", "awq", "fp8"])
+def test_names_with_other_prefixes(tmp_path, case):
+    settings, quantise = CASES[case]
+    written = write_quantised(tmp_path, CONFIG, PARAMS, quantise, settings)
+    renamed = {f"module.{name}": value for name, value in written.tensors.items()}
+    dataclasses.replace(written, tensors=renamed).save()
+    assert_loads(written)
+
+
+def test_a_matrix_is_expanded_in_pieces(tmp_path):
+    """No copy of a matrix is made: what is in memory besides the result is some pieces of it."""
+    size = 4096
+    rng = np.random.default_rng(0)
+    tensors = {
+        "x.qweight": rng.integers(0, 2**31, (size // 8, size), np.int32),
+        "x.qzeros": rng.integers(0, 2**31, (size // 128, size // 8), np.int32),
+        "x.scales": np.ones((size // 128, size), np.float16),
+        "x.g_idx": rng.permutation(np.arange(size, dtype=np.int32) // 128),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    files = TensorFiles(
+        (tmp_path / "x.safetensors",), {}, read_safetensors(tmp_path / "x.safetensors")
+    )
+    weight = Gptq(files, "x", (size, size), 4, 128, zeros_less_one=True, ordered=True)
+    out = np.empty(weight.shape, ml_dtypes.bfloat16)
+    tracemalloc.start()
+    blocks.fill(out, weight.rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < out.nbytes / 2
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         open_checkpoint(path)
@@ -251,6 +287,10 @@ def refusal(path: Path) -> str:
         (AWQ, "qweight' has the shape (20, 96), but bits 4"),
         (AWQ | {"version": "gemv"}, "version is 'gemv', and only gemm is read; choose a GPTQ"),
         (AWQ | {"version": "marlin"}, "version is 'marlin', and only gemm"),
+        (AWQ | {"format": "gemv_fast"}, "format is 'gemv_fast', and only gemm"),
+        (AWQ | {"backend": "llm-awq"}, "backend is 'llm-awq', and only AutoAWQ's"),
+        (GPTQ | {"rotation": "hadamard"}, "rotation is 'hadamard', and only weights"),
+        (CHANNELS | {"transform_config": {"a": 1}}, "transform_config is {'a': 1}, and act"),
         (AWQ | {"bits": 3}, "bits is 3, and only 4, 8 are read"),
         (AWQ | {"bits": 8}, "qweight' has the shape (20, 96), but bits 8 and group_size 32"),
         (FP8, "of the 14 tensors of this model, 'model.layers.0.self_attn.q_proj.weight'"),

@@ -86,7 +86,7 @@ def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) 
         rows = out[row : row + shape[0]]
         stored = checkpoint.stored[name]
         if not fill(rows, stored.rows):
-            file = stored.infos[0].path
+            file = " and ".join(dict.fromkeys(str(info.path) for info in stored.infos))
             if out.dtype == np.float16:
                 raise UserError(
                     f"{file}: the weight {name!r} has values that float16 cannot hold (its "

@@ -25,7 +25,7 @@ class Stored(Protocol):
 
     @property
     def infos(self) -> tuple[TensorInfo, ...]:
-        """Where these tensors lie."""
+        """Where these tensors lie, and those of what changes them."""
 
     @property
     def kind(self) -> str:

@@ -175,6 +175,19 @@ def test_weights_that_come_whole(tmp_path):
     assert "does with other values; give only one" in refusal(base.path, [adapter, other], other)
 
 
+def test_values_that_are_not_finite(tmp_path):
+    """Who brings them is not said, but who may."""
+    base = write_hf(tmp_path / "base", CONFIG, PARAMS).path
+    left, right = PAIRS[Q_PROJ]
+    adapter = write_peft(tmp_path / "a", {Q_PROJ: (np.where(left > 0, np.inf, left), right)})
+    with pytest.raises(UserError) as caught:
+        load_parameters(api.open_model(base, adapter), "float32")
+    assert str(caught.value).startswith(
+        f"{base / 'model.safetensors'} and {adapter / 'adapter_model.safetensors'}: the weight "
+        f"{Q_PROJ!r} has values that are not finite"
+    )
+
+
 def test_nothing_of_the_model_is_copied(tmp_path):
     """The update of a row takes no more than these rows and the update's own matrices."""
     checkpoint = api.open_model(

@@ -138,6 +138,11 @@ def test_aria2_says_that_a_download_is_unfinished(tmp_path):
     assert "as q.gguf.aria2 beside it says" in refusal(tmp_path / "q.gguf", GGUF[:-20])
 
 
+def test_few_bytes_are_what_they_are(tmp_path):
+    assert refusal(tmp_path / "m.gguf", b"{}").startswith("the file begins with b'{}', and a GGUF")
+    assert "the version lies beyond the end" in refusal(tmp_path / "m.gguf", b"GGUF")
+
+
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b.gguf", "part1.gguf", "a-00001-of-00002.gguf"])
 def test_ordinary_names_say_nothing(tmp_path, name):
     assert "the file has only" in refusal(tmp_path / name, GGUF[:-20])

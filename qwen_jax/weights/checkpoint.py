@@ -101,12 +101,12 @@ def _open(given: Path, sha256: str | None, progress: Progress | None) -> Checkpo
 
 
 def _stands_for_directory(path: Path) -> bool:
-    """Whether it is a file that means the Hugging Face checkpoint in which it lies."""
-    if not path.is_file():
-        return False
-    if path.suffix == ".safetensors":
-        return kind_of(path, "safetensors") is None and (path.parent / "config.json").is_file()
-    return path.name in ("config.json", INDEX)
+    """Whether it is a file that means the Hugging Face checkpoint, or adapter, in which it lies."""
+    configs = ("config.json", "adapter_config.json")
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.name in (*configs, INDEX) and path.is_file()
+    beside = any((path.parent / config).is_file() for config in configs)
+    return beside and kind_of(path, "safetensors") is None
 
 
 def _is_hf(directory: Path) -> bool:

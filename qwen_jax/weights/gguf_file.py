@@ -199,7 +199,7 @@ def _padded(size: int, alignment: int) -> int:
 
 def _read_header(cursor: "_Cursor") -> tuple[int, int, int]:
     """Version, number of tensors, number of key-value pairs."""
-    magic = cursor.bytes(4, "the magic number")
+    magic = cursor.magic()
     if magic != b"GGUF":
         raise UserError(
             f"{cursor.path}: the file begins with {magic!r}, and a GGUF file begins with b'GGUF'; "
@@ -313,6 +313,11 @@ class _Cursor:
     def bytes(self, size: int, field: str) -> bytes:
         start = self._advance(size, field)
         return self._data[start : start + size]
+
+    def magic(self) -> bytes:
+        """The first four bytes, which say what a file is even where it ends with them."""
+        self.at = min(4, self._end)
+        return self._data[: self.at]
 
     def number(self, code: str, field: str) -> Any:
         start = self._advance(struct.calcsize(code), field)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
+from qwen_jax.file_kinds import kind_of
 
 _PLAIN = "choose the unquantised checkpoint, a GPTQ, AWQ or FP8 one, or a GGUF file"
 _ADAPTER = "give the model it was trained on, and this with --adapter"
@@ -165,11 +166,14 @@ def without_config(directory: Path) -> str | None:
 
 
 def without_safetensors(directory: Path) -> str | None:
-    """Which other weights a directory without safetensors holds; None if it holds none."""
+    """Which other weights, or pieces of some, a directory without safetensors holds; or None."""
     for pattern, kind, way_out in _OTHER_FILES:
         if file := next(directory.glob(pattern), None):
             advice = way_out.format(str(directory), f"{directory}-safetensors")
             return f"{directory}: {file.name} is {kind}, which is not read; {advice}."
+    for file in sorted(directory.glob("*")):  # pieces, archives, downloads that are not done
+        if re.search(r"\.(gguf|safetensors)\b", file.name) and (told := kind_of(file, "GGUF")):
+            return f"{file}: the file is {told}."
     return None
 
 

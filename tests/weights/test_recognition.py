@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGUFValueType as Value
+from safetensors.numpy import save_file
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights.checkpoint import open_checkpoint
@@ -33,8 +34,6 @@ def refusal(path: Path) -> str:
 
 def save(directory: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path:
     """A directory with tensors beside the model's, of any type."""
-    from safetensors.numpy import save_file
-
     write_hf(directory, CONFIG, PARAMS, **config)
     kept = {k: v for k, v in PARAMS.items() if f"{k.removesuffix('.weight')}." not in str(tensors)}
     save_file({**kept, **tensors}, directory / "model.safetensors")
@@ -120,12 +119,24 @@ def test_models_for_embeddings(tmp_path, path):
     open_checkpoint(path)
 
 
-def test_an_adapter_is_told_to_be_one(tmp_path):
+@pytest.mark.parametrize("name", ["", "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_is_told_to_be_one(tmp_path, name):
     (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter_model.safetensors").touch()
-    assert "a LoRA adapter of PEFT; give the model it was trained on, and this with --adapter" in (
-        refusal(tmp_path)
-    )
+    save_file({"base_model.model.x.lora_A.weight": FLOATS}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(tmp_path / name)
+    told = "the directory is a LoRA adapter of PEFT; give the model it was trained on, and this"
+    assert str(caught.value) == f"{tmp_path}: {told} with --adapter."
+
+
+@pytest.mark.parametrize("name", ["q.gguf.part1of2", "model.safetensors.part0", "m.gguf.aria2"])
+@pytest.mark.parametrize("has_config", [True, False])
+def test_directories_of_pieces(tmp_path, name, has_config):
+    (tmp_path / name).write_bytes(b"\1\2\3\4")
+    if has_config:
+        (tmp_path / "config.json").write_text("{}")
+    message = refusal(tmp_path)
+    assert f"{name}: the file is " in message and "as its name says" in message
 
 
 def test_safetensors_without_their_config(tmp_path):

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights.checkpoint import open_checkpoint
-from qwen_jax.weights.gguf_file import MAX_HEADER_BYTES, open_gguf
+from qwen_jax.weights.gguf_cursor import MAX_HEADER_BYTES
+from qwen_jax.weights.gguf_file import open_gguf
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
 from tests.weights.gguf_bytes import (
     ARCHITECTURE,

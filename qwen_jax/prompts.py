@@ -32,11 +32,7 @@ def options_of(config: ConfigDict) -> Options:
     for name in ("max_tokens", "n", "batch_size"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}, but it must be at least 1.")
-    if config.generation_config not in recommended.CHOICES:
-        raise UserError(
-            f"generation_config is {config.generation_config!r:.40}, but it must be one of "
-            f"{', '.join(recommended.CHOICES)}."
-        )
+    recommended.check_choice(config.generation_config)
     StopStrings(config.stop)  # Refuses an empty one.
     return Options(
         max_tokens=config.max_tokens,

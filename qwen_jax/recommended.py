@@ -178,6 +178,14 @@ class Recommended:
         )
 
 
+def check_choice(name: Any) -> None:
+    """Raises UserError where `generation_config` is neither of the choices."""
+    if name not in CHOICES:
+        raise UserError(
+            f"generation_config is {name!r:.40}, but it must be one of {', '.join(CHOICES)}."
+        )
+
+
 def resolved(config: ConfigDict, recommended: Recommended, asked: Collection[str]) -> ConfigDict:
     """The config with what the model recommends, where it is to be followed, in all fields that
     nobody asked for. Warns of settings that can't be followed.

@@ -52,6 +52,8 @@ class Harness(TemplateLM):
         seed: of what is drawn, where the task says nothing.
         prefix_token_id: what a text without context is conditioned on; if None, what ends a text.
         think_end_token: text or id; what an answer holds up to the last one is dropped.
+        generation_config: "model" has what the checkpoint recommends where a task says nothing, as
+            the harness' own `hf` always does; "none" has the defaults.
         trust_remote_code: is there for data sets; no code of a model is ever run.
         overrides: generation settings that win over every task's own.
         answers: responses of an earlier run by the request's key, which are not asked for again.
@@ -75,6 +77,7 @@ class Harness(TemplateLM):
         seed: int = 0,
         prefix_token_id: int | None = None,
         think_end_token: str | int | None = None,
+        generation_config: str = "none",
         trust_remote_code: bool = False,
         overrides: Mapping[str, Any] | None = None,
         answers: dict[str, Any] | None = None,
@@ -105,6 +108,8 @@ class Harness(TemplateLM):
         self._think_end = (
             self._id("think_end_token", think_end_token) if digits else think_end_token
         )
+        said = self._model.recommended
+        self._usual = harness_settings.followed(said, generation_config, self._warn)
         self._answers = answers if answers is not None else {}
         self._keep = keep or (lambda key, line: None)
 
@@ -304,6 +309,7 @@ class Harness(TemplateLM):
         """Our work for a request, its seed not yet that of a repeat."""
         asked = harness_settings.generation(
             harness_settings.overridden(options, self._overrides),
+            usual=self._usual,
             max_tokens=self._max_tokens,
             seed=self._seed,
             warn=self._warn,

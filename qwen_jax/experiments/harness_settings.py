@@ -10,8 +10,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qwen_jax import api, measure
+from qwen_jax import api, measure, recommended
 from qwen_jax.errors import UserError
+from qwen_jax.recommended import Recommended
 from qwen_jax.sampling import Sampling
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -81,6 +82,7 @@ def overridden(options: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, A
 def generation(
     options: Mapping[str, Any],
     *,
+    usual: Mapping[str, Any] | None = None,
     max_tokens: int = 256,
     seed: int = 0,
     warn: Callable[[str], None] = lambda message: None,
@@ -90,6 +92,8 @@ def generation(
     Args:
         options: a temperature without `do_sample` samples; `do_sample` without a temperature
             samples at 1, as in transformers; `do_sample=False` is greedy. None is not given.
+        usual: fields of `Sampling` that hold where a task says nothing. Whether it samples is
+            the task's to say, so the temperature is for those that do and name none.
         max_tokens: of a task that says nothing.
         seed: of a task that says nothing.
         warn: hears of settings that contradict each other.
@@ -99,6 +103,11 @@ def generation(
             has two names with different values.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    usual = usual or {}
+    fills = {name for name in _NUMBERS if name in usual}
+    if given.get("do_sample") and usual.get("temperature"):
+        fills.add("temperature")
+    given = {name: usual[name] for name in fills} | given
     for name in given.keys() - set(_KNOWN):
         if name not in _NEUTRAL:
             raise UserError(
@@ -203,6 +212,23 @@ def check_arguments(given: Iterable[str], own: Iterable[str]) -> None:
             raise UserError(f"{name} is no argument of the model; give lm_eval --{name}.")
         if name not in loads:
             raise UserError(f"The model has no argument {name}; {_near(name, known)}")
+
+
+def followed(said: Recommended, choice: str, warn: Callable[[str], None]) -> Mapping[str, Any]:
+    """What a checkpoint recommends, if that is to be followed, and a word about it.
+
+    Raises:
+        UserError: there is no such choice, or a recommended value makes no sense.
+    """
+    recommended.check_choice(choice)
+    if said.values:
+        what = "is followed where tasks say nothing" if choice == "model" else "is not followed"
+        warn(f"{said}, which {what} (generation_config={choice}).")
+    if choice != "model":
+        return {}
+    if said.unknown:
+        warn(f"{said.source}: {', '.join(said.unknown)} can't be followed and is left out.")
+    return said.settings
 
 
 def joined(arguments: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,6 +196,7 @@ def test_arguments(model: api.Model, caplog: pytest.LogCaptureFixture) -> None:
     refused("but it must be from 1 to 512", Harness, model, max_length=10**6)
     refused("max_gen_toks is 0", Harness, model, max_gen_toks=0)
     refused("prefix_token_id is 5000", Harness, model, prefix_token_id=5000)
+    refused("generation_config is 'yes'", Harness, model, generation_config="yes")
     refused("no argument dtyp; did you mean dtype?", Harness, dtyp="float32")
     refused("dtype is 'float8'", Harness, dtype="float8")
     refused("already loaded", Harness, model, dtype="float32")
@@ -335,7 +336,7 @@ def test_a_config_that_says_how_to_answer(
 ) -> None:
     """It wins over the task's own settings, and what would change nothing is refused."""
     sweep = """[
-        {"max_tokens": 3}, {"stop": ("e",)}, {"sampling.temperature": 1.5},
+        {"max_tokens": 3}, {"stop": ("e",), "stop_ids": "7"}, {"sampling.temperature": 1.5},
         {"sampling.temperature": 1.5, "sampling.seed": 1}, {"sampling.temperature": 0.0},
         {"sampling.seed": 1}, {"sampling.top_p": 0.5},
     ]"""
@@ -355,6 +356,7 @@ def test_a_config_that_says_how_to_answer(
     assert {line["max_tokens"] for line in short} == {3}
     assert {line["max_tokens"] for line in stopped + warm + other + greedy} == {6}
     assert not any("e" in line["response"] for line in stopped)
+    assert {(*line["stop"], *line["stop_ids"]) for line in stopped} == {("e", 7)}
     assert any("e" in line["response"] for line in greedy)
     # The task's two repeats are two draws, and one greedy answer.
     assert len(greedy) == 3 and [line["repeat"] for line in warm] == [0, 1] * 3

@@ -21,6 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from qwen_jax.experiments.harness import Harness
+from qwen_jax.recommended import Recommended
 from qwen_jax.text.chat import CHATML_TEMPLATE
 from tests.text import conftest as texts
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_hf
@@ -135,6 +136,21 @@ def test_greedy_texts(models: tuple[Harness, HFLM], settings: dict[str, Any]) ->
     ours = models[0].generate_until(requests, disable_tqdm=True)
     theirs = [models[1].generate_until([r], disable_tqdm=True)[0] for r in requests]
     assert ours == theirs
+
+
+def test_what_the_model_recommends(models: tuple[Harness, HFLM], caplog: Any) -> None:
+    """Theirs follows generation_config.json always, and so a greedy text has its penalty."""
+    ours, theirs = models
+    values = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3}
+    ours._model.recommended = Recommended("generation_config.json", values)
+    follows = Harness(ours._model, 4, generation_config="model")
+    assert "repetition_penalty 1.3, which is followed where tasks say nothing" in caplog.text
+    theirs.model.generation_config.update(**values)
+    requests = instances("generate_until", ("the moon", {"until": [], "max_gen_toks": 12}))
+    found = theirs.generate_until(requests, disable_tqdm=True)
+    assert follows.generate_until(requests, disable_tqdm=True) == found
+    assert ours.generate_until(requests, disable_tqdm=True) != found
+    theirs.model.generation_config.update(do_sample=False, top_k=None, repetition_penalty=1.0)
 
 
 def test_drawn_texts_differ_as_theirs(models: tuple[Harness, HFLM]) -> None:

@@ -52,6 +52,22 @@ def test_sampling(options: dict[str, Any], expected: Sampling) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        ({}, Sampling(top_k=20, repetition_penalty=1.05)),
+        ({"do_sample": True}, Sampling(0.7, top_k=20, repetition_penalty=1.05)),
+        ({"temperature": 0.2, "top_k": 5}, Sampling(0.2, top_k=5, repetition_penalty=1.05)),
+    ],
+    ids=str,
+)
+def test_what_the_model_recommends(options: dict[str, Any], expected: Sampling) -> None:
+    """It fills in what a task leaves open, but whether there are draws is the task's to say."""
+    usual = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 2048}
+    found = harness_settings.generation(options, usual=usual)
+    assert found == harness_settings.Settings(256, expected, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
         ({}, 9),
         ({"max_gen_toks": 5}, 5),
         ({"max_new_tokens": "5"}, 5),

@@ -65,6 +65,7 @@ class Evaluate(Task):
                 work.model(),
                 self.config.batch_size,
                 seed=seed,
+                generation_config=self.config.generation_config,
                 overrides=overrides,
                 answers=answers,
                 keep=keep,
@@ -97,6 +98,7 @@ class Evaluate(Task):
         words: dict[str, dict[str, Any]] = {
             "max_tokens": {"max_gen_toks": self.options["max_tokens"]},
             "stop": {"until": list(self.options["stop"])},
+            "stop_ids": {"stop_ids": list(self.options["stop_ids"])},
             "sampling.temperature": {
                 "temperature": sampling.temperature,
                 "do_sample": sampling.temperature > 0,
@@ -110,7 +112,7 @@ class Evaluate(Task):
 
 
 def _is_of_answers(field: str) -> bool:
-    return field in ("max_tokens", "stop") or field.startswith("sampling.")
+    return field in ("max_tokens", "stop", "stop_ids") or field.startswith("sampling.")
 
 
 def _check_effect(

@@ -1,5 +1,6 @@
 """Final messages are continued as transformers does it, and OpenAI's forms become plain ones."""
 
+import json
 from typing import Any
 
 import pytest
@@ -175,3 +176,59 @@ def test_tools_are_not_dropped_by_a_template_that_knows_none(
 ) -> None:
     with pytest.raises(UserError, match=f"its chat template never mentions {word}, so"):
         render_chat("{{ messages[0].content }}", chat, tools=tools)
+
+
+@pytest.fixture(scope="module")
+def qwen_template() -> str:
+    return fixture_path("qwen2.5-instruct-chat-template.jinja").read_text("utf-8")
+
+
+TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}]
+
+
+def _tool_chat(arguments: object, content: object) -> list[dict[str, Any]]:
+    function = {"name": "time", "arguments": arguments}
+    calls = [{"id": "1", "type": "function", "function": function}, function]
+    return [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": content},
+        {"role": "assistant", "content": "", "tool_calls": None},
+    ]
+
+
+def test_openais_form_in_qwens_template(qwen_template: str) -> None:
+    text = [{"type": "text", "text": "a"}, {"type": "text", "text": "b <|im_end|>"}]
+    chat = _tool_chat('{"city": "Köln <3", "at": null}', text)
+    rendered = render_chat(qwen_template, chat, tools=TOOLS, continue_final_message=True)
+    call = '\n<tool_call>\n{"name": "time", "arguments": {"city": "Köln <3", "at": null}}\n'
+    head, _, rest = rendered.partition("<|im_end|>\n<|im_start|>user\n")
+    assert head.startswith(SYSTEM) and '\n{"type": "function", "function": {"name": "time"' in head
+    assert rest == (
+        "a\nb <|im_end|><|im_end|>\n"
+        f"<|im_start|>assistant{call}</tool_call>{call}</tool_call><|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\na\nb <|im_end|>\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("last", [False, True])
+def test_openais_form_equals_transformers_plain_one(
+    qwen_template: str, tools: list[dict[str, Any]] | None, last: bool
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    oracle = transformers.Qwen2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[])
+    arguments = {"city": "Köln <3", "deep": [1, {"a": None, "b": 1e-7}], "ok": True}
+    expected = oracle.apply_chat_template(
+        _tool_chat(arguments, "a\n\nb"),
+        tools=tools,
+        chat_template=qwen_template,
+        add_generation_prompt=not last,
+        continue_final_message=last,
+        tokenize=False,
+    )
+    parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}]
+    chat = _tool_chat(json.dumps(arguments), parts)
+    assert render_chat(qwen_template, chat, tools=tools, continue_final_message=last) == expected

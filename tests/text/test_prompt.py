@@ -6,8 +6,10 @@ import pytest
 import tokenizers
 
 from qwen_jax.errors import UserError
+from qwen_jax.generation import Batch, Completion, Request
 from qwen_jax.text.prompt import own_stop_ids, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
+from tests.test_generation import Scripted, collect
 from tests.text.conftest import FIM
 
 CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -56,6 +58,29 @@ def test_what_ends_a_middle(form: str, coder: dict[str, Tokenizer], small: Token
         assert own_stop_ids(tokenizer, tokenizer.encode(prompt)) == ()
     spelt = tokenizer.encode("<|fim_prefix|>a", parse_special=False)
     assert own_stop_ids(tokenizer, spelt) == own_stop_ids(small, [386, 387, 388]) == ()
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+@pytest.mark.parametrize("end", FIM[3:])
+def test_a_middle_ends_where_llama_cpp_ends_it(
+    form: str, end: str, coder: dict[str, Tokenizer]
+) -> None:
+    tokenizer = coder[form]
+    script = tokenizer.encode(f"xyz{end}w<|im_end|>")
+
+    def written(prompt: list[int]) -> Completion:
+        engine = Scripted([script])
+        engine.stop_ids = tokenizer.stop_ids
+        batch = Batch(engine, tokenizer, [Request(prompt, 20)], chunk=4)  # type: ignore[arg-type]
+        assert collect(batch) == [batch.completions[0].text]
+        return batch.completions[0]
+
+    middle = written(prompt_ids(tokenizer, "a", suffix="b"))
+    assert (middle.text, middle.finish_reason) == ("xyz", "stop")
+    assert list(middle.tokens) == script[: len(tokenizer.encode(f"xyz{end}"))]
+    # Elsewhere they are text, as in transformers.
+    other = written(tokenizer.encode("a"))
+    assert (other.text, list(other.tokens)) == (f"xyz{end}w", script)
 
 
 @pytest.mark.parametrize(

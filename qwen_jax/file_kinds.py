@@ -162,4 +162,7 @@ def _kind_by_text(head: bytes, expected: Expected) -> str | None:
         return None
     kind = "JSON" if shown[0] in "{[" else "text"
     beginning = shown[:60].rstrip()
-    return f"{kind}, not {expected}, and begins {beginning!r}; get the file by its own address"
+    return (
+        f"{kind}, not {expected}, and begins {beginning!r}; choose another file, or download this "
+        "one by its own address"
+    )

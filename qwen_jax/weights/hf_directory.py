@@ -99,13 +99,20 @@ def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
             f"{directory}: of the {len(paths)} shards, {_absent(missing)}; download all of "
             "them into this directory."
         )
+    if sets:
+        counts = " and of ".join(str(len(paths)) for paths in sets.values())
+        return (
+            f"{directory}: the directory has sets of {counts} shards, and no index that says which "
+            "counts; leave one of them here."
+        )
     others = sorted(file.name for file in directory.glob("*.safetensors") if file.is_file())
-    if not others and (told := recognition.without_safetensors(directory)):
-        return told
-    has = f", only {', '.join(others[:5])}" if others else ""
-    return (
-        f"{directory}: the directory has neither {SINGLE} nor a whole set of shards{has}; "
-        "download the safetensors files of the checkpoint under their names."
+    if others:
+        return (
+            f"{directory}: the directory has neither {SINGLE} nor shards of one, only "
+            f"{', '.join(others[:5])}; if one of them is the model, name it {SINGLE}."
+        )
+    return recognition.without_safetensors(directory) or (
+        f"{directory}: the directory has no safetensors; download those of the checkpoint."
     )
 
 

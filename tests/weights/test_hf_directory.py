@@ -90,7 +90,9 @@ def test_damaged_config(directory):
 def test_no_weights(directory):
     (directory / "model.safetensors").rename(directory / "qwen.safetensors")
     message = refusal(directory)
-    assert "neither model.safetensors nor a whole set of shards, only qwen.safetensors" in message
+    assert "neither model.safetensors nor shards of one, only qwen.safetensors; if one" in message
+    (directory / "qwen.safetensors").unlink()
+    assert "the directory has no safetensors; download" in refusal(directory)
 
 
 def test_missing_shard_is_named(sharded):
@@ -123,7 +125,7 @@ def test_shards_without_an_index(sharded, warnings):
 def test_two_sets_without_an_index(sharded):
     (sharded / INDEX).unlink()
     shutil.copy(sharded / SHARDS[0], sharded / "model-00001-of-00001.safetensors")
-    assert "nor a whole set of shards" in refusal(sharded)
+    assert "has sets of 1 and of 3 shards, and no index that says which counts" in refusal(sharded)
 
 
 DAMAGE = st.one_of(

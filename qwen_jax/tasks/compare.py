@@ -36,6 +36,7 @@ from qwen_jax.weights.loader import Checkpoint
 
 PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
 ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
+NOT_AUDITED = "The part weights is left out: adapters change what it would hold against the file."
 BASE = ("model", "dtype", "implementation", "matmul_precision")
 
 
@@ -81,7 +82,7 @@ def _parts(config: ConfigDict) -> tuple[str, ...]:
         return ("distribution",)
     if settings.candidate:
         return ("tensors", "text")
-    # Adapters change the weights that the audit would hold against their file.
+    # Adapters change the weights that the audit would hold against their file: see NOT_AUDITED.
     weights = () if config.adapter else ("weights",)
     return ("tensors", *weights) if settings.plant else ("tensors", *weights, "text", "cache")
 
@@ -185,7 +186,11 @@ def _with_tensors(
         candidate=header,
         diagnosis=diagnosis,
         comparison=compared,
-        notes=(*header.notes, *([ONE_POSITION] if header.stop == 1 else [])),
+        notes=(
+            *header.notes,
+            *([ONE_POSITION] if header.stop == 1 else []),
+            *([NOT_AUDITED] if config.adapter and config.compare.parts is None else []),
+        ),
     )
 
 

@@ -100,16 +100,20 @@ def metadata_lines(metadata: dict[str, Any]) -> Iterator[str]:
 
 def tensor_lines(checkpoint: Checkpoint) -> Iterator[str]:
     """One line a tensor of the first layer and outside the layers, then one for the others."""
-    shown: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    shown = []
     for info in checkpoint.tensors.values():
         layer = next((part for part in info.name.split(".") if part.isdigit()), "0")
         if layer == "0":
-            shape = " x ".join(map(str, info.shape))
-            yield f"{info.name:<44} {info.type.name:<8} {shape:>16}  {show_bytes(info.nbytes):>9}"
+            shown.append(info)
         else:
-            shown[layer] += 1
-    if shown:
-        yield f"and {shown.total()} more in layers 1 to {len(shown)}"
+            others[layer] += 1
+    width = max([44, *(len(info.name) for info in shown)])
+    for info in shown:
+        shape = " x ".join(map(str, info.shape))
+        yield f"{info.name:<{width}} {info.type.name:<8} {shape:>16}  {show_bytes(info.nbytes):>9}"
+    if others:
+        yield f"and {others.total()} more in layers 1 to {len(others)}"
 
 
 def text_lines(tokenizer: Tokenizer) -> Iterator[str]:

@@ -6,6 +6,7 @@ W + scale * B A is used or refused, and so is every tensor.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -193,7 +194,7 @@ class _Config:
             )
         known = _USED | _NEUTRAL | _REFUSED.keys()
         for key in sorted(key for key, value in self.fields.items() if value and key not in known):
-            logging.warning("%s: %s is not known here and was not used", self.path, key)
+            _say_not_used(self.path, key)
 
     def refuse(self, key: str, why: str) -> UserError:
         given = f"is {self.fields[key]!r:.80}" if key in self.fields else "is missing"
@@ -236,3 +237,9 @@ class _Config:
             except re.error as error:
                 raise self.refuse(pattern_key, f"{pattern!r} is no pattern ({error})") from None
         return self.fields.get(key)
+
+
+@functools.cache
+def _say_not_used(path: Path, key: str) -> None:
+    """Once an adapter, however often it is opened."""
+    logging.warning("%s: %s is not known here and was not used", path, key)

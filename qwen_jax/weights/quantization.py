@@ -6,6 +6,7 @@ leave out modules by several lists and patterns.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +70,7 @@ class GptqModules:
 
     def stored(self, files: TensorFiles, name: str, shape: tuple[int, ...]) -> Stored:
         module = name.removesuffix(".weight")
-        if not _is_packed(files, name):
+        if not _is_packed(files, name, shape):
             return Plain(files, name, shape)
         own = self.of(module)
         ordered = f"{module}.g_idx" in files.tensors or own.ordered
@@ -96,7 +97,7 @@ class AwqModules:
     not_needed: tuple[str, ...] = ()
 
     def stored(self, files: TensorFiles, name: str, shape: tuple[int, ...]) -> Stored:
-        if not _is_packed(files, name):
+        if not _is_packed(files, name, shape):
             return Plain(files, name, shape)
         return Awq(files, name.removesuffix(".weight"), shape, self.bits, self.group_size)
 
@@ -115,7 +116,7 @@ class Float8Modules:
     not_needed: tuple[str, ...] = float8.NOT_NEEDED
 
     def stored(self, files: TensorFiles, name: str, shape: tuple[int, ...]) -> Stored:
-        if not float8.is_float8(files, name):
+        if len(shape) != 2 or not float8.is_float8(files, name):
             return Plain(files, name, shape)
         module = name.removesuffix(".weight")
         names = [f"{module}.{scale}" for scale in float8.SCALES]
@@ -125,9 +126,10 @@ class Float8Modules:
         return Float8(files, name, shape, scale, None if whole else self.block)
 
 
-def _is_packed(files: TensorFiles, name: str) -> bool:
-    """Whether the weight is not there as it is, but packed."""
-    return name not in files.tensors and f"{name.removesuffix('.weight')}.qweight" in files.tensors
+def _is_packed(files: TensorFiles, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the weight is a matrix that is not there as it is, but packed."""
+    packed = f"{name.removesuffix('.weight')}.qweight"
+    return len(shape) == 2 and name not in files.tensors and packed in files.tensors
 
 
 def read_quantization(files: TensorFiles, directory: Path) -> Quantization:
@@ -234,7 +236,7 @@ def _awq(settings: _Settings) -> Quantization:
 
 
 def _fp8(settings: _Settings) -> Quantization:
-    _say_weights_only(settings)
+    _say_weights_only(settings.source)
     if "weight_block_size" not in settings.fields:
         return Float8Modules(_DEFAULT_BLOCK, certain=False)
     return Float8Modules(_block(settings, "weight_block_size"))
@@ -256,7 +258,7 @@ def _compressed_tensors(settings: _Settings) -> Quantization:
         blocks.add(_block(own, "block_structure"))
     if len(blocks) != 1:
         raise settings.refuse("config_groups", f"only one way to scale is read; {_INSTEAD}")
-    _say_weights_only(settings)
+    _say_weights_only(settings.source)
     return Float8Modules(blocks.pop())
 
 
@@ -269,10 +271,11 @@ def _block(settings: _Settings, key: str) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _say_weights_only(settings: _Settings) -> None:
+@functools.cache
+def _say_weights_only(source: str) -> None:
+    """Once a checkpoint, however often it is opened."""
     logging.warning(
-        "%s: activations are not quantised here, only weights are read as they are stored",
-        settings.source,
+        "%s: activations are not quantised here, only weights are read as they are stored", source
     )
 
 

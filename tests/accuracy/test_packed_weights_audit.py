@@ -13,8 +13,11 @@ from tests.tiny_adapters import random_pairs, write_peft
 from tests.tiny_checkpoints import canonical
 from tests.weights.test_quantised_directories import CASES, CONFIG, GPTQ, PARAMS
 
+READ = ("gptq-act-order", "gptq-cut-group", "gptq-v2", "gptq-int8", "gptq-int3", "awq", "awq-int8")
+READ += ("fp8", "fp8-small-blocks", "fp8-powers-of-two", "fp8-matrix", "compressed-tensors")
 
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize("case", READ)
 def test_what_is_loaded_is_right(tmp_path, case):
     settings, quantise = CASES[case]
     write_quantised(tmp_path, CONFIG, PARAMS, quantise, settings)

@@ -13,6 +13,7 @@ from absl import logging
 from safetensors.numpy import save_file
 
 from qwen_jax.errors import UserError
+from qwen_jax.tasks import inspect
 from qwen_jax.weights import blocks
 from qwen_jax.weights.integers import Awq, Gptq, unpack
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
@@ -200,7 +201,18 @@ def test_activations_are_said_not_to_be_quantised(tmp_path, monkeypatch):
     written.save(**{scale: np.float32([0.1])})
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.ignored == (scale,)
+    open_checkpoint(tmp_path)
     assert len(said) == 1 and "activations are not quantised here" in said[0]
+
+
+def test_inspect_says_how_weights_are_stored(tmp_path):
+    write_quantised(tmp_path, CONFIG, PARAMS, gptq(), GPTQ)
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(inspect.file_lines(checkpoint))[2] == "7 F16, 7 GPTQ-Int4"
+    lines = list(inspect.tensor_lines(checkpoint))
+    assert lines[-1].startswith("model.norm.weight ") and len(lines) == len(checkpoint.tensors)
+    assert any("q_proj.qweight" in line and "20 x 96" in line for line in lines)
+    assert len({len(line) for line in lines}) == 1  # a table
 
 
 def test_not_a_number(tmp_path):

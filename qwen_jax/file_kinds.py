@@ -27,8 +27,8 @@ _SAFETENSORS_KIND = (
     "config.json"
 )
 _LEGACY = (
-    "a GGML model from before GGUF (2023), which holds too little to be converted; download the "
-    "model as GGUF"
+    "a GGML model from before GGUF (2023), hence before Qwen2; choose the GGUF file of a Qwen2.5 "
+    "model"
 )
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (

@@ -63,8 +63,8 @@ KINDS = {
     "HDF5": (b"\x89HDF\r\n\x1a\n\0\0\0\0", "an HDF5 file"),
     "NumPy": (npy(), "a NumPy array"),
     "ONNX": (b"\x08\x07\x12\x07pytorch\x1a\x051.9.0:", "an ONNX model"),
-    "ggml": (b"lmgg\x00\x7d\x00\x00", "before GGUF (2023), which holds too little"),
-    "ggjt": (b"tjgg\x03\x00\x00\x00", "before GGUF (2023), which holds too little"),
+    "ggml": (b"lmgg\x00\x7d\x00\x00", "before GGUF (2023), hence before Qwen2"),
+    "ggjt": (b"tjgg\x03\x00\x00\x00", "before GGUF (2023), hence before Qwen2"),
     "ggla": (b"algg\x01\x00\x00\x00", "a LoRA adapter of the GGML format"),
     "zeros": (bytes(1000), "all zeros where it begins"),
 }

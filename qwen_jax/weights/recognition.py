@@ -88,6 +88,12 @@ _OTHERWISE = "choose the model's safetensors, or a GGUF file"
 # Files of other formats, each with what to do; the first that is there is told.
 _OTHER_FILES = (
     ("pytorch_model*.bin", "a checkpoint of PyTorch (pickle)", _CONVERT),
+    ("global_step*", "a checkpoint of DeepSpeed", "gather it with the zero_to_fp32.py beside it"),
+    (
+        "*/*.distcp",
+        "a distributed checkpoint of PyTorch",
+        "gather it with accelerate merge-weights",
+    ),
     ("*.pth", "a checkpoint of PyTorch (pickle)", _OTHERWISE),
     ("*.pt", "a checkpoint of PyTorch (pickle)", _OTHERWISE),
     ("*.ckpt", "a checkpoint of PyTorch or TensorFlow", _OTHERWISE),

@@ -161,6 +161,7 @@ def test_a_model_in_a_folder_below(tmp_path):
         ("pytorch_model-00001-of-00002.bin", "PyTorch (pickle), which is not read; convert it"),
         ("consolidated.00.pth", "PyTorch (pickle), which is not read; choose"),
         ("model.onnx", "an ONNX model"),
+        ("global_step500", "a checkpoint of DeepSpeed"),
         ("tf_model.h5", "TensorFlow"),
         ("weights.npz", "MLX"),
     ],

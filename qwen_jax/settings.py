@@ -128,13 +128,14 @@ def get_config() -> ConfigDict:
                     "matmul_precision": placeholder(str),
                 },
                 "bench": {"prompt_tokens": 128, "new_tokens": 32, "repeats": 5},
-                # Tasks of lm-evaluation-harness; `include` is a directory of tasks of your own. The
+                # Tasks of lm-evaluation-harness; `include` is a directory of tasks of your own, and
+                # without `shots` each task shows as many examples as it says. The
                 # chat template wraps prompts, with `system` and with examples as turns of their
                 # own unless fewshot_as_multiturn is False. Of sampling, max_tokens and stop, what
                 # is set here or swept wins over the tasks' own, as lm_eval's --gen_kwargs does.
                 "eval": {
                     "tasks": (),
-                    "shots": 0,
+                    "shots": placeholder(int),
                     "limit": placeholder(int),
                     "include": placeholder(str),
                     "apply_chat_template": False,

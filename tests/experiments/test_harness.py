@@ -403,3 +403,15 @@ def test_the_documented_command(tasks: Path, tmp_path: Path) -> None:
     # Two draws each, of which the model, sure of its lines, may make one text.
     drawn = [sample["resps"][0] for sample in samples]
     assert list(map(len, drawn)) == [2] * 3 and any(len(set(pair)) == 2 for pair in drawn)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_task_shows_its_own_examples_unless_told(
+    experiment: Callable[..., list[str]], run: Callable, tasks: Path, tmp_path: Path
+) -> None:
+    shown = "num_fewshot: 1\nfewshot_split: test\n"
+    (tasks / "lines.yaml").write_text((tasks / "lines.yaml").read_text() + shown)
+    sweep = '[{"experiment.eval.limit": 1}, {"experiment.eval.shots": 0}]'
+    assert run(*experiment(sweep, evaluates("local_lines", tasks))).code == 0
+    prompts = [line["arguments"][0] for line in lines(tmp_path / "w" / "outputs.jsonl")]
+    assert [prompt.count("haiku: ") for prompt in prompts] == [2, 1, 1, 1]

@@ -1,7 +1,7 @@
 """`eval`: tasks of lm-evaluation-harness, one item a request to the model; needs extra `eval`."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Evaluate(Task):
         where = (settings.tasks, settings.include)
         overrides = self._overrides(work.asked)
         if changed := self._changed():  # The tasks' data is read for it.
-            _check_effect(changed, _generation(*where), overrides, settings.shots)
+            _check_effect(changed, _configs(*where), overrides, settings.shots)
         answers = {item["request"]: item["response"] for item in work.recorded()}
 
         def keep(key: str, line: dict[str, Any]) -> None:
@@ -117,20 +117,18 @@ def _is_of_answers(field: str) -> bool:
 
 def _check_effect(
     fields: Iterable[str],
-    tasks: Mapping[str, Mapping[str, Any]],
+    configs: Sequence[Any],
     overrides: Mapping[str, Any],
-    shots: int,
+    shots: int | None,
 ) -> None:
-    """Raises UserError where one of the config's fields changes nothing in any task's answers.
-
-    Args:
-        tasks: the generation settings of those that generate text.
-    """
+    """Raises UserError where one of the config's fields changes nothing in any task's answers."""
+    tasks = {c.task: c.generation_kwargs for c in configs if c.output_type == "generate_until"}
     settings = [harness_settings.overridden(options, overrides) for options in tasks.values()]
     draws = any(harness_settings.generation(s).sampling.temperature > 0 for s in settings)
+    examples = any(c.num_fewshot for c in configs) if shots is None else shots > 0
     for field in fields:
-        if field == "sampling.seed" and shots > 0:
-            continue  # It chooses the examples, too.
+        if field == "sampling.seed" and examples:
+            continue  # It chooses them, too.
         if not tasks:
             raise UserError(f"{field} changes nothing: these tasks generate no text; drop it.")
         if field in _DRAWS and not draws:
@@ -141,11 +139,10 @@ def _check_effect(
 
 
 @functools.cache
-def _generation(tasks: tuple[str, ...], include: str | None) -> dict[str, Mapping[str, Any]]:
-    """The generation settings of the tasks that generate text, by their names."""
+def _configs(tasks: tuple[str, ...], include: str | None) -> list[Any]:
+    """What the tasks, and those of groups among them, say of themselves."""
     loaded = _manager(tasks, include).load(list(tasks))["tasks"].values()
-    configs = [task.config for task in loaded]
-    return {c.task: c.generation_kwargs for c in configs if c.output_type == "generate_until"}
+    return [task.config for task in loaded]
 
 
 @functools.cache

@@ -228,7 +228,7 @@ class Model:
     ):
         self.engine, self.tokenizer = engine, tokenizer
         self.recommended = recommended or Recommended()
-        self._warned = False
+        self._warned: set[object] = set()
 
     @property
     def config(self) -> ModelConfig:
@@ -245,8 +245,8 @@ class Model:
         source = self.config.source
         in_chat = not options.get("raw") and options.get("suffix") is None
         without = in_chat and self.tokenizer.template_for(options.get("tools")) is None
-        if without and not self._warned:
-            self._warned = True
+        if without and "template" not in self._warned:
+            self._warned.add("template")
             logging.warning(
                 "%s has no chat template: using ChatML, with the system prompt %r unless the "
                 "chat has one.",
@@ -328,7 +328,7 @@ class Model:
         requests = [request for request in firsts for _ in range(n)]
         if not requests:
             return []
-        _warn_of_idle(firsts[0].sampling, n)
+        self._warn_of_idle(firsts[0].sampling, n)
         batch = self.batch(reseeded(requests), top_logprobs)
         for _ in batch:
             pass
@@ -341,10 +341,17 @@ class Model:
             UserError: the prompt is empty, malformed or longer than the context.
         """
         request = self.request(prompt, **options)
-        _warn_of_idle(request.sampling)
+        self._warn_of_idle(request.sampling, 1)
         for pieces in self.batch([request]):
             if pieces[0]:
                 yield pieces[0]
+
+    def _warn_of_idle(self, sampling: Sampling, n: int) -> None:
+        """Tells once of what does nothing, as in `Sampling(top_p=0.9)` without a temperature."""
+        idle = frozenset(DRAWS) & frozenset(changed(sampling))
+        if sampling.temperature == 0 and (idle, n) not in self._warned:
+            self._warned.add((idle, n))
+            warn_of_greedy(idle, n)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits after each of the tokens, float32 `[T, V]`.
@@ -370,9 +377,3 @@ def reseeded(requests: Sequence[Request], first: int = 0) -> list[Request]:
         )
         for i, request in enumerate(requests)
     ]
-
-
-def _warn_of_idle(sampling: Sampling, n: int = 1) -> None:
-    """Warns of settings that do nothing, as `Sampling(top_p=0.9)` without a temperature."""
-    if sampling.temperature == 0:
-        warn_of_greedy(set(DRAWS) & set(changed(sampling)), n)

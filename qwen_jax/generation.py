@@ -277,7 +277,8 @@ class _Row:
 def row_stop_ids(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end this text besides the model's. Raises UserError where one is no token."""
     for token in request.stop_ids:
-        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+        whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
+        if not whole or not 0 <= token < tokenizer.vocab_size:
             raise UserError(
                 f"stop_ids holds {token!r:.40}, but token ids are 0 to {tokenizer.vocab_size - 1}."
             )

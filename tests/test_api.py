@@ -185,7 +185,8 @@ class TestGenerate:
     def test_settings_that_do_nothing_are_told(
         self, model: Model, caplog: pytest.LogCaptureFixture
     ) -> None:
-        one(model, "haiku: snow", max_tokens=1, sampling=Sampling(top_p=0.9))
+        for _ in range(2):
+            one(model, "haiku: snow", max_tokens=1, sampling=Sampling(top_p=0.9))
         next(model.stream("haiku: snow", sampling=Sampling(seed=3)))
         one(model, "haiku: snow", max_tokens=1)
         assert [text.split("greedy: ")[1] for text in caplog.messages] == [

@@ -282,6 +282,7 @@ def test_wrong_requests() -> None:
     for wrong in (-1, TOKENIZER.vocab_size, True, "13"):
         with pytest.raises(UserError, match=f"stop_ids holds {wrong!r}, but .* 0 to 2047"):
             batch([[1]], [Request([1], stop_ids=[wrong])])  # type: ignore[list-item]
+    batch([[1]], [Request([1], stop_ids=[np.int32(13)])])
     with pytest.raises(UserError, match="names token 2048"):
         batch([[1]], [Request([1], sampling=Sampling(logit_bias={2048: 1.0}))])
 

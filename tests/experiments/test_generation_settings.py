@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from qwen_jax import api, settings
+from qwen_jax.experiments import inputs
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice, Models
 from qwen_jax.experiments.tasks.generate import Generate
@@ -82,3 +83,12 @@ def test_a_sweep_that_changes_nothing_is_told_once(
     _warn_of_idle([Point("x", p, frozenset(p), config_of(**p)) for p in points])
     assert len(caplog.messages) == len(words)
     assert all(word in text for word, text in zip(words, caplog.messages, strict=True))
+
+
+def test_a_file_of_tools_is_an_input(tmp_path: Path) -> None:
+    path = tmp_path / "tools.json"
+    prints = []
+    for name in ("f", "g"):
+        path.write_text(f'[{{"name": "{name}"}}]')
+        prints.append(inputs.of_points([config_of(tools=str(path))])[str(path)])
+    assert prints[0] != prints[1]

@@ -238,15 +238,21 @@ def _of_gguf(metadata: Mapping[str, Any], source: str) -> Recommended:
     for key, value in metadata.items():
         if key.startswith(_GGUF):
             word = _GGUF_WORDS.get(key.removeprefix(_GGUF), key.removeprefix(_GGUF))
-            # The shortest number of that float32, which is what the converter was given.
             names[word] = key
-            values[word] = float(str(np.float32(value))) if isinstance(value, float) else value
+            values[word] = _shortest(value) if isinstance(value, float) else value
     for word, kind in (("temperature", float), ("top_k", int)):
         if type(values.get(word)) is kind:
             values[word] = max(values[word], kind(0))
     if values.keys() & {"temperature", *_FILTERS}:
         values["do_sample"] = True
     return Recommended(source, _telling(values), names)
+
+
+def _shortest(value: float) -> float:
+    """The shortest number of the same float32, which is what the converter was given."""
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return float(str(single)) if single == value else value
 
 
 def _telling(values: Mapping[str, Any]) -> dict[str, Any]:

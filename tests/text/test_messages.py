@@ -4,9 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
 from qwen_jax.text.chat import CHATML_TEMPLATE, render_chat
+from qwen_jax.text.messages import plain_messages
 from tests.text.conftest import fixture_path
 
 USER = {"role": "user", "content": "Count."}
@@ -232,3 +235,32 @@ def test_openais_form_equals_transformers_plain_one(
     parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}]
     chat = _tool_chat(json.dumps(arguments), parts)
     assert render_chat(qwen_template, chat, tools=tools, continue_final_message=last) == expected
+
+
+leaves = st.none() | st.booleans() | st.integers(-1, 1) | st.floats() | st.text(max_size=3)
+leaves |= st.sampled_from(["user", "assistant", "tool", "text", "{}", "[1]", '{"a": 1}'])
+names = st.sampled_from(["role", "content", "tool_calls", "function", "name", "arguments", "type"])
+values = st.recursive(
+    leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(names, v), max_leaves=10
+)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "tool"])},
+            optional={"content": values, "tool_calls": values},
+        ),
+        max_size=2,
+    )
+    | values
+)
+@settings(deadline=None, max_examples=200)
+def test_any_json_is_messages_or_refused_in_a_line(value: Any) -> None:
+    try:
+        plain = plain_messages(value)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(type(m.get("content", "")) is str for m in plain)
+        assert plain_messages(plain) == plain

@@ -41,7 +41,7 @@ def _float8(
     values, scales = tensors[weight.name][rows].astype(np.float64), tensors[weight.scale]
     if weight.block:
         columns = np.arange(weight.shape[1])
-        scales = scales[np.ix_(rows // weight.block[0], columns // weight.block[1])]
+        scales = scales[np.ix_(rows // weight.sides[0], columns // weight.sides[1])]
     elif scales.size > 1:
         scales = scales.reshape(-1, 1)[rows]
     return values * scales.astype(np.float64)

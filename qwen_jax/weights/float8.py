@@ -54,6 +54,11 @@ class Float8:
     def kind(self) -> str:
         return self.files.tensors[self.name].type.name
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Those of a block, or of the matrix where a block is larger."""
+        return tuple(map(min, self.block or self.shape, self.shape))
+
     def check(self, path: Path) -> None:
         weight, scale = self.infos
         if weight.shape != self.shape:
@@ -86,7 +91,7 @@ class Float8:
         info = self.files.tensors[self.scale]
         scales = decoded(self.files.raw(self.scale), info.type).astype(np.float32, copy=False)
         if self.block:
-            height, width = self.block
+            height, width = self.sides
             by_row = scales.reshape(info.shape)[np.arange(start, stop) // height]
             values *= np.repeat(by_row, width, axis=1)[:, :columns]
         else:

@@ -53,7 +53,7 @@ class PackedIntegers(abc.ABC):
 
     @property
     def inputs_per_group(self) -> int:
-        return self.shape[1] if self.group_size == -1 else self.group_size
+        return self.shape[1] if self.group_size == -1 else min(self.group_size, self.shape[1])
 
     @property
     def groups(self) -> int:

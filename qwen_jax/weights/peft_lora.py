@@ -220,7 +220,7 @@ class _Config:
 
     def scale(self, module: str) -> float:
         alpha = self._of(module, "lora_alpha", "alpha_pattern")
-        if type(alpha) not in (int, float):
+        if type(alpha) not in (int, float) or not -1e30 < alpha < 1e30:
             raise UserError(f"{self.path}: lora_alpha is {alpha!r} for {module!r}, not a number.")
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)

@@ -192,12 +192,13 @@ def _settings(files: TensorFiles, directory: Path) -> _Settings | None:
 
 
 def _gptq(settings: _Settings) -> Quantization:
+    forms = set()
     for key in ("checkpoint_format", "format"):
-        form = settings.get(key, str, "gptq").lower()
-        if form not in ("gptq", "gptq_v2"):
+        if (form := settings.get(key, str, "").lower()) not in ("", "gptq", "gptq_v2"):
             raise settings.refuse(key, f"only gptq and gptq_v2 are read; {_INSTEAD}")
-        if key in settings.fields:
-            break
+        forms |= {form} - {""}
+    if len(forms) > 1:
+        raise settings.refuse("format", "checkpoint_format is another; keep the right one")
     if settings.get("is_marlin_format", bool, False):
         raise settings.refuse("is_marlin_format", f"only plain GPTQ is read; {_INSTEAD}")
     if settings.fields.get("rotation"):
@@ -216,7 +217,7 @@ def _gptq(settings: _Settings) -> Quantization:
         bits=_bits(settings, None, (2, 3, 4, 8)),
         group_size=_group_size(settings, None),
         ordered=settings.get("desc_act", bool, False),
-        zeros_less_one=form == "gptq",
+        zeros_less_one="gptq_v2" not in forms,
         source=settings.source,
         dynamic=dynamic,
     )

@@ -229,6 +229,7 @@ def base(tmp_path_factory) -> Path:
         ({"r": 8}, "have the shapes (96, 4) and (4, 64), but adapter_config.json says rank 8"),
         ({"r": "4"}, "r is '4' for 'model.layers.0.self_attn.q_proj', not a positive number"),
         ({"lora_alpha": None}, "lora_alpha is None for 'model.layers.0.self_attn.q_proj'"),
+        ({"lora_alpha": 10**400}, "for 'model.layers.0.self_attn.q_proj', not a number"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern is {'(': 4}, and '(' is no pattern"),
         ({"rank_pattern": [4]}, "rank_pattern is [4], and it must be a mapping"),
     ],

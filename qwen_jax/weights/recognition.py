@@ -178,7 +178,8 @@ def without_safetensors(directory: Path) -> str | None:
             advice = way_out.format(str(directory), f"{directory}-safetensors")
             return f"{directory}: {file.name} is {kind}, which is not read; {advice}."
     for file in sorted(directory.glob("*")):  # pieces, archives, downloads that are not done
-        if re.search(r"\.(gguf|safetensors)\b", file.name) and (told := kind_of(file, "GGUF")):
+        weights = re.search(r"\.(gguf|safetensors)\b(?!.*\.json$)", file.name)
+        if weights and (told := kind_of(file, "GGUF")):
             return f"{file}: the file is {told}."
     return None
 

@@ -195,6 +195,13 @@ def test_an_index_of_nothing(sharded, weight_map):
     assert_whole(sharded)
 
 
+@pytest.mark.parametrize("weight_map", [{}, {"w": "part/model.safetensors"}])
+def test_an_index_alone_is_not_taken_for_weights(tmp_path, weight_map):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "the directory has no safetensors; download those" in refusal(tmp_path)
+
+
 def test_total_size_is_nobodys(sharded, warnings):
     content = json.loads((sharded / INDEX).read_text())
     (sharded / INDEX).write_text(json.dumps(content | {"metadata": {"total_size": 1}}))

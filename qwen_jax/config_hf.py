@@ -84,7 +84,7 @@ TABLE: Mapping[str, Rule] = {
     "layer_norm_epsilon": Neutral("there is no LayerNorm"),
     # Weights
     "quantization_config": Used("weights"),
-    "quantization": Used("weights"),
+    "quantization": Only("quantises weights"),
     "compression_config": Used("weights"),
     # Rotary embedding
     "rope_parameters": Used(),

@@ -22,8 +22,14 @@ from qwen_jax.weights.integers import Awq, Gptq
 from qwen_jax.weights.stored import Plain, Stored
 from qwen_jax.weights.tensors import TensorFiles
 
+_FIELDS = ("quantization_config", "compression_config")
+"""Fields of config.json; llm-compressor wrote the second once, where vLLM looks for it too."""
+
 _OLDER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files from before `quantization_config`, and the method each is of."""
+
+_PARTS = (".qweight", *(f".{scale}" for scale in float8.SCALES))
+"""Ends of the names of tensors that quantised weights alone have."""
 
 _DEFAULT_BLOCK = (128, 128)
 """Of FP8 where the config is silent, as in transformers."""
@@ -136,10 +142,13 @@ def read_quantization(files: TensorFiles, directory: Path) -> Quantization:
     """What the directory's config says. Raises UserError, naming file, field and value."""
     settings = _settings(files, directory)
     if settings is None:
-        if packed := [name for name in files.tensors if name.endswith(".qweight")]:
+        if packed := next(
+            (info for name, info in files.tensors.items() if name.endswith(_PARTS)), None
+        ):
             raise UserError(
-                f"{directory}: the tensor {packed[0]!r} is one of GPTQ or AWQ, but config.json has "
-                "no quantization_config, which says how to read it; get the original config.json."
+                f"{directory}: the tensor {packed.name!r} is of a quantised weight, but "
+                "config.json has no quantization_config, which says how to read it; get the "
+                "original config.json."
             )
         return Unquantised()
     method = settings.get("quant_method", str).lower()
@@ -179,12 +188,12 @@ class _Settings:
 
 
 def _settings(files: TensorFiles, directory: Path) -> _Settings | None:
-    config = files.metadata.get("quantization_config")
-    source = f"{directory / 'config.json'}, quantization_config"
-    if isinstance(config, dict):
-        return _Settings(config, source)
-    if config is not None:
-        raise UserError(f"{source} is {config!r:.80}, but it must be a mapping; {_INSTEAD}.")
+    for field in _FIELDS:
+        config, source = files.metadata.get(field), f"{directory / 'config.json'}, {field}"
+        if isinstance(config, dict):
+            return _Settings(config, source)
+        if config is not None:
+            raise UserError(f"{source} is {config!r:.80}, but it must be a mapping; {_INSTEAD}.")
     for name, method in _OLDER.items():
         if (path := directory / name).exists():
             return _Settings({"quant_method": method} | read_object(path), str(path))

@@ -27,7 +27,7 @@ from tests.quantised_checkpoints import (
     gptq,
     write_quantised,
 )
-from tests.tiny_checkpoints import canonical, random_parameters, tiny_config
+from tests.tiny_checkpoints import canonical, hf_config, random_parameters, tiny_config
 
 # 160 and 192 are no multiples of 128, but of 32.
 CONFIG = tiny_config(num_layers=1, hidden_size=160, ffn_size=192, head_dim=16, vocab_size=64)
@@ -181,9 +181,25 @@ def test_dynamic_settings_of_modules(tmp_path):
 )
 def test_older_files_beside(tmp_path, file, settings, case):
     written = write_quantised(tmp_path, CONFIG, PARAMS, CASES[case][1], None)
-    assert "'model.layers.0.mlp.down_proj.qweight' is one of GPTQ or AWQ" in refusal(tmp_path)
+    assert "'model.layers.0.mlp.down_proj.qweight' is of a quantised weight" in refusal(tmp_path)
     (tmp_path / file).write_text(json.dumps(settings), encoding="utf-8")
     assert_loads(written)
+
+
+def test_scales_without_a_config(tmp_path):
+    write_quantised(tmp_path, CONFIG, PARAMS, fp8(), None)
+    assert "weight_scale_inv' is of a quantised weight, but config.json has no" in refusal(tmp_path)
+
+
+def test_the_config_under_its_other_name(tmp_path):
+    settings, quantise = CASES["compressed-tensors"]
+    written = write_quantised(tmp_path, CONFIG, PARAMS, quantise, None)
+    config = hf_config(CONFIG, compression_config=settings)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert_loads(written)
+    config["compression_config"] = settings | {"format": "sparse-bitmask"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "config.json, compression_config: format is 'sparse-bitmask'" in refusal(tmp_path)
 
 
 def test_biases_of_zeros_are_ignored(tmp_path):

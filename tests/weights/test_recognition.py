@@ -102,6 +102,7 @@ def test_directories_by_their_tensors(tmp_path, case):
         ({"model_type": "qwen2_moe"}, "'qwen2_moe', that is Qwen2-MoE, a mixture of experts"),
         ({"model_type": "qwen2_audio"}, "that is Qwen2-Audio, which hears; choose a Qwen2.5"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "which is MLX's; choose the unquant"),
+        ({"quantization": "int8"}, "quantization is 'int8', which quantises weights, and only"),
     ],
 )
 def test_directories_by_their_config(tmp_path, changes, told):

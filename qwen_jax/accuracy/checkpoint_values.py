@@ -66,6 +66,8 @@ class CheckpointValues:
     def decode(self, name: str, raw: UInt8[np.ndarray, "bytes"]) -> Float[np.ndarray, "..."]:
         """Whole rows of this tensor, from bytes that need not be its own."""
         info = self.info(name)
+        if info.type is GGMLQuantizationType.F64:  # gguf decodes all types but this
+            return raw.view("<f8").astype(_FLOAT32).reshape(-1, *info.shape[1:])
         with np.errstate(all="ignore"):  # what planted bytes hold may be anything
             values = quants.dequantize(raw, GGMLQuantizationType[info.type.name]).astype(
                 _FLOAT32, copy=False

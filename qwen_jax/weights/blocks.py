@@ -22,6 +22,7 @@ CHUNK = 1 << 18
 
 _FORMATS = simple_quants.FORMATS | kquants.FORMATS | iquants.FORMATS
 _PLAIN = {
+    GGMLQuantizationType.F64: np.dtype("<f8"),
     GGMLQuantizationType.F32: np.dtype("<f4"),
     GGMLQuantizationType.F16: np.dtype("<f2"),
     GGMLQuantizationType.BF16: BFLOAT16,

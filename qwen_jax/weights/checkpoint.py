@@ -165,6 +165,10 @@ def _open_directory(path: Path) -> Checkpoint:
     files = naming.rename(files, path)
     config = config_hf.read(files.metadata, source=str(path / "config.json"))
     head, embed = names.LM_HEAD.sources[0].safetensors, names.EMBED.sources[0].safetensors
+    if config.tied and embed not in files.tensors and head in files.tensors:
+        # safetensors' save_model keeps the first of the names that share a tensor.
+        tensors = {embed if name == head else name: t for name, t in files.tensors.items()}
+        files = dataclasses.replace(files, tensors=tensors)
     spare = set()
     if config.tied and {head, embed} <= files.tensors.keys():
         # Some tools save a tied head twice. A different one means that the config is wrong.

@@ -72,7 +72,8 @@ class Plain:
         if info.type not in DECODABLE | FLOAT8:
             raise UserError(
                 f"{path}: the tensor {info.name!r} is of type {info.type.name}, which cannot be "
-                f"decoded; choose one of {', '.join(sorted(kind.name for kind in DECODABLE))}."
+                "decoded; choose a checkpoint in BF16, F16 or F32, or a GGUF file such as one in "
+                "Q4_K_M."
             )
 
     def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:

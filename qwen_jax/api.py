@@ -24,7 +24,7 @@ from qwen_jax.measure import check_weights_fit, device
 from qwen_jax.packed import prepare
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
-from qwen_jax.sampling import Sampling
+from qwen_jax.sampling import Sampling, check_bias
 from qwen_jax.text.chat import DEFAULT_SYSTEM
 from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
@@ -274,12 +274,13 @@ class Model:
         """The same where the prompt's ids are known, and the options about it are not looked at.
 
         Raises:
-            UserError: a stop id is no token.
+            UserError: a stop id or a biased one is no token.
         """
         given = {name: value for name, value in options.items() if value is not None}
         answer = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
         request = Request(tokens, **cast(Any, answer))
         row_stop_ids(request, self.tokenizer)
+        check_bias(request.sampling, self.config.vocab_size)
         return request
 
     def check_fits(self, request: Request, n: int) -> None:

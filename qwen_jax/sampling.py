@@ -61,14 +61,14 @@ class Sampling:
         checks = {
             "temperature": (
                 self.temperature == 0 or 1 / _LARGEST <= self.temperature <= _LARGEST,
-                f"0 (greedy) or from {1 / _LARGEST} to {_LARGEST}",
+                f"0 (greedy) or from {1 / _LARGEST:g} to {_LARGEST}",
             ),
             "top_k": (0 <= self.top_k < 2**31, "from 0 (off) to 2147483647"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
             "repetition_penalty": (
                 1 / _LARGEST <= self.repetition_penalty <= _LARGEST,
-                f"from {1 / _LARGEST} to {_LARGEST}; 1 is off",
+                f"from {1 / _LARGEST:g} to {_LARGEST}; 1 is off",
             ),
             "presence_penalty": (abs(self.presence_penalty) <= _LARGEST, within),
             "frequency_penalty": (abs(self.frequency_penalty) <= _LARGEST, within),
@@ -141,6 +141,16 @@ class Choice(NamedTuple):
     logprobs: Logprobs | None
 
 
+def check_bias(row: Sampling, vocab_size: int) -> None:
+    """Raises UserError where a biased token id lies outside the vocabulary."""
+    for token in row.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise UserError(
+                f"sampling.logit_bias names token {token}, but the vocabulary has {vocab_size} "
+                "tokens."
+            )
+
+
 def plan_rows(
     rows: Sequence[Sampling], vocab_size: int, logprobs: bool = False, top_logprobs: int = 0
 ) -> tuple[Plan, RowParameters]:
@@ -170,12 +180,8 @@ def plan_rows(
     )
     bias = np.zeros((len(rows), vocab_size), np.float32) if plan.bias else None
     for i, row in enumerate(rows):
+        check_bias(row, vocab_size)
         for token, value in row.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                raise UserError(
-                    f"sampling.logit_bias names token {token}, but the vocabulary has "
-                    f"{vocab_size} tokens."
-                )
             assert bias is not None
             bias[i, token] = value
 

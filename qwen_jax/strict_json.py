@@ -37,24 +37,30 @@ def read_object(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
         return parse_object(text, str(path), allow_nan=allow_nan)
 
 
-def parse_object(text: bytes | str, source: str, *, allow_nan: bool = False) -> dict[str, Any]:
+def parse_object(
+    text: bytes | str, source: str, *, allow_nan: bool = False, allow_halves: bool = False
+) -> dict[str, Any]:
     """The JSON object in `text`, UTF-8 with or without a byte order mark.
 
     Args:
         source: what the text is, for messages: a file, or a file and its line.
         allow_nan: reads NaN and Infinity, which are no JSON, as Python and therefore
             transformers do; whoever takes a number has to check it.
+        allow_halves: reads lone surrogates, which are JSON but no Unicode; whoever writes such a
+            text has to escape it.
 
     Raises:
         UserError: the text is no JSON object, or names a key twice.
     """
-    value = parse(text, source, allow_nan=allow_nan)
+    value = parse(text, source, allow_nan=allow_nan, allow_halves=allow_halves)
     if not isinstance(value, dict):
         raise UserError(f"{source}: it is {value!r:.60}, but it must be a JSON object, {{...}}.")
     return value
 
 
-def parse(text: bytes | str, source: str, *, allow_nan: bool = False) -> Any:
+def parse(
+    text: bytes | str, source: str, *, allow_nan: bool = False, allow_halves: bool = False
+) -> Any:
     """Whatever value the JSON in `text` has; the arguments are `parse_object`'s.
 
     Raises:
@@ -69,15 +75,16 @@ def parse(text: bytes | str, source: str, *, allow_nan: bool = False) -> Any:
             parse_constant=float if allow_nan else _no_number,
         )
     except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in decoded else ""
         raise UserError(
-            f"{source}: it is not JSON ({error.msg} at line {error.lineno}, column "
-            f"{error.colno}); correct it, or get the original again."
+            f"{source}: it is not JSON ({error.msg} at {line}column {error.colno}); correct it, or "
+            "get the original again."
         ) from None
     except RecursionError:
         raise UserError(f"{source}: its JSON is nested too deeply to be read.") from None
     except _RefusedError as error:
         raise UserError(f"{source}: {error}.") from None
-    if half := _half_a_character(decoded, value):
+    if not allow_halves and (half := _half_a_character(decoded, value)):
         raise UserError(f"{source}: it holds {half}, half a character without its other half.")
     return value
 

@@ -1,9 +1,9 @@
 """Chat messages and tools as people and APIs write them -> as chat templates read them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen_jax import strict_json
 from qwen_jax.errors import UserError
 
 # Qwen2.5's template drops a message with any other role without a word.
@@ -110,12 +110,7 @@ def _plain_arguments(arguments: Any, where: str) -> Mapping[str, Any]:
     """An object as it is, JSON text as the object that it holds, and nothing as no arguments."""
     found = {} if arguments in (None, "") else arguments
     if isinstance(found, str):
-        try:
-            found = json.loads(found)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{where} has arguments {arguments!r:.80}, which are not JSON: {error}."
-            ) from error
+        found = strict_json.parse(found, f"{where}, arguments {arguments!r:.80}")
     if not isinstance(found, Mapping):
         raise UserError(f"{where} has arguments {arguments!r:.80}; give an object, or one as JSON.")
     return found

@@ -126,8 +126,9 @@ class Tokenizer:
         try:
             return [*prefix, *front_end.encode(text, add_special_tokens=False).ids]
         except TypeError as error:
+            half = next((c for c in text if "\ud800" <= c <= "\udfff"), "")
             raise UserError(
-                f"the text {text!r:.60} is not valid Unicode; give it as UTF-8."
+                f"the text holds {half!r}, which is not valid Unicode; give it as UTF-8."
             ) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

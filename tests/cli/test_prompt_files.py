@@ -18,9 +18,9 @@ from tests.cli.conftest import Run
 FILES = {
     b"": "holds no prompts",
     b"\n \r\n\n": "holds no prompts",
-    b'{"prompt": "a"}\n{"prompt": \n': "line 2 is not JSON: Expecting value at column 12",
+    b'{"prompt": "a"}\n{"prompt": \n': "line 2: it is not JSON (Expecting value at column 12)",
     b'{"prompt": "a"}\n\xff\n': "line 2 is not UTF-8 at byte 0",
-    b"[1]\n": "line 1 is [1], but it must be an object",
+    b"[1]\n": "line 1: it is [1], but it must be a JSON object",
     b'{"id": 3}\n': "line 1 must have either 'prompt' or 'messages'",
     b'{"prompt": "a", "messages": []}\n': "line 1 must have either 'prompt' or 'messages'",
     b'{"prompt": "a", "temprature": 1}\n': "field 'temprature'; did you mean 'temperature'?",
@@ -37,7 +37,7 @@ FILES = {
     b'{"prompt": "a", "suffix": 3}\n': "line 1: suffix is 3, but it must be text",
     b'{"prompt": "a", "tools": {}}\n': "line 1: tools is {}, but it must be a list",
     b'{"messages": [], "continue_final_message": 1}\n': "message is 1, but it must be true or f",
-    b'{"prompt": "a", "prompt": "b"}\n': "line 1 is not JSON that can be read: a field appears",
+    b'{"prompt": "a", "prompt": "b"}\n': "line 1: the key 'prompt' appears twice",
     b'{"prompt": 3}\n': "line 1: prompt is 3, but it must be text",
     b'{"prompt": ""}\n': "line 1: the prompt is empty",
     b'{"prompt": "a", "max_tokens": 0}\n': "line 1: max_tokens is 0",
@@ -45,15 +45,22 @@ FILES = {
     b'{"prompt": "a", "seed": -1}\n': "line 1: sampling.seed is -1",
     b'{"prompt": "a", "seed": 1.5}\n': "line 1: seed is 1.5, but it must be a whole number",
     b'{"prompt": "a", "id": NaN}\n': "line 1: id is nan, but it must be text or a whole number",
-    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n": "line 1 is not JSON that can be read",
-    b"[" * 100000: "line 1 is not JSON that can be read",
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n": "line 1: the number 99999",
+    b'{"prompt": "a", "temperature": NaN}\n': "line 1: sampling.temperature is nan, but it must be",
+    b'{"prompt": "a", "temperature": 1e-31}\n': "must be 0 (greedy) or from 1e-30 to 1e+30.",
+    '{"prompt": "a", "logit_bias": {"٣": 1}}\n'.encode(): "line 1: logit_bias has '٣': 1, but it",
+    b'{"messages": [{"role": "user", "content": "a", "role": "b"}]}\n': "the key 'role' appears tw",
+    b"[" * 100000: "line 1: its JSON is nested too deeply",
 }
 # Known only with the tokenizer, but before anything is run or written.
 LATE = {
     b'{"prompt": "a"}\n{"messages": []}\n': "line 2: the conversation has no messages",
     b'{"prompt": "a"}\n{"messages": [{"role": "x"}]}\n': "line 2: message 0 has the role 'x'",
     b'{"prompt": "a"}\n{"messages": ["x"]}\n': "line 2: message 0 is 'x'",
-    b'{"prompt": "a"}\n{"prompt": "a\\ud800"}\n': "line 2: the text",
+    b'{"prompt": "a"}\n{"prompt": "a\\ud800"}\n': r"line 2: the text holds '\ud800', which is not",
+    b'{"prompt": "a"}\n{"prompt": "a", "logit_bias": {"2048": 1}}\n': (
+        "line 2: sampling.logit_bias names token 2048, but the vocabulary has 2048 tokens"
+    ),
     b'{"prompt": "a"}\n{"prompt": "' + b"word " * 3000 + b'"}\n': "line 2: The prompt has 3029",
     b'{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}], "raw": true}\n': (
         "line 2: A raw prompt is one text"
@@ -265,7 +272,7 @@ def test_what_a_template_takes_is_no_setting(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (None, "can't be read: No such file"),
-        (b"[", "it is not JSON (Expecting value at line 1"),
+        (b"[", "it is not JSON (Expecting value at column 2)"),
         (b"{}", "tools is {}, but it must be a list of JSON schemas"),
         (b'[{"type": "function"}]', "tool 0 is"),
         (b'[{"name": "f", "name": "g"}]', "the key 'name' appears twice"),

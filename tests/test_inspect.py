@@ -179,7 +179,7 @@ def test_a_split_file_with_yarn_and_no_template(
         tmp_path / "model.gguf",
         config,
         random_parameters(config),
-        metadata=tokens | {"tokenizer.chat_template": None},
+        metadata=tokens | {"tokenizer.chat_template": None, "general.sampling.temp": 0.7},
         split_max_tensors=9,
     )
     sections = report(capsys, f"--model={written.path}")
@@ -187,6 +187,7 @@ def test_a_split_file_with_yarn_and_no_template(
     assert "vocabulary 2080 (untied)" in sections["model"][1]
     assert sections["model"][-1].startswith("YaRN factor 4 over 256, attention factor 1.1386")
     assert sections["text"][0] == "2048 tokens in use"
+    assert sections["text"][2] == f"{written.path} recommends general.sampling.temp 0.7"
     assert sections["text"][-1].startswith("no chat template: ChatML")
     assert sections["tensors"][-1] == "and 12 more in layers 1 to 1"
 

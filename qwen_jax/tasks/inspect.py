@@ -11,12 +11,13 @@ import pallas_kernels
 from pallas_kernels.gqa_decode_attention import mosaic_gpu as gqa_decode_attention
 from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_attention
 from pallas_kernels.rope import mosaic_gpu as rope
-from qwen_jax import api, packed, pins
+from qwen_jax import api, packed, pins, recommended
 from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import CHUNK
 from qwen_jax.measure import Budget, device, show_bytes
 from qwen_jax.model import activation_dtype
+from qwen_jax.recommended import Recommended
 from qwen_jax.settings import Command
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.hub_names import is_hub_name
@@ -39,7 +40,7 @@ def run(command: Command) -> int:
         ("model", model_lines(checkpoint.config)),
         ("metadata", metadata_lines(checkpoint.metadata)),
         ("tensors", tensor_lines(checkpoint)),
-        ("text", text_lines(tokenizer)),
+        ("text", text_lines(tokenizer, recommended.read(checkpoint))),
         ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
         ("memory", memory_lines(checkpoint.config, dtype)),
     )
@@ -116,10 +117,12 @@ def tensor_lines(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"and {others.total()} more in layers 1 to {len(others)}"
 
 
-def text_lines(tokenizer: Tokenizer) -> Iterator[str]:
+def text_lines(tokenizer: Tokenizer, said: Recommended) -> Iterator[str]:
     yield f"{tokenizer.vocab_size - len(tokenizer.unused_ids)} tokens in use"
     stops = ", ".join(f"{i} {tokenizer.token_name(i)}" for i in tokenizer.stop_ids)
     yield f"stops on {stops}"
+    if said.values:
+        yield str(said)
     template = tokenizer.chat_template
     if template is None:
         yield "no chat template: ChatML with Qwen's default system prompt is used"

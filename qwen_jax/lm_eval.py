@@ -12,6 +12,13 @@ from qwen_jax import interrupts
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.harness_settings import check_installed
 
+_REFUSALS = {
+    "Tasks not found": "`python -m qwen_jax.lm_eval ls tasks` lists them, and --include_path names "
+    "a directory with others",
+    "Attempted to load model": "ours is --model qwen_jax",
+}
+"""How messages of the harness about what a user has misspelt begin, and the way out."""
+
 
 def main() -> int:
     """Runs one command of lm_eval; returns 0, 2 for bad input, 130 after Ctrl-C."""
@@ -25,6 +32,12 @@ def main() -> int:
     except (UserError, NotImplementedError) as error:
         # NotImplementedError: an implementation asked for by name can't serve a shape.
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        ways = [way for words, way in _REFUSALS.items() if str(error).startswith(words)]
+        if not ways:
+            raise
+        print(f"error: {str(error).rstrip('.')}; {ways[0]}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

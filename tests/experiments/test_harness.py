@@ -1,5 +1,6 @@
 """lm-evaluation-harness over our model. Needs the extra `eval`, so it runs in `make parity`."""
 
+import functools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 from scipy.special import log_softmax
 
 from qwen_jax import api
+from qwen_jax import lm_eval as command
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion
 from qwen_jax.sampling import Sampling
@@ -21,6 +23,7 @@ from tests.cli.conftest import REPOSITORY
 from tests.experiments.conftest import lines
 
 pytest.importorskip("lm_eval", reason="needs pip install '.[eval]'")
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
 
 from qwen_jax.experiments.harness import Harness
@@ -276,6 +279,18 @@ def test_chats(model: api.Model) -> None:
     assert harness.apply_chat_template(chat).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
+SCORED = """task: local_scores
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " moon"
+metric_list:
+  - metric: perplexity
+"""
 QUESTIONS = [
     {"question": f"haiku: {a}", "choices": [a, b], "label": i % 2}
     for i, (a, b) in enumerate([("snow", "rain"), ("crow", "fern"), ("tide", "moss")])
@@ -293,6 +308,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     (folder / "words.yaml").write_text(YAML.format(data=data))
     (folder / "lines.yaml").write_text(GENERATION.format(data=data))
+    (folder / "scores.yaml").write_text(SCORED.format(data=data))
     return folder
 
 
@@ -378,6 +394,48 @@ def test_settings_of_answers_where_none_are_written(
     assert result.code == 1 and "1 finished, 1 failed" in result.out
     (failed,) = [e for e in lines(tmp_path / "w" / "metrics.jsonl") if e["event"] == "failed"]
     assert "max_tokens changes nothing: these tasks generate no text" in failed["reason"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_what_the_harness_prints_is_no_table(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    tasks: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """It tells on stdout that it estimates the error of a perplexity, with processes it forks."""
+    done = run(*experiment('axis("dtype", ["float32"])', evaluates("local_scores", tasks)))
+    assert done.code == 0 and "local_scores.perplexity" in done.out
+    assert "bootstrapping" not in done.out
+    assert not [str(w.message) for w in recwarn if "fork" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--tasks", "local_lines,nowhere"],
+            "Tasks not found: nowhere; `python -m qwen_jax",
+        ),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml; `python -m qwen_jax.lm_eval ls tasks` lists"),
+        (["--tasks", "local_lines", "--model", "qwen"], "ours is --model qwen_jax."),
+    ],
+)
+def test_what_the_command_does_not_know_is_told_in_a_line(
+    tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    # Its own tasks, thousands of files, are read in half a minute.
+    few = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+    given = ["lm_eval", "--model", "qwen_jax", "--include_path", str(tasks), *arguments]
+    monkeypatch.setattr(sys, "argv", given)
+    assert command.main() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
 
 
 def test_the_documented_command(tasks: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """`eval`: tasks of lm-evaluation-harness, one item a request to the model; needs extra `eval`."""
 
+import contextlib
 import functools
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,8 @@ from qwen_jax import prompts
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
 from qwen_jax.experiments.task import Metrics, Task, Work
+from qwen_jax.in_force import DRAWS
 from qwen_jax.settings import flatten, get_config
-
-_DRAWS = ("sampling.top_k", "sampling.top_p", "sampling.min_p", "sampling.seed")
-"""Fields that change nothing where answers are greedy."""
 
 
 class Evaluate(Task):
@@ -59,32 +60,37 @@ class Evaluate(Task):
         def keep(key: str, line: dict[str, Any]) -> None:
             work.record(request=key, **line)
 
+        # Its processes would be forked, and JAX's threads with them; a hundred draws need none.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         multiturn = settings.fewshot_as_multiturn
-        found = lm_eval.simple_evaluate(
-            model=Harness(
-                work.model(),
-                self.config.batch_size,
-                seed=seed,
-                generation_config=self.config.generation_config,
-                overrides=overrides,
-                answers=answers,
-                keep=keep,
-            ),
-            tasks=list(settings.tasks),
-            num_fewshot=settings.shots,
-            limit=settings.limit,
-            task_manager=_manager(*where),
-            apply_chat_template=settings.apply_chat_template,
-            # As lm_eval's own command line has it where nobody says.
-            fewshot_as_multiturn=settings.apply_chat_template if multiturn is None else multiturn,
-            system_instruction=self.config.system,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            fewshot_random_seed=seed,
-            bootstrap_iters=100,
-            log_samples=False,
-            verbosity="ERROR",
-        )
+        if multiturn is None:  # As lm_eval's own command line has it.
+            multiturn = settings.apply_chat_template
+        # The harness prints, and our stdout is for the table.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = lm_eval.simple_evaluate(
+                model=Harness(
+                    work.model(),
+                    self.config.batch_size,
+                    seed=seed,
+                    generation_config=self.config.generation_config,
+                    overrides=overrides,
+                    answers=answers,
+                    keep=keep,
+                ),
+                tasks=list(settings.tasks),
+                num_fewshot=settings.shots,
+                limit=settings.limit,
+                task_manager=_manager(*where),
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=multiturn,
+                system_instruction=self.config.system,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                fewshot_random_seed=seed,
+                bootstrap_iters=100,
+                log_samples=False,
+                verbosity="ERROR",
+            )
         return _metrics(found["results"])
 
     def _changed(self) -> list[str]:
@@ -131,7 +137,7 @@ def _check_effect(
             continue  # It chooses them, too.
         if not tasks:
             raise UserError(f"{field} changes nothing: these tasks generate no text; drop it.")
-        if field in _DRAWS and not draws:
+        if field.removeprefix("sampling.") in DRAWS and not draws:
             raise UserError(
                 f"{field} changes nothing: {', '.join(tasks)} answers greedily; set "
                 "sampling.temperature or drop it."

@@ -53,10 +53,7 @@ class Only:
             return True
         if isinstance(value, list):
             return all(map(self.allows, value))
-        # True is 1 to Python.
-        return any(
-            isinstance(value, bool) == isinstance(p, bool) and value == p for p in self.plain
-        )
+        return value in self.plain  # where a flag is 0 or 1, it is False or True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -328,6 +328,7 @@ def test_sizes_may_be_given_layer_by_layer() -> None:
         assert "not int" in refusal(read_gguf, {key: [2] * 23})
 
 
-def test_numbers_are_not_booleans() -> None:
-    assert "is_causal is 1, " in refusal(read_hf, {"is_causal": 1})
-    assert "logit_scale is True, " in refusal(read_gguf, {"logit_scale": True})
+def test_a_flag_may_be_a_number() -> None:
+    assert read_hf({"is_causal": 1, "use_mrope": 0}) == read_hf({})
+    assert "is_causal is 0, which lets" in refusal(read_hf, {"is_causal": 0})
+    assert "attention.causal is 0, which lets" in refusal(read_gguf, {"attention.causal": 0})

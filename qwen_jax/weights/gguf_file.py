@@ -21,6 +21,7 @@ from qwen_jax.weights.gguf_cursor import NOT_WELL_FORMED, Cursor
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo, map_file
 
 MAX_DIMENSIONS = 4
+MAX_NAME_BYTES = 63  # GGML's GGML_MAX_NAME counts the null at its end
 # llama.cpp counts on from 42; ik_llama.cpp, a fork, has numbers of its own up to 398.
 MAX_TYPE = 1023
 DEFAULT_ALIGNMENT = 32
@@ -202,6 +203,8 @@ def _read_tensor(cursor: Cursor, index: int, alignment: int, expected: int) -> T
     (gguf_init_from_reader in gguf.cpp), so neither gaps nor another order are GGUF.
     """
     name = cursor.name(f"tensor {index}")
+    if (size := len(name.encode())) > MAX_NAME_BYTES:
+        cursor.fail(f"tensor {index} has a name of {size} bytes, above {MAX_NAME_BYTES}")
     field = f"the tensor {name!r}"
     dimensions = cursor.number("<I", f"{field}: the number of dimensions")
     if not 1 <= dimensions <= MAX_DIMENSIONS:

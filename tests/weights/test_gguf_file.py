@@ -194,6 +194,10 @@ BAD = {
     ),
     "tensor twice": (Bytes(tensors=(tensor(), tensor(offset=32))), "'t' appears twice"),
     "tensor name": (Bytes(tensors=(tensor(b"\xff"),)), "tensor 0 is not valid UTF-8"),
+    "a long name": (
+        Bytes(tensors=(tensor("é" * 32),), data=bytes(64)),
+        "tensor 0 has a name of 64 bytes, above 63",
+    ),
     "no dimensions": (Bytes(tensors=(tensor(dims=()),), data=bytes(64)), "'t' has 0 dimensions"),
     "five dimensions": (Bytes(tensors=(tensor(dims=(1,) * 5),)), "'t' has 5 dimensions"),
     "many dimensions": (Bytes(tensors=(tensor(num_dims=2**32 - 1),)), "'t' has 4294967295"),

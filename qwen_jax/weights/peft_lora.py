@@ -162,6 +162,10 @@ class _Config:
     def read(cls, directory: Path) -> "_Config":
         path = directory / CONFIG
         if not path.is_file():
+            if below := sorted(file.parent for file in directory.glob(f"*/{CONFIG}")):
+                raise UserError(
+                    f"{directory}: the directory has no {CONFIG}, but {below[0]} has; give that."
+                )
             has = (
                 "is a whole model, for --model"
                 if (directory / "config.json").is_file()

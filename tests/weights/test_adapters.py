@@ -277,6 +277,7 @@ def test_what_is_no_adapter(base, tmp_path):
     assert "is a whole model, for --model" in refusal(base, base, base)
     assert "is no adapter" in refusal(base, tmp_path, tmp_path)
     adapter = write_peft(tmp_path / "a", PAIRS)
+    assert f"no adapter_config.json, but {adapter} has; give" in refusal(base, tmp_path, tmp_path)
     assert "give the adapter's directory" in refusal(
         base, adapter / "adapter_model.safetensors", adapter
     )

@@ -20,7 +20,8 @@ _NAME = re.compile(
 _HOST = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/"
 _PAGE = re.compile(
     rf"{_HOST}(?P<repo>{_REPO})"
-    r"(?:/(?:tree|blob|resolve|raw|commit)/(?P<revision>refs/pr/\d+|[^/]+)(?:/(?P<file>.+))?)?/?",
+    r"(?:/(?:tree|blob|resolve|raw|commit)/(?P<revision>refs/pr/\d+|[^/]+)(?:/(?P<file>.+))?"
+    r"|:(?P<quant>[\w.-]+))?/?",  # as the Hub writes it for ollama
     re.ASCII,
 )
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json")
@@ -104,7 +105,7 @@ def _of_page(url: str) -> str | None:
         return None
     revision = None if found["revision"] in (None, "main") else found["revision"]
     file = found["file"] if (found["file"] or "").endswith(".gguf") else None
-    return f"did you mean {HubName(found['repo'], revision, file)}"
+    return f"did you mean {HubName(found['repo'], revision, file or found['quant'])}"
 
 
 def no_such_path(model: str) -> str:

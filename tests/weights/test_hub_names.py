@@ -60,6 +60,7 @@ def test_commits_in_tables():
         ("hf:a--b/c..d", "this is no repository's name"),
         ("HF:a/b", "did you mean hf:a/b?"),
         ("https://huggingface.co/a/b", "did you mean hf:a/b?"),
+        ("hf.co/a/b:Q4_K_M", "did you mean hf:a/b:Q4_K_M?"),
         ("huggingface.co/a/b/tree/main", "did you mean hf:a/b?"),
         ("https://huggingface.co/a/b/tree/v2/q", "did you mean hf:a/b@v2?"),
         ("https://huggingface.co/a/b/tree/refs%2Fpr%2F3", "did you mean hf:a/b@refs/pr/3?"),

@@ -7,17 +7,18 @@ its own, `lm_eval`, imports nothing of ours. Everything behind `python -m qwen_j
 """
 
 import sys
+import traceback
 
 from qwen_jax import interrupts
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.harness_settings import check_installed
 
-_REFUSALS = {
+_WAYS_OUT = {
     "Tasks not found": "`python -m qwen_jax.lm_eval ls tasks` lists them, and --include_path names "
     "a directory with others",
     "Attempted to load model": "ours is --model qwen_jax",
 }
-"""How messages of the harness about what a user has misspelt begin, and the way out."""
+"""How messages of the harness about its flags may begin, and what to do."""
 
 
 def main() -> int:
@@ -34,15 +35,23 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ValueError as error:
-        ways = [way for words, way in _REFUSALS.items() if str(error).startswith(words)]
-        if not ways:
+        if not _is_about_flags(error):
             raise
-        print(f"error: {str(error).rstrip('.')}; {ways[0]}.", file=sys.stderr)
+        ways = (way for words, way in _WAYS_OUT.items() if str(error).startswith(words))
+        way = next(ways, "`python -m qwen_jax.lm_eval run --help` shows the flags")
+        print(f"error: {str(error).rstrip('.')}; {way}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return interrupts.EXIT_CODE
     return 0
+
+
+def _is_about_flags(error: ValueError) -> bool:
+    """Whether the harness raised it where it reads its flags, and not in the work for them."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return module.startswith(("lm_eval.config.", "lm_eval.api.registry"))
 
 
 if __name__ == "__main__":

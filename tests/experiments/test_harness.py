@@ -419,6 +419,10 @@ def test_what_the_harness_prints_is_no_table(
         ),
         (["--tasks", "nowhere.yaml"], "nowhere.yaml; `python -m qwen_jax.lm_eval ls tasks` lists"),
         (["--tasks", "local_lines", "--model", "qwen"], "ours is --model qwen_jax."),
+        (
+            ["--tasks", "local_lines", "--fewshot_as_multiturn", "True"],
+            "`apply_chat_template` must be set; `python -m qwen_jax.lm_eval run --help` shows",
+        ),
     ],
 )
 def test_what_the_command_does_not_know_is_told_in_a_line(

@@ -24,7 +24,7 @@ from qwen_jax.measure import check_weights_fit, device
 from qwen_jax.packed import prepare
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
-from qwen_jax.sampling import Sampling, check_bias
+from qwen_jax.sampling import Sampling, check_bias, is_whole
 from qwen_jax.text.chat import DEFAULT_SYSTEM
 from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
@@ -274,7 +274,7 @@ class Model:
         """The same where the prompt's ids are known, and the options about it are not looked at.
 
         Raises:
-            UserError: a stop id or a biased one is no token.
+            UserError: a stop id or a biased one is no token, or a setting makes no sense.
         """
         given = {name: value for name, value in options.items() if value is not None}
         answer = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
@@ -314,8 +314,8 @@ class Model:
             UserError: a prompt is empty, malformed or longer than the context, or `n` is not
                 positive.
         """
-        if n < 1:
-            raise UserError(f"n is {n}, but it must be at least 1.")
+        if not is_whole(n) or n < 1:
+            raise UserError(f"n is {n!r:.60}, but it must be a whole number, at least 1.")
         if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
             raise UserError(
                 f"prompt is a {type(prompt).__name__}, but it must be a text, a list of texts or a "

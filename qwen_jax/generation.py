@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from qwen_jax.engine import Emitted, Engine, Prompt, check_fits
 from qwen_jax.errors import UserError
 from qwen_jax.measure import compile_seconds
-from qwen_jax.sampling import Logprobs, Sampling, plan_rows
+from qwen_jax.sampling import Logprobs, Sampling, is_whole, plan_rows
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream
 from qwen_jax.text.tokenizer import Tokenizer
@@ -36,8 +36,17 @@ class Request:
     stop_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        if not is_whole(self.max_tokens):
+            raise UserError(f"max_tokens is {self.max_tokens!r:.60}, but it must be whole.")
         if self.max_tokens < 0:
             raise UserError(f"max_tokens is {self.max_tokens}, but it must not be negative.")
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(
+                f"sampling is {self.sampling!r:.60}, but it must be a Sampling, as "
+                "qwen_jax.Sampling(temperature=0.8)."
+            )
+        if not isinstance(self.stop_ids, Iterable):
+            raise UserError(f"stop_ids is {self.stop_ids!r:.60}, but it must be a list of ids.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +286,7 @@ class _Row:
 def row_stop_ids(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end this text besides the model's. Raises UserError where one is no token."""
     for token in request.stop_ids:
-        whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
-        if not whole or not 0 <= token < tokenizer.vocab_size:
+        if not is_whole(token) or not 0 <= token < tokenizer.vocab_size:
             raise UserError(
                 f"stop_ids holds {token!r:.40}, but token ids are 0 to {tokenizer.vocab_size - 1}."
             )

@@ -22,6 +22,15 @@ _LARGEST = 1e30
 """Numbers beyond this, or nearer to 0 than its inverse, would overflow float32 logits."""
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return is_whole(value) or isinstance(value, float | np.floating)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How one row chooses its tokens. Raises UserError where a value makes no sense.
@@ -52,11 +61,17 @@ class Sampling:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            number = whole or isinstance(value, float | np.floating)
+            whole, number = is_whole(value), _is_number(value)
             if (field.type is int and not whole) or (field.type is float and not number):
                 kind = "a whole number" if field.type is int else "a number"
                 raise UserError(f"sampling.{field.name} is {value!r}, but it must be {kind}.")
+        bias = self.logit_bias
+        if not isinstance(bias, Mapping) or not (
+            all(map(is_whole, bias)) and all(map(_is_number, bias.values()))
+        ):
+            raise UserError(
+                f"sampling.logit_bias is {bias!r:.60}, but it must map token ids to numbers."
+            )
         within = f"from {-_LARGEST} to {_LARGEST}"
         checks = {
             "temperature": (

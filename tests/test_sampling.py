@@ -14,6 +14,7 @@ import scipy.stats
 from hypothesis import given
 
 from qwen_jax import sampling
+from qwen_jax.errors import UserError
 from qwen_jax.sampling import Choice, Counts, Sampling, plan_rows
 from tests.numpy_reference import log_softmax
 
@@ -307,3 +308,9 @@ def test_no_logprobs_unless_asked_for() -> None:
     logprobs = choose_rows(np.log(FOUR)[None], [Sampling()], logprobs=True).logprobs
     assert logprobs.top_ids.shape == (1, 0)
     assert logprobs.chosen[0] == pytest.approx(math.log(0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, [1, 2], {"5": 1.0}, {5: "x"}, {5: None}, {True: 1.0}])
+def test_a_bias_is_of_token_ids_and_numbers(bias: Any) -> None:
+    with pytest.raises(UserError, match=r"logit_bias is .*, but it must map token ids to numbers"):
+        Sampling(logit_bias=bias)

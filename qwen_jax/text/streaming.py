@@ -80,7 +80,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str) or not all(isinstance(s, str) and s for s in stops):
+        listed = isinstance(stops, Iterable) and not isinstance(stops, str)
+        if not listed or not all(isinstance(s, str) and s for s in stops):
             raise UserError(
                 f"stop is {stops!r:.80}, but it must be a list of texts that are not empty."
             )

@@ -33,10 +33,8 @@ def open_directory(directory: Path) -> TensorFiles:
     config = read_object(directory / "config.json", allow_nan=True)
     single, index = directory / SINGLE, directory / INDEX
     if single.is_file():
-        if index.is_file():
-            logging.warning(
-                "%s: read alone, since it is there; the shards of %s are not read", single, INDEX
-            )
+        if _sets(directory):
+            logging.warning("%s: read alone, since it is there; no shards are read", single)
         return TensorFiles((single,), config, read_safetensors(single))
     weight_map = _weight_map(index) if index.is_file() else {}
     shards = _shards(directory, weight_map)
@@ -109,7 +107,8 @@ def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
     if others:
         return (
             f"{directory}: the directory has neither {SINGLE} nor shards of one, only "
-            f"{', '.join(others[:5])}; if one of them is the model, name it {SINGLE}."
+            f"{', '.join(others[:5])}; if one of them is the model, name it {SINGLE}, "
+            "and shards of it model-00001-of-0000N.safetensors."
         )
     return recognition.without_safetensors(directory) or (
         f"{directory}: the directory has no safetensors; download those of the checkpoint."

@@ -166,6 +166,7 @@ def without_config(directory: Path) -> str | None:
         )
     below = sorted(file.parent for file in directory.glob("*/config.json"))
     below += sorted(file.parent for file in directory.glob("snapshots/*/config.json"))
+    below += sorted(file.parent for file in directory.glob("*/*.gguf"))
     if below:
         return f"{directory}: the directory has no model, but {below[0]} has; give that."
     return without_safetensors(directory)

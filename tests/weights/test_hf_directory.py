@@ -215,7 +215,15 @@ def test_one_file_comes_before_shards(sharded, tmp_path, warnings):
     other = write_hf(tmp_path / "other", CONFIG, values).path
     shutil.copy(other / "model.safetensors", sharded)
     assert_whole(sharded, values)
-    assert "the shards of model.safetensors.index.json are not read" in warnings[0]
+    assert "read alone, since it is there; no shards are read" in warnings[0]
+
+
+def test_an_index_of_one_file(directory, warnings):
+    """As mlx_lm writes it."""
+    index = {"weight_map": dict.fromkeys(PARAMS, "model.safetensors")}
+    (directory / INDEX).write_text(json.dumps(index))
+    assert len(open_directory(directory).tensors) == len(PARAMS)
+    assert not warnings
 
 
 def test_a_tensor_in_two_shards(sharded, tmp_path, warnings):

@@ -148,6 +148,9 @@ def test_safetensors_without_their_config(tmp_path):
 
 
 def test_a_model_in_a_folder_below(tmp_path):
+    (tmp_path / "Q4_K_M").mkdir()
+    (tmp_path / "Q4_K_M" / "m.gguf").touch()
+    assert f"has no model, but {tmp_path / 'Q4_K_M'} has; give that" in refusal(tmp_path)
     write_hf(tmp_path / "snapshots" / "abc", CONFIG, PARAMS)
     assert f"has no model, but {tmp_path / 'snapshots' / 'abc'} has" in refusal(tmp_path)
     write_hf(tmp_path / "checkpoint-500", CONFIG, PARAMS)

@@ -118,22 +118,44 @@ def _collect(collector: Collector, position: int, length: int, name: str, x: tor
 
 
 def load(checkpoint: Checkpoint, dtype: str) -> Qwen2ForCausalLM:
-    """The checkpoint in transformers: a directory by its own reader, a GGUF file by ours."""
+    """The checkpoint in transformers: a plain directory by its own reader, all else by ours.
+
+    Raises UserError where its Qwen2 cannot do as the config says, or its reader refuses.
+    """
     kind = getattr(torch, dtype)
+    config = hf_config(checkpoint.config)
     transformers.utils.logging.disable_progress_bar()
-    if checkpoint.format == "safetensors":
-        model = Qwen2ForCausalLM.from_pretrained(
-            checkpoint.path, dtype=kind, attn_implementation="eager", local_files_only=True
-        )
+    if _is_plain(checkpoint):
+        try:
+            model = Qwen2ForCausalLM.from_pretrained(
+                checkpoint.path, dtype=kind, attn_implementation="eager", local_files_only=True
+            )
+        except Exception as error:  # of any type, and about this directory
+            first = next(iter(str(error).splitlines()), "")
+            raise UserError(
+                f"{checkpoint.path}: transformers does not load it ({type(error).__name__}: "
+                f"{first:.200}); correct the directory, or choose another reference."
+            ) from error
     else:
         model = Qwen2ForCausalLM.from_pretrained(
             None,
-            config=hf_config(checkpoint.config),
+            config=config,
             state_dict=dict(_state(checkpoint, kind)),
             dtype=kind,
             attn_implementation="eager",
         )
     return model.eval()
+
+
+def _is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether transformers alone makes the same weights of it: a directory whose tensors have the
+    usual names, neither packed nor changed by adapters."""
+    return (
+        checkpoint.format == "safetensors"
+        and not checkpoint.adapters
+        and all(weight.tensors == (name,) for name, weight in checkpoint.stored.items())
+        and all(info.name == name for name, info in checkpoint.tensors.items())
+    )
 
 
 def _state(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,11 +1,13 @@
 """The references on one text: float64, transformers, llama.cpp, and a recorded trace."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax import api
 from qwen_jax.accuracy.recording import record
 from qwen_jax.accuracy.references import cut, reference
 from qwen_jax.accuracy.trace import Trace, names
@@ -15,7 +17,9 @@ from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests import numpy_reference
 from tests.engines import relative
 from tests.golden_cases import CASES
-from tests.tiny_checkpoints import write_gguf, write_hf
+from tests.quantised_checkpoints import gptq, write_quantised
+from tests.tiny_adapters import random_pairs, write_peft
+from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
 
 BOUND = 1e-5
 """Of the norm of every tensor, as for the logits of float32 in tests/test_parity_live.py."""
@@ -156,3 +160,44 @@ def float32_copy(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("kind", ["adapter", "prefix", "GPTQ"])
+def test_transformers_has_the_weights_that_the_engine_has(tmp_path: Path, kind: str) -> None:
+    """Also where its own reader would drop an adapter, or make up weights it does not find."""
+    pytest.importorskip("torch", reason="live parity needs pip install '.[hf]'")
+    config = tiny_config()
+    params = random_parameters(config)
+    adapters: list[str] = []
+    if kind == "GPTQ":
+        settings = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+        path = write_quantised(tmp_path / "hf", config, params, gptq(), settings).path
+    else:
+        prefix = "module." if kind == "prefix" else ""
+        path = write_hf(tmp_path / "hf", config, {prefix + k: v for k, v in params.items()}).path
+    if kind == "adapter":
+        adapters = [str(write_peft(tmp_path / "lora", random_pairs(params)))]
+    checkpoint = api.open_model(path, *adapters)
+    ids = list(range(10))
+    theirs = reference("hf", checkpoint, ids)
+    ours = Engine(checkpoint.config, load_parameters(checkpoint, "float32")).logits(np.array(ids))
+    assert relative(np.asarray(ours), theirs.tensors["logits"]) <= BOUND
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"partial_rotary_factor": 0.5}, "transformers' Qwen2 always rotates all"),
+        ({"head_dim": None}, r"transformers does not load it \(TypeError: "),
+    ],
+)
+def test_what_transformers_does_not_run(
+    tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    pytest.importorskip("torch", reason="live parity needs pip install '.[hf]'")
+    config = tiny_config(num_heads=8)
+    path = write_hf(tmp_path, config, random_parameters(config), **changes).path
+    with pytest.raises(UserError, match=problem):
+        reference("hf", path, [1, 2, 3])

@@ -111,7 +111,8 @@ class Recommended:
         """Recommended fields of `Sampling`, and perhaps `max_tokens` and `stop`.
 
         As in transformers a file that doesn't ask for sampling is greedy, whatever filters stand
-        in it, and one that does has temperature 1 unless it says more.
+        in it, and one that does has temperature 1 unless it says more. A top_k that it leaves out
+        is off, as in vLLM: transformers' 50 is the library's own default and no model's.
 
         Raises:
             UserError: a value makes no sense.

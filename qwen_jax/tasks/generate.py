@@ -17,6 +17,7 @@ from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.measure import device
+from qwen_jax.prompt_lines import SAMPLING
 from qwen_jax.settings import Command
 from qwen_jax.tasks.summary import Summary
 
@@ -35,7 +36,8 @@ def run(command: Command) -> int:
         pins.pin_and_tell(config, pins.OF_RUN)
         model = load(config)
         config, items = _as_recommended(model, command, items)
-        summary = Summary(model, prompts.sampling_of(config))
+        others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in items)
+        summary = Summary(model, prompts.sampling_of(config), others)
         try:
             if single:
                 _run_single(model, items[0], config, summary)

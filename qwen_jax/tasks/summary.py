@@ -14,10 +14,15 @@ from qwen_jax.sampling import Sampling
 
 
 class Summary:
-    """Adds batches up and shows the sum."""
+    """Adds batches up and shows the sum.
 
-    def __init__(self, model: Model, sampling: Sampling):
-        self._model, self._sampling = model, sampling
+    Args:
+        sampling: the run's.
+        others: prompts that have sampling settings of their own.
+    """
+
+    def __init__(self, model: Model, sampling: Sampling, others: int = 0):
+        self._model, self._sampling, self._others = model, sampling, others
         self._timings: list[Timings] = []
         self._reasons: collections.Counter[str] = collections.Counter()
 
@@ -43,6 +48,7 @@ class Summary:
             reason if count == 1 == self._reasons.total() else f"{reason} {count}"
             for reason, count in self._reasons.items()
         )
+        own = f"; prompts with settings of their own: {self._others}" if self._others else ""
         return "\n".join(
             (
                 f"prompt      {total.prompt_tokens} tokens, {total.prompt_rate:,.1f} tokens/s",
@@ -52,7 +58,7 @@ class Summary:
                 f"compilation {total.compile_seconds:.2f} s in all",
                 f"memory      {peak / 1e6:,.0f} MB peak ({where})",
                 f"finished    {reasons}",
-                f"sampling    {describe(self._sampling)}",
+                f"sampling    {describe(self._sampling)}{own}",
                 f"ran on      {jax.local_devices()[0].device_kind}, {engine.cache_dtype}, "
                 f"JAX {jax.__version__}",
             )

@@ -183,6 +183,8 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
         flags = [f"--prompt_file={path}", f"--batch_size={size}", f"--output={output}"]
         result = run(*flags, "--temperature=0.9", "--seed=5")
         assert (result.code, result.out) == (0, "")
+        summed = "sampling    temperature 0.9, seed 5; prompts with settings of their own: 1\n"
+        assert summed in result.err
         written.append(output.read_text(encoding="utf-8").splitlines())
     # Batches decide in which order the answers finish, and nothing else.
     assert sorted(written[0]) == sorted(written[1]) == sorted(written[2])

@@ -54,7 +54,8 @@ def write(source: Path, kind: Type, out: Path) -> None:
     checkpoint = open_checkpoint(source)
     if checkpoint.format != "gguf":
         raise UserError(f"{source}: only GGUF files can be quantised; convert the directory first.")
-    reader = gguf.GGUFReader(source)
+    # `source` may be a directory or a later part, and the first has the metadata.
+    reader = gguf.GGUFReader(checkpoint.files.paths[0])
     writer = gguf.GGUFWriter(out, checkpoint.metadata["general.architecture"])
     for field in reader.fields.values():
         left_out = field.name.startswith(("GGUF.", "split."))  # The new file is whole.

@@ -75,6 +75,10 @@ def test_parts_behind_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
     whole, source = (open_checkpoint(file) for file in (path, links[0]))
     assert len(source.files.paths) > 1 and whole.files.paths == (path,)
     assert whole.tensors.keys() == source.tensors.keys()
+    for other in (links[-1], snapshot):  # a later part, and the directory
+        same = open_checkpoint(quantize.made(other, "F32", tmp_path))
+        assert same.config == whole.config and same.tensors.keys() == whole.tensors.keys()
+        assert same.metadata.keys() == whole.metadata.keys()
 
 
 def test_rows_that_are_no_whole_blocks_get_more_bits() -> None:

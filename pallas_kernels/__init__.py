@@ -15,6 +15,7 @@ from pallas_kernels.implementation import (
     refusal,
 )
 from pallas_kernels.rope import rope
+from pallas_kernels.sample_tokens import sample_tokens
 
 __all__ = [
     "OPERATIONS",
@@ -26,4 +27,5 @@ __all__ = [
     "gqa_prefill_attention",
     "refusal",
     "rope",
+    "sample_tokens",
 ]

@@ -35,6 +35,7 @@ def kernel(
     grid_names: tuple[str, ...],
     scratch_types: Sequence[Any] | Mapping[str, Any] = (),
     warpgroups: int = 1,
+    cluster: int = 1,
     **compiler_params: Any,
 ) -> Callable[..., Any]:
     """`plgpu.kernel` with lane semantics, whose default 0.11 changed to warpgroup semantics.
@@ -42,11 +43,15 @@ def kernel(
     Args:
         name: of the kernel, as profilers and lowered programs show it.
         warpgroups: of 128 threads each; with several, `lax.axis_index("wg")` tells them apart.
+        cluster: blocks that run together and reach each other's shared memory; the grid counts
+            clusters.
         compiler_params: of `plgpu.CompilerParams`.
     """
     threads: dict[str, Any] = {}
     if warpgroups > 1:
         threads = {"num_threads": warpgroups, "thread_name": "wg"}
+    if cluster > 1:
+        threads |= {"cluster": (cluster,), "cluster_names": ("cluster",)}
     return plgpu.kernel(
         body,
         out_type=out_type,

@@ -8,8 +8,15 @@ from absl import logging
 
 Implementation = Literal["auto", "mosaic_gpu", "xla"]
 
-OPERATIONS = ("rope", "gqa_prefill_attention", "gqa_decode_attention", "decode_step")
-"""Every operation the engine calls: those of a layer, then a whole step of a few rows."""
+OPERATIONS = (
+    "rope",
+    "gqa_prefill_attention",
+    "gqa_decode_attention",
+    "decode_step",
+    "sample_tokens",
+)
+"""Every operation the engine calls: those of a layer, a whole step of a few rows, and what follows
+it."""
 
 COMPUTE_CAPABILITY = "9.0"
 """Hopper: the kernels use its wgmma instructions and its bulk copies."""

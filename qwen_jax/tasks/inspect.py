@@ -11,6 +11,8 @@ import pallas_kernels
 from pallas_kernels.gqa_decode_attention import mosaic_gpu as gqa_decode_attention
 from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_attention
 from pallas_kernels.rope import mosaic_gpu as rope
+from pallas_kernels.sample_tokens import MOST_LOGPROBS
+from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import api, packed, pins, recommended
 from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
@@ -149,6 +151,9 @@ def implementation_lines(
             heads, kv_heads, SMALLEST_CAPACITY, dim, dtype, dtype, dtype
         ),
         "decode_step": packed.refusal(config, dtype),
+        "sample_tokens": sample_tokens.refusal(
+            config.vocab_size, jnp.dtype(jnp.float32), MOST_LOGPROBS
+        ),
     }
     for operation in pallas_kernels.OPERATIONS:
         why = reasons[operation]

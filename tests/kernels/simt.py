@@ -20,7 +20,7 @@ import numpy as np
 from pallas_kernels.decode_step import thread as t
 
 MOST_WARPS = 12
-"""Of a block."""
+"""Of a block of the decode step."""
 REGION = 40
 """Bits of an address within an array; those above say which array."""
 I32, I64, F32, BOOL = "i32", "i64", "f32", "i1"
@@ -64,12 +64,12 @@ class Barrier:
 class Shared:
     """A block's shared memory, and who was where since the last barrier."""
 
-    def __init__(self, size: int, seed: int):
+    def __init__(self, size: int, seed: int, warps: int):
         self.words = np.random.default_rng(seed).integers(0, 2**32, size // 4, dtype=np.uint32)
         self.epoch = 1
         self.written, self.writer = (np.zeros(size // 4, np.int32) for _ in range(2))
         # When each warp did so last.
-        self.read = np.zeros((size // 4, MOST_WARPS), np.int32)
+        self.read = np.zeros((size // 4, warps), np.int32)
         self.barriers: dict[int, Barrier] = {}
 
     def reads(self, word: np.ndarray, warp: np.ndarray) -> None:
@@ -92,12 +92,20 @@ class Machine:
     Args:
         shared: bytes of shared memory of a block, of which `unwatched` (begin, end) ones are
             filled by copies and not watched for races.
+        warps: of a block, at most.
     """
 
-    def __init__(self, blocks: int, shared: int, unwatched: tuple[int, int], seed: int):
+    def __init__(
+        self,
+        blocks: int,
+        shared: int,
+        unwatched: tuple[int, int],
+        seed: int,
+        warps: int = MOST_WARPS,
+    ):
         self.random = random.Random(seed)
         self.arrays: list[np.ndarray] = []
-        self.shared = [Shared(shared, seed + b) for b in range(blocks)]
+        self.shared = [Shared(shared, seed + b, warps) for b in range(blocks)]
         self.unwatched = unwatched
         self.semaphore, self.copies = 0, []
         self.meetings: dict[tuple[int, int], int] = collections.Counter()

@@ -39,7 +39,7 @@ def _arith() -> Any:
     compare = {
         "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal,
         "sgt": np.greater, "sge": np.greater_equal, "OLT": np.less, "OLE": np.less_equal,
-        "OGT": np.greater, "OGE": np.greater_equal,
+        "OGT": np.greater, "OGE": np.greater_equal, "OEQ": np.equal, "ONE": np.not_equal,
     }  # fmt: skip
     names = types.SimpleNamespace(**{name: name for name in compare})
 

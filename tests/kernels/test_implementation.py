@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from absl import logging
 
 import pallas_kernels
+from pallas_kernels.sample_tokens import settings
 
 X = np.ones((1, 1, 2, 4), np.float32)
 CACHE = np.ones((1, 1, 3, 4), np.float32)
@@ -20,6 +22,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "gqa_decode_attention": lambda **kw: pallas_kernels.gqa_decode_attention(
         X[:, 0], CACHE, CACHE, ONE, **kw
+    ),
+    # Only traced: which one runs is decided before anything is computed.
+    "sample_tokens": lambda **kw: jax.eval_shape(
+        lambda: pallas_kernels.sample_tokens(
+            X[0, 0], settings(2), np.zeros(2, np.int32), valid_tokens=4, top_logprobs=1, **kw
+        )
     ),
 }
 

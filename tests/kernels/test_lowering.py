@@ -13,6 +13,7 @@ import pytest
 from jax import ShapeDtypeStruct
 
 import pallas_kernels
+from pallas_kernels.sample_tokens import Counts, settings, words
 from tests.kernels import hopper
 from tests.kernels.sizes import HEADS
 
@@ -91,6 +92,49 @@ def test_prefill_attention_lowers_at_awkward_shapes(size, steps, rows, capacity)
 def test_rope_lowers_with_a_partial_rotary_dimension(pairs):
     q, k, positions, _ = rope_arguments(14, 2, 128, 3, 1, "bfloat16")
     lower("rope", (q, k, positions, ShapeDtypeStruct((pairs,), jnp.float32)))
+
+
+def sampling_arguments(rows, vocab=151_936, dtype="float32", everything=True) -> tuple[Any, ...]:
+    """Logits, settings and step; then bias, counts and mask, or none of them."""
+    chosen = jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), settings(rows))
+    logits = ShapeDtypeStruct((rows, vocab), dtype)
+    step = ShapeDtypeStruct((rows,), jnp.int32)
+    if not everything:
+        return logits, chosen, step, None, None, None
+    mask = ShapeDtypeStruct((rows, words(vocab)), jnp.uint32)
+    generated = ShapeDtypeStruct((rows, vocab), jnp.int32)
+    bias = ShapeDtypeStruct((rows, vocab), jnp.float32)
+    return logits, chosen, step, bias, Counts(mask, generated), mask
+
+
+def lower_sampling(arguments: tuple[Any, ...], top_logprobs: int = 20) -> str:
+    def run(logits, chosen, step, bias, counts, allowed):
+        return pallas_kernels.sample_tokens(
+            logits, chosen, step, bias=bias, counts=counts, allowed=allowed,
+            valid_tokens=logits.shape[1] - 1, top_logprobs=top_logprobs,
+            implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    return hopper.lower(run, *arguments)
+
+
+@pytest.mark.parametrize(("rows", "everything"), [(1, True), (256, False)])
+def test_sampling_lowers_for_one_row_and_for_more_than_multiprocessors(rows, everything):
+    assert "sample_tokens" in lower_sampling(sampling_arguments(rows, everything=everything))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "top_logprobs", "why"),
+    [
+        (sampling_arguments(2, dtype="bfloat16"), 20, "not bfloat16"),
+        (sampling_arguments(2, vocab=1002), 20, "in fours, not 1002"),
+        (sampling_arguments(2, vocab=2**18), 20, "not 262144"),
+        (sampling_arguments(2), 300, "256 likeliest tokens, not 300"),
+    ],
+)
+def test_what_the_sampling_kernel_cannot_serve_is_refused(arguments, top_logprobs, why):
+    with pytest.raises(pallas_kernels.UnsupportedError, match=f"sample_tokens.*{why}"):
+        lower_sampling(arguments, top_logprobs)
 
 
 def prefill_refused(dtype="bfloat16", dim=64, capacity=256, steps=64) -> tuple[Any, ...]:

@@ -1,10 +1,10 @@
-"""Choosing tokens: `sample_tokens` against `qwen_jax.sampling.choose`, which sorts, and an argmax.
+"""Choosing tokens: `sample_tokens` against plain XLA, which sorts where rows filter.
 
     python -m benchmarks.gpu_sampling
 
 Calls are chained on the device, each waiting for the last one's tokens, and go round among sets of
 logits that together are larger than the L2 cache; counting the chosen tokens is part of a call
-where a plan has penalties, and of every call of `sample_tokens`, which is one program for a number
+where rows have penalties, and of every call of `sample_tokens`, which is one program for a number
 of rows. Two minutes, most of it compilation. Prints one table, microseconds a call, then one JSON
 line.
 """
@@ -23,9 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.sample_tokens import Counts, count, pack, sample_tokens, settings, words
-from qwen_jax import sampling
-from qwen_jax.sampling import Plan, Sampling, plan_rows
+from pallas_kernels.sample_tokens import (
+    Choice,
+    Counts,
+    Logprobs,
+    count,
+    pack,
+    sample_tokens,
+    settings,
+    words,
+)
 
 VOCAB, VALID = 151_936, 151_665
 LARGER_THAN_L2 = 150e6
@@ -47,8 +54,8 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "log-probabilities of 5": ({}, 5),
 }
 
-Call = Callable[..., tuple[jax.Array, Any]]
-"""(logits, step, counts) -> (tokens, counts)."""
+Call = Callable[..., tuple[Choice, Any]]
+"""(params, logits, step, counts) -> (choice, counts)."""
 
 
 def peaked(rng: np.random.Generator, rows: int) -> np.ndarray:
@@ -64,25 +71,44 @@ def flat(rng: np.random.Generator, rows: int) -> np.ndarray:
 
 
 def sorting(rows: int, asked: dict[str, Any], logprobs: int, counts: Counts) -> tuple[Call, Any]:
-    """`choose`, around it what the engine does."""
-    wanted = [Sampling(**asked, seed=n) for n in range(rows)]
-    plan, params = plan_rows(wanted, VOCAB, logprobs >= 0, max(logprobs, 0))
-    tokens = None
-    if plan.penalties:
-        bits = np.unpackbits(np.asarray(counts.seen).view(np.uint8), axis=1, bitorder="little")
-        tokens = sampling.Counts(jnp.asarray(bits[:, :VOCAB] != 0), jnp.asarray(counts.generated))
+    """What rows ask in plain XLA, which sorts wherever there is a top-k or a top-p."""
+    penalty, heat = asked.get("repetition_penalty"), asked.get("temperature", 0)
+    top_k, top_p = asked.get("top_k", 0), asked.get("top_p", 1)
+    bits = np.unpackbits(np.asarray(counts.seen).view(np.uint8), axis=1, bitorder="little")
+    seen = jnp.asarray(bits[:, :VOCAB] != 0) if penalty else None
+    keys = jax.vmap(jax.random.key)(jnp.arange(rows))
 
-    def call(params: Any, logits: Any, step: Any, tokens: Any) -> tuple[Any, Any]:
-        logits = jnp.where(jnp.arange(VOCAB) < VALID, logits, -jnp.inf)
-        choice = sampling.choose(logits, params, tokens, step, plan)
+    def keep(hot: jax.Array) -> jax.Array:
+        descending = -jnp.sort(-hot, axis=-1)
+        if top_k:
+            descending = descending.at[:, top_k:].set(-jnp.inf)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        least = jnp.where(stays, descending, jnp.inf).min(axis=-1, keepdims=True)
+        return jnp.where(hot < least, -jnp.inf, hot)
+
+    def call(keys: Any, logits: Any, step: Any, seen: Any) -> tuple[Any, Any]:
+        logits = scores = jnp.where(jnp.arange(VOCAB) < VALID, logits, -jnp.inf)
+        if penalty:
+            lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
+            scores = jnp.where(seen, lowered, logits)
+        token = jnp.argmax(scores, axis=-1)
+        if heat:
+            hot = scores / heat
+            hot = keep(hot) if top_k or top_p < 1 else hot
+            token = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in)(keys, step), hot)
+        if penalty:
+            seen = seen.at[jnp.arange(rows), token].set(True)
+        likeliest = None
+        if logprobs >= 0:
+            own = jax.nn.log_softmax(logits, axis=-1)
+            top, ids = lax.top_k(own, logprobs)
+            chosen = jnp.take_along_axis(own, token[:, None], axis=-1)[:, 0]
+            likeliest = Logprobs(chosen, ids, top)
         finite = jnp.isfinite(logits.max(axis=1))
-        if plan.penalties:
-            at = jnp.arange(rows), choice.token
-            tokens = tokens._replace(generated=tokens.generated.at[at].add(1))
-        return (choice, finite), tokens
+        return Choice(token.astype(jnp.int32), ~finite, finite, likeliest), seen
 
-    assert isinstance(plan, Plan)
-    return call, (params, tokens)
+    return call, (keys, seen)
 
 
 def ours(
@@ -100,7 +126,7 @@ def ours(
             implementation=implementation,
         )  # fmt: skip
         live = jnp.ones(rows, bool)
-        return (choice, choice.finite), count(counts, jnp.maximum(choice.token, 0), live)
+        return choice, count(counts, jnp.maximum(choice.token, 0), live)
 
     bias = jnp.zeros((rows, VOCAB), jnp.float32)
     return call, ((params, allowed, bias), counts)
@@ -120,8 +146,8 @@ def chained(call: Call, arguments: Any, sets: list[jax.Array]) -> Callable[..., 
         def turn(_: Any, state: Any) -> Any:
             for logits in sets:
                 step, tokens = state
-                (choice, finite), tokens = call(params, logits, step, tokens)
-                after = (step + choice.token + finite) & 0xFFFF
+                choice, tokens = call(params, logits, step, tokens)
+                after = (step + choice.token + choice.finite) & 0xFFFF
                 if choice.logprobs is not None:
                     after += jnp.isnan(choice.logprobs.chosen) + choice.logprobs.top_ids[:, 0] * 0
                 state = lax.optimization_barrier((after.astype(jnp.int32), tokens))

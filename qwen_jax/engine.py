@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.sample_tokens import pack
 from qwen_jax import programs
 from qwen_jax.cache import SMALLEST_CAPACITY, Cache
 from qwen_jax.config import ModelConfig
@@ -96,7 +97,7 @@ class Engine:
         self.valid_tokens = rows if valid_tokens is None else min(valid_tokens, rows)
         self._traced: list[str] = []
         stops = jnp.asarray(self.stop_ids, jnp.int32)
-        constants = programs.Constants(stops, self.valid_tokens, tuple(unused_ids))
+        constants = programs.Constants(stops, self.valid_tokens, tuple(unused_ids), implementation)
         self._create_cache = self._jit(
             programs.create_cache, config, self.cache_dtype, static=(0, 1, 2)
         )
@@ -261,10 +262,8 @@ def _pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
 
 
 def _count_prompts(prompts: Sequence[Prompt], vocab: int) -> Counts:
-    seen = np.zeros((len(prompts), vocab), bool)
-    for i, prompt in enumerate(prompts):
-        seen[i, list(prompt.tokens)] = True
-    return Counts(jnp.asarray(seen), jnp.zeros(seen.shape, jnp.int32))
+    seen = pack([prompt.tokens for prompt in prompts], vocab)
+    return Counts(jnp.asarray(seen), jnp.zeros((len(prompts), vocab), jnp.int32))
 
 
 def check_fits(engine: Engine, prompts: Sequence[Prompt], rows: int) -> None:

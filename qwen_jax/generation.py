@@ -208,18 +208,24 @@ class Batch:
     def _read(self, emitted: Emitted, *, one_step: bool = False) -> list[str]:
         """Hands each row what a chunk of steps, or one step without a leading axis, chose for it;
         returns the text that completes."""
-        wanted = (emitted.choice.token, emitted.live, emitted.finite)
+        choice = emitted.choice
+        wanted = (choice.token, emitted.live, choice.finite, choice.banned)
         # A CPU's memory is the host's: nothing has to be fetched.
         on_host = self._engine.platform == "cpu"
         fetched = map(np.asarray, wanted) if on_host else jax.device_get(wanted)
-        token, live, finite = map(np.atleast_2d, fetched)
+        token, live, finite, banned = map(np.atleast_2d, fetched)
         self._mark()
         if not finite[live].all():
             raise UserError(
                 f"The logits are not finite in {self._engine.cache_dtype}: a value has overflowed; "
                 "choose --dtype=bfloat16 or float32, and check the model's file."
             )
-        logprobs = jax.device_get(emitted.choice.logprobs)
+        if banned[live].any():
+            raise UserError(
+                "sampling.logit_bias bans every token there is, so that nothing is left to choose; "
+                "leave some without -inf."
+            )
+        logprobs = jax.device_get(choice.logprobs)
         if one_step:
             logprobs = jax.tree.map(lambda x: x[None], logprobs)
         # As lists, since Python asks for one token after another; a row is live up to its end.
@@ -256,7 +262,8 @@ class _Row:
             if self._logprobs is not None:
                 assert logprobs is not None
                 chosen, ids, top = (x[step, row] for x in logprobs)
-                pairs = tuple((int(i), float(p)) for i, p in zip(ids, top, strict=True))
+                asked = ids >= 0  # There is room for more than were asked for.
+                pairs = tuple(zip(ids[asked].tolist(), top[asked].tolist(), strict=True))
                 self._logprobs.append(TokenLogprob(token, float(chosen), pairs))
             if self.request.stop:  # Which token completes one has to be known.
                 piece += self._stream.feed([token])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.sample_tokens import count
 from qwen_jax import sampling
 from qwen_jax.cache import Cache, KVCache, StackedCache
 from qwen_jax.config import ModelConfig
@@ -52,11 +53,10 @@ class Rows:
 
 
 class Emitted(NamedTuple):
-    """What one step chose, for which rows, and whether their logits were finite."""
+    """What one step chose, and for which rows."""
 
     choice: Choice
     live: Bool[Array, "B"]
-    finite: Bool[Array, "B"]
 
 
 def create_cache(
@@ -87,6 +87,7 @@ class Constants(NamedTuple):
     stop_ids: Int[Array, "stops"]
     valid_tokens: int
     unused_ids: tuple[int, ...] = ()
+    implementation: str = "auto"
 
 
 def prefill_chunk(
@@ -143,18 +144,24 @@ def _choose(
     plan: Plan,
 ) -> tuple[Emitted, Counts | None, Bool[Array, "B"]]:
     """Logits to tokens, the counts with live rows' in, and whether each is a stop."""
-    in_use = jnp.arange(logits.shape[-1]) < constants.valid_tokens
     if constants.unused_ids:
-        in_use = in_use.at[jnp.asarray(constants.unused_ids)].set(False, mode="drop")
-    logits = jnp.where(in_use, logits, -jnp.inf)
-    choice = sampling.choose(logits, params, counts, generated, plan)
-    # An overflow anywhere ends as NaN or infinity here, and argmax of NaN is token 0.
-    finite = jnp.isfinite(logits.max(axis=1))
+        holes = jnp.asarray(constants.unused_ids)
+        logits = logits.at[:, holes].set(-jnp.inf, mode="drop")
+    choice = sampling.choose(
+        logits,
+        params,
+        counts,
+        generated,
+        plan,
+        valid_tokens=constants.valid_tokens,
+        implementation=constants.implementation,
+    )
+    # -1 is no token, and the host ends a run that meets one.
+    choice = choice._replace(token=jnp.maximum(choice.token, 0))
     if counts is not None:
-        rows = jnp.arange(choice.token.shape[0])
-        counts = counts._replace(generated=counts.generated.at[rows, choice.token].add(live))
+        counts = count(counts, choice.token, live)
     stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
-    return Emitted(choice, live, finite), counts, stopped
+    return Emitted(choice, live), counts, stopped
 
 
 def begin(

@@ -86,12 +86,13 @@ def decoded_logprobs(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
     vocab = engine.config.vocab_size
     plan, params = plan_rows([Sampling()], vocab, top_logprobs=vocab)
     rows, emitted = engine.prefill([Prompt(tokens[:1], len(tokens))], plan, params)
-    out = np.empty((len(tokens), vocab), np.float32)
+    out = np.full((len(tokens), vocab), -np.inf, np.float32)
     for i in range(len(tokens)):
         if i > 0:
             rows, emitted = force(engine, rows, params, plan, tokens[i])
         likeliest = emitted.choice.logprobs
-        out[i, np.asarray(likeliest.top_ids[0])] = likeliest.top[0]
+        ids = np.asarray(likeliest.top_ids[0])
+        out[i, ids[ids >= 0]] = np.asarray(likeliest.top[0])[ids >= 0]
     return out
 
 

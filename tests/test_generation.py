@@ -73,8 +73,9 @@ class Scripted:
             done |= np.isin(tokens[-1], self.stop_ids) | (step + 1 >= self._limits)
         token = np.array(tokens)
         top = np.stack([token, token + 1], axis=-1)
-        choice = Choice(token, Logprobs(-1.0 - token, top, -1.0 - top))
-        emitted = Emitted(choice, np.array(live), np.ones(np.shape(live), bool))
+        fine = np.ones(np.shape(token), bool)
+        choice = Choice(token, ~fine, fine, Logprobs(-1.0 - token, top, -1.0 - top))
+        emitted = Emitted(choice, np.array(live))
         return State(state.step + steps, done), emitted
 
 
@@ -344,7 +345,8 @@ def test_logits_that_are_not_finite_are_an_error_not_token_zero() -> None:
 
     def overflow(state: State, count: int) -> tuple[State, Emitted]:
         state, emitted = steps(state, count)
-        return state, emitted._replace(finite=np.zeros_like(emitted.finite))
+        overflown = emitted.choice._replace(finite=np.zeros_like(emitted.choice.finite))
+        return state, emitted._replace(choice=overflown)
 
     engine._steps = overflow  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"not finite.*bfloat16"):

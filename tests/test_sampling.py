@@ -13,9 +13,12 @@ import pytest
 import scipy.stats
 from hypothesis import given
 
+from pallas_kernels.sample_tokens import count, pack
+from pallas_kernels.sample_tokens.reference import keep as kept_by_definition
+from pallas_kernels.sample_tokens.reference import penalise as penalise_by_definition
 from qwen_jax import sampling
 from qwen_jax.errors import UserError
-from qwen_jax.sampling import Choice, Counts, Sampling, plan_rows
+from qwen_jax.sampling import Choice, Counts, RowParameters, Sampling, plan_rows
 from tests.numpy_reference import log_softmax
 
 FOUR = np.array([0.5, 0.25, 0.15, 0.1])
@@ -23,20 +26,29 @@ FOUR = np.array([0.5, 0.25, 0.15, 0.1])
 
 DRAWS = 20_000
 
-keep = jax.jit(sampling.keep)
-penalise = jax.jit(sampling.penalise)
-choose = jax.jit(sampling.choose, static_argnames="plan")
+penalise = jax.jit(penalise_by_definition)
+choose = jax.jit(sampling.choose, static_argnames=("plan", "valid_tokens"))
+
+
+@jax.jit
+def keep(logits: jax.Array, params: RowParameters) -> jax.Array:
+    """Top-k, top-p and min-p: dropped tokens become -inf."""
+    ids = jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape)
+    asked = params.settings
+    likely = logits - logits.max(axis=1, keepdims=True) >= asked.floor[:, None]
+    return jnp.where(kept_by_definition(logits, ids, asked) & likely, logits, -jnp.inf)
 
 
 def counts(
     prompts: Sequence[Sequence[int]], generated: Sequence[Sequence[int]], vocab: int
 ) -> Counts:
-    seen = np.zeros((len(prompts), vocab), bool)
-    times = np.zeros((len(prompts), vocab), np.int32)
-    for row, (before, after) in enumerate(zip(prompts, generated, strict=True)):
-        seen[row, list(before)] = True
-        np.add.at(times[row], list(after), 1)
-    return Counts(jnp.asarray(seen), jnp.asarray(times))
+    """As the engine has them: a token is counted when it is generated."""
+    found = Counts(jnp.asarray(pack(prompts, vocab)), jnp.zeros((len(prompts), vocab), jnp.int32))
+    for i in range(max(map(len, generated))):
+        live = [i < len(tokens) for tokens in generated]
+        token = [tokens[i] if alive else 0 for tokens, alive in zip(generated, live, strict=True)]
+        found = count(found, jnp.asarray(token), jnp.asarray(live))
+    return found
 
 
 def choose_rows(
@@ -49,7 +61,8 @@ def choose_rows(
 ) -> Choice:
     plan, params = plan_rows(rows, logits.shape[-1], **plan_options)
     steps = jnp.full(len(rows), step, jnp.int32)
-    return choose(jnp.asarray(logits, jnp.float32), params, tokens, steps, plan)
+    vocab = logits.shape[-1]
+    return choose(jnp.asarray(logits, jnp.float32), params, tokens, steps, plan, valid_tokens=vocab)
 
 
 def frequencies(logits: np.ndarray, tokens: Counts | None = None, **settings: Any) -> np.ndarray:
@@ -127,7 +140,7 @@ def test_token_order_does_not_matter(settings: dict[str, Any], weights: list[flo
     logits = np.log(FOUR)[order][None]
     if params.bias is not None:
         logits = logits + np.asarray(params.bias)
-    kept = keep(jnp.asarray(logits / np.asarray(params.temperature), jnp.float32), params)
+    kept = keep(jnp.asarray(logits / np.asarray(params.settings.temperature), jnp.float32), params)
     assert (np.isfinite(kept[0]) == (np.array(weights)[order] > 0)).all()
 
 
@@ -135,7 +148,7 @@ def test_repetition_penalty_by_hand() -> None:
     """Positive logits are divided and negative ones multiplied, once, in prompt and text alike."""
     logits = jnp.array([[2.0, -2.0, 1.0, 0.0], [2.0, -2.0, 1.0, -1.0]])
     _, params = plan_rows([Sampling(repetition_penalty=2.0), Sampling(repetition_penalty=0.5)], 4)
-    out = penalise(logits, params, counts([[0, 1, 1], [3]], [[], [0, 0, 0]], 4))
+    out = penalise(logits, params.settings, counts([[0, 1, 1], [3]], [[], [0, 0, 0]], 4))
     np.testing.assert_array_equal(out, [[1, -4, 1, 0], [4, -2, 1, -0.5]])
 
 
@@ -143,7 +156,7 @@ def test_presence_and_frequency_by_hand() -> None:
     """They count what was generated; the prompt, token 1 here, does not count."""
     logits = jnp.array([[3.0, 3.0, 3.0, 3.0]])
     _, params = plan_rows([Sampling(presence_penalty=0.5, frequency_penalty=0.25)], 4)
-    out = penalise(logits, params, counts([[1]], [[2, 3, 3]], 4))
+    out = penalise(logits, params.settings, counts([[1]], [[2, 3, 3]], 4))
     np.testing.assert_array_equal(out, [[3, 3, 2.25, 2]])
 
 
@@ -186,9 +199,12 @@ def test_penalties_are_their_formulas(
         repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
     )
     _, params = plan_rows([row] * 3, 7)
-    got = penalise(jnp.asarray(logits), params, Counts(jnp.asarray(prompt), jnp.asarray(generated)))
-    mu = logits.astype(np.float64)
     seen = prompt | (generated > 0)
+    mask = pack([np.flatnonzero(row) for row in seen], 7)
+    got = penalise(
+        jnp.asarray(logits), params.settings, Counts(jnp.asarray(mask), jnp.asarray(generated))
+    )
+    mu = logits.astype(np.float64)
     mu = np.where(seen, np.where(mu < 0, mu * repetition, mu / repetition), mu)
     mu = mu - generated * frequency - (generated > 0) * presence
     np.testing.assert_allclose(got, mu, rtol=0, atol=64 * np.finfo(np.float32).eps)
@@ -203,25 +219,26 @@ def test_penalties_are_their_formulas(
 def test_filters_keep_what_they_promise(
     logits: np.ndarray, top_k: int, top_p: float, min_p: float
 ) -> None:
-    """Also with ties, where transformers' top-p keeps some of equals and this keeps them all."""
+    """Also with ties, of which top-p keeps as few as reach p."""
     _, params = plan_rows([Sampling(temperature=1, top_k=top_k, top_p=top_p, min_p=min_p)] * 4, 9)
     kept = np.asarray(keep(jnp.asarray(logits), params))
     stays = kept > -np.inf
     np.testing.assert_array_equal(kept[stays], logits[stays])
     slack = 1e-5
     for row, mask in zip(logits.astype(np.float64), stays, strict=True):
-        assert mask[row == row.max()].all(), "the likeliest token always stays"
+        assert mask[row == row.max()].any(), "the likeliest token always stays"
         least = row[mask].min()
-        assert mask[row >= least].all(), "no token goes that is likelier than one that stays"
+        assert mask[row > least].all(), "no token goes that is likelier than one that stays"
         weights = np.exp(row - row.max())
         among_k = row >= np.sort(row)[::-1][min(top_k or 9, 9) - 1]
         probability = np.where(among_k, weights, 0) / weights[among_k].sum()
         for token in np.flatnonzero(mask):
             assert among_k[token]
             assert weights[token] >= min_p - slack
-            assert top_p == 1 or probability[row > row[token]].sum() < top_p + slack
-        for token in np.flatnonzero(~mask & among_k & (weights >= min_p + slack)):
-            assert probability[row > row[token]].sum() >= top_p - slack
+        before = probability[mask].sum() - probability[mask].min()
+        assert top_p == 1 or before < top_p + slack, "one token fewer would not reach p"
+        if (~mask & among_k & (weights >= min_p + slack)).any():
+            assert probability[mask].sum() >= top_p - slack
 
 
 def test_top_k_keeps_ties() -> None:
@@ -242,7 +259,8 @@ def test_one_seed_draws_independently_at_every_step() -> None:
     rows = [Sampling(temperature=1.0, seed=7)] * DRAWS
     plan, params = plan_rows(rows, 4)
     logits = jnp.broadcast_to(jnp.log(FOUR), (DRAWS, 4)).astype(jnp.float32)
-    drawn = np.asarray(choose(logits, params, None, jnp.arange(DRAWS), plan).token)
+    steps = jnp.arange(DRAWS)
+    drawn = np.asarray(choose(logits, params, None, steps, plan, valid_tokens=4).token)
     assert_drawn_from(np.bincount(drawn, minlength=4), FOUR.tolist())
     pairs = np.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
     result = scipy.stats.chisquare(pairs, (DRAWS - 1) * np.outer(FOUR, FOUR).ravel())
@@ -295,7 +313,7 @@ def test_logprobs_are_the_models_own() -> None:
     logits = rng.normal(0, 10, (3, 300)).astype(np.float32)
     logits[:, 290:] = -np.inf
     rows = [Sampling(temperature=2.0, top_k=50, logit_bias={5: 3.0}, seed=s) for s in range(3)]
-    token, (chosen, top_ids, top) = choose_rows(logits, rows, top_logprobs=20)
+    token, _, _, (chosen, top_ids, top) = choose_rows(logits, rows, top_logprobs=20)
     exact = log_softmax(logits)
     assert top_ids.shape == top.shape == (3, 20)
     np.testing.assert_allclose(chosen, exact[np.arange(3), token], rtol=1e-6, atol=1e-6)
@@ -306,7 +324,7 @@ def test_logprobs_are_the_models_own() -> None:
 def test_no_logprobs_unless_asked_for() -> None:
     assert choose_rows(np.log(FOUR)[None], [Sampling()]).logprobs is None
     logprobs = choose_rows(np.log(FOUR)[None], [Sampling()], logprobs=True).logprobs
-    assert logprobs.top_ids.shape == (1, 0)
+    assert (logprobs.top_ids == -1).all() and (logprobs.top == -np.inf).all()
     assert logprobs.chosen[0] == pytest.approx(math.log(0.5), rel=1e-6)
 
 

@@ -17,9 +17,7 @@ from qwen_jax.sampling import Plan, RowParameters, Sampling, plan_rows
         ({}, ""),
         ({"seed": 3, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, ""),  # greedy looks at none of it
         ({"temperature": 0.1}, "draws"),
-        ({"temperature": 1, "top_k": 1}, "draws filters"),
-        ({"temperature": 1, "top_p": 0.9}, "draws filters"),
-        ({"temperature": 1, "min_p": 0.1}, "draws filters"),
+        ({"temperature": 1, "top_k": 1, "top_p": 0.9, "min_p": 0.1}, "draws"),  # as data
         ({"repetition_penalty": 1.1}, "penalties"),
         ({"presence_penalty": -1}, "penalties"),
         ({"frequency_penalty": 0.1}, "penalties"),
@@ -29,21 +27,25 @@ from qwen_jax.sampling import Plan, RowParameters, Sampling, plan_rows
 )
 def test_a_plan_has_what_some_row_needs(settings: dict[str, Any], needs: str) -> None:
     plan, _ = plan_rows([Sampling(), Sampling(**settings)], 4)
-    flags = Plan()._fields[:5]
-    assert {name for name in flags if getattr(plan, name)} == set(needs.split())
+    assert {name for name in Plan._fields if getattr(plan, name)} == set(needs.split())
     assert hash(plan) == hash(plan_rows([Sampling(**settings), Sampling()], 4)[0])
 
 
 def test_plan_of_logprobs() -> None:
-    assert plan_rows([Sampling()], 4, top_logprobs=3)[0] == Plan(logprobs=True, top_logprobs=3)
-    assert plan_rows([Sampling()], 4, logprobs=True)[0] == Plan(logprobs=True)
+    """One program for any number up to 20."""
+    for asked in ({"logprobs": True}, {"top_logprobs": 3}, {"top_logprobs": 20}):
+        assert plan_rows([Sampling()], 151_936, **asked)[0] == Plan(logprobs=20)
+    assert plan_rows([Sampling()], 50, top_logprobs=30)[0] == Plan(logprobs=30)
 
 
 def test_every_setting_has_its_column() -> None:
     row = Sampling(0.5, 3, 0.7, 0.1, 1.2, 0.3, 0.4, {1: 2.0}, seed=2**32 - 1)
-    params: RowParameters = plan_rows([row], 4)[1]
-    columns = [np.asarray(x).item() for x in params[:7]]
-    assert columns == pytest.approx([0.5, 3, 0.7, 0.1, 1.2, 0.3, 0.4])
+    params: RowParameters = plan_rows([row], 4, top_logprobs=2)[1]
+    columns = [np.asarray(x).item() for x in params.settings]
+    floor = math.log(0.1)
+    assert columns == pytest.approx(
+        [0.5, 3, 1 - 0.7, floor, 1.2, 0.3, 0.4, 1, 0, 2**32 - 1, 2], rel=1e-6
+    )
     np.testing.assert_array_equal(params.bias, [[0, 2, 0, 0]])
 
 

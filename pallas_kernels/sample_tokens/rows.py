@@ -118,12 +118,13 @@ class Choice(NamedTuple):
         token: -1, which is no token, where every token is banned.
         banned: every token of the row is, by bias or mask.
         finite: the model's largest logit is a finite number; otherwise the token means nothing.
+        logprobs: `sample_tokens` always gives them; None where a caller has no use for them.
     """
 
     token: Int[Array, "B"]
     banned: Bool[Array, "B"]
     finite: Bool[Array, "B"]
-    logprobs: Logprobs
+    logprobs: Logprobs | None
 
 
 def words(vocab: int) -> int:

@@ -127,5 +127,5 @@ def _keep(
     ids = np.asarray(likeliest.top_ids)
     values = np.asarray(likeliest.top).astype(np.float64)
     for b in np.flatnonzero(at < totals):
-        in_use = ids[b] < logits[b].shape[1]
+        in_use = (ids[b] >= 0) & (ids[b] < logits[b].shape[1])
         logits[b][at[b], ids[b][in_use]] = values[b][in_use]

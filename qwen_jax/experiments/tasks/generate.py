@@ -18,6 +18,7 @@ from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
+from qwen_jax.sampling import Plan
 
 Row = tuple[Item, int, Request]
 
@@ -47,13 +48,8 @@ class Generate(Task):
         return self.config.batch_size, 40 + longest // 4 + self.config.max_tokens
 
     def shapes(self) -> tuple[Any, ...]:
-        s = self.options["sampling"]
-        filters = s.top_k > 0 or s.top_p < 1 or s.min_p > 0
-        penalties = (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1, 0, 0)
-        return (
-            *(*super().shapes(), s.temperature > 0, s.temperature > 0 and filters),
-            *(penalties, bool(s.logit_bias), self.config.top_logprobs),
-        )
+        plan = Plan.of([self.options["sampling"]], self.config.top_logprobs)
+        return (*super().shapes(), plan)
 
     def _items(self) -> Iterator[Item]:
         if self.config.prompt_file is None:

@@ -1,4 +1,8 @@
-"""The bundled model writes the same on our kernels, alone and in batches, as on XLA in float32."""
+"""The bundled model writes the same on a GPU, alone and in batches, as in float32 on XLA alone.
+
+Its heads of 32 are served by no kernel of attention or of the whole step, so that this is what the
+engine does where it has none.
+"""
 
 import functools
 
@@ -16,7 +20,7 @@ WORDS = [
 @functools.cache
 def haiku(dtype: str, implementation: str, rows: int) -> list[str]:
     model = qwen_jax.load(dtype=dtype, implementation=implementation)
-    assert model.engine.fuses(rows) == (implementation == "auto")
+    assert not model.engine.fuses(rows)
     prompts = [f"haiku: {word}" for word in WORDS]
     return [
         completion.text

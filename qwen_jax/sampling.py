@@ -239,6 +239,7 @@ def choose(
         bias=params.bias,
         counts=counts,
         top_logprobs=min(plan.logprobs, logits.shape[-1]) or 1,
+        draws=plan.draws,
         implementation="xla" if plan.logprobs > MOST_TOP else implementation,
     )
     return choice if plan.logprobs else choice._replace(logprobs=None)

@@ -30,15 +30,18 @@ def reference(
     allowed: UInt32[Array, "B words"] | None,
     valid_tokens: int,
     top_logprobs: int,
+    draws: bool = True,
 ) -> Choice:
     own = jnp.where(jnp.arange(logits.shape[-1]) < valid_tokens, logits, -jnp.inf)
     scores = process(own, settings, bias, counts, allowed)
     likeliest = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    token = lax.cond(
-        (settings.temperature > 0).any(),
-        lambda: jnp.where(settings.temperature > 0, draw(scores, settings, step), likeliest),
-        lambda: likeliest,
-    )
+    token = likeliest
+    if draws:
+        token = lax.cond(
+            (settings.temperature > 0).any(),
+            lambda: jnp.where(settings.temperature > 0, draw(scores, settings, step), likeliest),
+            lambda: likeliest,
+        )
     # Not by the largest alone: a maximum over many numbers may leave out a NaN.
     finite = (own < jnp.inf).all(axis=-1) & (own > -jnp.inf).any(axis=-1)
     banned = jnp.isneginf(scores.max(axis=-1)) & finite

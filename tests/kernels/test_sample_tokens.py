@@ -30,7 +30,8 @@ from tests.kernels import sampling_cases as cases
 VOCAB = 151_936
 DRAWS = 5000
 
-run = jax.jit(sample_tokens, static_argnames=("valid_tokens", "top_logprobs", "implementation"))
+STATIC = ("valid_tokens", "top_logprobs", "draws", "implementation")
+run = jax.jit(sample_tokens, static_argnames=STATIC)
 kept_by_definition = jax.jit(keep)
 
 
@@ -191,6 +192,17 @@ def choose_one(
         top_logprobs=2,
     )
     return jax.device_get(choice)
+
+
+def test_a_program_without_draws_is_of_greedy_rows() -> None:
+    logits = np.random.default_rng(3).normal(0, 3, (5, 300)).astype(np.float32)
+    asked = settings(5, logprobs=2)
+    both = [
+        jax.device_get(run(logits, asked, np.zeros(5, np.int32), valid_tokens=299, draws=draws))
+        for draws in (True, False)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *both)
+    assert both[0].token.tolist() == logits[:, :299].argmax(axis=1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -2,23 +2,15 @@
 
 from pathlib import Path
 
+from qwen_jax import utf8
 from qwen_jax.errors import UserError
-from qwen_jax.file_kinds import kind_of
+from qwen_jax.file_kinds import kind_of, told_by_kind
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises UserError where there is none, or it stands for another."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: the file is {kind_of(path, 'text') or f'not UTF-8 at byte {error.start}'}."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check that it is there and "
-            "yours to read."
-        ) from None
-    if kind := kind_of(path, "text"):
+    with told_by_kind(path, "text"):
+        text = utf8.read(path)
+    if kind := kind_of(path, "text"):  # A pointer or a web page is text, too.
         raise UserError(f"{path}: the file is {kind}.")
     return text

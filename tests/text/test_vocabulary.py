@@ -283,12 +283,12 @@ def test_damaged_tokenizer_json(change: Change, message: str, hf_directory: Path
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "chat_template is [{"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
         ("generation_config.json", '{"eos_token_id": [1, true]}', "eos_token_id is [1, True]"),
-        ("chat_template.jinja", b"\xff", "the file is not UTF-8 at byte 0"),
+        ("chat_template.jinja", b"\xff", "is not UTF-8 at byte 0; convert it"),
         ("chat_template.jinja", POINTER, "the file is a git-lfs pointer"),
         ("tokenizer.json", POINTER, "the file is a git-lfs pointer"),
         ("tokenizer.json", "<!DOCTYPE html><html>", "the file is a web page"),
         ("tokenizer_config.json", POINTER, "the file is a git-lfs pointer"),
-        ("additional_chat_templates/x.jinja", b"\xff", "the file is not UTF-8 at byte 0"),
+        ("additional_chat_templates/x.jinja", b"\xff", "is not UTF-8 at byte 0; convert it"),
     ],
 )
 def test_damaged_hf_files(

@@ -43,7 +43,9 @@ def models(
     special = {"eos_token": "<|im_end|>", "bos_token": None, "pad_token": "<|endoftext|>"}
     text = json.dumps(special | {"chat_template": CHATML_TEMPLATE})
     (directory / "tokenizer_config.json").write_text(text)
-    config = tiny_config(vocab_size=400, context_length=CONTEXT)
+    # Rows of the embedding without a token, which we never choose, lm_eval's model may.
+    tokens = reference.get_vocab_size(with_added_tokens=True)
+    config = tiny_config(vocab_size=tokens, context_length=CONTEXT)
     write_hf(directory, config, random_parameters(config, int(SEED)), eos_token_id=None)
     ours = Harness(str(directory), dtype="float32", batch_size=4)
     theirs = HFLM(str(directory), dtype="float32", device="cpu", batch_size=2)

@@ -47,6 +47,9 @@ def models(
     tokens = reference.get_vocab_size(with_added_tokens=True)
     config = tiny_config(vocab_size=tokens, context_length=CONTEXT)
     write_hf(directory, config, random_parameters(config, int(SEED)), eos_token_id=None)
+    # Both ends of Qwen's chat models, as their files name them; we end on both in any case.
+    ends = [reference.token_to_id(end) for end in ("<|im_end|>", "<|endoftext|>")]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     ours = Harness(str(directory), dtype="float32", batch_size=4)
     theirs = HFLM(str(directory), dtype="float32", device="cpu", batch_size=2)
     return ours, theirs

@@ -144,18 +144,24 @@ def test_greedy_texts(models: tuple[Harness, HFLM], settings: dict[str, Any]) ->
 
 
 def test_what_the_model_recommends(models: tuple[Harness, HFLM], caplog: Any) -> None:
-    """Theirs follows generation_config.json always, and so a greedy text has its penalty."""
+    """Theirs follows generation_config.json always, and so a greedy text has its penalty.
+
+    One so large that no token comes twice, unless it must.
+    """
     ours, theirs = models
-    values = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3}
+    values = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1e6}
     ours._model.recommended = Recommended("generation_config.json", values)
     follows = Harness(ours._model, 4, generation_config="model")
-    assert "repetition_penalty 1.3, which is followed where tasks say nothing" in caplog.text
-    theirs.model.generation_config.update(**values)
+    assert "repetition_penalty 1000000.0, which is followed where tasks say" in caplog.text
     requests = instances("generate_until", ("the moon", {"until": [], "max_gen_toks": 12}))
-    found = theirs.generate_until(requests, disable_tqdm=True)
+    theirs.model.generation_config.update(**values)
+    try:
+        found = theirs.generate_until(requests, disable_tqdm=True)
+    finally:
+        theirs.model.generation_config.update(do_sample=False, top_k=None, repetition_penalty=1.0)
     assert follows.generate_until(requests, disable_tqdm=True) == found
-    assert ours.generate_until(requests, disable_tqdm=True) != found
-    theirs.model.generation_config.update(do_sample=False, top_k=None, repetition_penalty=1.0)
+    penalties = [h._request(*requests[0].args).sampling.repetition_penalty for h in (follows, ours)]
+    assert penalties == [1e6, 1]
 
 
 def test_drawn_texts_differ_as_theirs(models: tuple[Harness, HFLM]) -> None:

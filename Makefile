@@ -7,11 +7,8 @@ BIN = $(VENV)/bin
 run: $(VENV)/installed
 	$(BIN)/python run.py
 
-# Most of the time is XLA's, which compiles a program for each of hundreds of tiny models: without
-# LLVM's optimisation two fifths less. `make parity` compiles as users do.
 test: $(VENV)/installed-test
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-		$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The comparison with transformers, peft and lm_eval themselves, not with what they once said;
 # installs PyTorch.
@@ -33,7 +30,8 @@ compile: $(VENV)/installed-test
 	rm -rf .cuda
 	$(BIN)/pip install --quiet --no-deps --target .cuda nvidia-cuda-nvcc \
 		jax-cuda13-plugin==$(VERSION) jax-cuda13-pjrt==$(VERSION)
-	PYTHONPATH=.cuda JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -n 2 \
+	PYTHONPATH=.cuda JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
+		XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 2 \
 		tests/kernels/test_lowering.py tests/kernels/test_decode_step.py \
 		tests/kernels/test_prefill_memory.py
 

@@ -25,8 +25,8 @@ import torch
 import transformers
 
 from benchmarks.random_model import SIZES
-from qwen_jax.engine import Engine, Prompt
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.sampling import Sampling, plan_rows
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 
 PROMPT, STEPS = 512, 64

@@ -30,8 +30,8 @@ from qwen_jax.accuracy.parameters import EngineSource
 from qwen_jax.accuracy.planting import planted
 from qwen_jax.accuracy.recording import Recorder
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine
-from qwen_jax.tap import intervening
+from qwen_jax.engine.engine import Engine
+from qwen_jax.model.tap import intervening
 from qwen_jax.weights.names import parameters
 
 PROMPT, CHUNK, LENGTH = 32, 16, 48

@@ -24,9 +24,9 @@ from typing import Any
 
 import jax
 
+from qwen_jax.engine.memory import compile_seconds
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.experiments.tasks.generate import Generate
-from qwen_jax.measure import compile_seconds
 
 RUN = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "experiment"]
 CONFIG = """

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.random_model import SIZES
-from qwen_jax.cache import SMALLEST_CAPACITY, bytes_per_token
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine, bucket
-from qwen_jax.packed import prepare
-from qwen_jax.programs import Rows
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine, bucket
+from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.steps import Rows
+from qwen_jax.engine.weights import prepare
+from qwen_jax.model.cache import SMALLEST_CAPACITY, bytes_per_token
 from qwen_jax.weights.names import parameters
 
 DTYPE = jnp.dtype(jnp.bfloat16)

@@ -23,7 +23,7 @@ from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import Plan, kernels
 from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.step import PHASES
-from qwen_jax.packed import plan_for
+from qwen_jax.engine.weights import plan_for
 
 STEPS = 64
 

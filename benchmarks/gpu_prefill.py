@@ -14,10 +14,10 @@ import numpy as np
 
 from benchmarks.gpu_decode import random_parameters
 from benchmarks.random_model import SIZES
-from qwen_jax.engine import Engine, Prompt
-from qwen_jax.measure import peak_memory
-from qwen_jax.packed import prepare
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.memory import peak_memory
+from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.weights import prepare
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ import numpy as np
 from benchmarks.gpu_decode import DTYPE, STEPS, random_parameters, rows_of, slots
 from benchmarks.random_model import SIZES
 from pallas_kernels.sample_tokens import Counts, pack
-from qwen_jax.engine import Engine
-from qwen_jax.packed import prepare
-from qwen_jax.programs import Rows
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.steps import Rows
+from qwen_jax.engine.weights import prepare
 
 CONTEXT = 128
 QWEN = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_jax.api import Model, Options, load
     from qwen_jax.config import ModelConfig
+    from qwen_jax.engine.sampling import Sampling
     from qwen_jax.errors import UserError
     from qwen_jax.generation import Batch, Completion, Request, TokenLogprob
-    from qwen_jax.sampling import Sampling
 
 __all__ = [
     "Batch",
@@ -28,7 +28,7 @@ _HOME = {
     "config": ("ModelConfig",),
     "errors": ("UserError",),
     "generation": ("Batch", "Completion", "Request", "TokenLogprob"),
-    "sampling": ("Sampling",),
+    "engine.sampling": ("Sampling",),
 }
 
 

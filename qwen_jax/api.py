@@ -16,15 +16,15 @@ from jaxtyping import Float
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine, Prompt, check_fits
+from qwen_jax.engine.engine import Engine, Prompt, check_fits
+from qwen_jax.engine.memory import check_weights_fit, device
+from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
+from qwen_jax.engine.weights import prepare
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Batch, Completion, Request, row_stop_ids
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
-from qwen_jax.measure import check_weights_fit, device
-from qwen_jax.packed import prepare
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
-from qwen_jax.sampling import Sampling, check_bias, is_whole
 from qwen_jax.text.chat import DEFAULT_SYSTEM
 from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer

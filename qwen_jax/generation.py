@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.engine import Emitted, Engine, Prompt, check_fits
+from qwen_jax.engine.engine import Emitted, Engine, Prompt, check_fits
+from qwen_jax.engine.memory import compile_seconds
+from qwen_jax.engine.sampling import Logprobs, Sampling, is_whole, plan_rows
 from qwen_jax.errors import UserError
-from qwen_jax.measure import compile_seconds
-from qwen_jax.sampling import Logprobs, Sampling, is_whole, plan_rows
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream
 from qwen_jax.text.tokenizer import Tokenizer

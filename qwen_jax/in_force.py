@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from absl import logging
 
-from qwen_jax.sampling import Sampling
+from qwen_jax.engine.sampling import Sampling
 
 DRAWS = ("top_k", "top_p", "min_p", "seed")
 """Fields of `Sampling` that do nothing at temperature 0."""

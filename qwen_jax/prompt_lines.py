@@ -9,8 +9,8 @@ from typing import Any
 
 from qwen_jax import settings
 from qwen_jax.api import Message, Options
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.sampling import Sampling
 from qwen_jax.strict_json import parse_object
 from qwen_jax.text.streaming import StopStrings
 

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 
 from qwen_jax import api, in_force, prompt_lines, recommended, strict_json, utf8
 from qwen_jax.api import BUNDLED, Options
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.in_force import DRAWS
 from qwen_jax.prompt_lines import Item
-from qwen_jax.sampling import Sampling
 from qwen_jax.text.messages import plain_tools
 from qwen_jax.text.streaming import StopStrings
 

@@ -13,9 +13,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.in_force import describe
-from qwen_jax.sampling import Sampling
 from qwen_jax.strict_json import read_object
 from qwen_jax.weights.checkpoint import Checkpoint
 

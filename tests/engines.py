@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Emitted, Engine, Prompt, Rows
-from qwen_jax.sampling import Plan, RowParameters, Sampling, plan_rows
+from qwen_jax.engine.engine import Emitted, Engine, Prompt, Rows
+from qwen_jax.engine.sampling import Plan, RowParameters, Sampling, plan_rows
 from tests.golden_cases import Case
 from tests.tiny_checkpoints import canonical
 

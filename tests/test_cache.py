@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.cache import KVCache, StackedCache, bytes_per_token, write
 from qwen_jax.config import ModelConfig
+from qwen_jax.model.cache import KVCache, StackedCache, bytes_per_token, write
 from tests.tiny_checkpoints import tiny_config
 
 CAPACITY = 9

@@ -11,8 +11,8 @@ import jax
 import pytest
 from jax import monitoring
 
-from qwen_jax.engine import Engine, Prompt
-from qwen_jax.sampling import Sampling
+from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.sampling import Sampling
 from tests.engines import device_parameters, generate, random_tokens
 from tests.golden_cases import Case, odd_config
 

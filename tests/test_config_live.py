@@ -27,9 +27,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from qwen_jax import config_hf, config_hf_rope
 from qwen_jax.config import ModelConfig, YarnScaling
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
-from qwen_jax.rotary import inverse_frequencies
+from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests import transformers_reference
 from tests.engines import decoded_logprobs, device_parameters, relative

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.config import YarnScaling
-from qwen_jax.rotary import inverse_frequencies
+from qwen_jax.model.rotary import inverse_frequencies
 from tests.numpy_reference import rope_frequencies
 from tests.test_config import from_gguf, from_hf, refusal, released_gguf, released_hf
 from tests.tiny_checkpoints import gguf_metadata, hf_config, tiny_config

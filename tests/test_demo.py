@@ -12,7 +12,7 @@ from jax import lax
 
 from qwen_jax import api
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.text.chat import render_chat
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.loader import load_parameters, open_checkpoint

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax import engine as engine_module
-from qwen_jax.cache import KVCache
-from qwen_jax.engine import Engine, Prompt, Rows
+from qwen_jax.engine import engine as engine_module
+from qwen_jax.engine.engine import Engine, Prompt, Rows
+from qwen_jax.engine.sampling import Sampling, plan_rows
 from qwen_jax.errors import UserError
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.model.cache import KVCache
 from tests.engines import device_parameters, generate, random_engine, random_tokens, relative
 from tests.golden_cases import Case, odd_config
 from tests.numpy_reference import forward, log_softmax

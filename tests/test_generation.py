@@ -18,10 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qwen_jax import api
-from qwen_jax.engine import Emitted, Prompt
+from qwen_jax.engine.engine import Emitted, Prompt
+from qwen_jax.engine.sampling import Choice, Logprobs, Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Batch, Completion, Request, Timings
-from qwen_jax.sampling import Choice, Logprobs, Sampling
 from qwen_jax.text.tokenizer import Tokenizer
 from tests.tiny_checkpoints import tiny_config
 

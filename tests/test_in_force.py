@@ -3,9 +3,9 @@
 import pytest
 
 from qwen_jax import prompts
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.in_force import describe, warn_of_greedy
 from qwen_jax.prompts import Item
-from qwen_jax.sampling import Sampling
 
 
 @pytest.mark.parametrize(

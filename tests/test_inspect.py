@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from qwen_jax import api, cli, measure
+from qwen_jax import api, cli
 from qwen_jax.config import ModelConfig, YarnScaling
+from qwen_jax.engine import memory
 from qwen_jax.tasks import inspect
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
@@ -86,7 +87,7 @@ class TestBundled:
             tensor = there.pop(name)
             assert kind == tensor.tensor_type.name
             assert shape == " x ".join(str(n) for n in reversed(tensor.shape.tolist()))
-            assert size == measure.show_bytes(int(tensor.n_bytes))
+            assert size == memory.show_bytes(int(tensor.n_bytes))
         layers = {name.split(".")[1] for name in there}
         assert "0" not in layers
         assert rest == f"and {len(there)} more in layers 1 to {len(layers)}"
@@ -121,9 +122,9 @@ class TestBundled:
         checkpoint = open_checkpoint(BUNDLED)
         loaded = load_parameters(checkpoint, jnp.dtype(dtype))
         weights = sum(value.nbytes for value in loaded.values())
-        assert measure.Budget.of(checkpoint.config, jnp.dtype(dtype)).weights == weights
+        assert memory.Budget.of(checkpoint.config, jnp.dtype(dtype)).weights == weights
         _, line, *_ = report(capsys, f"--dtype={dtype}")["memory"]
-        assert line.split() == ["weights", *measure.show_bytes(weights).split()]
+        assert line.split() == ["weights", *memory.show_bytes(weights).split()]
 
 
 def test_memory_that_fits_and_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_memory_that_fits_and_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = 494_032_768 * 2 + 49 * 896 * 2
     config = ModelConfig(24, 896, 14, 2, 64, 4864, 151936, 32768, 1e6, 1e-6, True)
     dtype = jnp.dtype(jnp.bfloat16)
-    monkeypatch.setattr(measure, "free_memory", lambda: 10 * 10**9)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10 * 10**9)
     assert [" ".join(line.split()) for line in inspect.memory_lines(config, dtype)] == [
         "cpu: 10.0 GB free; parameters and cache in bfloat16",
         "weights 988.2 MB",
@@ -140,10 +141,10 @@ def test_memory_that_fits_and_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
         "cache, whole context 402.7 MB (32768 tokens)",
         f"fits: {(10**10 - weights) // 12288:,} tokens of cache, 22 whole contexts",
     ]
-    monkeypatch.setattr(measure, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**9)
     *_, fits = inspect.memory_lines(config, dtype)
     assert fits.endswith("less than one whole context")
-    monkeypatch.setattr(measure, "free_memory", lambda: 9 * 10**8)
+    monkeypatch.setattr(memory, "free_memory", lambda: 9 * 10**8)
     *_, fits = inspect.memory_lines(config, dtype)
     assert fits == "does not fit: the weights alone need 88.2 MB more"
 
@@ -153,7 +154,7 @@ def test_memory_that_fits_and_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e9, "1.5 GB"), (2e15, "2,000.0 TB")],
 )
 def test_show_bytes(count: float, text: str) -> None:
-    assert measure.show_bytes(count) == text
+    assert memory.show_bytes(count) == text
 
 
 def test_other_rotations_are_shown() -> None:

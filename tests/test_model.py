@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from qwen_jax.engine import Engine
-from qwen_jax.model import matmul
+from qwen_jax.engine.engine import Engine
+from qwen_jax.model.decoder import matmul
 from tests.engines import (
     decoded_logprobs,
     device_parameters,

@@ -19,13 +19,13 @@ from pallas_kernels.decode_step import (
     put,
 )
 from pallas_kernels.decode_step.plan import DOWN, Phase
-from qwen_jax import engine as engine_module
-from qwen_jax import packed as packed_module
-from qwen_jax.cache import Cache, StackedCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine, Prompt
-from qwen_jax.packed import PackedWeights, pack
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine import engine as engine_module
+from qwen_jax.engine import weights as packed_module
+from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.weights import PackedWeights, pack
+from qwen_jax.model.cache import Cache, StackedCache
 from tests.engines import device_parameters, generate
 from tests.tiny_checkpoints import random_parameters, tiny_config
 

@@ -17,8 +17,8 @@ pytest.importorskip("transformers", reason="live parity needs pip install '.[hf]
 from transformers import AutoModelForCausalLM
 
 from qwen_jax.config import ModelConfig, YarnScaling
-from qwen_jax.engine import Engine, Prompt
-from qwen_jax.rotary import inverse_frequencies
+from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests import transformers_reference
 from tests.engines import device_parameters, generate, relative

@@ -10,9 +10,9 @@ import gguf
 import pytest
 
 from qwen_jax import recommended, settings
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.recommended import Recommended
-from qwen_jax.sampling import Sampling
 from qwen_jax.weights.gguf_file import open_gguf
 
 # Qwen/Qwen2.5-0.5B-Instruct's file, and Qwen/Qwen2.5-0.5B's.

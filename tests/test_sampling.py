@@ -16,9 +16,9 @@ from hypothesis import given
 from pallas_kernels.sample_tokens import count, pack
 from pallas_kernels.sample_tokens.reference import keep as kept_by_definition
 from pallas_kernels.sample_tokens.reference import penalise as penalise_by_definition
-from qwen_jax import sampling
+from qwen_jax.engine import sampling
+from qwen_jax.engine.sampling import Choice, Counts, RowParameters, Sampling, plan_rows
 from qwen_jax.errors import UserError
-from qwen_jax.sampling import Choice, Counts, RowParameters, Sampling, plan_rows
 from tests.numpy_reference import log_softmax
 
 FOUR = np.array([0.5, 0.25, 0.15, 0.1])

@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from pallas_kernels.sample_tokens.reference import gumbel
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine.sampling import Sampling, plan_rows
 from tests import transformers_reference
 from tests.golden_cases import odd_config
 from tests.test_sampling import choose, counts, keep

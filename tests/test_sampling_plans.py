@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_jax.engine.sampling import Plan, RowParameters, Sampling, plan_rows
 from qwen_jax.errors import UserError
-from qwen_jax.sampling import Plan, RowParameters, Sampling, plan_rows
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen_jax.cache import KVCache
-from qwen_jax.model import Qwen2
-from qwen_jax.tap import intervening, recording, tap, watched
+from qwen_jax.model.cache import KVCache
+from qwen_jax.model.decoder import Qwen2
+from qwen_jax.model.tap import intervening, recording, tap, watched
 from tests.engines import device_parameters, random_tokens, relative
 from tests.golden_cases import Case, odd_config
 from tests.numpy_reference import forward

@@ -25,9 +25,9 @@ from absl import app, flags, logging
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Parameters, Qwen2
+from qwen_jax.model.cache import KVCache
+from qwen_jax.model.decoder import Parameters, Qwen2
 from tools import demo_gguf, demo_rows, eval_demo
 from tools.demo_corpus import chats, word_source
 from tools.demo_tokenizer import train_vocabulary

@@ -62,7 +62,7 @@ def sample_tokens(
     noise differ by less than 1e-5, or for which the cumulative probability is within 1e-6 of it
     1 - p.
 
-    `qwen_jax.sampling.choose(logits, params, counts, step, plan)` is this with `params` made by
+    `qwen_jax.engine.sampling.choose` is this with `params` made by
     `settings` (the seed in place of a key; `biased` for rows with biases), `counts` a mask of all
     tokens and int32 counts of those generated, which `count` brings up to date, and `valid_tokens`
     where it masked what is past the vocabulary. Of a plan nothing is left: with arrays for biases,

@@ -23,10 +23,10 @@ from qwen_jax.accuracy.replay import Residual, compare, first_position
 from qwen_jax.accuracy.rounding import UNIT
 from qwen_jax.accuracy.text_table import table
 from qwen_jax.api import Model
-from qwen_jax.cache import SMALLEST_CAPACITY
-from qwen_jax.engine import SMALLEST_CHUNK, Engine
+from qwen_jax.engine.engine import SMALLEST_CHUNK, Engine
 from qwen_jax.errors import UserError
-from qwen_jax.model import activation_dtype
+from qwen_jax.model.cache import SMALLEST_CAPACITY
+from qwen_jax.model.decoder import activation_dtype
 
 Progress = Callable[[int, int], None]
 

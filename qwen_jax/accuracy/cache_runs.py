@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.cache_slots import Scenario
-from qwen_jax.cache import Cache
-from qwen_jax.engine import Emitted, Engine, Rows
-from qwen_jax.model import activation_dtype
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Emitted, Engine, Rows
+from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.model.cache import Cache
+from qwen_jax.model.decoder import activation_dtype
 
 
 @dataclasses.dataclass(frozen=True)

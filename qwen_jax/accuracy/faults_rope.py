@@ -8,7 +8,7 @@ import numpy as np
 from qwen_jax.accuracy.faults import Fault, area, turn
 from qwen_jax.accuracy.operations import Array, Calls
 from qwen_jax.config import ModelConfig, YarnScaling
-from qwen_jax.rotary import inverse_frequencies
+from qwen_jax.model.rotary import inverse_frequencies
 
 Frequencies = Callable[[ModelConfig], np.ndarray]
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from qwen_jax.accuracy.parameters import Source, Weights
 from qwen_jax.accuracy.rounding import round_to
 from qwen_jax.config import ModelConfig
-from qwen_jax.rotary import inverse_frequencies
+from qwen_jax.model.rotary import inverse_frequencies
 
 Array = Any
 """A NumPy or a JAX array."""

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine
-from qwen_jax.packed import PackedWeights
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import PackedWeights
 from qwen_jax.weights.loader import Checkpoint, decode, open_checkpoint
 
 Arrays = tuple[Float[np.ndarray, "..."], ...]

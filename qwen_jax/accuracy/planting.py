@@ -19,9 +19,9 @@ from qwen_jax.accuracy.operations import OPERATIONS, PARAMETRIC, Calls, Context,
 from qwen_jax.accuracy.parameters import FUSED, LAYER, OUTER, EngineSource, Weights, parts
 from qwen_jax.accuracy.trace import split_name
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine
-from qwen_jax.packed import PackedWeights
-from qwen_jax.tap import intervening
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import PackedWeights
+from qwen_jax.model.tap import intervening
 
 ATTENTION = ("attn_scores", "attn_probs", "attn_out")
 

@@ -21,13 +21,13 @@ from qwen_jax.accuracy.metrics import logit_metrics
 from qwen_jax.accuracy.rounding import round_to
 from qwen_jax.accuracy.trace import AXES, names, split_name
 from qwen_jax.api import Model
-from qwen_jax.cache import SMALLEST_CAPACITY, KVCache
-from qwen_jax.engine import Engine, bucket
+from qwen_jax.engine.engine import Engine, bucket
+from qwen_jax.engine.steps import ModelMaker
+from qwen_jax.engine.weights import PackedWeights
 from qwen_jax.errors import UserError
-from qwen_jax.model import Parameters
-from qwen_jax.packed import PackedWeights
-from qwen_jax.programs import ModelMaker
-from qwen_jax.tap import intervening
+from qwen_jax.model.cache import SMALLEST_CAPACITY, KVCache
+from qwen_jax.model.decoder import Parameters
+from qwen_jax.model.tap import intervening
 
 DTYPES = ("bfloat16", "float16")
 MOST_EXHAUSTIVE = 12

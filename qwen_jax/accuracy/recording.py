@@ -13,17 +13,17 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from qwen_jax import programs
 from qwen_jax.accuracy.collecting import Collector
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import Model
-from qwen_jax.cache import SMALLEST_CAPACITY, Cache, StackedCache
-from qwen_jax.engine import CHUNK, SMALLEST_CHUNK, Engine, Prompt, bucket
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import CHUNK, SMALLEST_CHUNK, Engine, Prompt, bucket
+from qwen_jax.engine.weights import PackedWeights
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
-from qwen_jax.model import Parameters, activation_dtype
-from qwen_jax.packed import PackedWeights
-from qwen_jax.tap import recording
+from qwen_jax.model.cache import SMALLEST_CAPACITY, Cache, StackedCache
+from qwen_jax.model.decoder import Parameters, activation_dtype
+from qwen_jax.model.tap import recording
 from qwen_jax.weights.checksum import sha256
 
 LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
@@ -291,7 +291,7 @@ def _hash(path: Path, mtime: int, size: int) -> str:
 
 
 def _plain_chunk(
-    make: programs.ModelMaker,
+    make: steps.ModelMaker,
     weights: Parameters | PackedWeights,
     cache: Cache,
     tokens: Int[Array, "B T"],
@@ -301,14 +301,14 @@ def _plain_chunk(
     """The call without records; one token goes through the decode-step kernel, if any does."""
     if tokens.shape[1] == 1 and isinstance(cache, StackedCache):
         assert isinstance(weights, PackedWeights)
-        logits, cache = programs.forward_packed(weights, tokens[:, 0], cache, start[None], lengths)
+        logits, cache = steps.forward_packed(weights, tokens[:, 0], cache, start[None], lengths)
         return cache, {}, logits[:, None]
-    cache, logits = programs.chunk_logits(make, weights, cache, tokens, start, lengths)
+    cache, logits = steps.chunk_logits(make, weights, cache, tokens, start, lengths)
     return cache, {}, logits
 
 
 def _traced_chunk(
-    make: programs.ModelMaker,
+    make: steps.ModelMaker,
     names: Sequence[str],
     weights: Parameters | PackedWeights,
     cache: Cache,
@@ -318,7 +318,7 @@ def _traced_chunk(
 ) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
     """The same with the named tensors besides."""
     with recording() as seen:
-        cache, logits = programs.chunk_logits(make, weights, cache, tokens, start, lengths)
+        cache, logits = steps.chunk_logits(make, weights, cache, tokens, start, lengths)
     return cache, {name: seen[name] for name in names}, logits
 
 

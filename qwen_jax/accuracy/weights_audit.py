@@ -19,9 +19,9 @@ from qwen_jax.accuracy.residuals import Residual, residual
 from qwen_jax.accuracy.weights_bytes import BLOCK_FAULTS
 from qwen_jax.accuracy.weights_faults import WHOLE_VALUES, Fault, Role, Tensor
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import PackedWeights
 from qwen_jax.errors import UserError
-from qwen_jax.packed import PackedWeights
 from qwen_jax.weights import names
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 

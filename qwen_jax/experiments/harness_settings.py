@@ -10,10 +10,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qwen_jax import api, measure, recommended
+from qwen_jax import api, recommended
+from qwen_jax.engine import memory
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.recommended import Recommended
-from qwen_jax.sampling import Sampling
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names that the harness, transformers and OpenAI have for the most tokens of an answer."""
@@ -245,7 +246,7 @@ def joined(arguments: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, 
 
 def check_device(name: str | None, warn: Callable[[str], None]) -> None:
     """Raises UserError where the harness asks for another device than JAX has chosen."""
-    platform = measure.device().platform
+    platform = memory.device().platform
     names = {"cpu": ("cpu",), "gpu": ("gpu", "cuda", "cuda:0")}.get(platform, (platform,))
     if name is None or name in names:
         return

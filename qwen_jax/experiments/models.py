@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qwen_jax import api
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.experiments import quantize
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item

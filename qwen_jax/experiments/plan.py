@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import api
-from qwen_jax.cache import SMALLEST_CAPACITY
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import bucket
+from qwen_jax.engine.engine import bucket
+from qwen_jax.engine.memory import Budget, show_bytes
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
-from qwen_jax.measure import Budget, show_bytes
+from qwen_jax.model.cache import SMALLEST_CAPACITY
 from qwen_jax.weights.hub_names import is_hub_name
 
 

@@ -14,8 +14,8 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import measure
 from qwen_jax.api import Model
+from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import environment, profiling
 from qwen_jax.experiments.lines import NotWritten
@@ -66,7 +66,7 @@ class Runner:
         point, records = item.point, self._records
         records.event("started", point=point.id, time=_now())
         _log.info("started %s: %s", point.id, point.label)
-        start, compiled = time.perf_counter(), measure.compile_seconds()
+        start, compiled = time.perf_counter(), memory.compile_seconds()
         try:
             with (
                 PointWork(item, records, self._models) as work,
@@ -87,8 +87,8 @@ class Runner:
         fields: dict[str, Any] = {
             "metrics": metrics,
             "seconds": round(time.perf_counter() - start, 4),
-            "compile_seconds": round(measure.compile_seconds() - compiled, 4),
-            "peak_bytes": measure.peak_memory()[1],
+            "compile_seconds": round(memory.compile_seconds() - compiled, 4),
+            "peak_bytes": memory.peak_memory()[1],
         }
         if operations:
             fields["operations"] = operations
@@ -146,7 +146,7 @@ def _checked(metrics: Metrics) -> Metrics:
 def _explain(error: Exception) -> dict[str, str]:
     """What kind of failure it was, and one sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError | measure.TooLarge) or "RESOURCE_EXHAUSTED" in text:
+    if isinstance(error, MemoryError | memory.TooLarge) or "RESOURCE_EXHAUSTED" in text:
         return {"kind": "out of memory", "reason": text[:500]}
     if isinstance(error, UserError):
         return {"kind": "not finite" if "not finite" in text else "bad input", "reason": text}
@@ -177,7 +177,7 @@ def _logged_to(path: Path) -> Iterator[None]:
 
 def devices_line() -> str:
     """Where everything runs, for the terminal and the log."""
-    device = measure.device()
+    device = memory.device()
     return (
         f"process {jax.process_index()} of {jax.process_count()}, {len(jax.local_devices())} "
         f"{device.device_kind}, JAX {jax.__version__}"

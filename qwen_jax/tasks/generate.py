@@ -14,9 +14,9 @@ from tqdm import tqdm
 from qwen_jax import api, pins, prompts, recommended, settings
 from qwen_jax.accuracy.recording import trace_generation
 from qwen_jax.api import Model
+from qwen_jax.engine.memory import device
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
-from qwen_jax.measure import device
 from qwen_jax.prompt_lines import SAMPLING
 from qwen_jax.settings import Command
 from qwen_jax.tasks.summary import Summary

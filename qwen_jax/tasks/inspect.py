@@ -13,12 +13,13 @@ from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_atten
 from pallas_kernels.rope import mosaic_gpu as rope
 from pallas_kernels.sample_tokens import MOST_LOGPROBS
 from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
-from qwen_jax import api, packed, pins, recommended
-from qwen_jax.cache import SMALLEST_CAPACITY
+from qwen_jax import api, pins, recommended
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import CHUNK
-from qwen_jax.measure import Budget, device, show_bytes
-from qwen_jax.model import activation_dtype
+from qwen_jax.engine import weights
+from qwen_jax.engine.engine import CHUNK
+from qwen_jax.engine.memory import Budget, device, show_bytes
+from qwen_jax.model.cache import SMALLEST_CAPACITY
+from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
 from qwen_jax.settings import Command
 from qwen_jax.text.tokenizer import Tokenizer
@@ -150,7 +151,7 @@ def implementation_lines(
         "gqa_decode_attention": gqa_decode_attention.refusal(
             heads, kv_heads, SMALLEST_CAPACITY, dim, dtype, dtype, dtype
         ),
-        "decode_step": packed.refusal(config, dtype),
+        "decode_step": weights.refusal(config, dtype),
         "sample_tokens": sample_tokens.refusal(
             config.vocab_size, jnp.dtype(jnp.float32), MOST_LOGPROBS
         ),

@@ -7,10 +7,10 @@ import sys
 import jax
 
 from qwen_jax.api import Model
+from qwen_jax.engine.memory import peak_memory
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.generation import Batch, Timings
 from qwen_jax.in_force import describe
-from qwen_jax.measure import peak_memory
-from qwen_jax.sampling import Sampling
 
 
 class Summary:

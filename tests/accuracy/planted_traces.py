@@ -7,7 +7,7 @@ from qwen_jax.accuracy.parameters import EngineSource
 from qwen_jax.accuracy.planting import planted
 from qwen_jax.accuracy.recording import Recorder
 from qwen_jax.accuracy.trace import Trace
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import Case, odd_config
 

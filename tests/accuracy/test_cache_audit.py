@@ -11,14 +11,15 @@ import pytest
 from jax import lax
 
 import pallas_kernels
-from qwen_jax import cache as cache_module
-from qwen_jax import model, programs
 from qwen_jax.accuracy.cache_audit import audit_cache, cache_table, scenarios
 from qwen_jax.accuracy.cache_faults import FAULTS
 from qwen_jax.accuracy.cache_slots import Row, Scenario, simulate
-from qwen_jax.engine import Engine
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import pack
 from qwen_jax.errors import UserError
-from qwen_jax.packed import pack
+from qwen_jax.model import cache as cache_module
+from qwen_jax.model import decoder
 from tests.engines import device_parameters, random_engine, random_tokens
 from tests.golden_cases import Case, odd_config
 from tests.tiny_checkpoints import tiny_config
@@ -139,7 +140,7 @@ CASES = {
         "position-restarts",
     ),
     "a hole before the decoded tokens": (
-        replaced(model.Qwen2, "__call__", hole),
+        replaced(decoder.Qwen2, "__call__", hole),
         {"prompt, then decoding"},
         "hole",
     ),
@@ -318,7 +319,7 @@ class TestBatches:
 
         @jax.jit
         def last_column(weights, cache, last, tokens, start, lengths):
-            hidden, cache = programs._run_chunk(
+            hidden, cache = steps._run_chunk(
                 engine.make_model, weights, cache, tokens, start, lengths
             )
             at = jnp.clip(longest - 1 - start, 0, tokens.shape[1] - 1)

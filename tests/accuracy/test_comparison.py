@@ -14,7 +14,7 @@ from qwen_jax.accuracy.recording import Recorder
 from qwen_jax.accuracy.replay import replay
 from qwen_jax.accuracy.trace import Trace
 from qwen_jax.errors import UserError
-from qwen_jax.tap import intervening
+from qwen_jax.model.tap import intervening
 from tests.engines import random_engine, random_tokens, relative
 from tests.golden_cases import Case, odd_config
 from tests.numpy_reference import forward

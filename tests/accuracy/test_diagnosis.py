@@ -13,7 +13,7 @@ from qwen_jax.accuracy.operations import INNER, OPERATIONS
 from qwen_jax.accuracy.parameters import EngineSource, Weights
 from qwen_jax.accuracy.planting import planted
 from qwen_jax.accuracy.trace import Trace, split_name
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from tests.accuracy.planted_traces import CASE, diagnosis, source, trace
 from tests.engines import random_engine, relative

@@ -20,9 +20,9 @@ from qwen_jax.accuracy.precision_search import (
 )
 from qwen_jax.accuracy.recording import Recorder
 from qwen_jax.accuracy.trace import AXES
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
-from qwen_jax.tap import intervening
+from qwen_jax.model.tap import intervening
 from tests.engines import random_engine, random_tokens, relative
 from tests.golden_cases import odd_config
 from tests.numpy_reference import attention

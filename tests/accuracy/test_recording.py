@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import programs
 from qwen_jax.accuracy.recording import Recorder, parse_positions, plan_calls, trace_generation
 from qwen_jax.accuracy.trace import Trace, names
-from qwen_jax.engine import Engine
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import pack
 from qwen_jax.errors import UserError
-from qwen_jax.packed import pack
 from tests.engines import (
     decoded_logprobs,
     device_parameters,
@@ -93,13 +93,13 @@ def test_decode_steps_in_one_kernel_are_told_apart(monkeypatch: pytest.MonkeyPat
     config = tiny_config(num_layers=1, num_heads=4, head_dim=64, ffn_size=384)
     params = device_parameters(random_parameters(config), "float32")
     engine = Engine(config, pack(config, params.items(), jnp.dtype(jnp.float32), "xla"))
-    tokens, step = random_tokens(config, 12), programs.forward_packed
+    tokens, step = random_tokens(config, 12), steps.forward_packed
 
     def shifted(*args: object) -> tuple[jax.Array, jax.Array]:
         logits, cache = step(*args)
         return logits + 0.5, cache
 
-    monkeypatch.setattr(programs, "forward_packed", shifted)
+    monkeypatch.setattr(steps, "forward_packed", shifted)
     trace = Recorder(engine, "logits").record(tokens, prompt_length=10)
     kernel, change = trace.header.notes
     assert "decode-step kernel" in kernel

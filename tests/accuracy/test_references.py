@@ -11,7 +11,7 @@ from qwen_jax import api
 from qwen_jax.accuracy.recording import record
 from qwen_jax.accuracy.references import cut, reference
 from qwen_jax.accuracy.trace import Trace, names
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests import numpy_reference

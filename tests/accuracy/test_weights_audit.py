@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from qwen_jax.accuracy.residuals import residual, rounding
 from qwen_jax.accuracy.weights_audit import audit_weights
 from qwen_jax.accuracy.weights_table import weights_table
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import pack
 from qwen_jax.errors import UserError
-from qwen_jax.packed import pack
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.tiny_checkpoints import (
     canonical,

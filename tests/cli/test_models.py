@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from qwen_jax import api, measure
+from qwen_jax import api
+from qwen_jax.engine import memory
 from qwen_jax.weights import loader
 from tests.cli.conftest import BUNDLED, REPOSITORY, Result
 from tests.fake_hub import FakeHub
@@ -109,7 +110,7 @@ def test_sha256_of_other_things(refuses: Callable[..., None], tmp_path: Path) ->
 def test_weights_that_do_not_fit(
     refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "free_memory", lambda: 10_000_000)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10_000_000)
     monkeypatch.setattr(loader, "decode", lambda *args: pytest.fail("it was loaded"))
     refuses(["--dtype=float32"], "weights take 13.3 MB in float32", "10.0 MB free", "bfloat16")
 
@@ -122,7 +123,7 @@ def test_a_cache_that_does_not_fit(
     # Before a request is made for each, which would take minutes.
     refuses(["--n=2000000000"], "2000000000 texts of up to", "lower n")
     # Read where it is known, as of an accelerator.
-    monkeypatch.setattr(measure, "free_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
     refuses([], "1 texts of up to", "1.0 kB free")
 
 

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from qwen_jax import api
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import scores
 from qwen_jax.experiments.tasks.generate import _Tally
 from qwen_jax.generation import Timings
 from qwen_jax.prompts import Item
-from qwen_jax.sampling import Sampling
 from tests.experiments.conftest import lines
 
 pytestmark = pytest.mark.usefixtures("loaded")

@@ -7,13 +7,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from qwen_jax import api, settings
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.experiments import inputs
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice, Models
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
-from qwen_jax.sampling import Sampling
 from qwen_jax.tasks.experiment import _warn_of_idle
 from tests.test_generation import TOKENIZER, Scripted
 

@@ -9,9 +9,9 @@ import pytest
 from scipy.special import log_softmax
 
 from qwen_jax import api
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion
-from qwen_jax.sampling import Sampling
 
 pytest.importorskip("lm_eval", reason="needs pip install '.[eval]'")
 from lm_eval.api.instance import Instance

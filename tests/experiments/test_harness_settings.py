@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qwen_jax import lm_eval
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
-from qwen_jax.sampling import Sampling
 
 
 def fails(message: str) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_step import decode_step
-from qwen_jax.packed import HOPPER_BLOCKS
+from qwen_jax.engine.weights import HOPPER_BLOCKS
 from tests.kernels.emulated_step import SMALL, Case, drawn
 
 CAPACITY = 1024

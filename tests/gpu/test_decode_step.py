@@ -12,10 +12,10 @@ import pytest
 
 from pallas_kernels.decode_step import MOST_ROWS, decode_step
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import Engine, Prompt
-from qwen_jax.packed import PackedWeights, pack, prepare
-from qwen_jax.rotary import inverse_frequencies
-from qwen_jax.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.weights import PackedWeights, pack, prepare
+from qwen_jax.model.rotary import inverse_frequencies
 from tests.engines import generate, relative
 from tests.tiny_checkpoints import canonical, random_parameters
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct, lax
 
-from qwen_jax import programs
-from qwen_jax.cache import StackedCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.packed import pack
+from qwen_jax.engine import steps
+from qwen_jax.engine.weights import pack
+from qwen_jax.model.cache import StackedCache
 from tests.kernels import hopper
 from tests.tiny_checkpoints import canonical, random_parameters
 
@@ -24,7 +24,7 @@ def test_one_cache_is_enough() -> None:
     if not hopper.compiles():
         pytest.skip("JAX's CUDA plugin is not installed")
     how = {"precision": lax.Precision.HIGHEST, "implementation": "mosaic_gpu"}
-    make = functools.partial(programs.make_model, CONFIG, **how)
+    make = functools.partial(steps.make_model, CONFIG, **how)
     dtype = jnp.dtype(jnp.bfloat16)
     params = canonical(random_parameters(CONFIG, 0))
     weights, cache = jax.eval_shape(
@@ -36,6 +36,6 @@ def test_one_cache_is_enough() -> None:
     last = ShapeDtypeStruct((ROWS, CONFIG.hidden_size), dtype)
     tokens, number = ShapeDtypeStruct((ROWS, 16), jnp.int32), ShapeDtypeStruct((), jnp.int32)
     lengths = ShapeDtypeStruct((ROWS,), jnp.int32)
-    chunk = functools.partial(programs.prefill_chunk, make)
+    chunk = functools.partial(steps.prefill_chunk, make)
     held = hopper.temporary_bytes(chunk, weights, cache, last, tokens, number, lengths, donate=1)
     assert held < 0.12 * cache.layers.size * dtype.itemsize

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qwen_jax import api
-from qwen_jax.engine import Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.weights.loader import load_parameters
 from tests import transformers_reference
 from tests.engines import relative

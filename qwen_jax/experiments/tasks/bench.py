@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qwen_jax.engine import Engine, Prompt, check_fits
+from qwen_jax.engine.engine import Engine, Prompt, check_fits
+from qwen_jax.engine.sampling import Sampling, plan_rows
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.prompts import sampling_of
-from qwen_jax.sampling import Sampling, plan_rows
 
 
 class Bench(Task):

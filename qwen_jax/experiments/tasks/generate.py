@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import prompts, recommended
+from qwen_jax.engine.sampling import Plan
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import scores
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
-from qwen_jax.sampling import Plan
 
 Row = tuple[Item, int, Request]
 

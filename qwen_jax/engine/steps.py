@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.sample_tokens import count
-from qwen_jax import sampling
-from qwen_jax.cache import Cache, KVCache, StackedCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Parameters, Qwen2
-from qwen_jax.packed import PackedWeights
-from qwen_jax.sampling import Choice, Counts, Plan, RowParameters
+from qwen_jax.engine import sampling
+from qwen_jax.engine.sampling import Choice, Counts, Plan, RowParameters
+from qwen_jax.engine.weights import PackedWeights
+from qwen_jax.model.cache import Cache, KVCache, StackedCache
+from qwen_jax.model.decoder import Parameters, Qwen2
 
 
 @jax.tree_util.register_dataclass

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.cache import bytes_per_token
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.model.cache import bytes_per_token
 
 _total = 0.0
 

@@ -14,10 +14,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.rotary import inverse_frequencies
-from qwen_jax.tap import tap, watched
+from qwen_jax.model.cache import Cache
+from qwen_jax.model.rotary import inverse_frequencies
+from qwen_jax.model.tap import tap, watched
 
 Parameters = Mapping[str, jax.Array]
 """Canonical parameter name to array, as `qwen_jax.weights.loader` makes it."""

@@ -27,8 +27,8 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import Parameters
-from qwen_jax.rotary import inverse_frequencies
+from qwen_jax.model.decoder import Parameters
+from qwen_jax.model.rotary import inverse_frequencies
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
@@ -66,7 +66,7 @@ class PackedWeights:
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:
-        """Every parameter by its canonical name, as `qwen_jax.model.Qwen2` takes them."""
+        """Every parameter by its canonical name, as `qwen_jax.model.decoder.Qwen2` takes them."""
         packed, norms = self.packed, self.packed.norms
         params = {"final_norm": norms[-1]}
         for i in range(self.config.num_layers):

@@ -14,15 +14,15 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.sample_tokens import pack
-from qwen_jax import programs
-from qwen_jax.cache import SMALLEST_CAPACITY, Cache
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine import steps
+from qwen_jax.engine.memory import check_cache_fits
+from qwen_jax.engine.sampling import Counts, Plan, RowParameters
+from qwen_jax.engine.steps import Emitted, Rows
+from qwen_jax.engine.weights import PackedWeights
 from qwen_jax.errors import UserError
-from qwen_jax.measure import check_cache_fits
-from qwen_jax.model import Parameters, activation_dtype
-from qwen_jax.packed import PackedWeights
-from qwen_jax.programs import Emitted, Rows
-from qwen_jax.sampling import Counts, Plan, RowParameters
+from qwen_jax.model.cache import SMALLEST_CAPACITY, Cache
+from qwen_jax.model.decoder import Parameters, activation_dtype
 
 __all__ = ["Emitted", "Engine", "Prompt", "Rows"]
 
@@ -61,7 +61,7 @@ class Engine:
     Args:
         config: sizes and constants.
         weights: every parameter by its canonical name, already on the device, or packed for
-            the decode-step kernel (`qwen_jax.packed.prepare`).
+            the decode-step kernel (`qwen_jax.engine.weights.prepare`).
         stop_ids: tokens that end a row; they are emitted, then the row is done.
         valid_tokens: vocabulary rows in use; ids from here on are never chosen.
         unused_ids: rows below them that no token has, and that are never chosen either.
@@ -84,7 +84,7 @@ class Engine:
         implementation: str = "auto",
     ):
         make = functools.partial(
-            programs.make_model, config, precision=precision, implementation=implementation
+            steps.make_model, config, precision=precision, implementation=implementation
         )
         self.make_model = make
         self.weights = weights
@@ -97,14 +97,14 @@ class Engine:
         self.valid_tokens = rows if valid_tokens is None else min(valid_tokens, rows)
         self._traced: list[str] = []
         stops = jnp.asarray(self.stop_ids, jnp.int32)
-        constants = programs.Constants(stops, self.valid_tokens, tuple(unused_ids), implementation)
+        constants = steps.Constants(stops, self.valid_tokens, tuple(unused_ids), implementation)
         self._create_cache = self._jit(
-            programs.create_cache, config, self.cache_dtype, static=(0, 1, 2)
+            steps.create_cache, config, self.cache_dtype, static=(0, 1, 2)
         )
-        self._prefill_chunk = self._jit(programs.prefill_chunk, make, donate=1)
-        self._begin = self._jit(programs.begin, make, constants, static=(4,))
-        self._logits = self._jit(programs.chunk_logits, make, donate=1)
-        self._decode = self._jit(programs.decode_many, make, constants, donate=1, static=(3, 4))
+        self._prefill_chunk = self._jit(steps.prefill_chunk, make, donate=1)
+        self._begin = self._jit(steps.begin, make, constants, static=(4,))
+        self._logits = self._jit(steps.chunk_logits, make, donate=1)
+        self._decode = self._jit(steps.decode_many, make, constants, donate=1, static=(3, 4))
 
     def _jit(
         self,

@@ -1,7 +1,8 @@
 """Operations of a Qwen2.5 decoder, one package each: a public function, its reference, its kernel.
 
 Shape letters: B batch, T query positions, S cache capacity, N query heads, K key/value
-heads, G = N/K query heads per key/value head, H head dimension.
+heads, G = N/K query heads per key/value head, H head dimension. A paged cache is a pool of P
+pages of C slots each, and a block table names the n pages of a row: S = n C.
 """
 
 from pallas_kernels.decode_step import decode_step

@@ -1,16 +1,21 @@
 """The definition of correct for `gqa_prefill_attention`, in plain jnp.
 
-The softmax is computed over blocks of slots with a running maximum (Milakov and
-Gimelshein, 2018, arXiv:1805.02867), so that no T x S matrix exists and blocks past the
-longest row are never read.
+A loop gathers some pages of every row a turn and keeps a running softmax (Milakov and Gimelshein,
+2018, arXiv:1805.02867), so that no T x S matrix exists and what no query sees is never read: a
+short text costs little whatever the tables' size.
+
+A turn past what a row's queries see leaves that row's numbers as they are, bit for bit: its
+weights are exp(-inf) = 0, and what was there is multiplied by exp(0) = 1.
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-BLOCK = 512
-"""Slots a step of the loop takes; a cache this small needs no loop at all."""
+SLOTS = 256
+"""Slots of every row that a turn takes, rounded up to whole pages. Measured on two cores at float32
+and the shape of 0.5B: 128 are twice as fast for texts of 100 and slower by a quarter for 2,000, 512
+the other way round."""
 
 Carry = tuple[
     Float[Array, "B K G T"], Float[Array, "B K G T"], Float[Array, "B K G T H"]
@@ -19,30 +24,36 @@ Carry = tuple[
 
 def reference(
     q: Float[Array, "B T N H"],
-    k_cache: Float[Array, "B K S H"],
-    v_cache: Float[Array, "B K S H"],
+    pages: Float[Array, "P K C H"],
+    k_tables: Int[Array, "B n"],
+    v_tables: Int[Array, "B n"],
     offsets: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> Float[Array, "B T N H"]:
     batch, steps, heads, dim = q.shape
-    kv_heads, capacity = k_cache.shape[1:3]
-    group = heads // kv_heads
+    kv_heads, page = pages.shape[1:3]
+    group, entries = heads // kv_heads, k_tables.shape[1]
+    taken = min(-(-SLOTS // page), entries)  # entries of a table a turn
+    size = taken * page
     grouped = q.reshape(batch, steps, kv_heads, group, dim)
     positions = offsets[:, None] + jnp.arange(steps)  # [B, T]
+    ends = jnp.minimum(jnp.minimum(lengths, offsets + steps), entries * page)  # [B]
     f32 = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 
-    def add_block(index: Int[Array, ""] | int, carry: Carry, size: int) -> Carry:
+    def gather(tables: Int[Array, "B n"], turn: Int[Array, ""]) -> Float[Array, "B K size H"]:
+        # Past the last entry, and where an entry is no page, some other page: none is seen.
+        numbers = jnp.take(tables, turn * taken + jnp.arange(taken), axis=1, mode="clip")
+        some = jnp.take(pages, numbers, axis=0, mode="clip")  # [B, taken, K, C, H]
+        return some.swapaxes(1, 2).reshape(batch, kv_heads, size, dim)
+
+    def add(turn: Int[Array, ""], carry: Carry) -> Carry:
         maximum, total, values = carry
-        # The last block of a capacity that BLOCK doesn't divide starts earlier, so that it
-        # stays inside the cache; its slots that an earlier block has seen are masked.
-        start = jnp.minimum(index * size, capacity - size)
-        slots = start + jnp.arange(size)
-        fresh = (slots >= index * size) & (slots < lengths[:, None])  # [B, size]
-        k = lax.dynamic_slice_in_dim(k_cache, start, size, axis=2)
-        v = lax.dynamic_slice_in_dim(v_cache, start, size, axis=2)
-        # 0 * NaN is NaN: a value past the row's length must not enter even with weight 0.
-        v = jnp.where(fresh[:, None, :, None], v, 0)
-        seen = fresh[:, None, :] & (slots <= positions[:, :, None])  # [B, T, size]
+        slots = turn * size + jnp.arange(size)
+        real = slots < ends[:, None]  # [B, size]
+        k, v = gather(k_tables, turn), gather(v_tables, turn)
+        # 0 * NaN is NaN: a value past the row's end must not enter even with weight 0.
+        v = jnp.where(real[:, None, :, None], v, 0)
+        seen = real[:, None, :] & (slots <= positions[:, :, None])  # [B, T, size]
         scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, **f32) * dim**-0.5
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
@@ -58,16 +69,12 @@ def reference(
         )
 
     rows = (batch, kv_heads, group, steps)
-    carry: Carry = (
+    start: Carry = (
         jnp.full(rows, -jnp.inf, jnp.float32),
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, dim), jnp.float32),
     )
-    if capacity <= BLOCK:
-        carry = add_block(0, carry, capacity)
-    else:
-        blocks = (lengths.max() + BLOCK - 1) // BLOCK
-        carry = lax.fori_loop(0, blocks, lambda i, c: add_block(i, c, BLOCK), carry)
-    _, total, values = carry
+    turns = (ends.max() + size - 1) // size
+    _, total, values = lax.fori_loop(0, turns, add, start)
     out = values / total[..., None]
     return jnp.moveaxis(out, 3, 1).astype(q.dtype).reshape(batch, steps, heads, dim)

@@ -12,16 +12,17 @@ import pallas_kernels
 from pallas_kernels.sample_tokens import settings
 
 X = np.ones((1, 1, 2, 4), np.float32)
-CACHE = np.ones((1, 1, 3, 4), np.float32)
+PAGES = np.ones((2, 1, 3, 4), np.float32)
 ONE = np.ones(1, np.int32)
+TABLE = np.zeros((1, 1), np.int32)
 
 CALLS: dict[str, Callable[..., Any]] = {
     "rope": lambda **kw: pallas_kernels.rope(X, X, ONE[None], np.ones(2, np.float32), **kw),
     "gqa_prefill_attention": lambda **kw: pallas_kernels.gqa_prefill_attention(
-        X, CACHE, CACHE, 0 * ONE, ONE, **kw
+        X, PAGES, TABLE, TABLE, 0 * ONE, ONE, **kw
     ),
     "gqa_decode_attention": lambda **kw: pallas_kernels.gqa_decode_attention(
-        X[:, 0], CACHE, CACHE, ONE, **kw
+        X[:, 0], PAGES, TABLE, TABLE, ONE, **kw
     ),
     # Only traced: which one runs is decided before anything is computed.
     "sample_tokens": lambda **kw: jax.eval_shape(

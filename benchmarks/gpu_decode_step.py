@@ -4,7 +4,8 @@
 
 Steps are chained on the device, each taking the last one's logits. With `--phases` a traced
 kernel runs besides: when the blocks ended each phase of the last layer, in microseconds after the
-first of them began it. Half a minute. Ends with one line of JSON.
+first of them began it. Pages lie in any order; a row's block table has room for `--slots`, however
+few of them it needs. Half a minute. Ends with one line of JSON.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from jax import lax
 from benchmarks.gpu_decode import copy_bandwidth, print_record
 from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import Plan, kernels
+from pallas_kernels.decode_step.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.step import PHASES
 from qwen_jax.engine.weights import plan_for
@@ -28,19 +30,29 @@ from qwen_jax.engine.weights import plan_for
 STEPS = 64
 
 
+def pages_of(context: int) -> int:
+    """Pages that a row attends to."""
+    return -(-context // FEWEST_SLOTS)
+
+
 def arguments(
-    plan: Plan, rows: int, context: int, capacity: int, dtype: str = "bfloat16"
+    plan: Plan, rows: int, context: int, pool: Pool, dtype: str = "bfloat16"
 ) -> tuple[Any, ...]:
     """What the kernel takes, drawn afresh; the tape repeats 64 MiB."""
-    shape = plan.shape
-    keys = iter(jax.random.split(jax.random.key(time.time_ns() % 2**31), 8))
+    shape, seed = plan.shape, time.time_ns() % 2**31
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    # A row's entries that it doesn't need name no page.
+    tables = np.full((rows, pool.table), -1, np.int32)
+    needed = pages_of(context)
+    order = np.random.default_rng(seed).permutation(pool.pages)[: rows * needed]
+    tables[:, :needed] = order.reshape(rows, needed)
 
     def normal(*dims: int, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.normal(next(keys), dims, dtype)
 
     repeats = -(-plan.tape_tiles // 2**14)
     tile = jax.jit(lambda x: jnp.tile(x * 0.02, (repeats, 1, 1))[: plan.tape_tiles])
-    cache = (2 * shape.layers, rows, shape.kv_heads, capacity, shape.head_dim)
+    pages = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     return (
         tile(normal(2**14, 8, 256, dtype=dtype)),
         jnp.asarray(plan.table()),
@@ -48,14 +60,15 @@ def arguments(
         1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden),
         normal(rows, shape.hidden),
         normal(rows, 2, shape.head_dim // 2),
-        normal(*cache, dtype=dtype),
+        normal(*pages, dtype=dtype),
+        jnp.asarray(tables),
         jnp.full((rows,), context, jnp.int32),
     )
 
 
-def microseconds(plan: Plan, args: tuple[Any, ...], capacity: int, rounds: int) -> list[float]:
+def microseconds(plan: Plan, args: tuple[Any, ...], pool: Pool, rounds: int) -> list[float]:
     """A step's time, in every round of a chain."""
-    step = kernels.build(plan, args[4].shape[0], capacity, args[0].dtype)
+    step = kernels.build(plan, args[4].shape[0], pool, args[0].dtype)
 
     @jax.jit
     def chain(*args: Any) -> Any:
@@ -74,8 +87,8 @@ def microseconds(plan: Plan, args: tuple[Any, ...], capacity: int, rounds: int) 
     return taken
 
 
-def print_phases(plan: Plan, args: tuple[Any, ...], capacity: int) -> None:
-    step = jax.jit(kernels.build(plan, args[4].shape[0], capacity, args[0].dtype, traced=True))
+def print_phases(plan: Plan, args: tuple[Any, ...], pool: Pool) -> None:
+    step = jax.jit(kernels.build(plan, args[4].shape[0], pool, args[0].dtype, traced=True))
     for _ in range(3):
         *_, times = jax.block_until_ready(step(*args))
     since = np.asarray(times).view(np.uint32).astype(np.int64)
@@ -90,6 +103,7 @@ def main() -> None:
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["0.5b"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128])
+    parser.add_argument("--slots", type=int, default=32768, help="of a row, at most")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=FORMATS, default="bfloat16")
     parser.add_argument("--phases", action="store_true")
@@ -100,10 +114,14 @@ def main() -> None:
     print(f"{'size':<6}{'rows':>6}{'context':>9}{'floor':>8}{'kernel':>8}{'GB/s':>7}")
     figures = {}
     for size, rows, context in itertools.product(args.sizes, args.rows, args.contexts):
-        plan, capacity = plan_for(SIZES[size]), -(-(context + 1) // 256) * 256
-        drawn = arguments(plan, rows, context, capacity, args.dtype)
-        taken = microseconds(plan, drawn, capacity, args.rounds)
-        read = drawn[0].nbytes + drawn[6].nbytes * context // capacity
+        plan = plan_for(SIZES[size])
+        # The token's own page may be one more.
+        table = max(pages_of(args.slots), pages_of(context + 1))
+        pool = Pool(max(1, rows * pages_of(context)), FEWEST_SLOTS, table)
+        drawn = arguments(plan, rows, context, pool, args.dtype)
+        taken = microseconds(plan, drawn, pool, args.rounds)
+        attended = drawn[6].nbytes // (pool.pages * pool.slots) * rows * context
+        read = drawn[0].nbytes + attended
         print(
             f"{size:<6}{rows:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}{median(taken):>8.1f}"
             f"{read / median(taken) / 1e3:>7.0f}",
@@ -111,7 +129,7 @@ def main() -> None:
         )
         figures[f"{size} {rows} {context}"] = [round(us, 1) for us in taken]
         if args.phases:
-            print_phases(plan, drawn, capacity)
+            print_phases(plan, drawn, pool)
         del drawn
     print_record("gpu_decode_step", args, bandwidth, figures)
 

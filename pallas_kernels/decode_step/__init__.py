@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import kernels, unpack
 from pallas_kernels.decode_step.batched.exchange import MOST_ROWS
+from pallas_kernels.decode_step.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.packing import Packed, empty_tape, places, put
 from pallas_kernels.decode_step.plan import HEAD, Plan, Shape
 from pallas_kernels.decode_step.reference import reference
@@ -52,7 +53,8 @@ def decode_step(
     packed: Packed,
     plan: Plan,
     hidden: Float[Array, "B D"],
-    cache: Float[Array, "2L B K S H"],
+    pages: Float[Array, "2L P K C H"],
+    tables: Int[Array, "B n"],
     position: Int[Array, "B"],
     inv_freq: Float[Array, "R2"],
     *,
@@ -67,14 +69,17 @@ def decode_step(
     Sums, norms, softmax and the residual stream are float32; keys, values, queries and
     attention weights are rounded to the cache's dtype where they enter a product, as all inputs of
     products are in the kernel of many rows. The cache is read only: the caller writes the new keys
-    and values at `position`.
+    and values at `position`. Rows may share pages.
 
     Args:
         plan: how the weights in `packed` are cut and dealt out.
         hidden: the tokens' embeddings.
-        cache: keys of every layer, after rotary embedding, then values of every layer; slots
-            from a row's `position` on may hold anything, NaN included.
-        position: of each row's token, from 0, below S.
+        pages: the pool: a page holds keys of C consecutive positions, after rotary embedding, in
+            each layer, then values in each layer. C is a power of two, 128 at least. Slots from
+            a row's `position` on may hold anything, NaN included.
+        tables: of each row the pages that hold positions 0 to C - 1, C to 2 C - 1 and so on; int32.
+            Entries beyond `position` may be anything, and are not looked at.
+        position: of each row's token, from 0, below n C.
         inv_freq: radians per position of each pair, float32.
         attention_factor: multiplies cos and sin (YaRN; 1 elsewhere).
 
@@ -85,27 +90,39 @@ def decode_step(
         ValueError: shapes or dtypes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
-    shape, rows = plan.shape, hidden.shape[0]
-    capacity, dtype = cache.shape[3], packed.tape.dtype
-    expected = (2 * shape.layers, rows, shape.kv_heads, capacity, shape.head_dim)
-    if cache.shape != expected or hidden.shape != (rows, shape.hidden):
-        raise ValueError(f"hidden {hidden.shape} and cache {cache.shape} don't fit {shape}")
-    if cache.dtype != dtype:
-        raise ValueError(f"the cache is {cache.dtype}, the weights are {dtype}")
+    shape, rows, dtype = plan.shape, hidden.shape[0], packed.tape.dtype
+    pool = Pool.of(pages, tables)
+    expected = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
+    if pages.shape != expected or hidden.shape != (rows, shape.hidden):
+        raise ValueError(f"hidden {hidden.shape} and pages {pages.shape} don't fit {shape}")
+    if pages.dtype != dtype:
+        raise ValueError(f"the pages are {pages.dtype}, the weights are {dtype}")
+    if pool.pages == 0 or pool.slots < FEWEST_SLOTS or pool.slots & (pool.slots - 1):
+        raise ValueError(
+            f"{pool.pages} pages of {pool.slots} slots: at least one page, of a power of two of "
+            f"slots, {FEWEST_SLOTS} at least, is needed"
+        )
+    if tables.shape != (rows, pool.table) or pool.table == 0 or tables.dtype != jnp.int32:
+        raise ValueError(
+            f"the block tables are {tables.dtype} {tables.shape}, not int32 of {rows} rows"
+        )
     why_not = refusal(plan, rows, dtype, inv_freq.shape[0])
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":
-            return reference(packed, plan, hidden, cache, position, inv_freq, attention_factor)
+            return reference(
+                packed, plan, hidden, pages, tables, position, inv_freq, attention_factor
+            )
         angles = position[:, None].astype(jnp.float32) * inv_freq
         rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
-        logits, new, _ = kernels.build(plan, rows, capacity, dtype)(
+        logits, new, _ = kernels.build(plan, rows, pool, dtype)(
             packed.tape,
             plan.table(),
             packed.bias,
             packed.norms,
             hidden.astype(jnp.float32),
             rope,
-            cache,
+            pages,
+            tables,
             position,
         )
         return logits, new

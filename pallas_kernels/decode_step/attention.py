@@ -2,7 +2,8 @@
 
 Eight warps take a run of slots each and keep a running softmax for all query heads of the group.
 Keys and values go from memory straight to the registers of the tensor cores' operands, a turn
-ahead. The new token, which is in no slot yet, is one more part beside those of the warps.
+ahead. A turn's slots lie in one page, looked up while the queries or an earlier turn's keys are
+waited for. The new token, which is in no slot yet, is one more part beside those of the warps.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
+from pallas_kernels.decode_step.cache import PagedCache
 from pallas_kernels.decode_step.formats import Format
 from pallas_kernels.decode_step.packing import WARPS
 from pallas_kernels.decode_step.plan import Plan
@@ -23,6 +25,7 @@ SLOTS_A_SPLIT = 128
 SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
+"""Slots of a warp's turn. Runs begin at multiples of them, so that none lies across two pages."""
 TURNS_EARLY = 2
 """Of which keys and values are asked for before the queries are there."""
 SPLITS_AT_ONCE = 5
@@ -59,7 +62,8 @@ class Attention:
     Attributes:
         splits: blocks for one row and key/value head, at most.
         block: the block's number.
-        cache, rope, positions: addresses of the inputs.
+        cache: keys and values of the slots before each row's position.
+        rope, positions: addresses of the inputs.
         new: of the new keys and values.
         memory, layout: the words blocks leave for each other.
         heads: shared memory for the group's queries, the key and the value.
@@ -72,10 +76,9 @@ class Attention:
 
     plan: Plan
     rows: int
-    capacity: int
     splits: int
     block: V
-    cache: V
+    cache: PagedCache
     rope: V
     positions: V
     new: V
@@ -107,62 +110,65 @@ class Attention:
 
     def prefetch(self, layer: V) -> None:
         """Brings each warp's first keys and values nearer while the queries are made."""
-        row, _, unit, split = self._mine()
+        row, kv_head, split = self._mine()
         position = self._position(row)
         active = self._active(position)
-        of_slot = self.rows * self.plan.shape.kv_heads * 2 * self._slot_bytes
+        of_slot = self.rows * self.plan.shape.kv_heads * 2 * self.cache.slot_bytes
         wanted = (split < active) & (position <= self.early // of_slot)
+        lane = t.me() % t.WARP
 
         def bring() -> None:
+            """A lane for the keys of each turn, and one for the values."""
             begin, end = self._run(split, position, active)
-            size = (t.smaller(begin + TURNS_EARLY * SLOTS_AT_ONCE, end) - begin) * self._slot_bytes
+            first = begin + lane // 2 * SLOTS_AT_ONCE
 
-            def both() -> None:
-                for which in range(2):
-                    at = self._cached(which, layer, unit) + (begin * self._slot_bytes).wide()
-                    t.prefetch(at, size)
+            def these() -> None:
+                size = (t.smaller(first + SLOTS_AT_ONCE, end) - first) * self.cache.slot_bytes
+                at = self.cache.key(layer, kv_head, self.cache.page(row, first), first)
+                t.prefetch(at + (lane % 2).wide() * self.cache.values, size)
 
-            t.when(begin < end, both)
+            t.when(first < end, these)
 
-        t.when(wanted & (t.me() % t.WARP).equals(0), bring)
+        t.when(wanted & (lane < 2 * TURNS_EARLY), bring)
 
-    @property
-    def _slot_bytes(self) -> int:
-        return 2 * self.plan.shape.head_dim
-
-    def _mine(self) -> tuple[V, V, V, V]:
-        """Row, key/value head, both in one number, and split of this block."""
-        units = self.rows * self.plan.shape.kv_heads
+    def _mine(self) -> tuple[V, V, V]:
+        """Row, key/value head and split of this block."""
+        kv_heads = self.plan.shape.kv_heads
+        units = self.rows * kv_heads
         unit, split = self.block % units, self.block // units
-        return unit // self.plan.shape.kv_heads, unit % self.plan.shape.kv_heads, unit, split
+        return unit // kv_heads, unit % kv_heads, split
 
     def _run(self, split: V, position: V, active: V) -> tuple[V, V]:
         """This warp's slots, from the first to the one after the last."""
-        warps = active * WARPS
-        each = (position + warps - 1) // warps
-        begin = (split * WARPS + t.me() // t.WARP) * each
-        return begin, t.smaller(begin + each, position)
+        warps, warp = active * WARPS, split * WARPS + t.me() // t.WARP
+        turns = (position + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
+        begin, end = (number * turns // warps * SLOTS_AT_ONCE for number in (warp, warp + 1))
+        return begin, t.smaller(end, position)
 
-    def _cached(self, which: int, layer: V, unit: V) -> V:
-        """Address of a head's keys (0) or values (1) in the cache."""
-        shape = self.plan.shape
-        index = (which * shape.layers + layer) * (self.rows * shape.kv_heads) + unit
-        return self.cache + index.wide() * (self.capacity * self._slot_bytes)
+    def _spot(self, run: tuple[V, V], turn: V) -> tuple[V, V]:
+        """A turn's first slot and how many of the run follow; after its end, its last slot."""
+        begin, end = run
+        last = t.larger(end - 1, 0)
+        first = t.smaller(begin + turn * SLOTS_AT_ONCE, last)
+        return first, last - first
 
     def attend(self, layer: V, tag: V) -> None:
         """This block's share of attention; its result is left for everyone, or for `combine`."""
-        row, kv_head, unit, split = self._mine()
+        row, kv_head, split = self._mine()
         position = self._position(row)
         active = self._active(position)
 
         def share() -> None:
-            run = self._run(split, position, active)
+            begin, end = run = self._run(split, position, active)
+            page = self.cache.page(row, self._spot(run, t.integer(0))[0])
+            # The row of an empty run may have no page; page 0 is always there.
+            page = t.select(begin < end, page, 0)
             self._take_heads(layer, row, kv_head, split, tag)
             t.together(THREADS)
             # Not before: they would be in the way of the words that are waited for.
-            first = self._load(layer, unit, run, t.integer(0))
+            first = self._load(layer, kv_head, run, t.integer(0), page)
             self._new_token(split)
-            self._of_group.keep(self._slots(layer, unit, run, first))
+            self._of_group.keep(self._slots(layer, row, kv_head, run, first))
             t.together(THREADS)
             self._leave(row, kv_head, split, active, tag)
             t.together(THREADS)
@@ -227,37 +233,37 @@ class Attention:
 
         t.when(head < group, score)
 
-    def _load(self, layer: V, unit: V, run: tuple[V, V], turn: V) -> list[V]:
-        """This lane's words of 16 slots of a run, which `_apart` takes apart.
+    def _load(self, layer: V, kv_head: V, run: tuple[V, V], turn: V, page: V) -> list[V]:
+        """This lane's words of 16 slots of a run, in that page, which `_apart` takes apart.
 
         After the run's end they are those of its last slot. A load that might not take place would
         keep its registers occupied all the way from the kernel's start.
         """
-        begin, end = run
-        lane, first, last = t.me() % t.WARP, begin + turn * SLOTS_AT_ONCE, t.larger(end - 1, 0)
+        first, most = self._spot(run, turn)
+        lane, slot_bytes = t.me() % t.WARP, self.cache.slot_bytes
         g, quarter = lane // 4, lane % 4
+        keys = self.cache.key(layer, kv_head, page, first)
         words = []
         # Keys of slots g and g + 8, values of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-        for which, own, column, slots, stride in (
-            (0, g, quarter * 16, (0, 8), 64),
-            (1, quarter * 2, g * 16, (0, 1, 8, 9), 128),
+        for base, own, column, slots, stride in (
+            (keys, g, quarter * 16, (0, 8), 64),
+            (keys + self.cache.values, quarter * 2, g * 16, (0, 1, 8, 9), 128),
         ):
-            base = self._cached(which, layer, unit) + column.wide()
             for slot in slots:
-                at = base + (t.smaller(first + own + slot, last) * self._slot_bytes).wide()
-                for offset in range(0, self._slot_bytes, stride):
+                at = base + (t.smaller(own + slot, most) * slot_bytes + column).wide()
+                for offset in range(0, slot_bytes, stride):
                     words += t.load_global(at, 4, offset=offset)
         return words
 
     def _apart(self, words: list[V]) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
         """Keys and values as `Softmax.over` takes them."""
-        per_key, per_value = self._slot_bytes // 64, self._slot_bytes // 128
+        per_key, per_value = self.cache.slot_bytes // 64, self.cache.slot_bytes // 128
         fours = [words[n : n + 4] for n in range(0, len(words), 4)]
         keys, values = fours[: 2 * per_key], fours[2 * per_key :]
         slots = [values[n : n + per_value] for n in range(0, len(values), per_value)]
         return [keys[:per_key], keys[per_key:]], slots
 
-    def _slots(self, layer: V, unit: V, run: tuple[V, V], loaded: list[V]) -> Softmax:
+    def _slots(self, layer: V, row: V, kv_head: V, run: tuple[V, V], loaded: list[V]) -> Softmax:
         """The running softmax of this warp's slots, in one lane's share."""
         shape = self.plan.shape
         h = shape.head_dim
@@ -271,13 +277,15 @@ class Attention:
         empty = Softmax.empty(h).carry()
 
         def turn(i: V, carry: list[V]) -> list[V]:
+            # While this turn's keys are on their way.
+            page = self.cache.page(row, self._spot(run, i + 1)[0])
             own = begin + i * SLOTS_AT_ONCE + g
             keys, values = self._apart(carry[len(empty) :])
             there = [own + slot < end for slot in (0, 8)]
             found = Softmax.carried(carry[: len(empty)])
             found = found.over(self.format, queries, keys, values, there)
             # Not before: now the registers of this turn's are free, or will be while it multiplies.
-            return [*found.carry(), *self._load(layer, unit, run, i + 1)]
+            return [*found.carry(), *self._load(layer, kv_head, run, i + 1, page)]
 
         turns = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         return Softmax.carried(t.loop(turns, [*empty, *loaded], turn)[: len(empty)])

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
+from pallas_kernels.decode_step.cache import Pool
 from pallas_kernels.decode_step.plan import Plan
 
 FEW = 15_000
@@ -21,14 +22,14 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
 
 
 def build(
-    plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
+    plan: Plan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
-    """The faster one, of those that can, for one model, cache capacity, dtype and number of rows.
+    """The faster one, of those that can, for one model, number of rows, cache size and dtype.
 
-    Returns a function of (tape, table, bias, norms, hidden, rope, cache, positions) to (logits,
-    new keys and values, scratch); and, if traced, the nanosecond at which each block ended each
-    of `step.PHASES`, int32 `[blocks, phases]`.
+    Returns a function of (tape, table, bias, norms, hidden, rope, pages, block tables, positions)
+    to (logits, new keys and values, scratch); and, if traced, the nanosecond at which each block
+    ended each of `step.PHASES`, int32 `[blocks, phases]`.
     """
     faster = rows * plan.shape.hidden <= FEW or many.refusal(plan, rows, dtype) is not None
     kernel = few if faster and few.refusal(plan, rows, dtype) is None else many
-    return kernel.build(plan, rows, capacity, dtype, traced)
+    return kernel.build(plan, rows, pool, dtype, traced)

@@ -83,7 +83,7 @@ def persistent(
     shape, blocks = plan.shape, plan.blocks
 
     def body(*refs: Any) -> None:
-        tape, table, memory, smem = (refs[i] for i in (0, 1, 10, -1))
+        tape, table, memory, smem = (refs[i] for i in (0, 1, 11, -1))
         semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
         warpgroup = lax.axis_index("wg")
         t.emit(roles.make, smem)

@@ -17,6 +17,7 @@ from pallas_kernels.decode_step import attention, products
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step import words as w
 from pallas_kernels.decode_step.attention import Attention
+from pallas_kernels.decode_step.cache import PagedCache, Pool
 from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.launch import (
     FETCHERS,
@@ -121,32 +122,31 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
 
 @functools.cache
 def build(
-    plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
+    plan: Plan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
-    splits = attention.most_splits(plan, rows, capacity)
+    splits = attention.most_splits(plan, rows, pool.capacity)
     layout, format = Layout.of(plan, rows, splits), FORMATS[jnp.dtype(dtype).name]
 
     def start(context: Any, *refs: Any) -> None:
         """Leaves the embeddings for the first layer, and clears every other word."""
         begin = layout.begins[w.HIDDEN]
-        hidden_at, words_at = t.address(refs[3]), t.address(refs[9])
+        hidden_at, words_at = t.address(refs[3]), t.address(refs[10])
         size = shape.hidden * rows
 
         def clear(i: t.V, _: list[t.V]) -> list[t.V]:
-            word = (i * blocks + t.block()) * THREADS + t.me()
+            word = ((i * blocks + t.block()) * THREADS + t.me()) * 4
             inside = (word >= begin) & (word < begin + size)
-            source = t.select(inside, word - begin, t.integer(0))
-            value = t.load_global(hidden_at + (source << 2).wide())[0]
+            source = hidden_at + ((word - begin) << 2).wide()
             # Tag 0 is that of the layer before the first; the first waits for 1.
-            value = t.select(inside, value & -2, 0)
+            values = [v & -2 for v in t.load_global(source, 4, where=inside)]
             at = words_at + (word << 2).wide()
-            t.when(word < layout.total, lambda: t.store_global(at, [value]))
+            t.when(word < layout.total, lambda: t.store_global(at, values))
             return []
 
-        t.loop(-(-layout.total // (THREADS * blocks)), [], clear)
+        t.loop(-(-layout.total // (4 * THREADS * blocks)), [], clear)
         t.together(THREADS)
 
     def stream_in(smem: Any) -> Stream:
@@ -168,8 +168,8 @@ def build(
 
     def steps(context: Any, *refs: Any) -> None:
         *outside, smem = refs
-        table, bias, norms, hidden, rope, cache, positions, logits, new, words, *times = map(
-            t.address, outside
+        table, bias, norms, hidden, rope, pages, tables, positions, logits, new, words, *times = (
+            map(t.address, outside)
         )
         base = t.address(smem, shared=True)
         _, inputs, sums, own, heads, squares, _ = (base + b for b in begins(divided))
@@ -187,8 +187,8 @@ def build(
                 rows, stream_in(smem), inputs, sums, squares, bands_at_once(plan, rows), format
             ),
             attention=Attention(
-                plan, rows, capacity, splits, block, cache, rope, positions, new, words, layout,
-                heads, inputs, format, attended, EARLY_BYTES,
+                plan, rows, splits, block, PagedCache(shape, pool, pages, tables), rope, positions,
+                new, words, layout, heads, inputs, format, attended, EARLY_BYTES,
             ),
             own=own, bias=bias, norms=norms, hidden=hidden, logits=logits,
             memory=words, layout=layout,

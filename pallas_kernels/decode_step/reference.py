@@ -19,12 +19,13 @@ def reference(
     packed: Packed,
     plan: Plan,
     hidden: Float[Array, "B D"],
-    cache: Float[Array, "2L B K S H"],
+    pages: Float[Array, "2L P K C H"],
+    tables: Int[Array, "B n"],
     position: Int[Array, "B"],
     inv_freq: Float[Array, "R2"],
     attention_factor: float,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
-    shape, dtype = plan.shape, cache.dtype
+    shape, dtype = plan.shape, pages.dtype
     heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
     rows = jnp.arange(hidden.shape[0])
 
@@ -37,6 +38,12 @@ def reference(
         mean = jnp.mean(x * x, axis=1, keepdims=True)
         return x * lax.rsqrt(mean + shape.eps) * packed.norms[index]
 
+    def cached(i: int) -> Float[Array, "B K S H"]:
+        """A layer's keys, or values, in every row's order."""
+        # An entry that names no page stands for slots that are not attended to.
+        own = pages[i].at[tables].get(mode="clip").swapaxes(1, 2)  # [B, K, n, C, H]
+        return own.reshape(len(rows), kv_heads, -1, dim)
+
     x = hidden.astype(jnp.float32)
     keys, values = [], []
     for i in range(shape.layers):
@@ -46,7 +53,7 @@ def reference(
         q, k = rope(q, k, position[:, None], inv_freq, attention_factor)
         q, k, v = (y[:, 0].astype(dtype) for y in (q, k, v))
         k_all, v_all = (
-            c.at[rows, :, position].set(y) for c, y in ((cache[i], k), (cache[shape.layers + i], v))
+            cached(n).at[rows, :, position].set(y) for n, y in ((i, k), (shape.layers + i, v))
         )
         attended = attention(q, k_all, v_all, position + 1)
         x = x + product(attended.reshape(len(rows), -1), OUTPUT, i)

@@ -13,7 +13,7 @@ a word is served by the L2 cache, as are all that its thread makes after it.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.plan import DOWN, Plan
@@ -33,6 +33,11 @@ class Layout:
     sizes: tuple[int, ...]
 
     @classmethod
+    def aligned(cls, sizes: Iterable[int]) -> "Layout":
+        """Of at least so many words each: copies and wide stores want 16 bytes."""
+        return cls(tuple(-(-size // 4) * 4 for size in sizes))
+
+    @classmethod
     def of(cls, plan: Plan, rows: int, splits: int) -> "Layout":
         shape = plan.shape
         query = shape.heads * shape.head_dim
@@ -40,7 +45,7 @@ class Layout:
         widths = (shape.qkv, query, shape.hidden, shape.ffn, parts * shape.hidden, shape.hidden)
         several = splits if splits > 1 else 0
         split = (query * several, 2 * shape.heads * several)
-        return cls(tuple(rows * width for width in (*widths, *split)))
+        return cls.aligned(rows * width for width in (*widths, *split))
 
     @property
     def begins(self) -> list[int]:

@@ -17,9 +17,11 @@ from pallas_kernels.decode_step import decode_step
 from qwen_jax.engine.weights import HOPPER_BLOCKS
 from tests.kernels.emulated_step import SMALL, Case, drawn
 
-CAPACITY = 1024
-POSITIONS = {"few": [700, CAPACITY - 1, 3], "many": [*range(18), 700, CAPACITY - 1]}
-"""Texts of one slot, of several blocks' splits, and up to the cache's end."""
+TABLE = 8
+"""Pages of a row."""
+LAST = TABLE * 128 - 1
+POSITIONS = {"few": [700, LAST, 3], "many": [*range(18), 700, LAST]}
+"""Rows of one slot, of several blocks' splits, and up to the last page's end."""
 
 
 def step(case: Case) -> tuple[jax.Array, jax.Array]:
@@ -32,7 +34,7 @@ def step(case: Case) -> tuple[jax.Array, jax.Array]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kernel", choices=POSITIONS)
-    case = drawn(SMALL, HOPPER_BLOCKS, POSITIONS[parser.parse_args().kernel], CAPACITY)
+    case = drawn(SMALL, HOPPER_BLOCKS, POSITIONS[parser.parse_args().kernel], TABLE, shared=1)
     print("finite:", all(bool(jnp.isfinite(x).all()) for x in step(case)))
 
 

@@ -20,6 +20,7 @@ from tests.engines import generate, relative
 from tests.tiny_checkpoints import canonical, random_parameters
 
 SEED = secrets.randbits(31)
+PAGE_SLOTS = 128
 
 # Layers of real shapes with a small vocabulary: every phase has its real size.
 CONFIGS = {
@@ -154,7 +155,7 @@ def test_no_worse_than_twice_the_xla_path(name: str, lengths: tuple[int, ...], d
     ("name", "rows"), [("0.5b", 1), ("3b", 1), ("7b", 1), ("14b", 1), ("0.5b", 17), ("7b", 5)]
 )
 def test_the_last_position_of_the_longest_context(name: str, rows: int, dtype: str) -> None:
-    """The kernel by itself, on a cache of random numbers: no prompt of 131,071 is run for it."""
+    """The kernel by itself, on pages of random numbers: no prompt of 131,071 is run for it."""
     # One layer of several rows: the float32 reference takes 20 GB besides.
     layers = CONFIGS[name].num_layers if rows == 1 else 1
     config, capacity = dataclasses.replace(CONFIGS[name], num_layers=layers), 131072
@@ -162,8 +163,10 @@ def test_the_last_position_of_the_longest_context(name: str, rows: int, dtype: s
     weights = pack(config, params.items(), jnp.dtype(dtype), "mosaic_gpu")
     assert isinstance(weights, PackedWeights)
     keys = jax.random.split(jax.random.key(SEED), 2)
-    shape = (2 * config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
-    cache = jax.random.normal(keys[0], shape, dtype)
+    order = np.random.default_rng(SEED).permutation(rows * capacity // PAGE_SLOTS)
+    tables = jnp.asarray(order.reshape(rows, -1), jnp.int32)
+    shape = (2 * config.num_layers, order.size, config.num_kv_heads, PAGE_SLOTS, config.head_dim)
+    pages = jax.random.normal(keys[0], shape, dtype)
     hidden = jax.random.normal(keys[1], (rows, config.hidden_size))
     position = capacity - 1 - jnp.arange(rows)
     inv_freq = jnp.asarray(inverse_frequencies(config))
@@ -171,8 +174,8 @@ def test_the_last_position_of_the_longest_context(name: str, rows: int, dtype: s
     def step(dtype: str, implementation: str) -> list[np.ndarray]:
         packed = weights.packed._replace(tape=weights.packed.tape.astype(dtype))
         run = functools.partial(decode_step, plan=weights.plan, implementation=implementation)
-        inputs = {"hidden": hidden, "cache": cache.astype(dtype), "position": position}
-        out = jax.jit(run)(packed, **inputs, inv_freq=inv_freq)
+        inputs = {"hidden": hidden, "pages": pages.astype(dtype), "tables": tables}
+        out = jax.jit(run)(packed, **inputs, position=position, inv_freq=inv_freq)
         return [np.asarray(x, np.float64) for x in out]
 
     truth, xla, kernel = step("float32", "xla"), step(dtype, "xla"), step(dtype, "mosaic_gpu")

@@ -22,6 +22,7 @@ from pallas_kernels.decode_step import (
 from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step import thread as t
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
+from pallas_kernels.decode_step.cache import Pool
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
@@ -50,18 +51,26 @@ class Case(NamedTuple):
     plan: Plan
     packed: Packed
     hidden: np.ndarray
-    cache: np.ndarray
+    pages: np.ndarray
+    tables: np.ndarray
     position: np.ndarray
     inv_freq: np.ndarray
 
 
 Inputs = tuple[Shape, int, list[int], int, str]
-"""What `drawn` takes: the model, blocks, positions, the capacity and the dtype."""
+"""What `drawn` takes: the model, blocks, positions, pages of a row's block table and the dtype."""
 
 
 def drawn(
-    shape: Shape, blocks: int, positions: list[int], capacity: int, dtype: str = "bfloat16"
+    shape: Shape,
+    blocks: int,
+    positions: list[int],
+    table: int,
+    dtype: str = "bfloat16",
+    slots: int = 128,
+    shared: int = 0,
 ) -> Case:
+    """A case of pages of so many slots, of which all rows that are long enough share the first."""
     plan, rng = Plan(shape, blocks), np.random.default_rng(SEED)
 
     def normal(*dims: int) -> np.ndarray:
@@ -74,14 +83,46 @@ def drawn(
             tape = put(tape, where[phase], weights, layer, phase)
     norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
     rows, h = len(positions), shape.head_dim
+    pool, tables = drawn_tables(rng, positions, table, slots, shared)
     return Case(
         plan,
         Packed(np.asarray(tape), normal(shape.layers, shape.qkv), norms, where),
         normal(rows, shape.hidden),
-        normal(2 * shape.layers, rows, shape.kv_heads, capacity, h).astype(dtype),
+        normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(dtype),
+        tables,
         np.asarray(positions, np.int32),
         np.float32(1e6) ** (-np.arange(0, h, 2, np.float32) / h),
     )
+
+
+def drawn_tables(
+    rng: np.random.Generator, positions: list[int], table: int, slots: int, shared: int
+) -> tuple[int, np.ndarray]:
+    """Pages of a pool, some of them nobody's, and block tables with them in any order.
+
+    Entries that a row doesn't need name no page, or one that isn't the row's.
+    """
+    needed = [-(-position // slots) for position in positions]
+    pool = shared + sum(needed) + 3
+    order = rng.permutation(pool).astype(np.int32)
+    anything = np.asarray([-1, pool, 2**31 - 1, -(2**31), order[-1]], np.int32)
+    tables, taken = rng.choice(anything, (len(positions), table)), shared
+    for row, count in zip(tables, needed, strict=True):
+        row[:count] = order[taken : taken + count]
+        common = min(shared, count)
+        row[:common] = order[:common]
+        taken += count
+    return pool, tables
+
+
+def poisoned(case: Case) -> np.ndarray:
+    """The pages with NaN in all slots that no row attends to."""
+    count, slots = case.pages.shape[1], case.pages.shape[3]
+    read = np.zeros((count, slots), bool)
+    for row, position in zip(case.tables, case.position, strict=True):
+        for first in range(0, position, slots):
+            read[row[first // slots], : position - first] = True
+    return np.where(read[None, :, None, :, None], case.pages, case.pages.dtype.type(np.nan))
 
 
 _reference = jax.jit(
@@ -94,8 +135,8 @@ _reference = jax.jit(
 
 def expected(case: Case, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     packed = case.packed._replace(tape=case.packed.tape.astype(dtype))
-    cache = case.cache.astype(dtype)
-    inputs = (case.hidden, cache, case.position, case.inv_freq)
+    pages = poisoned(case).astype(dtype)
+    inputs = (case.hidden, pages, case.tables, case.position, case.inv_freq)
     return tuple(np.asarray(x, np.float64) for x in _reference(packed, case.plan, *inputs, 1.0))  # type: ignore
 
 
@@ -106,29 +147,27 @@ def run(
     alter: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
     kernel: types.ModuleType = few,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel's logits and new keys and values; slots from each position on hold NaN.
+    """The kernel's logits and new keys and values; slots that no row attends to hold NaN.
 
     `alter` puts a mistake into the kernel with the patch it is given, which is undone first.
     """
-    plan, shape, dtype = case.plan, case.plan.shape, case.cache.dtype
-    rows, capacity = case.hidden.shape[0], case.cache.shape[3]
+    plan, shape, dtype = case.plan, case.plan.shape, case.pages.dtype
+    rows = case.hidden.shape[0]
     assert kernel.refusal(plan, rows, dtype) is None
     divided = kernel.memory(plan, rows)
     copied = launch.begins(divided)[2 if kernel is many else 1]
     machine = Machine(plan.blocks, sum(divided), (0, copied), seed)
-    kept = np.arange(capacity) < case.position[:, None]
-    poisoned = np.where(kept[None, :, None, :, None], case.cache, dtype.type(np.nan))
     angles = case.position[:, None].astype(np.float32) * case.inv_freq
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     inputs = [
         case.packed.tape, plan.table(), case.packed.bias, case.packed.norms, case.hidden, rope,
-        poisoned, case.position,
+        poisoned(case), case.tables, case.position,
     ]  # fmt: skip
     refs: list[int] = [machine.array(np.asarray(x)) for x in inputs]
     made: list[Any] = []
     with patch.context() as inner:
         inner.setattr(launch.compat, "kernel", lambda body, **how: made.append((body, how)))
-        kernel.build.__wrapped__(plan, rows, capacity, dtype)
+        kernel.build.__wrapped__(plan, rows, Pool.of(case.pages, case.tables), dtype)
         ((body, how),) = made
         rng = np.random.default_rng(seed)
         for out in how["out_type"]:
@@ -144,8 +183,8 @@ def run(
             for first, count in ((0, 256), (256, 32), (288, 32), (320, 64))
         ]
         machine.run(workers)
-    logits = machine.bytes_at(refs[8]).view(np.float32).reshape(rows, shape.vocab)
-    new = machine.bytes_at(refs[9]).view(dtype)
+    logits = machine.bytes_at(refs[9]).view(np.float32).reshape(rows, shape.vocab)
+    new = machine.bytes_at(refs[10]).view(dtype)
     return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
 
 
@@ -192,7 +231,7 @@ def check(patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType) -> No
     the middle rows are compared, and none may be far from all of XLA's. The kernel of few rows
     rounds less than XLA, so that its whole error is smaller in spite of those.
     """
-    truth, xla = expected(case, "float32"), expected(case, case.cache.dtype.name)
+    truth, xla = expected(case, "float32"), expected(case, case.pages.dtype.name)
     orders = 2 if case.plan.blocks <= 10 else 1
     found = [run(patch, case, SEED + n, kernel=kernel) for n in range(orders)]
     for mine, theirs, right, rows in zip(found[0], xla, truth, (0, 1), strict=True):
@@ -213,7 +252,7 @@ def check_size(
     patch: pytest.MonkeyPatch, size: float, positions: list[int], kernel: types.ModuleType
 ) -> None:
     """Float16's error beside XLA's, with embeddings of that size."""
-    case = drawn(SMALL, 11, positions, 64, "float16")
+    case = drawn(SMALL, 11, positions, 1, "float16")
     case = case._replace(hidden=case.hidden * size)
     truth, xla = expected(case, "float32"), expected(case, "float16")
     found = run(patch, case, SEED, kernel=kernel)

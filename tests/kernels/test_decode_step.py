@@ -12,6 +12,7 @@ from pallas_kernels.decode_step import Packed, Plan, Shape, kernels, launch, unp
 from pallas_kernels.decode_step import mosaic_gpu as few
 from pallas_kernels.decode_step.batched import mosaic_gpu as many
 from pallas_kernels.decode_step.batched.pages import Group
+from pallas_kernels.decode_step.cache import Pool
 from pallas_kernels.decode_step.plan import DOWN
 from tests.kernels import hopper
 
@@ -38,7 +39,8 @@ def lower(
     def f32(*dims: int) -> ShapeDtypeStruct:
         return ShapeDtypeStruct(dims, jnp.float32)
 
-    dims = (2 * shape.layers, rows, shape.kv_heads, capacity, shape.head_dim)
+    pool = Pool(rows * capacity // 128 + 1, 128, capacity // 128)
+    dims = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     arguments: tuple[Any, ...] = (
         ShapeDtypeStruct((plan.tape_tiles, 8, 256), dtype),
         ShapeDtypeStruct(plan.table().shape, jnp.int32),
@@ -47,9 +49,10 @@ def lower(
         f32(rows, shape.hidden),
         f32(rows, 2, shape.head_dim // 2),
         ShapeDtypeStruct(dims, dtype),
+        ShapeDtypeStruct((rows, pool.table), jnp.int32),
         ShapeDtypeStruct((rows,), jnp.int32),
     )
-    return hopper.lower(kernel.build(plan, rows, capacity, jnp.dtype(dtype)), *arguments)
+    return hopper.lower(kernel.build(plan, rows, pool, jnp.dtype(dtype)), *arguments)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -149,7 +152,7 @@ def test_the_faster_kernel_is_built(
     built = []
     for module in (few, many):
         monkeypatch.setattr(module, "build", lambda *_, module=module: built.append(module))
-    kernels.build(Plan(SIZES[size], 132), rows, 256, jnp.dtype("bfloat16"))
+    kernels.build(Plan(SIZES[size], 132), rows, Pool(64, 128, 2), jnp.dtype("bfloat16"))
     assert built == [kernel]
 
 

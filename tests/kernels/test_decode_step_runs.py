@@ -30,19 +30,21 @@ from tests.kernels.simt_thread import install
 @pytest.mark.parametrize(
     "inputs",
     [
-        (SMALL, 5, [100], 256, "bfloat16"),
-        # Shared by several blocks, and so that some of them get no slot.
-        (SMALL, 16, [401], 512, "float16"),
-        (NARROW, 66, [8448], 8512, "bfloat16"),
-        (SMALL, 7, [5, 0, 255], 256, "bfloat16"),
-        (ODD, 6, [300, 17], 512, "bfloat16"),
-        (TINY, 56, [9], 64, "bfloat16"),
-        (GROUPS[1], 11, [3, 50, 7, 31, 32], 64, "bfloat16"),
-        (GROUPS[7], 11, [3, 40], 64, "bfloat16"),
-        (GROUPS[8], 9, [0, 1, 64, 9, 15, 16], 128, "bfloat16"),
-        (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 64, "float16"),
-        (ODD, 15, [5, 0, 9, 1, 2, 3, 4, 63, 62, 7], 64, "bfloat16"),
-        (TINY, 16, [*range(16)], 64, "float16"),
+        (SMALL, 5, [100], 2, "bfloat16"),
+        # Shared by several blocks, and so that some warps get no slot.
+        (SMALL, 16, [401], 256, "float16"),
+        (NARROW, 66, [8448], 67, "bfloat16"),
+        (SMALL, 7, [5, 0, 255], 2, "bfloat16"),
+        (ODD, 6, [300, 17], 4, "bfloat16"),
+        (TINY, 56, [9], 1, "bfloat16"),
+        (GROUPS[1], 11, [3, 50, 7, 31, 32], 1, "bfloat16"),
+        (GROUPS[7], 11, [3, 40], 1, "bfloat16"),
+        (GROUPS[8], 9, [0, 1, 64, 9, 15, 16], 1, "bfloat16"),
+        (ODD, 11, [1, 2, 3, 40, 5, 60, 7, 8], 1, "float16"),
+        (ODD, 15, [5, 0, 9, 1, 2, 3, 4, 63, 62, 7], 1, "bfloat16"),
+        (TINY, 16, [*range(16)], 1, "float16"),
+        # The last slot of the last page.
+        (SMALL, 7, [383, 256, 127], 3, "bfloat16"),
     ],
 )
 def test_no_worse_than_xla_and_the_same_in_every_order(
@@ -61,7 +63,7 @@ def test_float16_takes_hidden_states_of_any_size(
 
 @pytest.mark.parametrize("phase", range(5))
 def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) -> None:
-    plan, packed = (case := drawn(ODD, 3, [1], 64)).plan, case.packed
+    plan, packed = (case := drawn(ODD, 3, [1], 1)).plan, case.packed
     made: list[Callable[..., None]] = []
     monkeypatch.setattr(unpack.compat, "kernel", lambda body, **how: made.append(body))
     p = plan.phases[phase]
@@ -83,7 +85,7 @@ def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) 
 class TestWhatIsFound:
     """Mistakes put into the kernel."""
 
-    CASE = (SMALL, 5, [100], 256)
+    CASE = (SMALL, 5, [100], 2)
 
     def test_a_missing_barrier(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(Race):

@@ -23,5 +23,4 @@ def layout_of(plan: Plan, texts: Texts, splits: int) -> Layout:
     sizes[w.MIDDLE] = 0
     for phase, section in INPUTS.items():
         sizes[section] = texts.words(shape.matrices[phase][1])
-    # Copies want 16 bytes.
-    return Layout(tuple(-(-size // 4) * 4 for size in sizes))
+    return Layout.aligned(sizes)

@@ -22,6 +22,7 @@ from pallas_kernels.decode_step.batched.pages import MOST_BANDS, UNIT_BYTES, Pag
 from pallas_kernels.decode_step.batched.products import Products
 from pallas_kernels.decode_step.batched.step import Step
 from pallas_kernels.decode_step.batched.texts import Texts
+from pallas_kernels.decode_step.cache import PagedCache, Pool
 from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.launch import (
     FETCHERS,
@@ -105,12 +106,12 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
 
 @functools.cache
 def build(
-    plan: Plan, rows: int, capacity: int, dtype: DTypeLike, traced: bool = False
+    plan: Plan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
     """The kernel of many rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided, texts = memory(plan, rows), Texts(rows, FORMATS[jnp.dtype(dtype).name])
-    splits = attention.most_splits(plan, rows, capacity)
+    splits = attention.most_splits(plan, rows, pool.capacity)
     layout = exchange.layout_of(plan, texts, splits)
 
     def own_memory(smem: Any) -> list[t.V]:
@@ -157,10 +158,13 @@ def build(
     def made(refs: tuple[Any, ...]) -> Step:
         """This block's part of the step, from all references but the tape."""
         *outside, smem = refs
-        table, bias, norms, hidden, rope, cache, positions, logits, new, words, *times = outside
+        table, bias, norms, hidden, rope, kv, tables, positions, logits, new, words, *times = (
+            outside
+        )
         _, _, sums, own, heads, scales, *_ = own_memory(smem)
         pages, chunks = streams(smem)
         memory, block = t.address(words), t.block()
+        cache = PagedCache(shape, pool, t.address(kv), t.address(tables))
 
         def attended(head: t.V, column: t.V, values: list[t.V], tag: t.V) -> None:
             at = layout.at(memory, w.ATTENDED)
@@ -173,9 +177,8 @@ def build(
             work=work_of(table),
             products=Products(texts, pages, chunks, sums),
             attention=Attention(
-                plan, rows, capacity, splits, block, t.address(cache), t.address(rope),
-                t.address(positions), t.address(new), memory, layout, heads, sums, texts.format,
-                attended, EARLY_BYTES,
+                plan, rows, splits, block, cache, t.address(rope), t.address(positions),
+                t.address(new), memory, layout, heads, sums, texts.format, attended, EARLY_BYTES,
             ),
             own=own, scales=scales, bias=t.address(bias), norms=t.address(norms),
             hidden=t.address(hidden), logits=t.address(logits), memory=memory, layout=layout,
@@ -191,12 +194,12 @@ def build(
             begin, size = layout.at(this.memory, section), layout.sizes[section]
 
             def one(i: t.V, _: list[t.V]) -> list[t.V]:
-                word = (i * blocks + t.block()) * THREADS + t.me()
-                at, nothing = begin + (word << 2).wide(), t.integer(0)
-                t.when(word < size, lambda: t.store_global(at, [nothing]))
+                word = ((i * blocks + t.block()) * THREADS + t.me()) * 4
+                at, nothing = begin + (word << 2).wide(), [t.integer(0)] * 4
+                t.when(word < size, lambda: t.store_global(at, nothing))
                 return []
 
-            t.loop(-(-size // (THREADS * blocks)), [], one)
+            t.loop(-(-size // (4 * THREADS * blocks)), [], one)
 
         # Tag 0 is that of the layer before the first; the first waits for 1.
         for section in (w.QKV, w.PARTS, w.SPLITS, w.STATS, exchange.MEETINGS):

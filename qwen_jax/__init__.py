@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from qwen_jax.config import ModelConfig
     from qwen_jax.engine.sampling import Sampling
     from qwen_jax.errors import UserError
-    from qwen_jax.generation import Batch, Completion, Request, TokenLogprob
+    from qwen_jax.generation import Completion, Generation, Request, TokenLogprob
 
 __all__ = [
-    "Batch",
     "Completion",
+    "Generation",
     "Model",
     "ModelConfig",
     "Options",
@@ -27,7 +27,7 @@ _HOME = {
     "api": ("Model", "Options", "load"),
     "config": ("ModelConfig",),
     "errors": ("UserError",),
-    "generation": ("Batch", "Completion", "Request", "TokenLogprob"),
+    "generation": ("Completion", "Generation", "Request", "TokenLogprob"),
     "engine.sampling": ("Sampling",),
 }
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Unpack, cast, get_args
@@ -16,12 +16,12 @@ from jaxtyping import Float
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.engine import Engine, Prompt, check_fits
+from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
 from qwen_jax.engine.weights import prepare
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Batch, Completion, Request, row_stop_ids
+from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
@@ -37,11 +37,6 @@ BUNDLED = "haiku"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRECISIONS = ("highest", "high", "default")
-
-# Steps between two looks at the text: long enough to hide the host on a GPU (about 1 ms a
-# token), short enough to look alive on a CPU (up to 100 ms a token).
-_CHUNK = {"cpu": 4}
-_GPU_CHUNK = 32
 
 
 def locate(model: str | Path = BUNDLED) -> Path:
@@ -75,6 +70,7 @@ def load(
     dtype: str = "auto",
     implementation: str = "auto",
     matmul_precision: str = "highest",
+    slots: int | None = None,
     sha256: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
@@ -91,6 +87,7 @@ def load(
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.
         matmul_precision: of float32 products: "highest" never uses TF32, "high" and
             "default" may.
+        slots: texts that are generated at the same time; by default 8 on a CPU, 64 elsewhere.
         sha256: what the GGUF file's SHA-256 must be.
         progress: called with bytes read and bytes in all.
 
@@ -118,6 +115,7 @@ def load(
         unused_ids=tokenizer.unused_ids,
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
+        slots=slots,
     )
     return Model(engine, tokenizer, read_recommended(checkpoint))
 
@@ -255,19 +253,18 @@ class Model:
             )
         return prompt_ids(self.tokenizer, prompt, source=source, **options)
 
-    def batch(self, requests: Sequence[Request], top_logprobs: int | None = None) -> Batch:
-        """Requests to run together; iterate over it for the text as it comes."""
-        chunk = _CHUNK.get(self.engine.platform, _GPU_CHUNK)
-        return Batch(self.engine, self.tokenizer, requests, chunk=chunk, top_logprobs=top_logprobs)
+    def run(self, requests: Iterable[Request], top_logprobs: int | None = None) -> Generation:
+        """Requests through the engine's slots; iterate over it for the texts as they come."""
+        return Generation(self.engine, self.tokenizer, requests, top_logprobs=top_logprobs)
 
     def request(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Request:
-        """One row's work, for `batch`.
+        """A prompt's work, for `run`.
 
         Raises:
             UserError: the prompt is empty, malformed or longer than the context.
         """
         request = self.request_of(self.tokens(prompt, **prompt_options(options)), options)
-        self.engine.capacity([Prompt(request.tokens, request.max_tokens)])
+        self.engine.room(request.tokens, request.max_tokens)
         return request
 
     def request_of(self, tokens: Sequence[int], options: Options) -> Request:
@@ -283,13 +280,6 @@ class Model:
         check_bias(request.sampling, self.config.vocab_size)
         return request
 
-    def check_fits(self, request: Request, n: int) -> None:
-        """Raises UserError where a batch of n times this request doesn't fit the device.
-
-        `batch` checks it too, but of requests that all have to be made first.
-        """
-        check_fits(self.engine, [Prompt(request.tokens, request.max_tokens)], n)
-
     def generate(
         self,
         prompt: str | Sequence[Message] | Sequence[str],
@@ -298,11 +288,11 @@ class Model:
         top_logprobs: int | None = None,
         **options: Unpack[Options],
     ) -> Completion | list[Completion]:
-        """Answers a message, a chat, or several messages that run as one batch.
+        """Answers a message, a chat, or several messages, as many at a time as there are slots.
 
         Args:
             prompt: a user's message, chat messages, or a list of users' messages.
-            n: samples of each prompt. Row i of the batch uses the sampling's seed + i.
+            n: samples of each prompt. Sample i of all uses the sampling's seed + i.
             top_logprobs: None for no log-probabilities, else how many of the likeliest.
             options: see `Options`.
 
@@ -324,16 +314,14 @@ class Model:
         several = not isinstance(prompt, str) and all(isinstance(p, str) for p in prompt)
         prompts = cast(list[str | Sequence[Message]], prompt if several else [prompt])
         firsts = [self.request(p, **options) for p in prompts]
-        for request in firsts:
-            self.check_fits(request, n)
         requests = [request for request in firsts for _ in range(n)]
         if not requests:
             return []
         self._warn_of_idle(firsts[0].sampling, n)
-        batch = self.batch(reseeded(requests), top_logprobs)
-        for _ in batch:
-            pass
-        return batch.completions if several or n > 1 else batch.completions[0]
+        pieces = self.run(reseeded(requests), top_logprobs)
+        ended = {piece.number: piece.completion for piece in pieces if piece.completion}
+        completions = [ended[index] for index in range(len(requests))]
+        return completions if several or n > 1 else completions[0]
 
     def stream(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Iterator[str]:
         """Answers one prompt and yields the text as it comes, in whole characters.
@@ -343,9 +331,9 @@ class Model:
         """
         request = self.request(prompt, **options)
         self._warn_of_idle(request.sampling, 1)
-        for pieces in self.batch([request]):
-            if pieces[0]:
-                yield pieces[0]
+        for piece in self.run([request]):
+            if piece.text:
+                yield piece.text
 
     def _warn_of_idle(self, sampling: Sampling, n: int) -> None:
         """Tells once of what does nothing, as in `Sampling(top_p=0.9)` without a temperature."""

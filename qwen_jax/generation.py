@@ -1,16 +1,15 @@
-"""From token ids to text: one batch of rows through the engine, a piece at a time."""
+"""From token ids to text: requests through the engine's slots, a piece of text at a time."""
 
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from qwen_jax.engine.engine import Emitted, Engine, Prompt, check_fits
+from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
-from qwen_jax.engine.sampling import Logprobs, Sampling, is_whole, plan_rows
+from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
+from qwen_jax.engine.scheduler import News, Scheduler, Text
 from qwen_jax.errors import UserError
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream
@@ -19,7 +18,7 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One row's work: a prompt's ids, and how to answer it. With 0 tokens the row is idle.
+    """A prompt's ids, and how to answer it.
 
     Attributes:
         tokens: the prompt's ids.
@@ -83,45 +82,65 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Seconds and tokens of one batch; compilation is counted apart, in none of the phases."""
+    """Seconds and tokens of a run; compilation is counted apart.
 
-    prompt_tokens: int
-    prompt_seconds: float
-    generated_tokens: int
-    generation_seconds: float
-    first_token_seconds: float
-    compile_seconds: float
+    Attributes:
+        prompt_tokens: of all prompts,
+        shared_tokens: and how many of these were in the cache already.
+        generated_tokens: of all answers.
+        seconds: from the first prompt to the last token, compilation left out.
+        first_token_seconds: from the first prompt to the first token, compilation included.
+        compile_seconds: tracing, lowering and compiling.
+    """
 
-    @property
-    def prompt_rate(self) -> float:
-        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     @property
     def generation_rate(self) -> float:
-        """Tokens a second after each row's first, which comes with the prompt."""
-        return self.generated_tokens / max(self.generation_seconds, 1e-9)
+        """Tokens generated a second, prompts included in the time."""
+        return self.generated_tokens / max(self.seconds, 1e-9)
+
+    def __add__(self, other: "Timings") -> "Timings":
+        """Of both; the first token is the first one's."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        first = self.first_token_seconds or other.first_token_seconds
+        return Timings(**sums | {"first_token_seconds": first})
 
 
-class Batch:
-    """Requests that run together. Iterating, once, runs them and yields each row's new text.
+class Piece(NamedTuple):
+    """New text of the request of this number, from 0; its completion with the last piece."""
+
+    number: int
+    text: str
+    completion: Completion | None
+
+
+class Generation:
+    """Requests through the engine's slots. Iterating, once, yields each one's text as it comes.
+
+    Requests are taken from their iterable when there is soon room for them, so that it may be as
+    long as it likes. They end in any order.
 
     Args:
-        requests: one a row, at least one.
-        chunk: decode steps between two looks at the result.
+        requests: what to answer; their places in it are the pieces' numbers.
         top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
 
     Raises:
-        UserError: a prompt is empty or too long, a setting doesn't fit the vocabulary, or the
-            batch doesn't fit the device.
+        UserError: while iterating: a prompt is empty or too long, a setting doesn't fit the
+            vocabulary, or one text doesn't fit the device.
     """
 
     def __init__(
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         *,
-        chunk: int,
         top_logprobs: int | None = None,
     ):
         if top_logprobs is not None and not 0 <= top_logprobs <= tokenizer.vocab_size:
@@ -129,160 +148,119 @@ class Batch:
                 f"top_logprobs is {top_logprobs}, but it must be from 0 to the "
                 f"{tokenizer.vocab_size} tokens of {engine.config.source}."
             )
-        self._engine, self._chunk = engine, chunk
-        self._requests = requests
-        self._prompts = [Prompt(r.tokens, r.max_tokens) for r in requests]
-        check_fits(engine, self._prompts, len(requests))
-        self._plan, self._params = plan_rows(
-            [r.sampling for r in requests],
-            engine.config.vocab_size,
-            logprobs=top_logprobs is not None,
-            top_logprobs=top_logprobs or 0,
-        )
-        self._rows = [_Row(r, engine, tokenizer, top_logprobs is not None) for r in requests]
-        self._marks: list[tuple[float, float]] = []
+        self._engine, self._tokenizer, self._top = engine, tokenizer, top_logprobs
+        self._requests = enumerate(requests)
+        self._rows: dict[Text, _Row] = {}
+        self._start = self._first = self._end = 0.0
+        self._compiled = 0.0
+        self._sums = Timings()
 
     @property
-    def completions(self) -> list[Completion]:
-        """One a request; of those still running, what there is so far."""
-        return [self.completion(row) for row in range(len(self._rows))]
-
-    def completion(self, row: int) -> Completion:
-        """One row's part of `completions`."""
-        return self._rows[row].completion()
-
-    def finished(self, row: int) -> bool:
-        """Whether a row's completion is final."""
-        return self._rows[row].finish_reason is not None
+    def unfinished(self) -> dict[int, Completion]:
+        """What there is so far of the requests that have begun and not ended, by their number."""
+        return {row.number: row.completion() for row in self._rows.values()}
 
     @property
     def timings(self) -> Timings:
         """Of what has run so far; all zero before the first token."""
-        marks = self._marks if len(self._marks) > 1 else [(0.0, 0.0)] * 2
-        (start, compiled0), (first, compiled1), (end, compiled2) = *marks[:2], marks[-1]
-        generated = sum(max(len(row.tokens) - 1, 0) for row in self._rows)
-        return Timings(
-            prompt_tokens=sum(len(r.tokens) for r in self._requests if r.max_tokens > 0),
-            prompt_seconds=first - start - (compiled1 - compiled0),
-            generated_tokens=generated,
-            generation_seconds=end - first - (compiled2 - compiled1),
-            first_token_seconds=first - start,
-            compile_seconds=compiled2 - compiled0,
+        return self._sums
+
+    def __iter__(self) -> Iterator[Piece]:
+        scheduler = Scheduler(self._engine)
+        self._start, self._compiled = time.perf_counter(), compile_seconds()
+        try:
+            yield from self._run(scheduler)
+        finally:
+            for text in self._rows:
+                scheduler.cancel(text)
+            scheduler.close()
+
+    def _run(self, scheduler: Scheduler) -> Iterator[Piece]:
+        more = True
+        while more or not scheduler.idle:
+            while more and scheduler.wants_more:
+                number, request = next(self._requests, (0, None))
+                if more := request is not None:
+                    row = _Row(number, request, self._engine, self._tokenizer, self._top)
+                    if row.text.limit == 0:
+                        yield Piece(number, "", row.completion())
+                        continue
+                    self._rows[row.text] = row
+                    scheduler.add(row.text)
+            for news in scheduler.turn():
+                row = self._rows[news.text]
+                piece = row.feed(news)
+                if row.finish_reason is not None:
+                    scheduler.cancel(news.text)
+                    del self._rows[news.text]
+                self._count(row, len(news.tokens))
+                over = row.finish_reason is not None
+                if piece or over:
+                    yield Piece(row.number, piece, row.completion() if over else None)
+
+    def _count(self, row: "_Row", tokens: int) -> None:
+        now, compiled, sums = time.perf_counter(), compile_seconds(), self._sums
+        first = len(row.tokens) == tokens
+        compiling = compiled - self._compiled
+        self._sums = Timings(
+            sums.prompt_tokens + (len(row.request.tokens) if first else 0),
+            sums.shared_tokens + (row.text.shared_tokens if first else 0),
+            sums.generated_tokens + tokens,
+            now - self._start - compiling,
+            sums.first_token_seconds or now - self._start,
+            compiling,
         )
-
-    def __iter__(self) -> Iterator[list[str]]:
-        if self._marks:
-            raise RuntimeError("a batch runs once; make another from the same requests")
-        plan, params = self._plan, self._params
-        self._mark()
-        state, first = self._engine.prefill(self._prompts, plan, params)
-        steps_left = max(row.limit for row in self._rows) - 1
-        # The device knows the model's stop tokens and limits by itself.
-        tells = any(row.ends_on_host for row in self._rows)
-
-        def next_chunk() -> Emitted | None:
-            nonlocal state, steps_left
-            if steps_left <= 0 or all(row.finish_reason for row in self._rows):
-                return None
-            if tells:
-                ended = np.array([row.finish_reason is not None for row in self._rows])
-                state = dataclasses.replace(state, done=state.done | jnp.asarray(ended))
-            state, emitted = self._engine.decode_many(state, params, plan, self._chunk)
-            steps_left -= self._chunk
-            return emitted
-
-        # A GPU computes the next chunk while the host reads this one. A CPU would only
-        # compete with itself, for a chunk that may not be needed.
-        ahead = self._engine.platform != "cpu"
-        # The first token is shown before the decode loop is compiled.
-        yield self._read(first, one_step=True)
-        pending = next_chunk()
-        while pending is not None:
-            upcoming = next_chunk() if ahead else None
-            yield self._read(pending)
-            pending = upcoming if ahead else next_chunk()
-
-    def _mark(self) -> None:
-        self._marks.append((time.perf_counter(), compile_seconds()))
-
-    def _read(self, emitted: Emitted, *, one_step: bool = False) -> list[str]:
-        """Hands each row what a chunk of steps, or one step without a leading axis, chose for it;
-        returns the text that completes."""
-        choice = emitted.choice
-        wanted = (choice.token, emitted.live, choice.finite, choice.banned)
-        # A CPU's memory is the host's: nothing has to be fetched.
-        on_host = self._engine.platform == "cpu"
-        fetched = map(np.asarray, wanted) if on_host else jax.device_get(wanted)
-        token, live, finite, banned = map(np.atleast_2d, fetched)
-        self._mark()
-        if not finite[live].all():
-            raise UserError(
-                f"The logits are not finite in {self._engine.cache_dtype}: a value has overflowed; "
-                "choose --dtype=bfloat16 or float32, and check the model's file."
-            )
-        if banned[live].any():
-            raise UserError(
-                "sampling.logit_bias bans every token there is, so that nothing is left to choose; "
-                "leave some without -inf."
-            )
-        logprobs = jax.device_get(choice.logprobs)
-        if one_step:
-            logprobs = jax.tree.map(lambda x: x[None], logprobs)
-        # As lists, since Python asks for one token after another; a row is live up to its end.
-        tokens, counts = token.T.tolist(), live.sum(0).tolist()
-        return [
-            row.feed(tokens[index][: counts[index]], logprobs, index)
-            for index, row in enumerate(self._rows)
-        ]
 
 
 class _Row:
     """A request's text while it grows."""
 
-    def __init__(self, request: Request, engine: Engine, tokenizer: Tokenizer, logprobs: bool):
-        self.request = request
-        self.limit = min(request.max_tokens, engine.config.context_length - len(request.tokens))
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        top_logprobs: int | None,
+    ):
+        self.number, self.request = number, request
+        check_bias(request.sampling, engine.config.vocab_size)
+        limit = engine.room(request.tokens, request.max_tokens)
+        self.text = Text(request.tokens, limit, request.sampling, top_logprobs)
         self.tokens: list[int] = []
-        self.finish_reason: str | None = None if self.limit > 0 else "length"
-        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
-        own = row_stop_ids(request, tokenizer)
-        self._stop_ids = {*engine.stop_ids, *own}
+        self.finish_reason: str | None = None if limit > 0 else "length"
+        self._logprobs: list[TokenLogprob] | None = [] if top_logprobs is not None else None
+        self._stop_ids = {*engine.spec.stop_ids, *row_stop_ids(request, tokenizer)}
         self._stream = TextStream(tokenizer, request.stop, hidden=self._stop_ids)
-        self._text: list[str] = []
-        # Whether the host alone knows that the row has ended.
-        self.ends_on_host = bool(request.stop or own)
+        self._pieces: list[str] = []
 
-    def feed(self, tokens: Sequence[int], logprobs: Logprobs | None, row: int) -> str:
-        """Takes the row's live tokens of a chunk of steps; returns text safe to show."""
-        if self.finish_reason is not None:
-            return ""
+    def feed(self, news: News) -> str:
+        """Takes the new tokens; returns text safe to show."""
         piece, before = "", len(self.tokens)
-        for step, token in enumerate(tokens):
+        for step, token in enumerate(news.tokens):
             self.tokens.append(token)
             if self._logprobs is not None:
-                assert logprobs is not None
-                chosen, ids, top = (x[step, row] for x in logprobs)
-                asked = ids >= 0  # There is room for more than were asked for.
-                pairs = tuple(zip(ids[asked].tolist(), top[asked].tolist(), strict=True))
-                self._logprobs.append(TokenLogprob(token, float(chosen), pairs))
+                assert news.logprobs is not None
+                logprob, top = news.logprobs[step]
+                self._logprobs.append(TokenLogprob(token, logprob, tuple(top)))
             if self.request.stop:  # Which token completes one has to be known.
                 piece += self._stream.feed([token])
             if self._stream.stopped or token in self._stop_ids:
                 self.finish_reason = "stop"
-            elif len(self.tokens) == self.limit:
+            elif len(self.tokens) == self.text.limit:
                 self.finish_reason = "length"
             if self.finish_reason is not None:
                 break
         if not self.request.stop:
             piece = self._stream.feed(self.tokens[before:])
-        if self.finish_reason is not None and len(self.tokens) > before:
+        if self.finish_reason is not None:
             piece += self._stream.finish()
-        self._text.append(piece)
+        self._pieces.append(piece)
         return piece
 
     def completion(self) -> Completion:
         return Completion(
-            text="".join(self._text),
+            text="".join(self._pieces),
             tokens=tuple(self.tokens),
             finish_reason=self.finish_reason or "interrupted",
             prompt_tokens=len(self.request.tokens),

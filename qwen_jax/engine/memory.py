@@ -11,7 +11,10 @@ import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.model.cache import bytes_per_token
+from qwen_jax.model.cache import PAGE, bytes_per_token, pages_for
+
+_WORKSPACE = 2 << 30
+"""Bytes of an accelerator that programs need beside weights and cache."""
 
 _total = 0.0
 
@@ -97,15 +100,34 @@ def check_weights_fit(config: ModelConfig, dtype: jnp.dtype) -> None:
         )
 
 
-def check_cache_fits(config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int) -> None:
-    """Raises UserError where a cache of `capacity` tokens a row is more than is free."""
+def pool_pages(config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str) -> int:
+    """Pages for the cache of so many slots: what they need at most, or what there is room for.
+
+    An accelerator's memory is there to be used, all but what programs need. A CPU's is shared: one
+    text as long as the context, or 1,024 tokens a slot, and never more than half of what is free.
+    A size has four significant bits, so that the next process finds its programs compiled.
+
+    Raises:
+        UserError: there is no room for one page.
+    """
+    context = pages_for(config.context_length)
     budget = Budget.of(config, dtype)
-    if (size := rows * capacity * budget.cache_per_token) > budget.free:
+    if platform == "cpu":
+        wanted = min(max(context, slots * pages_for(1024)), slots * context)
+        room = budget.free // 2
+    else:
+        wanted, room = slots * context, budget.free * 9 // 10 - _WORKSPACE
+    fits = room // (PAGE * budget.cache_per_token)
+    if fits < 1:
         raise TooLarge(
-            f"{rows} texts of up to {capacity} tokens need {show_bytes(size)} for keys and values, "
-            f"but the {device().device_kind} has {show_bytes(budget.free)} free; lower n, the "
-            "batch size or max_tokens."
+            f"There is no room for keys and values: {config.source} leaves "
+            f"{show_bytes(budget.free)} free on the {device().device_kind}; choose a smaller model "
+            "or a larger machine."
         )
+    if fits >= wanted:
+        return wanted
+    unit = 1 << max(fits.bit_length() - 4, 0)
+    return fits // unit * unit
 
 
 def show_bytes(count: float) -> str:

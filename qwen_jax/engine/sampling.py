@@ -9,27 +9,24 @@ they count generated tokens only, while the repetition penalty sees the prompt t
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.sample_tokens import (
     MOST_LOGPROBS,
     Choice,
     Counts,
-    Logprobs,
     Settings,
     sample_tokens,
     settings,
 )
 from pallas_kernels.sample_tokens.mosaic_gpu import MOST_TOP
+from qwen_jax.engine.spec import Spec
 from qwen_jax.errors import UserError
-
-__all__ = ["Choice", "Counts", "Logprobs", "Plan", "RowParameters", "Sampling", "plan_rows"]
 
 _LARGEST = 1e30
 """Numbers beyond this, or nearer to 0 than its inverse, would overflow float32 logits."""
@@ -114,41 +111,40 @@ class Sampling:
 
 
 class Plan(NamedTuple):
-    """What the compiled step contains; hashable, so each plan is compiled once.
+    """What a compiled step contains. There are two, but for more log-probabilities than usual.
 
     Attributes:
-        draws: some row has a temperature.
-        penalties: some row uses a penalty, so tokens must be counted.
-        bias: some row has a logit bias.
-        logprobs: log-probabilities are wanted, and there is room for so many of the likeliest;
-            0 where none are.
+        sampled: some row asks for more than its likeliest token; then any of them may ask for
+            anything.
+        top: room for so many of the likeliest tokens' log-probabilities; 0 where not sampled.
     """
 
-    draws: bool = False
-    penalties: bool = False
-    bias: bool = False
-    logprobs: int = 0
+    sampled: bool = False
+    top: int = 0
 
     @classmethod
-    def of(cls, rows: Iterable[Sampling], top_logprobs: int | None = None) -> "Plan":
-        """The plan that serves every row; `top_logprobs` is None where none are wanted."""
-        rows = list(rows)
-        return cls(
-            draws=any(r.temperature > 0 for r in rows),
-            penalties=any(
-                (r.repetition_penalty, r.presence_penalty, r.frequency_penalty) != (1, 0, 0)
-                for r in rows
-            ),
-            bias=any(r.logit_bias for r in rows),
-            logprobs=0 if top_logprobs is None else max(top_logprobs, MOST_LOGPROBS),
-        )
+    def of(cls, asked: Iterable[tuple[Sampling, int | None]], vocab: int) -> "Plan":
+        """The plan that serves rows which ask for these settings and numbers of log-probabilities,
+        None for none."""
+        rooms = [room_for(top, vocab) for sampling, top in asked if is_sampled(sampling, top)]
+        return cls(True, max(rooms)) if rooms else cls()
 
 
-class RowParameters(NamedTuple):
-    """The numbers of `Sampling`, one a row: data, so changing them compiles nothing."""
+def is_sampled(sampling: Sampling, top: int | None) -> bool:
+    """Whether a row asks for more than its likeliest token."""
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    return (
+        top is not None
+        or sampling.temperature > 0
+        or penalties != (1, 0, 0)
+        or bool(sampling.logit_bias)
+    )
 
-    settings: Settings
-    bias: Float[Array, "B V"] | None
+
+def room_for(top: int | None, vocab: int) -> int:
+    """Few sizes, so that there are few programs: what users ask for, what the kernel has room
+    for, everything."""
+    return next(n for n in (MOST_LOGPROBS, MOST_TOP, vocab) if n >= min(top or 0, vocab))
 
 
 def check_bias(row: Sampling, vocab_size: int) -> None:
@@ -161,88 +157,58 @@ def check_bias(row: Sampling, vocab_size: int) -> None:
             )
 
 
-def plan_rows(
-    rows: Sequence[Sampling], vocab_size: int, logprobs: bool = False, top_logprobs: int = 0
-) -> tuple[Plan, RowParameters]:
-    """The plan that serves every row, and the rows' parameters.
-
-    Raises:
-        UserError: a biased token id lies outside the vocabulary, or more log-probabilities
-            are wanted than it has tokens.
-    """
-    if not 0 <= top_logprobs <= vocab_size:
-        raise UserError(
-            f"top_logprobs is {top_logprobs}, but it must be from 0 to the vocabulary's "
-            f"{vocab_size} tokens."
-        )
-    logprobs = logprobs or top_logprobs > 0
-    plan = Plan.of(rows, top_logprobs if logprobs else None)
-    bias = np.zeros((len(rows), vocab_size), np.float32) if plan.bias else None
-    for i, row in enumerate(rows):
-        check_bias(row, vocab_size)
-        for token, value in row.logit_bias.items():
-            assert bias is not None
-            bias[i, token] = value
-
-    def column(name: str) -> list[float]:
-        return [getattr(row, name) for row in rows]
-
-    asked = settings(
-        len(rows),
-        temperature=column("temperature"),
-        top_k=column("top_k"),
-        top_p=column("top_p"),
-        min_p=column("min_p"),
-        repetition=column("repetition_penalty"),
-        presence=column("presence_penalty"),
-        frequency=column("frequency_penalty"),
-        biased=[bool(row.logit_bias) for row in rows],
-        seed=column("seed"),
-        logprobs=top_logprobs if logprobs else -1,
+def settings_of(sampling: Sampling, top: int | None) -> Settings:
+    """The numbers of one row, each an array of one."""
+    return settings(
+        1,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition=sampling.repetition_penalty,
+        presence=sampling.presence_penalty,
+        frequency=sampling.frequency_penalty,
+        biased=bool(sampling.logit_bias),
+        seed=sampling.seed,
+        logprobs=-1 if top is None else top,
     )
-    return plan, _on_device(asked, bias)
-
-
-@jax.jit
-def _on_device(asked: Settings, bias: Float[Array, "B V"] | None) -> RowParameters:
-    """One call for all of them, compiled: one by one they would cost milliseconds."""
-    return RowParameters(asked, bias)
 
 
 def choose(
     logits: Float[Array, "B V"],
-    params: RowParameters,
-    counts: Counts | None,
+    rows: Settings,
     step: Int[Array, "B"],
     plan: Plan,
+    spec: Spec,
     *,
-    valid_tokens: int,
-    implementation: str = "auto",
+    counts: Counts | None = None,
+    bias: Float[Array, "B V"] | None = None,
+    allowed: UInt32[Array, "B words"] | None = None,
 ) -> Choice:
-    """Chooses one token a row; the choice has log-probabilities where the plan has them.
+    """Chooses one token a row; the choice has log-probabilities where the plan is sampled.
 
     Args:
-        logits: the model's, float32, -inf where a row of the vocabulary is no token.
-        counts: tokens so far, where the plan has penalties.
+        logits: the model's, float32.
         step: how many tokens each row has generated; with the seed it decides the draw.
-        valid_tokens: ids from here on are never chosen.
-        implementation: of what is chosen; log-probabilities of more tokens than the kernel has
-            room for, up to the whole vocabulary, are XLA's in any case.
+        spec: says which ids are never chosen. Log-probabilities of more tokens than the kernel
+            has room for, up to the whole vocabulary, are XLA's whatever implementation it names.
+        counts, bias, allowed: looked at for the rows that ask.
     """
-    if not any(plan):
-        return _likeliest(logits, valid_tokens)
-    choice = sample_tokens(
+    if spec.unused_ids:
+        logits = logits.at[:, jnp.asarray(spec.unused_ids)].set(-jnp.inf, mode="drop")
+    if not plan.sampled:
+        return _likeliest(logits, spec.valid_tokens)
+    return sample_tokens(
         logits,
-        params.settings,
+        rows,
         step,
-        valid_tokens=valid_tokens,
-        bias=params.bias,
+        valid_tokens=spec.valid_tokens,
+        bias=bias,
         counts=counts,
-        top_logprobs=min(plan.logprobs, logits.shape[-1]) or 1,
-        draws=plan.draws,
-        implementation="xla" if plan.logprobs > MOST_TOP else implementation,
+        allowed=allowed,
+        top_logprobs=min(plan.top, logits.shape[-1]),
+        implementation="xla" if plan.top > MOST_TOP else spec.implementation,
     )
-    return choice if plan.logprobs else choice._replace(logprobs=None)
 
 
 def _likeliest(logits: Float[Array, "B V"], valid_tokens: int) -> Choice:

@@ -1,257 +1,293 @@
-"""What runs on the device: the functions the engine compiles, and the state between them.
+"""The programs: pure functions of a spec, weights, the pool of pages and rows, compiled once each.
 
-Everything works on rows, each with its own length, budget, sampling state and done flag.
-Position is data, not shape: a growing text never recompiles.
+Positions, lengths, settings and which rows live are data, not shapes: neither a growing text nor
+another mix of requests compiles anything. The pool is donated, and comes back with more in it.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels.sample_tokens import count
-from qwen_jax.config import ModelConfig
+from pallas_kernels.sample_tokens import Counts, Logprobs, Settings, count, settings, words
 from qwen_jax.engine import sampling
-from qwen_jax.engine.sampling import Choice, Counts, Plan, RowParameters
-from qwen_jax.engine.weights import PackedWeights
-from qwen_jax.model.cache import Cache, KVCache, StackedCache
-from qwen_jax.model.decoder import Parameters, Qwen2
+from qwen_jax.engine.sampling import Plan
+from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.weights import Weights
+from qwen_jax.model.cache import Cache
+
+Pages = Float[Array, "2L P K C H"]
+NOT_LIVE, BANNED, NOT_FINITE = -1, -2, -3
+"""In place of a token: the row was done, every token is banned, the logits are not finite."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The state of B rows between two decode steps.
+class State(NamedTuple):
+    """What a device knows of every slot between two calls of `step`.
 
     Attributes:
-        cache: keys and values of the tokens so far, without `token`.
-        prompt: tokens of the prompt.
         token: chosen last, and the next to enter the cache.
-        generated: tokens chosen so far, `token` included.
-        limit: tokens the row may generate; it is done when it has.
-        done: the row chose a stop token or reached its limit; its later tokens mean nothing.
-        counts: tokens by id, where the sampling plan has penalties.
+        generated: tokens chosen so far.
+        done: the row chose a stop token or reached its limit.
     """
 
-    cache: Cache
-    prompt: Int[Array, "B"]
-    token: Int[Array, "B"]
-    generated: Int[Array, "B"]
-    limit: Int[Array, "B"]
-    done: Bool[Array, "B"]
-    counts: Counts | None
+    token: Int[Array, "slots"]
+    generated: Int[Array, "slots"]
+    done: Bool[Array, "slots"]
 
-    @property
-    def length(self) -> Int[Array, "B"]:
-        """Tokens in the cache."""
-        return self.prompt + self.generated - 1
+    @classmethod
+    def create(cls, slots: int) -> "State":
+        token, generated = (jnp.zeros(slots, jnp.int32) for _ in range(2))
+        return cls(token, generated, jnp.ones(slots, bool))
+
+
+class Extras(NamedTuple):
+    """What only some requests ask for: it is there for all slots as soon as one does.
+
+    Attributes:
+        counts: the tokens of each text, for penalties.
+        bias: added to logits.
+        allowed: a bit for every token that may be chosen.
+    """
+
+    counts: Counts
+    bias: Float[Array, "slots V"]
+    allowed: UInt32[Array, "slots words"]
+
+    @classmethod
+    def create(cls, slots: int, vocab: int) -> "Extras":
+        seen, allowed = (jnp.zeros((slots, words(vocab)), jnp.uint32) for _ in range(2))
+        counts = Counts(seen, jnp.zeros((slots, vocab), jnp.int32))
+        return cls(counts, jnp.zeros((slots, vocab), jnp.float32), allowed)
+
+
+class Rows(NamedTuple):
+    """The rows of one call of `step`, as the host says; `pack_rows` makes one array of them.
+
+    Attributes:
+        slot: whose state the row has.
+        live: whether it runs.
+        fresh: whether token and generated are the host's, and the row isn't done.
+        token: the next to enter the cache.
+        generated: tokens chosen so far.
+        start: the first token's position when none was generated.
+        limit: tokens to generate at most.
+        settings: how tokens are chosen.
+    """
+
+    slot: Int[Array, "R"]
+    live: Int[Array, "R"]
+    fresh: Int[Array, "R"]
+    token: Int[Array, "R"]
+    generated: Int[Array, "R"]
+    start: Int[Array, "R"]
+    limit: Int[Array, "R"]
+    settings: Settings
+
+
+def pack_rows(rows: Rows) -> Int[np.ndarray, "R fields"]:
+    """All numbers of the rows' in one array, which one transfer brings to the device."""
+    columns = jax.tree.leaves(rows)
+    return np.stack([np.asarray(column).view(np.int32) for column in columns], axis=1)
+
+
+def _unpacked(packed: Int[Array, "R fields"]) -> Rows:
+    columns = iter(packed.T)
+    own = [next(columns) for _ in Rows._fields[:-1]]
+    numbers = (
+        lax.bitcast_convert_type(column, dtype)
+        for column, dtype in zip(columns, _DTYPES, strict=True)
+    )
+    return Rows._make([*own, Settings._make(numbers)])
+
+
+_DTYPES = [column.dtype for column in settings(1)]
 
 
 class Emitted(NamedTuple):
-    """What one step chose, and for which rows."""
+    """What a call of `step` chose, step by step.
 
-    choice: Choice
-    live: Bool[Array, "B"]
+    Attributes:
+        token: or one of the codes above.
+        logprobs: where the plan has them.
+    """
 
-
-def create_cache(
-    config: ModelConfig, dtype: jnp.dtype, rows: int, capacity: int, stacked: bool
-) -> Cache:
-    return (StackedCache if stacked else KVCache).create(config, rows, capacity, dtype)
-
-
-def make_model(
-    config: ModelConfig,
-    weights: Parameters | PackedWeights,
-    *,
-    precision: lax.Precision,
-    implementation: str,
-) -> Qwen2:
-    """The model over traced weights; packed ones are put together inside the program."""
-    how: dict[str, Any] = {"precision": precision, "implementation": implementation}
-    if isinstance(weights, PackedWeights):
-        return Qwen2(config, weights.parameters(), look_up=weights.look_up, **how)
-    return Qwen2(config, weights, **how)
+    token: Int[Array, "steps R"]
+    logprobs: Logprobs | None
 
 
-ModelMaker = Callable[[Parameters | PackedWeights], Qwen2]
-Forward = Callable[..., tuple[jax.Array, Any]]
+class Scored(NamedTuple):
+    """Of each token of a text that was to come: its log-probability, and whether it is the
+    likeliest."""
+
+    logprob: Float[Array, "R T"]
+    greedy: Bool[Array, "R T"]
 
 
-class Constants(NamedTuple):
-    stop_ids: Int[Array, "stops"]
-    valid_tokens: int
-    unused_ids: tuple[int, ...] = ()
-    implementation: str = "auto"
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def extend(
+    spec: Spec,
+    weights: Weights,
+    pages: Pages,
+    tables: Int[Array, "R n"],
+    tokens: Int[Array, "R T"],
+    start: Int[Array, "R"],
+    lengths: Int[Array, "R"],
+) -> Pages:
+    """Puts tokens into the cache, from position `start[r]` of each row on.
+
+    Rows may be pieces of one text at positions that follow each other: a layer's keys are all
+    written before any of its queries looks.
+
+    Args:
+        lengths: tokens of each row once these are in, padding not counted; 0 for a row that is
+            not there.
+    """
+    return weights.model(spec)(tokens, Cache(pages, tables), start, lengths)[1].pages
 
 
-def prefill_chunk(
-    make: ModelMaker,
-    weights: Parameters | PackedWeights,
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def score(
+    spec: Spec,
+    weights: Weights,
+    pages: Pages,
+    tables: Int[Array, "R n"],
+    tokens: Int[Array, "R T"],
+    start: Int[Array, "R"],
+    lengths: Int[Array, "R"],
+    targets: Int[Array, "R T"],
+) -> tuple[Pages, Scored]:
+    """The same, and how likely the model finds `targets[r, t]` after token t."""
+    cache, found = all_logits(spec, weights, Cache(pages, tables), tokens, start, lengths)
+    chosen = jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0]
+    logprob = chosen - jax.nn.logsumexp(found, axis=-1)
+    return cache.pages, Scored(logprob, found.argmax(axis=-1) == targets)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def logits(
+    spec: Spec,
+    weights: Weights,
+    pages: Pages,
+    tables: Int[Array, "R n"],
+    tokens: Int[Array, "R T"],
+    start: Int[Array, "R"],
+    lengths: Int[Array, "R"],
+) -> tuple[Pages, Float[Array, "R T V"]]:
+    """The same as `extend`, and the logits after every token."""
+    cache, found = all_logits(spec, weights, Cache(pages, tables), tokens, start, lengths)
+    return cache.pages, found
+
+
+def all_logits(
+    spec: Spec,
+    weights: Weights,
     cache: Cache,
-    last: Float[Array, "B D"],
     tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
-    lengths: Int[Array, "B"],
-) -> tuple[Cache, Float[Array, "B D"]]:
-    """One chunk of every prompt; keeps the hidden state of the rows that end in it."""
-    hidden, cache = _run_chunk(make, weights, cache, tokens, start, lengths)
-    at = lengths - 1 - start
-    ends_here = (at >= 0) & (at < tokens.shape[1])
-    at = jnp.clip(at, 0, tokens.shape[1] - 1)
-    here = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where(ends_here[:, None], here, last)
-
-
-def _run_chunk(
-    make: ModelMaker,
-    weights: Parameters | PackedWeights,
-    cache: Cache,
-    tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
-    lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B T D"], Cache]:
-    starts = jnp.full_like(lengths, start)
-    # A row that ended in an earlier chunk still has slots to see: those of its own prompt.
-    valid = jnp.minimum(lengths, start + tokens.shape[1])
-    return make(weights)(tokens, cache, starts, valid)
-
-
-def chunk_logits(
-    make: ModelMaker,
-    weights: Parameters | PackedWeights,
-    cache: Cache,
-    tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
+    start: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> tuple[Cache, Float[Array, "B T V"]]:
-    hidden, cache = _run_chunk(make, weights, cache, tokens, start, lengths)
-    return cache, make(weights).logits(hidden)
+    """A call of the model, inside a program: the cache, and the logits after every token."""
+    model = weights.model(spec)
+    hidden, cache = model(tokens, cache, start, lengths)
+    return cache, model.logits(hidden)
 
 
-def _choose(
-    constants: Constants,
-    logits: Float[Array, "B V"],
-    params: RowParameters,
-    counts: Counts | None,
-    generated: Int[Array, "B"],
-    live: Bool[Array, "B"],
-    plan: Plan,
-) -> tuple[Emitted, Counts | None, Bool[Array, "B"]]:
-    """Logits to tokens, the counts with live rows' in, and whether each is a stop."""
-    if constants.unused_ids:
-        holes = jnp.asarray(constants.unused_ids)
-        logits = logits.at[:, holes].set(-jnp.inf, mode="drop")
-    choice = sampling.choose(
-        logits,
-        params,
-        counts,
-        generated,
-        plan,
-        valid_tokens=constants.valid_tokens,
-        implementation=constants.implementation,
-    )
-    # -1 is no token, and the host ends a run that meets one.
-    choice = choice._replace(token=jnp.maximum(choice.token, 0))
-    if counts is not None:
-        counts = count(counts, choice.token, live)
-    stopped = (choice.token[:, None] == constants.stop_ids).any(axis=1)
-    return Emitted(choice, live), counts, stopped
-
-
-def begin(
-    make: ModelMaker,
-    constants: Constants,
-    weights: Parameters | PackedWeights,
-    last: Float[Array, "B D"],
-    rows: tuple[Int[Array, "B"], Int[Array, "B"], Counts | None],
-    params: RowParameters,
-    plan: Plan,
-) -> tuple[dict[str, jax.Array | Counts | None], Emitted]:
-    """The first token of every row; all fields of `Rows` but the cache."""
-    lengths, limits, counts = rows
-    zero = jnp.zeros_like(lengths)
-    logits = make(weights).logits(last[:, None])[:, 0]
-    live = limits > 0
-    emitted, counts, stopped = _choose(constants, logits, params, counts, zero, live, plan)
-    fields = {
-        "prompt": lengths,
-        "token": emitted.choice.token,
-        "generated": zero + 1,
-        "limit": limits,
-        "done": stopped | (limits <= 1),
-        "counts": counts,
-    }
-    return fields, emitted
-
-
-def decode_many(
-    make: ModelMaker,
-    constants: Constants,
-    weights: Parameters | PackedWeights,
-    rows: Rows,
-    params: RowParameters,
+@functools.partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=(2, 4, 5))
+def step(
+    spec: Spec,
+    weights: Weights,
+    pages: Pages,
+    tables: Int[Array, "R n"],
+    state: State,
+    extras: Extras | None,
+    packed: Int[Array, "R fields"],
     plan: Plan,
     steps: int,
-) -> tuple[Rows, Emitted]:
-    """Some steps; a stacked cache goes through the decode-step kernel."""
-    capacity = rows.cache.capacity
-    if isinstance(rows.cache, StackedCache):
-        assert isinstance(weights, PackedWeights)
-        forward: Forward = functools.partial(forward_packed, weights)
-    else:
-        forward = functools.partial(_forward, make(weights))
+) -> tuple[Pages, State, Extras | None, Emitted]:
+    """Some decode steps of some slots, without leaving the device.
 
-    def step(before: Rows, _: None) -> tuple[Rows, Emitted]:
-        live = ~before.done
-        # A done row keeps its place: its token goes where no slot is, and is dropped.
-        at = jnp.where(live, before.length, capacity)
-        logits, cache = forward(before.token, before.cache, at, before.length + live)
-        emitted, counts, stopped = _choose(
-            constants, logits, params, before.counts, before.generated, live, plan
-        )
-        generated = before.generated + live
-        after = dataclasses.replace(
-            before,
-            cache=cache,
-            token=jnp.where(live, emitted.choice.token, before.token),
-            generated=generated,
-            done=before.done | stopped | (generated >= before.limit),
-            counts=counts,
-        )
-        return after, emitted
+    The number of steps is fixed, since a loop that ends by a condition on the device would ask
+    the host at every one of them.
 
-    return lax.scan(step, rows, length=steps)
-
-
-def _forward(
-    model: Qwen2,
-    token: Int[Array, "B"],
-    cache: Cache,
-    at: Int[Array, "B"],
-    lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B V"], Cache]:
-    """One token of every row through the model; its keys and values go to slot `at`."""
-    hidden, cache = model(token[:, None], cache, at, lengths)
-    return model.logits(hidden)[:, 0], cache
-
-
-def forward_packed(
-    weights: PackedWeights,
-    token: Int[Array, "B"],
-    cache: StackedCache,
-    at: Int[Array, "B"],
-    lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B V"], StackedCache]:
-    """The same through the decode-step kernel.
-
-    A done row, whose `at` is past the cache, goes along as the shortest text, which costs least.
+    Args:
+        extras: where the plan is to look at them.
+        packed: `Rows`, as `pack_rows` makes them.
     """
-    live = at < cache.capacity
-    logits, new = weights.decode(token, cache.layers, jnp.where(live, lengths - 1, 0))
-    return logits, cache.write_all(new, at)
+    rows = _unpacked(packed)
+    forward = weights.forward(spec, len(rows.slot))
+    fresh, there = rows.fresh != 0, rows.live != 0
+    counts = bias = allowed = None
+    if plan.sampled:
+        assert extras is not None
+        counts, bias, allowed = jax.tree.map(lambda x: x[rows.slot], extras)
+
+    class Carry(NamedTuple):
+        pages: Pages
+        token: Int[Array, "R"]
+        generated: Int[Array, "R"]
+        done: Bool[Array, "R"]
+        counts: Counts | None
+
+    def one(before: Carry, _: None) -> tuple[Carry, Emitted]:
+        live = there & ~before.done
+        position = rows.start + before.generated
+        found, cache = forward(before.token, Cache(before.pages, tables), position, live)
+        choice = sampling.choose(
+            found,
+            rows.settings,
+            before.generated,
+            plan,
+            spec,
+            counts=before.counts,
+            bias=bias,
+            allowed=allowed,
+        )
+        token = jnp.maximum(choice.token, 0)
+        counts = before.counts and count(before.counts, token, live)
+        generated = before.generated + live
+        stopped = (token[:, None] == jnp.asarray(spec.stop_ids, jnp.int32)).any(axis=1)
+        done = before.done | stopped | (generated >= rows.limit)
+        after = Carry(cache.pages, jnp.where(live, token, before.token), generated, done, counts)
+        code = jnp.where(choice.finite, jnp.where(choice.banned, BANNED, token), NOT_FINITE)
+        return after, Emitted(jnp.where(live, code, NOT_LIVE), choice.logprobs)
+
+    start = Carry(
+        pages,
+        jnp.where(fresh, rows.token, state.token[rows.slot]),
+        jnp.where(fresh, rows.generated, state.generated[rows.slot]),
+        jnp.where(fresh, False, state.done[rows.slot]),
+        counts,
+    )
+    after, emitted = lax.scan(one, start, length=steps)
+    state = State(
+        *(
+            old.at[rows.slot].set(new)
+            for old, new in zip(state, (after.token, after.generated, after.done), strict=True)
+        )
+    )
+    if plan.sampled:
+        assert extras is not None and after.counts is not None
+        put = jax.tree.map(lambda old, new: old.at[rows.slot].set(new), extras.counts, after.counts)
+        extras = extras._replace(counts=put)
+    return after.pages, state, extras, emitted
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(
+    extras: Extras,
+    slot: Int[Array, ""],
+    seen: UInt32[Array, "words"],
+    allowed: UInt32[Array, "words"],
+    bias: Float[Array, "V"],
+) -> Extras:
+    """A text's tokens so far, its mask and its biases into a slot; nothing is generated yet."""
+    counts = extras.counts
+    return Extras(
+        Counts(counts.seen.at[slot].set(seen), counts.generated.at[slot].set(0)),
+        extras.bias.at[slot].set(bias),
+        extras.allowed.at[slot].set(allowed),
+    )

@@ -1,17 +1,19 @@
-"""Weights packed for the decode-step kernel, and back: the only copy a GPU holds.
+"""How programs get at the parameters: by name, or packed for the decode-step kernel.
 
-Packing is made once, while loading, parameter by parameter. Prefill reads the same tape: each
-matrix is put together again inside the compiled program, which costs it two more passes over
-the weights a chunk and no lasting memory. So do decode steps that the kernel doesn't serve
-(too many rows), once for every chunk of steps.
+Packed ones are the only copy a GPU holds. They are made once, while loading, parameter by
+parameter. Prefill reads the same tape: each matrix is put together again inside the compiled
+program, which costs it two more passes over the weights a call and no lasting memory. So do decode
+steps that the kernel doesn't serve (too many rows), once for every call.
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from pallas_kernels.decode_step import (
@@ -27,14 +29,92 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from qwen_jax.config import ModelConfig
-from qwen_jax.model.decoder import Parameters
+from qwen_jax.engine.spec import Spec
+from qwen_jax.model.cache import Cache
+from qwen_jax.model.decoder import Parameters, Qwen2
 from qwen_jax.model.rotary import inverse_frequencies
+
+Forward = Callable[
+    [Int[Array, "B"], Cache, Int[Array, "B"], Bool[Array, "B"]], tuple[Float[Array, "B V"], Cache]
+]
+"""A token of every row, the cache, the tokens' positions and which rows are live, to the logits
+after them and the cache with the live rows' keys and values."""
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
 
 HOPPER_BLOCKS = 132
 """Multiprocessors of an H100 or H200: the plan where no GPU is there to ask."""
+
+
+class Weights(Protocol):
+    """The parameters of a model on a device: a pytree, so that programs take it."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the matrices."""
+
+    def parameters(self) -> Parameters:
+        """Every parameter by its canonical name."""
+
+    def model(self, spec: Spec) -> Qwen2:
+        """The decoder over these weights, inside a program."""
+
+    def forward(self, spec: Spec, rows: int) -> Forward:
+        """One decode step of so many rows, inside a program.
+
+        Raises:
+            UnsupportedError: a kernel was asked for by name and can't serve the case.
+        """
+
+    def devices(self) -> set[jax.Device]:
+        """Where they lie."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlainWeights:
+    """Parameters by name, as `qwen_jax.weights.loader` makes them."""
+
+    named: Parameters
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.named["embed"].dtype
+
+    def parameters(self) -> Parameters:
+        return self.named
+
+    def model(self, spec: Spec) -> Qwen2:
+        return _decoder(spec, self.named)
+
+    def forward(self, spec: Spec, rows: int) -> Forward:
+        return functools.partial(_step, self.model(spec))
+
+    def devices(self) -> set[jax.Device]:
+        return self.named["embed"].devices()
+
+
+def _decoder(spec: Spec, parameters: Parameters, **options: Any) -> Qwen2:
+    return Qwen2(
+        spec.config,
+        parameters,
+        precision=spec.precision,
+        implementation=spec.implementation,
+        **options,
+    )
+
+
+def _step(
+    model: Qwen2,
+    token: Int[Array, "B"],
+    cache: Cache,
+    position: Int[Array, "B"],
+    live: Bool[Array, "B"],
+) -> tuple[Float[Array, "B V"], Cache]:
+    """As `Forward` says; a row that isn't live has no length, so that it writes nothing."""
+    hidden, cache = model(token[:, None], cache, position, jnp.where(live, position + 1, 0))
+    return model.logits(hidden)[:, 0], cache
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +133,43 @@ class PackedWeights:
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     plan: Plan = dataclasses.field(metadata={"static": True})
     implementation: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.packed.tape.dtype
+
+    def devices(self) -> set[jax.Device]:
+        return self.packed.tape.devices()
+
+    def model(self, spec: Spec) -> Qwen2:
+        """Its matrices are put together inside the program."""
+        return _decoder(spec, self.parameters(), look_up=self.look_up)
+
+    def forward(self, spec: Spec, rows: int) -> Forward:
+        if self.serves(rows):
+            return self._through_kernel
+        return functools.partial(_step, self.model(spec))
+
+    def _through_kernel(
+        self,
+        token: Int[Array, "B"],
+        cache: Cache,
+        position: Int[Array, "B"],
+        live: Bool[Array, "B"],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """A row that isn't live goes along as the shortest text, which costs least."""
+        logits, new = pallas_kernels.decode_step(
+            self.packed,
+            self.plan,
+            self.look_up(token),
+            cache.pages,
+            cache.tables,
+            jnp.where(live, position, 0),
+            jnp.asarray(inverse_frequencies(self.config)),
+            attention_factor=self.config.attention_factor,
+            implementation=self.implementation,
+        )
+        return logits, cache.write_all(new, position, live)
 
     def serves(self, rows: int) -> bool:
         """Whether a step of so many rows runs on the packed weights; else on `parameters`.
@@ -90,24 +207,6 @@ class PackedWeights:
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
         return unpacked(self.packed, self.plan, phase, layer, implementation=self.implementation)
 
-    def decode(
-        self,
-        token: Int[Array, "B"],
-        cache: Float[Array, "2L B K S H"],
-        position: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
-        """One step of every row: logits, and the tokens' keys, then values, of every layer."""
-        return pallas_kernels.decode_step(
-            self.packed,
-            self.plan,
-            self.look_up(token),
-            cache,
-            position,
-            jnp.asarray(inverse_frequencies(self.config)),
-            attention_factor=self.config.attention_factor,
-            implementation=self.implementation,
-        )
-
 
 def plan_for(config: ModelConfig) -> Plan:
     """How the model is dealt out to the multiprocessors of the default device."""
@@ -135,7 +234,7 @@ def prepare(
     parameters: Iterable[tuple[str, jax.Array]],
     dtype: jnp.dtype,
     implementation: str,
-) -> Parameters | PackedWeights:
+) -> Weights:
     """The parameters as the engine runs them: packed where the kernel serves, else by name.
 
     Raises:
@@ -143,7 +242,7 @@ def prepare(
     """
     chosen = pallas_kernels.choose("decode_step", implementation, refusal(config, dtype))
     if chosen == "xla":
-        return dict(parameters)
+        return PlainWeights(dict(parameters))
     return pack(config, parameters, dtype, implementation)
 
 

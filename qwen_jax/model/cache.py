@@ -1,129 +1,136 @@
-"""The functional key/value cache: an immutable pytree of one K and one V array a layer, or of one
-array of them all, as the decode-step kernel takes it."""
+"""The functional key/value cache: an immutable pool of pages, and the block table of some rows.
+
+A page holds the keys, or the values, of `PAGE` consecutive positions of one text in one layer. A
+row's table says which page holds which of its positions; rows that begin alike may share pages.
+(Kwon et al., 2023, arXiv:2309.06180.)
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qwen_jax.config import ModelConfig
 
-AXES = ("rows", "kv_heads", None, None)
-"""Logical axis names of each layer's `[B, K, S, H]` arrays."""
+AXES = (None, None, "kv_heads", None, None)
+"""Logical axis names of the pool."""
+
+PAGE = 128
+"""C, positions of a page: what a turn of the kernels' warps takes."""
+
+NOBODY = 0
+"""The page that no text owns: what must not be kept is written there."""
 
 Keys = Float[Array, "B K S H"]
 New = Float[Array, "B T K H"]
-Layer = tuple[Keys, Keys]
-"""A layer's keys and values."""
-
-SMALLEST_CAPACITY = 256
-"""Every cache the engine makes holds a power of two slots, and at least so many."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys (after rotary embedding) and values of every layer, each `[B, K, S, H]`."""
+class Cache:
+    """Keys (after rotary embedding) and values of B rows.
 
-    k: tuple[Float[Array, "B K S H"], ...]
-    v: tuple[Float[Array, "B K S H"], ...]
+    Attributes:
+        pages: of every layer's keys, then of every layer's values.
+        tables: the page of each row's positions j C .. j C + C - 1; where a row has none, any.
+    """
+
+    pages: Float[Array, "2L P K C H"]
+    tables: Int[Array, "B n"]
 
     @classmethod
-    def create(cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (rows, config.num_kv_heads, capacity, config.head_dim)
-        layers = range(config.num_layers)
-        return cls(
-            k=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            v=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        )
-
-    @property
-    def rows(self) -> int:
-        return self.k[0].shape[0]
+    def create(cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> "Cache":
+        """An empty one in which every row has pages of its own for so many positions."""
+        each = pages_for(capacity)
+        tables = 1 + jnp.arange(rows * each, dtype=jnp.int32).reshape(rows, each)
+        return cls(create_pages(config, 1 + rows * each, dtype), tables)
 
     @property
     def capacity(self) -> int:
-        return self.k[0].shape[2]
-
-    def layer(self, i: int) -> Layer:
-        return self.k[i], self.v[i]
-
-    def write(self, i: int, k: New, v: New, positions: Int[Array, "B"]) -> "KVCache":
-        """With a layer's keys and values of T tokens, as `write` puts them in."""
-        keys, values = self.layer(i)
-        return self.with_layer(i, write(keys, k, positions), write(values, v, positions))
-
-    def with_layer(self, i: int, k: Keys, v: Keys) -> "KVCache":
-        return KVCache(_replaced(self.k, i, k), _replaced(self.v, i, v))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StackedCache:
-    """The keys of every layer, then the values, in one array."""
-
-    layers: Float[Array, "2L B K S H"]
-
-    @classmethod
-    def create(
-        cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype
-    ) -> "StackedCache":
-        shape = (2 * config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
-        return cls(jnp.zeros(shape, dtype))
+        """S, positions that a table reaches."""
+        return self.tables.shape[1] * self.pages.shape[3]
 
     @property
-    def k(self) -> Float[Array, "L B K S H"]:
-        return self.layers[: len(self.layers) // 2]
+    def flat(self) -> Float[Array, "2LP K C H"]:
+        """The pages of all layers in a row, which `layer_tables` point into."""
+        return self.pages.reshape(-1, *self.pages.shape[2:])
 
-    @property
-    def v(self) -> Float[Array, "L B K S H"]:
-        return self.layers[len(self.layers) // 2 :]
+    def layer_tables(self, i: int) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+        """Where in `flat` a layer's keys and its values are."""
+        keys, values = self._firsts(i)
+        return self.tables + keys, self.tables + values
 
-    @property
-    def rows(self) -> int:
-        return self.layers.shape[1]
+    def _firsts(self, i: int) -> tuple[int, int]:
+        halves, each = len(self.pages) // 2, self.pages.shape[1]
+        return i * each, (halves + i) * each
 
-    @property
-    def capacity(self) -> int:
-        return self.layers.shape[3]
+    def write(
+        self, i: int, k: New, v: New, start: Int[Array, "B"], lengths: Int[Array, "B"]
+    ) -> "Cache":
+        """With a layer's keys and values of T tokens from position `start[b]` on.
 
-    def layer(self, i: int) -> Layer:
-        """Slices, which kernels read where they lie (with JAX 0.10 XLA copies them first)."""
-        keys, values = self._places(i)
-        return self.layers[keys], self.layers[values]
-
-    def _places(self, i: int) -> tuple[int, int]:
-        """Of a layer's keys and of its values."""
-        return i, len(self.layers) // 2 + i
-
-    def write(self, i: int, k: New, v: New, positions: Int[Array, "B"]) -> "StackedCache":
-        """With a layer's keys and values of T tokens, as `write` puts them in."""
-        rows = self.layers.reshape(-1, *self.layers.shape[2:])
-        for at, new in zip(self._places(i), (k, v), strict=True):
-            rows = write(rows, new, positions, at * self.rows)
-        return StackedCache(rows.reshape(self.layers.shape))
+        Those at `lengths[b]` or behind it are padding and go to the page of nobody, as does what
+        lies behind the capacity.
+        """
+        positions = start[:, None] + jnp.arange(k.shape[1])
+        page, slot = self._places(positions, positions < lengths[:, None])
+        flat = self.flat
+        for first, new in zip(self._firsts(i), (k, v), strict=True):
+            flat = write(flat, new, page + jnp.where(page == NOBODY, 0, first), slot)
+        return self._with(flat)
 
     def write_all(
-        self, new: Float[Array, "2L B K H"], positions: Int[Array, "B"]
-    ) -> "StackedCache":
-        """With one token's keys and values of every layer, as `write` puts them in."""
-        rows = self.layers.reshape(-1, *self.layers.shape[2:])
-        new = new.reshape(-1, 1, *new.shape[2:])
-        rows = write(rows, new, jnp.tile(positions, len(self.layers)))
-        return StackedCache(rows.reshape(self.layers.shape))
+        self, new: Float[Array, "2L B K H"], positions: Int[Array, "B"], live: Bool[Array, "B"]
+    ) -> "Cache":
+        """With one token's keys and values of every layer, for the rows that are live."""
+        page, slot = self._places(positions, live)
+        firsts = jnp.arange(len(self.pages))[:, None] * self.pages.shape[1]
+        where = page + jnp.where(page == NOBODY, 0, firsts)
+        return self._with(write(self.flat, new, where, jnp.broadcast_to(slot, where.shape)))
 
-    def with_layer(self, i: int, k: Keys, v: Keys) -> "StackedCache":
-        keys, values = self._places(i)
-        return StackedCache(self.layers.at[keys].set(k).at[values].set(v))
+    def _places(
+        self, positions: Int[Array, "B *T"], kept: Bool[Array, "B *T"]
+    ) -> tuple[Int[Array, "B *T"], Int[Array, "B *T"]]:
+        """The page and the slot in it of some positions of every row."""
+        size = self.pages.shape[3]
+        index = jnp.clip(positions // size, 0, self.tables.shape[1] - 1)
+        pages = jnp.take_along_axis(self.tables, index.reshape(len(index), -1), axis=1)
+        inside = kept & (positions >= 0) & (positions < self.capacity)
+        return jnp.where(inside, pages.reshape(positions.shape), NOBODY), positions % size
+
+    def _with(self, flat: Float[Array, "2LP K C H"]) -> "Cache":
+        return dataclasses.replace(self, pages=flat.reshape(self.pages.shape))
+
+    def layer(self, i: int) -> tuple[Keys, Keys]:
+        """A layer's keys and values, position after position: a copy, to look at."""
+
+        def gathered(table: Int[Array, "B n"]) -> Keys:
+            pages = self.flat[table].swapaxes(1, 2)
+            return pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
+
+        keys, values = map(gathered, self.layer_tables(i))
+        return keys, values
+
+    def with_layer(self, i: int, k: Keys, v: Keys) -> "Cache":
+        """With other keys and values of a layer, for rows that share no page."""
+        flat, (batch, heads, _, dim) = self.flat, k.shape
+        for table, new in zip(self.layer_tables(i), (k, v), strict=True):
+            paged = new.reshape(batch, heads, table.shape[1], -1, dim).swapaxes(1, 2)
+            flat = flat.at[table].set(paged.astype(flat.dtype))
+        return self._with(flat)
 
 
-Cache = KVCache | StackedCache
+def create_pages(config: ModelConfig, pages: int, dtype: jnp.dtype) -> Float[Array, "2L P K C H"]:
+    """An empty pool of so many pages a layer, the one of nobody among them."""
+    shape = (2 * config.num_layers, pages, config.num_kv_heads, PAGE, config.head_dim)
+    return jnp.zeros(shape, dtype)
 
 
-def _replaced(layers: tuple[Keys, ...], i: int, new: Keys) -> tuple[Keys, ...]:
-    return (*layers[:i], new, *layers[i + 1 :])
+def pages_for(positions: int) -> int:
+    """Pages that so many positions take."""
+    return -(-positions // PAGE)
 
 
 def bytes_per_token(config: ModelConfig, itemsize: int) -> int:
@@ -132,24 +139,22 @@ def bytes_per_token(config: ModelConfig, itemsize: int) -> int:
 
 
 def write(
-    cache: Float[Array, "R K S H"], new: New, positions: Int[Array, "B"], first: int = 0
-) -> Float[Array, "R K S H"]:
-    """Puts `new[b]` into the T slots from `positions[b]` on, of row `first + b`.
-
-    A row whose slots don't all lie inside the cache is dropped, never clamped: XLA's
-    dynamic_update_slice would overwrite the last slots instead.
-    """
-    rows = first + jnp.arange(new.shape[0], dtype=positions.dtype)
+    pages: Float[Array, "P K C H"],
+    new: Float[Array, "*places K H"],
+    page: Int[Array, "*places"],
+    slot: Int[Array, "*places"],
+) -> Float[Array, "P K C H"]:
+    """Puts each token's keys, or values, into a slot of a page."""
     return lax.scatter(
-        cache,
-        jnp.stack([rows, positions], axis=1),
-        new.swapaxes(1, 2).astype(cache.dtype),
+        pages,
+        jnp.stack([page, slot], axis=-1).reshape(-1, 2),
+        new.reshape(-1, *new.shape[-2:]).astype(pages.dtype),
         lax.ScatterDimensionNumbers(
-            update_window_dims=(1, 2, 3),
-            inserted_window_dims=(0,),
+            update_window_dims=(1, 2),
+            inserted_window_dims=(0, 2),
             scatter_dims_to_operand_dims=(0, 2),
         ),
-        indices_are_sorted=True,
+        # But for places in the page of nobody, where any of them may win.
         unique_indices=True,
-        mode=lax.GatherScatterMode.FILL_OR_DROP,
+        mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )

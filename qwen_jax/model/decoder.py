@@ -139,31 +139,50 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         q, k = tap(f"{self.prefix}q_rope", q), tap(f"{self.prefix}k_rope", k)
-        start = positions[:, 0]
-        cache = cache.write(layer, k, v, tap(f"{self.prefix}cache_slots", start))
-        keys, values = cache.layer(layer)
-        k_cache = tap(f"{self.prefix}k_cache", keys)
-        v_cache = tap(f"{self.prefix}v_cache", values)
-        if k_cache is not keys or v_cache is not values:  # but an intervention's
-            cache = cache.with_layer(layer, k_cache, v_cache)
+        start = tap(f"{self.prefix}cache_slots", positions[:, 0])
+        cache = cache.write(layer, k, v, start, lengths + (start - positions[:, 0]))
         # As the keys it meets: float32 beside a float16 cache is served by no kernel.
-        q = q.astype(k_cache.dtype)
-        if watched():  # the operations below keep no scores to look at
-            scores = attention_scores(q, k_cache, positions, lengths)
-            scores = tap(f"{self.prefix}attn_scores", scores)
-            tap(f"{self.prefix}attn_probs", jax.nn.softmax(scores, axis=-1))
+        q = q.astype(cache.pages.dtype)
+        if watched():  # the operations below hold none of what is to be looked at
+            cache = self._shown(q, cache, layer, positions, lengths)
+        tables = cache.layer_tables(layer)
         if steps == 1:
             attended = pallas_kernels.gqa_decode_attention(
-                q[:, 0], k_cache, v_cache, lengths, implementation=self.implementation
+                q[:, 0], cache.flat, *tables, lengths, implementation=self.implementation
             )
         else:
             attended = pallas_kernels.gqa_prefill_attention(
-                q, k_cache, v_cache, start, lengths, implementation=self.implementation
+                q,
+                cache.flat,
+                *tables,
+                positions[:, 0],
+                lengths,
+                implementation=self.implementation,
             )
         attended = attended.reshape(batch, steps, -1).astype(x.dtype)
         attended = tap(f"{self.prefix}attn_out", attended)
         out = matmul(attended, self.out[...], self.precision)
         return tap(f"{self.prefix}o_proj", out), cache
+
+    def _shown(
+        self,
+        q: Float[Array, "B T N H"],
+        cache: Cache,
+        layer: int,
+        positions: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+    ) -> Cache:
+        """Taps what the layer sees, position after position; the cache is another one where an
+        intervention changed it."""
+        keys, values = cache.layer(layer)
+        k_cache = tap(f"{self.prefix}k_cache", keys)
+        v_cache = tap(f"{self.prefix}v_cache", values)
+        if k_cache is not keys or v_cache is not values:
+            cache = cache.with_layer(layer, k_cache, v_cache)
+        scores = attention_scores(q, k_cache, positions, lengths)
+        scores = tap(f"{self.prefix}attn_scores", scores)
+        tap(f"{self.prefix}attn_probs", jax.nn.softmax(scores, axis=-1))
+        return cache
 
 
 class MLP(nnx.Module):

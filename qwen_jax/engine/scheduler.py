@@ -1,0 +1,368 @@
+"""Who runs when: texts wait in order, take a slot and pages, are extended in pieces, and decoded.
+
+A turn admits whoever fits, first come, first served; puts pieces of admitted prompts into the
+cache; and runs some decode steps of every text that is whole. A text that has ended leaves its slot
+and its pages to the next one at once. Nobody overtakes: the first in line waits for the pages it
+may need until its end, so that nothing that runs is ever thrown out, and everything gets its turn.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pallas_kernels.sample_tokens import Logprobs, pack, words
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.pool import page_keys
+from qwen_jax.engine.sampling import Plan, Sampling, settings_of
+from qwen_jax.engine.shapes import Piece, fitting, pieces_of
+from qwen_jax.errors import UserError
+from qwen_jax.model.cache import PAGE, pages_for
+
+MOST_CALLS = 4
+"""Of `extend` in a turn where few rows run, and one where many do: so long may they have to wait
+for their next steps."""
+
+
+NO_SLOT = -1
+
+
+@dataclasses.dataclass(eq=False)
+class Text:
+    """One text's work: tokens to go on from, or tokens to be scored.
+
+    Attributes:
+        tokens: its ids, at least one.
+        limit: tokens to generate at most; 0 only where it is scored.
+        sampling: how they are chosen.
+        top: None for no log-probabilities, else how many of the likeliest to report.
+        score_from: the first position whose token is scored, given all before it; None where the
+            text is to be continued.
+    """
+
+    tokens: Sequence[int]
+    limit: int = 0
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    top: int | None = None
+    score_from: int | None = None
+
+    def __post_init__(self) -> None:
+        self.pages: list[int] = []
+        self.shared_tokens = 0
+        self.slot = NO_SLOT
+        self.given = 0  # tokens that were told of
+        self.expected = 0  # tokens there may be after the calls that are under way
+        self.begun = self.over = False
+
+    @property
+    def entering(self) -> int:
+        """Tokens that `extend` puts into the cache: the last one is a step's, or only scored."""
+        return len(self.tokens) - 1
+
+
+class News(NamedTuple):
+    """What has become of a text since the last news of it.
+
+    Attributes:
+        tokens: new ones, the one that ends it included.
+        logprobs: of each, where asked for.
+        scores: of the tokens to be scored, log-probability and whether it is the likeliest.
+        over: nothing more comes.
+    """
+
+    text: Text
+    tokens: list[int]
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    scores: tuple[np.ndarray, np.ndarray] | None
+    over: bool
+
+
+class _Call(NamedTuple):
+    """A call of `step` under way."""
+
+    texts: list[Text]
+    emitted: steps.Emitted
+
+
+class _Scoring(NamedTuple):
+    """A call of `score` under way, with the piece of a text in each row."""
+
+    pieces: list[tuple[Text, Piece]]
+    scored: steps.Scored
+
+
+class Scheduler:
+    """Texts through one engine."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._waiting: deque[Text] = deque()
+        self._entering: deque[tuple[Text, deque[Piece]]] = deque()
+        self._running: list[Text] = []
+        self._slots = list(reversed(range(engine.shapes.slots)))
+        self._calls: deque[_Call | _Scoring] = deque()
+        self._scores: dict[Text, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing left to do or to tell."""
+        return not (self._waiting or self._entering or self._running or self._calls)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether a text that is added now could take its turn at once, or soon."""
+        return len(self._waiting) < self.engine.shapes.slots
+
+    def add(self, text: Text) -> None:
+        """Puts a text at the end of the line. It must fit: see `Engine.room`."""
+        self._waiting.append(text)
+
+    def cancel(self, text: Text) -> None:
+        """Ends a text wherever it is; nothing more is told of it.
+
+        What is entering the cache goes on to: others may share its pages already.
+        """
+        text.over = True
+        if text in self._waiting:
+            self._waiting.remove(text)
+        elif not any(text is entering for entering, _ in self._entering):
+            self._leave(text)
+
+    def close(self) -> None:
+        """Lets go of all that is left, once nothing is to be told any more."""
+        for text, pieces in self._entering:
+            if pieces:
+                self.engine.pool.forget(text.pages[pieces[0].start // PAGE :])
+        for text in [*self._waiting, *self._running, *(text for text, _ in self._entering)]:
+            self._leave(text)
+
+    def turn(self) -> list[News]:
+        """Does what can be done now, and tells what is known by then.
+
+        Raises:
+            UserError: logits are not finite, or a text bans every token.
+        """
+        self._admit()
+        self._extend()
+        self._step()
+        news: list[News] = []
+        busy = 1 if self.engine.shapes.ahead and (self._running or self._entering) else 0
+        while len(self._calls) > busy:
+            call = self._calls.popleft()
+            news += self._read(call) if isinstance(call, _Call) else self._read_scores(call)
+        return news
+
+    def _admit(self) -> None:
+        while self._waiting and (self._slots or self._waiting[0].score_from is not None):
+            text = self._waiting[0]
+            if not self._seat(text):
+                break
+            self._waiting.popleft()
+            pieces = deque(pieces_of(text.shared_tokens, text.entering, self.engine.shapes))
+            self._entering.append((text, pieces))
+
+    def _seat(self, text: Text) -> bool:
+        """Gives a text its pages and its slot, if there is room."""
+        pool = self.engine.pool
+        whole = (text.entering if text.score_from is None else text.score_from - 1) // PAGE
+        keys = list(page_keys(text.tokens[: text.entering]))
+        pages = pool.shared(keys[:whole])
+        needed = max(1, pages_for(text.entering + text.limit)) - len(pages)
+        if needed > pool.available:
+            pool.release(pages)
+            return False
+        text.shared_tokens = len(pages) * PAGE
+        text.pages = pages + pool.take(needed)
+        for page, key in zip(text.pages, keys, strict=False):
+            pool.remember(page, key)
+        if text.score_from is None:
+            text.slot = self._slots.pop()
+        return True
+
+    def _extend(self) -> None:
+        """Some pieces of prompts, in the order of the line."""
+        shapes = self.engine.shapes
+        few = len(self._running) * 2 < shapes.slots
+        for _ in range(MOST_CALLS if few else 1):
+            if pieces := self._next_pieces(shapes.pieces[-1]):
+                self._put(pieces)
+            while self._entering and not self._entering[0][1]:
+                text, _ = self._entering.popleft()
+                if text.over:
+                    self._leave(text)
+                elif text.score_from is None:
+                    self._begin(text)
+
+    def _next_pieces(self, most: int) -> list[tuple[Text, Piece]]:
+        """Those that can be in one call: as long as the first, and all scored or none."""
+        taken: list[tuple[Text, Piece]] = []
+        for text, pieces in self._entering:
+            while pieces and len(taken) < most:
+                if taken and (
+                    pieces[0].padded != taken[0][1].padded
+                    or self._scored(text, pieces[0]) != self._scored(*taken[0])
+                ):
+                    return taken
+                taken.append((text, pieces.popleft()))
+        return taken
+
+    def _scored(self, text: Text, piece: Piece) -> bool:
+        """Whether a piece has a token after which comes one to be scored."""
+        return text.score_from is not None and piece.start + piece.length >= text.score_from
+
+    def _put(self, pieces: list[tuple[Text, Piece]]) -> None:
+        engine = self.engine
+        scored, sizes = self._scored(*pieces[0]), engine.shapes.pieces
+        rows, padded = sizes[-1] if scored else fitting(sizes, len(pieces)), pieces[0][1].padded
+        tokens = np.zeros((rows, padded), np.int32)
+        start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        targets = np.zeros((rows, padded), np.int32)
+        for row, (text, piece) in enumerate(pieces):
+            stop = piece.start + piece.length
+            tokens[row, : piece.length] = text.tokens[piece.start : stop]
+            if scored:
+                targets[row, : piece.length] = text.tokens[piece.start + 1 : stop + 1]
+            start[row], lengths[row] = piece.start, stop
+        tables = self._tables([text for text, _ in pieces], rows)
+        given = engine.spec, engine.weights, engine.pages, tables, tokens, start, lengths
+        if scored:
+            engine.pages, found = steps.score(*given, targets)
+            self._calls.append(_Scoring(pieces, found))
+        else:
+            engine.pages = steps.extend(*given)
+
+    def _tables(self, texts: Sequence[Text], rows: int) -> np.ndarray:
+        tables = np.zeros((rows, self.engine.table_width), np.int32)
+        for row, text in enumerate(texts):
+            tables[row, : len(text.pages)] = text.pages
+        return tables
+
+    def _begin(self, text: Text) -> None:
+        """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
+        engine, vocab, sampling = self.engine, self.engine.config.vocab_size, text.sampling
+        self._running.append(text)
+        penalties = (
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
+        if penalties != (1, 0, 0) or sampling.logit_bias:
+            bias = np.zeros(vocab, np.float32)
+            bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
+            seen = pack([text.tokens], vocab)[0]
+            allowed = np.zeros(words(vocab), np.uint32)
+            slot = np.int32(text.slot)
+            engine.extras = steps.insert(engine.extras, slot, seen, allowed, bias)
+
+    def _step(self) -> None:
+        """Some decode steps of everyone who runs; who has then had all its tokens, leaves."""
+        if not self._running:
+            return
+        engine, shapes = self.engine, self.engine.shapes
+        texts = list(self._running)
+        size = fitting(shapes.rows, len(texts))
+        rows = np.zeros((7, size), np.int32)
+        rows[0] = shapes.slots  # nobody's, and out of bounds
+        settings = [settings_of(text.sampling, text.top) for text in texts]
+        settings += [settings_of(Sampling(), None)] * (size - len(texts))
+        for row, text in enumerate(texts):
+            fresh, text.begun = not text.begun, True
+            rows[:, row] = (*(text.slot, 1, fresh, text.tokens[-1], 0, text.entering, text.limit),)
+            text.expected = min(text.expected + shapes.steps, text.limit)
+        columns = jax.tree.map(lambda *parts: np.concatenate(parts), *settings)
+        vocab = engine.config.vocab_size
+        plan = Plan.of(((t.sampling, t.top) for t in texts), vocab)
+        engine.pages, engine.state, extras, emitted = steps.step(
+            engine.spec,
+            engine.weights,
+            engine.pages,
+            self._tables(texts, size),
+            engine.state,
+            engine.extras if plan.sampled else None,
+            steps.pack_rows(steps.Rows._make([*rows, columns])),
+            plan,
+            shapes.steps,
+        )
+        if extras is not None:
+            engine.extras = extras
+        self._calls.append(_Call(texts, emitted))
+        for text in texts:
+            if text.expected >= text.limit:
+                self._leave(text)
+
+    def _leave(self, text: Text) -> None:
+        """Slot and pages go to the next: what a device still does with them comes before."""
+        if text in self._running:
+            self._running.remove(text)
+        if text.slot != NO_SLOT:
+            self._slots.append(text.slot)
+            text.slot = NO_SLOT
+        self.engine.pool.release(text.pages)
+        text.pages = []
+
+    def _read(self, call: _Call) -> Iterator[News]:
+        """Waits for a call of `step`, and tells what it chose."""
+        tokens, logprobs = jax.device_get(call.emitted)
+        config = self.engine.config
+        for row, text in enumerate(call.texts):
+            if text.over:
+                continue
+            chosen: list[int] = tokens[:, row].tolist()
+            if steps.NOT_LIVE in chosen:
+                chosen = chosen[: chosen.index(steps.NOT_LIVE)]
+            if steps.NOT_FINITE in chosen:
+                raise UserError(
+                    f"{config.source}: the logits are not finite in {self.engine.spec.cache}: a "
+                    "value has overflowed; choose --dtype=bfloat16 or float32, and check the "
+                    "model's file."
+                )
+            if steps.BANNED in chosen:
+                raise UserError(
+                    "sampling.logit_bias bans every token there is, so that nothing is left to "
+                    "choose; leave some without -inf."
+                )
+            if not chosen:
+                continue
+            stopped = chosen[-1] in self.engine.spec.stop_ids
+            text.given += len(chosen)
+            text.over = stopped or text.given >= text.limit
+            if text.over:
+                self._leave(text)
+            shown = None if text.top is None else _logprobs(logprobs, row, len(chosen))
+            yield News(text, chosen, shown, None, text.over)
+
+    def _read_scores(self, call: _Scoring) -> Iterator[News]:
+        """Waits for a call of `score`, and tells of the texts that it finishes."""
+        found = jax.device_get(call.scored)
+        for row, (text, piece) in enumerate(call.pieces):
+            if text.over:
+                continue
+            assert text.score_from is not None
+            # Position p's logits are of the token at p + 1.
+            part = slice(max(text.score_from - 1 - piece.start, 0), piece.length)
+            parts = self._scores.setdefault(text, [])
+            parts.append((found.logprob[row, part], found.greedy[row, part]))
+            if piece.start + piece.length == text.entering:
+                text.over = True
+                self._leave(text)
+                logprob, greedy = (np.concatenate(p) for p in zip(*parts, strict=True))
+                del self._scores[text]
+                yield News(text, [], None, (logprob, greedy), True)
+
+
+def _logprobs(
+    found: Logprobs | None, row: int, count: int
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """A row's log-probabilities of its first tokens, and the likeliest ones' as asked for."""
+    assert found is not None
+    shown = []
+    for step in range(count):
+        chosen, ids, top = (x[step, row] for x in found)
+        asked = ids >= 0  # There is room for more than were asked for.
+        pairs = list(zip(ids[asked].tolist(), top[asked].tolist(), strict=True))
+        shown.append((float(chosen), pairs))
+    return shown

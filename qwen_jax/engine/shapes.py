@@ -1,0 +1,84 @@
+"""The few shapes that programs are compiled for, by platform."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qwen_jax.model.cache import PAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Sizes of calls.
+
+    Attributes:
+        rows: how many rows a call of `step` may have, ascending; the last are all slots.
+        lengths: of pieces of prompts, ascending; the last is a page.
+        pieces: how many a call of `extend` may have, ascending.
+        steps: decode steps between two looks at the result.
+        ahead: whether the host works while the device does: a GPU computes the next steps while
+            the host reads the last ones. A CPU would compete with itself, for steps that may not
+            be needed.
+    """
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    pieces: tuple[int, ...]
+    steps: int
+    ahead: bool
+
+    @property
+    def slots(self) -> int:
+        return self.rows[-1]
+
+    def length_for(self, tokens: int) -> int:
+        """The length of the next piece where so many tokens of a page are left.
+
+        Several short ones compute less than a page that is mostly padding, but read the weights
+        as often.
+        """
+        page = self.lengths[-1]
+        return next((n for n in self.lengths if tokens <= min(6 * n, page)), page)
+
+
+def shapes_for(platform: str, slots: int | None = None) -> Shapes:
+    """Those of a platform, for so many slots; by default as many as it makes good use of.
+
+    A GPU's steps take little longer for 64 rows than for one. On a CPU products take longer with
+    each row, while what does not depend on their number is done sooner.
+    """
+    if platform == "cpu":
+        slots = slots or 8
+        return Shapes(_up_to(slots, 1), (16, PAGE), (1,), steps=4, ahead=False)
+    slots = slots or 64
+    return Shapes(_up_to(slots, 1, 8), (PAGE,), (1, 4, 16), steps=8, ahead=True)
+
+
+def _up_to(slots: int, *sizes: int) -> tuple[int, ...]:
+    return (*(n for n in sizes if n < slots), slots)
+
+
+def fitting(sizes: tuple[int, ...], count: int) -> int:
+    """The smallest of some sizes that holds so many, or the largest."""
+    return next((n for n in sizes if n >= count), sizes[-1])
+
+
+class Piece(NamedTuple):
+    """Tokens of a text that enter the cache together: `length` from `start` on, padded."""
+
+    start: int
+    length: int
+    padded: int
+
+
+def pieces_of(start: int, stop: int, shapes: Shapes) -> Iterator[Piece]:
+    """How a text's tokens from `start` to `stop` enter the cache.
+
+    No piece lies in two pages, so that it is the same whether the pages before it are shared.
+    """
+    while start < stop:
+        left = min(stop, (start // PAGE + 1) * PAGE) - start
+        padded = shapes.length_for(left)
+        length = min(left, padded)
+        yield Piece(start, length, padded)
+        start += length

@@ -1,0 +1,40 @@
+"""What a compiled program is made for: one frozen, hashable value, its static argument."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.model.decoder import activation_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Equal specs share programs, whatever engines and weights they come from.
+
+    Attributes:
+        config: sizes and constants; its `source` counts for nothing.
+        weights: dtype of the parameters, and of products' inputs.
+        cache: dtype of keys and values.
+        precision: of float32 matrix products.
+        implementation: "auto", "mosaic_gpu" or "xla", for every operation.
+        stop_ids: tokens that end a row; they are emitted, then the row is done.
+        valid_tokens: vocabulary rows in use; ids from here on are never chosen.
+        unused_ids: rows below them that no token has, and that are never chosen either.
+        variant: tells programs apart that are traced while an intervention is open.
+    """
+
+    config: ModelConfig
+    weights: jnp.dtype
+    cache: jnp.dtype
+    precision: lax.Precision = lax.Precision.HIGHEST
+    implementation: str = "auto"
+    stop_ids: tuple[int, ...] = ()
+    valid_tokens: int = 0
+    unused_ids: tuple[int, ...] = ()
+    variant: object = None
+
+    @property
+    def activations(self) -> jnp.dtype:
+        return activation_dtype(self.weights)

@@ -145,7 +145,7 @@ def program(engine: Engine, inputs: Inputs, plan: Plan) -> Any:
     return lowered.compile()
 
 
-def go_on(run: Any, inputs: Inputs) -> Inputs:
+def go_on(engine: Engine, run: Any, inputs: Inputs) -> Inputs:
     """A call, and the inputs of the next one, which goes on where it ended."""
     pages, state, extras, emitted = run(engine.weights, *inputs)
     jax.block_until_ready(emitted)
@@ -196,7 +196,7 @@ def seconds_a_step(case: Case, args: Any) -> list[float]:
     for turn in range(args.rounds + 1):
         jax.block_until_ready(inputs)
         start = time.perf_counter()
-        inputs = go_on(case.run, inputs)
+        inputs = go_on(case.engine, case.run, inputs)
         if turn:  # the first warms up
             seconds.append((time.perf_counter() - start) / STEPS)
     return seconds

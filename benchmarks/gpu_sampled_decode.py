@@ -59,7 +59,7 @@ def measure(engine: Engine, batch: int, rounds: int) -> dict[str, list[float]]:
         for kind in kinds:
             jax.block_until_ready(states[kind])
             began = time.perf_counter()
-            states[kind] = go_on(programs[kind], states[kind])
+            states[kind] = go_on(engine, programs[kind], states[kind])
             if turn:  # the first warms up
                 seconds[kind].append((time.perf_counter() - began) / STEPS)
     return seconds

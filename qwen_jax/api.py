@@ -95,12 +95,13 @@ def load(
         UserError: the checkpoint is missing, damaged, too large or not a Qwen2.5 model, or an
             argument isn't one of the values above.
     """
-    parameter_dtype = dtype_of(dtype)
-    check_precision(matmul_precision)
-    check_implementation(implementation)
     _use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)
+    # From here on the device is asked, which `run.py` may still be waking up.
+    parameter_dtype = dtype_of(dtype)
+    check_precision(matmul_precision)
+    check_implementation(implementation)
     check_weights_fit(checkpoint.config, parameter_dtype)
     parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
     try:
@@ -186,7 +187,8 @@ def _use_compilation_cache() -> None:
         logging.warning("Compiled programs are not kept: %s; set XDG_CACHE_HOME.", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # All of them: even a copy takes XLA 50 ms for a GPU, and loading has dozens of small programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Options(PromptOptions, total=False):

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import api, pins, prompts, recommended, settings
-from qwen_jax.accuracy.recording import trace_generation
 from qwen_jax.api import Model
 from qwen_jax.engine.memory import device
 from qwen_jax.errors import UserError
@@ -151,6 +150,8 @@ def _run_single(model: Model, item: prompts.Item, config: ConfigDict, summary: S
         for completion in batch.completions:
             _print_logprobs(model, completion)
     if config.trace.file is not None:
+        from qwen_jax.accuracy.recording import trace_generation
+
         names = config.trace.names.split(",")
         trace_generation(
             model, request, batch.completions[0], names=names, positions=config.trace.positions

@@ -1,7 +1,7 @@
 """Compiling ahead, while weights load: what is compiled for shapes alone is found by the calls."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -10,44 +10,32 @@ import jax.numpy as jnp
 
 from pallas_kernels.sample_tokens import words
 from qwen_jax.engine import steps
+from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.sampling import Plan
-from qwen_jax.engine.shapes import Shapes
-from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import Weights
-from qwen_jax.model.cache import create_pages, pages_for
+from qwen_jax.model.cache import create_pages
 
 
-class Layout(NamedTuple):
-    """All that decides the shapes of an engine's programs, besides its weights.
+class Expected(NamedTuple):
+    """What an engine will be asked for.
 
     Attributes:
-        spec, shapes: the engine's.
-        pages: of a layer, the one of nobody among them.
+        texts: how many at the same time, at most.
+        plans: how they choose tokens.
     """
 
-    spec: Spec
-    shapes: Shapes
-    pages: int
-
-    @property
-    def table_width(self) -> int:
-        """Pages of a text as long as the context, or as the pool where that is shorter."""
-        return min(pages_for(self.spec.config.context_length), self.pages - 1)
+    texts: int
+    plans: Collection[Plan]
 
 
 def compile_ahead(
-    layout: Layout,
-    weights: Weights,
-    rows: Sequence[int],
-    plans: Sequence[Plan],
+    layout: Layout, weights: Weights, rows: Collection[int], plans: Collection[Plan]
 ) -> list[Future[object]]:
-    """Starts to compile, each on a thread of its own, what texts need.
+    """Starts to compile, each on a thread of its own, what so many rows with such plans need.
 
     Args:
         weights: of arrays, or of shapes alone.
-        rows: how many are to run together.
-        plans: how they choose tokens.
     """
     wanted = [*_extends(layout, weights), *_steps(layout, weights, rows, plans)]
     pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="compile")
@@ -84,7 +72,7 @@ def _extends(layout: Layout, weights: Weights) -> Iterator[Callable[[], object]]
 
 
 def _steps(
-    layout: Layout, weights: Weights, rows: Sequence[int], plans: Sequence[Plan]
+    layout: Layout, weights: Weights, rows: Collection[int], plans: Collection[Plan]
 ) -> Iterator[Callable[[], object]]:
     spec, shapes, vocab = layout.spec, layout.shapes, layout.spec.config.vocab_size
     given, width = _shapes_of(weights), layout.table_width

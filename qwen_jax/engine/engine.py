@@ -1,19 +1,20 @@
 """A model on a device: its weights, what its programs are made for, and its pool of pages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Unpack
 
 import jax
 import numpy as np
-from jax import lax
 from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
-from qwen_jax.engine.compiling import Layout, compile_ahead
-from qwen_jax.engine.memory import pool_pages, show_bytes
+from qwen_jax.engine.compiling import compile_ahead
+from qwen_jax.engine.layout import EngineOptions, Layout
+from qwen_jax.engine.memory import show_bytes
 from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.sampling import PLANS, Plan
-from qwen_jax.engine.shapes import fitting, pieces_of, shapes_for
+from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import PlainWeights, Weights
@@ -29,17 +30,10 @@ class Engine:
         config: sizes and constants.
         weights: every parameter by its canonical name, already on the device, or packed for
             the decode-step kernel (`qwen_jax.engine.weights.prepare`).
-        stop_ids: tokens that end a row; they are emitted, then the row is done.
-        valid_tokens: vocabulary rows in use; ids from here on are never chosen.
-        unused_ids: rows below them that no token has, and that are never chosen either.
-        precision: of float32 matrix products.
-        implementation: "auto", "mosaic_gpu" or "xla".
-        slots: rows that generate at the same time; by default what suits the platform.
-        cache_tokens: positions of the cache; by default what is needed, or fits.
+        options: see `EngineOptions`.
 
     Attributes:
-        spec: what its programs are compiled for.
-        shapes: and the sizes of their calls.
+        layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
         pages, state, extras: what the device holds between calls, made when first asked for.
     """
@@ -48,45 +42,30 @@ class Engine:
         self,
         config: ModelConfig,
         weights: Parameters | Weights,
-        *,
-        stop_ids: Sequence[int] = (),
-        valid_tokens: int | None = None,
-        unused_ids: Sequence[int] = (),
-        precision: lax.Precision = lax.Precision.HIGHEST,
-        implementation: str = "auto",
-        slots: int | None = None,
-        cache_tokens: int | None = None,
+        **options: Unpack[EngineOptions],
     ):
         self.config = config
         self.weights: Weights = PlainWeights(weights) if isinstance(weights, Mapping) else weights
-        rows = config.vocab_size
-        self.spec = Spec(
-            config,
-            self.weights.dtype,
-            self.weights.dtype,
-            precision,
-            implementation,
-            tuple(stop_ids),
-            rows if valid_tokens is None else min(valid_tokens, rows),
-            tuple(unused_ids),
-        )
         self.platform = next(iter(self.weights.devices())).platform
-        self.shapes = shapes_for(self.platform, slots)
-        size = (
-            pool_pages(config, self.spec.cache, self.shapes.slots, self.platform)
-            if cache_tokens is None
-            else pages_for(cache_tokens)
-        )
-        self.pool = Pool(1 + size)
-        self._pages: jax.Array | None = None
-        self._compiled: set[tuple[int, Plan]] = set()
+        self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
+        self.pool = Pool(self.layout.pages)
         self.state = State.create(self.shapes.slots)
+        self._pages: jax.Array | None = None
         self._extras: Extras | None = None
+        self._compiled: set[tuple[int, Plan]] = set()
+
+    @property
+    def spec(self) -> Spec:
+        return self.layout.spec
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.layout.shapes
 
     @property
     def pages(self) -> steps.Pages:
         if self._pages is None:
-            self._pages = create_pages(self.config, 1 + self.pool.size, self.spec.cache)
+            self._pages = create_pages(self.config, self.layout.pages, self.spec.cache)
         return self._pages
 
     @pages.setter
@@ -103,12 +82,7 @@ class Engine:
     def extras(self, extras: Extras) -> None:
         self._extras = extras
 
-    @property
-    def layout(self) -> Layout:
-        """What decides the shapes of its programs."""
-        return Layout(self.spec, self.shapes, 1 + self.pool.size)
-
-    def compile(self, rows: Sequence[int] | None = None, plans: Sequence[Plan] = PLANS) -> None:
+    def compile(self, rows: Collection[int] | None = None, plans: Collection[Plan] = PLANS) -> None:
         """Compiles what texts need, all of it by default, so that nothing is compiled after."""
         sizes = self.shapes.rows if rows is None else rows
         for future in compile_ahead(self.layout, self.weights, sizes, plans):

@@ -133,10 +133,13 @@ class Scheduler:
             self._leave(text)
 
     def close(self) -> None:
-        """Lets go of all that is left, once nothing is to be told any more."""
-        for text, pieces in self._entering:
-            if pieces:
-                self.engine.pool.forget(text.pages[pieces[0].start // PAGE :])
+        """Lets go of all that is left, once nothing is to be told any more.
+
+        An interrupt may have come between taking a piece and putting it into the cache, so that of
+        the pages that a text was to fill none counts.
+        """
+        for text, _ in self._entering:
+            self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
         for text in [*self._waiting, *self._running, *(text for text, _ in self._entering)]:
             self._leave(text)
 

@@ -13,7 +13,6 @@ from qwen_jax.engine.memory import pool_pages, show_bytes
 from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.shapes import pieces_of, shapes_for
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, bytes_per_token, create_pages, pages_for
@@ -39,7 +38,7 @@ class Engine:
         spec: what its programs are compiled for.
         shapes: and the sizes of their calls.
         pool: who holds which pages.
-        pages, state, extras: what the device holds between calls, made when first asked for.
+        pages: what the device holds of them between calls, made when first asked for.
     """
 
     def __init__(
@@ -77,8 +76,6 @@ class Engine:
         )
         self.pool = Pool(1 + size)
         self._pages: jax.Array | None = None
-        self.state = State.create(self.shapes.slots)
-        self._extras: Extras | None = None
 
     @property
     def pages(self) -> steps.Pages:
@@ -89,16 +86,6 @@ class Engine:
     @pages.setter
     def pages(self, pages: steps.Pages) -> None:
         self._pages = pages
-
-    @property
-    def extras(self) -> Extras:
-        if self._extras is None:
-            self._extras = Extras.create(self.shapes.slots, self.config.vocab_size)
-        return self._extras
-
-    @extras.setter
-    def extras(self, extras: Extras) -> None:
-        self._extras = extras
 
     @property
     def table_width(self) -> int:

@@ -96,10 +96,12 @@ class _Scoring(NamedTuple):
 
 
 class Scheduler:
-    """Texts through one engine."""
+    """Texts through one engine. Several may take turns: the slots of each are its own."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self._state = steps.State.create(engine.shapes.slots)
+        self._extras: steps.Extras | None = None
         self._waiting: deque[Text] = deque()
         self._entering: deque[tuple[Text, deque[Piece]]] = deque()
         self._running: list[Text] = []
@@ -259,7 +261,12 @@ class Scheduler:
             seen = pack([text.tokens], vocab)[0]
             allowed = np.zeros(words(vocab), np.uint32)
             slot = np.int32(text.slot)
-            engine.extras = steps.insert(engine.extras, slot, seen, allowed, bias)
+            self._extras = steps.insert(self._all_extras(), slot, seen, allowed, bias)
+
+    def _all_extras(self) -> steps.Extras:
+        """Those of all slots, made when the first text asks for any."""
+        slots, vocab = self.engine.shapes.slots, self.engine.config.vocab_size
+        return self._extras or steps.Extras.create(slots, vocab)
 
     def _step(self) -> None:
         """Some decode steps of everyone who runs; who has then had all its tokens, leaves."""
@@ -279,19 +286,19 @@ class Scheduler:
         columns = jax.tree.map(lambda *parts: np.concatenate(parts), *settings)
         vocab = engine.config.vocab_size
         plan = Plan.of(((t.sampling, t.top) for t in texts), vocab)
-        engine.pages, engine.state, extras, emitted = steps.step(
+        engine.pages, self._state, extras, emitted = steps.step(
             engine.spec,
             engine.weights,
             engine.pages,
             self._tables(texts, size),
-            engine.state,
-            engine.extras if plan.sampled else None,
+            self._state,
+            self._all_extras() if plan.sampled else None,
             steps.pack_rows(steps.Rows._make([*rows, columns])),
             plan,
             shapes.steps,
         )
         if extras is not None:
-            engine.extras = extras
+            self._extras = extras
         self._calls.append(_Call(texts, emitted))
         for text in texts:
             if text.expected >= text.limit:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -165,7 +165,7 @@ class Generation:
         """Of what has run so far; all zero before the first token."""
         return self._sums
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Generator[Piece, None, None]:
         scheduler = Scheduler(self._engine)
         self._start, self._compiled = time.perf_counter(), compile_seconds()
         try:

@@ -28,6 +28,7 @@ from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
+from qwen_jax.scoring import Pair, Score, scored
 from qwen_jax.text.chat import DEFAULT_SYSTEM
 from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ BUNDLED = "haiku"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRECISIONS = ("highest", "high", "default")
+MOST_SLOTS = 4096
+"""Far more than any device has room for texts."""
 
 
 def locate(model: str | Path = BUNDLED) -> Path:
@@ -101,6 +104,7 @@ def load(
         UserError: the checkpoint is missing, damaged, too large or not a Qwen2.5 model, or an
             argument isn't one of the values above.
     """
+    check_slots(slots)
     _use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)
@@ -155,6 +159,12 @@ def check_implementation(name: str) -> None:
 def check_precision(name: str) -> None:
     """Raises UserError for a matmul precision that there is not."""
     _one_of("matmul_precision", name, PRECISIONS)
+
+
+def check_slots(slots: int | None) -> None:
+    """Raises UserError for a number of slots that there can't be."""
+    if slots is not None and not (is_whole(slots) and 1 <= slots <= MOST_SLOTS):
+        raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -355,6 +365,14 @@ class Model:
         if sampling.temperature == 0 and (idle, n) not in self._warned:
             self._warned.add((idle, n))
             warn_of_greedy(idle, n)
+
+    def score(self, pairs: Iterable[Pair]) -> Iterator[Score]:
+        """How likely continuations are after contexts, both as ids, in the order of the pairs.
+
+        Raises:
+            UserError: while iterating: a pair is empty, too long, or not of this vocabulary.
+        """
+        return scored(self.engine, pairs)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits after each of the tokens, float32 `[T, V]`.

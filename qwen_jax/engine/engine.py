@@ -16,7 +16,6 @@ from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.sampling import PLANS, Plan
 from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, bytes_per_token, create_pages, pages_for
@@ -35,7 +34,7 @@ class Engine:
     Attributes:
         layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
-        pages, state, extras: what the device holds between calls, made when first asked for.
+        pages: what the device holds of them between calls, made when first asked for.
     """
 
     def __init__(
@@ -49,9 +48,7 @@ class Engine:
         self.platform = next(iter(self.weights.devices())).platform
         self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
         self.pool = Pool(self.layout.pages)
-        self.state = State.create(self.shapes.slots)
         self._pages: jax.Array | None = None
-        self._extras: Extras | None = None
         self._compiled: set[tuple[int, Plan]] = set()
 
     @property
@@ -71,16 +68,6 @@ class Engine:
     @pages.setter
     def pages(self, pages: steps.Pages) -> None:
         self._pages = pages
-
-    @property
-    def extras(self) -> Extras:
-        if self._extras is None:
-            self._extras = Extras.create(self.shapes.slots, self.config.vocab_size)
-        return self._extras
-
-    @extras.setter
-    def extras(self, extras: Extras) -> None:
-        self._extras = extras
 
     def compile(self, rows: Collection[int] | None = None, plans: Collection[Plan] = PLANS) -> None:
         """Compiles what texts need, all of it by default, so that nothing is compiled after."""

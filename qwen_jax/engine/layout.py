@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.memory import pool_pages
+from qwen_jax.engine.memory import Budget, pool_pages
 from qwen_jax.engine.shapes import Shapes, shapes_for
 from qwen_jax.engine.spec import Spec
 from qwen_jax.model.cache import PAGE, pages_for
@@ -76,7 +76,9 @@ class Layout(NamedTuple):
         shapes = shapes_for(platform, options.get("slots"))
         tokens = options.get("cache_tokens")
         if tokens is None:
-            pages = pool_pages(config, dtype, shapes.slots, platform, loaded=loaded)
+            budget = Budget.of(config, dtype)
+            free = budget.free if loaded else budget.free - budget.weights
+            pages = pool_pages(config, dtype, shapes.slots, platform, free)
         else:
             pages = pages_for(tokens)
         return cls(spec, shapes, 1 + pages)

@@ -101,7 +101,7 @@ def check_weights_fit(config: ModelConfig, dtype: jnp.dtype) -> None:
 
 
 def pool_pages(
-    config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str, *, loaded: bool = True
+    config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str, free: int | None = None
 ) -> int:
     """Pages for the cache of so many slots: what they need at most, or what there is room for.
 
@@ -110,20 +110,19 @@ def pool_pages(
     A size has four significant bits, so that the next process finds its programs compiled.
 
     Args:
-        loaded: whether the weights have taken their part of the memory.
+        free: bytes that there are for it; by default those that are free now.
 
     Raises:
         UserError: there is no room for one page.
     """
     context = pages_for(config.context_length)
-    budget = Budget.of(config, dtype)
-    free = budget.free if loaded else budget.free - budget.weights
+    free = free_memory() if free is None else free
     if platform == "cpu":
         wanted = min(max(context, slots * pages_for(1024)), slots * context)
         room = free // 2
     else:
         wanted, room = slots * context, free * 9 // 10 - _WORKSPACE
-    fits = room // (PAGE * budget.cache_per_token)
+    fits = room // (PAGE * bytes_per_token(config, dtype.itemsize))
     if fits < 1:
         raise TooLarge(
             f"There is no room for keys and values: {config.source} leaves "

@@ -98,10 +98,12 @@ class _Scoring(NamedTuple):
 
 
 class Scheduler:
-    """Texts through one engine."""
+    """Texts through one engine. Several may take turns: the slots of each are its own."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self._state = steps.State.create(engine.shapes.slots)
+        self._extras: steps.Extras | None = None
         self._waiting: deque[Text] = deque()
         self._entering: deque[tuple[Text, deque[Piece]]] = deque()
         self._running: list[Text] = []
@@ -136,10 +138,13 @@ class Scheduler:
             self._leave(text)
 
     def close(self) -> None:
-        """Lets go of all that is left, once nothing is to be told any more."""
-        for text, pieces in self._entering:
-            if pieces:
-                self.engine.pool.forget(text.pages[pieces[0].start // PAGE :])
+        """Lets go of all that is left, once nothing is to be told any more.
+
+        An interrupt may have come between taking a piece and putting it into the cache, so that of
+        the pages that a text was to fill none counts.
+        """
+        for text, _ in self._entering:
+            self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
         for text in [*self._waiting, *self._running, *(text for text, _ in self._entering)]:
             self._leave(text)
 
@@ -260,7 +265,7 @@ class Scheduler:
 
     def _begin(self, text: Text) -> None:
         """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
-        engine, vocab, sampling = self.engine, self.engine.config.vocab_size, text.sampling
+        vocab, sampling = self.engine.config.vocab_size, text.sampling
         self._running.append(text)
         own = (text.slot, 1, 1, text.tokens[-1], 0, text.entering, text.limit)
         numbers = [np.array([number], np.int32) for number in own]
@@ -277,7 +282,12 @@ class Scheduler:
             seen = pack([text.tokens], vocab)[0]
             allowed = np.zeros(words(vocab), np.uint32)
             slot = np.int32(text.slot)
-            engine.extras = steps.insert(engine.extras, slot, seen, allowed, bias)
+            self._extras = steps.insert(self._all_extras(), slot, seen, allowed, bias)
+
+    def _all_extras(self) -> steps.Extras:
+        """Those of all slots, made when the first text asks for any."""
+        slots, vocab = self.engine.shapes.slots, self.engine.config.vocab_size
+        return self._extras or steps.Extras.create(slots, vocab)
 
     def _step(self) -> None:
         """Some decode steps of everyone who runs; who has then had all its tokens, leaves."""
@@ -294,19 +304,19 @@ class Scheduler:
             row[:] = text.row
             text.row[steps.FRESH] = 0
             text.expected = min(text.expected + shapes.steps, text.limit)
-        engine.pages, engine.state, extras, emitted = steps.step(
+        engine.pages, self._state, extras, emitted = steps.step(
             engine.spec,
             engine.weights,
             engine.pages,
             self._tables(texts, size),
-            engine.state,
-            engine.extras if plan.sampled else None,
+            self._state,
+            self._all_extras() if plan.sampled else None,
             rows,
             plan,
             shapes.steps,
         )
         if extras is not None:
-            engine.extras = extras
+            self._extras = extras
         self._calls.append(_Call(texts, emitted))
         for text in texts:
             if text.expected >= text.limit:

@@ -21,7 +21,6 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
-from qwen_jax.engine.shapes import fitting
 from qwen_jax.engine.weights import prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
@@ -126,14 +125,15 @@ def load(
     try:
         if expected is not None and platform != "cpu":  # whose cores are busy with the weights
             shapes = prepared_shapes(config, checkpoint.parameters, parameter_dtype, implementation)
-            rows = {fitting(layout.shapes.rows, expected.texts)}
-            compile_ahead(layout, shapes, rows, expected.plans)
+            compile_ahead(layout, shapes, expected.programs(layout))
         parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
         weights = prepare(config, parameters, parameter_dtype, implementation)
     except pallas_kernels.UnsupportedError as error:
         raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
     options["cache_tokens"] = layout.cache_tokens
     engine = Engine(config, weights, **options)
+    if expected is not None:
+        engine.expect(expected.programs(layout))
     return Model(engine, tokenizer, read_recommended(checkpoint))
 
 

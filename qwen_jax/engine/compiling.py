@@ -11,10 +11,30 @@ import jax.numpy as jnp
 from pallas_kernels.sample_tokens import words
 from qwen_jax.engine import steps
 from qwen_jax.engine.layout import Layout
-from qwen_jax.engine.sampling import Plan
+from qwen_jax.engine.sampling import PLANS, Plan, Sampling
+from qwen_jax.engine.shapes import Shapes, fitting
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import Weights
 from qwen_jax.model.cache import create_pages
+
+
+class Programs(NamedTuple):
+    """Which programs are meant.
+
+    Attributes:
+        rows: of `step`.
+        pieces: of `extend`.
+        plans: how `step` chooses tokens.
+    """
+
+    rows: Collection[int]
+    pieces: Collection[int]
+    plans: Collection[Plan]
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> "Programs":
+        """All that nearly all requests need."""
+        return cls(shapes.rows, shapes.pieces, PLANS)
 
 
 class Expected(NamedTuple):
@@ -22,22 +42,27 @@ class Expected(NamedTuple):
 
     Attributes:
         texts: how many at the same time, at most.
-        plans: how they choose tokens.
+        choices: how their tokens are chosen, and how many log-probabilities are wanted, or None.
     """
 
     texts: int
-    plans: Collection[Plan]
+    choices: Collection[tuple[Sampling, int | None]]
+
+    def programs(self, layout: Layout) -> Programs:
+        """The fewest that serve it."""
+        shapes = layout.shapes
+        pieces = shapes.pieces[0] if self.texts == 1 else shapes.pieces[-1]
+        plan = Plan.of(self.choices, layout.spec.config.vocab_size)
+        return Programs([fitting(shapes.rows, self.texts)], [pieces], [plan])
 
 
-def compile_ahead(
-    layout: Layout, weights: Weights, rows: Collection[int], plans: Collection[Plan]
-) -> list[Future[object]]:
-    """Starts to compile, each on a thread of its own, what so many rows with such plans need.
+def compile_ahead(layout: Layout, weights: Weights, programs: Programs) -> list[Future[object]]:
+    """Starts to compile programs, each on a thread of its own.
 
     Args:
         weights: of arrays, or of shapes alone.
     """
-    wanted = [*_extends(layout, weights), *_steps(layout, weights, rows, plans)]
+    wanted = [*_extends(layout, weights, programs), *_steps(layout, weights, programs)]
     pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="compile")
     futures: list[Future[object]] = [pool.submit(lower) for lower in wanted]
     pool.shutdown(wait=False)
@@ -62,24 +87,24 @@ def _pages(layout: Layout) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: create_pages(spec.config, layout.pages, spec.cache))
 
 
-def _extends(layout: Layout, weights: Weights) -> Iterator[Callable[[], object]]:
+def _extends(
+    layout: Layout, weights: Weights, programs: Programs
+) -> Iterator[Callable[[], object]]:
     given, width = _shapes_of(weights), layout.table_width
-    for count in layout.shapes.pieces:
+    for count in programs.pieces:
         for length in layout.shapes.lengths:
             row, tokens = _ints(count), _ints(count, length)
             args = given, _pages(layout), _ints(count, width), tokens, row, row
             yield functools.partial(_compile, steps.extend, layout.spec, *args)
 
 
-def _steps(
-    layout: Layout, weights: Weights, rows: Collection[int], plans: Collection[Plan]
-) -> Iterator[Callable[[], object]]:
+def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Callable[[], object]]:
     spec, shapes, vocab = layout.spec, layout.shapes, layout.spec.config.vocab_size
     given, width = _shapes_of(weights), layout.table_width
     state = jax.eval_shape(lambda: State.create(shapes.slots))
     extras = jax.eval_shape(lambda: Extras.create(shapes.slots, vocab))
-    for plan in plans:
-        for count in rows:
+    for plan in programs.plans:
+        for count in programs.rows:
             packed = _ints(count, steps.FIELDS)
             args = given, _pages(layout), _ints(count, width), state
             rest = extras if plan.sampled else None, packed, plan, shapes.steps

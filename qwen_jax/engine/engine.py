@@ -1,6 +1,6 @@
 """A model on a device: its weights, what its programs are made for, and its pool of pages."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 import jax
@@ -9,17 +9,20 @@ from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
-from qwen_jax.engine.compiling import compile_ahead
+from qwen_jax.engine.compiling import Programs, compile_ahead
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import show_bytes
 from qwen_jax.engine.pool import Pool
-from qwen_jax.engine.sampling import PLANS, Plan
+from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, bytes_per_token, create_pages, pages_for
 from qwen_jax.model.decoder import Parameters
+
+FEW_CALLS = 4
+"""So many take less time than to compile a program."""
 
 
 class Engine:
@@ -49,7 +52,8 @@ class Engine:
         self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
         self.pool = Pool(self.layout.pages)
         self._pages: jax.Array | None = None
-        self._compiled: set[tuple[int, Plan]] = set()
+        self._rows: set[tuple[int, Plan]] = set()
+        self._pieces: set[int] = set()
 
     @property
     def spec(self) -> Spec:
@@ -69,20 +73,35 @@ class Engine:
     def pages(self, pages: steps.Pages) -> None:
         self._pages = pages
 
-    def compile(self, rows: Collection[int] | None = None, plans: Collection[Plan] = PLANS) -> None:
-        """Compiles what texts need, all of it by default, so that nothing is compiled after."""
-        sizes = self.shapes.rows if rows is None else rows
-        for future in compile_ahead(self.layout, self.weights, sizes, plans):
+    def compile(self) -> None:
+        """Compiles all that requests usually need, so that nothing is compiled after."""
+        programs = Programs.of(self.shapes)
+        for future in compile_ahead(self.layout, self.weights, programs):
             future.result()
-        self._compiled |= {(size, plan) for size in sizes for plan in plans}
+        self.expect(programs)
+
+    def expect(self, programs: Programs) -> None:
+        """Tells that these programs are compiled, or will be: others of the kind do without."""
+        self._pieces |= set(programs.pieces)
+        self._rows |= {(size, plan) for size in programs.rows for plan in programs.plans}
 
     def rows_for(self, texts: int, plan: Plan) -> int:
-        """How many rows a step of so many texts has: the fewest that hold them, unless there is a
-        program of more rows and none of so many."""
+        """Rows of a step of so many texts: the fewest that hold them, unless there is a program of
+        more rows and none of so few."""
         size = fitting(self.shapes.rows, texts)
-        larger = [n for n in self.shapes.rows if n >= size and (n, plan) in self._compiled]
+        larger = [n for n, of in self._rows if n >= size and of == plan]
         chosen = min(larger, default=size)
-        self._compiled.add((chosen, plan))
+        self._rows.add((chosen, plan))
+        return chosen
+
+    def pieces_for(self, count: int) -> int:
+        """Pieces of each call of `extend` where there are so many in all: by the same rule, and
+        few calls of a smaller program that is there do, too."""
+        size = fitting(self.shapes.pieces, count)
+        larger = [n for n in self._pieces if n >= size]
+        smaller = [n for n in self._pieces if n < size and n * FEW_CALLS >= count]
+        chosen = min(larger) if larger else max(smaller, default=size)
+        self._pieces.add(chosen)
         return chosen
 
     def room(self, tokens: Sequence[int], max_tokens: int) -> int:

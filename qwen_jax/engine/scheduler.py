@@ -19,7 +19,7 @@ from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Plan, Sampling, settings_of
-from qwen_jax.engine.shapes import Piece, fitting, pieces_of
+from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, pages_for
 
@@ -152,7 +152,8 @@ class Scheduler:
         """Does what can be done now, and tells what is known by then.
 
         Raises:
-            UserError: logits are not finite, or a text bans every token.
+            UserError: logits are not finite, a text bans every token, or there is nothing to wait
+                for: other schedulers' texts hold the pages.
         """
         self._admit()
         self._extend()
@@ -168,6 +169,11 @@ class Scheduler:
         while self._waiting and (self._slots or self._waiting[0].score_from is not None):
             text = self._waiting[0]
             if not self._seat(text):
+                if not (self._entering or self._running or self._calls):
+                    raise UserError(
+                        "Other texts that are being generated hold the whole cache; finish them, "
+                        "or close their generators."
+                    )
                 break
             self._waiting.popleft()
             pieces = deque(pieces_of(text.shared_tokens, text.entering, self.engine.shapes))
@@ -194,8 +200,10 @@ class Scheduler:
     def _extend(self) -> None:
         """Some pieces of prompts, in the order of the line."""
         for _ in range(self._calls_of_extend()):
-            if pieces := self._next_pieces(self.engine.shapes.pieces[-1]):
-                self._put(pieces)
+            pieces = self._next_pieces(self.engine.shapes.pieces[-1])
+            size = self._rows_of(pieces) if pieces else 1
+            for start in range(0, len(pieces), size):
+                self._put(pieces[start : start + size], size)
             while self._entering and not self._entering[0][1]:
                 text, _ = self._entering.popleft()
                 if text.over:
@@ -236,10 +244,15 @@ class Scheduler:
         """Whether a piece has a token after which comes one to be scored."""
         return text.score_from is not None and piece.start + piece.length >= text.score_from
 
-    def _put(self, pieces: list[tuple[Text, Piece]]) -> None:
-        engine = self.engine
-        scored, sizes = self._scored(*pieces[0]), engine.shapes.pieces
-        rows, padded = sizes[-1] if scored else fitting(sizes, len(pieces)), pieces[0][1].padded
+    def _rows_of(self, pieces: list[tuple[Text, Piece]]) -> int:
+        """Of the calls that put these pieces into the cache; of `score` there is one size."""
+        if self._scored(*pieces[0]):
+            return self.engine.shapes.pieces[-1]
+        return self.engine.pieces_for(len(pieces))
+
+    def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> None:
+        engine, padded = self.engine, pieces[0][1].padded
+        scored = self._scored(*pieces[0])
         tokens = np.zeros((rows, padded), np.int32)
         start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         targets = np.zeros((rows, padded), np.int32)

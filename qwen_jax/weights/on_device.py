@@ -1,10 +1,9 @@
 """Parameters on an accelerator: weights travel as the file has them and become numbers there.
 
-A GPU decodes a gigabyte of blocks in the time that one processor core takes for a megabyte. So the
-host only hands over bytes of the mapped file, in pieces of some megabytes that several threads send
-at a time. The compiled program of a piece decodes it and puts it into its rows of the parameter.
-Its sizes are those of the piece and the parameter, so a model of any number of layers takes about
-a dozen programs.
+To decode a 7B in Q8_0 kept 16 cores busy for 17 s. So the host only hands over bytes of the mapped
+file, in pieces of some megabytes that several threads send at a time. The compiled program of a
+piece decodes it and puts it into its rows of the parameter. Its sizes are those of the piece and
+the parameter, so a model of any number of layers takes about a dozen programs.
 
 A block format has one definition, in `simple_quants`, `kquants` and `iquants`: its decoder is
 given JAX's arrays here. Weights in other forms (GPTQ, AWQ, FP8, float64, adapters' changes) are
@@ -36,8 +35,8 @@ PIECE = 32 << 20
 them are little memory."""
 
 SENDERS = 8
-"""Pieces on the way at a time: 256 MB. One thread reads a mapped file at 2 to 5 GB/s, and the bus
-takes 50."""
+"""Pieces on the way at a time: 256 MB. One thread copies out of a mapped file at 6 to 9 GB/s, and a
+GPU's bus takes several times that."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

@@ -9,9 +9,11 @@ from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
+from qwen_jax.engine.compiling import Layout, compile_ahead
 from qwen_jax.engine.memory import pool_pages, show_bytes
 from qwen_jax.engine.pool import Pool
-from qwen_jax.engine.shapes import pieces_of, shapes_for
+from qwen_jax.engine.sampling import PLANS, Plan
+from qwen_jax.engine.shapes import fitting, pieces_of, shapes_for
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import PlainWeights, Weights
@@ -77,6 +79,7 @@ class Engine:
         )
         self.pool = Pool(1 + size)
         self._pages: jax.Array | None = None
+        self._compiled: set[tuple[int, Plan]] = set()
         self.state = State.create(self.shapes.slots)
         self._extras: Extras | None = None
 
@@ -101,9 +104,25 @@ class Engine:
         self._extras = extras
 
     @property
-    def table_width(self) -> int:
-        """Pages of a text as long as the context, or as the pool where that is shorter."""
-        return min(pages_for(self.config.context_length), self.pool.size)
+    def layout(self) -> Layout:
+        """What decides the shapes of its programs."""
+        return Layout(self.spec, self.shapes, 1 + self.pool.size)
+
+    def compile(self, rows: Sequence[int] | None = None, plans: Sequence[Plan] = PLANS) -> None:
+        """Compiles what texts need, all of it by default, so that nothing is compiled after."""
+        sizes = self.shapes.rows if rows is None else rows
+        for future in compile_ahead(self.layout, self.weights, sizes, plans):
+            future.result()
+        self._compiled |= {(size, plan) for size in sizes for plan in plans}
+
+    def rows_for(self, texts: int, plan: Plan) -> int:
+        """How many rows a step of so many texts has: the fewest that hold them, unless there is a
+        program of more rows and none of so many."""
+        size = fitting(self.shapes.rows, texts)
+        larger = [n for n in self.shapes.rows if n >= size and (n, plan) in self._compiled]
+        chosen = min(larger, default=size)
+        self._compiled.add((chosen, plan))
+        return chosen
 
     def room(self, tokens: Sequence[int], max_tokens: int) -> int:
         """How many tokens may follow a prompt: so many, or what the context has left.
@@ -156,7 +175,7 @@ class Engine:
         if (needed := pages_for(len(tokens))) > self.pool.available:
             raise UserError("The cache is taken by texts that are being generated; finish them.")
         held = self.pool.take(needed)
-        table = np.zeros((1, self.table_width), np.int32)
+        table = np.zeros((1, self.layout.table_width), np.int32)
         table[0, : len(held)] = held
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
         for start, length, padded in pieces_of(0, len(tokens), self.shapes):

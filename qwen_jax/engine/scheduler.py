@@ -236,7 +236,7 @@ class Scheduler:
             engine.pages = steps.extend(*given)
 
     def _tables(self, texts: Sequence[Text], rows: int) -> np.ndarray:
-        tables = np.zeros((rows, self.engine.table_width), np.int32)
+        tables = np.zeros((rows, self.engine.layout.table_width), np.int32)
         for row, text in enumerate(texts):
             tables[row, : len(text.pages)] = text.pages
         return tables
@@ -264,7 +264,9 @@ class Scheduler:
             return
         engine, shapes = self.engine, self.engine.shapes
         texts = list(self._running)
-        size = fitting(shapes.rows, len(texts))
+        vocab = engine.config.vocab_size
+        plan = Plan.of(((t.sampling, t.top) for t in texts), vocab)
+        size = engine.rows_for(len(texts), plan)
         rows = np.zeros((7, size), np.int32)
         rows[0] = shapes.slots  # nobody's, and out of bounds
         settings = [settings_of(text.sampling, text.top) for text in texts]
@@ -274,8 +276,6 @@ class Scheduler:
             rows[:, row] = (*(text.slot, 1, fresh, text.tokens[-1], 0, text.entering, text.limit),)
             text.expected = min(text.expected + shapes.steps, text.limit)
         columns = jax.tree.map(lambda *parts: np.concatenate(parts), *settings)
-        vocab = engine.config.vocab_size
-        plan = Plan.of(((t.sampling, t.top) for t in texts), vocab)
         engine.pages, engine.state, extras, emitted = steps.step(
             engine.spec,
             engine.weights,

@@ -105,6 +105,8 @@ def _unpacked(packed: Int[Array, "R fields"]) -> Rows:
 
 
 _DTYPES = [column.dtype for column in settings(1)]
+FIELDS = len(Rows._fields) - 1 + len(_DTYPES)
+"""Numbers of a row in what `pack_rows` makes."""
 
 
 class Emitted(NamedTuple):

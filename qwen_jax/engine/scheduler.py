@@ -7,6 +7,7 @@ may need until its end, so that nothing that runs is ever thrown out, and everyt
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -137,7 +138,9 @@ class Scheduler:
         for text, pieces in self._entering:
             if pieces:
                 self.engine.pool.forget(text.pages[pieces[0].start // PAGE :])
-        for text in [*self._waiting, *self._running, *(text for text, _ in self._entering)]:
+        scored = [call.pieces for call in self._calls if isinstance(call, _Scoring)]
+        pieces_of_texts = [*self._entering, *itertools.chain(*scored)]
+        for text in [*self._waiting, *self._running, *(text for text, _ in pieces_of_texts)]:
             self._leave(text)
 
     def turn(self) -> list[News]:
@@ -189,7 +192,12 @@ class Scheduler:
         few = len(self._running) * 2 < shapes.slots
         for _ in range(MOST_CALLS if few else 1):
             if pieces := self._next_pieces(shapes.pieces[-1]):
-                self._put(pieces)
+                try:
+                    self._put(pieces)
+                except BaseException:
+                    for text, piece in pieces:
+                        self.engine.pool.forget(text.pages[piece.start // PAGE :])
+                    raise
             while self._entering and not self._entering[0][1]:
                 text, _ = self._entering.popleft()
                 if text.over:

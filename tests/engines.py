@@ -106,7 +106,7 @@ def run_to_end(engine: Engine, texts: Iterable[Text]) -> list[News]:
 def fill(engine: Engine, texts: Sequence[Sequence[int]], room: int = 1) -> np.ndarray:
     """Puts texts into the cache, each into pages of its own with room for more tokens; returns
     their tables `[B, n]`."""
-    tables = np.zeros((len(texts), engine.table_width), np.int32)
+    tables = np.zeros((len(texts), engine.layout.table_width), np.int32)
     for table, text in zip(tables, texts, strict=True):
         held = engine.pool.take(pages_for(len(text) + room))
         table[: len(held)] = held

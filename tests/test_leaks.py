@@ -140,7 +140,7 @@ def test_what_is_not_a_texts_own_never_leaks(value: float) -> None:
         for news in scheduler.turn():
             got[news.text] += news.tokens
         there = [text for text in texts if text.pages]
-        tables = np.zeros((len(there), engine.table_width), np.int32)
+        tables = np.zeros((len(there), engine.layout.table_width), np.int32)
         for row, text in enumerate(there):
             tables[row, : len(text.pages)] = text.pages
         # A prompt that is entering is left whole.

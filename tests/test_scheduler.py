@@ -290,7 +290,7 @@ def test_who_can_wait_for_nobody_of_its_own_is_told_so() -> None:
     first.add(Text(random_tokens(CONFIG, 300), 50))
     first.turn()
     second.add(Text(random_tokens(CONFIG, 100), 50))
-    with pytest.raises(UserError, match="taken by texts that are being generated"):
+    with pytest.raises(UserError, match="are taken by texts that are being generated"):
         second.turn()
     second.close()
     while not first.idle:
@@ -344,7 +344,7 @@ def test_texts_larger_than_the_cache_are_refused_with_sums() -> None:
     with pytest.raises(UserError) as caught:
         engine.room(tokens, 58)
     each = 2 * 2 * 2 * 32 * 4  # K and V, layers, heads, dimensions, bytes
-    assert f"needs {258 * each / 1000:.1f} kB for keys and values" in str(caught.value)
+    assert f"needs {257 * each / 1000:.1f} kB for keys and values" in str(caught.value)
     assert f"room for 256 tokens, {256 * each / 1000:.1f} kB" in str(caught.value)
     assert "lower max_tokens, or shorten the prompt" in str(caught.value)
     assert engine.logits(random_tokens(CONFIG, 256)).shape == (256, 61)

@@ -1,17 +1,22 @@
-"""Engines over tiny random models, and a plain loop that drives one to the end."""
+"""Engines over tiny random models, and plain loops that drive one: by a scheduler, or by force."""
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.sample_tokens import settings
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.engine import Emitted, Engine, Prompt, Rows
-from qwen_jax.engine.sampling import Plan, RowParameters, Sampling, plan_rows
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import Plan, Sampling
+from qwen_jax.engine.scheduler import News, Scheduler, Text
+from qwen_jax.engine.shapes import pieces_of
+from qwen_jax.engine.steps import Extras, State
+from qwen_jax.model.cache import PAGE, pages_for
 from tests.golden_cases import Case
 from tests.tiny_checkpoints import canonical
 
@@ -25,11 +30,20 @@ def device_parameters(params: Mapping[str, np.ndarray], dtype: str) -> dict[str,
 
 
 @functools.cache
-def random_engine(
+def random_parameters(config: ModelConfig, seed: int, dtype: str) -> dict[str, jax.Array]:
+    """A golden case's parameters."""
+    return device_parameters(Case(config, seed).parameters(), dtype)
+
+
+def fresh_engine(
     config: ModelConfig, seed: int = 0, dtype: str = "float32", **options: Any
 ) -> Engine:
-    """An engine over a golden case's parameters; made once, so that tests share its programs."""
-    return Engine(config, device_parameters(Case(config, seed).parameters(), dtype), **options)
+    """An engine over a golden case's parameters with an empty cache; equal ones share programs."""
+    return Engine(config, random_parameters(config, seed, dtype), **options)
+
+
+random_engine = functools.cache(fresh_engine)
+"""The same, made once, with whatever tests before have left in its cache."""
 
 
 def random_tokens(config: ModelConfig, length: int, seed: int = 0) -> list[int]:
@@ -42,12 +56,18 @@ def relative(ours: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
+class Prompt(NamedTuple):
+    """A prompt's ids and the most tokens it may be answered with."""
+
+    tokens: Sequence[int]
+    max_tokens: int
+
+
 class Generated(NamedTuple):
-    """What every row chose, in order, and the state it ended in."""
+    """What every text chose, in order."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
-    rows: Rows
 
 
 def generate(
@@ -55,50 +75,126 @@ def generate(
     prompts: Sequence[Prompt],
     samplings: Sequence[Sampling] | None = None,
     *,
-    chunk: int = 8,
     logprobs: bool = False,
 ) -> Generated:
-    """Prefills and decodes until every row is done, `chunk` steps at a time."""
-    plan, params = plan_rows(
-        samplings or [Sampling()] * len(prompts), engine.config.vocab_size, logprobs=logprobs
-    )
-    rows, first = engine.prefill(prompts, plan, params)
-    steps = [jax.tree.map(lambda x: np.asarray(x)[None], first)]
-    while not np.asarray(rows.done).all():
-        rows, emitted = engine.decode_many(rows, params, plan, chunk)
-        steps.append(jax.tree.map(np.asarray, emitted))
-    every: Emitted = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-    columns = range(len(prompts))
+    """Adds all texts at once, and drives a scheduler until every one has ended."""
+    texts = [
+        Text(prompt.tokens, engine.room(*prompt), sampling, 0 if logprobs else None)
+        for prompt, sampling in zip(prompts, samplings or [Sampling()] * len(prompts), strict=True)
+    ]
+    told = run_to_end(engine, [text for text in texts if text.limit > 0])
+    found = {
+        text: [entry for news in told if news.text is text for entry in (news.logprobs or [])]
+        for text in texts
+    }
     return Generated(
-        [every.choice.token[every.live[:, b], b].tolist() for b in columns],
-        [every.choice.logprobs.chosen[every.live[:, b], b].tolist() for b in columns]
-        if logprobs
-        else [],
-        rows,
+        [[token for news in told if news.text is text for token in news.tokens] for text in texts],
+        [[chosen for chosen, _ in found[text]] for text in texts] if logprobs else [],
     )
+
+
+def run_to_end(engine: Engine, texts: Iterable[Text]) -> list[News]:
+    """All news of some texts, through a scheduler of their own."""
+    scheduler, told = Scheduler(engine), []
+    for text in texts:
+        scheduler.add(text)
+    while not scheduler.idle:
+        told += scheduler.turn()
+    return told
+
+
+def fill(engine: Engine, texts: Sequence[Sequence[int]], room: int = 1) -> np.ndarray:
+    """Puts texts into the cache, each into pages of its own with room for more tokens; returns
+    their tables `[B, n]`."""
+    tables = np.zeros((len(texts), engine.layout.table_width), np.int32)
+    for table, text in zip(tables, texts, strict=True):
+        held = engine.pool.take(pages_for(len(text) + room))
+        table[: len(held)] = held
+        for start, length, padded in pieces_of(0, len(text), engine.shapes):
+            part = np.zeros((1, padded), np.int32)
+            part[0, :length] = text[start : start + length]
+            at, end = np.array([start], np.int32), np.array([start + length], np.int32)
+            engine.pages = steps.extend(
+                engine.spec, engine.weights, engine.pages, table[None], part, at, end
+            )
+    return tables
+
+
+def poison(engine: Engine, tables: np.ndarray, lengths: Sequence[int], value: float) -> None:
+    """Fills the cache with `value`, but for so many positions of each row."""
+    kept = np.zeros((1 + engine.pool.size, PAGE), bool)
+    for table, length in zip(tables, lengths, strict=True):
+        for j in range(pages_for(length)):
+            kept[table[j], : length - j * PAGE] = True
+    pages = np.array(engine.pages)
+    engine.pages = jnp.asarray(
+        np.where(kept[None, :, None, :, None], pages, pages.dtype.type(value))
+    )
+
+
+def rows_of(tokens: Sequence[int], positions: Sequence[int], **columns: Any) -> steps.Rows:
+    """Rows that go on with a token at a position: all live and fresh, nothing generated, one token
+    to come, greedy, but for the columns given."""
+    rows = len(tokens)
+    whole = {
+        "slot": np.arange(rows),
+        "live": np.ones(rows),
+        "fresh": np.ones(rows),
+        "token": tokens,
+        "generated": np.zeros(rows),
+        "start": positions,
+        "limit": np.ones(rows),
+        "settings": settings(rows),
+    } | columns
+    asked = whole.pop("settings")
+    return steps.Rows(settings=asked, **{k: np.asarray(v, np.int32) for k, v in whole.items()})
+
+
+def run_steps(
+    engine: Engine,
+    tables: np.ndarray,
+    state: State,
+    extras: Extras | None,
+    rows: steps.Rows,
+    plan: Plan,
+    count: int,
+) -> tuple[State, Extras | None, steps.Emitted]:
+    """A call of `step` on the engine's pages; all else is the caller's."""
+    engine.pages, *rest = steps.step(
+        engine.spec,
+        engine.weights,
+        engine.pages,
+        tables,
+        state,
+        extras,
+        steps.pack_rows(rows),
+        plan,
+        count,
+    )
+    state, extras, emitted = rest
+    return state, extras, emitted
+
+
+def forced(
+    engine: Engine, tables: np.ndarray, tokens: Sequence[int], positions: Sequence[int]
+) -> np.ndarray:
+    """One decode step of each row with a token at a position: log-probabilities `[B, V]` of what
+    follows. All of them come out as the top V."""
+    rows, vocab = len(tokens), engine.config.vocab_size
+    asked = rows_of(tokens, positions, settings=settings(rows, logprobs=vocab))
+    state, extras = State.create(rows), Extras.create(rows, vocab)
+    plan = Plan(True, vocab)
+    _, _, emitted = run_steps(engine, tables, state, extras, asked, plan, 1)
+    assert emitted.logprobs is not None
+    _, ids, top = (np.asarray(x)[0] for x in emitted.logprobs)
+    out = np.full((rows, 1 + vocab), -np.inf, np.float32)
+    np.put_along_axis(out, np.where(ids < 0, vocab, ids), top, axis=1)
+    return out[:, :vocab]
 
 
 def decoded_logprobs(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
-    """Log-probabilities after every position, `[T, V]`, from decode steps fed `tokens` by force.
-
-    Only the first token is prefilled. All log-probabilities come out as the top V.
-    """
-    vocab = engine.config.vocab_size
-    plan, params = plan_rows([Sampling()], vocab, top_logprobs=vocab)
-    rows, emitted = engine.prefill([Prompt(tokens[:1], len(tokens))], plan, params)
-    out = np.full((len(tokens), vocab), -np.inf, np.float32)
-    for i in range(len(tokens)):
-        if i > 0:
-            rows, emitted = force(engine, rows, params, plan, tokens[i])
-        likeliest = emitted.choice.logprobs
-        ids = np.asarray(likeliest.top_ids[0])
-        out[i, ids[ids >= 0]] = np.asarray(likeliest.top[0])[ids >= 0]
-    return out
-
-
-def force(
-    engine: Engine, rows: Rows, params: RowParameters, plan: Plan, token: int
-) -> tuple[Rows, Emitted]:
-    """One decode step after `token`, whatever was chosen before."""
-    forced = dataclasses.replace(rows, token=jnp.full_like(rows.token, token))
-    return engine.decode_step(forced, params, plan)
+    """Log-probabilities after every position, `[T, V]`, all of them from decode steps."""
+    tables = fill(engine, [[]], len(tokens))
+    found = [forced(engine, tables, [token], [i]) for i, token in enumerate(tokens)]
+    engine.pool.release([int(page) for page in tables[0, : pages_for(len(tokens))]])
+    return np.concatenate(found)

@@ -1,4 +1,6 @@
-"""The key/value cache: where writes go, and where they must not."""
+"""The paged cache: where writes go, and where they must not; a model of it in NumPy says."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,98 +10,170 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model.cache import KVCache, StackedCache, bytes_per_token, write
+from qwen_jax.model.cache import NOBODY, PAGE, Cache, bytes_per_token, create_pages, pages_for
 from tests.tiny_checkpoints import tiny_config
 
-CAPACITY = 9
-jitted = jax.jit(write)
+LAYERS, PAGES, HEADS, SLOTS, DIM = 3, 9, 2, 4, 5
+ROWS, WIDTH = 3, 2
+"""Pages of 4 positions here: nothing asks how many there are, and more end in the middle."""
+CAPACITY = WIDTH * SLOTS
+
+write = jax.jit(Cache.write, static_argnums=1)
+write_all = jax.jit(Cache.write_all)
+
+
+def drawn(rng: np.random.Generator) -> Cache:
+    """Random numbers in pages that lie anywhere, each row's its own."""
+    pages = rng.normal(size=(2 * LAYERS, PAGES, HEADS, SLOTS, DIM)).astype(np.float32)
+    order = 1 + rng.permutation(PAGES - 1)[: ROWS * WIDTH]
+    return Cache(jnp.asarray(pages), jnp.asarray(order.reshape(ROWS, WIDTH), jnp.int32))
+
+
+def written(cache: Cache, new: np.ndarray, positions: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The pages once each kept token's keys, or values, `new` [2L, B, T, K, H] stand at their
+    position [B, T]; a position that no table reaches is none."""
+    pages, tables = np.array(cache.pages), np.asarray(cache.tables)
+    for row, token in np.argwhere(kept & (positions >= 0) & (positions < CAPACITY)):
+        page, slot = divmod(int(positions[row, token]), SLOTS)
+        pages[:, tables[row, page], :, slot] = new[:, row, token]
+    return pages
+
+
+def assert_same(cache: Cache, expected: np.ndarray) -> None:
+    """But for the page of nobody, which may hold anything."""
+    np.testing.assert_array_equal(cache.pages[:, NOBODY + 1 :], expected[:, NOBODY + 1 :])
 
 
 @given(
-    steps=st.integers(1, CAPACITY),
-    positions=st.lists(st.integers(-3, CAPACITY + 2), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+    layer=st.integers(0, LAYERS - 1),
+    tokens=st.sampled_from([1, 3, CAPACITY]),
+    starts=st.lists(st.integers(-3, CAPACITY + 2), min_size=ROWS, max_size=ROWS),
+    counts=st.lists(st.integers(-2, CAPACITY), min_size=ROWS, max_size=ROWS),
 )
-def test_writes_go_to_their_slots_or_nowhere(steps: int, positions: list[int]) -> None:
-    """A row that would leave the cache, at either end, is dropped whole: never clamped, wrapped."""
-    rng = np.random.default_rng(0)
-    cache = rng.normal(size=(3, 2, CAPACITY, 4)).astype(np.float32)
-    new = rng.normal(size=(3, steps, 2, 4)).astype(np.float32)
-    expected = cache.copy()
-    for row, position in enumerate(positions):
-        if 0 <= position <= CAPACITY - steps:
-            expected[row, :, position : position + steps] = new[row].swapaxes(0, 1)
-    got = jitted(jnp.asarray(cache), jnp.asarray(new), jnp.asarray(positions, jnp.int32))
-    np.testing.assert_array_equal(got, expected)
-
-
-@given(
-    layer=st.integers(0, 2),
-    steps=st.integers(1, CAPACITY),
-    positions=st.lists(st.integers(-3, CAPACITY + 2), min_size=3, max_size=3),
-)
-def test_one_array_of_all_layers_is_written_alike(
-    layer: int, steps: int, positions: list[int]
+def test_writes_go_to_their_pages_or_to_nobodys(
+    seed: int, layer: int, tokens: int, starts: list[int], counts: list[int]
 ) -> None:
-    """No row that is dropped lands in another row or layer."""
+    """Padding, rows that are done (they have no length), and what lies before the beginning or
+    behind the capacity: never clamped, never wrapped into another row, page or layer."""
+    rng = np.random.default_rng(seed)
+    cache = drawn(rng)
+    k, v = rng.normal(size=(2, ROWS, tokens, HEADS, DIM)).astype(np.float32)
+    start, lengths = np.array(starts), np.array(starts) + counts
+    positions = start[:, None] + np.arange(tokens)
+    new = np.zeros((2 * LAYERS, *k.shape), np.float32)
+    new[layer], new[LAYERS + layer] = k, v
+    whole = written(cache, new, positions, positions < lengths[:, None])
+    expected = np.array(cache.pages)
+    for half in (layer, LAYERS + layer):
+        expected[half] = whole[half]
+    got = write(cache, layer, k, v, jnp.asarray(start), jnp.asarray(lengths))
+    assert_same(got, expected)
+    np.testing.assert_array_equal(got.tables, cache.tables)
+    # Nobody's page is the first layer's keys' own: the other layers' are left as they were.
+    np.testing.assert_array_equal(got.pages[1:, NOBODY], cache.pages[1:, NOBODY])
+
+
+@given(
+    seed=st.integers(0, 99),
+    positions=st.lists(st.integers(-3, CAPACITY + 2), min_size=ROWS, max_size=ROWS),
+    live=st.lists(st.booleans(), min_size=ROWS, max_size=ROWS),
+)
+def test_one_token_of_all_layers_is_written_as_layer_by_layer(
+    seed: int, positions: list[int], live: list[bool]
+) -> None:
+    rng = np.random.default_rng(seed)
+    cache = drawn(rng)
+    new = rng.normal(size=(2 * LAYERS, ROWS, HEADS, DIM)).astype(np.float32)
+    at, alive = jnp.asarray(positions), jnp.asarray(live)
+    got = write_all(cache, new, at, alive)
+    expected = written(
+        cache, new[:, :, None], np.array(positions)[:, None], np.array(live)[:, None]
+    )
+    assert_same(got, expected)
+    one_by_one = cache
+    for i in range(LAYERS):
+        k, v = (jnp.asarray(new[j][:, None]) for j in (i, LAYERS + i))
+        one_by_one = write(one_by_one, i, k, v, at, jnp.where(alive, at + 1, 0))
+    assert_same(got, np.asarray(one_by_one.pages))
+
+
+def test_rows_of_one_text_are_written_side_by_side() -> None:
+    """Pieces of a text in one call: two rows with one table, the second from the next page on."""
     rng = np.random.default_rng(0)
-    stacked = StackedCache(jnp.asarray(rng.normal(size=(6, 3, 2, CAPACITY, 4)), jnp.float32))
-    apart = KVCache(tuple(stacked.k), tuple(stacked.v))
-    k, v = (jnp.asarray(rng.normal(size=(3, steps, 2, 4)), jnp.float32) for _ in "kv")
-    at = jnp.asarray(positions, jnp.int32)
-    one, other = stacked.write(layer, k, v, at), apart.write(layer, k, v, at)
-    for i in range(3):
-        for ours, theirs in zip(one.layer(i), other.layer(i), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    cache = drawn(rng)
+    both = dataclasses.replace(cache, tables=cache.tables[jnp.array([1, 1])])
+    k, v = rng.normal(size=(2, 1, CAPACITY, HEADS, DIM)).astype(np.float32)
+    one = dataclasses.replace(cache, tables=cache.tables[1:2])
+    expected = write(one, 1, k, v, jnp.array([0]), jnp.array([CAPACITY - 1]))
+    halves = (x.reshape(2, SLOTS, HEADS, DIM) for x in (k, v))
+    got = write(both, 1, *halves, jnp.array([0, SLOTS]), jnp.array([SLOTS, CAPACITY - 1]))
+    assert_same(got, np.asarray(expected.pages))
 
 
-@given(positions=st.lists(st.integers(-3, CAPACITY + 2), min_size=3, max_size=3))
-def test_all_layers_at_once_are_written_as_one_by_one(positions: list[int]) -> None:
-    rng = np.random.default_rng(0)
-    stacked = StackedCache(jnp.asarray(rng.normal(size=(6, 3, 2, CAPACITY, 4)), jnp.float32))
-    new = jnp.asarray(rng.normal(size=(6, 3, 2, 4)), jnp.float32)
-    at = jnp.asarray(positions, jnp.int32)
-    expected = stacked
-    for i in range(3):
-        expected = expected.write(i, new[i][:, None], new[3 + i][:, None], at)
-    np.testing.assert_array_equal(stacked.write_all(new, at).layers, expected.layers)
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_layer_is_read_and_put_in_its_place(layer: int) -> None:
+    rng = np.random.default_rng(layer)
+    cache = drawn(rng)
+    pages, tables = np.array(cache.pages), np.asarray(cache.tables)
+    for half, got in zip((layer, LAYERS + layer), cache.layer(layer), strict=True):
+        for row in range(ROWS):
+            shown = np.concatenate([pages[half, page] for page in tables[row]], axis=1)
+            np.testing.assert_array_equal(got[row], shown)
+    k, v = rng.normal(size=(2, ROWS, HEADS, CAPACITY, DIM)).astype(np.float32)
+    other = cache.with_layer(layer, k, v)
+    for half, new in ((layer, k), (LAYERS + layer, v)):
+        for row in range(ROWS):
+            for j, page in enumerate(tables[row]):
+                pages[half, page] = new[row, :, j * SLOTS : (j + 1) * SLOTS]
+    np.testing.assert_array_equal(other.pages, pages)
+    for got, new in zip(other.layer(layer), (k, v), strict=True):
+        np.testing.assert_array_equal(got, new)
 
 
-@pytest.mark.parametrize("layer", range(3))
-def test_a_layer_is_put_in_its_place(layer: int) -> None:
-    rng = np.random.default_rng(0)
-    stacked = StackedCache(jnp.asarray(rng.normal(size=(6, 1, 2, 3, 4)), jnp.float32))
-    k, v = (jnp.asarray(rng.normal(size=(1, 2, 3, 4)), jnp.float32) for _ in "kv")
-    expected = np.array(stacked.layers)
-    expected[layer], expected[3 + layer] = k, v
-    apart = KVCache(tuple(stacked.k), tuple(stacked.v)).with_layer(layer, k, v)
-    np.testing.assert_array_equal(stacked.with_layer(layer, k, v).layers, expected)
-    np.testing.assert_array_equal([*apart.k, *apart.v], expected)
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_where_a_layer_lies_in_the_flat_pool(layer: int) -> None:
+    cache = drawn(np.random.default_rng(0))
+    keys, values = cache.layer_tables(layer)
+    np.testing.assert_array_equal(cache.flat[keys], cache.pages[layer][cache.tables])
+    np.testing.assert_array_equal(cache.flat[values], cache.pages[LAYERS + layer][cache.tables])
 
 
 def test_writes_take_the_caches_dtype() -> None:
-    cache = jnp.zeros((1, 1, 4, 2), jnp.bfloat16)
-    got = jitted(cache, jnp.full((1, 1, 1, 2), 257.0), jnp.array([2]))
-    assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(got[0, 0, :, 0].astype(jnp.float32), [0, 0, 256, 0])
+    config = tiny_config(num_layers=1, num_kv_heads=1, num_heads=1, head_dim=2)
+    cache = Cache.create(config, 1, 4, jnp.dtype(jnp.bfloat16))
+    new = jnp.full((1, 1, 1, 2), 257.0)
+    got = write(cache, 0, new, new, jnp.array([2]), jnp.array([3]))
+    assert got.pages.dtype == jnp.bfloat16
+    keys, values = got.layer(0)
+    for x in (keys, values):
+        np.testing.assert_array_equal(x[0, 0, :4, 0].astype(jnp.float32), [0, 0, 256, 0])
 
 
-def test_create() -> None:
+@pytest.mark.parametrize(("capacity", "each"), [(1, 1), (128, 1), (129, 2), (300, 3)])
+def test_create(capacity: int, each: int) -> None:
+    """Every row has pages of its own, none of them nobody's."""
     config = tiny_config(num_layers=3)
-    cache = KVCache.create(config, 5, 7, jnp.dtype(jnp.float16))
-    assert (cache.rows, cache.capacity) == (5, 7)
-    assert len(cache.k) == len(cache.v) == 3
-    for x in jax.tree.leaves(cache):
-        assert x.shape == (5, config.num_kv_heads, 7, config.head_dim)
-        assert x.dtype == jnp.float16 and not x.any()
+    cache = Cache.create(config, 5, capacity, jnp.dtype(jnp.float16))
+    assert pages_for(capacity) == each and cache.capacity == each * PAGE >= capacity
+    assert sorted(np.asarray(cache.tables).ravel()) == list(range(1, 1 + 5 * each))
+    shape = (6, 1 + 5 * each, config.num_kv_heads, PAGE, config.head_dim)
+    assert cache.pages.shape == shape
+    assert cache.pages.dtype == jnp.float16 and not cache.pages.any()
+
+
+@given(positions=st.integers(0, 10_000))
+def test_pages_hold_their_positions_and_no_page_more(positions: int) -> None:
+    assert (pages_for(positions) - 1) * PAGE < positions <= pages_for(positions) * PAGE or (
+        positions == pages_for(positions) == 0
+    )
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_bytes_per_token_is_what_a_slot_takes(itemsize: int) -> None:
+def test_bytes_per_token_is_what_a_position_takes(itemsize: int) -> None:
     config = tiny_config()
     dtype = jnp.dtype({2: "bfloat16", 4: "float32"}[itemsize])
-    cache = KVCache.create(config, 1, 10, dtype)
-    held = sum(x.nbytes for x in jax.tree.leaves(cache))
-    assert bytes_per_token(config, itemsize) == held / 10
+    assert bytes_per_token(config, itemsize) == create_pages(config, 3, dtype).nbytes / (3 * PAGE)
 
 
 def test_bytes_of_qwen_at_32k_positions() -> None:

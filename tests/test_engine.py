@@ -1,8 +1,7 @@
-"""Prefill and decoding: chunks, batches, limits, stops, and what a finished row leaves alone."""
+"""Prompts in pieces and decode steps: batches, limits, stops, and what a done row leaves alone."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.engine import engine as engine_module
-from qwen_jax.engine.engine import Engine, Prompt, Rows
-from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import Plan, Sampling
+from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.shapes import Shapes, pieces_of, shapes_for
+from qwen_jax.engine.steps import Extras, State
 from qwen_jax.errors import UserError
-from qwen_jax.model.cache import KVCache
-from tests.engines import device_parameters, generate, random_engine, random_tokens, relative
+from qwen_jax.model.cache import PAGE, Cache
+from tests.engines import (
+    Generated,
+    Prompt,
+    fill,
+    forced,
+    fresh_engine,
+    generate,
+    random_engine,
+    random_tokens,
+    relative,
+    rows_of,
+    run_steps,
+    run_to_end,
+)
 from tests.golden_cases import Case, odd_config
 from tests.numpy_reference import forward, log_softmax
 
@@ -37,18 +51,9 @@ def exact() -> np.ndarray:
     return forward(CONFIG, Case(CONFIG, 0).parameters(), prompt(LONGEST).tokens)["logits"]
 
 
-def row_state(rows: Rows, row: int) -> Any:
-    """Everything a row is, on the host."""
-    return jax.tree.map(lambda x: np.asarray(x[row]), rows)
+# ---- Prompts in pieces
 
-
-def assert_equal(ours: Any, theirs: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
-# ---- Prefill in chunks
-
-LENGTHS = [1, 2, 15, 16, 17, 511, 512, 513, 1024, LONGEST]
+LENGTHS = [1, 2, 15, 16, 17, 96, 97, 127, 128, 129, 144, 255, 256, 257, 1024, LONGEST]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -59,56 +64,72 @@ def test_logits_of_every_length_equal_float64(length: int) -> None:
     assert relative(logits[-1], exact()[length - 1]) <= BOUND
 
 
-def test_prefill_of_every_length_in_one_batch_equals_float64() -> None:
-    """Rows that end in earlier chunks than the longest keep the state they ended with."""
-    prompts = [Prompt(prompt(LONGEST).tokens[:length], 1) for length in LENGTHS]
+def test_texts_of_every_length_that_begin_together_equal_float64() -> None:
+    """More than there are slots, of 1 to 9 pages; pages of the longer ones are shared."""
     vocab = CONFIG.vocab_size
-    plan, params = plan_rows([Sampling()] * len(prompts), vocab, top_logprobs=vocab)
-    _, first = random_engine(CONFIG).prefill(prompts, plan, params)
-    for row, length in enumerate(LENGTHS):
+    texts = [Text(prompt(LONGEST).tokens[:length], 1, top=vocab) for length in LENGTHS]
+    engine = fresh_engine(CONFIG)
+    told = {news.text: news for news in run_to_end(engine, texts)}
+    for text, length in zip(texts, LENGTHS, strict=True):
+        assert told[text].logprobs is not None
+        ((_, top),) = told[text].logprobs
         ours = np.empty(vocab)
-        likeliest = first.choice.logprobs
-        ours[np.asarray(likeliest.top_ids[row])] = likeliest.top[row]
+        ours[[token for token, _ in top]] = [logprob for _, logprob in top]
         assert relative(ours, log_softmax(exact()[length - 1])) <= BOUND
+    assert engine.pool.available == engine.pool.size
 
 
-@pytest.mark.parametrize(
-    ("chunk", "length"), [(16, 65), (32, 63), (32, 64), (64, 64), (64, 65), (64, 129)]
-)
-def test_chunks_do_not_change_the_text(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, length: int
-) -> None:
-    monkeypatch.setattr(engine_module, "CHUNK", chunk)
-    logits = random_engine(CONFIG).logits(prompt(LONGEST).tokens[:length])
+@pytest.mark.parametrize("length", [63, 64, 65, 130, 300])
+@pytest.mark.parametrize("lengths", [(32, PAGE), (64, PAGE), (PAGE,)], ids=str)
+def test_the_pieces_do_not_change_the_text(lengths: tuple[int, ...], length: int) -> None:
+    engine = fresh_engine(CONFIG)
+    engine.shapes = dataclasses.replace(engine.shapes, lengths=lengths)
+    logits = engine.logits(prompt(LONGEST).tokens[:length])
     assert relative(logits, exact()[:length]) <= BOUND
 
 
-def test_chunk_lengths() -> None:
-    lengths = functools.partial(engine_module.chunk_lengths, chunk=512)
-    assert lengths(1) == lengths(16) == [16]
-    assert lengths(17) == [32]
-    assert lengths(257) == lengths(512) == [512]
-    assert lengths(513) == [512, 16]
-    assert lengths(1100) == [512, 512, 128]
+def test_pieces() -> None:
+    cpu = shapes_for("cpu")
+
+    def padded(start: int, stop: int) -> list[int]:
+        return [piece.padded for piece in pieces_of(start, stop, cpu)]
+
+    assert padded(0, 0) == padded(128, 128) == []
+    assert padded(0, 1) == padded(0, 16) == padded(128, 130) == [16]
+    assert padded(0, 17) == [16, 16]
+    assert padded(0, 96) == [16] * 6
+    assert padded(0, 97) == padded(0, 128) == [128]
+    assert padded(0, 257) == [128, 128, 16]
+    assert padded(128, 257) == [128, 16]
 
 
-@given(longest=st.integers(1, 40_000), chunk=st.sampled_from([512, 1024, 2048]))
-def test_chunks_hold_the_prompt_and_fit_its_cache(longest: int, chunk: int) -> None:
-    lengths = engine_module.chunk_lengths(longest, chunk)
-    assert longest <= sum(lengths) <= engine_module.bucket(longest, 16)
-    assert sum(lengths[:-1]) < longest
-    assert lengths == sorted(lengths, reverse=True)
-    assert all(length in (16, 32, 64, 128, 256, 512, 1024, 2048) for length in lengths)
-    assert max(lengths) <= chunk
+@given(
+    start=st.integers(0, 20),
+    tokens=st.integers(0, 5000),
+    shapes=st.sampled_from([shapes_for("cpu"), shapes_for("gpu")]),
+)
+def test_pieces_hold_the_prompt_and_lie_in_one_page(
+    start: int, tokens: int, shapes: Shapes
+) -> None:
+    at = start * PAGE
+    for piece in pieces_of(start * PAGE, start * PAGE + tokens, shapes):
+        assert piece.start == at
+        assert 0 < piece.length <= piece.padded in shapes.lengths
+        assert piece.start // PAGE == (piece.start + piece.length - 1) // PAGE
+        # Padding may go past a page: it is written nowhere. But no full page is in parts, so that
+        # its numbers are the same in every text that shares it.
+        if (at := piece.start + piece.length) % PAGE == 0:
+            assert piece.length == PAGE
+    assert at == start * PAGE + tokens
 
 
 # ---- Batches
 
-SHAPES = [(1, 30), (16, 12), (33, 30), (64, 1), (64, 25)]
+SHAPES = [(1, 30), (16, 12), (33, 30), (64, 1), (64, 25), (200, 20)]
 
 
 def test_a_batch_gives_what_each_row_gives_alone() -> None:
-    """Greedy rows and rows that draw, in turn."""
+    """Greedy rows and rows that draw, in turn. Alone a row takes the steps of one row."""
     prompts = [prompt(length, most, seed=length) for length, most in SHAPES]
     samplings = [
         Sampling(temperature=0.9 * (i % 2), top_p=0.95, seed=i) for i in range(len(SHAPES))
@@ -135,50 +156,69 @@ def test_penalties_of_one_row_leave_the_others_alone() -> None:
     assert len(set(tokens[0])) > len(set(plain[0])), "penalties make a text more varied"
 
 
-def test_steps_in_chunks_or_one_by_one_are_the_same() -> None:
-    engine = random_engine(CONFIG)
-    one = generate(engine, PAIR, DRAWN_AND_PENALISED, chunk=1)
-    eight = generate(engine, PAIR, DRAWN_AND_PENALISED, chunk=8)
-    assert one.tokens == eight.tokens
+def test_steps_in_calls_of_some_or_one_by_one_are_the_same() -> None:
+    def tokens(steps: int) -> list[list[int]]:
+        engine = fresh_engine(CONFIG)
+        engine.shapes = dataclasses.replace(engine.shapes, steps=steps)
+        return generate(engine, PAIR, DRAWN_AND_PENALISED).tokens
+
+    assert tokens(1) == tokens(4)
+
+
+def test_working_ahead_changes_nothing() -> None:
+    ahead = fresh_engine(CONFIG)
+    ahead.shapes = dataclasses.replace(ahead.shapes, ahead=True)
+    results = [
+        generate(e, PAIR, DRAWN_AND_PENALISED, logprobs=True) for e in (ahead, fresh_engine(CONFIG))
+    ]
+    assert results[0] == results[1]
 
 
 def test_the_same_call_twice_is_the_same_bit_for_bit() -> None:
-    first, second = (generate(random_engine(CONFIG), PAIR, DRAWN_AND_PENALISED) for _ in range(2))
-    assert first.tokens == second.tokens
-    assert_equal(first.rows, second.rows)
+    engines = fresh_engine(CONFIG), fresh_engine(CONFIG)
+    first, second = (generate(e, PAIR, DRAWN_AND_PENALISED, logprobs=True) for e in engines)
+    assert first == second
+    np.testing.assert_array_equal(engines[0].pages, engines[1].pages)
 
 
 # ---- Limits
 
 EDGE = odd_config(num_layers=2, context_length=256)
-"""A context that its cache holds exactly: SMALLEST_CAPACITY slots."""
+"""A context of two pages."""
+
+
+def run_one(engine: Engine, text: Text) -> tuple[list[int], np.ndarray]:
+    """A text's tokens, and the table it had."""
+    scheduler, tokens, table = (
+        Scheduler(engine),
+        [],
+        np.zeros((1, engine.layout.table_width), np.int32),
+    )
+    scheduler.add(text)
+    while not scheduler.idle:
+        tokens += [token for news in scheduler.turn() for token in news.tokens]
+        if text.pages:
+            table[0, : len(text.pages)] = text.pages
+    return tokens, table
 
 
 @pytest.mark.parametrize("most", [56, 1000])
 def test_a_text_that_fills_the_context(most: int) -> None:
-    """200 + 56 = 256: all are generated, and every slot holds what a fresh prefill puts there."""
-    engine = random_engine(EDGE)
-    prompts = [Prompt(random_tokens(EDGE, 200), most), Prompt(random_tokens(EDGE, 9), 20)]
-    tokens, _, rows = generate(engine, prompts, chunk=16)
-    assert [len(text) for text in tokens] == [56, 20]
-    assert rows.cache.capacity == 256
-    np.testing.assert_array_equal(rows.length, [255, 28])  # the last token never enters
-
-    whole = [*prompts[0].tokens, *tokens[0][:-1]]
-    assert_same_slots(rows.cache, filled_cache(engine, whole), 255)
-    assert int(engine.logits(whole)[-1].argmax()) == tokens[0][-1]
-
-
-def filled_cache(engine: Engine, tokens: list[int]) -> KVCache:
-    plan, params = plan_rows([Sampling()], engine.config.vocab_size)
-    return engine.prefill([Prompt(tokens, 1)], plan, params)[0].cache
-
-
-def assert_same_slots(ours: KVCache, fresh: KVCache, slots: int) -> None:
-    for x, y in zip((*ours.k, *ours.v), (*fresh.k, *fresh.v), strict=True):
-        a, b = np.asarray(x), np.asarray(y)
-        for slot in range(slots):
-            assert relative(a[0, :, slot], b[0, :, slot]) <= 2 * BOUND, f"slot {slot}"
+    """200 + 56 = 256: all are generated, and every position holds what a fresh prompt puts there;
+    the last token never enters."""
+    engine, asked = fresh_engine(EDGE), random_tokens(EDGE, 200)
+    tokens, table = run_one(engine, Text(asked, engine.room(asked, most)))
+    assert len(tokens) == 56
+    whole = [*asked, *tokens[:-1]]
+    ours, other = Cache(engine.pages, table), fresh_engine(EDGE)
+    tables = fill(other, [whole])
+    fresh = Cache(other.pages, tables)
+    for layer in range(EDGE.num_layers):
+        for x, y in zip(ours.layer(layer), fresh.layer(layer), strict=True):
+            for position in range(255):
+                assert relative(x[0, :, position], y[0, :, position]) <= 2 * BOUND, position
+            assert not np.asarray(x[0, :, 255]).any()
+    assert int(engine.logits(whole)[-1].argmax()) == tokens[-1]
 
 
 @pytest.mark.parametrize("length", [255, 240, 17])
@@ -188,21 +228,19 @@ def test_the_last_room_in_the_context(length: int) -> None:
     assert len(tokens) == 256 - length
 
 
-@pytest.mark.parametrize("most", [0, 1, 2, 7, 8, 9, 17])
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 4, 5, 9])
 def test_max_tokens_are_generated_and_no_more(most: int) -> None:
-    """Whatever chunk they end in; none asked for gives none."""
-    result = generate(random_engine(CONFIG), [prompt(20, most), prompt(5, 9)], chunk=8)
+    """Whatever call they end in; none asked for gives none."""
+    result = generate(random_engine(CONFIG), [prompt(20, most), prompt(5, 9)])
     assert [len(text) for text in result.tokens] == [most, 9]
 
 
 def test_impossible_prompts_are_refused() -> None:
     engine = random_engine(EDGE)
-    plan, params = plan_rows([Sampling()] * 2, EDGE.vocab_size)
 
     def refusal(length: int) -> str:
-        fine = Prompt(random_tokens(EDGE, 5), 5)
         with pytest.raises(UserError) as caught:
-            engine.prefill([fine, Prompt(random_tokens(EDGE, length), 5)], plan, params)
+            engine.room(random_tokens(EDGE, length), 5)
         return str(caught.value)
 
     assert "prompt is empty" in refusal(0)
@@ -210,9 +248,7 @@ def test_impossible_prompts_are_refused() -> None:
     assert "1000 tokens" in refusal(1000)
     for tokens in ([0, EDGE.vocab_size], [0, -1]):
         with pytest.raises(UserError, match="tokens 0 to 60"):
-            engine.prefill([Prompt(tokens, 5)], plan, params)
-    with pytest.raises(UserError, match="no prompts"):
-        engine.prefill([], plan, params)
+            engine.room(tokens, 5)
     for length in (0, 257):
         with pytest.raises(UserError, match=f"1 to 256 tokens.*got {length}"):
             engine.logits(random_tokens(EDGE, length))
@@ -229,8 +265,7 @@ def test_a_stop_token_ends_its_row_and_no_other() -> None:
     end = free[0].index(stop) + 1
     unused = next(t for t in range(CONFIG.vocab_size) if t not in free[0] + free[1])
     engine = random_engine(CONFIG, stop_ids=(unused, stop))
-    tokens = generate(engine, prompts, chunk=4).tokens
-    assert tokens == [free[0][:end], free[1]]
+    assert generate(engine, prompts).tokens == [free[0][:end], free[1]]
 
 
 def test_a_first_token_that_stops() -> None:
@@ -240,107 +275,27 @@ def test_a_first_token_that_stops() -> None:
     assert result.tokens == [[first]]
 
 
-def test_a_done_row_changes_nothing() -> None:
-    """Not its cache, length, token or counts; and its neighbour goes on as if alone."""
-    prompts = [prompt(20, 3, seed=1), prompt(10, 40, seed=2)]
-    samplings = [Sampling(frequency_penalty=0.5)] * 2
-    engine = random_engine(CONFIG)
-    plan, params = plan_rows(samplings, CONFIG.vocab_size)
-    rows, _ = engine.prefill(prompts, plan, params)
-    # Just done: one step more would already have written what later steps only write again.
-    rows, _ = engine.decode_many(rows, params, plan, 2)
-    np.testing.assert_array_equal(rows.done, [True, False])
-    before, growing = row_state(rows, 0), int(rows.length[1])
-    rows, emitted = engine.decode_many(rows, params, plan, 8)
-    assert_equal(row_state(rows, 0), before)
-    assert not np.asarray(emitted.live[:, 0]).any() and np.asarray(emitted.live[:, 1]).all()
-    assert int(rows.length[1]) == growing + 8
-    assert int(rows.counts.generated[0].sum()) == 3 and int(before.generated) == 3
-
-
-# ---- What is not there
-
-
-# Two holes between tokens, and the rows behind the last one.
-UNUSED = [7, 30, *range(52, 61)]
-
-
-@functools.cache
-def padded_engine() -> Engine:
-    """50 tokens in use; the logits of the 11 rows without a token are by far the largest."""
-    config = dataclasses.replace(CONFIG, tied=False)
-    params = Case(config, 0).parameters()
-    params["lm_head.weight"] = params["lm_head.weight"].copy()
-    params["lm_head.weight"][UNUSED] *= 100
-    weights = device_parameters(params, "float32")
-    return Engine(config, weights, valid_tokens=52, unused_ids=UNUSED[:2])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 50.0])
-def test_padded_vocabulary_rows_are_never_chosen(temperature: float) -> None:
-    engine, vocab = padded_engine(), CONFIG.vocab_size
-    samplings = [Sampling(temperature=temperature, seed=seed) for seed in range(8)]
-    prompts = [prompt(12, 40, seed) for seed in range(8)]
-    result = generate(engine, prompts, samplings, logprobs=True)
-    chosen = {token for text in result.tokens for token in text}
-    assert chosen.isdisjoint(UNUSED)
-    assert np.isfinite(result.logprobs).all()
-    if temperature:
-        assert len(chosen) == 50, "320 draws at this heat should meet every token in use"
-    # The probabilities of tokens in use sum to one.
-    plan, columns = plan_rows(samplings[:1], vocab, top_logprobs=vocab)
-    _, first = engine.prefill(prompts[:1], plan, columns)
-    logprobs = np.asarray(first.choice.logprobs.top[0], np.float64)
-    assert np.isneginf(logprobs[-len(UNUSED) :]).all()  # the likeliest come first
-    assert np.exp(logprobs).sum() == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_unused_cache_slots_never_leak(monkeypatch: pytest.MonkeyPatch, poison: float) -> None:
-    prompts = [prompt(20, 30, seed=1), prompt(530, 30, seed=2)]
-    engine = random_engine(CONFIG)
-    clean = generate(engine, prompts, logprobs=True)
-    logits = engine.logits(prompts[1].tokens)
-
-    def poisoned(rows: int, capacity: int) -> KVCache:
-        cache = KVCache.create(CONFIG, rows, capacity, jnp.dtype(jnp.float32))
-        return jax.tree.map(lambda x: jnp.full_like(x, poison), cache)
-
-    monkeypatch.setattr(engine, "create_cache", poisoned)
-    dirty = generate(engine, prompts, logprobs=True)
-    assert dirty.tokens == clean.tokens and dirty.logprobs == clean.logprobs
-    np.testing.assert_array_equal(engine.logits(prompts[1].tokens), logits)
-
-
-def test_what_a_prompt_was_padded_with_never_leaks() -> None:
-    """Prefill leaves padding's keys and values past a row's length; decoding must not see them."""
-    prompts = [prompt(17, 30, seed=1), prompt(30, 30, seed=2)]
-    engine = random_engine(CONFIG)
-    clean = generate(engine, prompts)
-    plan, params = plan_rows([Sampling()] * 2, CONFIG.vocab_size)
-    rows, first = engine.prefill(prompts, plan, params)
-    past = np.arange(rows.cache.capacity) >= np.asarray(rows.length)[:, None]
-    cache = jax.tree.map(lambda x: jnp.where(past[:, None, :, None], jnp.nan, x), rows.cache)
-    rows, emitted = engine.decode_many(dataclasses.replace(rows, cache=cache), params, plan, 29)
-    tokens = np.concatenate([np.asarray(first.choice.token)[None], emitted.choice.token])
-    assert tokens.T.tolist() == clean.tokens
-
-
 # ---- Buffers
 
 
-def test_the_rows_passed_in_are_donated() -> None:
-    engine = random_engine(CONFIG)
-    plan, params = plan_rows([Sampling()], CONFIG.vocab_size)
-    rows, _ = engine.prefill([prompt(20, 30)], plan, params)
-    after, _ = engine.decode_many(rows, params, plan, 4)
-    assert all(x.is_deleted() for x in (*rows.cache.k, *rows.cache.v))
-    assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+def test_what_a_call_is_given_to_write_is_donated() -> None:
+    engine = fresh_engine(CONFIG)
+    before = engine.pages
+    tables = fill(engine, [[1, 2, 3]])
+    pages, state, extras = engine.pages, State.create(1), Extras.create(1, CONFIG.vocab_size)
+    assert before.is_deleted()
+    rows = rows_of([4], [3])
+    after = run_steps(engine, tables, state, extras, rows, Plan(True, 20), 4)
+    given = jax.tree.leaves((pages, state, extras.counts))
+    assert all(x.is_deleted() for x in given)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((engine.pages, after)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes_of_a_run(dtype: str) -> None:
     """The cache has the parameters' dtype; log-probabilities are float32."""
-    result = generate(random_engine(CONFIG, dtype=dtype), [prompt(20, 10)], logprobs=True)
-    assert {x.dtype for x in (*result.rows.cache.k, *result.rows.cache.v)} == {jnp.dtype(dtype)}
+    engine = random_engine(CONFIG, dtype=dtype)
+    result: Generated = generate(engine, [prompt(20, 10)], logprobs=True)
+    assert engine.pages.dtype == jnp.dtype(dtype)
     assert len(result.tokens[0]) == 10 and np.isfinite(result.logprobs).all()
+    assert forced(engine, fill(engine, [[1]]), [2], [1]).dtype == np.float32

@@ -125,12 +125,12 @@ class Engine:
                 f"{self.config.source} has tokens 0 to {vocab - 1}."
             )
         room = min(max_tokens, context - len(tokens))
-        self.check_fits(len(tokens) + room)
+        self.check_fits(len(tokens) + room - 1)  # the last one never enters
         return room
 
     def check_fits(self, positions: int) -> None:
-        """Raises UserError where one text of so many tokens is more than the whole cache."""
-        if pages_for(positions - 1) > self.pool.size:
+        """Raises UserError where so many tokens of one text are more than the whole cache."""
+        if pages_for(positions) > self.pool.size:
             each = bytes_per_token(self.config, self.spec.cache.itemsize)
             raise UserError(
                 f"A text of {positions} tokens needs {show_bytes(positions * each)} for keys and "

@@ -7,6 +7,7 @@ may need until its end, so that nothing that runs is ever thrown out, and everyt
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -145,7 +146,9 @@ class Scheduler:
         """
         for text, _ in self._entering:
             self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
-        for text in [*self._waiting, *self._running, *(text for text, _ in self._entering)]:
+        scored = [call.pieces for call in self._calls if isinstance(call, _Scoring)]
+        pieces_of_texts = [*self._entering, *itertools.chain(*scored)]
+        for text in [*self._waiting, *self._running, *(text for text, _ in pieces_of_texts)]:
             self._leave(text)
 
     def turn(self) -> list[News]:

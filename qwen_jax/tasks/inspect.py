@@ -186,5 +186,5 @@ def memory_lines(
         yield "does not fit: the weights leave no room for keys and values"
         return
     whole = tokens // context
-    holds = f"{whole:,} whole contexts" if whole else "less than one whole context"
+    holds = f"{whole} whole context{'s' * (whole > 1)}" if whole else "less than a whole context"
     yield f"cache, {f'{slots} slots':<16} {show_bytes(tokens * each):>9}  ({tokens} tokens, {holds})"

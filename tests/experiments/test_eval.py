@@ -138,7 +138,7 @@ def test_a_config_that_says_how_to_answer(
     ]"""
     chat = (
         "config.experiment.eval.apply_chat_template = True; config.system = 'Be brief.'; "
-        "config.batch_size = 8"
+        "config.slots = 8"
     )
     result = run(*experiment(sweep, evaluates("local_lines", tasks, chat)))
     assert result.code == 1 and "5 finished, 2 failed" in result.out, result

@@ -1,14 +1,16 @@
-"""Decode speed end to end through `engine.decode_many`, sampling included, on random weights.
+"""Decode speed of `steps.step`, sampling included, on random weights.
 
     python -m benchmarks.gpu_decode --sizes 0.5b 1.5b --batches 1 8 --contexts 128 2048
 
 One table, in one run: the engine as it chooses ("auto", which names the decode-step kernel where
 it serves), the XLA path, and the floor: the bytes a step must read over the bandwidth of a large
-copy measured in the same run. Caches hold random keys and values, so that no prompt has to be
-run. All programs are compiled first, several at a time. Ends with one line of JSON.
+copy measured in the same run. Pages hold random keys and values, so that no prompt has to be
+run; block tables are those of the whole context, as in a run. All programs are compiled first,
+several at a time. Ends with one line of JSON.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time
@@ -19,19 +21,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.random_model import SIZES
+from pallas_kernels.sample_tokens import pack
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.engine import Engine, bucket
-from qwen_jax.engine.sampling import Sampling, plan_rows
-from qwen_jax.engine.steps import Rows
-from qwen_jax.engine.weights import prepare
-from qwen_jax.model.cache import SMALLEST_CAPACITY, bytes_per_token
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import Plan, Sampling, is_sampled, settings_of
+from qwen_jax.engine.steps import Extras, Rows, State, pack_rows
+from qwen_jax.engine.weights import PackedWeights, prepare
+from qwen_jax.model.cache import PAGE, bytes_per_token, pages_for
 from qwen_jax.weights.names import parameters
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 STEPS = 32
-"""Steps a call, as the engine generates on a GPU."""
+"""Steps a call: the engine's are fewer, and run into each other."""
+GROWTH = 512
+"""Tokens that a text may grow by."""
 
 
 def random_parameters(
@@ -79,39 +86,76 @@ class Case(NamedTuple):
     implementation: str
     batch: int
     context: int
-    capacity: int
     engine: Engine
     run: Any
 
 
-def slots(context: int, rounds: int) -> int:
-    """The capacity of a cache that a text grows in by the steps of every round."""
-    return bucket(context + STEPS * (rounds + 1), SMALLEST_CAPACITY)
+class Inputs(NamedTuple):
+    """What `steps.step` takes between the weights and what is static."""
+
+    pages: Any
+    tables: Any
+    state: State
+    extras: Extras | None
+    packed: Any
 
 
-def rows_of(engine: Engine, batch: int, context: int, capacity: int) -> Rows:
-    """Rows that hold `context` random tokens each, as they are after the first steps."""
-    config = engine.config
-    key = jax.random.key(time.time_ns() % 2**31)
-    draw = jax.jit(lambda key, of: jax.random.normal(key, of.shape, of.dtype), static_argnums=1)
-    keys = iter(jax.random.split(key, 2 * config.num_layers))
-    empty = jax.eval_shape(lambda: engine.create_cache(batch, capacity))
-    cache = jax.tree.map(lambda x: draw(next(keys), x), empty)
-    full = jnp.full((batch,), context, jnp.int32)
-    token = jax.random.randint(key, (batch,), 0, config.vocab_size)
-    return Rows(
-        cache=cache,
-        prompt=full,
-        token=token,
-        generated=jnp.ones_like(full),
-        limit=jnp.full_like(full, 1 << 30),
-        done=jnp.zeros((batch,), bool),
-        counts=None,
+def pages_of(engine: Engine, positions: int) -> int:
+    """Pages of a text of so many tokens, and room to grow."""
+    return min(pages_for(positions + GROWTH), pages_for(engine.config.context_length))
+
+
+def inputs_of(
+    engine: Engine, batch: int, context: int, sampling: Sampling, top: int | None = None
+) -> Inputs:
+    """Rows that hold `context` random tokens each, in pages in random order."""
+    config, rng = engine.config, np.random.default_rng()
+    each, width = pages_of(engine, context), pages_for(config.context_length)
+    table = np.zeros((batch, width), np.int32)
+    table[:, :each] = 1 + rng.permutation(batch * each).reshape(batch, each)
+    layers = 2 * config.num_layers
+    pages = jax.ShapeDtypeStruct(
+        (layers, 1 + batch * each, config.num_kv_heads, PAGE, config.head_dim), engine.spec.cache
+    )
+    key = jax.random.key(int(rng.integers(2**31)))
+    drawn = jax.jit(lambda key: jax.random.normal(key, pages.shape, pages.dtype))(key)
+    settings = [settings_of(dataclasses.replace(sampling, seed=row), top) for row in range(batch)]
+    columns = jax.tree.map(lambda *parts: np.concatenate(parts), *settings)
+    full = np.full(batch, context, np.int32)
+    ones, token = np.ones_like(full), rng.integers(0, config.vocab_size, batch).astype(np.int32)
+    slots = np.arange(batch, dtype=np.int32)
+    packed = pack_rows(Rows._make([slots, ones, ones, token, 0 * ones, full, ones << 30, columns]))
+    extras = None
+    if is_sampled(sampling, top):
+        extras = Extras.create(batch, config.vocab_size)
+        seen = pack(
+            [rng.integers(config.vocab_size, size=context) for _ in full], config.vocab_size
+        )
+        extras = extras._replace(counts=extras.counts._replace(seen=jnp.asarray(seen)))
+    return Inputs(
+        drawn,
+        jnp.asarray(table),
+        State(jnp.asarray(token), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)),
+        extras,
+        jnp.asarray(packed),
     )
 
 
-def sampling_of(config: ModelConfig, batch: int, temperature: float) -> tuple[Any, Any]:
-    return plan_rows([Sampling(temperature)] * batch, config.vocab_size)
+def plan_of(engine: Engine, sampling: Sampling, top: int | None = None) -> Plan:
+    return Plan.of([(sampling, top)], engine.config.vocab_size)
+
+
+def program(engine: Engine, inputs: Inputs, plan: Plan) -> Any:
+    """Compiled; static arguments are gone."""
+    lowered = steps.step.lower(engine.spec, engine.weights, *inputs, plan, STEPS)
+    return lowered.compile()
+
+
+def go_on(engine: Engine, run: Any, inputs: Inputs) -> Inputs:
+    """A call, and the inputs of the next one, which goes on where it ended."""
+    pages, state, extras, emitted = run(engine.weights, *inputs)
+    jax.block_until_ready(emitted)
+    return Inputs(pages, inputs.tables, state, extras, inputs.packed)
 
 
 def engines(config: ModelConfig) -> dict[str, Engine]:
@@ -121,35 +165,43 @@ def engines(config: ModelConfig) -> dict[str, Engine]:
     for implementation in ("auto", "xla"):
         drawn = random_parameters(config, DTYPE, seed)
         weights = prepare(config, drawn, DTYPE, implementation)
-        made[implementation] = Engine(config, weights, implementation=implementation)
+        made[implementation] = Engine(
+            config, weights, implementation=implementation, slots=1, cache_tokens=PAGE
+        )
     return made
 
 
 def compiled(config: ModelConfig, wanted: list[tuple[int, int]], args: Any) -> list[Case]:
     """Every case's program, compiled on several threads."""
+    sampling = Sampling(args.temperature)
 
     def compile_one(case: tuple[tuple[str, Engine], tuple[int, int]]) -> Case:
         (name, engine), (batch, context) = case
-        capacity = slots(context, args.rounds)
-        rows = jax.eval_shape(lambda: rows_of(engine, batch, context, capacity))
-        plan, numbers = sampling_of(config, batch, args.temperature)
-        decode: Any = engine._decode
-        program = decode.lower(engine.weights, rows, numbers, plan, STEPS).compile()
-        return Case(name, batch, context, capacity, engine, program)
+        inputs = shapes_of(engine, batch, context, sampling)
+        return Case(
+            name, batch, context, engine, program(engine, inputs, plan_of(engine, sampling))
+        )
 
     with ThreadPoolExecutor(12) as pool:
         return list(pool.map(compile_one, itertools.product(engines(config).items(), wanted)))
 
 
-def seconds_a_step(config: ModelConfig, case: Case, args: Any) -> list[float]:
-    rows = rows_of(case.engine, case.batch, case.context, case.capacity)
-    _, numbers = sampling_of(config, case.batch, args.temperature)
+def shapes_of(
+    engine: Engine, batch: int, context: int, sampling: Sampling, top: int | None = None
+) -> Inputs:
+    """Of `inputs_of`, without the pages themselves."""
+    return jax.eval_shape(
+        lambda: jax.tree.map(jnp.asarray, inputs_of(engine, batch, context, sampling, top))
+    )
+
+
+def seconds_a_step(case: Case, args: Any) -> list[float]:
+    inputs = inputs_of(case.engine, case.batch, case.context, Sampling(args.temperature))
     seconds = []
     for turn in range(args.rounds + 1):
-        jax.block_until_ready(rows)
+        jax.block_until_ready(inputs)
         start = time.perf_counter()
-        rows, emitted = case.run(case.engine.weights, rows, numbers)
-        jax.block_until_ready(emitted)
+        inputs = go_on(case.engine, case.run, inputs)
         if turn:  # the first warms up
             seconds.append((time.perf_counter() - start) / STEPS)
     return seconds
@@ -183,15 +235,16 @@ def main() -> None:
         wanted = [
             (batch, context)
             for batch, context in itertools.product(args.batches, args.contexts)
-            if 2 * batch * slots(context, args.rounds) * token < most
+            if 2 * batch * (context + GROWTH + PAGE) * token < most
         ]
         cases = compiled(config, wanted, args)
         for batch, context in wanted:
             both = [c for c in cases if (c.batch, c.context) == (batch, context)]
-            times = {c.implementation: seconds_a_step(config, c, args) for c in both}
+            times = {c.implementation: seconds_a_step(c, args) for c in both}
             auto, xla = (median(times[name]) for name in ("auto", "xla"))
             read = weight_bytes(config) + batch * context * token
-            fused = both[0].engine.fuses(batch)
+            weights = both[0].engine.weights
+            fused = isinstance(weights, PackedWeights) and weights.serves(batch)
             print(
                 f"{size:<6}{batch:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}{auto * 1e6:>8.0f}"
                 f"{xla * 1e6:>8.0f}{auto / xla:>7.2f}{read / auto / 1e9:>7.0f}"

@@ -1,4 +1,4 @@
-"""What sampling costs a decode step, end to end through `engine.decode_many`, on random weights.
+"""What sampling costs a decode step, through `steps.step`, on random weights.
 
     python -m benchmarks.gpu_sampled_decode --sizes 0.5b 7b --batches 1 64
 
@@ -7,7 +7,6 @@ takes over a greedy step. All programs are compiled first. Ends with one line of
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,67 +14,52 @@ from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.gpu_decode import DTYPE, STEPS, random_parameters, rows_of, slots
+from benchmarks.gpu_decode import (
+    DTYPE,
+    STEPS,
+    go_on,
+    inputs_of,
+    plan_of,
+    program,
+    random_parameters,
+    shapes_of,
+)
 from benchmarks.random_model import SIZES
-from pallas_kernels.sample_tokens import Counts, pack
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.sampling import Sampling, plan_rows
-from qwen_jax.engine.steps import Rows
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.weights import prepare
+from qwen_jax.model.cache import PAGE
 
 CONTEXT = 128
 QWEN = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "greedy": ({}, {}),
-    "temperature": ({"temperature": 1.0}, {}),
-    "top-p 0.8": ({"temperature": 1.0, "top_p": 0.8}, {}),
-    "Qwen's own": (QWEN, {}),
-    "log-probabilities of 5": ({}, {"top_logprobs": 5}),
+KINDS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "greedy": ({}, None),
+    "temperature": ({"temperature": 1.0}, None),
+    "top-p 0.8": ({"temperature": 1.0, "top_p": 0.8}, None),
+    "Qwen's own": (QWEN, None),
+    "log-probabilities of 5": ({}, 5),
 }
-"""Name to what every row asks, and what a run asks of the plan."""
-
-
-def planned(engine: Engine, batch: int, kind: str) -> tuple[Any, Any]:
-    asked, wanted = KINDS[kind]
-    rows = [Sampling(**asked, seed=row) for row in range(batch)]
-    return plan_rows(rows, engine.config.vocab_size, **wanted)
-
-
-def start(engine: Engine, batch: int, capacity: int, plan: Any) -> Rows:
-    """Rows of `CONTEXT` random tokens each."""
-    rows = rows_of(engine, batch, CONTEXT, capacity)
-    if not plan.penalties:
-        return rows
-    vocab, rng = engine.config.vocab_size, np.random.default_rng()
-    seen = pack([rng.integers(vocab, size=CONTEXT) for _ in range(batch)], vocab)
-    counts = Counts(jnp.asarray(seen), jnp.zeros((batch, vocab), jnp.int32))
-    return dataclasses.replace(rows, counts=counts)
+"""Name to what every row asks, and how many log-probabilities."""
 
 
 def measure(engine: Engine, batch: int, rounds: int) -> dict[str, list[float]]:
     """Seconds a step of each kind, its rounds in turns with those of the others."""
-    capacity = slots(CONTEXT, rounds)
-    kinds = {kind: planned(engine, batch, kind) for kind in KINDS}
-    decode: Any = engine._decode
+    kinds = {kind: (Sampling(**asked), top) for kind, (asked, top) in KINDS.items()}
 
     def compiled(kind: str) -> Any:
-        plan, numbers = kinds[kind]
-        rows = jax.eval_shape(lambda: start(engine, batch, capacity, plan))
-        return decode.lower(engine.weights, rows, numbers, plan, STEPS).compile()
+        shapes = shapes_of(engine, batch, CONTEXT, *kinds[kind])
+        return program(engine, shapes, plan_of(engine, *kinds[kind]))
 
     with ThreadPoolExecutor(len(KINDS)) as pool:
         programs = dict(zip(KINDS, pool.map(compiled, KINDS), strict=True))
-    states = {kind: start(engine, batch, capacity, plan) for kind, (plan, _) in kinds.items()}
+    states = {kind: inputs_of(engine, batch, CONTEXT, *asked) for kind, asked in kinds.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(rounds + 1):
-        for kind, (_, numbers) in kinds.items():
+        for kind in kinds:
             jax.block_until_ready(states[kind])
             began = time.perf_counter()
-            states[kind], emitted = programs[kind](engine.weights, states[kind], numbers)
-            jax.block_until_ready(emitted)
+            states[kind] = go_on(engine, programs[kind], states[kind])
             if turn:  # the first warms up
                 seconds[kind].append((time.perf_counter() - began) / STEPS)
     return seconds
@@ -93,7 +77,8 @@ def main() -> None:
     for size in args.sizes:
         config = SIZES[size]
         drawn = random_parameters(config, DTYPE, time.time_ns() % 2**31)
-        engine = Engine(config, prepare(config, drawn, DTYPE, "auto"))
+        weights = prepare(config, drawn, DTYPE, "auto")
+        engine = Engine(config, weights, slots=1, cache_tokens=PAGE)
         for batch in args.batches:
             us = {
                 kind: median(taken) * 1e6

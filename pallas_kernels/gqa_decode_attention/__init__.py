@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gqa_decode_attention import mosaic_gpu
 from pallas_kernels.gqa_decode_attention.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -28,7 +29,7 @@ def gqa_decode_attention(
         UnsupportedError: `implementation` can't serve the case.
     """
     heads, dim = q.shape[1:]
-    kv_heads = pages.shape[1]
+    kv_heads, page = pages.shape[1:3]
     tables = k_tables.shape
     if pages.shape[3] != dim or tables != v_tables.shape or tables[0] != q.shape[0]:
         raise ValueError(
@@ -37,7 +38,8 @@ def gqa_decode_attention(
         )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads don't divide by {kv_heads} kv heads")
-    why_not = "its kernel doesn't read pages yet"
-    choose("gqa_decode_attention", implementation, why_not)
+    why_not = mosaic_gpu.refusal(heads, kv_heads, page, dim, q.dtype, pages.dtype)
     with jax.named_scope("gqa_decode_attention"):
+        if choose("gqa_decode_attention", implementation, why_not) == "mosaic_gpu":
+            return mosaic_gpu.gqa_decode_attention(q, pages, k_tables, v_tables, lengths)
         return reference(q, pages, k_tables, v_tables, lengths)

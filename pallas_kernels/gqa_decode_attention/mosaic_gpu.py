@@ -2,8 +2,9 @@
 
 A block takes one slice of one row's text for one key/value head, so that a single long row
 fills the GPU and all G query heads share each read (flash decoding: Dao et al., 2023). The
-grid is fixed by the capacity, but the slices divide a row's actual length: a short text in a
-large cache costs what a short text costs.
+grid is fixed by the capacity, but the slices divide a row's actual length: a short text with a
+large block table costs what a short text costs. A tile of slots lies in one page, whose number
+is read from the table before the copy is started.
 
 Everything is transposed: scores are K q^T [slots, 8] and values V^T P^T [H, 8], with the query
 heads in the eight columns of the narrowest wgmma. Rows would have to be padded to 64.
@@ -36,6 +37,9 @@ SMS = 132
 
 SMEM_PER_SM = 227 * 1024
 
+PAGE = 128
+"""Slots of a page divide by this, and so by a tile."""
+
 PART_ROWS = 16
 """Dimensions of the head that one block of the combine takes: 512 contiguous bytes a split."""
 
@@ -59,7 +63,7 @@ class Config:
     """How the work is cut.
 
     Attributes:
-        tile: slots a step takes.
+        tile: slots a step takes; they divide a page's.
         ring: tiles of K and of V in flight.
         blocks_per_sm: blocks that share a multiprocessor: one waits while the other computes.
         max_splits: slices of a row at most; the combine holds them all in registers.
@@ -90,18 +94,18 @@ def default_config(dim: int) -> Config:
     return Config(tile=128 * 64 // dim)
 
 
-def refusal(heads: int, kv_heads: int, capacity: int, dim: int, *dtypes: jnp.dtype) -> str | None:
-    """Why the kernel can't serve these shapes, or None where it can."""
+def refusal(heads: int, kv_heads: int, page: int, dim: int, *dtypes: jnp.dtype) -> str | None:
+    """Why the kernel can't serve these heads and pages of so many slots, or None where it can."""
     if len(set(dtypes)) > 1 or dtypes[0].name not in DTYPES:
         names = ", ".join(dtype.name for dtype in dtypes)
-        return f"its kernel takes q, k and v all in {' or all in '.join(DTYPES)}, not {names}"
+        return f"its kernel takes q and pages both in {' or both in '.join(DTYPES)}, not {names}"
     if dim not in DIMS:
         return f"its kernel takes a head dimension of {DIMS[0]} or {DIMS[1]}, not {dim}"
     if heads // kv_heads > COLUMNS:
         group = heads // kv_heads
         return f"its kernel takes up to {COLUMNS} query heads a key/value head, not {group}"
-    if capacity < 64 or capacity % 8:
-        return f"its kernel takes a capacity of at least 64 slots in eights, not {capacity}"
+    if page % PAGE:
+        return f"its kernel takes pages of a multiple of {PAGE} slots, not {page}"
     return None
 
 
@@ -109,18 +113,22 @@ def refusal(heads: int, kv_heads: int, capacity: int, dim: int, *dtypes: jnp.dty
 @functools.partial(jax.jit, static_argnames="config")
 def gqa_decode_attention(
     q: Float[Array, "B N H"],
-    k_cache: Float[Array, "B K S H"],
-    v_cache: Float[Array, "B K S H"],
+    pages: Float[Array, "P K C H"],
+    k_tables: Int[Array, "B n"],
+    v_tables: Int[Array, "B n"],
     lengths: Int[Array, "B"],
     config: Config | None = None,
 ) -> Float[Array, "B N H"]:
-    batch, kv_heads, capacity, dim = k_cache.shape
+    batch, entries = k_tables.shape
+    kv_heads, page, dim = pages.shape[1:]
     group = q.shape[1] // kv_heads
     config = config or default_config(dim)
+    if page % config.tile:
+        raise ValueError(f"{config}'s tile doesn't divide a page of {page} slots")
     if config.smem(dim) > SMEM_PER_SM // config.blocks_per_sm:
         raise ValueError(f"{config} needs {config.smem(dim)} bytes of shared memory a block")
     grouped = q.reshape(batch, kv_heads, group, dim)
-    splits = config.splits(batch * kv_heads, capacity)
+    splits = config.splits(batch * kv_heads, entries * page)
     padded = pl.cdiv(splits, 4) * 4
     tiling = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     ring = (config.ring, config.tile, dim)
@@ -145,7 +153,7 @@ def gqa_decode_attention(
             plgpu.Barrier(num_barriers=config.ring),
         ],
         approx_math=True,
-    )(lengths.astype(jnp.int32), grouped, k_cache, v_cache)
+    )(*(x.astype(jnp.int32) for x in (lengths, k_tables, v_tables)), grouped, pages)
 
     out = compat.kernel(
         functools.partial(_combine, splits=splits),
@@ -164,9 +172,10 @@ def gqa_decode_attention(
 
 def _attend(
     lengths: Any,
+    k_tables: Any,
+    v_tables: Any,
     q: Any,
-    k: Any,
-    v: Any,
+    pages: Any,
     acc_out: Any,
     stats_out: Any,
     q_smem: Any,
@@ -185,18 +194,21 @@ def _attend(
     log 2, and the sum. An empty slice has maximum -inf and leaves the rest as it is.
     """
     split, head, row = (lax.axis_index(name) for name in ("split", "kv_head", "row"))
-    capacity, dim = k.shape[2:]
+    page, dim = pages.shape[2:]
     tile, ring = config.tile, config.ring
-    length = jnp.minimum(lengths[row], capacity)
+    length = jnp.minimum(lengths[row], k_tables.shape[1] * page)
     tiles, splits = pl.cdiv(length, tile), lax.axis_size("split")
     first = lax.div(split * tiles, splits)
     count = lax.div((split + 1) * tiles, splits) - first
     nothing = _full((COLUMNS,), -jnp.inf, PER_COLUMN)
 
     def fetch(i: Any) -> None:
-        slot, rows = lax.rem(i, ring), pl.ds((first + i) * tile, tile)
-        plgpu.copy_gmem_to_smem(k.at[row, head, rows], k_ring.at[slot], k_full.at[slot])
-        plgpu.copy_gmem_to_smem(v.at[row, head, rows], v_ring.at[slot], v_full.at[slot])
+        # Only for tiles that hold a part of the text: their entries are pages.
+        slot, start = lax.rem(i, ring), (first + i) * tile
+        entry, rows = lax.div(start, page), pl.ds(lax.rem(start, page), tile)
+        k, v = k_tables[row, entry], v_tables[row, entry]
+        plgpu.copy_gmem_to_smem(pages.at[k, head, rows], k_ring.at[slot], k_full.at[slot])
+        plgpu.copy_gmem_to_smem(pages.at[v, head, rows], v_ring.at[slot], v_full.at[slot])
 
     def step(i: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         top, total, acc = carry

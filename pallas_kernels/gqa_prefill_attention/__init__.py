@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gqa_prefill_attention import mosaic_gpu
 from pallas_kernels.gqa_prefill_attention.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -39,7 +40,8 @@ def gqa_prefill_attention(
         )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads don't divide by {kv_heads} kv heads")
-    why_not = "its kernel doesn't read pages yet"
-    choose("gqa_prefill_attention", implementation, why_not)
+    why_not = mosaic_gpu.refusal(q.shape, pages.shape, q.dtype, pages.dtype)
     with jax.named_scope("gqa_prefill_attention"):
+        if choose("gqa_prefill_attention", implementation, why_not) == "mosaic_gpu":
+            return mosaic_gpu.gqa_prefill_attention(q, pages, k_tables, v_tables, offsets, lengths)
         return reference(q, pages, k_tables, v_tables, offsets, lengths)

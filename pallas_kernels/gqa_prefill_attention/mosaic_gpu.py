@@ -3,7 +3,8 @@
 A tile is 64 rows of queries, one warpgroup's share of a tensor core product: 64 positions of
 one head, or all positions of several heads where the chunk is shorter. The consumer
 warpgroups of a block of threads take tiles of one kv head and share the key and value blocks
-that a producer warpgroup streams into a ring in shared memory.
+that a producer warpgroup streams into a ring in shared memory. A block of slots lies in one
+page, whose number the producer reads from the row's block table.
 
 Each consumer keeps two products in flight (Shah et al., 2024, arXiv:2407.08608): while the
 tensor cores weigh the values of block i, it takes the softmax of block i + 1.
@@ -34,27 +35,27 @@ DIMS = (64, 128)
 SHORT = (16, 32)
 """Chunks shorter than a tile: several heads share it."""
 
-LEAST, MULTIPLE = 256, 16
-"""Slots of the smallest cache, and what every cache's are a multiple of."""
+PAGE = 128
+"""Slots of a page divide by this, and so by a block."""
 
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 """By the number of consumers: registers of a consumer's thread and of a producer's."""
 
 
-def refusal(q: tuple[int, ...], cache: tuple[int, ...], *dtypes: jnp.dtype) -> str | None:
-    """Why the kernel can't serve q [B, T, N, H] and a cache [B, K, S, H], or None if it can."""
-    steps, dim, capacity = q[1], q[3], cache[2]
+def refusal(q: tuple[int, ...], pages: tuple[int, ...], *dtypes: jnp.dtype) -> str | None:
+    """Why the kernel can't serve q [B, T, N, H] and pages [P, K, C, H], or None if it can."""
+    steps, dim, page = q[1], q[3], pages[2]
     names = {dtype.name for dtype in dtypes}
     if len(names) > 1:
-        return f"its kernel takes one dtype for q, k and v, not {' and '.join(sorted(names))}"
+        return f"its kernel takes one dtype for q and pages, not {' and '.join(sorted(names))}"
     if not names <= set(DTYPES):
         return f"its kernel takes {' or '.join(DTYPES)}, not {names.pop()}"
     if dim not in DIMS:
         return f"its kernel takes heads of {' or '.join(map(str, DIMS))}, not {dim}"
     if steps % ROWS and steps not in SHORT:
         return f"its kernel takes {SHORT} or a multiple of {ROWS} positions, not {steps}"
-    if capacity < LEAST or capacity % MULTIPLE:
-        return f"its kernel takes a multiple of {MULTIPLE} slots from {LEAST} on, not {capacity}"
+    if page % PAGE:
+        return f"its kernel takes pages of a multiple of {PAGE} slots, not {page}"
     return None
 
 
@@ -62,19 +63,19 @@ def refusal(q: tuple[int, ...], cache: tuple[int, ...], *dtypes: jnp.dtype) -> s
 @functools.partial(jax.jit, static_argnames="tiling")
 def gqa_prefill_attention(
     q: Float[Array, "B T N H"],
-    k_cache: Float[Array, "B K S H"],
-    v_cache: Float[Array, "B K S H"],
+    pages: Float[Array, "P K C H"],
+    k_tables: Int[Array, "B n"],
+    v_tables: Int[Array, "B n"],
     offsets: Int[Array, "B"],
     lengths: Int[Array, "B"],
     tiling: Tiling | None = None,
 ) -> Float[Array, "B T N H"]:
     """The kernel, for what `refusal` lets pass; arguments as in the public function."""
     rows, steps, heads, dim = q.shape
-    kv_heads, capacity = k_cache.shape[1:3]
-    shape = Shape(rows, steps, heads, kv_heads, capacity, dim)
+    kv_heads, page = pages.shape[1:3]
+    shape = Shape(rows, steps, heads, kv_heads, k_tables.shape[1] * page, dim)
     tiling = tiling or best_tiling(shape)
     blocks = pl.cdiv(shape.tiles, tiling.consumers)
-    flat = (rows * kv_heads, capacity, dim)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     ring = plgpu.SMEM((tiling.stages, tiling.block, dim), q.dtype, transforms=tiled)
     full = plgpu.Barrier(num_barriers=tiling.stages)
@@ -101,7 +102,7 @@ def gqa_prefill_attention(
         },
         warpgroups=tiling.consumers + 1,
         approx_math=True,
-    )(q, k_cache.reshape(flat), v_cache.reshape(flat), offsets, lengths)
+    )(q, pages, *(x.astype(jnp.int32) for x in (k_tables, v_tables, offsets, lengths)))
     if tiling.splits == 1:
         return result[0]
     parts, sums = result
@@ -110,8 +111,9 @@ def gqa_prefill_attention(
 
 def _body(
     q: Any,
-    k: Any,
-    v: Any,
+    pages: Any,
+    k_tables: Any,
+    v_tables: Any,
     offsets: Any,
     lengths: Any,
     out: Any,
@@ -128,6 +130,7 @@ def _body(
     tiling: Tiling,
 ) -> None:
     block, stages, consumers = tiling.block, tiling.stages, tiling.consumers
+    page = pages.shape[2]
     split, row_head = lax.axis_index("split"), lax.axis_index("row_head")
     warpgroup = lax.axis_index("wg")
     row, kv_head = lax.div(row_head, shape.kv_heads), lax.rem(row_head, shape.kv_heads)
@@ -159,17 +162,20 @@ def _body(
         def _block(step: Any) -> None:
             count = step - begin
             slot = lax.rem(count, stages)
-            source = row_head, pl.ds(step * block, block)
-            for cache, cached, full, free in (
-                (k, k_ring, k_full, k_free),
-                (v, v_ring, v_full, v_free),
+            entry, start = lax.div(step * block, page), lax.rem(step * block, page)
+            # Both read before the waits, so that the loads' latency passes within them.
+            numbers = k_tables[row, entry], v_tables[row, entry]
+            for number, ring, full, free in (
+                (numbers[0], k_ring, k_full, k_free),
+                (numbers[1], v_ring, v_full, v_free),
             ):
 
                 @pl.when(count >= stages)
                 def _reused(free: Any = free) -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                plgpu.copy_gmem_to_smem(cache.at[source], cached.at[slot], full.at[slot])
+                source = pages.at[number, kv_head, pl.ds(start, block)]
+                plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
 
     @pl.when(warpgroup < consumers)
     def _consume() -> None:

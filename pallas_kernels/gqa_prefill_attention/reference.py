@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-SLOTS = 256
-"""Slots of every row that a turn takes, rounded up to whole pages. Measured on two cores at float32
-and the shape of 0.5B: 128 are twice as fast for texts of 100 and slower by a quarter for 2,000, 512
-the other way round."""
+SLOTS = 128
+"""Slots of every row that a turn takes, rounded up to whole pages. Measured on two cores in float32
+at the shape of 0.5B: 256 take twice as long for texts of 100 and as long for 500 and 2,000, 128
+queries or one."""
 
 Carry = tuple[
     Float[Array, "B K G T"], Float[Array, "B K G T"], Float[Array, "B K G T H"]

@@ -126,8 +126,8 @@ def pool_pages(
     if fits < 1:
         raise TooLarge(
             f"There is no room for keys and values: {config.source} leaves "
-            f"{show_bytes(free)} free on the {device().device_kind}; choose a smaller model "
-            "or a larger machine."
+            f"{show_bytes(max(free, 0))} free on the {device().device_kind}; choose a smaller "
+            "model or a larger machine."
         )
     if fits >= wanted:
         return wanted

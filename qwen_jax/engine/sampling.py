@@ -130,6 +130,10 @@ class Plan(NamedTuple):
         return cls(True, max(rooms)) if rooms else cls()
 
 
+PLANS = (Plan(), Plan(True, MOST_LOGPROBS))
+"""Those that nearly all requests need."""
+
+
 def is_sampled(sampling: Sampling, top: int | None) -> bool:
     """Whether a row asks for more than its likeliest token."""
     penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty

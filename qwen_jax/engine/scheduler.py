@@ -19,13 +19,14 @@ from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Plan, Sampling, settings_of
-from qwen_jax.engine.shapes import Piece, fitting, pieces_of
+from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, pages_for
 
 MOST_CALLS = 4
-"""Of `extend` in a turn where few rows run, and one where many do: so long may they have to wait
-for their next steps."""
+"""Of `extend` in a turn where fewer than half of the slots run, and half as many where more do."""
+PATIENCE = 4
+"""Turns in a row that pieces may wait for others."""
 
 
 NO_SLOT = -1
@@ -56,7 +57,8 @@ class Text:
         self.slot = NO_SLOT
         self.given = 0  # tokens that were told of
         self.expected = 0  # tokens there may be after the calls that are under way
-        self.begun = self.over = False
+        self.row = np.zeros(0, np.int32)  # of `steps.Rows`
+        self.over = False
 
     @property
     def entering(self) -> int:
@@ -107,6 +109,7 @@ class Scheduler:
         self._running: list[Text] = []
         self._slots = list(reversed(range(engine.shapes.slots)))
         self._calls: deque[_Call | _Scoring] = deque()
+        self._patience = PATIENCE
         self._scores: dict[Text, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     @property
@@ -149,7 +152,8 @@ class Scheduler:
         """Does what can be done now, and tells what is known by then.
 
         Raises:
-            UserError: logits are not finite, or a text bans every token.
+            UserError: logits are not finite, a text bans every token, or there is nothing to wait
+                for: other schedulers' texts hold the pages.
         """
         self._admit()
         self._extend()
@@ -165,6 +169,11 @@ class Scheduler:
         while self._waiting and (self._slots or self._waiting[0].score_from is not None):
             text = self._waiting[0]
             if not self._seat(text):
+                if not (self._entering or self._running or self._calls):
+                    raise UserError(
+                        "Other texts that are being generated hold the whole cache; finish them, "
+                        "or close their generators."
+                    )
                 break
             self._waiting.popleft()
             pieces = deque(pieces_of(text.shared_tokens, text.entering, self.engine.shapes))
@@ -190,17 +199,33 @@ class Scheduler:
 
     def _extend(self) -> None:
         """Some pieces of prompts, in the order of the line."""
-        shapes = self.engine.shapes
-        few = len(self._running) * 2 < shapes.slots
-        for _ in range(MOST_CALLS if few else 1):
-            if pieces := self._next_pieces(shapes.pieces[-1]):
-                self._put(pieces)
+        for _ in range(self._calls_of_extend()):
+            pieces = self._next_pieces(self.engine.shapes.pieces[-1])
+            size = self._rows_of(pieces) if pieces else 1
+            for start in range(0, len(pieces), size):
+                self._put(pieces[start : start + size], size)
             while self._entering and not self._entering[0][1]:
                 text, _ = self._entering.popleft()
                 if text.over:
                     self._leave(text)
                 elif text.score_from is None:
                     self._begin(text)
+
+    def _calls_of_extend(self) -> int:
+        """Full calls as long as there are pieces for them, a few at most: so long may those that
+        run have to wait for their next steps.
+
+        One that is not full takes nearly as long. It waits for more pieces while nearly all slots
+        run and others wait in line, but not for many turns.
+        """
+        shapes, running = self.engine.shapes, len(self._running)
+        full = sum(len(pieces) for _, pieces in self._entering) // shapes.pieces[-1]
+        calls = min(full, MOST_CALLS if 2 * running < shapes.slots else MOST_CALLS // 2)
+        busy = bool(self._waiting) and 8 * running > 7 * shapes.slots
+        if calls == 0 and self._entering and (not busy or self._patience == 0):
+            calls = 1
+        self._patience = PATIENCE if calls or not self._entering else self._patience - 1
+        return calls
 
     def _next_pieces(self, most: int) -> list[tuple[Text, Piece]]:
         """Those that can be in one call: as long as the first, and all scored or none."""
@@ -219,10 +244,15 @@ class Scheduler:
         """Whether a piece has a token after which comes one to be scored."""
         return text.score_from is not None and piece.start + piece.length >= text.score_from
 
-    def _put(self, pieces: list[tuple[Text, Piece]]) -> None:
-        engine = self.engine
-        scored, sizes = self._scored(*pieces[0]), engine.shapes.pieces
-        rows, padded = sizes[-1] if scored else fitting(sizes, len(pieces)), pieces[0][1].padded
+    def _rows_of(self, pieces: list[tuple[Text, Piece]]) -> int:
+        """Of the calls that put these pieces into the cache; of `score` there is one size."""
+        if self._scored(*pieces[0]):
+            return self.engine.shapes.pieces[-1]
+        return self.engine.pieces_for(len(pieces))
+
+    def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> None:
+        engine, padded = self.engine, pieces[0][1].padded
+        scored = self._scored(*pieces[0])
         tokens = np.zeros((rows, padded), np.int32)
         start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         targets = np.zeros((rows, padded), np.int32)
@@ -241,15 +271,19 @@ class Scheduler:
             engine.pages = steps.extend(*given)
 
     def _tables(self, texts: Sequence[Text], rows: int) -> np.ndarray:
-        tables = np.zeros((rows, self.engine.table_width), np.int32)
+        tables = np.zeros((rows, self.engine.layout.table_width), np.int32)
         for row, text in enumerate(texts):
             tables[row, : len(text.pages)] = text.pages
         return tables
 
     def _begin(self, text: Text) -> None:
         """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
-        engine, vocab, sampling = self.engine, self.engine.config.vocab_size, text.sampling
+        vocab, sampling = self.engine.config.vocab_size, text.sampling
         self._running.append(text)
+        own = (text.slot, 1, 1, text.tokens[-1], 0, text.entering, text.limit)
+        numbers = [np.array([number], np.int32) for number in own]
+        row = steps.Rows._make([*numbers, settings_of(sampling, text.top)])
+        text.row = steps.pack_rows(row)[0]
         penalties = (
             sampling.repetition_penalty,
             sampling.presence_penalty,
@@ -274,18 +308,15 @@ class Scheduler:
             return
         engine, shapes = self.engine, self.engine.shapes
         texts = list(self._running)
-        size = fitting(shapes.rows, len(texts))
-        rows = np.zeros((7, size), np.int32)
-        rows[0] = shapes.slots  # nobody's, and out of bounds
-        settings = [settings_of(text.sampling, text.top) for text in texts]
-        settings += [settings_of(Sampling(), None)] * (size - len(texts))
-        for row, text in enumerate(texts):
-            fresh, text.begun = not text.begun, True
-            rows[:, row] = (*(text.slot, 1, fresh, text.tokens[-1], 0, text.entering, text.limit),)
-            text.expected = min(text.expected + shapes.steps, text.limit)
-        columns = jax.tree.map(lambda *parts: np.concatenate(parts), *settings)
         vocab = engine.config.vocab_size
         plan = Plan.of(((t.sampling, t.top) for t in texts), vocab)
+        size = engine.rows_for(len(texts), plan)
+        rows = np.zeros((size, steps.FIELDS), np.int32)
+        rows[:, 0] = shapes.slots  # nobody's, and out of bounds
+        for row, text in zip(rows, texts, strict=False):
+            row[:] = text.row
+            text.row[steps.FRESH] = 0
+            text.expected = min(text.expected + shapes.steps, text.limit)
         engine.pages, self._state, extras, emitted = steps.step(
             engine.spec,
             engine.weights,
@@ -293,7 +324,7 @@ class Scheduler:
             self._tables(texts, size),
             self._state,
             self._all_extras() if plan.sampled else None,
-            steps.pack_rows(steps.Rows._make([*rows, columns])),
+            rows,
             plan,
             shapes.steps,
         )

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from qwen_jax import api, pins, prompts, recommended, settings
 from qwen_jax.api import Model
+from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
@@ -33,7 +34,7 @@ def run(command: Command) -> int:
         single = config.prompt_file is None
         items = [prompts.single(config, options)] if single else prompts.read(config, options)
         pins.pin_and_tell(config, pins.OF_RUN)
-        model = load(config)
+        model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in items)
         summary = Summary(model, prompts.sampling_of(config), others)
@@ -109,7 +110,14 @@ def _writer(config: ConfigDict) -> Iterator[IO[str]]:
             path.unlink()
 
 
-def load(config: ConfigDict) -> Model:
+def _expected(config: ConfigDict, items: Sequence[Item]) -> Expected:
+    """What the model will be asked for, as far as that is known before it is there."""
+    samplings = {repr(item.options["sampling"]): item.options["sampling"] for item in items}
+    choices = [(sampling, config.top_logprobs) for sampling in samplings.values()]
+    return Expected(len(items) * config.n, choices)
+
+
+def load(config: ConfigDict, expected: Expected | None = None) -> Model:
     """The config's model, with a progress bar on a terminal."""
     with tqdm(
         desc="loading", unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
@@ -126,6 +134,7 @@ def load(config: ConfigDict) -> Model:
             implementation=config.implementation,
             matmul_precision=config.matmul_precision,
             slots=config.slots,
+            expected=expected,
             sha256=config.sha256,
             progress=progress,
         )

@@ -164,9 +164,7 @@ def implementation_lines(
         yield f"{operation:<24} {chosen}" + (f" ({why})" if why and chosen == "xla" else "")
 
 
-def memory_lines(
-    config: ModelConfig, dtype: jnp.dtype, slots: int | None = None
-) -> Iterator[str]:
+def memory_lines(config: ModelConfig, dtype: jnp.dtype, slots: int | None = None) -> Iterator[str]:
     """The budget: weights, cache per 1k tokens, and the cache that the slots would share."""
     budget = Budget.of(config, dtype)
     weights, each, free = budget.weights, budget.cache_per_token, budget.free
@@ -187,4 +185,5 @@ def memory_lines(
         return
     whole = tokens // context
     holds = f"{whole} whole context{'s' * (whole > 1)}" if whole else "less than a whole context"
-    yield f"cache, {f'{slots} slots':<16} {show_bytes(tokens * each):>9}  ({tokens} tokens, {holds})"
+    size = show_bytes(tokens * each)
+    yield f"cache, {f'{slots} slots':<16} {size:>9}  ({tokens} tokens, {holds})"

@@ -19,6 +19,7 @@ from pallas_kernels.gqa_decode_attention.mosaic_gpu import (
     gqa_decode_attention,
 )
 from tests.engines import relative
+from tests.kernels.paging import paged
 from tests.kernels.sizes import HEADS
 
 SEED = secrets.randbits(32)
@@ -28,8 +29,9 @@ SEED = secrets.randbits(32)
 class Shape:
     size: str
     rows: int
-    capacity: int
+    capacity: int  # rounded up to whole pages
     dtype: str = "bfloat16"
+    page: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +53,19 @@ def compiled(implementation: str):
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    lengths: jax.Array
+    q: np.ndarray
+    k: np.ndarray  # [B, K, S, H], which the operation sees in pages
+    v: np.ndarray
+    lengths: np.ndarray
+    page: int
+    order: int = 0  # of the pages, a seed
+
+    def arguments(self) -> tuple[np.ndarray, ...]:
+        cache = paged(self.k, self.v, self.lengths, self.page, SEED + self.order)
+        return self.q, *cache, self.lengths
 
     def run(self, implementation: str) -> np.ndarray:
-        return np.asarray(compiled(implementation)(self.q, self.k, self.v, self.lengths))
+        return np.asarray(compiled(implementation)(*self.arguments()))
 
     def expected(self, row: int) -> np.ndarray:
         """[N, H] float64, over the slots that the row holds and no others."""
@@ -82,18 +90,21 @@ def draw(shape: Shape, given: Input) -> Drawn:
     for row, length in enumerate(lengths):
         k[row, :, length:] = given.poison
         v[row, :, length:] = given.poison
-    return Drawn(*(jnp.asarray(x, shape.dtype) for x in (q, k, v)), jnp.asarray(lengths))
+    return Drawn(*(x.astype(shape.dtype) for x in (q, k, v)), lengths, shape.page)
 
 
 def check(shape: Shape, given: Input) -> None:
-    drawn = draw(shape, given)
+    check_drawn(draw(shape, given))
+
+
+def check_drawn(drawn: Drawn) -> None:
     ours, xla = drawn.run("mosaic_gpu"), drawn.run("xla")
     assert ours.dtype == drawn.q.dtype
-    for row in range(shape.rows):
+    for row, length in enumerate(drawn.lengths):
         expected = drawn.expected(row)
         error, reference_error = relative(ours[row], expected), relative(xla[row], expected)
         print(
-            f"{shape.size} {shape.dtype} length {drawn.lengths[row]} of {shape.capacity}: "
+            f"{drawn.q.shape} {drawn.q.dtype} length {length}: "
             f"error {error:.2e}, the XLA reference's {reference_error:.2e} ({SEED=})"
         )
         assert error <= 2 * reference_error, f"{row=} {SEED=}"
@@ -107,7 +118,9 @@ SHAPES = [
     Shape("3b", 3, 512, "float16"),
     Shape("7b", 2, 4096),
     Shape("14b", 5, 256),
-    Shape("72b", 40, 64),
+    Shape("72b", 40, 128),
+    Shape("0.5b", 4, 2000, page=384),
+    Shape("7b", 3, 1024, page=256),
 ]
 WIDE = Shape("1.5b", 4, 512)
 
@@ -118,10 +131,14 @@ class TestShapes:
 
     def test_rows_of_different_lengths(self, shape):
         full = shape.capacity
-        check(shape, Input((full, 1, full - 1, full // 2 + 1, full // 3, 65, 64, 63)))
+        check(shape, Input((full, 1, full - 1, full // 2 + 1, full // 3, 65, 128, 129)))
 
     def test_one_slot_in_a_large_cache(self, shape):
         check(shape, Input((1,)))
+
+    def test_edges_of_pages(self, shape):
+        page = shape.page
+        check(shape, Input((page, page + 1, page - 1, 2 * page, 2 * page + 1)))
 
     def test_random_lengths(self, shape):
         rng = np.random.default_rng(SEED + 1)
@@ -155,22 +172,35 @@ class TestInputs:
     def test_a_row_does_not_depend_on_the_others(self):
         drawn = draw(WIDE, Input(LENGTHS))
         alone = drawn.run("mosaic_gpu")[2]
-        moved = dataclasses.replace(drawn, lengths=jnp.array([7, 512, 300, 1], jnp.int32))
-        filled = dataclasses.replace(moved, k=jnp.nan_to_num(drawn.k), v=jnp.nan_to_num(drawn.v))
-        np.testing.assert_array_equal(alone, filled.run("mosaic_gpu")[2])
+        k, v = (np.array(jnp.nan_to_num(x)) for x in (drawn.k, drawn.v))
+        moved = dataclasses.replace(drawn, k=k, v=v, lengths=np.array([7, 512, 300, 1], np.int32))
+        np.testing.assert_array_equal(alone, moved.run("mosaic_gpu")[2])
+
+    def test_where_the_pages_lie_changes_nothing(self):
+        drawn = draw(WIDE, Input(LENGTHS))
+        moved = dataclasses.replace(drawn, order=1)
+        np.testing.assert_array_equal(drawn.run("mosaic_gpu"), moved.run("mosaic_gpu"))
+
+    def test_rows_that_share_pages(self):
+        """All begin alike, and two are the same text."""
+        drawn = draw(WIDE, Input((512, 400, 300, 300)))
+        for cache in (drawn.k, drawn.v):
+            cache[1:3, :, :256] = cache[0, :, :256]
+            cache[3] = cache[2]
+        k_tables = drawn.arguments()[2]
+        assert (k_tables[:, :2] == k_tables[0, :2]).all() and k_tables[2, 2] == k_tables[3, 2]
+        check_drawn(drawn)
 
     @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
     @pytest.mark.parametrize(("tile", "blocks_per_sm"), [(128, 2), (128, 1), (192, 1), (256, 1)])
     def test_other_tiles(self, size, tile, blocks_per_sm):
         """Sums in another order, and nothing else: rounded to bfloat16 from float32."""
-        drawn = draw(Shape(size, 3, 1000), Input((1000, 257, 63)))
+        drawn = draw(Shape(size, 3, 1000, page=768), Input((1000, 257, 63)))
         ring = max(2, 3 * 128 * 64 // tile // drawn.q.shape[-1])
         config = Config(tile, ring, blocks_per_sm)
         if config.smem(drawn.q.shape[-1]) > SMEM_PER_SM // blocks_per_sm:
             pytest.skip(f"{config} needs more shared memory than a block has")
-        ours = np.asarray(
-            gqa_decode_attention(drawn.q, drawn.k, drawn.v, drawn.lengths, config=config)
-        )
+        ours = np.asarray(gqa_decode_attention(*drawn.arguments(), config=config))
         xla = drawn.run("xla")
         for row in range(3):
             expected = drawn.expected(row)
@@ -182,6 +212,6 @@ class TestInputs:
         assert pallas_kernels.choose("gqa_decode_attention", "auto") == "mosaic_gpu"
 
 
-def group(drawn: Drawn) -> tuple[jax.Array, jax.Array]:
+def group(drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
     kv_heads, dim = drawn.k.shape[1], drawn.k.shape[3]
     return drawn.q.reshape(drawn.q.shape[0], kv_heads, -1, dim), drawn.k

@@ -14,6 +14,7 @@ import pytest
 
 import pallas_kernels
 from tests.engines import relative
+from tests.kernels.paging import paged
 
 SEED = secrets.randbits(32)
 
@@ -24,9 +25,11 @@ class Shape:
     kv_heads: int
     dim: int
     steps: int
-    capacity: int
+    capacity: int  # rounded up to whole pages
     rows: int = 1
     dtype: str = "bfloat16"
+    page: int = 128
+    entries: int = 0  # of a table, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,21 @@ def compiled(implementation: str):
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     q: np.ndarray
-    k: np.ndarray
+    k: np.ndarray  # [B, K, S, H], which the operation sees in pages
     v: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
+    page: int
+    entries: int
+    poison: float = np.nan
+    order: int = 0  # of the pages, a seed
+
+    def cache(self) -> tuple[np.ndarray, ...]:
+        order = SEED + self.order
+        return paged(self.k, self.v, self.lengths, self.page, order, self.poison, self.entries)
 
     def run(self, implementation: str) -> np.ndarray:
-        arguments = (getattr(self, field.name) for field in dataclasses.fields(self))
+        arguments = (self.q, *self.cache(), self.offsets, self.lengths)
         return np.asarray(compiled(implementation)(*arguments))
 
     def expected(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,15 +104,18 @@ def draw(shape: Shape, given: Input) -> Drawn:
         k[row, :, length:] = np.nan
         v[row, :, length:] = np.nan
     q, k, v = (np.array(jnp.asarray(x, shape.dtype)) for x in (q, k, v))
-    return Drawn(q, k, v, offsets, lengths)
+    return Drawn(q, k, v, offsets, lengths, shape.page, shape.entries)
 
 
 def check(shape: Shape, given: Input) -> None:
-    drawn = draw(shape, given)
+    check_drawn(draw(shape, given))
+
+
+def check_drawn(drawn: Drawn) -> None:
     ours, xla = drawn.run("mosaic_gpu"), drawn.run("xla")
     assert ours.dtype == drawn.q.dtype
     assert np.isfinite(ours.astype(np.float32)).all(), "queries past a row's length are finite too"
-    for row in range(shape.rows):
+    for row in range(len(drawn.lengths)):
         real, expected = drawn.expected(row)
         if not real.any():
             continue
@@ -137,7 +151,11 @@ ROWS = {
     "16 of 128": Shape(10, 2, 128, steps=16, capacity=512, rows=4),
     "32 queries": Shape(28, 4, 128, steps=32, capacity=512, rows=4),
     "odd capacity": Shape(12, 2, 128, steps=16, capacity=528, rows=4),
+    "larger pages": Shape(12, 2, 128, steps=64, capacity=1152, rows=4, page=384),
     "one head": Shape(3, 3, 64, steps=128, capacity=640, rows=4),
+    "large table": Shape(14, 2, 64, steps=128, capacity=1024, rows=4, entries=256),
+    "7b's large table": Shape(28, 4, 128, steps=128, capacity=1024, rows=4, entries=256),
+    "a single row": Shape(14, 2, 64, steps=128, capacity=1024, entries=256),
 }
 
 INPUTS = {
@@ -159,7 +177,7 @@ def test_awkward_rows(shape, given):
     check(ROWS[shape], INPUTS[given])
 
 
-@pytest.mark.parametrize("shape", ["odd capacity", "one head"])
+@pytest.mark.parametrize("shape", ["odd capacity", "larger pages", "one head"])
 def test_length_is_the_capacity(shape):
     check(ROWS[shape], Input(lengths=(ROWS[shape].capacity,)))
 
@@ -170,11 +188,39 @@ def test_unused_slots_may_hold_anything(poison):
     for cache in (drawn.k, drawn.v):
         for row, length in enumerate(drawn.lengths):
             cache[row, :, length:] = 0
-    clean = drawn.run("mosaic_gpu")
+    clean = dataclasses.replace(drawn, poison=0).run("mosaic_gpu")
     for cache in (drawn.k, drawn.v):
         for row, length in enumerate(drawn.lengths):
             cache[row, :, length:] = poison
-    np.testing.assert_array_equal(drawn.run("mosaic_gpu"), clean)
+    dirty = dataclasses.replace(drawn, poison=poison).run("mosaic_gpu")
+    np.testing.assert_array_equal(dirty, clean)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("size", ["0.5b", "7b"])
+def test_chunks_of_one_text(size, rows):
+    """As the engine calls it: the whole context's table, rows one after the other in a text."""
+    shape = dataclasses.replace(SIZES[size], steps=128, capacity=3200, rows=rows, entries=256)
+    length = 1000 + 128 * rows - 50  # the last row ends within its chunk
+    drawn = draw(shape, Input(lengths=(length,)))
+    k, v = (np.repeat(x[:1], rows, axis=0) for x in (drawn.k, drawn.v))
+    offsets = (1000 + 128 * np.arange(rows)).astype(np.int32)
+    drawn = dataclasses.replace(drawn, k=k, v=v, offsets=offsets)
+    needed = -(-length // shape.page)
+    k_tables = drawn.cache()[1]
+    assert (k_tables[:, :needed] == k_tables[0, :needed]).all()
+    check_drawn(drawn)
+
+
+@pytest.mark.parametrize("shape", ["0.5b", "large table", "7b"])
+def test_a_row_does_not_depend_on_the_others(shape):
+    drawn = draw(ROWS[shape], Input(lengths=(512, 300, 129, 700)))
+    alone = drawn.run("mosaic_gpu")[1]
+    k, v = (np.array(jnp.nan_to_num(x)) for x in (drawn.k, drawn.v))
+    lengths = np.array([1, 300, 1024, 65], np.int32)
+    offsets = np.array([0, drawn.offsets[1], 896, 64], np.int32)
+    others = dataclasses.replace(drawn, k=k, v=v, lengths=lengths, offsets=offsets, order=1)
+    np.testing.assert_array_equal(others.run("mosaic_gpu")[1], alone)
 
 
 @pytest.mark.parametrize("size", ["0.5b", "7b"])

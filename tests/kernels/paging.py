@@ -15,20 +15,27 @@ class Paged(NamedTuple):
 
 
 def paged(
-    k: np.ndarray, v: np.ndarray, lengths: np.ndarray, page: int, seed: int, poison: float = np.nan
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: np.ndarray,
+    page: int,
+    seed: int,
+    poison: float = np.nan,
+    entries: int = 0,
 ) -> Paged:
     """Keys and values [B, K, S, H], whose rows hold `lengths`, in pages of `page` slots.
 
     Pages lie in random order among others full of `poison`, which also fills the last page's
     slots past S; pages of equal content are held once, so that rows with a common beginning
-    share it.
+    share it. The pool's size is that of the cache, whatever the lengths; the tables have at least
+    so many `entries`.
     """
     rng = np.random.default_rng(seed)
     rows, kv_heads, slots, dim = k.shape
-    entries = -(-slots // page)
+    needed = -(-slots // page)
     held: dict[bytes, int] = {}
     contents: list[np.ndarray] = []
-    tables = np.full((2, rows, entries), -1)
+    tables = np.full((2, rows, max(needed, entries)), -1)
     for which, cache in enumerate((k, v)):
         for row, length in enumerate(lengths):
             for j in range(-(-int(length) // page)):
@@ -38,7 +45,7 @@ def paged(
                 tables[which, row, j] = held.setdefault(content.tobytes(), len(contents))
                 if tables[which, row, j] == len(contents):
                     contents.append(content)
-    pool = np.full((len(contents) + 3, kv_heads, page, dim), poison, k.dtype)
+    pool = np.full((2 * rows * needed + 3, kv_heads, page, dim), poison, k.dtype)
     places = rng.permutation(len(pool))[: len(contents)]
     pool[places] = contents
     unused = rng.choice([*NO_PAGES, *range(len(pool))], tables.shape)

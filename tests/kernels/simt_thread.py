@@ -217,10 +217,11 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         return lambda x: v(code(m.lanes(x)), F32)
 
     def prefetch(address: t.V, size: t.V) -> None:
-        for at, count in zip(m.lanes(address)[m.mask], m.lanes(size)[m.mask], strict=True):
+        both = (m.lanes(x)[m.mask].tolist() for x in (address, size))
+        for at, count in zip(*both, strict=True):
             assert count > 0 and count % 16 == at % 16 == 0, "a prefetch is not aligned"
-            offset = int(at) & ((1 << REGION) - 1)
-            assert offset + count <= len(m.bytes_at(int(at))), "a prefetch past its array"
+            offset = at & ((1 << REGION) - 1)
+            assert offset + count <= len(m.bytes_at(at)), "a prefetch past its array"
 
     def each(code: Callable[..., None]) -> Callable[..., None]:
         """For every thread at work, one after the other."""

@@ -13,22 +13,32 @@ import pytest
 from jax import ShapeDtypeStruct
 
 import pallas_kernels
+from pallas_kernels.gqa_prefill_attention.tiling import Shape, best_tiling
 from pallas_kernels.sample_tokens import Counts, settings, words
 from tests.kernels import hopper
 from tests.kernels.sizes import HEADS
 
 
-def decode_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, ...]:
-    cache = ShapeDtypeStruct((rows, kv_heads, capacity, dim), dtype)
+def paged_cache(kv_heads, dim, rows, capacity, dtype, page=128) -> tuple[Any, ...]:
+    """Pages of two layers' keys and values, and the block tables of both."""
+    tables = ShapeDtypeStruct((rows, capacity // page), jnp.int32)
+    pages = 2 * 2 * (rows * capacity // page + 1)
+    return ShapeDtypeStruct((pages, kv_heads, page, dim), dtype), tables, tables
+
+
+def decode_arguments(heads, kv_heads, dim, rows, capacity, dtype, page=128) -> tuple[Any, ...]:
+    cache = paged_cache(kv_heads, dim, rows, capacity, dtype, page)
     q = ShapeDtypeStruct((rows, heads, dim), dtype)
-    return q, cache, cache, ShapeDtypeStruct((rows,), jnp.int32)
+    return q, *cache, ShapeDtypeStruct((rows,), jnp.int32)
 
 
-def prefill_arguments(heads, kv_heads, dim, rows, capacity, dtype, steps=512) -> tuple[Any, ...]:
-    cache = ShapeDtypeStruct((rows, kv_heads, capacity, dim), dtype)
+def prefill_arguments(
+    heads, kv_heads, dim, rows, capacity, dtype, steps=512, page=128
+) -> tuple[Any, ...]:
+    cache = paged_cache(kv_heads, dim, rows, capacity, dtype, page)
     q = ShapeDtypeStruct((rows, steps, heads, dim), dtype)
     where = ShapeDtypeStruct((rows,), jnp.int32)
-    return q, cache, cache, where, where
+    return q, *cache, where, where
 
 
 def rope_arguments(heads, kv_heads, dim, rows, capacity, dtype) -> tuple[Any, ...]:
@@ -73,19 +83,47 @@ def test_lowers_at_real_shapes(operation, size, rows, capacity, dtype):
         assert name in text
 
 
-@pytest.mark.parametrize(("rows", "capacity"), [(1, 64), (3, 72), (64, 1000), (300, 256)])
-def test_decode_attention_lowers_at_awkward_shapes(rows, capacity):
-    lower("gqa_decode_attention", decode_arguments(14, 2, 64, rows, capacity, "bfloat16"))
+@pytest.mark.parametrize(
+    ("rows", "capacity", "page"), [(1, 128, 128), (3, 768, 384), (64, 1024, 256), (300, 256, 128)]
+)
+def test_decode_attention_lowers_at_awkward_shapes(rows, capacity, page):
+    lower("gqa_decode_attention", decode_arguments(14, 2, 64, rows, capacity, "bfloat16", page))
 
 
 @pytest.mark.parametrize(
-    ("steps", "rows", "capacity"),
-    [(16, 1, 256), (16, 300, 528), (32, 3, 8192), (64, 1, 8192), (128, 64, 640), (8192, 1, 8192)],
+    ("steps", "rows", "capacity", "page"),
+    [
+        (16, 1, 128, 128),
+        (16, 300, 768, 384),
+        (32, 3, 8192, 128),
+        (64, 1, 8192, 256),
+        (128, 64, 640, 128),
+        (8192, 1, 8192, 128),
+    ],
 )
 @pytest.mark.parametrize("size", ["0.5b", "14b"])
-def test_prefill_attention_lowers_at_awkward_shapes(size, steps, rows, capacity):
-    arguments = prefill_arguments(*HEADS[size], rows, capacity, "bfloat16", steps)
+def test_prefill_attention_lowers_at_awkward_shapes(size, steps, rows, capacity, page):
+    arguments = prefill_arguments(*HEADS[size], rows, capacity, "bfloat16", steps, page)
     lower("gqa_prefill_attention", arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("size", ["0.5b", "7b"])
+def test_prefill_attention_lowers_for_the_engines_chunks(size, rows):
+    lower(
+        "gqa_prefill_attention",
+        prefill_arguments(*HEADS[size], rows, 32768, "bfloat16", steps=128),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("size", HEADS)
+def test_a_large_table_alone_does_not_split_prefill_attention(size, rows):
+    heads, kv_heads, dim = HEADS[size]
+    large, small = (
+        best_tiling(Shape(rows, 128, heads, kv_heads, capacity, dim)) for capacity in (32768, 2048)
+    )
+    assert large == small
 
 
 @pytest.mark.parametrize("pairs", [16, 32])
@@ -137,8 +175,8 @@ def test_what_the_sampling_kernel_cannot_serve_is_refused(arguments, top_logprob
         lower_sampling(arguments, top_logprobs)
 
 
-def prefill_refused(dtype="bfloat16", dim=64, capacity=256, steps=64) -> tuple[Any, ...]:
-    return prefill_arguments(14, 2, dim, 1, capacity, dtype, steps)
+def prefill_refused(dtype="bfloat16", dim=64, page=128, steps=64) -> tuple[Any, ...]:
+    return prefill_arguments(14, 2, dim, 1, 256, dtype, steps, page)
 
 
 REFUSED = [
@@ -146,13 +184,13 @@ REFUSED = [
     ("gqa_prefill_attention", prefill_refused(dim=96), "64 or 128, not 96"),
     ("gqa_prefill_attention", prefill_refused(steps=8), "positions, not 8"),
     ("gqa_prefill_attention", prefill_refused(steps=96), "positions, not 96"),
-    ("gqa_prefill_attention", prefill_refused(capacity=128), "slots.*not 128"),
-    ("gqa_prefill_attention", prefill_refused(capacity=264), "slots.*not 264"),
+    ("gqa_prefill_attention", prefill_refused(page=64), "128 slots, not 64"),
+    ("gqa_prefill_attention", prefill_refused(page=192), "128 slots, not 192"),
     ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 256, "float32"), "not float32"),
     ("gqa_decode_attention", decode_arguments(14, 2, 96, 1, 256, "bfloat16"), "64 or 128, not 96"),
     ("gqa_decode_attention", decode_arguments(18, 2, 64, 1, 256, "bfloat16"), "8 query.*not 9"),
-    ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 260, "bfloat16"), "slots.*not 260"),
-    ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 56, "bfloat16"), "slots.*not 56"),
+    ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 256, "bfloat16", 64), "not 64"),
+    ("gqa_decode_attention", decode_arguments(14, 2, 64, 1, 384, "bfloat16", 192), "not 192"),
     ("rope", rope_arguments(14, 2, 64, 1, 256, "float32"), "not float32"),
     ("rope", rope_arguments(14, 2, 64, 1, 9, "bfloat16"), "positions, not 9"),
     ("rope", rope_arguments(14, 2, 80, 1, 16, "bfloat16"), "not 40 of 80"),

@@ -86,7 +86,7 @@ class Texts:
         # Texts that end would leave less to do.
         self._spec = dataclasses.replace(engine.spec, stop_ids=())
         self._held = engine.pool.take(self.count * pages_for(longest))
-        self._tables = np.zeros((self.count, engine.table_width), np.int32)
+        self._tables = np.zeros((self.count, engine.layout.table_width), np.int32)
         self._tables[:, : pages_for(longest)] = np.reshape(self._held, (self.count, -1))
         drawn = np.random.default_rng(seed).integers(0, config.vocab_size, (self.count, prompt))
         self._tokens = drawn.astype(np.int32)

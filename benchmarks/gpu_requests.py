@@ -1,0 +1,112 @@
+"""Requests of any length through the scheduler, as a user's file of prompts brings them.
+
+    python -m benchmarks.gpu_requests --sizes 0.5b 7b
+
+384 prompts of 20 to 900 random tokens, answers of 16 to 512, random weights, 64 slots: first time,
+again, and in other orders, in one process. Beside it what it could take: the prompts' tokens at the
+rate of prompts alone, and the answers' at the rate of 64 rows of equal texts, both measured here
+through the same programs. The seed of the lengths is fixed; tokens and weights are drawn afresh.
+Ends with one line of JSON.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.gpu_decode import DTYPE, random_parameters
+from benchmarks.random_model import SIZES
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import Sampling
+from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.weights import prepare
+
+SEED = 17
+GREEDY = Sampling()
+QWEN = Sampling(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
+
+
+PROGRAMS: dict[str, Any] = {"extend": steps.extend, "step": steps.step, "insert": steps.insert}
+
+
+def lengths(count: int) -> list[tuple[int, int]]:
+    """Of prompts and of answers, of which most are short."""
+    rng = np.random.default_rng(SEED)
+    answers = (16 + 497 * rng.random(count) ** 2).astype(int)
+    return list(zip(rng.integers(20, 901, count).tolist(), answers.tolist(), strict=True))
+
+
+def requests(
+    sizes: Sequence[tuple[int, int]], vocab: int, sampling: Sampling = GREEDY
+) -> list[Text]:
+    """Drawn afresh, so that no prompt is in the cache already."""
+    rng = np.random.default_rng()
+    return [
+        Text(rng.integers(0, vocab, prompt).tolist(), answer, sampling) for prompt, answer in sizes
+    ]
+
+
+def run(engine: Engine, texts: Sequence[Text]) -> float:
+    """Seconds until the last token."""
+    scheduler = Scheduler(engine)
+    start, waiting = time.perf_counter(), list(reversed(texts))
+    while waiting or not scheduler.idle:
+        while waiting and scheduler.wants_more:
+            scheduler.add(waiting.pop())
+        scheduler.turn()
+    jax.block_until_ready(engine.pages)
+    taken = time.perf_counter() - start
+    assert all(text.given == text.limit for text in texts)
+    return taken
+
+
+def ideal(engine: Engine, prompt_tokens: int, answer_tokens: int) -> tuple[float, float, float]:
+    """Tokens a second of prompts alone and of 64 rows alone, and what the requests would take."""
+    rng, vocab, slots = np.random.default_rng(), engine.config.vocab_size, engine.shapes.slots
+    long = [Text(rng.integers(0, vocab, 2049).tolist(), 1) for _ in range(32)]
+    prompts = 32 * 2048 / run(engine, long)
+    short = [Text(rng.integers(0, vocab, 1).tolist(), 400) for _ in range(slots)]
+    answers = slots * 400 / run(engine, short)
+    return prompts, answers, prompt_tokens / prompts + answer_tokens / answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["0.5b"])
+    parser.add_argument("--count", type=int, default=384)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--orders", type=int, default=2)
+    args = parser.parse_args()
+    figures: dict[str, Any] = {}
+    for size in args.sizes:
+        config = SIZES[size]
+        drawn = random_parameters(config, DTYPE, time.time_ns() % 2**31)
+        engine = Engine(config, prepare(config, drawn, DTYPE, "auto"), slots=args.slots)
+        vocab, sizes, rng = config.vocab_size, lengths(args.count), np.random.default_rng()
+        prompt, answer = map(sum, zip(*sizes, strict=True))
+        orders = [sizes, sizes, *(rng.permutation(sizes).tolist() for _ in range(args.orders))]
+        taken = [run(engine, requests(order, vocab)) for order in orders]
+        own = [run(engine, requests(sizes, vocab, QWEN)) for _ in range(2)][-1]
+        rates = [ideal(engine, prompt, answer) for _ in range(2)][-1]
+        programs = {name: PROGRAMS[name]._cache_size() for name in PROGRAMS}
+        print(
+            f"{size}: {prompt} + {answer} tokens; first {taken[0]:.2f} s, again {taken[1]:.2f}, "
+            f"other orders {', '.join(f'{t:.2f}' for t in taken[2:])}, with Qwen's own settings "
+            f"{own:.2f}; ideal {rates[2]:.2f} ({rates[0]:,.0f} prompt tokens/s, {rates[1]:,.0f} of "
+            f"{args.slots} rows); programs {programs}",
+            flush=True,
+        )
+        figures[size] = {"seconds": taken, "qwen": own, "ideal": rates, "programs": programs}
+        del engine
+    record = {"benchmark": "gpu_requests", **vars(args), "figures": figures}
+    versions = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    print(json.dumps(record | versions))
+
+
+if __name__ == "__main__":
+    main()

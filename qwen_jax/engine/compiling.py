@@ -1,0 +1,115 @@
+"""Compiling ahead, while weights load: what is compiled for shapes alone is found by the calls."""
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.sample_tokens import words
+from qwen_jax.engine import steps
+from qwen_jax.engine.layout import Layout
+from qwen_jax.engine.sampling import PLANS, Plan, Sampling
+from qwen_jax.engine.shapes import Shapes, fitting
+from qwen_jax.engine.steps import Extras, State
+from qwen_jax.engine.weights import Weights
+from qwen_jax.model.cache import create_pages
+
+
+class Programs(NamedTuple):
+    """Which programs are meant.
+
+    Attributes:
+        rows: of `step`.
+        pieces: of `extend`.
+        plans: how `step` chooses tokens.
+    """
+
+    rows: Collection[int]
+    pieces: Collection[int]
+    plans: Collection[Plan]
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> "Programs":
+        """All that nearly all requests need."""
+        return cls(shapes.rows, shapes.pieces, PLANS)
+
+
+class Expected(NamedTuple):
+    """What an engine will be asked for.
+
+    Attributes:
+        texts: how many at the same time, at most.
+        choices: how their tokens are chosen, and how many log-probabilities are wanted, or None.
+    """
+
+    texts: int
+    choices: Collection[tuple[Sampling, int | None]]
+
+    def programs(self, layout: Layout) -> Programs:
+        """The fewest that serve it."""
+        shapes = layout.shapes
+        pieces = shapes.pieces[0] if self.texts == 1 else shapes.pieces[-1]
+        plan = Plan.of(self.choices, layout.spec.config.vocab_size)
+        return Programs([fitting(shapes.rows, self.texts)], [pieces], [plan])
+
+
+def compile_ahead(layout: Layout, weights: Weights, programs: Programs) -> list[Future[object]]:
+    """Starts to compile programs, each on a thread of its own.
+
+    Args:
+        weights: of arrays, or of shapes alone.
+    """
+    wanted = [*_extends(layout, weights, programs), *_steps(layout, weights, programs)]
+    pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="compile")
+    futures: list[Future[object]] = [pool.submit(lower) for lower in wanted]
+    pool.shutdown(wait=False)
+    return futures
+
+
+def _compile(program: Any, *args: Any) -> object:
+    return program.lower(*args).compile()
+
+
+def _shapes_of(weights: Weights) -> Weights:
+    shapes: Weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    return shapes
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _pages(layout: Layout) -> jax.ShapeDtypeStruct:
+    spec = layout.spec
+    return jax.eval_shape(lambda: create_pages(spec.config, layout.pages, spec.cache))
+
+
+def _extends(
+    layout: Layout, weights: Weights, programs: Programs
+) -> Iterator[Callable[[], object]]:
+    given, width = _shapes_of(weights), layout.table_width
+    for count in programs.pieces:
+        for length in layout.shapes.lengths:
+            row, tokens = _ints(count), _ints(count, length)
+            args = given, _pages(layout), _ints(count, width), tokens, row, row
+            yield functools.partial(_compile, steps.extend, layout.spec, *args)
+
+
+def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Callable[[], object]]:
+    spec, shapes, vocab = layout.spec, layout.shapes, layout.spec.config.vocab_size
+    given, width = _shapes_of(weights), layout.table_width
+    state = jax.eval_shape(lambda: State.create(shapes.slots))
+    extras = jax.eval_shape(lambda: Extras.create(shapes.slots, vocab))
+    for plan in programs.plans:
+        for count in programs.rows:
+            packed = _ints(count, steps.FIELDS)
+            args = given, _pages(layout), _ints(count, width), state
+            rest = extras if plan.sampled else None, packed, plan, shapes.steps
+            yield functools.partial(_compile, steps.step, spec, *args, *rest)
+        if plan.sampled:
+            bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)
+            bias = jax.ShapeDtypeStruct((vocab,), jnp.float32)
+            yield functools.partial(_compile, steps.insert, extras, _ints(), bits, bits, bias)

@@ -111,8 +111,8 @@ def inputs_of(
     """Rows that hold `context` random tokens each, in pages in random order."""
     config, rng = engine.config, np.random.default_rng()
     each, width = pages_of(engine, context), pages_for(config.context_length)
-    tables = np.zeros((batch, width), np.int32)
-    tables[:, :each] = 1 + rng.permutation(batch * each).reshape(batch, each)
+    table = np.zeros((batch, width), np.int32)
+    table[:, :each] = 1 + rng.permutation(batch * each).reshape(batch, each)
     layers = 2 * config.num_layers
     pages = jax.ShapeDtypeStruct(
         (layers, 1 + batch * each, config.num_kv_heads, PAGE, config.head_dim), engine.spec.cache
@@ -132,7 +132,7 @@ def inputs_of(
             [rng.integers(config.vocab_size, size=context) for _ in full], config.vocab_size
         )
         extras = extras._replace(counts=extras.counts._replace(seen=jnp.asarray(seen)))
-    return Inputs(drawn, tables, State.create(batch), extras, packed)
+    return Inputs(drawn, jnp.asarray(table), State.create(batch), extras, jnp.asarray(packed))
 
 
 def plan_of(engine: Engine, sampling: Sampling, top: int | None = None) -> Plan:
@@ -149,8 +149,7 @@ def go_on(engine: Engine, run: Any, inputs: Inputs) -> Inputs:
     """A call, and the inputs of the next one, which goes on where it ended."""
     pages, state, extras, emitted = run(engine.weights, *inputs)
     jax.block_until_ready(emitted)
-    packed = inputs.packed.copy()
-    packed[:, Rows._fields.index("fresh")] = 0
+    packed = inputs.packed.at[:, Rows._fields.index("fresh")].set(0)
     return Inputs(pages, inputs.tables, state, extras, packed)
 
 

@@ -29,6 +29,8 @@ from benchmarks.random_model import SIZES
 DTYPE = jnp.dtype(jnp.bfloat16)
 LARGER_THAN_L2 = 150e6
 MOST_SETS = 8
+PAGE, ENTRIES = 128, 256
+"""Slots of a page, and pages of a block table: the engine's, for a context of 32,768."""
 SECONDS_A_ROUND = 4e-3
 ROUNDS = 5
 
@@ -65,14 +67,19 @@ def rotations(moved: int) -> range:
 def decode_attention(size: str, batch: int, context: int) -> Case:
     config = SIZES[size]
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    cache = (batch, kv_heads, max(256, context), dim)
     moved = 2 * 2 * batch * (kv_heads * context + heads) * dim
     lengths = jnp.full((batch,), context, jnp.int32)
+    needed = -(-context // PAGE)
+    places = jax.random.permutation(jax.random.key(98), 2 * batch * needed)
+    tables = jnp.full((2, batch, ENTRIES), -1)
+    k_tables, v_tables = tables.at[:, :, :needed].set(places.reshape(2, batch, needed))
 
-    def call(implementation: str, q: Any, k: Any, v: Any) -> Any:
-        return pallas_kernels.gqa_decode_attention(q, k, v, lengths, implementation=implementation)
+    def call(implementation: str, q: Any, pages: Any) -> Any:
+        return pallas_kernels.gqa_decode_attention(
+            q, pages, k_tables, v_tables, lengths, implementation=implementation
+        )
 
-    sets = [(normal(2 * i, *cache), normal(2 * i + 1, *cache)) for i in rotations(moved)]
+    sets = [(normal(i, places.size, kv_heads, PAGE, dim),) for i in rotations(moved)]
     q = normal(99, batch, heads, dim)
     return Case("gqa_decode_attention", size, batch, context, q, sets, call, moved)
 

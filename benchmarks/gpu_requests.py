@@ -35,9 +35,10 @@ PROGRAMS: dict[str, Any] = {"extend": steps.extend, "step": steps.step, "insert"
 
 
 def lengths(count: int) -> list[tuple[int, int]]:
-    """Of prompts and of answers."""
+    """Of prompts and of answers, of which most are short."""
     rng = np.random.default_rng(SEED)
-    return [(int(rng.integers(20, 901)), int(rng.integers(16, 513))) for _ in range(count)]
+    answers = (16 + 497 * rng.random(count) ** 2).astype(int)
+    return list(zip(rng.integers(20, 901, count).tolist(), answers.tolist(), strict=True))
 
 
 def requests(

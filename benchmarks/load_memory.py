@@ -1,10 +1,11 @@
 """Peak host memory while a GGUF file loads, against its bound.
 
 The bound: the parameters in the compute dtype plus twice the largest tensor in float32. What
-counts is anonymous memory (RssAnon in /proc/self/status, sampled every millisecond by a thread):
-the mapped pages of the file (RssFile) belong to the page cache and go when memory is short. Each
-load runs in its own process; its growth over the moment before the load is reported, after JAX has
-made its first array. On a CPU device the parameters themselves are in that growth.
+counts is memory that no file backs (RssAnon and RssShmem in /proc/self/status, sampled every
+millisecond by a thread): the mapped pages of the file (RssFile) belong to the page cache and go
+when memory is short. Each load runs in its own process; its growth over the moment before the load
+is reported, after JAX has made its first array. On a CPU device the parameters themselves are in
+that growth.
 
     python -m benchmarks.load_memory [--megabytes 300]
 
@@ -24,9 +25,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
+from benchmarks.random_model import random_matrix
 from qwen_jax.config import ModelConfig
 from qwen_jax.weights import names
 from qwen_jax.weights.checkpoint import open_checkpoint
@@ -34,20 +35,6 @@ from tools.demo_gguf import add_sizes
 
 MIB = 1 << 20
 TYPES = (Type.Q8_0, Type.Q4_K, Type.Q6_K, Type.F16)
-# Where the float16 scales of a block lie; random ones would overflow.
-SCALES = {Type.Q8_0: (0,), Type.Q4_K: (0, 2), Type.Q6_K: (208,)}
-
-
-def random_matrix(rng: np.random.Generator, shape: tuple[int, ...], kind: Type) -> np.ndarray:
-    """Random bytes under scales of 2^-10, row-major in blocks."""
-    rows, columns = shape
-    if kind is Type.F16:
-        return rng.normal(0, 0.02, shape).astype(np.float16)
-    block, size = GGML_QUANT_SIZES[kind]
-    raw = rng.integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
-    for offset in SCALES[kind]:
-        raw[:, offset : offset + 2] = np.frombuffer(np.float16(2**-10).tobytes(), np.uint8)
-    return raw.reshape(rows, -1)
 
 
 def write_model(path: Path, megabytes: int) -> None:
@@ -71,11 +58,35 @@ def write_model(path: Path, megabytes: int) -> None:
     writer.close()
 
 
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon; this needs Linux")
+def own_bytes(process: int | str = "self") -> int:
+    """Memory of a process that no file backs; 0 once it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(fields.get(key, "0").split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+
+
+class Peak:
+    """The most `own_bytes` of a process within a `with`, sampled every millisecond."""
+
+    def __init__(self, process: int | str = "self"):
+        self.process, self.bytes, self._done = process, 0, threading.Event()
+        self._sampler = threading.Thread(target=self._sample)
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.001):
+            self.bytes = max(self.bytes, own_bytes(self.process))
+
+    def __enter__(self) -> "Peak":
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._sampler.join()
+        self.bytes = max(self.bytes, own_bytes(self.process))
 
 
 def measure(path: Path, dtype: str) -> dict[str, Any]:
@@ -87,21 +98,11 @@ def measure(path: Path, dtype: str) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(path)
     jnp.zeros(1).block_until_ready()
-    baseline, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, anonymous_bytes())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    start = time.perf_counter()
-    params = load_parameters(checkpoint, dtype)
-    seconds = time.perf_counter() - start
-    done.set()
-    sampler.join()
-    peak = max(peak, anonymous_bytes())
+    baseline = own_bytes()
+    with Peak() as peak:
+        start = time.perf_counter()
+        params = load_parameters(checkpoint, dtype)
+        seconds = time.perf_counter() - start
     parameter_bytes = sum(value.nbytes for value in params.values())
     largest = 4 * max(info.elements for info in checkpoint.tensors.values())
     return {
@@ -110,7 +111,7 @@ def measure(path: Path, dtype: str) -> dict[str, Any]:
         "file_mib": round(path.stat().st_size / MIB, 1),
         "parameters_mib": round(parameter_bytes / MIB, 1),
         "bound_mib": round((parameter_bytes + 2 * largest) / MIB, 1),
-        "peak_mib": round((peak - baseline) / MIB, 1),
+        "peak_mib": round((peak.bytes - baseline) / MIB, 1),
         "seconds": round(seconds, 2),
     }
 

@@ -16,15 +16,18 @@ from jaxtyping import Float
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.compiling import Expected, compile_ahead
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
-from qwen_jax.engine.weights import prepare
+from qwen_jax.engine.weights import prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
+from qwen_jax.scoring import Pair, Score, scored
 from qwen_jax.text.chat import DEFAULT_SYSTEM
 from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
@@ -37,6 +40,8 @@ BUNDLED = "haiku"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PRECISIONS = ("highest", "high", "default")
+MOST_SLOTS = 4096
+"""Far more than any device has room for texts."""
 
 
 def locate(model: str | Path = BUNDLED) -> Path:
@@ -71,6 +76,7 @@ def load(
     implementation: str = "auto",
     matmul_precision: str = "highest",
     slots: int | None = None,
+    expected: Expected | None = None,
     sha256: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
@@ -88,6 +94,8 @@ def load(
         matmul_precision: of float32 products: "highest" never uses TF32, "high" and
             "default" may.
         slots: texts that are generated at the same time; by default 8 on a CPU, 64 elsewhere.
+        expected: what will be asked for: compiled while the weights load. By default each program
+            is compiled when it is first needed.
         sha256: what the GGUF file's SHA-256 must be.
         progress: called with bytes read and bytes in all.
 
@@ -95,21 +103,17 @@ def load(
         UserError: the checkpoint is missing, damaged, too large or not a Qwen2.5 model, or an
             argument isn't one of the values above.
     """
-    parameter_dtype = dtype_of(dtype)
-    check_precision(matmul_precision)
-    check_implementation(implementation)
+    check_slots(slots)
     _use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)
+    # From here on the device is asked, which `run.py` may still be waking up.
+    parameter_dtype = dtype_of(dtype)
+    check_precision(matmul_precision)
+    check_implementation(implementation)
     check_weights_fit(checkpoint.config, parameter_dtype)
-    parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
-    try:
-        weights = prepare(checkpoint.config, parameters, parameter_dtype, implementation)
-    except pallas_kernels.UnsupportedError as error:
-        raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
-    engine = Engine(
-        checkpoint.config,
-        weights,
+    config, platform = checkpoint.config, device().platform
+    options = EngineOptions(
         stop_ids=tokenizer.stop_ids,
         valid_tokens=tokenizer.vocab_size,
         unused_ids=tokenizer.unused_ids,
@@ -117,6 +121,19 @@ def load(
         implementation=implementation,
         slots=slots,
     )
+    layout = Layout.of(config, parameter_dtype, platform, loaded=False, **options)
+    try:
+        if expected is not None and platform != "cpu":  # whose cores are busy with the weights
+            shapes = prepared_shapes(config, checkpoint.parameters, parameter_dtype, implementation)
+            compile_ahead(layout, shapes, expected.programs(layout))
+        parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
+        weights = prepare(config, parameters, parameter_dtype, implementation)
+    except pallas_kernels.UnsupportedError as error:
+        raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
+    options["cache_tokens"] = layout.cache_tokens
+    engine = Engine(config, weights, **options)
+    if expected is not None:
+        engine.expect(expected.programs(layout))
     return Model(engine, tokenizer, read_recommended(checkpoint))
 
 
@@ -142,6 +159,12 @@ def check_implementation(name: str) -> None:
 def check_precision(name: str) -> None:
     """Raises UserError for a matmul precision that there is not."""
     _one_of("matmul_precision", name, PRECISIONS)
+
+
+def check_slots(slots: int | None) -> None:
+    """Raises UserError for a number of slots that there can't be."""
+    if slots is not None and not (is_whole(slots) and 1 <= slots <= MOST_SLOTS):
+        raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -186,7 +209,8 @@ def _use_compilation_cache() -> None:
         logging.warning("Compiled programs are not kept: %s; set XDG_CACHE_HOME.", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # All of them: even a copy takes XLA 50 ms for a GPU, and loading has dozens of small programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Options(PromptOptions, total=False):
@@ -341,6 +365,14 @@ class Model:
         if sampling.temperature == 0 and (idle, n) not in self._warned:
             self._warned.add((idle, n))
             warn_of_greedy(idle, n)
+
+    def score(self, pairs: Iterable[Pair]) -> Iterator[Score]:
+        """How likely continuations are after contexts, both as ids, in the order of the pairs.
+
+        Raises:
+            UserError: while iterating: a pair is empty, too long, or not of this vocabulary.
+        """
+        return scored(self.engine, pairs)
 
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits after each of the tokens, float32 `[T, V]`.

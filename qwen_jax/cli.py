@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from logging import Formatter
 from pathlib import Path
@@ -113,11 +114,24 @@ def _run(argv: list[str]) -> int:
     with interrupts.handled_by(interrupts.exit_at_once):
         gc.disable()  # Nothing of what is imported is garbage; looking for it takes 0.2 s.
         try:
+            if command.task == "generate":
+                _wake_device()
             module = importlib.import_module(f"qwen_jax.tasks.{command.task}")
         finally:
             gc.enable()
     with interrupts.handled_by(interrupts.raise_interrupt):
         return module.run(command)
+
+
+def _wake_device() -> None:
+    """Has JAX find its devices while Python imports the rest: CUDA takes about a second."""
+    import jax
+
+    def find() -> None:
+        with contextlib.suppress(Exception):  # told of by whoever asks for a device
+            jax.local_devices()
+
+    threading.Thread(target=find, name="wake", daemon=True).start()
 
 
 def parse(argv: list[str]) -> settings.Command:

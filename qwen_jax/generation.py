@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -165,7 +165,7 @@ class Generation:
         """Of what has run so far; all zero before the first token."""
         return self._sums
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Generator[Piece, None, None]:
         scheduler = Scheduler(self._engine)
         self._start, self._compiled = time.perf_counter(), compile_seconds()
         try:
@@ -189,23 +189,25 @@ class Generation:
                     scheduler.add(row.text)
             for news in scheduler.turn():
                 row = self._rows[news.text]
+                before = len(row.tokens)
                 piece = row.feed(news)
                 if row.finish_reason is not None:
                     scheduler.cancel(news.text)
                     del self._rows[news.text]
-                self._count(row, len(news.tokens))
+                self._count(row, before)
                 over = row.finish_reason is not None
                 if piece or over:
                     yield Piece(row.number, piece, row.completion() if over else None)
 
-    def _count(self, row: "_Row", tokens: int) -> None:
+    def _count(self, row: "_Row", before: int) -> None:
+        """Adds what a row has grown by, from so many tokens on."""
         now, compiled, sums = time.perf_counter(), compile_seconds(), self._sums
-        first = len(row.tokens) == tokens
+        first = before == 0
         compiling = compiled - self._compiled
         self._sums = Timings(
             sums.prompt_tokens + (len(row.request.tokens) if first else 0),
             sums.shared_tokens + (row.text.shared_tokens if first else 0),
-            sums.generated_tokens + tokens,
+            sums.generated_tokens + len(row.tokens) - before,
             now - self._start - compiling,
             sums.first_token_seconds or now - self._start,
             compiling,

@@ -29,9 +29,10 @@ def sampling_of(config: ConfigDict) -> Sampling:
 
 def options_of(config: ConfigDict) -> Options:
     """The config's answer settings, checked."""
-    for name in ("max_tokens", "n", "batch_size"):
+    for name in ("max_tokens", "n"):
         if config[name] < 1:
             raise UserError(f"{name} is {config[name]}, but it must be at least 1.")
+    api.check_slots(config.slots)
     recommended.check_choice(config.generation_config)
     StopStrings(config.stop)  # Refuses an empty one.
     return Options(

@@ -48,9 +48,12 @@ def get_config() -> ConfigDict:
             "stop": (),
             "stop_ids": "",
             "n": 1,
-            "batch_size": 8,
-            # JSON lines: of a prompt file's answers, instead of stdout.
+            # Texts that are generated at the same time; by default what suits the device.
+            "slots": placeholder(int),
+            # JSON lines: of a prompt file's answers, instead of stdout; as they finish, or in the
+            # file's order.
             "output": placeholder(str),
+            "ordered": False,
             # Log-probabilities of the chosen token and of this many of the likeliest.
             "top_logprobs": placeholder(int),
             # none or model: whether what the model recommends (generation_config.json, or
@@ -176,8 +179,9 @@ FLAGS: dict[str, tuple[str, str]] = {
     "stop": ("stop", "Text that ends the answer and is cut off; may be given several times."),
     "stop_ids": ("stop_ids", "Ids of tokens that end the answer, as in 13,198."),
     "n": ("n", "Samples of each prompt."),
-    "batch_size": ("batch_size", "Prompts of a file that run together."),
+    "slots": ("slots", "Texts generated at the same time; by default 8 on a CPU, 64 on a GPU."),
     "output": ("output", "Where the answers to a prompt file go, as JSON lines."),
+    "ordered": ("ordered", "Write answers in the order of the prompts, not as they finish."),
     "top_logprobs": ("top_logprobs", "Report log-probabilities, and this many of the likeliest."),
     "generation_config": (
         "generation_config",

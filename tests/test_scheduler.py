@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import News, Scheduler, Text
 from qwen_jax.errors import UserError
 from tests.engines import random_tokens, run_to_end
@@ -270,17 +271,36 @@ def test_a_call_that_fails_leaves_a_usable_engine(
 
 
 @every_way
-def test_two_schedulers_share_an_engine(options: dict[str, Any]) -> None:
-    """As two streams do of which a piece is taken in turn: each text has a slot of its own."""
-    engine = many_rows(2048, **options)
+def test_two_schedulers_take_turns(options: dict[str, Any]) -> None:
+    """As two streams do of which a piece is taken in turn: each has slots of its own."""
     texts = [again(text) for text in drawn()[:6]]
+    told = in_turns(many_rows(4096, **options), texts)
+    assert_as_alone(texts, told, expected()[:6], bits=False)
+
+
+@every_way
+def test_pages_that_another_scheduler_has_still_to_fill_are_not_shared(
+    options: dict[str, Any],
+) -> None:
+    base = random_tokens(CONFIG, 400)
+    texts = [Text(random_tokens(CONFIG, 500, i), 3) for i in range(6)]
+    texts += [Text([*base, i], 5) for i in range(2)]
+    right = tuple(alone(texts))
+    assert_as_alone(texts, in_turns(many_rows(8192, **options), texts), right, bits=False)
+
+
+def in_turns(engine: Engine, texts: list[Text]) -> list[News]:
+    """The last text is the second scheduler's first."""
+    engine.pages = engine.pages + np.nan  # what was never filled shows
     schedulers, told = (Scheduler(engine), Scheduler(engine)), []
-    for i, text in enumerate(texts):
-        schedulers[i % 2].add(text)
+    for text in texts[:-1]:
+        schedulers[0].add(text)
+    schedulers[1].add(texts[-1])
     while not all(scheduler.idle for scheduler in schedulers):
         for scheduler in schedulers:
             told += scheduler.turn()
-    assert_as_alone(texts, told, expected()[:6], bits=False)
+    assert engine.pool.available == engine.pool.size
+    return told
 
 
 def test_who_can_wait_for_nobody_of_its_own_is_told_so() -> None:
@@ -290,7 +310,7 @@ def test_who_can_wait_for_nobody_of_its_own_is_told_so() -> None:
     first.add(Text(random_tokens(CONFIG, 300), 50))
     first.turn()
     second.add(Text(random_tokens(CONFIG, 100), 50))
-    with pytest.raises(UserError, match="are taken by texts that are being generated"):
+    with pytest.raises(UserError, match="Other texts .* hold the whole cache"):
         second.turn()
     second.close()
     while not first.idle:

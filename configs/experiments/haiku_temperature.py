@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.experiment.template = "Write a haiku that contains the word {word}."
     config.experiment.scores = ("haiku",)
     config.max_tokens = 96
-    config.batch_size = 40
+    config.slots = 40
     return config
 
 

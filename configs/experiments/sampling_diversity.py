@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.experiment.scores = ("haiku", "diversity")
     config.max_tokens = 64
     config.n = 8
-    config.batch_size = 64
+    config.slots = 64
     return config
 
 

@@ -1,12 +1,12 @@
-"""Speed against context and batch.
+"""Speed against context and slots.
 
     python run.py experiment --config=configs/experiments/speed.py --workdir=runs/speed
     python run.py experiment --config=configs/experiments/speed.py:long --model=my.gguf \\
         --workdir=runs/my-speed
 
 Needs nothing but the package; 16 points, three minutes on two CPU cores. Each
-point is warmed up and measured seven times. Expect a batch to decode almost as fast as a single row
-while weights are what is read, so tokens/s grow with the batch, and to fall slowly with context.
+point is warmed up and measured seven times. Expect many slots to decode almost as fast as one
+while weights are what is read, so tokens/s grow with them, and to fall slowly with context.
 """
 
 from ml_collections import ConfigDict
@@ -30,5 +30,5 @@ def get_config(variant: str = "") -> ConfigDict:
 def get_sweep(variant: str = "") -> Sweep:
     return product(
         axis("experiment.bench.prompt_tokens", CONTEXTS[variant]),
-        axis("batch_size", [1, 4, 16, 64]),
+        axis("slots", [1, 4, 16, 64]),
     )

@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qwen_jax.accuracy.weights_faults import Fault, Tensor, Variant
-from qwen_jax.weights import iquants, kquants, simple_quants
+from qwen_jax.weights.blocks import FORMATS
 
 Blocks = UInt8[np.ndarray, "blocks bytes"]
 
-_FORMATS = simple_quants.FORMATS | kquants.FORMATS | iquants.FORMATS
 _MOST_BYTES = 64
 """How far off a start is searched: twice GGUF's usual alignment."""
 
@@ -25,12 +24,12 @@ def _blocks(tensor: Tensor, shift: int = 0) -> tuple[Blocks, np.dtype] | None:
     if not source.quantised:
         return None
     info = source.info(tensor.name)
-    if info.type not in _FORMATS or len(info.shape) == 1:
+    if info.type not in FORMATS or len(info.shape) == 1:
         return None
     row = info.nbytes // info.shape[0]
     stop = info.shape[0] if tensor.stop is None else tensor.stop
     raw = source.bytes(tensor.name, tensor.start * row + shift, stop * row + shift)
-    layout = _FORMATS[info.type].layout
+    layout = FORMATS[info.type].layout
     return raw.reshape(-1, layout.itemsize), layout
 
 

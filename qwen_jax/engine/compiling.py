@@ -1,7 +1,7 @@
 """Compiling ahead, while weights load: what is compiled for shapes alone is found by the calls."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -10,46 +10,59 @@ import jax.numpy as jnp
 
 from pallas_kernels.sample_tokens import words
 from qwen_jax.engine import steps
-from qwen_jax.engine.sampling import Plan
-from qwen_jax.engine.shapes import Shapes
-from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.layout import Layout
+from qwen_jax.engine.sampling import PLANS, Plan, Sampling
+from qwen_jax.engine.shapes import Shapes, fitting
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import Weights
-from qwen_jax.model.cache import create_pages, pages_for
+from qwen_jax.model.cache import create_pages
 
 
-class Layout(NamedTuple):
-    """All that decides the shapes of an engine's programs, besides its weights.
+class Programs(NamedTuple):
+    """Which programs are meant.
 
     Attributes:
-        spec, shapes: the engine's.
-        pages: of a layer, the one of nobody among them.
+        rows: of `step`.
+        pieces: of `extend`.
+        plans: how `step` chooses tokens.
     """
 
-    spec: Spec
-    shapes: Shapes
-    pages: int
+    rows: Collection[int]
+    pieces: Collection[int]
+    plans: Collection[Plan]
 
-    @property
-    def table_width(self) -> int:
-        """Pages of a text as long as the context, or as the pool where that is shorter."""
-        return min(pages_for(self.spec.config.context_length), self.pages - 1)
+    @classmethod
+    def of(cls, shapes: Shapes) -> "Programs":
+        """All that nearly all requests need."""
+        return cls(shapes.rows, shapes.pieces, PLANS)
 
 
-def compile_ahead(
-    layout: Layout,
-    weights: Weights,
-    rows: Sequence[int],
-    plans: Sequence[Plan],
-) -> list[Future[object]]:
-    """Starts to compile, each on a thread of its own, what texts need.
+class Expected(NamedTuple):
+    """What an engine will be asked for.
+
+    Attributes:
+        texts: how many at the same time, at most.
+        choices: how their tokens are chosen, and how many log-probabilities are wanted, or None.
+    """
+
+    texts: int
+    choices: Collection[tuple[Sampling, int | None]]
+
+    def programs(self, layout: Layout) -> Programs:
+        """The fewest that serve it."""
+        shapes = layout.shapes
+        pieces = shapes.pieces[0] if self.texts == 1 else shapes.pieces[-1]
+        plan = Plan.of(self.choices, layout.spec.config.vocab_size)
+        return Programs([fitting(shapes.rows, self.texts)], [pieces], [plan])
+
+
+def compile_ahead(layout: Layout, weights: Weights, programs: Programs) -> list[Future[object]]:
+    """Starts to compile programs, each on a thread of its own.
 
     Args:
         weights: of arrays, or of shapes alone.
-        rows: how many are to run together.
-        plans: how they choose tokens.
     """
-    wanted = [*_extends(layout, weights), *_steps(layout, weights, rows, plans)]
+    wanted = [*_extends(layout, weights, programs), *_steps(layout, weights, programs)]
     pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="compile")
     futures: list[Future[object]] = [pool.submit(lower) for lower in wanted]
     pool.shutdown(wait=False)
@@ -74,24 +87,24 @@ def _pages(layout: Layout) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: create_pages(spec.config, layout.pages, spec.cache))
 
 
-def _extends(layout: Layout, weights: Weights) -> Iterator[Callable[[], object]]:
+def _extends(
+    layout: Layout, weights: Weights, programs: Programs
+) -> Iterator[Callable[[], object]]:
     given, width = _shapes_of(weights), layout.table_width
-    for count in layout.shapes.pieces:
+    for count in programs.pieces:
         for length in layout.shapes.lengths:
             row, tokens = _ints(count), _ints(count, length)
             args = given, _pages(layout), _ints(count, width), tokens, row, row
             yield functools.partial(_compile, steps.extend, layout.spec, *args)
 
 
-def _steps(
-    layout: Layout, weights: Weights, rows: Sequence[int], plans: Sequence[Plan]
-) -> Iterator[Callable[[], object]]:
+def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Callable[[], object]]:
     spec, shapes, vocab = layout.spec, layout.shapes, layout.spec.config.vocab_size
     given, width = _shapes_of(weights), layout.table_width
     state = jax.eval_shape(lambda: State.create(shapes.slots))
     extras = jax.eval_shape(lambda: Extras.create(shapes.slots, vocab))
-    for plan in plans:
-        for count in rows:
+    for plan in programs.plans:
+        for count in programs.rows:
             packed = _ints(count, steps.FIELDS)
             args = given, _pages(layout), _ints(count, width), state
             rest = extras if plan.sampled else None, packed, plan, shapes.steps

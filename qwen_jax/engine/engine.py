@@ -1,25 +1,28 @@
 """A model on a device: its weights, what its programs are made for, and its pool of pages."""
 
 from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 import jax
 import numpy as np
-from jax import lax
 from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
-from qwen_jax.engine.compiling import Layout, compile_ahead
-from qwen_jax.engine.memory import pool_pages, show_bytes
+from qwen_jax.engine.compiling import Programs, compile_ahead
+from qwen_jax.engine.layout import EngineOptions, Layout
+from qwen_jax.engine.memory import show_bytes
 from qwen_jax.engine.pool import Pool
-from qwen_jax.engine.sampling import PLANS, Plan
-from qwen_jax.engine.shapes import fitting, pieces_of, shapes_for
+from qwen_jax.engine.sampling import Plan
+from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, bytes_per_token, create_pages, pages_for
 from qwen_jax.model.decoder import Parameters
+
+FEW_CALLS = 4
+"""So many take less time than to compile a program."""
 
 
 class Engine:
@@ -29,99 +32,76 @@ class Engine:
         config: sizes and constants.
         weights: every parameter by its canonical name, already on the device, or packed for
             the decode-step kernel (`qwen_jax.engine.weights.prepare`).
-        stop_ids: tokens that end a row; they are emitted, then the row is done.
-        valid_tokens: vocabulary rows in use; ids from here on are never chosen.
-        unused_ids: rows below them that no token has, and that are never chosen either.
-        precision: of float32 matrix products.
-        implementation: "auto", "mosaic_gpu" or "xla".
-        slots: rows that generate at the same time; by default what suits the platform.
-        cache_tokens: positions of the cache; by default what is needed, or fits.
+        options: see `EngineOptions`.
 
     Attributes:
-        spec: what its programs are compiled for.
-        shapes: and the sizes of their calls.
+        layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
-        pages, state, extras: what the device holds between calls, made when first asked for.
+        pages: what the device holds of them between calls, made when first asked for.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         weights: Parameters | Weights,
-        *,
-        stop_ids: Sequence[int] = (),
-        valid_tokens: int | None = None,
-        unused_ids: Sequence[int] = (),
-        precision: lax.Precision = lax.Precision.HIGHEST,
-        implementation: str = "auto",
-        slots: int | None = None,
-        cache_tokens: int | None = None,
+        **options: Unpack[EngineOptions],
     ):
         self.config = config
         self.weights: Weights = PlainWeights(weights) if isinstance(weights, Mapping) else weights
-        rows = config.vocab_size
-        self.spec = Spec(
-            config,
-            self.weights.dtype,
-            self.weights.dtype,
-            precision,
-            implementation,
-            tuple(stop_ids),
-            rows if valid_tokens is None else min(valid_tokens, rows),
-            tuple(unused_ids),
-        )
         self.platform = next(iter(self.weights.devices())).platform
-        self.shapes = shapes_for(self.platform, slots)
-        size = (
-            pool_pages(config, self.spec.cache, self.shapes.slots, self.platform)
-            if cache_tokens is None
-            else pages_for(cache_tokens)
-        )
-        self.pool = Pool(1 + size)
+        self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
+        self.pool = Pool(self.layout.pages)
         self._pages: jax.Array | None = None
-        self._compiled: set[tuple[int, Plan]] = set()
-        self.state = State.create(self.shapes.slots)
-        self._extras: Extras | None = None
+        self._rows: set[tuple[int, Plan]] = set()
+        self._pieces: set[int] = set()
+
+    @property
+    def spec(self) -> Spec:
+        return self.layout.spec
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.layout.shapes
 
     @property
     def pages(self) -> steps.Pages:
         if self._pages is None:
-            self._pages = create_pages(self.config, 1 + self.pool.size, self.spec.cache)
+            self._pages = create_pages(self.config, self.layout.pages, self.spec.cache)
         return self._pages
 
     @pages.setter
     def pages(self, pages: steps.Pages) -> None:
         self._pages = pages
 
-    @property
-    def extras(self) -> Extras:
-        if self._extras is None:
-            self._extras = Extras.create(self.shapes.slots, self.config.vocab_size)
-        return self._extras
-
-    @extras.setter
-    def extras(self, extras: Extras) -> None:
-        self._extras = extras
-
-    @property
-    def layout(self) -> Layout:
-        """What decides the shapes of its programs."""
-        return Layout(self.spec, self.shapes, 1 + self.pool.size)
-
-    def compile(self, rows: Sequence[int] | None = None, plans: Sequence[Plan] = PLANS) -> None:
-        """Compiles what texts need, all of it by default, so that nothing is compiled after."""
-        sizes = self.shapes.rows if rows is None else rows
-        for future in compile_ahead(self.layout, self.weights, sizes, plans):
+    def compile(self) -> None:
+        """Compiles all that requests usually need, so that nothing is compiled after."""
+        programs = Programs.of(self.shapes)
+        for future in compile_ahead(self.layout, self.weights, programs):
             future.result()
-        self._compiled |= {(size, plan) for size in sizes for plan in plans}
+        self.expect(programs)
+
+    def expect(self, programs: Programs) -> None:
+        """Tells that these programs are compiled, or will be: others of the kind do without."""
+        self._pieces |= set(programs.pieces)
+        self._rows |= {(size, plan) for size in programs.rows for plan in programs.plans}
 
     def rows_for(self, texts: int, plan: Plan) -> int:
-        """How many rows a step of so many texts has: the fewest that hold them, unless there is a
-        program of more rows and none of so many."""
+        """Rows of a step of so many texts: the fewest that hold them, unless there is a program of
+        more rows and none of so few."""
         size = fitting(self.shapes.rows, texts)
-        larger = [n for n in self.shapes.rows if n >= size and (n, plan) in self._compiled]
+        larger = [n for n, of in self._rows if n >= size and of == plan]
         chosen = min(larger, default=size)
-        self._compiled.add((chosen, plan))
+        self._rows.add((chosen, plan))
+        return chosen
+
+    def pieces_for(self, count: int) -> int:
+        """Pieces of each call of `extend` where there are so many in all: by the same rule, and
+        few calls of a smaller program that is there do, too."""
+        size = fitting(self.shapes.pieces, count)
+        larger = [n for n in self._pieces if n >= size]
+        smaller = [n for n in self._pieces if n < size and n * FEW_CALLS >= count]
+        chosen = min(larger) if larger else max(smaller, default=size)
+        self._pieces.add(chosen)
         return chosen
 
     def room(self, tokens: Sequence[int], max_tokens: int) -> int:

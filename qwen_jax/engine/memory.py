@@ -100,29 +100,34 @@ def check_weights_fit(config: ModelConfig, dtype: jnp.dtype) -> None:
         )
 
 
-def pool_pages(config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str) -> int:
+def pool_pages(
+    config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str, free: int | None = None
+) -> int:
     """Pages for the cache of so many slots: what they need at most, or what there is room for.
 
     An accelerator's memory is there to be used, all but what programs need. A CPU's is shared: one
     text as long as the context, or 1,024 tokens a slot, and never more than half of what is free.
     A size has four significant bits, so that the next process finds its programs compiled.
 
+    Args:
+        free: bytes that there are for it; by default those that are free now.
+
     Raises:
         UserError: there is no room for one page.
     """
     context = pages_for(config.context_length)
-    budget = Budget.of(config, dtype)
+    free = free_memory() if free is None else free
     if platform == "cpu":
         wanted = min(max(context, slots * pages_for(1024)), slots * context)
-        room = budget.free // 2
+        room = free // 2
     else:
-        wanted, room = slots * context, budget.free * 9 // 10 - _WORKSPACE
-    fits = room // (PAGE * budget.cache_per_token)
+        wanted, room = slots * context, free * 9 // 10 - _WORKSPACE
+    fits = room // (PAGE * bytes_per_token(config, dtype.itemsize))
     if fits < 1:
         raise TooLarge(
             f"There is no room for keys and values: {config.source} leaves "
-            f"{show_bytes(budget.free)} free on the {device().device_kind}; choose a smaller model "
-            "or a larger machine."
+            f"{show_bytes(max(free, 0))} free on the {device().device_kind}; choose a smaller "
+            "model or a larger machine."
         )
     if fits >= wanted:
         return wanted

@@ -20,13 +20,14 @@ from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Plan, Sampling, settings_of
-from qwen_jax.engine.shapes import Piece, fitting, pieces_of
+from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, pages_for
 
 MOST_CALLS = 4
-"""Of `extend` in a turn where few rows run, and one where many do: so long may they have to wait
-for their next steps."""
+"""Of `extend` in a turn where fewer than half of the slots run, and half as many where more do."""
+PATIENCE = 4
+"""Turns in a row that pieces may wait for others."""
 
 
 NO_SLOT = -1
@@ -57,7 +58,8 @@ class Text:
         self.slot = NO_SLOT
         self.given = 0  # tokens that were told of
         self.expected = 0  # tokens there may be after the calls that are under way
-        self.begun = self.over = False
+        self.row = np.zeros(0, np.int32)  # of `steps.Rows`
+        self.over = False
 
     @property
     def entering(self) -> int:
@@ -97,15 +99,18 @@ class _Scoring(NamedTuple):
 
 
 class Scheduler:
-    """Texts through one engine."""
+    """Texts through one engine. Several may take turns: the slots of each are its own."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self._state = steps.State.create(engine.shapes.slots)
+        self._extras: steps.Extras | None = None
         self._waiting: deque[Text] = deque()
         self._entering: deque[tuple[Text, deque[Piece]]] = deque()
         self._running: list[Text] = []
         self._slots = list(reversed(range(engine.shapes.slots)))
         self._calls: deque[_Call | _Scoring] = deque()
+        self._patience = PATIENCE
         self._scores: dict[Text, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     @property
@@ -134,20 +139,24 @@ class Scheduler:
             self._leave(text)
 
     def close(self) -> None:
-        """Lets go of all that is left, once nothing is to be told any more."""
-        for text, pieces in self._entering:
-            if pieces:
-                self.engine.pool.forget(text.pages[pieces[0].start // PAGE :])
+        """Lets go of all that is left, once nothing is to be told any more.
+
+        An interrupt may have come between taking a piece and putting it into the cache, so that of
+        the pages that a text was to fill none counts.
+        """
+        for text, _ in self._entering:
+            self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
         scored = [call.pieces for call in self._calls if isinstance(call, _Scoring)]
-        pieces_of_texts = [*self._entering, *itertools.chain(*scored)]
-        for text in [*self._waiting, *self._running, *(text for text, _ in pieces_of_texts)]:
+        left = [text for text, _ in itertools.chain(self._entering, *scored)]
+        for text in [*self._waiting, *self._running, *left]:
             self._leave(text)
 
     def turn(self) -> list[News]:
         """Does what can be done now, and tells what is known by then.
 
         Raises:
-            UserError: logits are not finite, or a text bans every token.
+            UserError: logits are not finite, a text bans every token, or there is nothing to wait
+                for: other schedulers' texts hold the pages.
         """
         self._admit()
         self._extend()
@@ -163,6 +172,11 @@ class Scheduler:
         while self._waiting and (self._slots or self._waiting[0].score_from is not None):
             text = self._waiting[0]
             if not self._seat(text):
+                if not (self._entering or self._running or self._calls):
+                    raise UserError(
+                        "Other texts that are being generated hold the whole cache; finish them, "
+                        "or close their generators."
+                    )
                 break
             self._waiting.popleft()
             pieces = deque(pieces_of(text.shared_tokens, text.entering, self.engine.shapes))
@@ -188,22 +202,33 @@ class Scheduler:
 
     def _extend(self) -> None:
         """Some pieces of prompts, in the order of the line."""
-        shapes = self.engine.shapes
-        few = len(self._running) * 2 < shapes.slots
-        for _ in range(MOST_CALLS if few else 1):
-            if pieces := self._next_pieces(shapes.pieces[-1]):
-                try:
-                    self._put(pieces)
-                except BaseException:
-                    for text, piece in pieces:
-                        self.engine.pool.forget(text.pages[piece.start // PAGE :])
-                    raise
+        for _ in range(self._calls_of_extend()):
+            pieces = self._next_pieces(self.engine.shapes.pieces[-1])
+            size = self._rows_of(pieces) if pieces else 1
+            for start in range(0, len(pieces), size):
+                self._put(pieces[start : start + size], size)
             while self._entering and not self._entering[0][1]:
                 text, _ = self._entering.popleft()
                 if text.over:
                     self._leave(text)
                 elif text.score_from is None:
                     self._begin(text)
+
+    def _calls_of_extend(self) -> int:
+        """Full calls as long as there are pieces for them, a few at most: so long may those that
+        run have to wait for their next steps.
+
+        One that is not full takes nearly as long. It waits for more pieces while nearly all slots
+        run and others wait in line, but not for many turns.
+        """
+        shapes, running = self.engine.shapes, len(self._running)
+        full = sum(len(pieces) for _, pieces in self._entering) // shapes.pieces[-1]
+        calls = min(full, MOST_CALLS if 2 * running < shapes.slots else MOST_CALLS // 2)
+        busy = bool(self._waiting) and 8 * running > 7 * shapes.slots
+        if calls == 0 and self._entering and (not busy or self._patience == 0):
+            calls = 1
+        self._patience = PATIENCE if calls or not self._entering else self._patience - 1
+        return calls
 
     def _next_pieces(self, most: int) -> list[tuple[Text, Piece]]:
         """Those that can be in one call: as long as the first, and all scored or none."""
@@ -222,10 +247,15 @@ class Scheduler:
         """Whether a piece has a token after which comes one to be scored."""
         return text.score_from is not None and piece.start + piece.length >= text.score_from
 
-    def _put(self, pieces: list[tuple[Text, Piece]]) -> None:
-        engine = self.engine
-        scored, sizes = self._scored(*pieces[0]), engine.shapes.pieces
-        rows, padded = sizes[-1] if scored else fitting(sizes, len(pieces)), pieces[0][1].padded
+    def _rows_of(self, pieces: list[tuple[Text, Piece]]) -> int:
+        """Of the calls that put these pieces into the cache; of `score` there is one size."""
+        if self._scored(*pieces[0]):
+            return self.engine.shapes.pieces[-1]
+        return self.engine.pieces_for(len(pieces))
+
+    def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> None:
+        engine, padded = self.engine, pieces[0][1].padded
+        scored = self._scored(*pieces[0])
         tokens = np.zeros((rows, padded), np.int32)
         start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         targets = np.zeros((rows, padded), np.int32)
@@ -251,8 +281,12 @@ class Scheduler:
 
     def _begin(self, text: Text) -> None:
         """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
-        engine, vocab, sampling = self.engine, self.engine.config.vocab_size, text.sampling
+        vocab, sampling = self.engine.config.vocab_size, text.sampling
         self._running.append(text)
+        own = (text.slot, 1, 1, text.tokens[-1], 0, text.entering, text.limit)
+        numbers = [np.array([number], np.int32) for number in own]
+        row = steps.Rows._make([*numbers, settings_of(sampling, text.top)])
+        text.row = steps.pack_rows(row)[0]
         penalties = (
             sampling.repetition_penalty,
             sampling.presence_penalty,
@@ -264,7 +298,12 @@ class Scheduler:
             seen = pack([text.tokens], vocab)[0]
             allowed = np.zeros(words(vocab), np.uint32)
             slot = np.int32(text.slot)
-            engine.extras = steps.insert(engine.extras, slot, seen, allowed, bias)
+            self._extras = steps.insert(self._all_extras(), slot, seen, allowed, bias)
+
+    def _all_extras(self) -> steps.Extras:
+        """Those of all slots, made when the first text asks for any."""
+        slots, vocab = self.engine.shapes.slots, self.engine.config.vocab_size
+        return self._extras or steps.Extras.create(slots, vocab)
 
     def _step(self) -> None:
         """Some decode steps of everyone who runs; who has then had all its tokens, leaves."""
@@ -275,28 +314,25 @@ class Scheduler:
         vocab = engine.config.vocab_size
         plan = Plan.of(((t.sampling, t.top) for t in texts), vocab)
         size = engine.rows_for(len(texts), plan)
-        rows = np.zeros((7, size), np.int32)
-        rows[0] = shapes.slots  # nobody's, and out of bounds
-        settings = [settings_of(text.sampling, text.top) for text in texts]
-        settings += [settings_of(Sampling(), None)] * (size - len(texts))
-        for row, text in enumerate(texts):
-            fresh, text.begun = not text.begun, True
-            rows[:, row] = (*(text.slot, 1, fresh, text.tokens[-1], 0, text.entering, text.limit),)
+        rows = np.zeros((size, steps.FIELDS), np.int32)
+        rows[:, 0] = shapes.slots  # nobody's, and out of bounds
+        for row, text in zip(rows, texts, strict=False):
+            row[:] = text.row
+            text.row[steps.FRESH] = 0
             text.expected = min(text.expected + shapes.steps, text.limit)
-        columns = jax.tree.map(lambda *parts: np.concatenate(parts), *settings)
-        engine.pages, engine.state, extras, emitted = steps.step(
+        engine.pages, self._state, extras, emitted = steps.step(
             engine.spec,
             engine.weights,
             engine.pages,
             self._tables(texts, size),
-            engine.state,
-            engine.extras if plan.sampled else None,
-            steps.pack_rows(steps.Rows._make([*rows, columns])),
+            self._state,
+            self._all_extras() if plan.sampled else None,
+            rows,
             plan,
             shapes.steps,
         )
         if extras is not None:
-            engine.extras = extras
+            self._extras = extras
         self._calls.append(_Call(texts, emitted))
         for text in texts:
             if text.expected >= text.limit:

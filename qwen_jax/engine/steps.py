@@ -105,8 +105,9 @@ def _unpacked(packed: Int[Array, "R fields"]) -> Rows:
 
 
 _DTYPES = [column.dtype for column in settings(1)]
+FRESH = Rows._fields.index("fresh")
 FIELDS = len(Rows._fields) - 1 + len(_DTYPES)
-"""Numbers of a row in what `pack_rows` makes."""
+"""Numbers of a row in what `pack_rows` makes, and the place of one of them."""
 
 
 class Emitted(NamedTuple):

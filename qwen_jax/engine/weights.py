@@ -33,6 +33,7 @@ from qwen_jax.engine.spec import Spec
 from qwen_jax.model.cache import Cache
 from qwen_jax.model.decoder import Parameters, Qwen2
 from qwen_jax.model.rotary import inverse_frequencies
+from qwen_jax.weights import names
 
 Forward = Callable[
     [Int[Array, "B"], Cache, Int[Array, "B"], Bool[Array, "B"]], tuple[Float[Array, "B V"], Cache]
@@ -244,6 +245,23 @@ def prepare(
     if chosen == "xla":
         return PlainWeights(dict(parameters))
     return pack(config, parameters, dtype, implementation)
+
+
+def prepared_shapes(
+    config: ModelConfig,
+    parameters: Iterable[names.Parameter],
+    dtype: jnp.dtype,
+    implementation: str,
+) -> Weights:
+    """What `prepare` will return, as shapes alone."""
+    shapes = {
+        p.name: jax.ShapeDtypeStruct(p.shape, jnp.float32 if p.keep_float32 else dtype)
+        for p in parameters
+    }
+    made: Weights = jax.eval_shape(
+        lambda given: prepare(config, given.items(), dtype, implementation), shapes
+    )
+    return made
 
 
 def pack(

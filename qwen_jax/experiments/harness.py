@@ -3,6 +3,7 @@
 python -m qwen_jax.lm_eval --model qwen_jax --model_args model=my.gguf --tasks arc_easy
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -23,10 +24,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from qwen_jax import api
-from qwen_jax.accuracy.metrics import log_softmax
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
 from qwen_jax.generation import Completion, Request
+from qwen_jax.scoring import Pair
 from qwen_jax.text.chat import CHATML_TEMPLATE, render_chat
 
 _QUIET = not sys.stderr.isatty()
@@ -43,9 +44,10 @@ class Harness(TemplateLM):
 
     Args:
         model: what `qwen_jax.load` takes, or a loaded model.
-        batch_size: rows that generate together, or "auto": as many as fit the device.
+        batch_size: texts that are generated at the same time, or "auto": as many as suit the
+            device. A loaded model has its own number.
         pretrained: another name for `model`, which the harness' own models have.
-        max_batch_size: the most rows that "auto" tries, 64 if None.
+        max_batch_size: the most that "auto" may be.
         device: JAX chooses it, and the name of another one is refused.
         max_length: tokens of the context, where it is to be shorter than the model's.
         max_gen_toks: the most tokens of an answer, where the task says nothing.
@@ -67,7 +69,7 @@ class Harness(TemplateLM):
     def __init__(
         self,
         model: str | api.Model | None = None,
-        batch_size: int | str = 8,
+        batch_size: int | str = "auto",
         *,
         pretrained: str | api.Model | None = None,
         max_batch_size: int | str | None = None,
@@ -88,18 +90,20 @@ class Harness(TemplateLM):
         self._warned: set[str] = set()
         harness_settings.check_arguments(options, inspect.signature(Harness).parameters)
         harness_settings.check_device(device, self._warn)
-        self._most_rows, self._automatic = harness_settings.rows(batch_size, max_batch_size)
+        slots = harness_settings.slots(batch_size, max_batch_size)
         self._max_tokens = harness_settings.positive("max_gen_toks", max_gen_toks)
         self._seed, self._overrides = harness_settings.number("seed", seed, int), overrides or {}
         if None not in (model, pretrained) and model != pretrained:
             raise UserError(f"model={model} and pretrained={pretrained} mean the same; give one.")
         model = pretrained if model is None else model
         if isinstance(model, api.Model):
-            if options:
-                raise UserError(f"{', '.join(options)} is of a model already loaded; leave it out.")
+            given = [*options, *(["batch_size"] if slots is not None else [])]
+            if given:
+                raise UserError(f"{', '.join(given)} is of a model already loaded; leave it out.")
             self._model = model
         else:
-            self._model = api.load(api.BUNDLED if model is None else model, **options)
+            name = api.BUNDLED if model is None else model
+            self._model = api.load(name, slots=slots, **options)
         most = self._model.config.context_length
         length = most if max_length is None else max_length
         self._context = harness_settings.positive("max_length", length, most)
@@ -131,7 +135,7 @@ class Harness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._model.engine.stop_ids[0]
+        return self._model.engine.spec.stop_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -209,40 +213,49 @@ class Harness(TemplateLM):
                     f"{len(continuation)} is longer than the model's of {self._context}: it, and "
                     f"others like it, lose their beginning, here {length - self._context - 1}."
                 )
-        found = []
-        for texts, context, continuation in tqdm(requests, disable=disable_tqdm or _QUIET):
-            key = _key("loglikelihood", texts or (context, continuation))
-            if key not in self._answers:
-                line = {"type": "loglikelihood", "arguments": texts}
-                self._answer(key, line, self._score(context, continuation), texts)
-            logprob, greedy = self._answers[key]
-            found.append((logprob, greedy))
-        return found
+        keys = [
+            _key("loglikelihood", texts or (context, continuation))
+            for texts, context, continuation in requests
+        ]
+        left = {
+            key: request
+            for key, request in zip(keys, requests, strict=True)
+            if key not in self._answers
+        }
+        scores = self._model.score(self._pair(*tokens) for _, *tokens in left.values())
+        bar = tqdm(left.items(), disable=disable_tqdm or _QUIET)
+        for (key, (texts, _, _)), score in zip(bar, scores, strict=True):
+            line = {"type": "loglikelihood", "arguments": texts}
+            whole = float(score.logprobs.sum(dtype=np.float64))
+            self._answer(key, line, (whole, bool(score.greedy.all())), texts)
+        return [(logprob, greedy) for logprob, greedy in map(self._answers.__getitem__, keys)]
 
-    def _score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
+    def _pair(self, context: Sequence[int], continuation: Sequence[int]) -> Pair:
+        """What the context has room for."""
         # A context of spaces alone has none left: they begin the continuation.
-        tokens = [*(context or [self.prefix_token_id]), *continuation][-(self._context + 1) :]
-        ends = tokens[-len(continuation) :]
-        logprobs = log_softmax(self._model.logits(tokens[:-1])[-len(ends) :])
-        chosen = np.take_along_axis(logprobs, np.array(ends)[:, None], 1)
-        return float(chosen.sum()), bool((logprobs.argmax(-1) == ends).all())
+        before = [*(context or [self.prefix_token_id])]
+        return before[-(self._context + 1 - len(continuation)) :], continuation
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-probabilities of whole texts, each token given as much before it as fits."""
-        found = []
-        for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm or _QUIET):
+        pairs: list[Any] = []
+        ends = []
+        for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
                 self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self._context,
                 context_len=1,
             )
-            pairs = [(None, *make_disjoint_window(window)) for window in windows]
-            scores = self._loglikelihood_tokens(pairs, disable_tqdm=True)
-            found.append(float(sum(logprob for logprob, _ in scores)))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+            pairs += [(None, *make_disjoint_window(window)) for window in windows]
+            ends.append(len(pairs))
+        scores = self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+        found = []
+        for request, start, end in zip(requests, [0, *ends], ends, strict=False):
+            found.append(float(sum(logprob for logprob, _ in scores[start:end])))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -257,29 +270,27 @@ class Harness(TemplateLM):
         left = {key: i for i, (key, _, _) in enumerate(keyed) if key not in self._answers}
         order = list(left.values())
         quiet = disable_tqdm or _QUIET
-        with tqdm(total=len(requests), initial=len(requests) - len(order), disable=quiet) as bar:
-            rows = self._rows([keyed[i][2] for i in order])
-            for start in range(0, len(order), rows):
-                part = order[start : start + rows]
-                asked = [keyed[i][2] for i in part]
-                # Idle rows, since a smaller batch would be compiled for itself.
-                idle = [Request(asked[0].tokens[:1], max_tokens=0)] * (rows - len(part))
-                batch = self._model.batch(asked + idle)
-                for _ in batch:
-                    pass
-                for i, request, completion in zip(part, asked, batch.completions, strict=False):
-                    key, repeat, _ = keyed[i]
-                    line = {
-                        "type": "generate_until",
-                        "arguments": requests[i].args,
-                        "repeat": repeat,
-                        "max_tokens": request.max_tokens,
-                        "stop": request.stop,
-                        "stop_ids": request.stop_ids,
-                        "sampling": dataclasses.asdict(request.sampling),
-                    }
-                    self._answer(key, line, self._said(request, completion), requests[i].args)
-                bar.update(len(part))
+        pieces = iter(self._model.run(keyed[i][2] for i in order))
+        with (
+            contextlib.closing(pieces),
+            tqdm(total=len(requests), initial=len(requests) - len(order), disable=quiet) as bar,
+        ):
+            for number, _, completion in pieces:
+                if completion is None:
+                    continue
+                key, repeat, request = keyed[order[number]]
+                arguments = requests[order[number]].args
+                line = {
+                    "type": "generate_until",
+                    "arguments": arguments,
+                    "repeat": repeat,
+                    "max_tokens": request.max_tokens,
+                    "stop": request.stop,
+                    "stop_ids": request.stop_ids,
+                    "sampling": dataclasses.asdict(request.sampling),
+                }
+                self._answer(key, line, self._said(request, completion), arguments)
+                bar.update()
         return [self._answers[key] for key, _, _ in keyed]
 
     def _keyed(self, requests: Sequence[Instance]) -> list[tuple[str, int, Request]]:
@@ -330,19 +341,6 @@ class Harness(TemplateLM):
             )
         most = min(asked.max_tokens, room)
         return Request(tokens, most, asked.sampling, asked.stop, asked.stop_ids)
-
-    def _rows(self, requests: Sequence[Request]) -> int:
-        """Rows that run together: no more than twice what there is, since each number of them
-        is compiled for itself, and with `auto` as many as fit the device."""
-        rows = min(self._most_rows, 1 << max(len(requests) - 1, 0).bit_length())
-        while self._automatic and rows > 1:
-            longest = max(requests, key=lambda r: len(r.tokens) + r.max_tokens)
-            try:
-                self._model.check_fits(longest, rows)
-                break
-            except UserError:
-                rows //= 2
-        return rows
 
     def _said(self, request: Request, completion: Completion) -> str:
         """A completion's text, without what was thought before it."""

@@ -13,6 +13,7 @@ from typing import Any
 from qwen_jax import api, recommended
 from qwen_jax.engine import memory
 from qwen_jax.engine.sampling import Sampling
+from qwen_jax.engine.shapes import shapes_for
 from qwen_jax.errors import UserError
 from qwen_jax.recommended import Recommended
 
@@ -24,9 +25,6 @@ STOPS = ("until", "stop", "stop_strings", "stop_sequences")
 
 STOP_IDS = ("stop_token_ids", "stop_ids")
 """Names, vLLM's and ours, for the tokens that end an answer besides the model's own."""
-
-MOST_ROWS = 64
-"""What `batch_size=auto` starts from, as the harness' own models do."""
 
 _NUMBERS = {
     "top_k": int,
@@ -206,7 +204,8 @@ def positive(name: str, value: Any, most: int | None = None) -> int:
 
 def check_arguments(given: Iterable[str], own: Iterable[str]) -> None:
     """Raises UserError for a name that is neither `qwen_jax.load`'s nor among the model's own."""
-    loads = set(inspect.signature(api.load).parameters) - {"progress"}
+    # The harness has its own name for slots.
+    loads = set(inspect.signature(api.load).parameters) - {"progress", "slots"}
     known = sorted({*own, *loads})
     for name in given:
         if name in _FLAGS:
@@ -258,22 +257,23 @@ def check_device(name: str | None, warn: Callable[[str], None]) -> None:
     warn(f"JAX runs on the {platform}, not on lm_eval's {name}.")
 
 
-def rows(batch_size: int | str, max_batch_size: int | str | None) -> tuple[int, bool]:
-    """Rows of a batch, and whether they are only the most to be tried.
+def slots(batch_size: int | str, max_batch_size: int | str | None) -> int | None:
+    """Texts that are generated at the same time; None for as many as suit the device.
 
     Raises:
         UserError: a size is no positive number or `auto`, or a maximum stands beside a number.
     """
     automatic = str(batch_size).partition(":")[0] == "auto"  # auto:4 measures more often
-    if not automatic and max_batch_size is not None:
-        raise UserError(
-            f"max_batch_size={max_batch_size} needs batch_size=auto, but it is {batch_size}."
-        )
-    if automatic:
-        return positive(
-            "max_batch_size", MOST_ROWS if max_batch_size is None else max_batch_size
-        ), True
-    return positive("batch_size", batch_size), False
+    if not automatic:
+        if max_batch_size is not None:
+            raise UserError(
+                f"max_batch_size={max_batch_size} needs batch_size=auto, but it is {batch_size}."
+            )
+        return positive("batch_size", batch_size, api.MOST_SLOTS)
+    if max_batch_size is None:
+        return None
+    usual = shapes_for(memory.device().platform).slots
+    return min(usual, positive("max_batch_size", max_batch_size))
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -1,15 +1,16 @@
-"""The model of a point: kept while points ask for it, its programs kept for other weights."""
+"""The model of a point: kept while points ask for it, with as many slots as they ask for."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from qwen_jax import api
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.shapes import shapes_for
 from qwen_jax.experiments import quantize
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
@@ -20,7 +21,7 @@ _PROMPTS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What decides the weights on the device and the programs that read them."""
+    """What decides the weights on the device."""
 
     model: str
     adapter: tuple[str, ...]
@@ -57,46 +58,66 @@ class Models:
         self._directory = directory
         self._held: tuple[Choice, api.Model] | None = None
         self._tokens: dict[tuple[str, str], Sequence[int]] = {}
-        self._programs: dict[tuple[Any, ...], Engine] = {}
 
-    def get(self, choice: Choice) -> api.Model:
-        """The model, loaded unless the last one asked for was the same."""
-        if self._held is None or self._held[0] != choice:
-            self._held = None  # Before the next is loaded: two might not fit.
-            self._held = choice, self._load(choice)
-        return self._held[1]
+    def get(self, config: ConfigDict) -> api.Model:
+        """A config's model: loaded, unless the last one asked for has the same weights."""
+        choice, slots = Choice.of(config), config.slots
+        held, self._held = self._held, None  # Before the next is made: two might not fit.
+        if held is None or held[0] != choice:
+            del held
+            model = self._load(choice, slots)
+        elif _has(held[1], slots):
+            model = held[1]
+        else:
+            again = remaker(held[1])
+            del held
+            model = again(slots)
+        self._held = choice, model
+        return model
 
-    def request(self, choice: Choice, item: Item) -> Request:
-        """A prompt as the model's ids, and how to answer it."""
-        model, options = self.get(choice), item.options
+    def request(self, config: ConfigDict, item: Item) -> Request:
+        """A prompt as the ids of a config's model, and how to answer it."""
+        model, options = self.get(config), item.options
         # Other weights of the same model have the same chat template and vocabulary.
-        key = choice.model, json.dumps([item.prompt, api.prompt_options(options)])
+        key = config.model, json.dumps([item.prompt, api.prompt_options(options)])
         if key not in self._tokens:
             if len(self._tokens) >= _PROMPTS:
                 self._tokens.clear()
             self._tokens[key] = model.request(item.prompt, **options).tokens
         return model.request_of(self._tokens[key], options)
 
-    def _load(self, choice: Choice) -> api.Model:
+    def _load(self, choice: Choice, slots: int | None) -> api.Model:
         path: str | Path = choice.model
         if choice.quantization is not None:
             path = quantize.made(api.locate(choice.model), choice.quantization, self._directory)
-        model = api.load(
+        return api.load(
             path,
             adapter=choice.adapter,
             dtype=choice.dtype,
             implementation=choice.implementation,
             matmul_precision=choice.matmul_precision,
+            slots=slots,
             sha256=None if choice.quantization else choice.sha256,
         )
-        engine = model.engine
-        key: tuple[Any, ...] = (
-            *(choice.implementation, choice.matmul_precision, str(engine.cache_dtype)),
-            *(model.config, engine.stop_ids),
-            *(model.tokenizer.vocab_size, model.tokenizer.unused_ids),
-        )
-        if key in self._programs:
-            model.engine = self._programs[key].over(engine.weights, engine.config)
-        else:
-            self._programs[key] = engine.over({}, engine.config)
-        return model
+
+
+def _has(model: api.Model, slots: int | None) -> bool:
+    engine = model.engine
+    return engine.shapes == shapes_for(engine.platform, slots)
+
+
+def remaker(model: api.Model) -> Callable[[int | None], api.Model]:
+    """What makes the same model with so many slots, and doesn't hold on to this one's cache."""
+    engine, spec = model.engine, model.engine.spec
+    make = functools.partial(
+        Engine,
+        engine.config,
+        engine.weights,
+        stop_ids=spec.stop_ids,
+        valid_tokens=spec.valid_tokens,
+        unused_ids=spec.unused_ids,
+        precision=spec.precision,
+        implementation=spec.implementation,
+    )
+    tokenizer, recommended = model.tokenizer, model.recommended
+    return lambda slots: api.Model(make(slots=slots), tokenizer, recommended)

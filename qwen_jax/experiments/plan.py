@@ -1,7 +1,7 @@
 """The order of points, what they share, and what they take of memory: all before any of them runs.
 
-Points with the same weights stand together, and among them those with the same shapes, so that
-each model is loaded once and each program compiled once.
+Points with the same weights stand together, and among them those with as many slots, so that each
+model is loaded once and each program compiled once.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ from typing import Any
 
 from qwen_jax import api
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.engine import bucket
-from qwen_jax.engine.memory import Budget, show_bytes
+from qwen_jax.engine.memory import Budget, TooLarge, device, pool_pages, show_bytes
+from qwen_jax.engine.shapes import shapes_for
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
-from qwen_jax.model.cache import SMALLEST_CAPACITY
+from qwen_jax.model.cache import PAGE
 from qwen_jax.weights.hub_names import is_hub_name
 
 
@@ -26,8 +26,7 @@ class Planned:
 
     Attributes:
         group: equal for points that run the same compiled functions.
-        memory: estimated bytes of weights, keys, values and logits; None where the model has
-            first to be downloaded.
+        memory: bytes of weights, keys and values; None where the model has first to be downloaded.
     """
 
     point: Point
@@ -53,10 +52,10 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
             sizes[files] = _size(choice)
         size = sizes[files]
         programs = (choice.dtype, choice.implementation, choice.matmul_precision)
-        key = (size or files, *programs, *task.shapes())
+        key = (size or files, *programs, point.config.slots)
         group = groups.setdefault(key, len(groups))
         order = (weights.setdefault(choice, len(weights)), group)
-        planned.append((order, Planned(point, task, group + 1, _memory(task, size))))
+        planned.append((order, Planned(point, task, group + 1, _memory(point, size))))
     return [item for _, item in sorted(planned, key=lambda pair: pair[0])]
 
 
@@ -79,6 +78,7 @@ def _task(point: Point) -> Task:
     config = point.config
     try:
         Choice.of(config).check()
+        api.check_slots(config.slots)
         return task_class(config.experiment.task)(config)
     except UserError as error:
         raise UserError(f"The point {point.label}: {error}") from error
@@ -90,13 +90,16 @@ def _size(choice: Choice) -> ModelConfig | None:
     return api.open_model(choice.model, choice.adapter).config
 
 
-def _memory(task: Task, size: ModelConfig | None) -> int | None:
+def _memory(point: Point, size: ModelConfig | None) -> int | None:
     if size is None:
         return None
-    budget = Budget.of(size, api.dtype_of(task.config.dtype))
-    rows, tokens = task.rows()
-    slots = bucket(min(tokens, size.context_length), SMALLEST_CAPACITY)
-    return budget.weights + rows * (slots * budget.cache_per_token + 4 * size.vocab_size)
+    dtype, platform = api.dtype_of(point.config.dtype), device().platform
+    budget, slots = Budget.of(size, dtype), shapes_for(platform, point.config.slots).slots
+    try:
+        pages = pool_pages(size, dtype, slots, platform, free=budget.free - budget.weights)
+    except TooLarge:  # The point will fail, and no other with it.
+        pages = 1
+    return budget.weights + pages * PAGE * budget.cache_per_token
 
 
 def listed(planned: list[Planned]) -> str:

@@ -32,7 +32,7 @@ def traced(directory: Path, point: str, wanted: bool) -> Iterator[list[dict[str,
 def slowest(folder: Path) -> list[dict[str, Any]]:
     """Operations of the newest trace in a folder by the seconds they took in all, most first.
 
-    An operation is XLA's, named after its program: `decode_many: fusion.26`. What XLA's compiler
+    An operation is XLA's, named after its program: `step: fusion.26`. What XLA's compiler
     and runtime do is not counted.
     """
     traces = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)

@@ -19,7 +19,7 @@ from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import environment, profiling
 from qwen_jax.experiments.lines import NotWritten
-from qwen_jax.experiments.models import Choice, Models
+from qwen_jax.experiments.models import Models
 from qwen_jax.experiments.plan import Planned
 from qwen_jax.experiments.records import LOG, Records
 from qwen_jax.experiments.task import Metrics, Work
@@ -114,10 +114,10 @@ class PointWork(Work):
         self._bar.close()
 
     def model(self, config: ConfigDict | None = None) -> Model:
-        return self._models.get(Choice.of(config or self.config))
+        return self._models.get(self.config if config is None else config)
 
     def request(self, item: Item) -> Request:
-        return self._models.request(Choice.of(self.config), item)
+        return self._models.request(self.config, item)
 
     def recorded(self) -> Iterator[dict[str, Any]]:
         return self._records.outputs(self._point)

@@ -72,14 +72,6 @@ class Task(abc.ABC):
     def __init__(self, config: ConfigDict):
         self.config = config
 
-    def rows(self) -> tuple[int, int]:
-        """Rows that run together and the most tokens of one, for the estimate of memory."""
-        return 1, self.config.experiment.context
-
-    def shapes(self) -> tuple[Any, ...]:
-        """Equal for points that share compiled functions, where they share a model's settings."""
-        return (self.config.experiment.task, *self.rows())
-
     @abc.abstractmethod
     def run(self, work: Work) -> Metrics:
         """Does the work, records its items and returns the point's metrics.

@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import api, pins, prompts, recommended, settings
-from qwen_jax.accuracy.recording import trace_generation
 from qwen_jax.api import Model
+from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
-from qwen_jax.prompt_lines import SAMPLING
+from qwen_jax.prompt_lines import SAMPLING, Item
 from qwen_jax.settings import Command
 from qwen_jax.tasks.summary import Summary
 
@@ -34,7 +34,7 @@ def run(command: Command) -> int:
         single = config.prompt_file is None
         items = [prompts.single(config, options)] if single else prompts.read(config, options)
         pins.pin_and_tell(config, pins.OF_RUN)
-        model = load(config)
+        model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in items)
         summary = Summary(model, prompts.sampling_of(config), others)
@@ -48,7 +48,7 @@ def run(command: Command) -> int:
                 raise
             raise UserError(
                 f"The {device().device_kind} ran out of memory ({str(error).splitlines()[0]}); "
-                "lower n, the batch size or max_tokens, or choose a smaller dtype."
+                "lower slots, or choose a smaller dtype."
             ) from error
         finally:
             summary.show()
@@ -56,8 +56,8 @@ def run(command: Command) -> int:
 
 
 def _as_recommended(
-    model: Model, command: Command, items: list[prompts.Item]
-) -> tuple[ConfigDict, list[prompts.Item]]:
+    model: Model, command: Command, items: list[Item]
+) -> tuple[ConfigDict, list[Item]]:
     """The config and the prompts with what the model recommends, where that is to be followed.
 
     Says what it recommends and what is used, and warns of settings that then do nothing.
@@ -110,7 +110,14 @@ def _writer(config: ConfigDict) -> Iterator[IO[str]]:
             path.unlink()
 
 
-def load(config: ConfigDict) -> Model:
+def _expected(config: ConfigDict, items: Sequence[Item]) -> Expected:
+    """What the model will be asked for, as far as that is known before it is there."""
+    samplings = {repr(item.options["sampling"]): item.options["sampling"] for item in items}
+    choices = [(sampling, config.top_logprobs) for sampling in samplings.values()]
+    return Expected(len(items) * config.n, choices)
+
+
+def load(config: ConfigDict, expected: Expected | None = None) -> Model:
     """The config's model, with a progress bar on a terminal."""
     with tqdm(
         desc="loading", unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
@@ -126,34 +133,41 @@ def load(config: ConfigDict) -> Model:
             dtype=config.dtype,
             implementation=config.implementation,
             matmul_precision=config.matmul_precision,
+            slots=config.slots,
+            expected=expected,
             sha256=config.sha256,
             progress=progress,
         )
 
 
-def _run_single(model: Model, item: prompts.Item, config: ConfigDict, summary: Summary) -> None:
+def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) -> None:
     """Streams one sample as it comes; several samples are printed one after another."""
     request = model.request(item.prompt, **item.options)
-    model.check_fits(request, config.n)
-    batch = model.batch(api.reseeded([request] * config.n), config.top_logprobs)
+    generation = model.run(api.reseeded([request] * config.n), config.top_logprobs)
+    ended: dict[int, Completion] = {}
     try:
-        for pieces in batch:
+        for piece in summary.follow(generation):
             if config.n == 1:
-                print(pieces[0], end="", flush=True)
+                print(piece.text, end="", flush=True)
+            if piece.completion is not None:
+                ended[piece.number] = piece.completion
     finally:
-        summary.add(batch)
-        for number, completion in enumerate(batch.completions, start=1):
+        completions = [c for _, c in sorted((ended | generation.unfinished).items())]
+        for number, completion in enumerate(completions, start=1):
             if config.n > 1:
                 print(f"--- sample {number}\n{completion.text}", end="")
             if completion.tokens:  # none where Ctrl-C came first
                 print()
     if config.top_logprobs is not None:
-        for completion in batch.completions:
+        for completion in completions:
             _print_logprobs(model, completion)
     if config.trace.file is not None:
+        # Needed for nothing else, and heavy.
+        from qwen_jax.accuracy.recording import trace_generation
+
         names = config.trace.names.split(",")
         trace_generation(
-            model, request, batch.completions[0], names=names, positions=config.trace.positions
+            model, request, completions[0], names=names, positions=config.trace.positions
         ).save(config.trace.file)
         print(f"wrote {config.trace.file}", file=sys.stderr)
 
@@ -167,38 +181,46 @@ def _print_logprobs(model: Model, completion: Completion) -> None:
 
 def _run_file(
     model: Model,
-    items: Sequence[prompts.Item],
+    items: Sequence[Item],
     config: ConfigDict,
     out: IO[str],
     summary: Summary,
 ) -> None:
-    """Runs the prompts in batches and writes each answer as soon as it is complete.
+    """Writes each answer when it is complete; with `ordered`, when all before it are, too.
 
-    The last batch is padded with rows that generate nothing: a smaller one would have to be
-    compiled for itself.
+    Prompts become ids when they are about to get a slot, so that thousands of them don't delay the
+    first answer. One that proves to be wrong then ends the run, and what is written stays.
     """
+    asked: dict[int, tuple[Item, int]] = {}
+    held: dict[int, str] = {}
 
-    def request(item: prompts.Item) -> Request:
-        return model.request(item.prompt, **item.options)
+    def requests() -> Iterator[Request]:
+        def request(item: Item) -> Request:
+            return model.request(item.prompt, **item.options)
 
-    rows = list(prompts.rows(items, config.n, request))
-    size = min(config.batch_size, len(rows))
-    with tqdm(total=len(rows), desc="prompts", disable=not sys.stderr.isatty()) as bar:
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            requests = [request for _, _, request in part]
-            idle = [Request(requests[0].tokens[:1], max_tokens=0)] * (size - len(part))
-            batch = model.batch(requests + idle, config.top_logprobs)
-            waiting = list(range(len(part)))
-            try:
-                for _ in batch:
-                    for row in [row for row in waiting if batch.finished(row)]:
-                        item, sample, _ = part[row]
-                        line = {"id": item.id, "sample": sample} | prompts.answer(
-                            batch.completion(row)
-                        )
-                        print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
-                        waiting.remove(row)
-                        bar.update()
-            finally:
-                summary.add(batch, len(part))
+        for number, (item, sample, made) in enumerate(prompts.rows(items, config.n, request)):
+            asked[number] = item, sample
+            yield made
+
+    def write(number: int) -> None:
+        print(held.pop(number), file=out, flush=True)
+        bar.update()
+
+    total, written = len(items) * config.n, 0
+    generation = model.run(requests(), config.top_logprobs)
+    with tqdm(total=total, desc="answers", disable=not sys.stderr.isatty()) as bar:
+        try:
+            for number, _, completion in summary.follow(generation):
+                if completion is None:
+                    continue
+                item, sample = asked.pop(number)
+                line = {"id": item.id, "sample": sample} | prompts.answer(completion)
+                held[number] = json.dumps(line, ensure_ascii=False)
+                if not config.ordered:
+                    write(number)
+                while written in held:
+                    write(written)
+                    written += 1
+        finally:
+            for number in sorted(held):
+                write(number)

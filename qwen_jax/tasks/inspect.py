@@ -16,9 +16,9 @@ from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import api, pins, recommended
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
-from qwen_jax.engine.engine import CHUNK
-from qwen_jax.engine.memory import Budget, device, show_bytes
-from qwen_jax.model.cache import SMALLEST_CAPACITY
+from qwen_jax.engine.memory import Budget, TooLarge, device, pool_pages, show_bytes
+from qwen_jax.engine.shapes import shapes_for
+from qwen_jax.model.cache import PAGE
 from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
 from qwen_jax.settings import Command
@@ -35,6 +35,7 @@ def run(command: Command) -> int:
     config = command.config
     dtype = api.dtype_of(config.dtype)
     api.check_implementation(config.implementation)
+    api.check_slots(config.slots)
     pins.pin_and_tell(config, pins.OF_RUN)
     checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
     tokenizer = api.read_tokenizer(checkpoint)
@@ -45,7 +46,7 @@ def run(command: Command) -> int:
         ("tensors", tensor_lines(checkpoint)),
         ("text", text_lines(tokenizer, recommended.read(checkpoint))),
         ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
-        ("memory", memory_lines(checkpoint.config, dtype)),
+        ("memory", memory_lines(checkpoint.config, dtype, config.slots)),
     )
     print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
     return 0
@@ -140,16 +141,16 @@ def text_lines(tokenizer: Tokenizer, said: Recommended) -> Iterator[str]:
 def implementation_lines(
     implementation: str, config: ModelConfig, dtype: jnp.dtype
 ) -> Iterator[str]:
-    """What each operation would run on; larger batches may still take another."""
+    """What each operation would run on; a call of many rows may still take another."""
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-    cache = (1, kv_heads, SMALLEST_CAPACITY, dim)
+    pages = (2, kv_heads, PAGE, dim)
     reasons = {
-        "rope": rope.refusal(CHUNK, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
+        "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(
-            (1, CHUNK, heads, dim), cache, dtype, dtype, dtype
+            (1, PAGE, heads, dim), pages, dtype, dtype
         ),
         "gqa_decode_attention": gqa_decode_attention.refusal(
-            heads, kv_heads, SMALLEST_CAPACITY, dim, dtype, dtype, dtype
+            heads, kv_heads, PAGE, dim, dtype, dtype
         ),
         "decode_step": weights.refusal(config, dtype),
         "sample_tokens": sample_tokens.refusal(
@@ -163,20 +164,26 @@ def implementation_lines(
         yield f"{operation:<24} {chosen}" + (f" ({why})" if why and chosen == "xla" else "")
 
 
-def memory_lines(config: ModelConfig, dtype: jnp.dtype) -> Iterator[str]:
-    """The budget: weights, cache per 1k tokens, and the context that fits beside the weights."""
+def memory_lines(config: ModelConfig, dtype: jnp.dtype, slots: int | None = None) -> Iterator[str]:
+    """The budget: weights, cache per 1k tokens, and the cache that the slots would share."""
     budget = Budget.of(config, dtype)
-    weights, cache, free = budget.weights, budget.cache_per_token, budget.free
+    weights, each, free = budget.weights, budget.cache_per_token, budget.free
     yield f"{device().device_kind}: {show_bytes(free)} free; parameters and cache in {dtype.name}"
     yield f"weights                 {show_bytes(weights):>9}"
-    yield f"cache, 1,024 tokens     {show_bytes(1024 * cache):>9}"
-    full = config.context_length * cache
-    yield f"cache, whole context    {show_bytes(full):>9}  ({config.context_length} tokens)"
-    left = free - weights
-    if left <= 0:
-        yield f"does not fit: the weights alone need {show_bytes(-left)} more"
-    else:
-        tokens = left // cache
-        rows = tokens // config.context_length
-        fits = f"{rows:,} whole contexts" if rows else "less than one whole context"
-        yield f"fits: {tokens:,} tokens of cache, {fits}"
+    yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
+    context = config.context_length
+    yield f"cache, whole context    {show_bytes(context * each):>9}  ({context} tokens)"
+    if free <= weights:
+        yield f"does not fit: the weights alone need {show_bytes(weights - free)} more"
+        return
+    platform = device().platform
+    slots = shapes_for(platform, slots).slots
+    try:
+        tokens = PAGE * pool_pages(config, dtype, slots, platform, free=free - weights)
+    except TooLarge:
+        yield "does not fit: the weights leave no room for keys and values"
+        return
+    whole = tokens // context
+    holds = f"{whole:,} whole contexts" if whole else "less than one whole context"
+    size = show_bytes(tokens * each)
+    yield f"cache, {f'{slots} slots':<16} {size:>9}  ({tokens} tokens, {holds})"

@@ -20,7 +20,7 @@ from qwen_jax.weights.tensors import OtherType, TensorType, block_size
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CHUNK = 1 << 18
 
-_FORMATS = simple_quants.FORMATS | kquants.FORMATS | iquants.FORMATS
+FORMATS = simple_quants.FORMATS | kquants.FORMATS | iquants.FORMATS
 _PLAIN = {
     GGMLQuantizationType.F64: np.dtype("<f8"),
     GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -36,7 +36,7 @@ _FLOAT8 = {
         OtherType.F8_E8M0: ml_dtypes.float8_e8m0fnu,
     }.items()
 }
-DECODABLE = frozenset(_FORMATS) | frozenset(_PLAIN)
+DECODABLE = frozenset(FORMATS) | frozenset(_PLAIN)
 """GGML's types, each of which is decoded."""
 
 FLOAT8 = frozenset({OtherType.F8_E4M3, OtherType.F8_E5M2})
@@ -104,7 +104,7 @@ def decoded(raw: UInt8[np.ndarray, "bytes"], kind: TensorType) -> Float[np.ndarr
         return _FLOAT8[kind][raw]
     if kind in _PLAIN:
         return raw.view(_PLAIN[kind])
-    return _FORMATS[kind].decode(raw.view(_FORMATS[kind].layout)).reshape(-1)
+    return FORMATS[kind].decode(raw.view(FORMATS[kind].layout)).reshape(-1)
 
 
 @functools.cache

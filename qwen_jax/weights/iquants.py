@@ -15,6 +15,8 @@ from qwen_jax.weights.simple_quants import (
     bits,
     fields2,
     layout,
+    look_up,
+    namespace,
     nibbles,
     scale,
 )
@@ -67,65 +69,65 @@ def _signed(
 
 
 def _seven_bit_signs(words: np.ndarray) -> Float32[np.ndarray, "n groups 4 8"]:
-    return _EVEN_SIGNS.take((words[:, :, None] >> _SEVENTHS) & 127, axis=0)
+    return look_up(_EVEN_SIGNS, (words[:, :, None] >> _SEVENTHS) & 127)
 
 
 def _iq2_xxs(blocks: Blocks) -> Values:
     groups = blocks["groups"]
     words = groups["signs"]
     d = scale(blocks["d"]) * _halves(words >> 28) * np.float32(0.25)
-    return _signed(d, _IQ2_XXS.take(groups["grid"], axis=0), _seven_bit_signs(words))
+    return _signed(d, look_up(_IQ2_XXS, groups["grid"]), _seven_bit_signs(words))
 
 
 def _iq2_xs(blocks: Blocks) -> Values:
     codes = blocks["qs"]
     d = scale(blocks["d"]) * _halves(_low_high(blocks["scales"])) * np.float32(0.25)
-    return _signed(d, _IQ2_XS.take(codes & 511, axis=0), _EVEN_SIGNS.take(codes >> 9, axis=0))
+    return _signed(d, look_up(_IQ2_XS, codes & 511), look_up(_EVEN_SIGNS, codes >> 9))
 
 
 def _iq2_s(blocks: Blocks) -> Values:
     high = fields2(blocks["qh"], 1).reshape(-1, 32).astype(np.uint16)
     codes = blocks["qs"] | (high << 8)
     d = scale(blocks["d"]) * _halves(_low_high(blocks["scales"])) * np.float32(0.25)
-    return _signed(d, _IQ2_S.take(codes, axis=0), _SIGNS.take(blocks["signs"], axis=0))
+    return _signed(d, look_up(_IQ2_S, codes), look_up(_SIGNS, blocks["signs"]))
 
 
 def _iq3_xxs(blocks: Blocks) -> Values:
     words = blocks["signs"]
     d = scale(blocks["d"]) * _halves(words >> 28) * np.float32(0.5)
-    return _signed(d, _IQ3_XXS.take(blocks["qs"], axis=0), _seven_bit_signs(words))
+    return _signed(d, look_up(_IQ3_XXS, blocks["qs"]), _seven_bit_signs(words))
 
 
 def _iq3_s(blocks: Blocks) -> Values:
     codes = blocks["qs"] | (bits(blocks["qh"]).astype(np.uint16) << 8)
     d = scale(blocks["d"]) * (1 + 2 * _low_high(blocks["scales"]))
-    return _signed(d, _IQ3_S.take(codes, axis=0), _SIGNS.take(blocks["signs"], axis=0))
+    return _signed(d, look_up(_IQ3_S, codes), look_up(_SIGNS, blocks["signs"]))
 
 
 def _iq1_s(blocks: Blocks) -> Values:
     high = blocks["qh"]
     d = scale(blocks["d"]) * (2 * ((high >> 12) & 7) + 1)
-    delta = np.where(high & 0x8000, -_DELTA, _DELTA)[:, :, None]
+    delta = namespace(high).where(high & 0x8000, -_DELTA, _DELTA)[:, :, None]
     codes = blocks["qs"] | (((high[:, :, None] >> _THIRDS) & 7) << 8).reshape(-1, 32)
-    return d[:, :, None] * (_IQ1.take(codes, axis=0).reshape(-1, 8, 32) + delta)
+    return d[:, :, None] * (look_up(_IQ1, codes).reshape(-1, 8, 32) + delta)
 
 
 def _iq1_m(blocks: Blocks) -> Values:
     """The float16 scale lies in pieces: the top half-byte of each of four 16-bit words."""
     words = blocks["scales"]
     pieces = (words >> 12) << np.array([0, 4, 8, 12], np.uint16)
-    d16 = np.bitwise_or.reduce(pieces, axis=1).view(np.float16)
+    d16 = pieces.sum(axis=1, dtype=np.uint16).view(np.float16)
     scales = ((words[:, :, None] >> _THIRDS) & 7).reshape(-1, 16)
     d = scale(d16) * (2 * scales + 1)
     high = _low_high(blocks["qh"])
-    delta = np.where(high & 8, -_DELTA, _DELTA)
+    delta = namespace(high).where(high & 8, -_DELTA, _DELTA)
     codes = blocks["qs"] | ((high & 7).astype(np.uint16) << 8)
-    values = _IQ1.take(codes, axis=0) + delta[:, :, None]
+    values = look_up(_IQ1, codes) + delta[:, :, None]
     return d[:, :, None] * values.reshape(-1, 16, 16)
 
 
 def _iq4_nl(blocks: Blocks) -> Values:
-    return scale(blocks["d"], 3) * _IQ4.take(nibbles(blocks["qs"], 16))
+    return scale(blocks["d"], 3) * look_up(_IQ4, nibbles(blocks["qs"], 16))
 
 
 def _iq4_xs(blocks: Blocks) -> Values:
@@ -133,7 +135,7 @@ def _iq4_xs(blocks: Blocks) -> Values:
     high = ((blocks["scales_h"][:, None] >> shifts) & 3).astype(np.uint8)
     scales = (_low_high(blocks["scales_l"]) | (high << 4)).view(np.int8) - np.int8(32)
     d = scale(blocks["d"]) * scales
-    return d[:, :, None] * _IQ4.take(nibbles(blocks["qs"], 16)).reshape(-1, 8, 32)
+    return d[:, :, None] * look_up(_IQ4, nibbles(blocks["qs"], 16)).reshape(-1, 8, 32)
 
 
 _IQ2_XXS_GROUP = layout(("grid", "u1", 4), ("signs", "<u4"))

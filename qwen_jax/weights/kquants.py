@@ -10,6 +10,7 @@ from qwen_jax.weights.simple_quants import (
     Values,
     fields2,
     layout,
+    namespace,
     nibbles,
     scale,
 )
@@ -47,9 +48,10 @@ def _scales_and_mins(
     the minima likewise; bytes 8-11 the low halves of scales and minima 4-7.
     """
     scales, mins, lows = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    concatenate = namespace(packed).concatenate
     return (
-        np.concatenate([scales & 0x3F, (lows & 0x0F) | ((scales >> 2) & 0x30)], axis=1),
-        np.concatenate([mins & 0x3F, (lows >> 4) | ((mins >> 2) & 0x30)], axis=1),
+        concatenate([scales & 0x3F, (lows & 0x0F) | ((scales >> 2) & 0x30)], axis=1),
+        concatenate([mins & 0x3F, (lows >> 4) | ((mins >> 2) & 0x30)], axis=1),
     )
 
 

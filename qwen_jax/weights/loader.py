@@ -1,6 +1,11 @@
-"""From an open checkpoint to parameters on a device, without a second copy in host memory."""
+"""From an open checkpoint to parameters on a device, without a second copy in host memory.
+
+For a CPU, tensors are decoded straight into the memory that the device adopts; an accelerator
+decodes them itself (`weights.on_device`).
+"""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,8 @@ from qwen_jax.weights import names
 from qwen_jax.weights.blocks import BFLOAT16, fill
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.checksum import Progress
+from qwen_jax.weights.on_device import iter_decoded
+from qwen_jax.weights.stored import not_finite
 
 __all__ = ["Checkpoint", "decode", "iter_parameters", "load_parameters", "open_checkpoint"]
 
@@ -41,8 +48,9 @@ def iter_parameters(
 ) -> Iterator[tuple[str, jax.Array]]:
     """Each parameter by its canonical name, in `dtype` except the norms, which stay float32.
 
-    Each tensor is decoded straight into `dtype` and put on the device at once, so the host holds
-    at most two parameters that are not yet there.
+    For a CPU, and where one array lies on several devices, each tensor is decoded straight into
+    `dtype` and put on the device at once, so the host holds at most two parameters that are not
+    yet there. For one accelerator it holds some pieces of the file.
 
     Args:
         dtype: float32, bfloat16 or float16.
@@ -50,13 +58,33 @@ def iter_parameters(
         progress: called with the bytes of the checkpoint read so far and in all.
 
     Raises:
-        UserError: a value is not finite, or not in float16's range.
+        UserError: a value is not finite, or not in float16's range; of an accelerator's
+            parameters when the last has been asked for.
     """
     compute = jnp.dtype(dtype)
     if compute not in _DTYPES:
         raise UserError(
             f"dtype is {compute.name!r}; choose one of {', '.join(d.name for d in _DTYPES)}."
         )
+    if decodes_there(device):
+        return iter_decoded(checkpoint, compute, device, progress)
+    return _iter_adopted(checkpoint, compute, device, progress)
+
+
+def decodes_there(device: jax.Device | jax.sharding.Sharding | None) -> bool:
+    """Whether it is one accelerator, which decodes what it gets; None is JAX's default device."""
+    devices: Any = {device or jax.local_devices()[0]}
+    if isinstance(device, jax.sharding.Sharding):
+        devices = device.device_set
+    return len(devices) == 1 and all(one.platform != "cpu" for one in devices)
+
+
+def _iter_adopted(
+    checkpoint: Checkpoint,
+    compute: np.dtype,
+    device: jax.Device | jax.sharding.Sharding | None,
+    progress: Progress | None,
+) -> Iterator[tuple[str, jax.Array]]:
     sizes = {
         name: sum(info.nbytes for info in weight.infos)
         for name, weight in checkpoint.stored.items()
@@ -86,16 +114,7 @@ def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) 
         rows = out[row : row + shape[0]]
         stored = checkpoint.stored[name]
         if not fill(rows, stored.rows):
-            file = " and ".join(dict.fromkeys(str(info.path) for info in stored.infos))
-            if out.dtype == np.float16:
-                raise UserError(
-                    f"{file}: the weight {name!r} has values that float16 cannot hold (its "
-                    "limit is 65504); use bfloat16 or float32."
-                )
-            raise UserError(
-                f"{file}: the weight {name!r} has values that are not finite, with which nothing "
-                "can be computed; choose another checkpoint, or get this one again."
-            )
+            raise not_finite(name, stored, out.dtype)
         row += shape[0]
         yield name
 

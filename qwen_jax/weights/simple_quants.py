@@ -3,30 +3,52 @@
 A block is declared as a structured dtype, field by field as in ggml-common.h; its decoder takes
 `n` blocks and returns float32 [n, ...], a block's values in order. The arithmetic follows
 ggml-quants.c operation by operation, so the results are equal to the last bit.
+
+Decoders are array code for whatever holds the fields: NumPy's arrays on the host, JAX's inside a
+compiled program (`weights.on_device`), where a product and the sum that takes it become one
+operation. No bit depends on that: every product that is added to or subtracted from is exact.
 """
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 from jaxtyping import Float32, Shaped, UInt8
 
 Blocks = Shaped[np.ndarray, "n"]
+"""`n` blocks, or anything else that gives their fields by name as arrays of first axis `n`."""
+
 Values = Float32[np.ndarray, "n ..."]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockFormat:
-    """How the bytes of one block lie, and how `n` of them become float32."""
+    """How the bytes of one block lie, and how `n` of them become float32.
+
+    Attributes:
+        decode: from `Blocks` to `Values`, in NumPy's arrays or in JAX's.
+    """
 
     layout: np.dtype
-    decode: Callable[[Blocks], Values]
+    decode: Callable[[Any], Any]
 
 
 def layout(*fields: tuple) -> np.dtype:
     """Packed little-endian fields: (name, type) or (name, type, shape)."""
     return np.dtype(list(fields))
+
+
+def namespace(array: Any) -> ModuleType:
+    """The module whose functions take such an array: numpy or jax.numpy."""
+    return array.__array_namespace__()
+
+
+def look_up(table: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The table's entries, in the place of their codes."""
+    return namespace(codes).take(table, codes, axis=0)
 
 
 def scale(halves: np.ndarray, trailing: int = 1) -> Float32[np.ndarray, "n ..."]:
@@ -37,10 +59,7 @@ def scale(halves: np.ndarray, trailing: int = 1) -> Float32[np.ndarray, "n ..."]
 def nibbles(packed: UInt8[np.ndarray, "n m"], run: int) -> UInt8[np.ndarray, "n groups 2 run"]:
     """Splits each `run` of bytes into its low, then its high half-bytes."""
     grouped = packed.reshape(len(packed), -1, run)
-    out = np.empty((*grouped.shape[:2], 2, run), np.uint8)
-    np.bitwise_and(grouped, 0x0F, out=out[:, :, 0])
-    np.right_shift(grouped, 4, out=out[:, :, 1])
-    return out
+    return namespace(packed).stack([grouped & 0x0F, grouped >> 4], axis=2)
 
 
 def fields2(packed: UInt8[np.ndarray, "n m"], run: int) -> UInt8[np.ndarray, "n groups 4 run"]:
@@ -51,7 +70,7 @@ def fields2(packed: UInt8[np.ndarray, "n m"], run: int) -> UInt8[np.ndarray, "n 
 
 def bits(packed: UInt8[np.ndarray, "n m"]) -> UInt8[np.ndarray, "n eight_m"]:
     """Every byte's eight bits, lowest first."""
-    return np.unpackbits(packed, axis=-1, bitorder="little")
+    return namespace(packed).unpackbits(packed, axis=-1, bitorder="little")
 
 
 # An e2m1 float doubled, so that it is an integer; the scale tables below are halved to match.
@@ -103,8 +122,9 @@ def _q8_0(blocks: Blocks) -> Values:
 
 def _tq1_0(blocks: Blocks) -> Values:
     """Five ternary digits a byte (four in `qh`), read as the top digit of byte x 3^k mod 256."""
-    n, qs, qh = len(blocks), blocks["qs"], blocks["qh"]
-    digits = np.concatenate(
+    qs, qh = blocks["qs"], blocks["qh"]
+    n = len(qs)
+    digits = namespace(qs).concatenate(
         [
             (qs[:, None, :32] * _POWERS_OF_3).reshape(n, 160),
             (qs[:, None, 32:] * _POWERS_OF_3).reshape(n, 80),
@@ -122,13 +142,13 @@ def _tq2_0(blocks: Blocks) -> Values:
 
 
 def _mxfp4(blocks: Blocks) -> Values:
-    values = _E2M1.take(nibbles(blocks["qs"], 16))
-    return _E8M0_HALVED.take(blocks["e"])[:, None, None, None] * values
+    values = look_up(_E2M1, nibbles(blocks["qs"], 16))
+    return look_up(_E8M0_HALVED, blocks["e"])[:, None, None, None] * values
 
 
 def _nvfp4(blocks: Blocks) -> Values:
-    values = _E2M1.take(nibbles(blocks["qs"], 8))
-    return _UE4M3_HALVED.take(blocks["d"])[:, :, None, None] * values
+    values = look_up(_E2M1, nibbles(blocks["qs"], 8))
+    return look_up(_UE4M3_HALVED, blocks["d"])[:, :, None, None] * values
 
 
 FORMATS = {

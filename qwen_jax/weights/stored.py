@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from qwen_jax.errors import UserError
 from qwen_jax.weights.blocks import DECODABLE, FLOAT8, decoded
@@ -78,10 +78,27 @@ class Plain:
 
     def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows ..."]:
         info = self.files.tensors[self.name]
+        return decoded(self.raw(start, stop), info.type).reshape(-1, *info.shape[1:])
+
+    def raw(self, start: int, stop: int) -> UInt8[np.ndarray, "bytes"]:
+        """The bytes of `rows`, as they lie in the file."""
+        info = self.files.tensors[self.name]
         block, size = block_size(info.type)
-        # Rows are whole blocks; a vector is asked for in pieces of `blocks.CHUNK`, which are too.
+        # Rows are whole blocks; a vector is asked for whole, or in pieces of `blocks.CHUNK`.
         row = info.elements // info.shape[0]
         first, last = (n * row // block * size for n in (start, stop))
-        return decoded(self.files.raw(self.name)[first:last], info.type).reshape(
-            -1, *info.shape[1:]
+        return self.files.raw(self.name)[first:last]
+
+
+def not_finite(name: str, stored: Stored, dtype: np.dtype) -> UserError:
+    """What to say of a weight that has values which are not finite in `dtype`."""
+    file = " and ".join(dict.fromkeys(str(info.path) for info in stored.infos))
+    if dtype == np.float16:
+        return UserError(
+            f"{file}: the weight {name!r} has values that float16 cannot hold (its limit is "
+            "65504); use bfloat16 or float32."
         )
+    return UserError(
+        f"{file}: the weight {name!r} has values that are not finite, with which nothing can be "
+        "computed; choose another checkpoint, or get this one again."
+    )

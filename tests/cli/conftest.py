@@ -70,7 +70,12 @@ def model() -> api.Model:
 @pytest.fixture
 def loaded(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> api.Model:
     """run.py finds the bundled model loaded, and compiled by earlier tests."""
-    monkeypatch.setattr("qwen_jax.api.load", lambda *args, **kwargs: model)
+    from qwen_jax.experiments.models import remaker
+
+    def load(*args: object, slots: int | None = None, **kwargs: object) -> api.Model:
+        return model if slots is None else remaker(model)(slots)
+
+    monkeypatch.setattr("qwen_jax.api.load", load)
     return model
 
 

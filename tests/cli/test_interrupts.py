@@ -1,5 +1,6 @@
 """Ctrl-C at every stage."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax import api, interrupts
+from qwen_jax import interrupts
+from qwen_jax.engine import steps
 from qwen_jax.weights import loader
 from tests.cli.conftest import HAIKU, Result, Run
 
@@ -23,50 +25,84 @@ def test_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert not output.exists()
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode_many"])
-def test_while_generating(
-    run: Run, monkeypatch: pytest.MonkeyPatch, loaded: api.Model, step: str
-) -> None:
-    real, calls = getattr(loaded.engine, step), []
+def interrupts_at(monkeypatch: pytest.MonkeyPatch, program: str, call: int) -> None:
+    """Ctrl-C comes just before a program of the engine is called for so many times."""
+    real, calls = getattr(steps, program), itertools.count(1)
 
     def interrupted(*args: object) -> object:
-        calls.append(args)
-        if len(calls) == (1 if step == "prefill" else 3):
+        if next(calls) == call:
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(loaded.engine, step, interrupted)
-    result = run()
+    monkeypatch.setattr(steps, program, interrupted)
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(("program", "call"), [("extend", 1), ("step", 3)])
+def test_while_generating(
+    run: Run, monkeypatch: pytest.MonkeyPatch, program: str, call: int
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupts_at(patch, program, call)
+        result = run()
     assert result.code == 130
     assert result.err.endswith("interrupted\n")
-    if step == "prefill":
+    if program == "extend":
         assert result.out == "" and result.err == "interrupted\n"
     else:
         text = result.out.removesuffix("\n")
         assert result.out.endswith("\n") and 0 < len(text) < len(HAIKU)
         assert HAIKU.startswith(text)
         assert "finished    interrupted" in result.err
+    # Nothing half done is left behind for whoever goes on with the model.
+    assert run().out == f"{HAIKU}\n"
 
 
+@pytest.mark.usefixtures("loaded")
+def test_several_samples(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupts_at(patch, "step", 3)
+        result = run("--n=2", "--temperature=1")
+    assert result.code == 130 and "finished    interrupted 2" in result.err
+    whole = run("--n=2", "--temperature=1").out.split("--- sample ")
+    begun = result.out.split("--- sample ")
+    assert len(begun) == len(whole) == 3
+    for part, text in zip(begun[1:], whole[1:], strict=True):
+        assert len("1\n") < len(part) < len(text) and text.startswith(part.removesuffix("\n"))
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("ordered", [(), ("--ordered",)])
 def test_what_a_prompt_file_has_answered_is_kept(
-    run: Run, monkeypatch: pytest.MonkeyPatch, loaded: api.Model, tmp_path: Path
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ordered: tuple[str, ...]
 ) -> None:
-    real, calls = loaded.engine.prefill, []
-
-    def interrupted(*args: object) -> object:
-        calls.append(args)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(loaded.engine, "prefill", interrupted)
-    path, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    path = tmp_path / "prompts.txt"
     path.write_text("moon\nsnow\nriver\npond\n")
-    result = run(f"--prompt_file={path}", f"--output={output}", "--batch_size=1")
+    argv = [f"--prompt_file={path}", "--slots=1", *ordered]
+    whole = run(*argv).out.splitlines()
+    assert [json.loads(line)["id"] for line in whole] == [1, 2, 3, 4]
+    steps_of = [-(-len(json.loads(line)["tokens"]) // 4) for line in whole]
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        interrupts_at(patch, "step", sum(steps_of[:2]) + 1)
+        result = run(*argv, f"--output={output}")
     assert (result.code, result.out) == (130, "")
     assert "finished    stop 2" in result.err and result.err.endswith("interrupted\n")
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == [1, 2]
+    assert output.read_text().splitlines() == whole[:2]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_answers_that_wait_for_their_turn_are_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first prompt's is the longest, so that the other is held back when Ctrl-C comes."""
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "moon"}\n{"prompt": "snow", "max_tokens": 2}\n')
+    with monkeypatch.context() as patch:
+        interrupts_at(patch, "step", 3)
+        result = run(f"--prompt_file={path}", f"--output={output}", "--ordered")
+    assert result.code == 130 and "finished    length 1, interrupted 1" in result.err
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [2]
 
 
 def test_while_importing() -> None:

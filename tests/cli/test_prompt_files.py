@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from qwen_jax import prompts, settings
+from qwen_jax import api, prompts, settings
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from tests.cli.conftest import Run
@@ -52,7 +52,7 @@ FILES = {
     b'{"messages": [{"role": "user", "content": "a", "role": "b"}]}\n': "the key 'role' appears tw",
     b"[" * 100000: "line 1: its JSON is nested too deeply",
 }
-# Known only with the tokenizer, but before anything is run or written.
+# Known only with the tokenizer, but, so near to the file's beginning, before anything is run.
 LATE = {
     b'{"prompt": "a"}\n{"messages": []}\n': "line 2: the conversation has no messages",
     b'{"prompt": "a"}\n{"messages": [{"role": "x"}]}\n': "line 2: message 0 has the role 'x'",
@@ -100,9 +100,60 @@ def test_refused(refuses: Callable[..., None], tmp_path: Path, content: bytes) -
 def test_refused_late(refuses: Callable[..., None], tmp_path: Path, content: bytes) -> None:
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     path.write_bytes(content)
-    flags = [f"--prompt_file={path}", f"--output={output}", "--batch_size=1"]
-    refuses(flags, "prompts.jsonl, ", LATE[content])
+    refuses([f"--prompt_file={path}", f"--output={output}"], "prompts.jsonl, ", LATE[content])
     assert not output.exists()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_prompt_that_is_wrong_further_on(run: Run, tmp_path: Path) -> None:
+    """It is found when it is about to get a slot; what is answered by then stays."""
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    good = [json.dumps({"prompt": "snow", "max_tokens": 1})] * 12
+    path.write_text("\n".join([*good, '{"messages": []}']))
+    result = run(f"--prompt_file={path}", f"--output={output}", "--slots=2")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines()[-1] == (
+        f"error: {path}, line 13: the conversation has no messages."
+    )
+    answers = answers_in(output.read_text())
+    assert [a["id"] for a in answers] == list(range(1, len(answers) + 1)) and len(answers) >= 8
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("ordered", [False, True])
+def test_prompts_stream(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    """The first answer doesn't wait for hundreds of prompts to become ids."""
+    path, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    path.write_text("".join(f"rain {i}\n" for i in range(300)))
+    made: list[int] = []
+    real = api.Model.request
+
+    def request(*args: Any, **options: Any) -> Any:
+        made.append(len(output.read_text().splitlines()))
+        return real(*args, **options)
+
+    monkeypatch.setattr(api.Model, "request", request)
+    argv = [f"--prompt_file={path}", f"--output={output}", "--max_tokens=2", "--slots=3"]
+    result = run(*argv, *(["--ordered"] if ordered else []))
+    assert result.code == 0 and "finished    length 300" in result.err
+    assert len(made) == 300 and sum(answers == 0 for answers in made) < 10
+    # Never more of them than the slots and the line before them have room for.
+    assert all(i - answers < 10 for i, answers in enumerate(made))
+    ids = [answer["id"] for answer in answers_in(output.read_text())]
+    assert sorted(ids) == list(range(1, 301)) and (not ordered or ids == sorted(ids))
+
+
+@pytest.mark.usefixtures("loaded")
+def test_in_the_order_of_the_file(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lengths = [40, 1, 9, 2, 30, 1]
+    path.write_text("".join(f'{{"prompt": "moon", "max_tokens": {n}}}\n' for n in lengths))
+    argv = [f"--prompt_file={path}", "--stop_ids=", "--slots=3"]
+    loose, strict = (answers_in(run(*argv, *more).out) for more in ((), ("--ordered",)))
+    assert [a["id"] for a in strict] == [1, 2, 3, 4, 5, 6] != [a["id"] for a in loose]
+    assert sorted(loose, key=lambda a: a["id"]) == strict
 
 
 @pytest.mark.usefixtures("nothing_loads")
@@ -178,15 +229,15 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
     path = tmp_path / "prompts.jsonl"
     path.write_text("\ufeff" + "\r\n\n".join(map(json.dumps, lines)))
     written = []
-    for size in (1, 2, 5):
-        output = tmp_path / f"{size}.jsonl"
-        flags = [f"--prompt_file={path}", f"--batch_size={size}", f"--output={output}"]
+    for slots in (1, 2, 3):
+        output = tmp_path / f"{slots}.jsonl"
+        flags = [f"--prompt_file={path}", f"--slots={slots}", f"--output={output}"]
         result = run(*flags, "--temperature=0.9", "--seed=5")
         assert (result.code, result.out) == (0, "")
         summed = "sampling    temperature 0.9, seed 5; prompts with settings of their own: 1\n"
         assert summed in result.err
         written.append(output.read_text(encoding="utf-8").splitlines())
-    # Batches decide in which order the answers finish, and nothing else.
+    # Slots decide in which order the answers finish, and nothing else.
     assert sorted(written[0]) == sorted(written[1]) == sorted(written[2])
     answers = [json.loads(line) for line in written[0]]
     assert [a["id"] for a in answers] == ["é\ud800", 3, 5, 7, 3]

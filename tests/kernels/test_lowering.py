@@ -13,6 +13,7 @@ import pytest
 from jax import ShapeDtypeStruct
 
 import pallas_kernels
+from pallas_kernels.gqa_prefill_attention.tiling import Shape, best_tiling
 from pallas_kernels.sample_tokens import Counts, settings, words
 from tests.kernels import hopper
 from tests.kernels.sizes import HEADS
@@ -113,6 +114,16 @@ def test_prefill_attention_lowers_for_the_engines_chunks(size, rows):
         "gqa_prefill_attention",
         prefill_arguments(*HEADS[size], rows, 32768, "bfloat16", steps=128),
     )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("size", HEADS)
+def test_a_large_table_alone_does_not_split_prefill_attention(size, rows):
+    heads, kv_heads, dim = HEADS[size]
+    large, small = (
+        best_tiling(Shape(rows, 128, heads, kv_heads, capacity, dim)) for capacity in (32768, 2048)
+    )
+    assert large == small
 
 
 @pytest.mark.parametrize("pairs", [16, 32])

@@ -61,8 +61,8 @@ def test_every_type_that_gguf_decodes_is_decoded():
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_layout_has_the_size_gguf_declares(kind):
-    if kind in blocks._FORMATS:
-        assert blocks._FORMATS[kind].layout.itemsize == GGML_QUANT_SIZES[kind][1]
+    if kind in blocks.FORMATS:
+        assert blocks.FORMATS[kind].layout.itemsize == GGML_QUANT_SIZES[kind][1]
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)

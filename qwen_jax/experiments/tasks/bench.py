@@ -1,76 +1,169 @@
 """`bench`: speed of prefill and of decoding, warmed up, as medians with their spread."""
 
+import dataclasses
+import functools
+import itertools
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qwen_jax.engine.engine import Engine, Prompt, check_fits
-from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.memory import TooLarge
+from qwen_jax.engine.sampling import Plan, Sampling, settings_of
+from qwen_jax.engine.shapes import fitting, pieces_of
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.task import Metrics, Task, Work
+from qwen_jax.model.cache import PAGE, pages_for
 from qwen_jax.prompts import sampling_of
 
 
 class Bench(Task):
     """One item a repetition: the seconds of a prefill and of the decoding steps after it.
 
-    Rows hold random tokens; `batch_size` of them run together, greedily.
+    Every slot holds a text of random tokens. They are put into the cache and decoded by the calls
+    that the scheduler makes when it is full, greedily, with nothing of the host between them.
     """
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)
-        bench = config.experiment.bench
-        for name, value in bench.items():
+        for name, value in config.experiment.bench.items():
             if value < 1:
                 raise UserError(f"experiment.bench.{name} is {value}, but it must be at least 1.")
         sampling_of(config)  # Checks the seed, from which the tokens are drawn.
-        if config.batch_size < 1:
-            raise UserError(f"batch_size is {config.batch_size}, but it must be at least 1.")
-
-    def rows(self) -> tuple[int, int]:
-        bench = self.config.experiment.bench
-        return self.config.batch_size, bench.prompt_tokens + bench.new_tokens + 1
 
     def run(self, work: Work) -> Metrics:
         engine, bench = work.model().engine, self.config.experiment.bench
-        context = engine.config.context_length
-        rows, longest = self.rows()
-        if longest > context:
-            raise UserError(
-                f"{bench.prompt_tokens} tokens of a prompt and {bench.new_tokens} new ones are "
-                f"more than the context of {context}."
-            )
-        check_fits(engine, [Prompt([0] * bench.prompt_tokens, bench.new_tokens + 1)], rows)
+        texts = Texts(engine, bench.prompt_tokens, bench.new_tokens, self.config.sampling.seed)
         taken = [(item["prefill_seconds"], item["decode_seconds"]) for item in work.recorded()]
-        if len(taken) < bench.repeats:
-            self._once(engine)  # compiles
-        for repeat in range(len(taken), bench.repeats):
-            taken.append(self._once(engine))
-            work.record(repeat=repeat, prefill_seconds=taken[-1][0], decode_seconds=taken[-1][1])
-            work.progress(repeat + 1, bench.repeats)
-        prefill, decode = zip(*taken, strict=True)
+        try:
+            if len(taken) < bench.repeats:
+                texts.run()  # compiles
+            for repeat in range(len(taken), bench.repeats):
+                taken.append(texts.run())
+                prefill, decode = taken[-1]
+                work.record(repeat=repeat, prefill_seconds=prefill, decode_seconds=decode)
+                work.progress(repeat + 1, bench.repeats)
+        finally:
+            texts.close()
+        prefills, decodes = zip(*taken, strict=True)
         return {
-            **_speed("prefill", rows * bench.prompt_tokens, prefill),
-            **_speed("decode", rows * bench.new_tokens, decode),
-            "ms_per_step": 1e3 * statistics.median(decode) / bench.new_tokens,
+            **_speed("prefill", texts.count * bench.prompt_tokens, prefills),
+            **_speed("decode", texts.count * texts.steps, decodes),
+            "ms_per_step": 1e3 * statistics.median(decodes) / texts.steps,
         }
 
-    def _once(self, engine: Engine) -> tuple[float, float]:
-        bench, rows = self.config.experiment.bench, self.config.batch_size
-        rng = np.random.default_rng(self.config.sampling.seed)
-        shape = (rows, bench.prompt_tokens)
-        tokens = rng.integers(0, engine.config.vocab_size, shape).tolist()
-        prompts = [Prompt(row, bench.new_tokens + 1) for row in tokens]
-        plan, params = plan_rows([Sampling()] * rows, engine.config.vocab_size)
+
+class Texts:
+    """One for each slot of an engine, with pages of their own.
+
+    Args:
+        new: tokens that each is to get; `steps` is that many in whole calls.
+
+    Raises:
+        UserError: they are longer than the context, or than all pages.
+    """
+
+    def __init__(self, engine: Engine, prompt: int, new: int, seed: int):
+        self.engine, self.count = engine, engine.shapes.slots
+        self.steps = -(-new // engine.shapes.steps) * engine.shapes.steps
+        config, longest = engine.config, prompt + self.steps
+        if longest > config.context_length:
+            raise UserError(
+                f"{prompt} tokens of a prompt and {self.steps} new ones are more than the context "
+                f"of {config.context_length}."
+            )
+        if self.count * pages_for(longest) > engine.pool.available:
+            raise TooLarge(
+                f"{self.count} texts of up to {longest} tokens are more than the cache has room "
+                f"for, {engine.pool.size * PAGE} tokens; lower slots."
+            )
+        # Texts that end would leave less to do.
+        self._spec = dataclasses.replace(engine.spec, stop_ids=())
+        self._held = engine.pool.take(self.count * pages_for(longest))
+        self._tables = np.zeros((self.count, engine.layout.table_width), np.int32)
+        self._tables[:, : pages_for(longest)] = np.reshape(self._held, (self.count, -1))
+        drawn = np.random.default_rng(seed).integers(0, config.vocab_size, (self.count, prompt))
+        self._tokens = drawn.astype(np.int32)
+
+    def run(self) -> tuple[float, float]:
+        """Seconds of prefill, and of decoding."""
         start = time.perf_counter()
-        state: Any = jax.block_until_ready(engine.prefill(prompts, plan, params)[0])
+        self._prefill()
+        jax.block_until_ready(self.engine.pages)
         middle = time.perf_counter()
-        jax.block_until_ready(engine.decode_many(state, params, plan, bench.new_tokens))
+        self._decode()
+        jax.block_until_ready(self.engine.pages)
         return middle - start, time.perf_counter() - middle
+
+    def close(self) -> None:
+        """Gives the pages back."""
+        self.engine.pool.release(self._held)
+
+    def _prefill(self) -> None:
+        """All but the last token, which is the first step's."""
+        shapes, length = self.engine.shapes, self._tokens.shape[1] - 1
+        pieces = [(row, p) for row in range(self.count) for p in pieces_of(0, length, shapes)]
+        for padded, alike in itertools.groupby(pieces, lambda pair: pair[1].padded):
+            for some in _batched(alike, shapes.pieces[-1]):
+                rows = np.zeros(fitting(shapes.pieces, len(some)), np.int32)
+                tokens = np.zeros((len(rows), padded), np.int32)
+                start, lengths = np.zeros_like(rows), np.zeros_like(rows)
+                for i, (row, piece) in enumerate(some):
+                    stop = piece.start + piece.length
+                    rows[i], start[i], lengths[i] = row, piece.start, stop
+                    tokens[i, : piece.length] = self._tokens[row, piece.start : stop]
+                self.engine.pages = steps.extend(
+                    self._spec,
+                    self.engine.weights,
+                    self.engine.pages,
+                    self._tables[rows],
+                    tokens,
+                    start,
+                    lengths,
+                )
+
+    def _decode(self) -> None:
+        engine, size = self.engine, self.engine.shapes.steps
+        every: Any = np.arange(self.count, dtype=np.int32)
+        last: Any = self._tokens[:, -1]
+        same: Any = functools.partial(np.full_like, every)
+        state, settings = steps.State.create(self.count), settings_of(Sampling(), None)
+        columns = jax.tree.map(lambda x: np.repeat(x, self.count), settings)
+        for call in range(self.steps // size):
+            rows = steps.Rows(
+                slot=every,
+                live=same(1),
+                fresh=same(call == 0),
+                token=last,
+                generated=same(0),
+                start=same(self._tokens.shape[1] - 1),
+                limit=same(self.steps),
+                settings=columns,
+            )
+            engine.pages, state, _, _ = steps.step(
+                self._spec,
+                engine.weights,
+                engine.pages,
+                self._tables,
+                state,
+                None,
+                steps.pack_rows(rows),
+                Plan(),
+                size,
+            )
+
+
+def _batched(items: Iterable[Any], most: int) -> Iterator[list[Any]]:
+    """As itertools.batched, which Python 3.11 lacks."""
+    left = iter(items)
+    while some := list(itertools.islice(left, most)):
+        yield some
 
 
 def _speed(phase: str, tokens: int, seconds: tuple[float, ...]) -> Metrics:

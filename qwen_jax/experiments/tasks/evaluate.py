@@ -70,7 +70,6 @@ class Evaluate(Task):
             found = lm_eval.simple_evaluate(
                 model=Harness(
                     work.model(),
-                    self.config.batch_size,
                     seed=seed,
                     generation_config=self.config.generation_config,
                     overrides=overrides,

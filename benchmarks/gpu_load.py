@@ -1,0 +1,175 @@
+"""How long a GPU waits for its weights, and for the first token, with files of real sizes.
+
+    python -m benchmarks.gpu_load [--models 0.5b:F16 7b:Q8_0 7b:Q4_K_M] [--folder /tmp] [--new]
+
+Writes random models (14 GB in all), which leaves them in the page cache. Of each it measures, in a
+process of its own, the stages of a load one after another; the same with the tensors decoded on
+the host, as every device had it before; and `run.py` as a whole, with an empty compilation cache
+and twice with the one that it has filled. Memory is what no file backs. Needs Linux; takes five
+minutes, of which `--new` saves the host's way. Prints two tables, then one JSON line.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load_memory import Peak, own_bytes
+from benchmarks.random_model import SIZES, write
+
+RUN = [sys.executable, str(Path(__file__).parents[1] / "run.py")]
+STAGES = ("imports", "device", "file", "tokenizer", "decoded", "packed", "packed again")
+
+
+def measure(path: Path, on_host: bool) -> dict[str, Any]:
+    """Seconds of each stage, on its own; on the host, only those of a whole load."""
+    seconds: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[stage], last = round(now - last, 3), now
+
+    from qwen_jax import api, measure, packed
+    from qwen_jax.tasks import generate
+    from qwen_jax.weights import loader
+
+    assert generate
+    lap("imports")
+    measure.device()
+    lap("device")
+    api._use_compilation_cache()
+    checkpoint = api.open_model(path)
+    lap("file")
+    api.read_tokenizer(checkpoint)
+    lap("tokenizer")
+    dtype = api.dtype_of("auto")
+    if on_host:
+        loader.decodes_there = lambda device: False
+
+    import jax
+
+    def load(pack: bool) -> None:
+        parameters = loader.iter_parameters(checkpoint, dtype)
+        if pack:
+            jax.block_until_ready(packed.prepare(checkpoint.config, parameters, dtype, "auto"))
+        else:
+            for _, value in parameters:
+                last_one = value
+            last_one.block_until_ready()
+
+    before = own_bytes()
+    with Peak() as peak:
+        lap("")
+        if not on_host:
+            load(pack=False)
+            lap("decoded")
+        load(pack=True)
+        lap("packed")
+        if not on_host:
+            load(pack=True)
+            lap("packed again")
+    seconds.pop("")
+    return {
+        "seconds": seconds,
+        "before": before,
+        "peak": peak.bytes,
+        "device_peak": measure.peak_memory()[1],
+        "compilation": round(measure.compile_seconds(), 2),
+        "device": measure.device().device_kind,
+    }
+
+
+def run(path: Path, cache: Path) -> dict[str, float]:
+    """Of one `run.py`: seconds to the first byte and to its end, and its peak."""
+    command = [*RUN, f"--model={path}", "--prompt=Hello", "--max_tokens=32"]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"XDG_CACHE_HOME": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with Peak(process.pid) as peak:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        first = time.perf_counter() - start
+        process.stdout.read()
+        said = process.stderr.read().decode()
+        code = process.wait()
+    if code:
+        raise RuntimeError(f"{' '.join(command)} failed: {said}")
+    compiled = re.search(r"compilation ([\d.]+) s", said)
+    return {
+        "first token": round(first, 2),
+        "whole": round(time.perf_counter() - start, 2),
+        "compilation": float(compiled[1]) if compiled else 0.0,
+        "peak": peak.bytes,
+    }
+
+
+def measured(path: Path, way: str, cache: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.gpu_load", "--measure", str(path), way]
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["0.5b:F16", "7b:Q8_0", "7b:Q4_K_M"])
+    parser.add_argument("--folder", type=Path, help="where to write the models; they are removed")
+    parser.add_argument("--new", action="store_true", help="leave out the host's way")
+    parser.add_argument("--measure", nargs=2, metavar=("FILE", "WAY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        file, way = arguments.measure
+        print(json.dumps(measure(Path(file), way == "host")))
+        return
+    loads: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[dict[str, float]]] = {}
+    for model in arguments.models:
+        size, kind = model.split(":")
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            path, cache = Path(folder) / "model.gguf", Path(folder) / "cache"
+            write(path, SIZES[size], 0, kind)
+            runs[model] = [run(path, cache) for _ in range(3)]
+            loads[model] = measured(path, "device", cache)
+            if not arguments.new:
+                loads[f"{model}, on the host"] = measured(path, "host", cache)
+    print(f"| seconds | {' | '.join(STAGES)} | host peak | device peak |")
+    print(f"| --- |{' --- |' * (len(STAGES) + 2)}")
+    for model, load in loads.items():
+        cells = [f"{load['seconds'][s]:.2f}" if s in load["seconds"] else "" for s in STAGES]
+        peaks = [f"{load[key] / 1e9:.2f} GB" for key in ("peak", "device_peak")]
+        print(f"| {model} | {' | '.join(cells + peaks)} |")
+    print("\n| run.py | cache | first token | whole | compilation | host peak |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for model, three in runs.items():
+        for cache_is, one in zip(("cold", "warm", "warm"), three, strict=True):
+            print(
+                f"| {model} | {cache_is} | {one['first token']:.2f} s | {one['whole']:.2f} s | "
+                f"{one['compilation']:.2f} s | {one['peak'] / 1e9:.2f} GB |"
+            )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    record = {
+        "benchmark": "gpu_load",
+        "loads": loads,
+        "runs": runs,
+        "commit": commit.stdout.strip(),
+        "jax": importlib.metadata.version("jax"),
+        "cores": os.cpu_count(),
+    }
+    print("\n" + json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

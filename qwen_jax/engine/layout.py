@@ -1,0 +1,94 @@
+"""All that decides the shapes of an engine's programs, known before its weights are there."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict, Unpack
+
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine.memory import Budget, pool_pages
+from qwen_jax.engine.shapes import Shapes, shapes_for
+from qwen_jax.engine.spec import Spec
+from qwen_jax.model.cache import PAGE, pages_for
+
+
+class EngineOptions(TypedDict, total=False):
+    """How an engine is to run a model.
+
+    Attributes:
+        stop_ids: tokens that end a text; they are emitted, then it is done.
+        valid_tokens: vocabulary rows in use; ids from here on are never chosen. All by default.
+        unused_ids: rows below them that no token has, and that are never chosen either.
+        precision: of float32 matrix products; HIGHEST by default.
+        implementation: "auto", the default, "mosaic_gpu" or "xla".
+        slots: texts that are generated at the same time; by default what suits the platform.
+        cache_tokens: positions that the cache has room for; by default what is needed, or fits.
+    """
+
+    stop_ids: Sequence[int]
+    valid_tokens: int
+    unused_ids: Sequence[int]
+    precision: lax.Precision
+    implementation: str
+    slots: int | None
+    cache_tokens: int | None
+
+
+class Layout(NamedTuple):
+    """What an engine's programs are compiled for.
+
+    Attributes:
+        spec: the static argument of all.
+        shapes: sizes of their calls.
+        pages: of the cache, for one layer; the one of nobody is among them.
+    """
+
+    spec: Spec
+    shapes: Shapes
+    pages: int
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        platform: str,
+        *,
+        loaded: bool,
+        **options: Unpack[EngineOptions],
+    ) -> "Layout":
+        """For weights and a cache in `dtype`, which are on the device already or not `loaded` yet.
+
+        Raises:
+            UserError: there is no room for a cache.
+        """
+        spec = Spec(
+            config,
+            weights=dtype,
+            cache=dtype,
+            precision=options.get("precision", lax.Precision.HIGHEST),
+            implementation=options.get("implementation", "auto"),
+            stop_ids=tuple(options.get("stop_ids", ())),
+            valid_tokens=min(options.get("valid_tokens", config.vocab_size), config.vocab_size),
+            unused_ids=tuple(options.get("unused_ids", ())),
+        )
+        shapes = shapes_for(platform, options.get("slots"))
+        tokens = options.get("cache_tokens")
+        if tokens is None:
+            budget = Budget.of(config, dtype)
+            free = budget.free if loaded else budget.free - budget.weights
+            pages = pool_pages(config, dtype, shapes.slots, platform, free)
+        else:
+            pages = pages_for(tokens)
+        return cls(spec, shapes, 1 + pages)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions that the cache has room for."""
+        return (self.pages - 1) * PAGE
+
+    @property
+    def table_width(self) -> int:
+        """Pages of a text as long as the context, or as the cache where that is shorter."""
+        return min(pages_for(self.spec.config.context_length), self.pages - 1)

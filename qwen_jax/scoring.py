@@ -1,0 +1,76 @@
+"""How likely a model finds texts: continuations of contexts through the engine's scheduler."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.errors import UserError
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""The ids of a context, and of what comes after it."""
+
+
+class Score(NamedTuple):
+    """Of each token of a continuation, given all before it.
+
+    Attributes:
+        logprobs: the model's own log-probabilities.
+        greedy: whether it is the likeliest.
+    """
+
+    logprobs: Float[np.ndarray, "T"]
+    greedy: Bool[np.ndarray, "T"]
+
+
+def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
+    """The pairs' scores, in their order.
+
+    They are taken from their iterable when there is soon room for them, and pages of contexts that
+    begin alike are computed once.
+
+    Raises:
+        UserError: while iterating: a context or a continuation is empty, they hold no ids of this
+            vocabulary, or together they are longer than the model's context or the whole cache.
+    """
+    scheduler, left, more = Scheduler(engine), iter(pairs), True
+    line: deque[Text] = deque()
+    found: dict[Text, Score] = {}
+    try:
+        while more or line:
+            while more and scheduler.wants_more:
+                if more := (pair := next(left, None)) is not None:
+                    line.append(_text(engine, *pair))
+                    scheduler.add(line[-1])
+            for news in scheduler.turn():
+                assert news.scores is not None
+                found[news.text] = Score(*news.scores)
+            while line and line[0] in found:
+                yield found.pop(line.popleft())
+    finally:
+        for text in line:
+            scheduler.cancel(text)
+        scheduler.close()
+
+
+def _text(engine: Engine, context: Sequence[int], continuation: Sequence[int]) -> Text:
+    tokens, config = [*context, *continuation], engine.config
+    if not (len(context) and len(continuation)):
+        raise UserError("A context and its continuation need at least one token each.")
+    # The last token is only scored, and takes no place.
+    if len(tokens) - 1 > config.context_length:
+        raise UserError(
+            f"A context of {len(context)} tokens with a continuation of {len(continuation)} is "
+            f"longer than the {config.context_length} of {config.source}; shorten the context."
+        )
+    if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
+        raise UserError(
+            f"A text to be scored has tokens from {min(tokens)} to {max(tokens)}, but "
+            f"{config.source} has tokens 0 to {config.vocab_size - 1}."
+        )
+    engine.check_fits(len(tokens))
+    return Text(tokens, score_from=len(context))

@@ -132,7 +132,13 @@ def inputs_of(
             [rng.integers(config.vocab_size, size=context) for _ in full], config.vocab_size
         )
         extras = extras._replace(counts=extras.counts._replace(seen=jnp.asarray(seen)))
-    return Inputs(drawn, jnp.asarray(table), State.create(batch), extras, jnp.asarray(packed))
+    return Inputs(
+        drawn,
+        jnp.asarray(table),
+        State(jnp.asarray(token), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)),
+        extras,
+        jnp.asarray(packed),
+    )
 
 
 def plan_of(engine: Engine, sampling: Sampling, top: int | None = None) -> Plan:
@@ -149,8 +155,7 @@ def go_on(engine: Engine, run: Any, inputs: Inputs) -> Inputs:
     """A call, and the inputs of the next one, which goes on where it ended."""
     pages, state, extras, emitted = run(engine.weights, *inputs)
     jax.block_until_ready(emitted)
-    packed = inputs.packed.at[:, Rows._fields.index("fresh")].set(0)
-    return Inputs(pages, inputs.tables, state, extras, packed)
+    return Inputs(pages, inputs.tables, state, extras, inputs.packed)
 
 
 def engines(config: ModelConfig) -> dict[str, Engine]:

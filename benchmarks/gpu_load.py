@@ -38,13 +38,14 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
         now = time.perf_counter()
         seconds[stage], last = round(now - last, 3), now
 
-    from qwen_jax import api, measure, packed
+    from qwen_jax import api
+    from qwen_jax.engine import memory, weights
     from qwen_jax.tasks import generate
     from qwen_jax.weights import loader
 
     assert generate
     lap("imports")
-    measure.device()
+    memory.device()
     lap("device")
     api._use_compilation_cache()
     checkpoint = api.open_model(path)
@@ -60,7 +61,7 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
     def load(pack: bool) -> None:
         parameters = loader.iter_parameters(checkpoint, dtype)
         if pack:
-            jax.block_until_ready(packed.prepare(checkpoint.config, parameters, dtype, "auto"))
+            jax.block_until_ready(weights.prepare(checkpoint.config, parameters, dtype, "auto"))
         else:
             for _, value in parameters:
                 last_one = value
@@ -82,9 +83,9 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
         "seconds": seconds,
         "before": before,
         "peak": peak.bytes,
-        "device_peak": measure.peak_memory()[1],
-        "compilation": round(measure.compile_seconds(), 2),
-        "device": measure.device().device_kind,
+        "device_peak": memory.peak_memory()[1],
+        "compilation": round(memory.compile_seconds(), 2),
+        "device": memory.device().device_kind,
     }
 
 

@@ -55,7 +55,9 @@ def reference(
         k_all, v_all = (
             cached(n).at[rows, :, position].set(y) for n, y in ((i, k), (shape.layers + i, v))
         )
-        attended = attention(q, k_all, v_all, position + 1)
+        # Each row's keys in order are a page of its own now, and so are its values.
+        both, own = jnp.concatenate([k_all, v_all]), rows[:, None]
+        attended = attention(q, both, own, own + len(rows), position + 1)
         x = x + product(attended.reshape(len(rows), -1), OUTPUT, i)
         gate, up = jnp.split(product(norm(x, 2 * i + 1), GATE_UP, i), 2, axis=1)
         x = x + product(jax.nn.silu(gate) * up, DOWN, i)

@@ -1,8 +1,9 @@
 """Cache audit: whatever way a text takes through the cache, the same must come out.
 
-The engine's own compiled functions run one text in one call, in chunks, token by token, in a used
-cache, beside other texts, up to the cache's last slot and among slots that hold NaN. Each time what
-the slots hold at the end and the log-probabilities after each position are held against a float64
+The engine's own compiled functions run one text in one call, in pieces, token by token, in pages of
+any order, in the slot and the pages of a text before it, beside other texts, behind a page that two
+texts share, up to the last slot of its table and among slots that hold NaN. Each time what the
+slots hold at the end and the log-probabilities after each position are held against a float64
 forward pass that has no cache, within the bound of a right engine's rounding. What is outside is
 explained by planting faults of caches in that pass until one gives what the engine gave.
 """
@@ -17,23 +18,17 @@ from qwen_jax.accuracy.bounds import Arithmetic
 from qwen_jax.accuracy.cache_faults import FAULTS
 from qwen_jax.accuracy.cache_forward import Expected, forward
 from qwen_jax.accuracy.cache_runs import Shown, run
-from qwen_jax.accuracy.cache_slots import Entries, Row, Scenario, simulate
+from qwen_jax.accuracy.cache_scenarios import FULL, LENGTH, scenarios
+from qwen_jax.accuracy.cache_slots import Entries, Part, Row, Scenario, simulate
 from qwen_jax.accuracy.parameters import EngineSource, Source
 from qwen_jax.accuracy.replay import Residual, compare, first_position
 from qwen_jax.accuracy.rounding import UNIT
 from qwen_jax.accuracy.text_table import table
 from qwen_jax.api import Model
-from qwen_jax.engine.engine import SMALLEST_CHUNK, Engine
+from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
-from qwen_jax.model.cache import SMALLEST_CAPACITY
-from qwen_jax.model.decoder import activation_dtype
 
 Progress = Callable[[int, int], None]
-
-SHORTEST = 3 * SMALLEST_CHUNK
-"""Tokens a text must have: three calls of the smallest chunk."""
-
-CHUNK = SMALLEST_CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,42 +61,6 @@ class CacheFinding:
     evidence: str = ""
 
 
-def scenarios(tokens: Sequence[int], other: Sequence[int], context: int) -> list[Scenario]:
-    """All ways through the cache.
-
-    Args:
-        tokens: the text, at least `SHORTEST` tokens.
-        other: as many tokens of another text.
-        context: the most tokens a row may have.
-    """
-    text, size = tuple(tokens), min(SMALLEST_CAPACITY, context // CHUNK * CHUNK)
-    text = text[: size - 2 * CHUNK]
-    count, capacity = len(text), size
-    half = count // 2
-
-    def chunks(prompt: int) -> tuple[int, ...]:
-        return (CHUNK,) * -(-prompt // CHUNK)
-
-    def alone(name: str, prompt: int, **more: object) -> Scenario:
-        return Scenario(name, (Row(text, prompt),), chunks(prompt), capacity, **more)  # type: ignore[arg-type]
-
-    full = (text * (size // count + 1))[:size]
-    before = (tuple(other) * (size // len(other) + 1))[: -(-count // CHUNK) * CHUNK + CHUNK]
-    third = count // 3
-    batch = (Row(text, third), Row(tuple(other[:count]), count - 5), Row(text[: half + 3], half))
-    whole = Scenario("one call", (Row(text, count),), (len(chunks(count)) * CHUNK,), capacity)
-    return [
-        whole,
-        alone("chunks", count),
-        alone("token by token", 1),
-        alone("prompt, then decoding", half),
-        alone("used cache", half, before=before),
-        Scenario("batch", batch, chunks(count - 5), capacity),
-        Scenario("full cache", (Row(full, size - CHUNK),), chunks(size - CHUNK), size, idle=1),
-        alone("NaN in unused slots", half, poisoned=True),
-    ]
-
-
 def audit_cache(
     model: Model | Engine,
     tokens: Sequence[int] | None = None,
@@ -113,7 +72,7 @@ def audit_cache(
     """Every way through the cache of an engine, each row a finding.
 
     Args:
-        tokens: the text; random ones by default. What comes after a cache's worth is not used.
+        tokens: the text; random ones by default. Only the first of them are used.
         source: the right parameters; those that the engine holds by default.
         ways: names of the scenarios to run; all by default.
         progress: hears of scenarios done and in all.
@@ -122,23 +81,22 @@ def audit_cache(
         UserError: the text is too short, or not of this vocabulary.
     """
     engine = model.engine if isinstance(model, Model) else model
-    config = engine.config
-    drawn = np.random.default_rng(0).integers(0, engine.valid_tokens, (2, SHORTEST))
-    text = drawn[0].tolist() if tokens is None else list(tokens)
-    if len(text) < SHORTEST or not all(0 <= t < config.vocab_size for t in text):
+    config, valid = engine.config, engine.spec.valid_tokens
+    drawn = np.random.default_rng(0).integers(0, valid, (2, LENGTH)).tolist()
+    text = drawn[0] if tokens is None else list(tokens)
+    if len(text) < LENGTH or not all(0 <= t < config.vocab_size for t in text):
         raise UserError(
-            f"the text has {len(text)} tokens; a cache audit needs {SHORTEST} at least, each below "
+            f"the text has {len(text)} tokens; a cache audit needs {LENGTH} at least, each below "
             f"{config.vocab_size}."
         )
-    if config.context_length < 2 * SHORTEST:
+    if config.context_length < FULL:
         raise UserError(
             f"{config.source}: its context of {config.context_length} is too short for a cache "
-            f"audit, which takes {2 * SHORTEST} tokens."
+            f"audit, which takes {FULL} tokens."
         )
-    other = (drawn[1].tolist() * (len(text) // SHORTEST + 1))[: len(text)]
     every = [
         scenario
-        for scenario in scenarios(text, other, config.context_length)
+        for scenario in scenarios(text, drawn[1], engine.shapes)
         if ways is None or scenario.name in ways
     ]
     audit = _Audit(engine, source or EngineSource(engine), every)
@@ -166,11 +124,10 @@ def cache_table(findings: Sequence[CacheFinding]) -> str:
 
 def _arithmetic(engine: Engine) -> Arithmetic:
     """As `Arithmetic.of` reads it off a trace's header."""
-    weights = np.dtype(engine.cache_dtype).name
-    storage = np.dtype(activation_dtype(engine.cache_dtype)).name
+    spec = engine.spec
+    weights, storage = spec.weights.name, spec.activations.name
     operand = UNIT[weights] if weights != storage else 0.0
-    precision = engine.make_model.keywords["precision"]
-    if precision != lax.Precision.HIGHEST and engine.platform != "cpu":
+    if spec.precision != lax.Precision.HIGHEST and engine.platform != "cpu":
         operand = max(operand, UNIT["tf32"])
     least = 2.0**-24 if weights == "float16" else 0.0
     return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least)
@@ -180,28 +137,34 @@ class _Audit:
     def __init__(self, engine: Engine, source: Source, every: Sequence[Scenario]):
         self.engine, self.source = engine, source
         self.arithmetic = _arithmetic(engine)
+        spec = engine.spec
+        self.used = np.setdiff1d(np.arange(spec.valid_tokens), spec.unused_ids)
         # Rows share beginnings, and what comes later changes nothing before it.
-        texts = sorted({row.tokens for s in every for row in s.rows}, key=len, reverse=True)
+        looked_at = {row.tokens for s in every for row in s.rows if not row.gone}
         self.truths: dict[tuple[int, ...], list[Expected]] = {}
-        for text in texts:
+        for text in sorted(looked_at, key=len, reverse=True):
             if not any(known[: len(text)] == text for known in self.truths):
-                alone = Scenario("alone", (Row(text, len(text)),), (len(text),), len(text))
-                self.truths[text] = list(self.forward(simulate(alone, alone.rows[0])))
+                row, count = Row(text, len(text)), len(text)
+                alone = Scenario("alone", (row,), ((Part(0, 0, count, count),),))
+                self.truths[text] = list(self.forward(simulate(alone)[0]))
 
     def truth(self, row: Row) -> Iterator[Expected]:
         """What a row's slots should hold, and its log-probabilities: no cache, no other row."""
         text, count = row.tokens, len(row.tokens)
-        (known,) = (t for t in self.truths if t[:count] == text)
+        known = next(t for t in self.truths if t[:count] == text)
         for e in self.truths[known]:
             yield dataclasses.replace(e, value=e.value[:count], bound=e.bound[:count])
 
     def check(self, scenario: Scenario) -> Iterator[CacheFinding]:
-        shown = run(self.engine, scenario, self.engine.valid_tokens)
+        shown = run(self.engine, scenario, self.used)
+        several = sum(not row.gone for row in scenario.rows) > 1
         for number, (row, seen) in enumerate(zip(scenario.rows, shown, strict=True)):
-            name = f"{scenario.name}, row {number}" if len(shown) > 1 else scenario.name
-            yield self.row(name, scenario, row, seen)
+            if not row.gone:
+                name = f"{scenario.name}, row {number}" if several else scenario.name
+                yield self.row(name, scenario, number, seen)
 
-    def row(self, name: str, scenario: Scenario, row: Row, seen: Shown) -> CacheFinding:
+    def row(self, name: str, scenario: Scenario, number: int, seen: Shown) -> CacheFinding:
+        row = scenario.rows[number]
         ratio, evidence, error = 0.0, "", 0.0
         for expected, judged, first in self.judge(self.truth(row), scenario, row, seen):
             if not judged.within and not evidence:
@@ -211,7 +174,7 @@ class _Audit:
             error = judged.relative
         if ratio <= 1:
             return CacheFinding(name, "within rounding", ratio, error)
-        causes = tuple(self.causes(scenario, row, seen))
+        causes = tuple(self.causes(scenario, number, seen))
         return CacheFinding(name, "fault", ratio, error, causes, evidence)
 
     def judge(
@@ -222,8 +185,7 @@ class _Audit:
             shown = slice(0, None)
             if expected.layer is None:
                 found = seen.logits
-                decoded = any(len(r.tokens) > r.prompt for r in scenario.rows)
-                shown = slice(row.prompt - 1 if decoded else 0, None)
+                shown = slice(row.prompt if scenario.decodes else 0, None)
             else:
                 found = seen.keys if expected.name.startswith("keys") else seen.values
                 found = found[expected.layer]
@@ -231,13 +193,13 @@ class _Audit:
             yield expected, compare(*three), first_position(*three) + (shown.start or 0)
 
     def forward(self, entries: Entries) -> Iterator[Expected]:
-        return forward(self.source, entries, self.arithmetic, self.engine.valid_tokens)
+        return forward(self.source, entries, self.arithmetic, self.used)
 
-    def causes(self, scenario: Scenario, row: Row, seen: Shown) -> Iterator[CacheCause]:
+    def causes(self, scenario: Scenario, number: int, seen: Shown) -> Iterator[CacheCause]:
         """Faults that give what the engine gave; one is given up at the first layer outside."""
-        right = simulate(scenario, row)
+        row, right = scenario.rows[number], simulate(scenario)[number]
         for fault in FAULTS:
-            entries = simulate(scenario, row, fault.rules)
+            entries = simulate(scenario, fault.rules)[number]
             if entries.same(right):
                 continue
             largest = 0.0

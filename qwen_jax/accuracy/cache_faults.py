@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from qwen_jax.accuracy.cache_slots import Call, Rules
+from qwen_jax.accuracy.cache_slots import POOL, Call, Row, Rules
+from qwen_jax.model.cache import NOBODY, PAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,9 @@ class CacheFault:
     reference: str = ""
 
 
+RIGHT = Rules()
+
+
 def _decode(new: Callable[[Call, int], Any], old: Callable[[Call, int], Any]) -> Callable:
     return lambda call, p: new(call, p) if call.decode else old(call, p)
 
@@ -25,15 +29,40 @@ def _prefill(new: Callable[[Call, int], Any], old: Callable[[Call, int], Any]) -
     return lambda call, p: old(call, p) if call.decode else new(call, p)
 
 
-RIGHT = Rules()
-
-
 def _positions(place: Callable[[Call, int], int]) -> Rules:
     return Rules(query=place, key=place)
 
 
+def _moved(by: Callable[[Call], int]) -> Rules:
+    """Decoded tokens as if they stood further on."""
+
+    def place(call: Call, p: int) -> int:
+        return p + by(call)
+
+    return Rules(
+        slot=_decode(place, RIGHT.slot),
+        query=_decode(place, RIGHT.query),
+        key=_decode(place, RIGHT.key),
+        seen=_decode(lambda c, p: range(p + 1 + by(c)), RIGHT.seen),
+    )
+
+
 def _edge(block: int) -> Callable[[Call, int], Iterable[int]]:
     return lambda call, p: range(max(call.valid // block * block, 1))
+
+
+def _left_by(call: Call) -> Row:
+    return call.before or call.row
+
+
+def _in_table(row: Row, p: int) -> int:
+    return row.pages[p // PAGE] if p < row.capacity else NOBODY
+
+
+def _alike(call: Call, p: int) -> int:
+    """A row that shares pages takes the next one of the same text too."""
+    row = call.row
+    return _in_table(call.scenario.rows[0] if 0 < row.shared == p // PAGE * PAGE else row, p)
 
 
 _AFTER = _decode(lambda call, p: p + 1, RIGHT.query)
@@ -65,12 +94,7 @@ FAULTS = (
     CacheFault(
         "hole",
         "decoding leaves a slot empty, which is seen, and goes on one further",
-        Rules(
-            slot=_decode(lambda c, p: p + 1, RIGHT.slot),
-            query=_AFTER,
-            key=_AFTER,
-            seen=_decode(lambda c, p: range(p + 2), RIGHT.seen),
-        ),
+        _moved(lambda c: 1),
         "23",
     ),
     CacheFault(
@@ -91,13 +115,13 @@ FAULTS = (
     CacheFault(
         "stale-slots-seen",
         "decoding sees slots that an earlier text has left",
-        Rules(seen=_decode(lambda c, p: range(max(p + 1, len(c.scenario.before))), RIGHT.seen)),
+        Rules(seen=_decode(lambda c, p: range(max(p + 1, len(_left_by(c).tokens))), RIGHT.seen)),
         "25",
     ),
     CacheFault(
         "unused-slots-seen",
-        "decoding sees the whole cache, written or not",
-        Rules(seen=_decode(lambda c, p: range(c.scenario.capacity), RIGHT.seen)),
+        "decoding sees all of its pages, written or not",
+        Rules(seen=_decode(lambda c, p: range(c.row.capacity), RIGHT.seen)),
         "25",
     ),
     CacheFault(
@@ -109,7 +133,7 @@ FAULTS = (
     CacheFault(
         "write-clamped",
         "a write past the end lands in the last slot",
-        Rules(slot=lambda c, p: min(p, c.scenario.capacity - 1)),
+        Rules(slot=lambda c, p: min(p, c.row.capacity - 1)),
         "26",
     ),
     *(
@@ -122,22 +146,60 @@ FAULTS = (
         for block in (8, 16, 32, 64, 128)
     ),
     CacheFault(
-        "padded-left",
-        "padding stands before the shorter prompts of a batch, and is seen",
-        Rules(left=True),
-        "34",
-    ),
-    CacheFault(
         "padding-seen",
-        "the shorter prompts of a batch go on behind their padding, and see it",
-        Rules(kept=True),
+        "a text goes on behind the padding of its prompt, and sees it",
+        Rules(padding=True),
         "34",
     ),
     CacheFault(
-        "last-column",
-        "the prediction after a shorter prompt is that after its padding",
-        Rules(last_column=True),
+        "start-shared",
+        "all rows of a call are rotated as the first one",
+        _positions(lambda c, p: p - c.start + c.parts[0].start),
         "34",
+    ),
+    CacheFault(
+        "last-page-whole",
+        "decoding sees its last page to the end, written or not",
+        Rules(seen=_decode(lambda c, p: range(-(-c.valid // PAGE) * PAGE), RIGHT.seen)),
+        "25",
+    ),
+    CacheFault(
+        "page-late",
+        "decoding writes the first token of a page into the page before",
+        Rules(writes=_decode(lambda c, p: c.row.pages[(p - 1) // PAGE], RIGHT.writes)),
+    ),
+    CacheFault(
+        "table-ignored",
+        "pages are read one after another from the text's first on, whatever its table says",
+        Rules(reads=lambda c, p: min(c.row.pages[0] + p // PAGE, POOL - 1)),
+    ),
+    CacheFault(
+        "table-of-first-row",
+        "all rows of a call read the pages of the first one",
+        Rules(reads=lambda c, p: _in_table(c.scenario.rows[c.parts[0].row], p)),
+    ),
+    CacheFault(
+        "table-left-by-text",
+        "decoding reads and writes the pages of the text that had the slot before",
+        Rules(
+            writes=_decode(lambda c, p: _in_table(_left_by(c), p), RIGHT.writes),
+            reads=_decode(lambda c, p: _in_table(_left_by(c), p), RIGHT.reads),
+        ),
+    ),
+    CacheFault(
+        "count-left-by-text",
+        "decoding goes on counting where the text that had the slot before has stopped",
+        _moved(lambda c: len(c.before.tokens) - c.before.prompt if c.before else 0),
+    ),
+    CacheFault(
+        "page-shared-too-far",
+        "texts that begin alike share the page in which they part",
+        Rules(writes=_alike, reads=_alike),
+    ),
+    CacheFault(
+        "pieces-blind",
+        "a piece of a text doesn't see the pieces before it in its own call",
+        Rules(blind=True),
     ),
 )
 """Every fault of the cache that the audit can name."""

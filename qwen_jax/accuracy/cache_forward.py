@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.bounds import Arithmetic, Error, bound
 from qwen_jax.accuracy.cache_slots import Entries
@@ -36,14 +36,14 @@ class Expected:
 
 
 def forward(
-    source: Source, entries: Entries, arithmetic: Arithmetic, valid: int
+    source: Source, entries: Entries, arithmetic: Arithmetic, used: Int[np.ndarray, "V"]
 ) -> Iterator[Expected]:
     """What the slots of the text hold, layer by layer, then the log-probabilities after it.
 
     Args:
-        valid: tokens in use; log-probabilities are over these.
+        used: tokens in use; log-probabilities are over these.
     """
-    entries, config = entries.needed(), source.config
+    config = source.config
     plain = Context(config, Calls.of([len(entries.tokens)]), entries.tokens)
     seen = entries.sees > 0
     with np.errstate(divide="ignore"):
@@ -95,7 +95,7 @@ def forward(
     rows = entries.output[known]
     last = run("final_norm", [stream[0][rows]], [stream[1][rows]], outer)
     value, error = run("logits", [last[0]], [last[1]], outer)
-    value, error = _log_softmax(value[:, :valid], error[:, :valid])
+    value, error = _log_softmax(value[:, used], error[:, used])
     shape = (len(known), value.shape[1])
     out, limit = np.full(shape, np.nan), np.full(shape, np.inf)
     out[known], limit[known] = value, error

@@ -1,4 +1,4 @@
-"""Texts through an engine's own compiled functions, with a cache of our choosing."""
+"""Texts through an engine's own compiled functions, in a cache of our choosing."""
 
 import dataclasses
 
@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from qwen_jax.accuracy.cache_slots import Scenario
-from qwen_jax.engine.engine import Emitted, Engine, Rows
-from qwen_jax.engine.sampling import Sampling, plan_rows
-from qwen_jax.model.cache import Cache
-from qwen_jax.model.decoder import activation_dtype
+from pallas_kernels.sample_tokens import settings
+from qwen_jax.accuracy.cache_slots import POOL, WIDTH, Part, Scenario
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import Plan
+from qwen_jax.engine.shapes import fitting
+from qwen_jax.engine.steps import Emitted, Extras, State
+from qwen_jax.model.cache import Cache, create_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,104 +31,119 @@ class Shown:
     values: Float[np.ndarray, "L T K H"]
 
 
-def run(engine: Engine, scenario: Scenario, valid: int) -> list[Shown]:
-    """Every row of a scenario; `valid` tokens are in use."""
-    empty = _cache(engine, scenario)
-    decoded = any(len(row.tokens) > row.prompt for row in scenario.rows)
-    logits = [np.full((len(row.tokens), valid), np.nan) for row in scenario.rows]
-    through = _decode if decoded else _prefill
-    cache = through(engine, scenario, empty, logits)
-    keys, values = (
-        np.stack([np.asarray(x).astype(np.float64) for x in layers])
-        for layers in (cache.k, cache.v)
-    )
-    return [
-        Shown(
-            logits[b],
-            keys[:, b, :, : len(row.tokens)].swapaxes(1, 2),
-            values[:, b, :, : len(row.tokens)].swapaxes(1, 2),
-        )
-        for b, row in enumerate(scenario.rows)
-    ]
+def run(engine: Engine, scenario: Scenario, used: Int[np.ndarray, "V"]) -> list[Shown]:
+    """Every row of a scenario; log-probabilities are of the tokens in use."""
+    through = _Run(engine, scenario, used)
+    for parts in scenario.calls:
+        if parts[0].decode:
+            through.step(parts)
+        else:
+            through.enter(parts)
+    return through.shown()
 
 
-def _cache(engine: Engine, scenario: Scenario) -> Cache:
-    cache = engine.create_cache(len(scenario.rows), scenario.capacity)
-    if scenario.poisoned:
-        cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
-    step = scenario.chunks[0]
-    for start in range(0, len(scenario.before), step):
-        tokens = np.array([scenario.before[start : start + step]] * len(scenario.rows), np.int32)
-        lengths = np.full(len(scenario.rows), len(scenario.before), np.int32)
-        cache, _ = engine._logits(engine.weights, cache, tokens, np.int32(start), lengths)
-    return cache
+class _Run:
+    """A scenario under way, on a device.
 
-
-def _prompts(scenario: Scenario, start: int, length: int) -> np.ndarray:
-    tokens = np.zeros((len(scenario.rows), length), np.int32)
-    for b, row in enumerate(scenario.rows):
-        part = row.tokens[start : min(start + length, row.prompt)]
-        tokens[b, : len(part)] = part
-    return tokens
-
-
-def _prefill(engine: Engine, scenario: Scenario, cache: Cache, logits: list[np.ndarray]) -> Cache:
-    """The logits of every position, from the calls that `Engine.logits` makes."""
-    lengths = np.array([row.prompt for row in scenario.rows], np.int32)
-    start = 0
-    for length in scenario.chunks:
-        tokens = _prompts(scenario, start, length)
-        cache, out = engine._logits(engine.weights, cache, tokens, np.int32(start), lengths)
-        out = np.asarray(out).astype(np.float64)
-        for b, row in enumerate(scenario.rows):
-            count = max(min(row.prompt - start, length), 0)
-            part = out[b, :count, : logits[b].shape[1]]
-            top = part.max(axis=-1, keepdims=True) if count else part
-            total = np.exp(part - top).sum(axis=-1, keepdims=True)
-            logits[b][start : start + count] = part - top - np.log(total)
-        start += length
-    return cache
-
-
-def _decode(engine: Engine, scenario: Scenario, cache: Cache, logits: list[np.ndarray]) -> Cache:
-    """Prefill and decode steps as `Engine.prefill` and `Engine.decode_many` make them.
-
-    The tokens are the text's own, whatever the engine would choose.
+    Attributes:
+        extras: there for the plan's sake: nothing of it is asked for.
+        fresh: rows that have not begun to decode.
     """
-    texts, batch, vocab = scenario.rows, len(scenario.rows), engine.config.vocab_size
-    plan, params = plan_rows([Sampling()] * batch, vocab, top_logprobs=vocab)
-    lengths = np.array([row.prompt for row in scenario.rows], np.int32)
-    totals = np.array([len(row.tokens) for row in scenario.rows], np.int32)
-    last = jnp.zeros((batch, engine.config.hidden_size), activation_dtype(engine.cache_dtype))
-    start = 0
-    for length in scenario.chunks:
-        tokens = _prompts(scenario, start, length)
-        cache, last = engine._prefill_chunk(
-            engine.weights, cache, last, tokens, np.int32(start), lengths
-        )
-        start += length
-    state, emitted = engine._begin(engine.weights, last, (lengths, totals, None), params, plan)
-    rows = Rows(cache=cache, **state)
-    _keep(logits, emitted, lengths - 1, totals)
-    for step in range(int((totals - lengths).max()) + scenario.idle):
-        at = lengths + step
-        forced = [row.tokens[min(p, len(row.tokens) - 1)] for row, p in zip(texts, at, strict=True)]
-        rows = dataclasses.replace(
-            rows, token=jnp.asarray(forced, jnp.int32), done=jnp.asarray(at >= totals)
-        )
-        rows, emitted = engine.decode_step(rows, params, plan)
-        _keep(logits, emitted, at, totals)
-    return rows.cache
 
+    def __init__(self, engine: Engine, scenario: Scenario, used: Int[np.ndarray, "V"]):
+        self.engine, self.scenario, self.used = engine, scenario, used
+        pages = create_pages(engine.config, POOL, engine.spec.cache)
+        self.pages = jnp.full_like(pages, jnp.nan) if scenario.poisoned else pages
+        slots = max(engine.shapes.slots, *(1 + row.slot for row in scenario.rows))
+        self.state = State.create(slots)
+        self.extras: Extras | None = Extras.create(slots, engine.config.vocab_size)
+        self.fresh = set(range(len(scenario.rows)))
+        self.logits = [np.full((len(row.tokens), len(used)), np.nan) for row in scenario.rows]
 
-def _keep(
-    logits: list[np.ndarray], emitted: Emitted, at: Int[np.ndarray, "B"], totals: np.ndarray
-) -> None:
-    """Puts each row's log-probabilities in their place; all of them come as the likeliest V."""
-    likeliest = emitted.choice.logprobs
-    assert likeliest is not None
-    ids = np.asarray(likeliest.top_ids)
-    values = np.asarray(likeliest.top).astype(np.float64)
-    for b in np.flatnonzero(at < totals):
-        in_use = (ids[b] >= 0) & (ids[b] < logits[b].shape[1])
-        logits[b][at[b], ids[b][in_use]] = values[b][in_use]
+    def _tables(self, numbers: list[int], rows: int) -> Int[np.ndarray, "R n"]:
+        tables = np.zeros((rows, WIDTH), np.int32)
+        for row, number in enumerate(numbers):
+            pages = self.scenario.rows[number].pages
+            tables[row, : len(pages)] = pages
+        return tables
+
+    def enter(self, parts: tuple[Part, ...]) -> None:
+        """As the scheduler's calls of `extend`, or `Engine.logits`' where nothing is decoded."""
+        engine, spec = self.engine, self.engine.spec
+        rows = max(fitting(engine.shapes.pieces, len(parts)), len(parts))
+        tokens = np.zeros((rows, parts[0].padded), np.int32)
+        start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        for row, part in enumerate(parts):
+            start[row], lengths[row] = part.start, part.start + part.length
+            text = self.scenario.rows[part.row].tokens
+            tokens[row, : part.length] = text[part.start : lengths[row]]
+        tables = self._tables([part.row for part in parts], rows)
+        given = spec, engine.weights, self.pages, tables, tokens, start, lengths
+        if self.scenario.decodes:
+            self.pages = steps.extend(*given)
+            return
+        self.pages, found = steps.logits(*given)
+        for part, logits in zip(parts, np.asarray(found).astype(np.float64), strict=False):
+            x = logits[: part.length, self.used]
+            top = x.max(axis=-1, keepdims=True)
+            total = np.exp(x - top).sum(axis=-1, keepdims=True)
+            self.logits[part.row][part.start : part.start + part.length] = x - top - np.log(total)
+
+    def step(self, parts: tuple[Part, ...]) -> None:
+        """One decode step as the scheduler calls it, but for its tokens: they are the text's own,
+        whatever the engine has chosen, and do not end it."""
+        engine, vocab = self.engine, self.engine.config.vocab_size
+        size = max(fitting(engine.shapes.rows, len(parts)), len(parts))
+        fields = np.zeros((7, size), np.int32)
+        fields[0] = len(self.state.token)  # nobody's, and out of bounds
+        token, done = np.array(self.state.token), np.array(self.state.done)
+        for i, part in enumerate(parts):
+            row = self.scenario.rows[part.row]
+            fresh = part.row in self.fresh
+            first, limit = row.tokens[row.prompt], len(row.tokens) - row.prompt
+            fields[:, i] = (row.slot, 1, fresh, first, 0, row.prompt, limit)
+            if not fresh:
+                token[row.slot] = row.tokens[min(part.start, len(row.tokens) - 1)]
+                done[row.slot] &= part.length == 0
+            self.fresh.discard(part.row)
+        self.pages, self.state, self.extras, emitted = steps.step(
+            engine.spec,
+            engine.weights,
+            self.pages,
+            self._tables([part.row for part in parts], size),
+            self.state._replace(token=jnp.asarray(token), done=jnp.asarray(done)),
+            self.extras,
+            steps.pack_rows(steps.Rows._make([*fields, settings(size, logprobs=vocab)])),
+            Plan(True, vocab),
+            1,
+        )
+        self._keep(parts, jax.device_get(emitted))
+
+    def _keep(self, parts: tuple[Part, ...], emitted: Emitted) -> None:
+        """Puts each row's log-probabilities in their place; all of them come as the likeliest V."""
+        assert emitted.logprobs is not None
+        ids, values = emitted.logprobs.top_ids[0], emitted.logprobs.top[0]
+        for i, part in enumerate(parts):
+            if part.length == 0 or emitted.token[0, i] == steps.NOT_LIVE:
+                continue
+            found = np.full(self.engine.config.vocab_size, np.nan)
+            there = ids[i] >= 0
+            found[ids[i][there]] = values[i][there]
+            self.logits[part.row][part.start] = found[self.used]
+
+    def shown(self) -> list[Shown]:
+        numbers = list(range(len(self.scenario.rows)))
+        cache = Cache(self.pages, jnp.asarray(self._tables(numbers, len(numbers))))
+        layers = [cache.layer(i) for i in range(self.engine.config.num_layers)]
+        keys, values = (
+            np.stack([np.asarray(x).astype(np.float64) for x in half])
+            for half in zip(*layers, strict=True)
+        )
+        return [
+            Shown(
+                logits,
+                keys[:, b, :, : len(row.tokens)].swapaxes(1, 2),
+                values[:, b, :, : len(row.tokens)].swapaxes(1, 2),
+            )
+            for b, (row, logits) in enumerate(zip(self.scenario.rows, self.logits, strict=True))
+        ]

@@ -1,23 +1,71 @@
-"""What a cache holds and who sees it: a text's way through an engine's cache, in symbols.
+"""What a cache holds and who sees it: texts' ways through an engine's cache, in symbols.
 
-An entry is one token computed once: it has a key and a value, stands in a slot until another entry
-is written there, and sees the entries that stand in some slots at that time. Whoever follows the
-rules of a cache gets entries that see exactly the tokens before them. A fault is a change of rule.
+An entry is one token computed once: it has a key and a value, stands in a slot of a page until
+another entry is written there, and sees the entries that stand in some slots at that time. Whoever
+follows the rules of a cache gets entries that see exactly the tokens before them. A fault is a
+change of rule.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from qwen_jax.model.cache import NOBODY, PAGE
+
+EMPTY = -1
+"""The entry that an unwritten slot holds: the last one."""
+
+WIDTH = 3
+"""Pages of a table,"""
+
+POOL = 7
+"""and of the pool, the one of nobody among them: so all scenarios share an engine's programs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A text; `prompt` tokens of it are prefilled and the others decoded one by one."""
+    """A text and its places.
+
+    Attributes:
+        tokens: its ids.
+        prompt: so many of them enter in pieces, and the others in steps, one by one.
+        pages: its block table.
+        slot: of the engine's state.
+        shared: positions of its first pages that a row before it has filled.
+        gone: others take its pages before the end, so nothing of it is looked at.
+    """
 
     tokens: tuple[int, ...]
     prompt: int
+    pages: tuple[int, ...] = (1, 2, 3)
+    slot: int = 0
+    shared: int = 0
+    gone: bool = False
+
+    @property
+    def capacity(self) -> int:
+        return PAGE * len(self.pages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a row does in one call of the engine.
+
+    Attributes:
+        row: its number.
+        start: the position of its first token.
+        length: tokens; 0 where it only stands by.
+        padded: with padding.
+        decode: it is a decode step.
+    """
+
+    row: int
+    start: int
+    length: int
+    padded: int
+    decode: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,58 +73,75 @@ class Scenario:
     """How texts go through one cache.
 
     Attributes:
-        rows: texts that run together.
-        chunks: lengths of the prefill's calls, padding included; they cover every prompt.
-        capacity: slots of the cache.
-        before: a text that the same cache has held earlier.
+        rows: the texts.
+        calls: the parts of each call, in order.
         poisoned: unwritten slots hold NaN, not zero.
-        idle: decode steps that a row takes part in after its end.
     """
 
     name: str
     rows: tuple[Row, ...]
-    chunks: tuple[int, ...]
-    capacity: int
-    before: tuple[int, ...] = ()
+    calls: tuple[tuple[Part, ...], ...]
     poisoned: bool = False
-    idle: int = 0
 
     @property
-    def longest(self) -> int:
-        return max(row.prompt for row in self.rows)
+    def decodes(self) -> bool:
+        return any(part.decode for call in self.calls for part in call)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of the engine as one row lives through it.
+    """One call as one of its rows lives through it.
 
     Attributes:
-        length: tokens, padding included.
-        valid: tokens the row has once the call is in.
-        decode: it is a decode step.
+        parts: of all rows.
+        part: its own.
     """
 
     scenario: Scenario
-    row: Row
-    start: int
-    length: int
-    valid: int
-    decode: bool
+    parts: tuple[Part, ...]
+    part: Part
+
+    @property
+    def row(self) -> Row:
+        return self.scenario.rows[self.part.row]
+
+    @property
+    def start(self) -> int:
+        return self.part.start
+
+    @property
+    def valid(self) -> int:
+        """Tokens the row has once the call is in."""
+        return self.part.start + self.part.length
+
+    @property
+    def decode(self) -> bool:
+        return self.part.decode
+
+    @property
+    def before(self) -> Row | None:
+        """The text that had the row's slot before it."""
+        earlier = self.scenario.rows[: self.part.row]
+        return next((row for row in reversed(earlier) if row.slot == self.row.slot), None)
 
 
 Place = Callable[[Call, int], int]
 
 
-def _itself(call: Call, p: int) -> int:
+def itself(call: Call, p: int) -> int:
     return p
 
 
-def _inside(call: Call, p: int) -> int | None:
-    return p if p < call.scenario.capacity else None
+def kept(call: Call, p: int) -> int | None:
+    return p if p < min(call.valid, call.row.capacity) else None
 
 
-def _causal(call: Call, p: int) -> Iterable[int]:
-    return range(min(p + 1, call.valid, call.scenario.capacity))
+def causal(call: Call, p: int) -> Iterable[int]:
+    return range(min(p + 1, call.valid))
+
+
+def own_page(call: Call, p: int) -> int:
+    return call.row.pages[p // PAGE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,30 +149,32 @@ class Rules:
     """Of token p of a call; as they stand, they are right.
 
     Attributes:
-        slot: where its key and value go; None for nowhere.
+        slot: the position where its key and value go; None for nowhere.
         query, key: the rotary position of each.
-        seen: the slots it sees.
-        left: padding of a batch's prompts stands on the left and is seen.
-        kept: padding on the right is kept and seen when decoding goes on behind it.
-        last_column: the prediction after a prompt is read off the batch's last column.
+        seen: the positions it sees.
+        writes, reads: the page where a position is written; where those from p on are read.
+        blind: pieces of one call don't see what the others write.
+        padding: a prompt's padding is kept, and the text goes on behind it.
     """
 
-    slot: Callable[[Call, int], int | None] = _inside
-    query: Place = _itself
-    key: Place = _itself
-    seen: Callable[[Call, int], Iterable[int]] = _causal
-    left: bool = False
-    kept: bool = False
-    last_column: bool = False
+    slot: Callable[[Call, int], int | None] = kept
+    query: Place = itself
+    key: Place = itself
+    seen: Callable[[Call, int], Iterable[int]] = causal
+    writes: Place = own_page
+    reads: Place = own_page
+    blind: bool = False
+    padding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """All tokens computed, E with one more for what an unwritten slot holds, the last.
+    """The tokens that one row's text depends on, E with one more for what an unwritten slot holds,
+    the last.
 
     Attributes:
         sees: how many slots hold entry f when entry e looks, [e, f].
-        output: of each position of the text, the entry whose logits come after it; -1: unknown.
+        output: of each position of the text, the entry whose logits come after it; -1: none.
         slots: the entry that each slot of the text holds at the end.
         poisoned: unwritten slots hold NaN, not zero.
     """
@@ -128,94 +195,122 @@ class Entries:
 
     def needed(self) -> "Entries":
         """Only those that a prediction or a slot of the text depends on."""
-        kept = np.zeros(len(self.tokens), bool)
-        kept[self.output], kept[self.slots], kept[-1] = True, True, True
-        while (more := kept | (self.sees[kept] > 0).any(axis=0)).sum() > kept.sum():
-            kept = more
-        number = np.cumsum(kept) - 1
+        chosen = np.zeros(len(self.tokens), bool)
+        chosen[self.output[self.output >= 0]] = chosen[self.slots] = chosen[EMPTY] = True
+        while (more := chosen | (self.sees[chosen] > 0).any(axis=0)).sum() > chosen.sum():
+            chosen = more
+        number = np.cumsum(chosen) - 1
         return dataclasses.replace(
             self,
-            tokens=self.tokens[kept],
-            query=self.query[kept],
-            key=self.key[kept],
-            sees=self.sees[np.ix_(kept, kept)],
+            tokens=self.tokens[chosen],
+            query=self.query[chosen],
+            key=self.key[chosen],
+            sees=self.sees[np.ix_(chosen, chosen)],
             output=np.where(self.output < 0, -1, number[self.output]),
             slots=number[self.slots],
         )
 
 
-def _calls(scenario: Scenario, row: Row, rules: Rules) -> Iterator[tuple[Call, Sequence[int]]]:
-    """Each call with the tokens that go in, zeros for padding."""
-    shift = scenario.longest - row.prompt if rules.left or rules.kept else 0
-    valid = scenario.longest if rules.left or rules.kept else row.prompt
-    text = [0] * shift + list(row.tokens[: row.prompt]) if rules.left else row.tokens[: row.prompt]
-    if scenario.before:
-        total = len(scenario.before)
-        yield Call(scenario, row, 0, total, total, False), scenario.before
-    start = 0
-    for length in scenario.chunks:
-        part = list(text[start : start + length])
-        part += [0] * (length - len(part))
-        reached = min(valid, start + length)
-        yield Call(scenario, row, start, length, reached, False), part
-        start += length
-    for p in range(row.prompt, len(row.tokens)):
-        at = p + shift
-        yield Call(scenario, row, at, 1, at + 1, True), [row.tokens[p]]
-    for _ in range(scenario.idle):
-        at = scenario.capacity
-        yield Call(scenario, row, at, 1, at + 1, True), [row.tokens[-1]]
+def simulate(scenario: Scenario, rules: Rules | None = None) -> list[Entries]:
+    """The entries of each row under some rules."""
+    run = _Run(scenario, rules or Rules())
+    for parts in scenario.calls:
+        run.call(parts)
+    return [run.entries(number) for number in range(len(scenario.rows))]
 
 
-def simulate(scenario: Scenario, row: Row, rules: Rules | None = None) -> Entries:
-    """The entries of one row under some rules."""
-    rules = rules or Rules()
-    slots = np.full(scenario.capacity, -1)  # -1 is the last entry
-    tokens: list[int] = []
-    query: list[int] = []
-    key: list[int] = []
-    seen: list[np.ndarray] = []
-    output = np.full(len(row.tokens), -1)
-    calls = list(_calls(scenario, row, rules))
-    for index, (call, part) in enumerate(calls):
-        positions = range(call.start, call.start + len(part))
-        entries = range(len(tokens), len(tokens) + len(part))
-        tokens += part
-        query += [rules.query(call, p) for p in positions]
-        key += [rules.key(call, p) for p in positions]
-        for p, entry in zip(positions, entries, strict=True):
+class _Run:
+    """A scenario under way.
+
+    Attributes:
+        held: the entry in each slot of every page.
+        behind: of each row, tokens of padding that its text goes on behind.
+    """
+
+    def __init__(self, scenario: Scenario, rules: Rules):
+        self.scenario, self.rules = scenario, rules
+        self.held = np.full(POOL * PAGE, EMPTY)
+        self.tokens: list[int] = []
+        self.query: list[int] = []
+        self.key: list[int] = []
+        self.seen: list[np.ndarray] = []
+        self.output = [np.full(len(row.tokens), -1) for row in scenario.rows]
+        self.behind = [0] * len(scenario.rows)
+
+    def call(self, parts: tuple[Part, ...]) -> None:
+        """All parts write before any of them looks."""
+        inputs = [self._inputs(part) for part in parts]
+        before = self.held.copy()
+        ruled = tuple(map(self._ruled, parts))
+        views = [Call(self.scenario, ruled, part) for part in ruled]
+        written = [self._write(view, ids) for view, ids in zip(views, inputs, strict=True)]
+        for view, part, first in zip(views, parts, written, strict=True):
+            held = self.held
+            if self.rules.blind and not view.decode:
+                own = (held >= first) & (held < first + part.padded)
+                held = np.where(own, held, before)
+            self._look(view, held)
+            self.output[part.row][part.start : part.start + part.length] = range(
+                first, first + part.length
+            )
+
+    def _inputs(self, part: Part) -> list[int]:
+        """The tokens that go in, zeros for padding; who stands by has its last one still."""
+        tokens = self.scenario.rows[part.row].tokens
+        if part.length == 0:
+            return [tokens[-1]]
+        text = tokens[part.start : part.start + part.length]
+        return [*text, *[0] * (part.padded - part.length)]
+
+    def _ruled(self, part: Part) -> Part:
+        """As it is where padding is kept."""
+        if not self.rules.padding:
+            return part
+        if part.decode:
+            return dataclasses.replace(part, start=part.start + self.behind[part.row])
+        self.behind[part.row] = part.padded - part.length
+        return dataclasses.replace(part, length=part.padded)
+
+    def _write(self, call: Call, inputs: list[int]) -> int:
+        """The number of the first of its entries, which hold their keys and values now."""
+        first, rules = len(self.tokens), self.rules
+        for entry, p in enumerate(range(call.start, call.start + len(inputs)), start=first):
+            self.query.append(rules.query(call, p))
+            self.key.append(rules.key(call, p))
             slot = rules.slot(call, p)
-            if slot is not None and slot < scenario.capacity:
-                slots[slot] = entry
-        for p, entry in zip(positions, entries, strict=True):
-            # Keys are written before any query of the call looks.
-            seen.append(slots[[s for s in rules.seen(call, p) if s < scenario.capacity]])
-            if index > 0 or not scenario.before:
-                _predict(output, rules, call, p, entry)
-    count = len(tokens) + 1
-    sees = np.zeros((count, count))
-    for entry, held in enumerate(seen):
-        np.add.at(sees[entry], held, 1)
-        if not held.size:  # such a query means nothing; here it is finite
-            sees[entry, entry] = 1
-    sees[-1, -1] = 1
-    return Entries(
-        np.array([*tokens, 0]),
-        np.array([*query, 0]),
-        np.array([*key, 0]),
-        sees,
-        output,
-        slots[: len(row.tokens)] % count,
-        scenario.poisoned,
-    )
+            if slot is not None and 0 <= slot < call.row.capacity:
+                page = rules.writes(call, slot)
+                if page != NOBODY:
+                    self.held[page * PAGE + slot % PAGE] = entry
+        self.tokens += inputs
+        return first
 
+    def _look(self, call: Call, held: Int[np.ndarray, "slots"]) -> None:
+        starts = range(0, call.row.capacity, PAGE)
+        pages = np.array([self.rules.reads(call, start) for start in starts])
+        for p in range(call.start, call.start + call.part.padded):
+            seen = np.array(self.rules.seen(call, p), int)
+            seen = seen[seen < call.row.capacity]
+            self.seen.append(held[pages[seen // PAGE] * PAGE + seen % PAGE])
 
-def _predict(output: np.ndarray, rules: Rules, call: Call, p: int, entry: int) -> None:
-    """Notes the position of the text, if any, after which this entry predicts."""
-    row, longest = call.row, call.scenario.longest
-    moved = longest - row.prompt if rules.left or (rules.kept and call.decode) else 0
-    at = p - moved
-    if 0 <= at < (len(row.tokens) if call.decode else row.prompt) and p < call.scenario.capacity:
-        output[at] = entry
-    if rules.last_column and not call.decode and p == longest - 1:
-        output[row.prompt - 1] = entry
+    def entries(self, number: int) -> Entries:
+        """Those of one row, once all calls are done."""
+        row, count = self.scenario.rows[number], len(self.tokens) + 1
+        sees = np.zeros((count, count))
+        for entry, held in enumerate(self.seen):
+            np.add.at(sees[entry], held, 1)
+            if not held.size:  # such a query means nothing; here it is finite
+                sees[entry, entry] = 1
+        sees[EMPTY, EMPTY] = 1
+        at = np.arange(len(row.tokens))
+        slots = self.held[np.array(row.pages)[at // PAGE] * PAGE + at % PAGE]
+        everything = Entries(
+            np.array([*self.tokens, 0]),
+            np.array([*self.query, 0]),
+            np.array([*self.key, 0]),
+            sees,
+            self.output[number],
+            slots % count,
+            self.scenario.poisoned,
+        )
+        return everything.needed()

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.weights import PackedWeights
+from qwen_jax.model.decoder import Parameters
 from qwen_jax.weights.loader import Checkpoint, decode, open_checkpoint
 
 Arrays = tuple[Float[np.ndarray, "..."], ...]
@@ -81,9 +81,8 @@ class EngineSource:
         return self.engine.config
 
     @functools.cached_property
-    def _weights(self) -> dict:
-        weights = self.engine.weights
-        return weights.parameters() if isinstance(weights, PackedWeights) else dict(weights)
+    def _weights(self) -> Parameters:
+        return self.engine.weights.parameters()
 
     def get(self, name: str) -> Float[np.ndarray, "..."]:
         return np.asarray(self._weights[name]).astype(np.float64)

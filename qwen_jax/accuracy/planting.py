@@ -20,7 +20,6 @@ from qwen_jax.accuracy.parameters import FUSED, LAYER, OUTER, EngineSource, Weig
 from qwen_jax.accuracy.trace import split_name
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.weights import PackedWeights
 from qwen_jax.model.tap import intervening
 
 ATTENTION = ("attn_scores", "attn_probs", "attn_out")
@@ -47,8 +46,7 @@ def planted(engine: Engine, faults: str | Sequence[Planted]) -> Iterator[Engine]
 
 def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
     """A new engine, whose weights are the old ones where no fault changes them."""
-    held = engine.weights
-    new = held.parameters() if isinstance(held, PackedWeights) else dict(held)
+    new = dict(engine.weights.parameters())
     config, source = engine.config, EngineSource(engine)
     layers: list[int | None] = [None, *range(config.num_layers)]
     for layer in layers:
@@ -72,13 +70,10 @@ def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
                 continue
             for kind, array in zip(("weight", "bias"), weights[name], strict=False):
                 _put(new, f"layers.{layer}.{fused}.{kind}", rows, array)
-    return Engine(
-        config,
-        new,
-        stop_ids=engine.stop_ids,
-        precision=engine.make_model.keywords["precision"],
-        implementation=engine.make_model.keywords["implementation"],
-    )
+    wrong = Engine(config, new, slots=engine.shapes.slots)
+    # The faults are in what is traced: no program is shared with another engine.
+    wrong.spec = dataclasses.replace(engine.spec, config=config, variant=object())
+    return wrong
 
 
 def _put(weights: dict[str, jax.Array], name: str, rows: slice, new: np.ndarray) -> None:
@@ -113,11 +108,6 @@ class _Intervention:
             for one in self._cache_faults(layer):
                 assert one.fault.slots is not None
                 x = one.fault.slots(x, self.seen["positions"].shape[1] == 1)
-        elif operation in ("k_cache", "v_cache") and self._cache_faults(layer):
-            # Padding leaves keys past the text; a fresh cache is empty there.
-            text = jnp.arange(x.shape[2]) < self.seen["lengths"][:, None]
-            many = self.seen["positions"].shape[1] > 1
-            x = jnp.where(text[:, None, :, None], x, 0) if many else x
         self.seen[name] = x
         return x
 

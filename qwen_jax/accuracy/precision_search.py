@@ -21,12 +21,12 @@ from qwen_jax.accuracy.metrics import logit_metrics
 from qwen_jax.accuracy.rounding import round_to
 from qwen_jax.accuracy.trace import AXES, names, split_name
 from qwen_jax.api import Model
-from qwen_jax.engine.engine import Engine, bucket
-from qwen_jax.engine.steps import ModelMaker
-from qwen_jax.engine.weights import PackedWeights
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
-from qwen_jax.model.cache import SMALLEST_CAPACITY, KVCache
-from qwen_jax.model.decoder import Parameters
+from qwen_jax.model.cache import Cache
 from qwen_jax.model.tap import intervening
 
 DTYPES = ("bfloat16", "float16")
@@ -102,10 +102,10 @@ def search_precision(
             for an exhaustive search.
     """
     engine = model.engine if isinstance(model, Model) else model
-    if engine.cache_dtype != jnp.float32:
+    if engine.spec.weights != jnp.float32:
         raise UserError(
             f"The precision search needs a model in float32, but {engine.config.source} is in "
-            f"{engine.cache_dtype.name}; load it with dtype float32."
+            f"{engine.spec.weights.name}; load it with dtype float32."
         )
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}.")
@@ -157,13 +157,13 @@ class Evaluation:
     ):
         self.engine, self.units = engine, tuple(units)
         self.tokens = np.asarray([tokens], np.int32)
-        self._run = jax.jit(functools.partial(_logits, engine.make_model, self.units, dtype))
+        self._run = jax.jit(functools.partial(_logits, engine.spec, self.units, dtype))
         self.truth = self.logits(frozenset(units)) if truth is None else truth
 
     def logits(self, kept: frozenset[str]) -> Float[np.ndarray, "T V"]:
         keep = np.array([unit in kept for unit in self.units])
-        capacity = bucket(self.tokens.size, SMALLEST_CAPACITY)
-        cache = KVCache.create(self.engine.config, 1, capacity, self.engine.cache_dtype)
+        spec = self.engine.spec
+        cache = Cache.create(spec.config, 1, self.tokens.size, spec.cache)
         return np.asarray(self._run(self.engine.weights, cache, self.tokens, keep))[0]
 
     def __call__(self, kept: frozenset[str]) -> float:
@@ -171,19 +171,18 @@ class Evaluation:
 
 
 def _logits(
-    make: ModelMaker,
+    spec: Spec,
     units: tuple[str, ...],
     dtype: str,
-    weights: Parameters | PackedWeights,
-    cache: KVCache,
+    weights: Weights,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     keep: Bool[Array, "units"],
 ) -> Float[Array, "B T V"]:
     start = jnp.zeros(1, jnp.int32)
     with intervening(Rounding(units, dtype, keep)):
-        model = make(weights)
-        hidden, _ = model(tokens, cache, start, start + tokens.shape[1])
-        return model.logits(hidden)
+        lengths = start + tokens.shape[1]
+        return steps.all_logits(spec, weights, cache, tokens, start, lengths)[1]
 
 
 class Rounding:

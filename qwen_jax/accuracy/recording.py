@@ -3,38 +3,36 @@
 import dataclasses
 import functools
 import importlib.metadata
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gqa_prefill_attention.reference import SLOTS
 from qwen_jax.accuracy.collecting import Collector
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import Model
 from qwen_jax.engine import steps
-from qwen_jax.engine.engine import CHUNK, SMALLEST_CHUNK, Engine, Prompt, bucket
-from qwen_jax.engine.weights import PackedWeights
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.shapes import Piece, Shapes, pieces_of
+from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
-from qwen_jax.model.cache import SMALLEST_CAPACITY, Cache, StackedCache
-from qwen_jax.model.decoder import Parameters, activation_dtype
+from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.tap import recording
 from qwen_jax.weights.checksum import sha256
 
 LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
 
-
-class Call(NamedTuple):
-    """One call of the engine: `length` tokens from position `start` on, padded to `padded`."""
-
-    start: int
-    length: int
-    padded: int
+KERNEL = (
+    "Decode steps are recorded layer by layer: of the decode-step kernel, which runs them "
+    "otherwise, no inner tensor leaves the chip."
+)
 
 
 def record(
@@ -51,9 +49,9 @@ def record(
 
     Args:
         tokens: the whole text.
-        prompt_length: tokens that enter in chunks; the others enter one by one, as in decoding.
+        prompt_length: tokens that enter in pieces; the others enter one by one, as in decoding.
             All of them by default.
-        chunk: tokens a call of the prompt takes at most; the engine's own 512 by default.
+        chunk: the length of these pieces; by default as the engine cuts them.
         names: globs over canonical names.
         start: the first position to keep.
         stop: the one after the last; the text's end by default.
@@ -80,10 +78,10 @@ class Recorder:
     def __init__(self, model: Model | Engine, names: str | Sequence[str] = "*"):
         self.engine = model.engine if isinstance(model, Model) else model
         self.names = select(self.engine.config, names)
-        make = self.engine.make_model
-        self._plain = jax.jit(functools.partial(_plain_chunk, make), donate_argnums=1)
+        spec = self.engine.spec
+        self._plain = jax.jit(functools.partial(_plain_call, spec), donate_argnums=1)
         self._traced = jax.jit(
-            functools.partial(_traced_chunk, make, tuple(self.names)), donate_argnums=1
+            functools.partial(_traced_call, spec, tuple(self.names)), donate_argnums=1
         )
 
     def record(
@@ -94,22 +92,18 @@ class Recorder:
         chunk: int | None = None,
         start: int = 0,
         stop: int | None = None,
-        capacity: int | None = None,
-        see: Callable[[Call, Float[np.ndarray, "T V"]], object] | None = None,
+        see: Callable[[Piece, Float[np.ndarray, "T V"]], object] | None = None,
     ) -> Trace:
         """As the function `record`.
 
         Args:
-            capacity: slots of the cache; by default the bucket that holds the text.
             see: is shown the logits of every call as they are without recording.
         """
-        calls = plan_calls(len(tokens), prompt_length, chunk)
+        calls = plan_calls(len(tokens), prompt_length, chunk, self.engine.shapes)
         header = self._header(tokens, calls, start, len(tokens) if stop is None else stop)
-        needed = max(call.start + call.padded for call in calls)
-        slots = max(bucket(needed, SMALLEST_CAPACITY), capacity or 0)
         collector = Collector(header, self.names)
         same, worst = True, 0.0
-        both = (self._run(f, tokens, calls, slots) for f in (self._traced, self._plain))
+        both = (self._run(f, tokens, calls) for f in (self._traced, self._plain))
         for call, (tensors, logits), (_, plain) in zip(calls, *both, strict=True):
             plain = np.asarray(plain)[0, : call.length]
             seen = np.asarray(logits)[0, : call.length]
@@ -127,78 +121,72 @@ class Recorder:
         return collector.trace(note)
 
     def _run(
-        self, function: Callable[..., Any], tokens: Sequence[int], calls: list[Call], slots: int
+        self, function: Callable[..., Any], tokens: Sequence[int], calls: list[Piece]
     ) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
         """The tensors and logits of every call, one after another through one cache."""
         engine = self.engine
-        cache = engine.create_cache(1, slots)
+        # Bits depend on how many slots attention takes a turn, but not on what is behind them.
+        capacity = max(len(tokens), min(SLOTS, PAGE * engine.table_width))
+        cache = Cache.create(engine.config, 1, capacity, engine.spec.cache)
         for call in calls:
             padded = np.zeros((1, call.padded), np.int32)
             padded[0, : call.length] = tokens[call.start : call.start + call.length]
-            length = np.array([call.start + call.length], np.int32)
-            cache, tensors, logits = function(
-                engine.weights, cache, padded, np.int32(call.start), length
-            )
+            start, length = np.array([call.start, call.start + call.length], np.int32)[:, None]
+            cache, tensors, logits = function(engine.weights, cache, padded, start, length)
             yield tensors, logits
 
-    def _header(self, tokens: Sequence[int], calls: list[Call], start: int, stop: int) -> Header:
-        engine, config = self.engine, self.engine.config
+    def _header(self, tokens: Sequence[int], calls: list[Piece], start: int, stop: int) -> Header:
+        engine, spec, config = self.engine, self.engine.spec, self.engine.config
         if len(tokens) > config.context_length:
             raise UserError(
                 f"The text has {len(tokens)} tokens, but {config.source} has a context of "
                 f"{config.context_length}; shorten it."
             )
-        decodes = any(call.length == 1 for call in calls)
         try:
             return Header(
                 model=config.source,
                 model_sha256=model_hash(config.source),
                 config=config_to_json(config),
-                implementation=f"qwen_jax ({engine.make_model.keywords['implementation']})",
-                dtype=engine.cache_dtype.name,
-                activation_dtype=activation_dtype(engine.cache_dtype).name,
-                cache_dtype=engine.cache_dtype.name,
-                matmul_precision=engine.make_model.keywords["precision"].name.lower(),
+                implementation=f"qwen_jax ({spec.implementation})",
+                dtype=spec.weights.name,
+                activation_dtype=spec.activations.name,
+                cache_dtype=spec.cache.name,
+                matmul_precision=spec.precision.name.lower(),
                 device=jax.local_devices()[0].device_kind,
                 versions={name: importlib.metadata.version(name) for name in LIBRARIES},
                 tokens=tuple(int(token) for token in tokens),
                 start=start,
                 stop=stop,
                 chunks=tuple(call.length for call in calls),
-                notes=(
-                    "Decode steps are recorded layer by layer: of the decode-step kernel, which "
-                    "runs them otherwise, no inner tensor leaves the chip.",
-                )
-                if decodes and isinstance(engine.weights, PackedWeights)
-                else (),
+                notes=(KERNEL,) if calls[-1].padded == 1 and _in_one_kernel(engine) else (),
             )
         except UserError as error:
             raise UserError(f"{config.source}: {error}") from None
 
 
-def plan_calls(length: int, prompt_length: int | None, chunk: int | None) -> list[Call]:
-    """The calls a text goes through: the prompt in chunks, padded as the engine does, then ones.
+def plan_calls(
+    length: int, prompt_length: int | None, chunk: int | None, shapes: Shapes
+) -> list[Piece]:
+    """The calls a text goes through: the prompt in the engine's pieces, then token by token.
 
-    On packed weights the engine's chunks are longer; these are recorded with their scores.
+    Each piece has a call of its own, on a GPU too: what several in one give is the same.
 
     Raises:
         UserError: there is no text, or a length is outside it.
     """
     prompt = length if prompt_length is None else prompt_length
-    if length < 1 or not 1 <= prompt <= length:
+    if length < 1 or not 0 <= prompt <= length:
         raise UserError(
-            f"prompt_length is {prompt}, but it must be from 1 to the text's {length} tokens."
+            f"prompt_length is {prompt}, but it must be from 0 to the text's {length} tokens."
         )
-    size = CHUNK if chunk is None else chunk
-    if size < 1:
-        raise UserError(f"chunk is {size}, but it must be at least 1.")
-    lengths = [min(size, prompt - start) for start in range(0, prompt, size)]
-    lengths += [1] * (length - prompt)
-    starts = itertools.accumulate(lengths, initial=0)
-    calls = [Call(start, n, n) for start, n in zip(starts, lengths, strict=False)]
-    last = (prompt - 1) // size
-    padded = min(bucket(calls[last].length, SMALLEST_CHUNK), size)
-    return [*calls[:last], calls[last]._replace(padded=padded), *calls[last + 1 :]]
+    if chunk is not None:
+        if not 1 <= chunk <= PAGE:
+            raise UserError(f"chunk is {chunk}, but it must be from 1 to {PAGE}, a page.")
+        shapes = dataclasses.replace(shapes, lengths=(chunk,))
+    return [
+        *pieces_of(0, prompt, shapes),
+        *(Piece(position, 1, 1) for position in range(prompt, length)),
+    ]
 
 
 def trace_generation(
@@ -209,7 +197,8 @@ def trace_generation(
     names: str | Sequence[str] = "*",
     positions: str = ":",
 ) -> Trace:
-    """Replays a generation with recording: the prompt in chunks, then each token it chose.
+    """Replays a generation with recording: the prompt in pieces, all but its last token, which
+    enters alone like each token that was chosen.
 
     The last token chosen never entered the model and is left out. A note in the header says that
     this is a replay, and whether its logits choose the same tokens, where the run was greedy.
@@ -226,17 +215,16 @@ def trace_generation(
     tokens = [*request.tokens, *completion.tokens[:-1]]
     prompt = len(request.tokens)
     start, stop = parse_positions(positions, len(tokens))
-    capacity = model.engine.capacity([Prompt(request.tokens, request.max_tokens)])
     chosen: list[int] = []
     # Rows without a token are padding, which the engine never chooses.
     rows = min(model.tokenizer.vocab_size, model.config.vocab_size)
     used = np.setdiff1d(np.arange(rows), model.tokenizer.unused_ids)
 
-    def see(call: Call, logits: Float[np.ndarray, "T V"]) -> None:
+    def see(call: Piece, logits: Float[np.ndarray, "T V"]) -> None:
         chosen.extend(used[logits[:, used].argmax(axis=-1)].tolist())
 
     trace = Recorder(model, names).record(
-        tokens, prompt_length=prompt, start=start, stop=stop, capacity=capacity, see=see
+        tokens, prompt_length=prompt - 1, start=start, stop=stop, see=see
     )
     notes = ["A replay of the generated tokens, made after the run."]
     if request.sampling.temperature == 0 and completion.tokens:
@@ -290,36 +278,45 @@ def _hash(path: Path, mtime: int, size: int) -> str:
     return sha256(path)
 
 
-def _plain_chunk(
-    make: steps.ModelMaker,
-    weights: Parameters | PackedWeights,
+def _plain_call(
+    spec: Spec,
+    weights: Weights,
     cache: Cache,
     tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
+    start: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
-    """The call without records; one token goes through the decode-step kernel, if any does."""
-    if tokens.shape[1] == 1 and isinstance(cache, StackedCache):
-        assert isinstance(weights, PackedWeights)
-        logits, cache = steps.forward_packed(weights, tokens[:, 0], cache, start[None], lengths)
+    """The call without records; one token goes as in the engine's decode steps."""
+    if tokens.shape[1] == 1:
+        step = weights.forward(spec, len(tokens))
+        logits, cache = step(tokens[:, 0], cache, start, lengths > 0)
         return cache, {}, logits[:, None]
-    cache, logits = steps.chunk_logits(make, weights, cache, tokens, start, lengths)
+    cache, logits = steps.all_logits(spec, weights, cache, tokens, start, lengths)
     return cache, {}, logits
 
 
-def _traced_chunk(
-    make: steps.ModelMaker,
+def _traced_call(
+    spec: Spec,
     names: Sequence[str],
-    weights: Parameters | PackedWeights,
+    weights: Weights,
     cache: Cache,
     tokens: Int[Array, "B T"],
-    start: Int[Array, ""],
+    start: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
     """The same with the named tensors besides."""
     with recording() as seen:
-        cache, logits = steps.chunk_logits(make, weights, cache, tokens, start, lengths)
+        cache, logits = steps.all_logits(spec, weights, cache, tokens, start, lengths)
     return cache, {name: seen[name] for name in names}, logits
+
+
+def _in_one_kernel(engine: Engine) -> bool:
+    """Whether a decode step shows nothing of what is inside, traced as it is."""
+    cache = Cache.create(engine.config, 1, PAGE, engine.spec.cache)
+    row = np.zeros((1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.int32)
+    with recording() as seen:
+        jax.eval_shape(functools.partial(_plain_call, engine.spec), engine.weights, cache, *row)
+    return not seen
 
 
 def _difference(ours: Float[np.ndarray, "T V"], theirs: Float[np.ndarray, "T V"]) -> float:

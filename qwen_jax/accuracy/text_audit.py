@@ -145,7 +145,7 @@ def audit_text(
     pipeline = Pipeline.of(reference) if isinstance(reference, Checkpoint) else reference
     cases = CASES if cases is None else cases
     if isinstance(candidate, Model):
-        stop_ids = candidate.engine.stop_ids if stop_ids is None else stop_ids
+        stop_ids = candidate.engine.spec.stop_ids if stop_ids is None else stop_ids
         held = {name: tuple(_own(candidate, case)) for name, case in cases.items()}
     else:
         held = {name: tuple(map(int, ids)) for name, ids in candidate.items()}

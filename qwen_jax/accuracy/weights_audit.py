@@ -20,7 +20,7 @@ from qwen_jax.accuracy.weights_bytes import BLOCK_FAULTS
 from qwen_jax.accuracy.weights_faults import WHOLE_VALUES, Fault, Role, Tensor
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.weights import PackedWeights
+from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
@@ -68,7 +68,7 @@ class WeightFinding:
 
 def audit_weights(
     model: Checkpoint | str | Path,
-    held: Engine | PackedWeights | Held,
+    held: Engine | Weights | Held,
     *,
     progress: Progress | None = None,
 ) -> list[WeightFinding]:
@@ -93,10 +93,10 @@ def audit_weights(
     return list(_Audit(checkpoint, _arrays(held)).run(progress))
 
 
-def _arrays(held: Engine | PackedWeights | Held) -> Held:
+def _arrays(held: Engine | Weights | Held) -> Held:
     if isinstance(held, Engine):
-        held = cast(PackedWeights | Held, held.weights)
-    return cast(Held, held.parameters()) if isinstance(held, PackedWeights) else held
+        held = held.weights
+    return held if isinstance(held, Mapping) else cast(Held, held.parameters())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,47 +1,38 @@
-"""Engines whose cache goes wrong, by JAX code changed under them, are caught and named."""
+"""Engines whose cache goes wrong, by code changed under them, are caught and named."""
 
 import contextlib
-import functools
+import dataclasses
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 import pallas_kernels
-from qwen_jax.accuracy.cache_audit import audit_cache, cache_table, scenarios
+from qwen_jax.accuracy.cache_audit import audit_cache, cache_table
 from qwen_jax.accuracy.cache_faults import FAULTS
-from qwen_jax.accuracy.cache_slots import Row, Scenario, simulate
-from qwen_jax.engine import steps
+from qwen_jax.accuracy.cache_scenarios import LENGTH, PROMPT, scenarios
+from qwen_jax.accuracy.cache_slots import Part, Row, Scenario, simulate
+from qwen_jax.engine import steps, weights
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.weights import pack
+from qwen_jax.engine.shapes import shapes_for
+from qwen_jax.engine.weights import PackedWeights, pack
 from qwen_jax.errors import UserError
-from qwen_jax.model import cache as cache_module
 from qwen_jax.model import decoder
+from qwen_jax.model.cache import PAGE, Cache
 from tests.engines import device_parameters, random_engine, random_tokens
 from tests.golden_cases import Case, odd_config
 from tests.tiny_checkpoints import tiny_config
 
-CONFIG = odd_config(num_layers=2, tied=True, context_length=96)
-TEXT = random_tokens(CONFIG, 48, seed=5)
+CONFIG = odd_config(num_layers=2, tied=True, context_length=3 * PAGE)
+TEXT, OTHER = (random_tokens(CONFIG, LENGTH, seed) for seed in (5, 6))
 
 
-class FaultyEngine(Engine):
-    """An engine that is traced while something is wrong."""
-
-    def __init__(self, fault, dtype="float32"):
-        self._fault = fault
-        super().__init__(CONFIG, device_parameters(Case(CONFIG, 3).parameters(), dtype))
-
-    def _jit(self, function, *bound, **options):
-        @functools.wraps(function)
-        def faulty(*args):
-            with self._fault():
-                return function(*args)
-
-        return super()._jit(faulty, *bound, **options)
+def engine_of_its_own(dtype="float32"):
+    """One that shares no program: what is traced may be wrong."""
+    engine = Engine(CONFIG, device_parameters(Case(CONFIG, 3).parameters(), dtype))
+    engine.spec = dataclasses.replace(engine.spec, variant=object())
+    return engine
 
 
 def replaced(owner, name, make):
@@ -49,13 +40,24 @@ def replaced(owner, name, make):
     return lambda: mock.patch.object(owner, name, make(getattr(owner, name)))
 
 
+def together(*faults):
+    @contextlib.contextmanager
+    def all_of_them():
+        with contextlib.ExitStack() as stack:
+            for fault in faults:
+                stack.enter_context(fault())
+            yield
+
+    return all_of_them
+
+
 def prefill_attention(change):
     return replaced(
         pallas_kernels,
         "gqa_prefill_attention",
         lambda right: (
-            lambda q, k, v, offsets, lengths, **o: right(
-                q, k, v, *change(offsets, lengths, q.shape[1]), **o
+            lambda q, pages, ks, vs, offsets, lengths, **o: right(
+                q, pages, ks, vs, *change(offsets, lengths, q.shape[1]), **o
             )
         ),
     )
@@ -66,9 +68,23 @@ def decode_attention(lengths_of):
         pallas_kernels,
         "gqa_decode_attention",
         lambda right: (
-            lambda q, k, v, lengths, **o: right(q, k, v, lengths_of(lengths, k.shape[2]), **o)
+            lambda q, pages, ks, vs, lengths, **o: right(
+                q, pages, ks, vs, lengths_of(lengths, ks.shape[1] * PAGE), **o
+            )
         ),
     )
+
+
+def tables_read(change):
+    """Other tables for all attention."""
+
+    def make(right):
+        return lambda q, pages, ks, vs, *rest, **o: right(
+            q, pages, change(ks), change(vs), *rest, **o
+        )
+
+    names = "gqa_prefill_attention", "gqa_decode_attention"
+    return together(*(replaced(pallas_kernels, name, make) for name in names))
 
 
 def rotation(change):
@@ -88,6 +104,38 @@ def both(place):
     return rotation(lambda p, decode: (place(p, decode),) * 2)
 
 
+def written(change):
+    """Another start and other lengths for what a call writes; None for nothing."""
+
+    def make(right):
+        def write(self, i, k, v, start, lengths):
+            changed = change(start, lengths, k.shape[1])
+            return self if changed is None else right(self, i, k, v, *changed)
+
+        return write
+
+    return replaced(Cache, "write", make)
+
+
+def places(change):
+    """Other places for what a decode step writes."""
+
+    def make(right):
+        def find(self, positions, kept):
+            if positions.shape[1] == 1:
+                return change(right, self, positions, kept)
+            return right(self, positions, kept)
+
+        return find
+
+    return replaced(Cache, "_places", make)
+
+
+def call_of(name, change):
+    """Other arguments for a program: what the scheduler might get wrong."""
+    return replaced(steps, name, lambda right: lambda *args: right(*change(*args)))
+
+
 def hole(right):
     def call(self, tokens, cache, start, lengths):
         step = int(tokens.shape[1] == 1)
@@ -96,47 +144,79 @@ def hole(right):
     return call
 
 
-def clamped(right):
-    """As with dynamic_update_slice, which moves what doesn't fit."""
-
-    def write(cache, new, positions):
-        def row(cache, new, at):
-            return lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, at, 0))
-
-        return jax.vmap(row)(cache, new.swapaxes(1, 2), positions)
-
-    return write
+def alive(right):
+    """Who is over goes on."""
+    return lambda model, token, cache, position, live: right(
+        model, token, cache, position, jnp.ones_like(live)
+    )
 
 
-def early(right):
-    return lambda cache, new, at: right(cache, new, at - (new.shape[1] == 1))
+def blind(right):
+    """Every row with the pages as they were before, but for its own."""
+
+    def attend(q, pages, ks, vs, offsets, lengths, **options):
+        rows = range(len(q))
+        out = []
+        for row in rows:
+            seen = pages
+            for other in set(rows) - {row}:
+                at = offsets[other] // PAGE
+                seen = seen.at[ks[other, at]].set(0).at[vs[other, at]].set(0)
+            one = slice(row, row + 1)
+            out.append(right(q[one], seen, ks[one], vs[one], offsets[one], lengths[one], **options))
+        return jnp.concatenate(out)
+
+    return attend
 
 
-def lost(right):
-    return lambda cache, new, at: right(cache, new, at) if new.shape[1] > 1 else cache
+def padding_stays(spec, held, pages, tables, tokens, start, lengths):
+    return spec, held, pages, tables, tokens, start, start + tokens.shape[1]
 
 
-LATER = {"prompt, then decoding", "used cache"}
+def behind_padding(spec, held, pages, tables, state, extras, packed, *rest):
+    later = packed.copy()
+    later[:, steps.Rows._fields.index("start")] += -PROMPT % PAGE
+    return spec, held, pages, tables, state, extras, later, *rest
+
+
+def still_counting(spec, held, pages, tables, state, extras, packed, *rest):
+    """A fresh row's count is what its slot has counted."""
+    counted, generated = packed.copy(), np.asarray(state.generated)
+    slot, fresh = (packed[:, steps.Rows._fields.index(name)] for name in ("slot", "fresh"))
+    for row in np.flatnonzero(fresh):
+        counted[row, steps.Rows._fields.index("generated")] = generated[slot[row]]
+    return spec, held, pages, tables, state, extras, counted, *rest
+
+
+def other_tables(old, new):
+    def change(spec, held, pages, tables, *rest):
+        same = (tables == old).all(axis=1, keepdims=True)
+        return spec, held, pages, np.where(same, np.array(new, np.int32), tables), *rest
+
+    return change
+
+
+LATER = {"prompt, then decoding", "used slot and pages"}
 # The engine's fault, where it is sought, and what it is called there.
 CASES = {
     "causal mask aligned top-left": (
         prefill_attention(lambda offsets, lengths, steps: (0 * offsets, lengths)),
-        {"chunks", "full cache"},
+        {"pieces", "full cache"},
         "mask-top-left",
     ),
     "no causal mask": (
         prefill_attention(lambda offsets, lengths, steps: (offsets + steps - 1, lengths)),
-        {"one call", "chunks"},
+        {"one call", "pieces"},
         "mask-missing",
     ),
     "position stuck at the prompt's end": (
-        both(lambda p, decode: jnp.full_like(p, 24) if decode else p),
+        both(lambda p, decode: jnp.full_like(p, PROMPT) if decode else p),
         {"prompt, then decoding"},
         "position-stuck",
     ),
     "positions count from 0 in each call": (
         both(lambda p, decode: p - p[:, :1]),
-        {"chunks", "token by token"},
+        {"pieces", "prompt, then decoding"},
         "position-restarts",
     ),
     "a hole before the decoded tokens": (
@@ -151,12 +231,12 @@ CASES = {
     ),
     "one position for all keys of a call": (
         rotation(lambda p, decode: (p, jnp.broadcast_to(p[:, :1], p.shape))),
-        {"chunks"},
+        {"pieces"},
         "keys-share-position",
     ),
     "slots of an earlier text": (
-        decode_attention(lambda lengths, capacity: jnp.maximum(lengths, 64)),
-        {"used cache"},
+        decode_attention(lambda lengths, capacity: jnp.maximum(lengths, 3 * PAGE - 4)),
+        {"used slot and pages"},
         "stale-slots-seen",
     ),
     "every slot": (
@@ -164,18 +244,30 @@ CASES = {
         {"prompt, then decoding", "NaN in unused slots"},
         "unused-slots-seen",
     ),
+    "the last page to its end": (
+        decode_attention(lambda lengths, capacity: -(-lengths // PAGE) * PAGE),
+        {"prompt, then decoding", "used slot and pages"},
+        "last-page-whole",
+    ),
     "written over the one before": (
-        replaced(cache_module, "write", early),
+        written(lambda start, lengths, steps: (start - (steps == 1), lengths - (steps == 1))),
         {"prompt, then decoding"},
         "slot-off-by-one",
     ),
     "decoded tokens never written": (
-        replaced(cache_module, "write", lost),
+        written(lambda start, lengths, steps: (start, lengths) if steps > 1 else None),
         {"prompt, then decoding"},
         "write-lost",
     ),
     "write clamped at the end": (
-        replaced(cache_module, "write", clamped),
+        together(
+            replaced(weights, "_step", alive),
+            places(
+                lambda right, self, positions, kept: right(
+                    self, jnp.minimum(positions, self.capacity - 1), kept
+                )
+            ),
+        ),
         {"full cache"},
         "write-clamped",
     ),
@@ -184,15 +276,74 @@ CASES = {
         {"prompt, then decoding"},
         "edge-block-16",
     ),
+    "last page left out where it is not full": (
+        decode_attention(lambda lengths, _: jnp.maximum(lengths // PAGE * PAGE, 1)),
+        {"prompt, then decoding"},
+        "edge-block-128",
+    ),
+    "a page's first token in the page before": (
+        places(
+            lambda right, self, positions, kept: (
+                right(self, positions - 1, kept)[0],
+                positions % PAGE,
+            )
+        ),
+        {"prompt, then decoding", "pages in any order"},
+        "page-late",
+    ),
+    "tables are not looked at": (
+        tables_read(lambda tables: tables[:, :1] + jnp.arange(tables.shape[1])),
+        {"pages in any order"},
+        "table-ignored",
+    ),
+    "the table that the slot's last text had": (
+        call_of("step", other_tables([5, 4, 6], [1, 2, 3])),
+        {"used slot"},
+        "table-left-by-text",
+    ),
+    "the count that the slot's last text had": (
+        call_of("step", still_counting),
+        {"used slot"},
+        "count-left-by-text",
+    ),
+    "pieces of one call apart": (
+        replaced(pallas_kernels, "gqa_prefill_attention", blind),
+        {"pieces in one call"},
+        "pieces-blind",
+    ),
+    "behind the prompt's padding": (
+        together(call_of("extend", padding_stays), call_of("step", behind_padding)),
+        {"prompt, then decoding"},
+        "padding-seen",
+    ),
+}
+
+# The same where some rows only are wrong.
+AMONG_ROWS = {
+    "all rows have the first one's positions": (
+        both(lambda p, decode: p - p[:, :1] + p[:1, :1]),
+        {"several texts, row 1", "several texts, row 2"},
+        "start-shared",
+    ),
+    "all rows read the first one's pages": (
+        tables_read(lambda tables: jnp.broadcast_to(tables[:1], tables.shape)),
+        {"several texts, row 1", "several texts, row 2"},
+        "table-of-first-row",
+    ),
+    "a page shared that is not the same": (
+        together(
+            *(call_of(name, other_tables([1, 4, 5], [1, 2, 5])) for name in ("extend", "step"))
+        ),
+        {"shared page, row 0", "shared page, row 1"},
+        "page-shared-too-far",
+    ),
 }
 
 
-def causes(engine, tokens=TEXT, ways=None):
-    return {
-        f.scenario: {c.name for c in f.causes}
-        for f in audit_cache(engine, tokens, ways=ways)
-        if f.verdict == "fault"
-    }
+def causes(engine, tokens=TEXT, ways=None, fault=contextlib.nullcontext):
+    with fault():
+        findings = audit_cache(engine, tokens, ways=ways)
+    return {f.scenario: {c.name for c in f.causes} for f in findings if f.verdict == "fault"}
 
 
 class TestNoAlarm:
@@ -202,24 +353,24 @@ class TestNoAlarm:
         assert {f.verdict for f in findings} == {"within rounding"}
         assert 0.001 < max(f.ratio for f in findings) < 1
         text = cache_table(findings)
-        assert text.startswith("cache: 10 ways through it, no fault\n")
+        assert text.startswith("cache: 15 ways through it, no fault\n")
         assert max(map(len, text.splitlines())) <= 100
 
-    def test_packed_weights_and_one_array_of_caches(self):
+    def test_packed_weights_in_the_decode_step(self):
         config = tiny_config(
             num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=384,
-            vocab_size=320, context_length=96,
+            vocab_size=320, context_length=384,
         )  # fmt: skip
         params = device_parameters(Case(config, 3).parameters(), "float32")
         packed = pack(config, params.items(), jnp.dtype(jnp.float32), "xla")
         engine = Engine(config, packed, implementation="xla")
-        assert engine.fuses(4)
-        assert not causes(engine, TEXT, {"chunks", "prompt, then decoding", "used cache"})
+        assert isinstance(packed, PackedWeights) and packed.serves(3)
+        assert not causes(engine, TEXT, {"pieces", *LATER, "several texts"})
 
     def test_stop_tokens_and_padding_rows(self):
         params = device_parameters(Case(CONFIG, 3).parameters(), "float32")
-        engine = Engine(CONFIG, params, stop_ids=range(40), valid_tokens=55)
-        ways = {"chunks", "prompt, then decoding"}
+        engine = Engine(CONFIG, params, stop_ids=range(40), valid_tokens=55, unused_ids=(3, 9, 50))
+        ways = {"pieces", "prompt, then decoding"}
         assert not causes(engine, [t % 55 for t in TEXT], ways)
 
 
@@ -229,19 +380,24 @@ class TestFaults:
     @pytest.mark.parametrize("case", CASES)
     def test_is_named(self, case):
         fault, where, name = CASES[case]
-        assert causes(FaultyEngine(fault), ways=where) == {way: {name} for way in where}
+        found = causes(engine_of_its_own(), ways=where, fault=fault)
+        assert found == {way: {name} for way in where}
 
-    def test_without_a_fault_the_same_engine_is_right(self):
-        assert not causes(FaultyEngine(contextlib.nullcontext), ways=LATER)
+    @pytest.mark.parametrize("case", AMONG_ROWS)
+    def test_is_named_where_it_is(self, case):
+        fault, where, name = AMONG_ROWS[case]
+        ways = {row.split(",")[0] for row in where}
+        found = causes(engine_of_its_own(), ways=ways, fault=fault)
+        assert found == {row: {name} for row in where}
 
     def test_in_bfloat16(self):
         fault, where, name = CASES["a hole before the decoded tokens"]
-        found = causes(FaultyEngine(fault, "bfloat16"), ways=where)
+        found = causes(engine_of_its_own("bfloat16"), ways=where, fault=fault)
         assert all(name in found[scenario] for scenario in where)
 
     def test_the_table_fits(self):
-        engine = FaultyEngine(CASES["slots of an earlier text"][0])
-        text = cache_table(audit_cache(engine, TEXT, ways={"chunks", *LATER}))
+        with CASES["slots of an earlier text"][0]():
+            text = cache_table(audit_cache(engine_of_its_own(), TEXT, ways={"pieces", *LATER}))
         assert max(map(len, text.splitlines())) <= 100
         assert "stale-slots-seen" in text and "unknown" in text
 
@@ -250,133 +406,78 @@ class TestFaults:
         fault = replaced(
             pallas_kernels,
             "gqa_decode_attention",
-            lambda right: lambda q, k, v, n, **o: right(q, k, jnp.roll(v, 1, axis=2), n, **o),
+            lambda right: (
+                lambda q, pages, ks, vs, *rest, **o: right(
+                    q, pages.at[vs].set(jnp.roll(pages[vs], 1, axis=3)), ks, vs, *rest, **o
+                )
+            ),
         )
-        ways = {"chunks", "prompt, then decoding"}
-        findings = audit_cache(FaultyEngine(fault), TEXT, ways=ways)
+        with fault():
+            ways = {"pieces", "prompt, then decoding"}
+            findings = audit_cache(engine_of_its_own(), TEXT, ways=ways)
         found = {f.scenario: f for f in findings}
-        assert found["chunks"].verdict == "within rounding"
+        assert found["pieces"].verdict == "within rounding"
         decoding = found["prompt, then decoding"]
         assert decoding.verdict == "fault" and not decoding.causes
-        assert "keys of layer 1, in slot 24 of 48" in decoding.evidence
-
-
-class TestBatches:
-    """Faults of what stands around the compiled functions."""
-
-    @pytest.fixture
-    def engine(self):
-        return FaultyEngine(contextlib.nullcontext)
-
-    @staticmethod
-    def rows():
-        texts = scenarios(TEXT, other(), CONFIG.context_length)
-        return next(s for s in texts if s.name == "batch").rows
-
-    def in_batches(self, engine, **changed):
-        """Replaces functions of the engine where three rows run together."""
-        for name, change in changed.items():
-            right = getattr(engine, name)
-
-            def call(weights, first, *args, right=right, change=change):
-                if _batch(first) == 1:
-                    return right(weights, first, *args)
-                return change(right, weights, first, *args)
-
-            setattr(engine, name, call)
-        return causes(engine, ways={"batch"})
-
-    def test_padding_on_the_left(self, engine):
-        rows = self.rows()
-        longest = max(row.prompt for row in rows)
-        padded = np.zeros((3, 48), np.int32)
-        for b, row in enumerate(rows):
-            padded[b, longest - row.prompt : longest] = row.tokens[: row.prompt]
-        full = np.full(3, longest, np.int32)
-
-        def chunk(right, weights, cache, last, tokens, start, lengths):
-            part = padded[:, start : start + tokens.shape[1]]
-            return right(weights, cache, last, part, start, full)
-
-        def begin(right, weights, last, fields, *rest):
-            return right(weights, last, (full, full + 48, fields[2]), *rest)
-
-        found = self.in_batches(engine, _prefill_chunk=chunk, _begin=begin)
-        assert found == {"batch, row 0": {"padded-left"}, "batch, row 2": {"padded-left"}}
-
-    def test_padding_is_seen(self, engine):
-        longest = max(row.prompt for row in self.rows())
-        full = np.full(3, longest, np.int32)
-
-        def begin(right, weights, last, fields, *rest):
-            return right(weights, last, (full, full + 48, fields[2]), *rest)
-
-        found = self.in_batches(engine, _begin=begin)
-        assert set(found) == {"batch, row 0", "batch, row 2"}
-
-    def test_the_last_column_is_read(self, engine):
-        longest = max(row.prompt for row in self.rows())
-
-        @jax.jit
-        def last_column(weights, cache, last, tokens, start, lengths):
-            hidden, cache = steps._run_chunk(
-                engine.make_model, weights, cache, tokens, start, lengths
-            )
-            at = jnp.clip(longest - 1 - start, 0, tokens.shape[1] - 1)
-            return cache, hidden[:, at]
-
-        def chunk(right, *args):
-            return last_column(*args)
-
-        found = self.in_batches(engine, _prefill_chunk=chunk)
-        assert found == {"batch, row 0": {"last-column"}, "batch, row 2": {"last-column"}}
-
-
-def other():
-    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 48))[1].tolist()
-
-
-def _batch(first):
-    """Rows of a cache, or of hidden states."""
-    return first.rows if hasattr(first, "rows") else len(first)
+        assert f"keys of layer 1, in slot {PROMPT} of {LENGTH}" in decoding.evidence
 
 
 class TestSimulation:
+    every = scenarios(TEXT, OTHER, shapes_for("cpu")) + scenarios(TEXT, OTHER, shapes_for("gpu"))
+
     def test_right_rules_give_causal_attention(self):
-        for scenario in scenarios(TEXT, other(), CONFIG.context_length):
-            for row in scenario.rows:
-                entries = simulate(scenario, row)
-                seen = entries.sees[np.ix_(entries.output, entries.output)]
-                shown = slice(0, len(row.tokens))
-                np.testing.assert_array_equal(seen[shown], np.tri(len(row.tokens)))
+        for scenario in self.every:
+            for row, entries in zip(scenario.rows, simulate(scenario), strict=True):
+                if row.gone:
+                    continue
+                own = slice(row.shared, None)
+                of_all = np.where(entries.output < 0, entries.slots, entries.output)
+                np.testing.assert_array_equal(of_all, entries.slots)
+                seen = entries.sees[np.ix_(of_all, of_all)]
+                np.testing.assert_array_equal(seen, np.tri(len(row.tokens)))
                 np.testing.assert_array_equal(
-                    entries.sees[entries.output].sum(axis=1), range(1, len(row.tokens) + 1)
+                    entries.sees[of_all].sum(axis=1), range(1, len(row.tokens) + 1)
                 )
-                np.testing.assert_array_equal(entries.slots, entries.output)
-                np.testing.assert_array_equal(entries.query[entries.output], range(len(row.tokens)))
+                assert (entries.output[own] >= 0).all()
+                np.testing.assert_array_equal(entries.tokens[of_all], row.tokens)
+                for positions in (entries.query, entries.key):
+                    np.testing.assert_array_equal(positions[of_all], range(len(row.tokens)))
 
     def test_every_fault_changes_some_scenario(self):
-        every = scenarios(TEXT, other(), CONFIG.context_length)
         for fault in FAULTS:
             assert any(
-                not simulate(s, row, fault.rules).same(simulate(s, row))
-                for s in every
-                for row in s.rows
+                not wrong.same(right)
+                for s in self.every
+                for wrong, right in zip(simulate(s, fault.rules), simulate(s), strict=True)
             ), fault.name
 
     def test_a_hole_by_hand(self):
-        scenario = Scenario("", (Row((7, 8, 9), 2),), (2,), 4)
+        parts = Part(0, 0, 2, 2), Part(0, 2, 1, 1, decode=True)
+        scenario = Scenario("", (Row((7, 8, 9), 2),), tuple((part,) for part in parts))
         rules = next(f.rules for f in FAULTS if f.name == "hole")
-        entries = simulate(scenario, scenario.rows[0], rules)
+        (entries,) = simulate(scenario, rules)
         # Two of the prompt, the decoded one in slot 3 behind an empty slot 2.
         assert entries.tokens.tolist() == [7, 8, 9, 0]
         assert entries.sees[2].tolist() == [1, 1, 1, 1]
         assert entries.key.tolist() == [0, 1, 3, 0]
         assert entries.slots.tolist() == [0, 1, 3]
 
+    def test_the_stale_page_of_another_text_by_hand(self):
+        first, second = Row((7,) * 2, 2, (2,), gone=True), Row((8, 9), 1, (1,))
+        calls = (Part(0, 0, 2, 2),), (Part(1, 0, 1, 2),), (Part(1, 1, 1, 1, decode=True),)
+        rules = next(f.rules for f in FAULTS if f.name == "table-left-by-text")
+        entries = simulate(Scenario("", (first, second), calls), rules)[1]
+        # The decoded token is in the other page, sees the other's first, and leaves none here.
+        assert entries.tokens.tolist() == [7, 8, 9, 0]
+        assert entries.sees[2].tolist() == [1, 0, 1, 0]
+        assert entries.slots.tolist() == [1, 3]
+
 
 def test_refusals():
-    with pytest.raises(UserError, match="needs 48 at least"):
+    with pytest.raises(UserError, match=f"needs {LENGTH} at least"):
         audit_cache(random_engine(CONFIG, 3), TEXT[:20])
     with pytest.raises(UserError, match="each below 61"):
-        audit_cache(random_engine(CONFIG, 3), [61] * 48)
+        audit_cache(random_engine(CONFIG, 3), [61] * LENGTH)
+    short = odd_config(num_layers=1, context_length=256)
+    with pytest.raises(UserError, match="context of 256 is too short"):
+        audit_cache(random_engine(short))

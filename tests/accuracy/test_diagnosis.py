@@ -170,16 +170,16 @@ def test_unknown_faults_and_layers_are_refused() -> None:
 
 def test_planting_leaves_the_engine_as_it_was() -> None:
     engine = random_engine(CASE.config, CASE.seed)
-    before = {name: np.asarray(x) for name, x in engine.weights.items()}
+    before = {name: np.asarray(x) for name, x in engine.weights.parameters().items()}
     tokens = list(range(20))
     clean = engine.logits(tokens)
     with planted(engine, "zero_qkv_bias,transposed_o_proj") as wrong:
         assert relative(wrong.logits(tokens), clean) > 0.1
         kv = CASE.config.num_kv_heads * CASE.config.head_dim
-        bias = np.asarray(wrong.weights["layers.0.qkv_proj.bias"])
+        bias = np.asarray(wrong.weights.parameters()["layers.0.qkv_proj.bias"])
         assert not bias.any() and bias.size == CASE.config.num_heads * CASE.config.head_dim + 2 * kv
     for name, x in before.items():
-        np.testing.assert_array_equal(np.asarray(engine.weights[name]), x)
+        np.testing.assert_array_equal(np.asarray(engine.weights.parameters()[name]), x)
     np.testing.assert_array_equal(Engine(engine.config, engine.weights).logits(tokens), clean)
 
 

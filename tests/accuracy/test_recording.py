@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ import pytest
 import qwen_jax
 from qwen_jax.accuracy.recording import Recorder, parse_positions, plan_calls, trace_generation
 from qwen_jax.accuracy.trace import Trace, names
-from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.weights import pack
+from qwen_jax.engine.shapes import pieces_of, shapes_for
+from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.weights import Forward, PackedWeights, pack
 from qwen_jax.errors import UserError
+from qwen_jax.model.cache import Cache
 from tests.engines import (
     decoded_logprobs,
     device_parameters,
@@ -46,9 +49,10 @@ def assert_equals_float64(trace: Trace) -> None:
 @pytest.mark.parametrize(
     ("prompt", "chunk", "chunks"),
     [
-        (None, None, (30,)),
-        (20, 16, (16, 4) + (1,) * 10),
-        (1, None, (1,) * 30),
+        (None, None, (16, 14)),
+        (20, 7, (7, 7, 6) + (1,) * 10),
+        (None, 30, (30,)),
+        (0, None, (1,) * 30),
     ],
 )
 def test_every_tensor_equals_float64(
@@ -75,7 +79,7 @@ def test_recording_changes_no_bit(dtype: str) -> None:
     """
     engine, tokens = random_engine(odd_config(num_layers=1), dtype=dtype), TOKENS[:12]
     recorder = Recorder(engine)
-    prefilled, decoded = recorder.record(tokens), recorder.record(tokens, prompt_length=1)
+    prefilled, decoded = recorder.record(tokens), recorder.record(tokens, prompt_length=0)
     np.testing.assert_array_equal(prefilled.tensors["logits"], engine.logits(tokens))
     logits = jnp.asarray(decoded.tensors["logits"])
     logprobs = np.asarray(logits - jax.nn.logsumexp(logits, axis=1, keepdims=True))
@@ -93,13 +97,18 @@ def test_decode_steps_in_one_kernel_are_told_apart(monkeypatch: pytest.MonkeyPat
     config = tiny_config(num_layers=1, num_heads=4, head_dim=64, ffn_size=384)
     params = device_parameters(random_parameters(config), "float32")
     engine = Engine(config, pack(config, params.items(), jnp.dtype(jnp.float32), "xla"))
-    tokens, step = random_tokens(config, 12), steps.forward_packed
+    tokens, step = random_tokens(config, 12), PackedWeights.forward
 
-    def shifted(*args: object) -> tuple[jax.Array, jax.Array]:
-        logits, cache = step(*args)
-        return logits + 0.5, cache
+    def forward(self: PackedWeights, spec: Spec, rows: int) -> Forward:
+        right = step(self, spec, rows)
 
-    monkeypatch.setattr(steps, "forward_packed", shifted)
+        def shifted(*args: Any) -> tuple[jax.Array, Cache]:
+            logits, cache = right(*args)
+            return logits + 0.5, cache
+
+        return shifted
+
+    monkeypatch.setattr(PackedWeights, "forward", forward)
     trace = Recorder(engine, "logits").record(tokens, prompt_length=10)
     kernel, change = trace.header.notes
     assert "decode-step kernel" in kernel
@@ -127,8 +136,9 @@ def test_names_and_positions_are_cut_from_the_whole() -> None:
     ("arguments", "message"),
     [
         ({"prompt_length": 31}, "prompt_length is 31"),
-        ({"prompt_length": 0}, "prompt_length is 0"),
+        ({"prompt_length": -1}, "prompt_length is -1"),
         ({"chunk": 0}, "chunk is 0"),
+        ({"chunk": 129}, "chunk is 129"),
         ({"start": 30}, "positions 30 to 30"),
         ({"stop": 31}, "positions 0 to 31"),
     ],
@@ -147,11 +157,17 @@ def test_texts_that_cannot_run_are_refused() -> None:
 
 
 def test_calls_are_padded_as_the_engine_pads() -> None:
-    assert [tuple(call) for call in plan_calls(1030, 1027, None)] == [
-        *((0, 512, 512), (512, 512, 512), (1024, 3, 16)),
-        *((1027, 1, 1), (1028, 1, 1), (1029, 1, 1)),
+    cpu, gpu = shapes_for("cpu"), shapes_for("gpu")
+    assert [tuple(call) for call in plan_calls(262, 259, None, cpu)] == [
+        *((0, 128, 128), (128, 128, 128), (256, 3, 16)),
+        *((259, 1, 1), (260, 1, 1), (261, 1, 1)),
     ]
-    assert [tuple(call) for call in plan_calls(5, None, 2)] == [(0, 2, 2), (2, 2, 2), (4, 1, 2)]
+    assert [tuple(call) for call in plan_calls(130, None, None, gpu)] == [
+        *((0, 128, 128), (128, 2, 128)),
+    ]
+    assert [tuple(call) for call in plan_calls(5, None, 2, cpu)] == [
+        *((0, 2, 2), (2, 2, 2), (4, 1, 2)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +186,12 @@ def test_positions_that_hold_nothing_are_refused(text: str) -> None:
 def test_a_generation_is_replayed_and_chooses_the_same() -> None:
     model = qwen_jax.load()
     request = model.request("haiku: snow", max_tokens=12)
-    batch = model.batch([request])
-    list(batch)
-    (completion,) = batch.completions
+    (completion,) = (piece.completion for piece in model.run([request]) if piece.completion)
     trace = trace_generation(model, request, completion, names="logits,embed", positions="-12:")
     prompt = len(request.tokens)
     assert trace.header.tokens == (*request.tokens, *completion.tokens[:-1])
-    assert trace.header.chunks == (prompt,) + (1,) * (len(completion.tokens) - 1)
+    pieces = tuple(piece.length for piece in pieces_of(0, prompt - 1, model.engine.shapes))
+    assert trace.header.chunks == pieces + (1,) * len(completion.tokens)
     assert trace.tensors["logits"].argmax(1).tolist() == list(completion.tokens)
     assert trace.header.notes == (
         "A replay of the generated tokens, made after the run.",

@@ -187,7 +187,7 @@ class Scheduler:
         pool = self.engine.pool
         whole = (text.entering if text.score_from is None else text.score_from - 1) // PAGE
         keys = list(page_keys(text.tokens[: text.entering]))
-        pages = pool.shared(keys[:whole])
+        pages = pool.shared(keys[:whole], self)
         needed = max(1, pages_for(text.entering + text.limit)) - len(pages)
         if needed > pool.available:
             pool.release(pages)
@@ -195,7 +195,7 @@ class Scheduler:
         text.shared_tokens = len(pages) * PAGE
         text.pages = pages + pool.take(needed)
         for page, key in zip(text.pages, keys, strict=False):
-            pool.remember(page, key)
+            pool.remember(page, key, self)
         if text.score_from is None:
             text.slot = self._slots.pop()
         return True
@@ -272,6 +272,9 @@ class Scheduler:
             self._calls.append(_Scoring(pieces, found))
         else:
             engine.pages = steps.extend(*given)
+        for text, piece in pieces:
+            if (piece.start + piece.length) % PAGE == 0:
+                engine.pool.filled(text.pages[piece.start // PAGE])
 
     def _tables(self, texts: Sequence[Text], rows: int) -> np.ndarray:
         tables = np.zeros((rows, self.engine.layout.table_width), np.int32)

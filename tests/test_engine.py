@@ -189,7 +189,8 @@ EDGE = odd_config(num_layers=2, context_length=256)
 
 def run_one(engine: Engine, text: Text) -> tuple[list[int], np.ndarray]:
     """A text's tokens, and the table it had."""
-    scheduler, tokens, table = Scheduler(engine), [], np.zeros((1, engine.layout.table_width), np.int32)
+    scheduler, tokens = Scheduler(engine), []
+    table = np.zeros((1, engine.layout.table_width), np.int32)
     scheduler.add(text)
     while not scheduler.idle:
         tokens += [token for news in scheduler.turn() for token in news.tokens]

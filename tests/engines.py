@@ -1,5 +1,6 @@
 """Engines over tiny random models, and plain loops that drive one: by a scheduler, or by force."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,6 +45,12 @@ def fresh_engine(
 
 random_engine = functools.cache(fresh_engine)
 """The same, made once, with whatever tests before have left in its cache."""
+
+
+def reshape(engine: Engine, **changes: Any) -> None:
+    """Gives an engine that has run nothing yet other sizes of calls."""
+    shapes = dataclasses.replace(engine.shapes, **changes)
+    engine.layout = engine.layout._replace(shapes=shapes)
 
 
 def random_tokens(config: ModelConfig, length: int, seed: int = 0) -> list[int]:

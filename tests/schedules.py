@@ -1,6 +1,5 @@
 """Many different texts for a scheduler, and loops that watch it while it works."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.scheduler import NO_SLOT, News, Scheduler, Text
 from qwen_jax.model.cache import PAGE
-from tests.engines import fresh_engine
+from tests.engines import fresh_engine, reshape
 from tests.golden_cases import odd_config
 
 CONFIG = odd_config(num_layers=2, context_length=512)
@@ -22,7 +21,7 @@ def many_rows(cache_tokens: int = 1024, **shapes: Any) -> Engine:
     """An engine with an empty cache whose steps are all of eight rows: the one shape of which a
     CPU's products give a row the same bits whatever the others hold."""
     engine = fresh_engine(CONFIG, cache_tokens=cache_tokens)
-    engine.shapes = dataclasses.replace(engine.shapes, rows=(engine.shapes.slots,), **shapes)
+    reshape(engine, rows=(engine.shapes.slots,), **shapes)
     return engine
 
 
@@ -101,7 +100,7 @@ def watched(
                 scheduler.add(text)
         told += scheduler.turn()
         check_account(engine, texts)
-        seated |= {news.text for news in told} | {t for t in texts if t.pages or t.begun}
+        seated |= {news.text for news in told} | {t for t in texts if t.pages or t.row.size}
         asked = [text for text in texts if text in seated or not text.over]  # not cancelled before
         assert seated == set(asked[: len(seated)]), "someone overtook"
         each_turn(scheduler, told)

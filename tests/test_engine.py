@@ -1,6 +1,5 @@
 """Prompts in pieces and decode steps: batches, limits, stops, and what a done row leaves alone."""
 
-import dataclasses
 import functools
 
 import jax
@@ -27,6 +26,7 @@ from tests.engines import (
     random_engine,
     random_tokens,
     relative,
+    reshape,
     rows_of,
     run_steps,
     run_to_end,
@@ -83,7 +83,7 @@ def test_texts_of_every_length_that_begin_together_equal_float64() -> None:
 @pytest.mark.parametrize("lengths", [(32, PAGE), (64, PAGE), (PAGE,)], ids=str)
 def test_the_pieces_do_not_change_the_text(lengths: tuple[int, ...], length: int) -> None:
     engine = fresh_engine(CONFIG)
-    engine.shapes = dataclasses.replace(engine.shapes, lengths=lengths)
+    reshape(engine, lengths=lengths)
     logits = engine.logits(prompt(LONGEST).tokens[:length])
     assert relative(logits, exact()[:length]) <= BOUND
 
@@ -159,7 +159,7 @@ def test_penalties_of_one_row_leave_the_others_alone() -> None:
 def test_steps_in_calls_of_some_or_one_by_one_are_the_same() -> None:
     def tokens(steps: int) -> list[list[int]]:
         engine = fresh_engine(CONFIG)
-        engine.shapes = dataclasses.replace(engine.shapes, steps=steps)
+        reshape(engine, steps=steps)
         return generate(engine, PAIR, DRAWN_AND_PENALISED).tokens
 
     assert tokens(1) == tokens(4)
@@ -167,7 +167,7 @@ def test_steps_in_calls_of_some_or_one_by_one_are_the_same() -> None:
 
 def test_working_ahead_changes_nothing() -> None:
     ahead = fresh_engine(CONFIG)
-    ahead.shapes = dataclasses.replace(ahead.shapes, ahead=True)
+    reshape(ahead, ahead=True)
     results = [
         generate(e, PAIR, DRAWN_AND_PENALISED, logprobs=True) for e in (ahead, fresh_engine(CONFIG))
     ]
@@ -189,11 +189,8 @@ EDGE = odd_config(num_layers=2, context_length=256)
 
 def run_one(engine: Engine, text: Text) -> tuple[list[int], np.ndarray]:
     """A text's tokens, and the table it had."""
-    scheduler, tokens, table = (
-        Scheduler(engine),
-        [],
-        np.zeros((1, engine.layout.table_width), np.int32),
-    )
+    scheduler, tokens = Scheduler(engine), []
+    table = np.zeros((1, engine.layout.table_width), np.int32)
     scheduler.add(text)
     while not scheduler.idle:
         tokens += [token for news in scheduler.turn() for token in news.tokens]

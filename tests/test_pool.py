@@ -25,22 +25,28 @@ class Texts(RuleBasedStateMachine):
         self.pool = Pool(PAGES)
         self.texts: list[list[int]] = []
         self.keys: dict[int, bytes] = {}  # page to key, of all that is remembered
+        self.fillers: dict[int, str] = {}  # page to who is still to fill it
         self.idle: list[int] = []  # remembered and held by nobody, the oldest first
 
     def holders(self) -> Counter[int]:
         return Counter(page for text in self.texts for page in text)
 
-    @rule(shared=st.integers(0, len(KEYS)), first=st.integers(0, 2), own=st.integers(0, PAGES))
-    def begin(self, shared: int, first: int, own: int) -> None:
+    @rule(
+        shared=st.integers(0, len(KEYS)),
+        first=st.integers(0, 2),
+        own=st.integers(0, PAGES),
+        by=st.sampled_from("xy"),
+    )
+    def begin(self, shared: int, first: int, own: int, by: str) -> None:
         """As the scheduler seats a text: what is shared, and own pages where there is room."""
         asked = KEYS[first : first + shared]
         expected = []
         for key in asked:
             found = [page for page, known in self.keys.items() if known == key]
-            if not found:
+            if not found or self.fillers.get(found[0], by) != by:
                 break
             expected += found
-        pages = self.pool.shared(asked)
+        pages = self.pool.shared(asked, by)
         assert pages == expected
         self.idle = [page for page in self.idle if page not in pages]
         if own > self.pool.available:
@@ -57,19 +63,27 @@ class Texts(RuleBasedStateMachine):
         assert not evicted or unknown <= set(mine), "as long as others are free, none goes"
         for page in evicted:
             del self.keys[page]
+            self.fillers.pop(page, None)
             self.idle.remove(page)
         self.texts.append(pages + mine)
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data(), key=st.sampled_from(KEYS))
-    def remember(self, data: st.DataObject, key: bytes) -> None:
+    @rule(data=st.data(), key=st.sampled_from(KEYS), by=st.sampled_from("xy"))
+    def remember(self, data: st.DataObject, key: bytes, by: str) -> None:
         """One key is one page, and one page one key: what is known first stays."""
         text = data.draw(st.sampled_from(self.texts))
         if text:
             page = data.draw(st.sampled_from(text))
-            self.pool.remember(page, key)
+            self.pool.remember(page, key, by)
             if key not in self.keys.values() and page not in self.keys:
-                self.keys[page] = key
+                self.keys[page], self.fillers[page] = key, by
+
+    @precondition(lambda self: self.fillers)
+    @rule(data=st.data())
+    def fill(self, data: st.DataObject) -> None:
+        page = data.draw(st.sampled_from(sorted(self.fillers)))
+        self.pool.filled(page)
+        del self.fillers[page]
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
@@ -79,6 +93,7 @@ class Texts(RuleBasedStateMachine):
         self.pool.forget(text[cut:])
         for page in text[cut:]:
             self.keys.pop(page, None)
+            self.fillers.pop(page, None)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
@@ -104,7 +119,7 @@ class Texts(RuleBasedStateMachine):
         assert self.pool.available == self.pool.size
         everything = self.pool.take(self.pool.size)
         assert sorted(everything) == list(range(1, PAGES))
-        assert self.pool.shared(KEYS) == []
+        assert self.pool.shared(KEYS, "x") == []
 
 
 TestTexts = Texts.TestCase
@@ -116,11 +131,11 @@ def test_the_beginning_of_a_text_outlives_its_end() -> None:
     pool = Pool(5)
     text = pool.take(3)
     for page, key in zip(text, KEYS, strict=False):
-        pool.remember(page, key)
+        pool.remember(page, key, "x")
     pool.release(text)
     other = pool.take(2)
     assert text[2] in other
-    assert pool.shared(KEYS) == text[:2]
+    assert pool.shared(KEYS, "x") == text[:2]
 
 
 def test_more_than_there_is_cannot_be_taken() -> None:

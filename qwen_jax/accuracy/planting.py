@@ -72,7 +72,8 @@ def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
                 _put(new, f"layers.{layer}.{fused}.{kind}", rows, array)
     wrong = Engine(config, new, slots=engine.shapes.slots)
     # The faults are in what is traced: no program is shared with another engine.
-    wrong.spec = dataclasses.replace(engine.spec, config=config, variant=object())
+    spec = dataclasses.replace(engine.spec, config=config, variant=object())
+    wrong.layout = wrong.layout._replace(spec=spec)
     return wrong
 
 

@@ -14,7 +14,8 @@ class Pool:
 
     Full pages of prompts are remembered by what they and all pages before them hold, so that texts
     that begin alike share them. One that nobody holds any more stays until its room is needed; of
-    these the one that was let go longest ago goes first.
+    these the one that was let go longest ago goes first. One that is still to be filled is shared
+    only with whom the same scheduler admits later, which puts its tokens in after.
     """
 
     def __init__(self, pages: int):
@@ -23,6 +24,7 @@ class Pool:
         self._pages: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._fillers: dict[int, object] = {}
         self.size = len(self._free)
 
     @property
@@ -30,13 +32,14 @@ class Pool:
         """Pages that nobody holds."""
         return len(self._free) + len(self._idle)
 
-    def shared(self, keys: Sequence[bytes]) -> list[int]:
+    def shared(self, keys: Sequence[bytes], scheduler: object) -> list[int]:
         """The remembered pages of as many keys as there are without a gap; they are held now."""
         pages = []
         for key in keys:
-            if key not in self._pages:
+            page = self._pages.get(key)
+            if page is None or self._fillers.get(page, scheduler) is not scheduler:
                 break
-            pages.append(self._pages[key])
+            pages.append(page)
         for page in pages:
             self._holders[page] += 1
             self._idle.pop(page, None)
@@ -52,14 +55,20 @@ class Pool:
         self._holders.update(pages)
         return pages
 
-    def remember(self, page: int, key: bytes) -> None:
-        """A page that is held is full now, or will be before anything else looks at it."""
+    def remember(self, page: int, key: bytes, scheduler: object) -> None:
+        """A page that is held will be full: a scheduler is going to fill it."""
         if key not in self._pages and page not in self._keys:
             self._pages[key], self._keys[page] = page, key
+            self._fillers[page] = scheduler
+
+    def filled(self, page: int) -> None:
+        """A page is full now, or will be before anything else looks at it."""
+        self._fillers.pop(page, None)
 
     def forget(self, pages: Sequence[int]) -> None:
         """Pages that won't be filled after all."""
         for page in pages:
+            self.filled(page)
             if (key := self._keys.pop(page, None)) is not None:
                 del self._pages[key]
 

@@ -147,8 +147,8 @@ class Scheduler:
         for text, _ in self._entering:
             self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
         scored = [call.pieces for call in self._calls if isinstance(call, _Scoring)]
-        pieces_of_texts = [*self._entering, *itertools.chain(*scored)]
-        for text in [*self._waiting, *self._running, *(text for text, _ in pieces_of_texts)]:
+        left = [text for text, _ in itertools.chain(self._entering, *scored)]
+        for text in [*self._waiting, *self._running, *left]:
             self._leave(text)
 
     def turn(self) -> list[News]:
@@ -187,7 +187,7 @@ class Scheduler:
         pool = self.engine.pool
         whole = (text.entering if text.score_from is None else text.score_from - 1) // PAGE
         keys = list(page_keys(text.tokens[: text.entering]))
-        pages = pool.shared(keys[:whole])
+        pages = pool.shared(keys[:whole], self)
         needed = max(1, pages_for(text.entering + text.limit)) - len(pages)
         if needed > pool.available:
             pool.release(pages)
@@ -195,7 +195,7 @@ class Scheduler:
         text.shared_tokens = len(pages) * PAGE
         text.pages = pages + pool.take(needed)
         for page, key in zip(text.pages, keys, strict=False):
-            pool.remember(page, key)
+            pool.remember(page, key, self)
         if text.score_from is None:
             text.slot = self._slots.pop()
         return True
@@ -272,6 +272,9 @@ class Scheduler:
             self._calls.append(_Scoring(pieces, found))
         else:
             engine.pages = steps.extend(*given)
+        for text, piece in pieces:
+            if (piece.start + piece.length) % PAGE == 0:
+                engine.pool.filled(text.pages[piece.start // PAGE])
 
     def _tables(self, texts: Sequence[Text], rows: int) -> np.ndarray:
         tables = np.zeros((rows, self.engine.layout.table_width), np.int32)

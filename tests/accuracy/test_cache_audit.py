@@ -32,7 +32,8 @@ LATER = {"prompt, then decoding", "used slot and pages"}
 def engine_of_its_own(dtype="float32"):
     """One that shares no program: what is traced may be wrong."""
     engine = Engine(CONFIG, device_parameters(Case(CONFIG, 3).parameters(), dtype))
-    engine.spec = dataclasses.replace(engine.spec, variant=object())
+    spec = dataclasses.replace(engine.spec, variant=object())
+    engine.layout = engine.layout._replace(spec=spec)
     return engine
 
 

@@ -90,9 +90,8 @@ class Scripted:
         pass
 
     def turn(self) -> list[News]:
-        assert self._text is not None
         chosen, self._left = self._left[:4], self._left[4:]
-        return [News(self._text, chosen, None, None, False)]
+        return [] if self._text is None else [News(self._text, chosen, None, None, False)]
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])

@@ -188,6 +188,8 @@ class Generation:
                     self._rows[row.text] = row
                     scheduler.add(row.text)
             for news in scheduler.turn():
+                if news.text not in self._rows:
+                    continue  # A stop string in what was told of it just before has ended it.
                 row = self._rows[news.text]
                 before = len(row.tokens)
                 piece = row.feed(news)

@@ -108,9 +108,14 @@ class _Intervention:
         elif operation == "cache_slots":
             for one in self._cache_faults(layer):
                 assert one.fault.slots is not None
-                x = one.fault.slots(x, self.seen["positions"].shape[1] == 1)
+                x = one.fault.slots(x, self._calls().decode[0])
         self.seen[name] = x
         return x
+
+    def _calls(self) -> Calls:
+        """Of the call that is traced; padding is none of its tokens."""
+        positions, lengths = self.seen["positions"][0], self.seen["lengths"]
+        return Calls(positions, positions[:1], lengths[:1])
 
     def _cache_faults(self, layer: int | None) -> list[Planted]:
         return [p for p in self.chosen if p.fault.slots and p.covers("attn_scores", layer)]
@@ -124,9 +129,7 @@ class _Intervention:
         )
         if not (self._turned(name, layer) or inherits):
             return x
-        positions, lengths = self.seen["positions"][0], self.seen["lengths"]
-        calls = Calls(positions, positions[:1], lengths[:1])
-        ctx = Context(self.config, calls, self.seen["tokens"][0], knobs, jnp)
+        ctx = Context(self.config, self._calls(), self.seen["tokens"][0], knobs, jnp)
         params: tuple[jax.Array, ...] = ()
         if name in PARAMETRIC:
             arrays = Weights(self.source, layer)[name]

@@ -12,7 +12,7 @@ from qwen_jax import api
 from qwen_jax.engine import steps
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.experiments.models import remaker
+from qwen_jax.experiments.models import Sizes, remaker
 from qwen_jax.generation import Completion
 from qwen_jax.model.cache import PAGE
 
@@ -215,7 +215,7 @@ def test_scores_share_what_texts_begin_with(
             return real(*args)
 
         monkeypatch.setattr(steps, name, counted)
-    fresh = remaker(model)(2)
+    fresh = remaker(model)(Sizes(2, False))
     harness = Harness(fresh, keep=lambda key, line: kept.append(key))
     found = harness.loglikelihood(requests, disable_tqdm=True)
     length = len(model.tokenizer.encode(context))

@@ -61,7 +61,8 @@ class Ours:
         self.engine = Engine(checkpoint.config, load_parameters(checkpoint, jnp.float32))
 
     def prefill(self, tokens: list[int]) -> None:
-        self.scheduler, self.chosen = Scheduler(self.engine), []
+        self.scheduler = Scheduler(self.engine)
+        self.chosen: list[int] = []
         # Enough for the calls of some steps that hold so many.
         self.scheduler.add(Text(tokens, STEPS + 1 + self.engine.shapes.steps))
         while not self.chosen:

@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -141,7 +142,7 @@ def varied(engine: Engine, count: int = 2000) -> list[list[float]]:
 
 def host_memory() -> int:
     """Bytes of this process that are in memory and no file's."""
-    with open("/proc/self/status") as file:
+    with Path("/proc/self/status").open() as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 

@@ -1,4 +1,4 @@
-"""A text's bits on a GPU: alone, beside others, in other slots, after other texts, on shared pages."""
+"""A text's bits on a GPU: alone, beside others, in other slots, on pages it shares with others."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -6,10 +6,10 @@ import pytest
 import tokenizers
 
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Batch, Completion, Request
+from qwen_jax.generation import Completion, Request
 from qwen_jax.text.prompt import own_stop_ids, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
-from tests.test_generation import Scripted, collect
+from tests.scripted import Scripted
 from tests.text.conftest import FIM
 
 CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
@@ -69,11 +69,11 @@ def test_a_middle_ends_where_llama_cpp_ends_it(
     script = tokenizer.encode(f"xyz{end}w<|im_end|>")
 
     def written(prompt: list[int]) -> Completion:
-        engine = Scripted([script])
-        engine.stop_ids = tokenizer.stop_ids
-        batch = Batch(engine, tokenizer, [Request(prompt, 20)], chunk=4)  # type: ignore[arg-type]
-        assert collect(batch) == [batch.completions[0].text]
-        return batch.completions[0]
+        # The script is found by a prompt's last token, which says nothing about gaps.
+        run = Scripted([script], tokenizer).run([Request([*prompt, 0], 20)])
+        (text,), (completion,) = run.collect()
+        assert text == completion.text
+        return completion
 
     middle = written(prompt_ids(tokenizer, "a", suffix="b"))
     assert (middle.text, middle.finish_reason) == ("xyz", "stop")

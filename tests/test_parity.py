@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.engine import Engine, Prompt
-from tests.engines import decoded_logprobs, device_parameters, generate, relative
+from qwen_jax.engine.engine import Engine
+from tests.engines import Prompt, decoded_logprobs, device_parameters, generate, relative
 from tests.golden_cases import CASES, CONTINUATION, GOLDEN, PROMPT, fingerprint
 from tests.numpy_reference import log_softmax
 

@@ -17,11 +17,11 @@ pytest.importorskip("transformers", reason="live parity needs pip install '.[hf]
 from transformers import AutoModelForCausalLM
 
 from qwen_jax.config import ModelConfig, YarnScaling
-from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.engine import Engine
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests import transformers_reference
-from tests.engines import device_parameters, generate, relative
+from tests.engines import Prompt, device_parameters, generate, relative
 from tests.golden_cases import CASES, CONTINUATION, Case, odd_config
 from tests.tiny_checkpoints import hf_config, write_gguf, write_hf
 

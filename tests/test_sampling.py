@@ -13,13 +13,15 @@ import pytest
 import scipy.stats
 from hypothesis import given
 
-from pallas_kernels.sample_tokens import count, pack
+from pallas_kernels.sample_tokens import Choice, Counts, Settings, count, pack
 from pallas_kernels.sample_tokens.reference import keep as kept_by_definition
 from pallas_kernels.sample_tokens.reference import penalise as penalise_by_definition
 from qwen_jax.engine import sampling
-from qwen_jax.engine.sampling import Choice, Counts, RowParameters, Sampling, plan_rows
+from qwen_jax.engine.sampling import Plan, Sampling, settings_of
+from qwen_jax.engine.spec import Spec
 from qwen_jax.errors import UserError
 from tests.numpy_reference import log_softmax
+from tests.tiny_checkpoints import tiny_config
 
 FOUR = np.array([0.5, 0.25, 0.15, 0.1])
 """Four tokens' probabilities, the likeliest first."""
@@ -27,14 +29,32 @@ FOUR = np.array([0.5, 0.25, 0.15, 0.1])
 DRAWS = 20_000
 
 penalise = jax.jit(penalise_by_definition)
-choose = jax.jit(sampling.choose, static_argnames=("plan", "valid_tokens"))
+choose = jax.jit(sampling.choose, static_argnames=("plan", "spec"))
+
+
+def spec_of(vocab: int) -> Spec:
+    float32 = jnp.dtype(jnp.float32)
+    return Spec(tiny_config(vocab_size=vocab), float32, float32, valid_tokens=vocab)
+
+
+def columns(rows: Sequence[Sampling], top: int | None = None) -> Settings:
+    """The settings of all rows, as a step has them."""
+    each = [settings_of(row, top) for row in rows]
+    return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *each)
+
+
+def biases(rows: Sequence[Sampling], vocab: int) -> jax.Array:
+    """As the scheduler puts them into a row's slot."""
+    bias = np.zeros((len(rows), vocab), np.float32)
+    for own, row in zip(bias, rows, strict=True):
+        own[list(row.logit_bias)] = list(row.logit_bias.values())
+    return jnp.asarray(bias)
 
 
 @jax.jit
-def keep(logits: jax.Array, params: RowParameters) -> jax.Array:
+def keep(logits: jax.Array, asked: Settings) -> jax.Array:
     """Top-k, top-p and min-p: dropped tokens become -inf."""
     ids = jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape)
-    asked = params.settings
     likely = logits - logits.max(axis=1, keepdims=True) >= asked.floor[:, None]
     return jnp.where(kept_by_definition(logits, ids, asked) & likely, logits, -jnp.inf)
 
@@ -56,13 +76,22 @@ def choose_rows(
     rows: Sequence[Sampling],
     *,
     tokens: Counts | None = None,
-    step: int = 0,
-    **plan_options: Any,
+    step: int | jax.Array = 0,
+    top: int | None = None,
 ) -> Choice:
-    plan, params = plan_rows(rows, logits.shape[-1], **plan_options)
-    steps = jnp.full(len(rows), step, jnp.int32)
+    """What the rows choose, by the plan that serves them all."""
     vocab = logits.shape[-1]
-    return choose(jnp.asarray(logits, jnp.float32), params, tokens, steps, plan, valid_tokens=vocab)
+    plan = Plan.of([(row, top) for row in rows], vocab)
+    return choose(
+        jnp.asarray(logits, jnp.float32),
+        columns(rows, top),
+        jnp.broadcast_to(jnp.asarray(step, jnp.int32), len(rows)),
+        plan=plan,
+        spec=spec_of(vocab),
+        counts=tokens or counts([[]] * len(rows), [[]] * len(rows), vocab),
+        bias=biases(rows, vocab),
+        allowed=jnp.zeros((len(rows), -(-vocab // 32)), jnp.uint32),
+    )
 
 
 def frequencies(logits: np.ndarray, tokens: Counts | None = None, **settings: Any) -> np.ndarray:
@@ -136,27 +165,25 @@ def test_token_order_does_not_matter(settings: dict[str, Any], weights: list[flo
     moved = settings | {
         "logit_bias": {order.index(t): b for t, b in settings.get("logit_bias", {}).items()}
     }
-    _, params = plan_rows([Sampling(**{"temperature": 1.0} | moved)], 4)
-    logits = np.log(FOUR)[order][None]
-    if params.bias is not None:
-        logits = logits + np.asarray(params.bias)
-    kept = keep(jnp.asarray(logits / np.asarray(params.settings.temperature), jnp.float32), params)
+    row = Sampling(**{"temperature": 1.0} | moved)
+    logits = np.log(FOUR)[order][None] + np.asarray(biases([row], 4))
+    kept = keep(jnp.asarray(logits / row.temperature, jnp.float32), columns([row]))
     assert (np.isfinite(kept[0]) == (np.array(weights)[order] > 0)).all()
 
 
 def test_repetition_penalty_by_hand() -> None:
     """Positive logits are divided and negative ones multiplied, once, in prompt and text alike."""
     logits = jnp.array([[2.0, -2.0, 1.0, 0.0], [2.0, -2.0, 1.0, -1.0]])
-    _, params = plan_rows([Sampling(repetition_penalty=2.0), Sampling(repetition_penalty=0.5)], 4)
-    out = penalise(logits, params.settings, counts([[0, 1, 1], [3]], [[], [0, 0, 0]], 4))
+    asked = columns([Sampling(repetition_penalty=2.0), Sampling(repetition_penalty=0.5)])
+    out = penalise(logits, asked, counts([[0, 1, 1], [3]], [[], [0, 0, 0]], 4))
     np.testing.assert_array_equal(out, [[1, -4, 1, 0], [4, -2, 1, -0.5]])
 
 
 def test_presence_and_frequency_by_hand() -> None:
     """They count what was generated; the prompt, token 1 here, does not count."""
     logits = jnp.array([[3.0, 3.0, 3.0, 3.0]])
-    _, params = plan_rows([Sampling(presence_penalty=0.5, frequency_penalty=0.25)], 4)
-    out = penalise(logits, params.settings, counts([[1]], [[2, 3, 3]], 4))
+    asked = columns([Sampling(presence_penalty=0.5, frequency_penalty=0.25)])
+    out = penalise(logits, asked, counts([[1]], [[2, 3, 3]], 4))
     np.testing.assert_array_equal(out, [[3, 3, 2.25, 2]])
 
 
@@ -198,12 +225,10 @@ def test_penalties_are_their_formulas(
     row = Sampling(
         repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
     )
-    _, params = plan_rows([row] * 3, 7)
     seen = prompt | (generated > 0)
     mask = pack([np.flatnonzero(row) for row in seen], 7)
-    got = penalise(
-        jnp.asarray(logits), params.settings, Counts(jnp.asarray(mask), jnp.asarray(generated))
-    )
+    seen_and_counted = Counts(jnp.asarray(mask), jnp.asarray(generated))
+    got = penalise(jnp.asarray(logits), columns([row] * 3), seen_and_counted)
     mu = logits.astype(np.float64)
     mu = np.where(seen, np.where(mu < 0, mu * repetition, mu / repetition), mu)
     mu = mu - generated * frequency - (generated > 0) * presence
@@ -220,8 +245,8 @@ def test_filters_keep_what_they_promise(
     logits: np.ndarray, top_k: int, top_p: float, min_p: float
 ) -> None:
     """Also with ties, of which top-p keeps as few as reach p."""
-    _, params = plan_rows([Sampling(temperature=1, top_k=top_k, top_p=top_p, min_p=min_p)] * 4, 9)
-    kept = np.asarray(keep(jnp.asarray(logits), params))
+    asked = columns([Sampling(temperature=1, top_k=top_k, top_p=top_p, min_p=min_p)] * 4)
+    kept = np.asarray(keep(jnp.asarray(logits), asked))
     stays = kept > -np.inf
     np.testing.assert_array_equal(kept[stays], logits[stays])
     slack = 1e-5
@@ -242,8 +267,7 @@ def test_filters_keep_what_they_promise(
 
 
 def test_top_k_keeps_ties() -> None:
-    _, params = plan_rows([Sampling(temperature=1, top_k=2)], 4)
-    kept = keep(jnp.array([[1.0, 3.0, 1.0, 0.0]]), params)
+    kept = keep(jnp.array([[1.0, 3.0, 1.0, 0.0]]), columns([Sampling(temperature=1, top_k=2)]))
     np.testing.assert_array_equal(kept, [[1, 3, 1, -np.inf]])
 
 
@@ -257,10 +281,8 @@ def test_draws_follow_a_large_distribution() -> None:
 
 def test_one_seed_draws_independently_at_every_step() -> None:
     rows = [Sampling(temperature=1.0, seed=7)] * DRAWS
-    plan, params = plan_rows(rows, 4)
-    logits = jnp.broadcast_to(jnp.log(FOUR), (DRAWS, 4)).astype(jnp.float32)
-    steps = jnp.arange(DRAWS)
-    drawn = np.asarray(choose(logits, params, None, steps, plan, valid_tokens=4).token)
+    logits = np.broadcast_to(np.log(FOUR), (DRAWS, 4))
+    drawn = np.asarray(choose_rows(logits, rows, step=jnp.arange(DRAWS)).token)
     assert_drawn_from(np.bincount(drawn, minlength=4), FOUR.tolist())
     pairs = np.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
     result = scipy.stats.chisquare(pairs, (DRAWS - 1) * np.outer(FOUR, FOUR).ravel())
@@ -313,7 +335,7 @@ def test_logprobs_are_the_models_own() -> None:
     logits = rng.normal(0, 10, (3, 300)).astype(np.float32)
     logits[:, 290:] = -np.inf
     rows = [Sampling(temperature=2.0, top_k=50, logit_bias={5: 3.0}, seed=s) for s in range(3)]
-    token, _, _, (chosen, top_ids, top) = choose_rows(logits, rows, top_logprobs=20)
+    token, _, _, (chosen, top_ids, top) = choose_rows(logits, rows, top=20)
     exact = log_softmax(logits)
     assert top_ids.shape == top.shape == (3, 20)
     np.testing.assert_allclose(chosen, exact[np.arange(3), token], rtol=1e-6, atol=1e-6)
@@ -323,7 +345,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_no_logprobs_unless_asked_for() -> None:
     assert choose_rows(np.log(FOUR)[None], [Sampling()]).logprobs is None
-    logprobs = choose_rows(np.log(FOUR)[None], [Sampling()], logprobs=True).logprobs
+    logprobs = choose_rows(np.log(FOUR)[None], [Sampling()], top=0).logprobs
     assert (logprobs.top_ids == -1).all() and (logprobs.top == -np.inf).all()
     assert logprobs.chosen[0] == pytest.approx(math.log(0.5), rel=1e-6)
 

@@ -16,10 +16,10 @@ import torch
 from transformers import GenerationConfig
 
 from pallas_kernels.sample_tokens.reference import gumbel
-from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.sampling import Sampling
 from tests import transformers_reference
 from tests.golden_cases import odd_config
-from tests.test_sampling import choose, counts, keep
+from tests.test_sampling import choose_rows, columns, counts, keep
 from tests.tiny_checkpoints import random_parameters
 
 pytestmark = pytest.mark.live
@@ -94,13 +94,11 @@ def test_draws_are_those_from_transformers_scores(
             for i, row in enumerate(rows)
         ]
     )
-    plan, params = plan_rows(rows, VOCAB)
+    tokens, asked = counts(prompts, answers, VOCAB), columns(rows)
     for step in range(5):
-        steps = jnp.full(ROWS, step, jnp.int32)
-        tokens = counts(prompts, answers, VOCAB) if plan.penalties else None
-        ours = choose(jnp.asarray(logits), params, tokens, steps, plan, valid_tokens=VOCAB).token
+        ours = choose_rows(logits, rows, tokens=tokens, step=step).token
         ids = jnp.broadcast_to(jnp.arange(VOCAB), theirs.shape)
-        noise = gumbel(params.settings.seed, steps, ids)
+        noise = gumbel(asked.seed, jnp.full(ROWS, step, jnp.int32), ids)
         np.testing.assert_array_equal(ours, (theirs + np.asarray(noise)).argmax(axis=1))
 
 
@@ -111,8 +109,7 @@ def test_filters_keep_what_transformers_keeps(
 ) -> None:
     rows = draw_rows(names, seed)
     logits = np.random.default_rng([seed, 1]).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
-    _, params = plan_rows(rows, VOCAB)
-    ours = np.asarray(keep(jnp.asarray(logits), params))
+    ours = np.asarray(keep(jnp.asarray(logits), columns(rows)))
     theirs = [their_scores(reference, row, [0], x) for row, x in zip(rows, logits, strict=True)]
     np.testing.assert_array_equal(ours, np.stack(theirs))
     assert 1 < np.isfinite(ours).sum(axis=1).mean() < VOCAB
@@ -122,7 +119,6 @@ def test_filters_keep_what_transformers_keeps(
 def test_top_k_keeps_the_ties_transformers_keeps(reference: object, seed: int) -> None:
     rows = draw_rows(["top_k"], seed)
     logits = np.random.default_rng([seed, 1]).integers(0, 6, (ROWS, VOCAB)).astype(np.float32)
-    _, params = plan_rows(rows, VOCAB)
-    ours = np.asarray(keep(jnp.asarray(logits), params))
+    ours = np.asarray(keep(jnp.asarray(logits), columns(rows)))
     theirs = [their_scores(reference, row, [0], x) for row, x in zip(rows, logits, strict=True)]
     np.testing.assert_array_equal(ours, np.stack(theirs))

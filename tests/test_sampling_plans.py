@@ -4,49 +4,73 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from qwen_jax.engine.sampling import Plan, RowParameters, Sampling, plan_rows
+from pallas_kernels.sample_tokens import settings
+from pallas_kernels.sample_tokens.mosaic_gpu import MOST_TOP
+from qwen_jax.engine.sampling import Plan, Sampling, check_bias, settings_of
+from qwen_jax.engine.steps import FIELDS, FRESH, Rows, _unpacked, pack_rows
 from qwen_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("settings", "needs"),
+    ("settings", "sampled"),
     [
-        ({}, ""),
-        ({"seed": 3, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, ""),  # greedy looks at none of it
-        ({"temperature": 0.1}, "draws"),
-        ({"temperature": 1, "top_k": 1, "top_p": 0.9, "min_p": 0.1}, "draws"),  # as data
-        ({"repetition_penalty": 1.1}, "penalties"),
-        ({"presence_penalty": -1}, "penalties"),
-        ({"frequency_penalty": 0.1}, "penalties"),
-        ({"logit_bias": {0: 1.0}}, "bias"),
+        ({}, False),
+        # Greedy looks at none of it.
+        ({"seed": 3, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, False),
+        ({"temperature": 0.1}, True),
+        ({"temperature": 1, "top_k": 1, "top_p": 0.9, "min_p": 0.1}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": -1}, True),
+        ({"frequency_penalty": 0.1}, True),
+        ({"logit_bias": {0: 1.0}}, True),
     ],
     ids=str,
 )
-def test_a_plan_has_what_some_row_needs(settings: dict[str, Any], needs: str) -> None:
-    plan, _ = plan_rows([Sampling(), Sampling(**settings)], 4)
-    assert {name for name in Plan._fields if getattr(plan, name)} == set(needs.split())
-    assert hash(plan) == hash(plan_rows([Sampling(**settings), Sampling()], 4)[0])
+def test_a_plan_has_what_some_row_needs(settings: dict[str, Any], sampled: bool) -> None:
+    """There are two: one row that asks for something is enough for all that any may ask for."""
+    rows = [(Sampling(), None), (Sampling(**settings), None)]
+    expected = Plan(True, 20) if sampled else Plan()
+    assert Plan.of(rows, 100) == Plan.of(rows[::-1], 100) == expected
+    assert hash(Plan.of(rows, 100)) == hash(expected)
 
 
 def test_plan_of_logprobs() -> None:
-    """One program for any number up to 20."""
-    for asked in ({"logprobs": True}, {"top_logprobs": 3}, {"top_logprobs": 20}):
-        assert plan_rows([Sampling()], 151_936, **asked)[0] == Plan(logprobs=20)
-    assert plan_rows([Sampling()], 50, top_logprobs=30)[0] == Plan(logprobs=30)
+    """One program for any number up to 20, one for what the kernel has room for, one for all."""
+    for asked in (0, 1, 20):
+        assert Plan.of([(Sampling(), None), (Sampling(), asked)], 151_936) == Plan(True, 20)
+    for asked in (21, MOST_TOP):
+        assert Plan.of([(Sampling(), 3), (Sampling(), asked)], 151_936) == Plan(True, MOST_TOP)
+    for asked in (MOST_TOP + 1, 151_936, 10**6):
+        assert Plan.of([(Sampling(), asked)], 151_936) == Plan(True, 151_936)
+    # A vocabulary that ends before.
+    assert Plan.of([(Sampling(), 61)], 61) == Plan(True, MOST_TOP)
 
 
-def test_every_setting_has_its_column() -> None:
+def test_every_setting_has_its_number() -> None:
     row = Sampling(0.5, 3, 0.7, 0.1, 1.2, 0.3, 0.4, {1: 2.0}, seed=2**32 - 1)
-    params: RowParameters = plan_rows([row], 4, top_logprobs=2)[1]
-    columns = [np.asarray(x).item() for x in params.settings]
-    floor = math.log(0.1)
-    assert columns == pytest.approx(
-        [0.5, 3, 1 - 0.7, floor, 1.2, 0.3, 0.4, 1, 0, 2**32 - 1, 2], rel=1e-6
+    numbers = [np.asarray(x).item() for x in settings_of(row, 2)]
+    assert numbers == pytest.approx(
+        [0.5, 3, 1 - 0.7, math.log(0.1), 1.2, 0.3, 0.4, 1, 0, 2**32 - 1, 2], rel=1e-6
     )
-    np.testing.assert_array_equal(params.bias, [[0, 2, 0, 0]])
+    assert np.asarray(settings_of(Sampling(), None).logprobs).item() == -1
+    assert np.asarray(settings_of(Sampling(), 0).logprobs).item() == 0
+
+
+def test_rows_are_read_as_they_were_packed() -> None:
+    """In one array of int32 with float32 and uint32 numbers among them, bit for bit."""
+    own = settings(2, temperature=[0.3, 0], seed=[2**32 - 1, 7], min_p=[0, 0.5], top_p=[1, 0.1])
+    rows = Rows(*(np.arange(2, dtype=np.int32) + 10 * i for i in range(7)), own)
+    packed = pack_rows(rows)
+    assert packed.shape == (2, FIELDS) and packed.dtype == np.int32
+    assert (packed[:, FRESH] == rows.fresh).all()
+    back = jax.jit(_unpacked)(packed)
+    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(rows), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def refusal(**settings: Any) -> str:
@@ -80,13 +104,7 @@ def test_impossible_settings_are_refused(name: str, value: Any) -> None:
 def test_a_biased_token_outside_the_vocabulary_is_refused() -> None:
     for token in (-1, 4):
         with pytest.raises(UserError, match=f"names token {token}, but the vocabulary has 4"):
-            plan_rows([Sampling(), Sampling(logit_bias={token: 1.0})], 4)
-
-
-@pytest.mark.parametrize("top", [-1, 5])
-def test_more_top_logprobs_than_tokens_are_refused(top: int) -> None:
-    with pytest.raises(UserError, match=f"top_logprobs is {top}, but"):
-        plan_rows([Sampling()], 4, top_logprobs=top)
+            check_bias(Sampling(logit_bias={token: 1.0}), 4)
 
 
 @pytest.mark.parametrize(

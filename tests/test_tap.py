@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen_jax.model.cache import KVCache
+from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.decoder import Qwen2
 from qwen_jax.model.tap import intervening, recording, tap, watched
 from tests.engines import device_parameters, random_tokens, relative
@@ -41,7 +41,7 @@ def run() -> Run:
 
     def logits(state: nnx.State) -> jax.Array:
         model = nnx.merge(graph, state)
-        cache = KVCache.create(CONFIG, 1, 64, jnp.dtype(jnp.float32))
+        cache = Cache.create(CONFIG, 1, 64, jnp.dtype(jnp.float32))
         return model.logits(model(tokens, cache, start, lengths)[0])
 
     def recorded(state: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -79,7 +79,7 @@ def test_scores_and_probabilities_equal_float64(run: Run) -> None:
         scores = np.einsum("tnh,snh->tns", q, k) / np.sqrt(CONFIG.head_dim)
         ours = np.asarray(record[f"layers.{i}.attn_scores"][0])
         probs = np.asarray(record[f"layers.{i}.attn_probs"][0])
-        assert ours.shape == probs.shape == (LENGTH, CONFIG.num_heads, 64)
+        assert ours.shape == probs.shape == (LENGTH, CONFIG.num_heads, PAGE)
         seen = np.broadcast_to(causal, scores.shape)
         assert (
             np.isneginf(ours[..., :LENGTH][~seen]).all() and np.isneginf(ours[..., LENGTH:]).all()
@@ -153,7 +153,7 @@ def test_an_intervention_reaches_the_logits(run: Run) -> None:
     graph, state = nnx.split(model)
 
     def logits(state: nnx.State) -> jax.Array:
-        cache = KVCache.create(CONFIG, 1, 64, jnp.dtype(jnp.float32))
+        cache = Cache.create(CONFIG, 1, 64, jnp.dtype(jnp.float32))
         model = nnx.merge(graph, state)
         return model.logits(model(tokens, cache, start, lengths)[0])
 

@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model.cache import KVCache
+from qwen_jax.model.cache import Cache
 from qwen_jax.model.decoder import Parameters, Qwen2
 from tools import demo_gguf, demo_rows, eval_demo
 from tools.demo_corpus import chats, word_source
@@ -106,7 +106,7 @@ def answer_loss(config: ModelConfig, params: Parameters, batch: Batch) -> Float[
         implementation="xla",
         look_up=functools.partial(look_up, params["embed"]),
     )
-    cache = KVCache.create(config, rows, length, jnp.dtype(jnp.float32))
+    cache = Cache.create(config, rows, length, jnp.dtype(jnp.float32))
     hidden, _ = model(inputs, cache, jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32))
     logits = model.logits(hidden)
     # A comparison and a sum: the gradient of a gather would be in no fixed order.

@@ -94,7 +94,7 @@ def test_the_same_tokens_are_written(
         do_sample=False,
         stop_strings=stops,
         tokenizer=tokenizer,
-        eos_token_id=list(ours.engine.stop_ids),
+        eos_token_id=list(ours.engine.spec.stop_ids),
         pad_token_id=0,
     )[0, len(prompt) :].tolist()
     found = ours.generate("z", raw=True, max_tokens=20, stop=stops)

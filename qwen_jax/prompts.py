@@ -1,5 +1,6 @@
 """Which prompts a config asks for, and how they are to be answered."""
 
+import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def rows(
         except UserError as error:
             raise UserError(f"{item.where}: {error}") from error
         seed = 0 if "seed" in item.own else index * n
-        for sample, seeded in enumerate(api.reseeded([request] * n, seed)):
+        for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, n), seed)):
             yield item, sample, seeded
 
 

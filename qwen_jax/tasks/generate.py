@@ -1,6 +1,7 @@
 """`run.py generate`: one prompt streamed to stdout, or a file of prompts as JSON lines."""
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -144,7 +145,8 @@ def load(config: ConfigDict, expected: Expected | None = None) -> Model:
 def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) -> None:
     """Streams one sample as it comes; several samples are printed one after another."""
     request = model.request(item.prompt, **item.options)
-    generation = model.run(api.reseeded([request] * config.n), config.top_logprobs)
+    requests = api.reseeded(itertools.repeat(request, config.n))
+    generation = model.run(requests, config.top_logprobs)
     ended: dict[int, Completion] = {}
     try:
         for piece in summary.follow(generation):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,3 +92,17 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the model was loaded")
 
     monkeypatch.setattr("qwen_jax.api.load", load)
+
+
+def interrupts_at(monkeypatch: pytest.MonkeyPatch, program: str, call: int) -> None:
+    """Ctrl-C comes just before a program of the engine is called for so many times."""
+    from qwen_jax.engine import steps
+
+    real, calls = getattr(steps, program), itertools.count(1)
+
+    def interrupted(*args: object) -> object:
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(steps, program, interrupted)

@@ -1,6 +1,5 @@
 """Ctrl-C at every stage."""
 
-import itertools
 import json
 import signal
 import subprocess
@@ -11,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import interrupts
-from qwen_jax.engine import steps
 from qwen_jax.weights import loader
-from tests.cli.conftest import HAIKU, Result, Run
+from tests.cli.conftest import HAIKU, Result, Run, interrupts_at
 
 
 def test_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -23,18 +21,6 @@ def test_while_loading(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     result = run(f"--prompt_file={path}", f"--output={output}")
     assert result == Result(130, "", "interrupted\n")
     assert not output.exists()
-
-
-def interrupts_at(monkeypatch: pytest.MonkeyPatch, program: str, call: int) -> None:
-    """Ctrl-C comes just before a program of the engine is called for so many times."""
-    real, calls = getattr(steps, program), itertools.count(1)
-
-    def interrupted(*args: object) -> object:
-        if next(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(steps, program, interrupted)
 
 
 @pytest.mark.usefixtures("loaded")

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from qwen_jax import api
-from qwen_jax.engine import memory
+from qwen_jax.engine import memory, steps
 from qwen_jax.weights import loader
-from tests.cli.conftest import BUNDLED, REPOSITORY, Result
+from tests.cli.conftest import BUNDLED, REPOSITORY, Result, Run, interrupts_at
 from tests.fake_hub import FakeHub
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
 
@@ -119,12 +119,21 @@ def test_weights_that_do_not_fit(
 def test_a_cache_that_does_not_fit(
     refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refuses(["--n=100000"], "100000 texts of up to", "lower n")
-    # Before a request is made for each, which would take minutes.
-    refuses(["--n=2000000000"], "2000000000 texts of up to", "lower n")
     # Read where it is known, as of an accelerator.
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    refuses([], "1 texts of up to", "1.0 kB free")
+    refuses(["--slots=1"], "There is no room for keys and values", "1.0 kB free")
+    # Half of it is for the cache: one page, of 128 tokens.
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**6)
+    refuses(["--slots=1"], "A text of ", "there is room for 128 tokens", "lower max_tokens")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_samples_that_nobody_could_wait_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked for as slots come free, not made before the first, which would take minutes
+    and all memory."""
+    interrupts_at(monkeypatch, "step", 3)
+    result = run("--n=2000000000", "--temperature=1")
+    assert result.code == 130 and result.out.count("--- sample") < 100
 
 
 @pytest.mark.parametrize("platform", ["nonsense", "cuda"])
@@ -141,13 +150,13 @@ def test_no_device(platform: str) -> None:
 
 @pytest.mark.usefixtures("loaded")
 def test_out_of_memory_on_the_device(
-    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch, loaded: api.Model
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*args: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating")
 
-    monkeypatch.setattr(loaded.engine, "prefill", exhausted)
-    refuses([], "ran out of memory (RESOURCE_EXHAUSTED: Out of memory); lower n")
+    monkeypatch.setattr(steps, "extend", exhausted)
+    refuses([], "ran out of memory (RESOURCE_EXHAUSTED: Out of memory); lower slots")
 
 
 def test_nothing_is_written_into_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ import torch
 import transformers
 
 from benchmarks.random_model import SIZES
-from qwen_jax.engine.engine import Engine, Prompt
-from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.scheduler import Scheduler, Text
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 
 PROMPT, STEPS = 512, 64
@@ -59,18 +59,23 @@ class Ours:
     def __init__(self, directory: Path):
         checkpoint = open_checkpoint(directory)
         self.engine = Engine(checkpoint.config, load_parameters(checkpoint, jnp.float32))
-        self.plan, self.params = plan_rows([Sampling()], checkpoint.config.vocab_size)
 
     def prefill(self, tokens: list[int]) -> None:
-        prompt = Prompt(tokens, STEPS + 1)
-        self.rows, emitted = self.engine.prefill([prompt], self.plan, self.params)
-        self.chosen = [int(emitted.choice.token[0])]
+        self.scheduler = Scheduler(self.engine)
+        self.chosen: list[int] = []
+        # Enough for the calls of some steps that hold so many.
+        self.scheduler.add(Text(tokens, STEPS + 1 + self.engine.shapes.steps))
+        while not self.chosen:
+            self._turn()
+
+    def _turn(self) -> None:
+        self.chosen += [token for news in self.scheduler.turn() for token in news.tokens]
 
     def decode(self) -> list[int]:
-        for _ in range(STEPS // 4):  # four steps a chunk, as run.py does on a CPU
-            self.rows, emitted = self.engine.decode_many(self.rows, self.params, self.plan, 4)
-            self.chosen += np.asarray(emitted.choice.token[:, 0]).tolist()
-        return self.chosen
+        while len(self.chosen) < STEPS + 1:
+            self._turn()
+        self.scheduler.close()
+        return self.chosen[: STEPS + 1]
 
 
 class Theirs:

@@ -1,9 +1,9 @@
 """What an experiment costs besides running the model, and whether its memory stays constant.
 
 A sweep of 200 points of the bundled model, each 16 haiku: how much of the wall time, from the start
-of the process to its end, is neither execution nor compilation. Execution is the engine's two
-functions, from the call until the device has the result; what the host does between two of them,
-such as turning ids into text and writing records, is not. Then a point with 100,000 prompts:
+of the process to its end, is neither execution nor compilation. Execution is the engine's programs,
+from the call until the device has the result; what the host does between two of them, such as
+turning ids into text and writing records, is not. Then a point with 100,000 prompts:
 resident memory while they stream through.
 
     python -m benchmarks.experiment_overhead [--prompts 100000]
@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 
+from qwen_jax.engine import steps
 from qwen_jax.engine.memory import compile_seconds
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.experiments.tasks.generate import Generate
@@ -35,7 +36,7 @@ from qwen_jax.settings import get_config as defaults
 def get_config():
     config = defaults()
     config.prompt_file = {prompts!r}
-    config.batch_size, config.max_tokens, config.raw = {batch_size}, {max_tokens}, {raw}
+    config.slots, config.max_tokens, config.raw = {slots}, {max_tokens}, {raw}
     config.experiment.task = "benchmarks.experiment_overhead:Timed"
     return config
 def get_sweep():
@@ -50,13 +51,13 @@ class Timed(Generate):
     """The task `generate`, with a clock around the engine."""
 
     def run(self, work: Work) -> Metrics:
-        engine: Any = work.model().engine
         self.seconds = 0.0
-        engine.prefill, engine.decode_many = map(self._timed, (engine.prefill, engine.decode_many))
+        programs = {name: getattr(steps, name) for name in ("extend", "step", "insert")}
+        vars(steps).update({name: self._timed(program) for name, program in programs.items()})
         try:
             metrics = super().run(work)
         finally:
-            del engine.prefill, engine.decode_many
+            vars(steps).update(programs)
         return metrics | {"engine_seconds": self.seconds}
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +83,7 @@ def overhead(folder: Path) -> dict[str, float]:
     prompts = folder / "prompts.txt"
     words = ["river", "lantern", "snow", "fern", "crow", "moss", "tide", "dust"] * 2
     prompts.write_text("".join(f"Write a haiku that contains the word {w}.\n" for w in words))
-    fields = {"batch_size": 16, "max_tokens": 64, "raw": False, "temperatures": 10, "seeds": 20}
+    fields = {"slots": 16, "max_tokens": 64, "raw": False, "temperatures": 10, "seeds": 20}
     argv, workdir = command(folder, prompts=str(prompts), **fields)
     start = time.perf_counter()
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -109,7 +110,7 @@ def memory(folder: Path, count: int) -> list[tuple[int, float]]:
     with prompts.open("w") as file:
         for number in range(count):
             file.write(json.dumps({"id": f"prompt {number}", "prompt": f"rain {number}"}) + "\n")
-    fields = {"batch_size": 128, "max_tokens": 1, "raw": True, "temperatures": 1, "seeds": 1}
+    fields = {"slots": 128, "max_tokens": 1, "raw": True, "temperatures": 1, "seeds": 1}
     argv, workdir = command(folder, prompts=str(prompts), **fields)
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     outputs, position, answers = workdir / "outputs.jsonl", 0, 0

@@ -1,4 +1,4 @@
-"""Prefill speed through `engine.prefill`, first token included, on random weights.
+"""Prefill speed through the scheduler, first token included, on random weights.
 
 python -m benchmarks.gpu_prefill --size=0.5b --lengths=512,2048,8192,32000
 """
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_decode import random_parameters
+from benchmarks.gpu_requests import run
 from benchmarks.random_model import SIZES
-from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import peak_memory
-from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.scheduler import Text
 from qwen_jax.engine.weights import prepare
 
 
@@ -34,7 +35,6 @@ def main() -> None:
     drawn = random_parameters(config, dtype, seed=time.time_ns() % 2**31)
     packed = prepare(config, drawn, dtype, args.implementation)
     engine = Engine(config, packed, implementation=args.implementation)
-    plan, numbers = plan_rows([Sampling()], config.vocab_size)
     rng = np.random.default_rng()
     weights = config.num_parameters * dtype.itemsize
     record: dict[str, object] = {"benchmark": "gpu_prefill", **vars(args)}
@@ -44,13 +44,10 @@ def main() -> None:
     for length in map(int, args.lengths.split(",")):
         seconds = []
         for turn in range(args.rounds + 1):
-            prompt = Prompt(rng.integers(0, config.vocab_size, length).tolist(), 16)
-            start = time.perf_counter()
-            rows, emitted = engine.prefill([prompt], plan, numbers)
-            jax.block_until_ready(emitted)
-            del rows
+            text = Text(rng.integers(0, config.vocab_size, length).tolist(), 1)
+            taken = run(engine, [text])
             if turn:  # the first compiles
-                seconds.append(time.perf_counter() - start)
+                seconds.append(taken)
         rate, peak = length / median(seconds), peak_memory()[1]
         print(
             f"{length:>8}{rate:>12,.0f}{median(seconds) * 1e3:>10.1f}{peak / 1e9:>10.2f}",

@@ -6,13 +6,17 @@
 again, and in other orders, in one process. Beside it what it could take: the prompts' tokens at the
 rate of prompts alone, and the answers' at the rate of 64 rows of equal texts, both measured here
 through the same programs. The seed of the lengths is fixed; tokens and weights are drawn afresh.
-Ends with one line of JSON.
+
+`--few_shot`: 1,000 questions of 30 tokens behind one beginning of 2,000, answers of 8, and the same
+where each begins with a token of its own. `--varied`: 2,000 requests that ask for anything, with
+the device's memory and the number of programs before and after. Ends with one line of JSON.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,9 +79,78 @@ def ideal(engine: Engine, prompt_tokens: int, answer_tokens: int) -> tuple[float
     return prompts, answers, prompt_tokens / prompts + answer_tokens / answers
 
 
+def few_shot(engine: Engine) -> dict[str, float]:
+    """Seconds behind one beginning, and without what they share."""
+    rng, vocab = np.random.default_rng(), engine.config.vocab_size
+    beginning = rng.integers(0, vocab, 2000).tolist()
+
+    def texts(shared: bool) -> list[Text]:
+        found = []
+        for number in range(1000):
+            own = [] if shared else [number]
+            question = rng.integers(0, vocab, 30).tolist()
+            found.append(Text([*own, *beginning, *question], 8))
+        return found
+
+    shared, apart = texts(True), texts(False)
+    seconds = {"shared": run(engine, shared), "apart": run(engine, apart)}
+    computed = sum(text.entering - text.shared_tokens for text in shared)
+    print(
+        f"few-shot: {seconds['shared']:.2f} s shared ({computed} prompt tokens computed), "
+        f"{seconds['apart']:.2f} s apart",
+        flush=True,
+    )
+    return seconds
+
+
+def varied(engine: Engine, count: int = 2000) -> list[list[float]]:
+    """Memory in use and programs compiled, before and after each half."""
+    rng, vocab = np.random.default_rng(), engine.config.vocab_size
+
+    def text() -> Text:
+        asked: dict[str, Any] = {
+            "temperature": float(rng.uniform(0.1, 2)),
+            "top_k": int(rng.integers(1, 200)),
+            "top_p": float(rng.uniform(0.1, 1)),
+            "min_p": float(rng.uniform(0, 0.5)),
+            "repetition_penalty": float(rng.uniform(0.9, 1.3)),
+            "frequency_penalty": float(rng.uniform(-0.5, 0.5)),
+            "logit_bias": {int(token): 1.0 for token in rng.integers(0, vocab, 3)},
+        }
+        chosen = {name: value for name, value in asked.items() if rng.random() < 0.3}
+        top = int(rng.integers(0, 21)) if rng.random() < 0.2 else None
+        tokens = rng.integers(0, vocab, int(rng.integers(1, 900))).tolist()
+        return Text(tokens, int(rng.integers(1, 60)), Sampling(**chosen), top)
+
+    def state() -> list[float]:
+        stats = jax.devices()[0].memory_stats() or {}
+        programs = sum(program._cache_size() for program in PROGRAMS.values())
+        return [stats.get("bytes_in_use", 0) / 1e9, host_memory() / 1e9, programs]
+
+    states = [state()]
+    for _ in range(4):
+        # In batches of every size, as they come from different callers.
+        left = [text() for _ in range(count // 4)]
+        while left:
+            size = int(rng.integers(1, 100))
+            run(engine, left[:size])
+            del left[:size]
+        states.append(state())
+    print(f"varied: device GB, host GB, programs after each quarter: {states}", flush=True)
+    return states
+
+
+def host_memory() -> int:
+    """Bytes of this process that are in memory and no file's."""
+    with Path("/proc/self/status").open() as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["0.5b"])
+    parser.add_argument("--few_shot", action="store_true")
+    parser.add_argument("--varied", action="store_true")
     parser.add_argument("--count", type=int, default=384)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--orders", type=int, default=2)
@@ -102,6 +175,10 @@ def main() -> None:
             flush=True,
         )
         figures[size] = {"seconds": taken, "qwen": own, "ideal": rates, "programs": programs}
+        if args.few_shot:
+            figures[size]["few_shot"] = few_shot(engine)
+        if args.varied:
+            figures[size]["varied"] = varied(engine)
         del engine
     record = {"benchmark": "gpu_requests", **vars(args), "figures": figures}
     versions = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}

@@ -76,6 +76,7 @@ def load(
     implementation: str = "auto",
     matmul_precision: str = "highest",
     slots: int | None = None,
+    batch_invariant: bool = False,
     expected: Expected | None = None,
     sha256: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -94,6 +95,8 @@ def load(
         matmul_precision: of float32 products: "highest" never uses TF32, "high" and
             "default" may.
         slots: texts that are generated at the same time; by default 8 on a CPU, 64 elsewhere.
+        batch_invariant: whether a text is, bit for bit, the same whatever runs beside it. It costs
+            nothing where all slots are taken; a text alone then takes as long as all of them.
         expected: what will be asked for: compiled while the weights load. By default each program
             is compiled when it is first needed.
         sha256: what the GGUF file's SHA-256 must be.
@@ -120,6 +123,7 @@ def load(
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
         slots=slots,
+        batch_invariant=batch_invariant,
     )
     layout = Layout.of(config, parameter_dtype, platform, loaded=False, **options)
     try:

@@ -72,5 +72,5 @@ def _text(engine: Engine, context: Sequence[int], continuation: Sequence[int]) -
             f"A text to be scored has tokens from {min(tokens)} to {max(tokens)}, but "
             f"{config.source} has tokens 0 to {config.vocab_size - 1}."
         )
-    engine.check_fits(len(tokens))
+    engine.check_fits(len(tokens) - 1)
     return Text(tokens, score_from=len(context))

@@ -50,6 +50,9 @@ def get_config() -> ConfigDict:
             "n": 1,
             # Texts that are generated at the same time; by default what suits the device.
             "slots": placeholder(int),
+            # Whether a text is, bit for bit, the same whatever runs beside it; by default only in
+            # experiments, where a run that was cut short must come out as if it hadn't been.
+            "batch_invariant": placeholder(bool),
             # JSON lines: of a prompt file's answers, instead of stdout; as they finish, or in the
             # file's order.
             "output": placeholder(str),
@@ -180,6 +183,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "stop_ids": ("stop_ids", "Ids of tokens that end the answer, as in 13,198."),
     "n": ("n", "Samples of each prompt."),
     "slots": ("slots", "Texts generated at the same time; by default 8 on a CPU, 64 on a GPU."),
+    "batch_invariant": (
+        "batch_invariant",
+        "Texts are the same, bit for bit, whatever runs beside them; experiments' always are.",
+    ),
     "output": ("output", "Where the answers to a prompt file go, as JSON lines."),
     "ordered": ("ordered", "Write answers in the order of the prompts, not as they finish."),
     "top_logprobs": ("top_logprobs", "Report log-probabilities, and this many of the likeliest."),

@@ -139,11 +139,17 @@ def test_memory_that_fits_and_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
         "weights 988.2 MB",
         "cache, 1,024 tokens 12.6 MB",
         "cache, whole context 402.7 MB (32768 tokens)",
-        f"fits: {(10**10 - weights) // 12288:,} tokens of cache, 22 whole contexts",
+        "cache, 8 slots 402.7 MB (32768 tokens, 1 whole context)",
     ]
-    monkeypatch.setattr(memory, "free_memory", lambda: 10**9)
+    *_, many = inspect.memory_lines(config, dtype, 64)
+    assert " ".join(many.split()) == "cache, 64 slots 805.3 MB (65536 tokens, 2 whole contexts)"
+    # Half of what the weights leave, in sixteenths of a power of two of pages.
+    monkeypatch.setattr(memory, "free_memory", lambda: weights + 10**8)
     *_, fits = inspect.memory_lines(config, dtype)
-    assert fits.endswith("less than one whole context")
+    assert 5 * 10**7 // (128 * 12288) == 31 and "(3840 tokens, less than a whole" in fits
+    monkeypatch.setattr(memory, "free_memory", lambda: weights + 10**6)
+    *_, fits = inspect.memory_lines(config, dtype)
+    assert fits == "does not fit: the weights leave no room for keys and values"
     monkeypatch.setattr(memory, "free_memory", lambda: 9 * 10**8)
     *_, fits = inspect.memory_lines(config, dtype)
     assert fits == "does not fit: the weights alone need 88.2 MB more"

@@ -163,7 +163,7 @@ def test_a_cache_of_another_dtype_is_refused() -> None:
     _, packed = plain_and_packed(CONFIG)
     spec = Engine(CONFIG, packed).spec
     cache, one = Cache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16)), jnp.ones(1, jnp.int32)
-    with pytest.raises(ValueError, match="the cache is float16, the weights are float32"):
+    with pytest.raises(ValueError, match="the pages are float16, the weights are float32"):
         packed.forward(spec, 1)(one, cache, one, one > 0)
 
 

@@ -25,8 +25,8 @@ class Expected:
 
     Attributes:
         name: "keys of layer 3", "values of layer 3" or "logits".
-        value: [T, K, H], slot by slot, or [T, V], position by position; rows that nothing is
-            known of are NaN.
+        value: [T, K, H], slot by slot, or [P, V], after every so many positions; rows that nothing
+            is known of are NaN.
     """
 
     name: str
@@ -36,12 +36,17 @@ class Expected:
 
 
 def forward(
-    source: Source, entries: Entries, arithmetic: Arithmetic, used: Int[np.ndarray, "V"]
+    source: Source,
+    entries: Entries,
+    arithmetic: Arithmetic,
+    used: Int[np.ndarray, "V"],
+    every: int,
 ) -> Iterator[Expected]:
     """What the slots of the text hold, layer by layer, then the log-probabilities after it.
 
     Args:
-        used: tokens in use; log-probabilities are over these.
+        used: tokens in use; log-probabilities are over these,
+        every: and after positions that are a multiple of this.
     """
     config = source.config
     plain = Context(config, Calls.of([len(entries.tokens)]), entries.tokens)
@@ -91,8 +96,9 @@ def forward(
                     stored = error + arithmetic.cache * np.abs(value)
                     yield Expected(f"{what} of layer {layer}", layer, value, stored)
         stream = held["ffn_residual"]
-    known = entries.output >= 0
-    rows = entries.output[known]
+    output = entries.output[::every]
+    known = output >= 0
+    rows = output[known]
     last = run("final_norm", [stream[0][rows]], [stream[1][rows]], outer)
     value, error = run("logits", [last[0]], [last[1]], outer)
     value, error = _log_softmax(value[:, used], error[:, used])

@@ -22,18 +22,23 @@ class Shown:
     """What an engine shows of one row.
 
     Attributes:
-        logits: log-probabilities after each position, NaN where the engine shows none.
+        logits: log-probabilities after every so many positions, NaN where the engine shows none.
         keys, values: of each layer, what the slots of the text hold at the end.
     """
 
-    logits: Float[np.ndarray, "T V"]
+    logits: Float[np.ndarray, "P V"]
     keys: Float[np.ndarray, "L T K H"]
     values: Float[np.ndarray, "L T K H"]
 
 
-def run(engine: Engine, scenario: Scenario, used: Int[np.ndarray, "V"]) -> list[Shown]:
-    """Every row of a scenario; log-probabilities are of the tokens in use."""
-    through = _Run(engine, scenario, used)
+def run(engine: Engine, scenario: Scenario, used: Int[np.ndarray, "V"], every: int) -> list[Shown]:
+    """Every row of a scenario.
+
+    Args:
+        used: tokens in use; log-probabilities are of these,
+        every: and after positions that are a multiple of this.
+    """
+    through = _Run(engine, scenario, used, every)
     for parts in scenario.calls:
         if parts[0].decode:
             through.step(parts)
@@ -50,15 +55,17 @@ class _Run:
         fresh: rows that have not begun to decode.
     """
 
-    def __init__(self, engine: Engine, scenario: Scenario, used: Int[np.ndarray, "V"]):
-        self.engine, self.scenario, self.used = engine, scenario, used
+    def __init__(self, engine: Engine, scenario: Scenario, used: Int[np.ndarray, "V"], every: int):
+        self.engine, self.scenario, self.used, self.every = engine, scenario, used, every
         pages = create_pages(engine.config, POOL, engine.spec.cache)
         self.pages = jnp.full_like(pages, jnp.nan) if scenario.poisoned else pages
         slots = max(engine.shapes.slots, *(1 + row.slot for row in scenario.rows))
         self.state = State.create(slots)
         self.extras: Extras | None = Extras.create(slots, engine.config.vocab_size)
         self.fresh = set(range(len(scenario.rows)))
-        self.logits = [np.full((len(row.tokens), len(used)), np.nan) for row in scenario.rows]
+        self.logits = [
+            np.full((len(row.tokens[::every]), len(used)), np.nan) for row in scenario.rows
+        ]
 
     def _tables(self, numbers: list[int], rows: int) -> Int[np.ndarray, "R n"]:
         tables = np.zeros((rows, WIDTH), np.int32)
@@ -83,11 +90,13 @@ class _Run:
             self.pages = steps.extend(*given)
             return
         self.pages, found = steps.logits(*given)
-        for part, logits in zip(parts, np.asarray(found).astype(np.float64), strict=False):
-            x = logits[: part.length, self.used]
+        for part, logits in zip(parts, np.asarray(found), strict=False):
+            at = np.arange(part.start, part.start + part.length)
+            kept = at % self.every == 0
+            x = logits[: part.length][kept][:, self.used].astype(np.float64)
             top = x.max(axis=-1, keepdims=True)
             total = np.exp(x - top).sum(axis=-1, keepdims=True)
-            self.logits[part.row][part.start : part.start + part.length] = x - top - np.log(total)
+            self.logits[part.row][at[kept] // self.every] = x - top - np.log(total)
 
     def step(self, parts: tuple[Part, ...]) -> None:
         """One decode step as the scheduler calls it, but for its tokens: they are the text's own,
@@ -124,12 +133,13 @@ class _Run:
         assert emitted.logprobs is not None
         ids, values = emitted.logprobs.top_ids[0], emitted.logprobs.top[0]
         for i, part in enumerate(parts):
-            if part.length == 0 or emitted.token[0, i] == steps.NOT_LIVE:
+            shown = part.length > 0 and emitted.token[0, i] != steps.NOT_LIVE
+            if not shown or part.start % self.every:
                 continue
             found = np.full(self.engine.config.vocab_size, np.nan)
             there = ids[i] >= 0
             found[ids[i][there]] = values[i][there]
-            self.logits[part.row][part.start] = found[self.used]
+            self.logits[part.row][part.start // self.every] = found[self.used]
 
     def shown(self) -> list[Shown]:
         numbers = list(range(len(self.scenario.rows)))

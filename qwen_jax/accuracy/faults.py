@@ -44,7 +44,7 @@ class Fault:
     report: str = ""
     knobs: Callable[[ModelConfig], Sequence[Change]] = lambda config: ()
     parameters: Callable[[Weights, str], Arrays] | None = None
-    slots: Callable[[Array, bool], Array] | None = None
+    slots: Callable[[Array, Array], Array] | None = None
     possible: Callable[[ModelConfig], bool] = always
     area: str = ""
 

@@ -154,7 +154,7 @@ CACHE = area(
             "keys and values of decode steps are not written, and empty slots are read",
             "ggml-org/llama.cpp#27148",
             knobs=turn(held=never_written),
-            slots=lambda start, decode: start + NOWHERE if decode else start,
+            slots=lambda start, decode: start + NOWHERE * decode,
         ),
         Fault(
             "cache_hole",
@@ -162,7 +162,7 @@ CACHE = area(
             "decode steps write one slot late and leave a hole after the prompt",
             "microsoft/onnxruntime-genai#2354",
             knobs=turn(held=hole),
-            slots=lambda start, decode: start + 1 if decode else start,
+            slots=lambda start, decode: start + decode,
         ),
     ),
 )

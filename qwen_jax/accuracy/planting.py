@@ -72,7 +72,8 @@ def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
                 _put(new, f"layers.{layer}.{fused}.{kind}", rows, array)
     wrong = Engine(config, new, slots=engine.shapes.slots)
     # The faults are in what is traced: no program is shared with another engine.
-    wrong.spec = dataclasses.replace(engine.spec, config=config, variant=object())
+    spec = dataclasses.replace(engine.spec, config=config, variant=object())
+    wrong.layout = wrong.layout._replace(spec=spec)
     return wrong
 
 
@@ -107,9 +108,14 @@ class _Intervention:
         elif operation == "cache_slots":
             for one in self._cache_faults(layer):
                 assert one.fault.slots is not None
-                x = one.fault.slots(x, self.seen["positions"].shape[1] == 1)
+                x = one.fault.slots(x, self._calls().decode[0])
         self.seen[name] = x
         return x
+
+    def _calls(self) -> Calls:
+        """Of the call that is traced; padding is none of its tokens."""
+        positions, lengths = self.seen["positions"][0], self.seen["lengths"]
+        return Calls(positions, positions[:1], lengths[:1])
 
     def _cache_faults(self, layer: int | None) -> list[Planted]:
         return [p for p in self.chosen if p.fault.slots and p.covers("attn_scores", layer)]
@@ -123,9 +129,7 @@ class _Intervention:
         )
         if not (self._turned(name, layer) or inherits):
             return x
-        positions, lengths = self.seen["positions"][0], self.seen["lengths"]
-        calls = Calls(positions, positions[:1], lengths[:1])
-        ctx = Context(self.config, calls, self.seen["tokens"][0], knobs, jnp)
+        ctx = Context(self.config, self._calls(), self.seen["tokens"][0], knobs, jnp)
         params: tuple[jax.Array, ...] = ()
         if name in PARAMETRIC:
             arrays = Weights(self.source, layer)[name]

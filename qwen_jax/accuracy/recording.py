@@ -126,7 +126,7 @@ class Recorder:
         """The tensors and logits of every call, one after another through one cache."""
         engine = self.engine
         # Bits depend on how many slots attention takes a turn, but not on what is behind them.
-        capacity = max(len(tokens), min(SLOTS, PAGE * engine.table_width))
+        capacity = max(len(tokens), min(SLOTS, PAGE * engine.layout.table_width))
         cache = Cache.create(engine.config, 1, capacity, engine.spec.cache)
         for call in calls:
             padded = np.zeros((1, call.padded), np.int32)

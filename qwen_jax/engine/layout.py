@@ -24,6 +24,8 @@ class EngineOptions(TypedDict, total=False):
         implementation: "auto", the default, "mosaic_gpu" or "xla".
         slots: texts that are generated at the same time; by default what suits the platform.
         cache_tokens: positions that the cache has room for; by default what is needed, or fits.
+        batch_invariant: whether a text's tokens and log-probabilities are, bit for bit, the same
+            whatever runs beside it: see `shapes_for`. False by default.
     """
 
     stop_ids: Sequence[int]
@@ -33,6 +35,7 @@ class EngineOptions(TypedDict, total=False):
     implementation: str
     slots: int | None
     cache_tokens: int | None
+    batch_invariant: bool
 
 
 class Layout(NamedTuple):
@@ -73,7 +76,7 @@ class Layout(NamedTuple):
             valid_tokens=min(options.get("valid_tokens", config.vocab_size), config.vocab_size),
             unused_ids=tuple(options.get("unused_ids", ())),
         )
-        shapes = shapes_for(platform, options.get("slots"))
+        shapes = shapes_for(platform, options.get("slots"), options.get("batch_invariant", False))
         tokens = options.get("cache_tokens")
         if tokens is None:
             budget = Budget.of(config, dtype)

@@ -41,17 +41,26 @@ class Shapes:
         return next((n for n in self.lengths if tokens <= min(6 * n, page)), page)
 
 
-def shapes_for(platform: str, slots: int | None = None) -> Shapes:
+def shapes_for(platform: str, slots: int | None = None, batch_invariant: bool = False) -> Shapes:
     """Those of a platform, for so many slots; by default as many as it makes good use of.
 
     A GPU's steps take little longer for 64 rows than for one. On a CPU products take longer with
     each row, while what does not depend on their number is done sooner.
+
+    Args:
+        batch_invariant: every step has all slots and every piece of a prompt comes in a call of
+            one size. Products of another size are rounded otherwise; so a text's bits depend on
+            nothing but the text.
     """
     if platform == "cpu":
         slots = slots or 8
-        return Shapes(_up_to(slots, 1), (16, PAGE), (1,), steps=4, ahead=False)
-    slots = slots or 64
-    return Shapes(_up_to(slots, 1, 8), (PAGE,), (1, 4, 16), steps=8, ahead=True)
+        shapes = Shapes(_up_to(slots, 1), (16, PAGE), (1,), steps=4, ahead=False)
+    else:
+        slots = slots or 64
+        shapes = Shapes(_up_to(slots, 1, 8), (PAGE,), (1, 4, 16), steps=8, ahead=True)
+    if not batch_invariant:
+        return shapes
+    return dataclasses.replace(shapes, rows=shapes.rows[-1:], pieces=shapes.pieces[-1:])
 
 
 def _up_to(slots: int, *sizes: int) -> tuple[int, ...]:

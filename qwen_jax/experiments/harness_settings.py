@@ -205,7 +205,7 @@ def positive(name: str, value: Any, most: int | None = None) -> int:
 def check_arguments(given: Iterable[str], own: Iterable[str]) -> None:
     """Raises UserError for a name that is neither `qwen_jax.load`'s nor among the model's own."""
     # The harness has its own name for slots.
-    loads = set(inspect.signature(api.load).parameters) - {"progress", "slots"}
+    loads = set(inspect.signature(api.load).parameters) - {"progress", "slots", "expected"}
     known = sorted({*own, *loads})
     for name in given:
         if name in _FLAGS:

@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -51,6 +52,22 @@ class Choice:
             quantize.check(self.quantization)
 
 
+class Sizes(NamedTuple):
+    """What decides the calls of a model's programs, and can be changed without its weights."""
+
+    slots: int | None
+    batch_invariant: bool
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Sizes":
+        """An experiment is batch-invariant unless its config says otherwise: when it goes on after
+        a kill, other texts run side by side than would have."""
+        return cls(config.slots, config.batch_invariant is not False)
+
+    def are_of(self, engine: Engine) -> bool:
+        return engine.shapes == shapes_for(engine.platform, *self)
+
+
 class Models:
     """Holds one model at a time, so that a sweep over models needs no more memory than one."""
 
@@ -61,17 +78,17 @@ class Models:
 
     def get(self, config: ConfigDict) -> api.Model:
         """A config's model: loaded, unless the last one asked for has the same weights."""
-        choice, slots = Choice.of(config), config.slots
+        choice, sizes = Choice.of(config), Sizes.of(config)
         held, self._held = self._held, None  # Before the next is made: two might not fit.
         if held is None or held[0] != choice:
             del held
-            model = self._load(choice, slots)
-        elif _has(held[1], slots):
+            model = self._load(choice, sizes)
+        elif sizes.are_of(held[1].engine):
             model = held[1]
         else:
             again = remaker(held[1])
             del held
-            model = again(slots)
+            model = again(sizes)
         self._held = choice, model
         return model
 
@@ -86,7 +103,7 @@ class Models:
             self._tokens[key] = model.request(item.prompt, **options).tokens
         return model.request_of(self._tokens[key], options)
 
-    def _load(self, choice: Choice, slots: int | None) -> api.Model:
+    def _load(self, choice: Choice, sizes: Sizes) -> api.Model:
         path: str | Path = choice.model
         if choice.quantization is not None:
             path = quantize.made(api.locate(choice.model), choice.quantization, self._directory)
@@ -96,18 +113,13 @@ class Models:
             dtype=choice.dtype,
             implementation=choice.implementation,
             matmul_precision=choice.matmul_precision,
-            slots=slots,
+            **sizes._asdict(),
             sha256=None if choice.quantization else choice.sha256,
         )
 
 
-def _has(model: api.Model, slots: int | None) -> bool:
-    engine = model.engine
-    return engine.shapes == shapes_for(engine.platform, slots)
-
-
-def remaker(model: api.Model) -> Callable[[int | None], api.Model]:
-    """What makes the same model with so many slots, and doesn't hold on to this one's cache."""
+def remaker(model: api.Model) -> Callable[[Sizes], api.Model]:
+    """What makes the same model of other sizes, and doesn't hold on to this one's cache."""
     engine, spec = model.engine, model.engine.spec
     make = functools.partial(
         Engine,
@@ -120,4 +132,4 @@ def remaker(model: api.Model) -> Callable[[int | None], api.Model]:
         implementation=spec.implementation,
     )
     tokenizer, recommended = model.tokenizer, model.recommended
-    return lambda slots: api.Model(make(slots=slots), tokenizer, recommended)
+    return lambda sizes: api.Model(make(**sizes._asdict()), tokenizer, recommended)

@@ -10,13 +10,12 @@ from typing import Any
 
 from qwen_jax import api
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.memory import Budget, TooLarge, device, pool_pages, show_bytes
-from qwen_jax.engine.shapes import shapes_for
+from qwen_jax.engine.layout import Layout
+from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
-from qwen_jax.model.cache import PAGE
 from qwen_jax.weights.hub_names import is_hub_name
 
 
@@ -93,13 +92,13 @@ def _size(choice: Choice) -> ModelConfig | None:
 def _memory(point: Point, size: ModelConfig | None) -> int | None:
     if size is None:
         return None
-    dtype, platform = api.dtype_of(point.config.dtype), device().platform
-    budget, slots = Budget.of(size, dtype), shapes_for(platform, point.config.slots).slots
+    dtype, slots = api.dtype_of(point.config.dtype), point.config.slots
+    budget = Budget.of(size, dtype)
     try:
-        pages = pool_pages(size, dtype, slots, platform, free=budget.free - budget.weights)
+        layout = Layout.of(size, dtype, device().platform, loaded=False, slots=slots)
     except TooLarge:  # The point will fail, and no other with it.
-        pages = 1
-    return budget.weights + pages * PAGE * budget.cache_per_token
+        return budget.weights
+    return budget.weights + layout.cache_tokens * budget.cache_per_token
 
 
 def listed(planned: list[Planned]) -> str:

@@ -134,6 +134,7 @@ def load(config: ConfigDict, expected: Expected | None = None) -> Model:
             implementation=config.implementation,
             matmul_precision=config.matmul_precision,
             slots=config.slots,
+            batch_invariant=bool(config.batch_invariant),
             expected=expected,
             sha256=config.sha256,
             progress=progress,

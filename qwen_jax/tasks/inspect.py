@@ -16,8 +16,8 @@ from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import api, pins, recommended
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
-from qwen_jax.engine.memory import Budget, TooLarge, device, pool_pages, show_bytes
-from qwen_jax.engine.shapes import shapes_for
+from qwen_jax.engine.layout import Layout
+from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.model.cache import PAGE
 from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
@@ -176,14 +176,13 @@ def memory_lines(config: ModelConfig, dtype: jnp.dtype, slots: int | None = None
     if free <= weights:
         yield f"does not fit: the weights alone need {show_bytes(weights - free)} more"
         return
-    platform = device().platform
-    slots = shapes_for(platform, slots).slots
     try:
-        tokens = PAGE * pool_pages(config, dtype, slots, platform, free=free - weights)
+        layout = Layout.of(config, dtype, device().platform, loaded=False, slots=slots)
     except TooLarge:
         yield "does not fit: the weights leave no room for keys and values"
         return
+    tokens, slots = layout.cache_tokens, layout.shapes.slots
     whole = tokens // context
-    holds = f"{whole:,} whole contexts" if whole else "less than one whole context"
+    holds = f"{whole} whole context{'s' * (whole > 1)}" if whole else "less than a whole context"
     size = show_bytes(tokens * each)
     yield f"cache, {f'{slots} slots':<16} {size:>9}  ({tokens} tokens, {holds})"

@@ -91,7 +91,7 @@ def broken() -> Trace:
         return x.at[:, 5:, 3].multiply(1.5)
 
     with intervening(plant):
-        return Recorder(random_engine(CONFIG)).record(TOKENS)
+        return Recorder(random_engine(CONFIG)).record(TOKENS, chunk=len(TOKENS))
 
 
 def test_the_first_fault_is_found_with_its_head_and_position(broken: Trace) -> None:

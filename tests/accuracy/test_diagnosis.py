@@ -15,8 +15,8 @@ from qwen_jax.accuracy.planting import planted
 from qwen_jax.accuracy.trace import Trace, split_name
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
-from tests.accuracy.planted_traces import CASE, diagnosis, source, trace
-from tests.engines import random_engine, relative
+from tests.accuracy.planted_traces import CASE, Once, diagnosis, source, trace
+from tests.engines import random_engine, random_tokens, relative
 
 EXAM = "zero_qkv_bias,rope_interleaved"
 
@@ -55,6 +55,13 @@ def test_cache_and_mask_faults_are_planted_for_real() -> None:
     found = diagnosis("cache_hole@0,sliding_window@1,head_tied")
     assert set(found.named) == {"cache_hole", "sliding_window", "head_tied"}
     assert [c.layers for c in found.causes] == [(0,), (1,), (None,)]
+
+
+def test_a_piece_of_one_token_counts_as_a_decode_step() -> None:
+    with planted(random_engine(CASE.config, CASE.seed), "cache_hole") as engine:
+        tokens = random_tokens(CASE.config, 20)
+        found = diagnose(Once(engine).record(tokens, prompt_length=17, chunk=16), source())
+    assert found.named == ("cache_hole",) and not found.unknown
 
 
 def test_without_the_tensors_in_between_the_span_is_diagnosed() -> None:

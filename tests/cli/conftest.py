@@ -70,10 +70,15 @@ def model() -> api.Model:
 @pytest.fixture
 def loaded(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> api.Model:
     """run.py finds the bundled model loaded, and compiled by earlier tests."""
-    from qwen_jax.experiments.models import remaker
+    from qwen_jax.experiments.models import Sizes, remaker
 
-    def load(*args: object, slots: int | None = None, **kwargs: object) -> api.Model:
-        return model if slots is None else remaker(model)(slots)
+    def load(
+        *args: object,
+        slots: int | None = None,
+        batch_invariant: bool = False,
+        **kwargs: object,
+    ) -> api.Model:
+        return model if slots is None else remaker(model)(Sizes(slots, batch_invariant))
 
     monkeypatch.setattr("qwen_jax.api.load", load)
     return model

@@ -112,9 +112,8 @@ def test_a_prompt_that_is_wrong_further_on(run: Run, tmp_path: Path) -> None:
     path.write_text("\n".join([*good, '{"messages": []}']))
     result = run(f"--prompt_file={path}", f"--output={output}", "--slots=2")
     assert (result.code, result.out) == (2, "")
-    assert result.err.splitlines()[-1] == (
-        f"error: {path}, line 13: the conversation has no messages."
-    )
+    last = result.err.splitlines()[-1]
+    assert last.startswith(f"error: {path}, line 13: the conversation has no messages")
     answers = answers_in(output.read_text())
     assert [a["id"] for a in answers] == list(range(1, len(answers) + 1)) and len(answers) >= 8
 
@@ -150,7 +149,7 @@ def test_in_the_order_of_the_file(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     lengths = [40, 1, 9, 2, 30, 1]
     path.write_text("".join(f'{{"prompt": "moon", "max_tokens": {n}}}\n' for n in lengths))
-    argv = [f"--prompt_file={path}", "--stop_ids=", "--slots=3"]
+    argv = [f"--prompt_file={path}", "--slots=3"]
     loose, strict = (answers_in(run(*argv, *more).out) for more in ((), ("--ordered",)))
     assert [a["id"] for a in strict] == [1, 2, 3, 4, 5, 6] != [a["id"] for a in loose]
     assert sorted(loose, key=lambda a: a["id"]) == strict

@@ -138,7 +138,7 @@ def test_a_config_that_says_how_to_answer(
     ]"""
     chat = (
         "config.experiment.eval.apply_chat_template = True; config.system = 'Be brief.'; "
-        "config.batch_size = 8"
+        "config.slots = 8"
     )
     result = run(*experiment(sweep, evaluates("local_lines", tasks, chat)))
     assert result.code == 1 and "5 finished, 2 failed" in result.out, result
@@ -155,14 +155,14 @@ def test_a_config_that_says_how_to_answer(
     assert {(*line["stop"], *line["stop_ids"]) for line in stopped} == {("e", 7)}
     assert any("e" in line["response"] for line in greedy)
     # The task's two repeats are two draws, and one greedy answer.
-    assert len(greedy) == 3 and [line["repeat"] for line in warm] == [0, 1] * 3
+    assert len(greedy) == 3 and sorted(line["repeat"] for line in warm) == [0] * 3 + [1] * 3
     assert len({line["sampling"]["seed"] for line in warm + other}) == 12
     assert len({line["response"] for line in warm + other}) > 6
-    prompt = greedy[0]["arguments"][0]
-    assert prompt == (
+    # Answers are recorded as they finish.
+    assert (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhaiku: snow<|im_end|>\n"
         "<|im_start|>assistant\nthe"
-    )
+    ) in [line["arguments"][0] for line in greedy]
 
 
 @pytest.mark.usefixtures("loaded")

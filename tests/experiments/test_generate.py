@@ -1,4 +1,4 @@
-"""The task `generate`: answers, scores, and going on in the midst of a batch."""
+"""The task `generate`: answers, scores, and going on in the midst of a point."""
 
 import collections
 import json
@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from qwen_jax import api
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import scores
-from qwen_jax.experiments.tasks.generate import _Tally
+from qwen_jax.experiments.tasks.generate import Tally
 from qwen_jax.generation import Timings
 from qwen_jax.prompts import Item
 from tests.experiments.conftest import lines
@@ -25,14 +26,14 @@ TEMPLATE = "haiku: {word}"
 
 @pytest.fixture
 def haiku(experiment: Callable[..., list[str]], tmp_path: Path) -> list[str]:
-    """Seven words, two samples each, in batches of four: the last one is padded."""
+    """Seven words, two samples each, in four slots."""
     path = tmp_path / "words.jsonl"
     path.write_text("".join(json.dumps({"id": w, "word": w}) + "\n" for w in WORDS))
     return experiment(
         'axis("sampling.temperature", [0.7])',
         f"config.prompt_file = {str(path)!r}; config.experiment.template = {TEMPLATE!r}; "
         "config.experiment.task = 'generate'; config.experiment.scores = ('haiku', 'diversity'); "
-        "config.n = 2; config.batch_size = 4; config.max_tokens = 40",
+        "config.n = 2; config.slots = 4; config.max_tokens = 40",
     )
 
 
@@ -91,7 +92,7 @@ def test_a_bad_prompt_fails_its_point_alone(
     good.write_text('{"prompt": "haiku: snow"}\n')
     bad.write_text('{"prompt": "haiku: snow"}\n{"promt": "haiku: rain"}\n')
     sweep = f'axis("prompt_file", [{str(bad)!r}, {str(good)!r}])'
-    setting = "config.experiment.task = 'generate'; config.max_tokens = 2; config.batch_size = 1"
+    setting = "config.experiment.task = 'generate'; config.max_tokens = 2; config.slots = 1"
     result = run(*experiment(sweep, setting))
     assert result.code == 1 and "1 finished, 1 failed." in result.out
     assert "bad.jsonl, line 2 must have either 'prompt' or 'messages'" in result.out
@@ -124,15 +125,66 @@ def test_templates_that_cannot_be_filled(
     assert result.code == 1 and words in result.out
 
 
-def test_speeds_are_those_of_batches_that_compile_nothing() -> None:
-    tally = _Tally(SimpleNamespace(config=SimpleNamespace(n=1), scores=[]))  # type: ignore[arg-type]
-    tally.add([(Item("x", {}, "here"), {"tokens": [1, 2], "finish_reason": "stop"})])
-    tally.time(Timings(10, 0.001, 5, 1.0, 2.001, compile_seconds=2.0))
-    assert tally.metrics().keys() & {"prompt_tokens_per_s", "tokens_per_s"} == set()
-    tally.time(Timings(100, 2.0, 50, 5.0, 2.0, compile_seconds=0.0))
-    metrics = tally.metrics()
-    assert (metrics["prompt_tokens_per_s"], metrics["tokens_per_s"]) == (50, 10)
-    assert metrics["model_seconds"] == pytest.approx(8.001)
+def tally(n: int = 1, score: scores.Score = scores.diversity) -> Tally:
+    return Tally(SimpleNamespace(config=SimpleNamespace(n=n), scores=[score]))  # type: ignore[arg-type]
+
+
+def test_speeds_are_those_of_stretches_that_compile_nothing() -> None:
+    sums = tally()
+    answer = {"tokens": [1, 2], "text": "a b", "finish_reason": "stop"}
+    sums.add(0, Item("x", {}, "here"), answer)
+    sums.time(Timings(generated_tokens=5, seconds=1.001, compile_seconds=2.0))
+    assert "tokens_per_s" not in sums.metrics()
+    sums.time(Timings(generated_tokens=55, seconds=6.001, compile_seconds=2.0))
+    sums.time(Timings(generated_tokens=56, seconds=7.001, compile_seconds=2.5))
+    metrics = sums.metrics()
+    assert metrics["tokens_per_s"] == 10
+    assert metrics["model_seconds"] == pytest.approx(7.001)
+
+
+def test_the_order_of_answers_changes_no_metric() -> None:
+    rng, n, item = random.Random(5), 3, Item("x", {}, "here")
+    answers = [
+        {"tokens": [0], "finish_reason": "stop", "text": " ".join(rng.choices("abcdefg", k=9))}
+        for _ in range(60)
+    ]
+    found = []
+    for _ in range(5):
+        sums, rows = tally(n), list(enumerate(answers))
+        rng.shuffle(rows)
+        for row, answer in rows:
+            sums.add(row, item, answer)
+        found.append(sums.metrics())
+    assert all(metrics == found[0] for metrics in found)
+    each = [scores.diversity(item, answers[i : i + n]) for i in range(0, 60, n)]
+    for name in each[0]:
+        values = [one[name] for one in each]
+        assert found[0][name] == pytest.approx(np.mean(values))
+        assert found[0][f"{name}_error"] == pytest.approx(np.std(values, ddof=1) / 20**0.5)
+
+
+def test_a_score_that_is_no_number(caplog: pytest.LogCaptureFixture) -> None:
+    sums = tally(score=lambda item, samples: {"odd": float("nan")})
+    with pytest.raises(UserError, match="here: the score odd is nan, not finite"):
+        sums.add(0, Item("x", {}, "here"), {"tokens": [], "finish_reason": "stop", "text": ""})
+
+
+def test_answers_are_the_same_whatever_the_slots(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / "words.jsonl"
+    path.write_text("".join(json.dumps({"id": w, "word": w}) + "\n" for w in WORDS))
+    argv = experiment(
+        'axis("slots", [1, 3, 14])',
+        f"config.prompt_file = {str(path)!r}; config.experiment.template = {TEMPLATE!r}; "
+        "config.n = 2; config.max_tokens = 40; config.sampling.temperature = 0.9",
+    )
+    assert run(*argv, "--config.experiment.task=generate").code == 0
+    points: dict[str, dict] = collections.defaultdict(dict)
+    for line in lines(tmp_path / "w" / "outputs.jsonl"):
+        points[line["point"]][line["row"]] = line["text"]
+    one, *others = points.values()
+    assert len(one) == 14 and others == [one, one]
 
 
 def test_diversity_by_hand() -> None:

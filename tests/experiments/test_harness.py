@@ -9,9 +9,12 @@ import pytest
 from scipy.special import log_softmax
 
 from qwen_jax import api
+from qwen_jax.engine import steps
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
+from qwen_jax.experiments.models import Sizes, remaker
 from qwen_jax.generation import Completion
+from qwen_jax.model.cache import PAGE
 
 pytest.importorskip("lm_eval", reason="needs pip install '.[eval]'")
 from lm_eval.api.instance import Instance
@@ -42,7 +45,7 @@ def expected(model: api.Model, context: str, continuation: str) -> tuple[float, 
 
 def test_loglikelihood_and_generation(model: api.Model) -> None:
     kept: list[str] = []
-    harness = Harness(model, 2, keep=lambda key, line: kept.append(key))
+    harness = Harness(model, keep=lambda key, line: kept.append(key))
     pairs = [("the moon", " over the river"), ("haiku: snow", " again the snow")]
     requests = [instance(*pair) for pair in pairs]
     found = harness.loglikelihood(requests, disable_tqdm=True)
@@ -68,14 +71,16 @@ DRAW = {"until": ["\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 
 
 
 def test_repeats_are_draws_of_their_own(model: api.Model) -> None:
-    """Whatever the order and the batch; what the engine draws from the recorded seed is it."""
+    """Whatever the order and the neighbours; what the engine draws from the recorded seed is it."""
     kept: dict[str, Any] = {}
-    harness = Harness(model, 8, keep=kept.__setitem__)
+    harness = Harness(model, keep=kept.__setitem__)
     requests = [instance(text, dict(DRAW)) for text in ["the moon"] * 4 + ["haiku: snow"] * 4]
     found = harness.generate_until(requests, disable_tqdm=True)
     assert len(set(found)) == 8
-    assert [line["response"] for line in kept.values()] == found
-    assert [line["repeat"] for line in kept.values()] == [0, 1, 2, 3] * 2
+    # They are kept as they finish.
+    order = {(line["arguments"][0], line["repeat"]): line["response"] for line in kept.values()}
+    asked = [(text, repeat) for text in ("the moon", "haiku: snow") for repeat in range(4)]
+    assert [order[key] for key in asked] == found and len(kept) == 8
     for line in list(kept.values())[2::3]:
         again = model.generate(
             line["arguments"][0],
@@ -86,25 +91,25 @@ def test_repeats_are_draws_of_their_own(model: api.Model) -> None:
         )
         assert isinstance(again, Completion) and again.text == line["response"]
     mixed = [requests[i] for i in (4, 0, 5, 1, 2, 6, 3, 7)]
-    shuffled = Harness(model, 8).generate_until(mixed, disable_tqdm=True)
+    shuffled = Harness(model).generate_until(mixed, disable_tqdm=True)
     assert shuffled == [found[i] for i in (4, 0, 5, 1, 2, 6, 3, 7)]
-    other = Harness(model, 8, seed=1).generate_until(requests, disable_tqdm=True)
+    other = Harness(model, seed=1).generate_until(requests, disable_tqdm=True)
     assert not set(other) & set(found)
     # A task's own seed is the harness' where it has none.
     named = [instance(r.args[0], DRAW | {"seed": 0}) for r in requests]
-    assert Harness(model, 8, seed=1).generate_until(named, disable_tqdm=True) == found
+    assert Harness(model, seed=1).generate_until(named, disable_tqdm=True) == found
 
     # What an interrupted run has kept is not asked for again, and each repeat has its own.
     most = {key: line["response"] for key, line in kept.items() if line != list(kept.values())[2]}
     later: list[str] = []
-    resumed = Harness(model, 8, answers=most, keep=lambda key, line: later.append(key))
+    resumed = Harness(model, answers=most, keep=lambda key, line: later.append(key))
     assert resumed.generate_until(requests, disable_tqdm=True) == found
     assert later == [list(kept)[2]]
 
 
 def test_greedy_repeats_are_made_once(model: api.Model) -> None:
     kept: list[str] = []
-    harness = Harness(model, 1, keep=lambda key, line: kept.append(key))
+    harness = Harness(model, keep=lambda key, line: kept.append(key))
     greedy = DRAW | {"do_sample": False}
     found = harness.generate_until([instance("the moon", greedy)] * 4, disable_tqdm=True)
     assert len(set(found)) == len(kept) == 1
@@ -194,19 +199,48 @@ def test_the_seed_is_the_command_lines(model: api.Model) -> None:
     assert drawn(7)[1] == drawn(7, seed=5)[1] and drawn(7, seed=5)[0] == 5
 
 
-def test_batches_as_large_as_fit(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = [model.request("the moon", raw=True)] * 40
-    assert Harness(model, "auto")._rows(requests) == 64
-    assert Harness(model, "auto", max_batch_size=16)._rows(requests) == 16
-    assert Harness(model, 4)._rows(requests) == 4
-    assert [Harness(model, 12)._rows(requests[:n]) for n in (0, 1, 2, 3, 9)] == [1, 1, 2, 4, 12]
+def test_scores_share_what_texts_begin_with(
+    model: api.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Endings of one long context: its pages are computed once, and nothing changes by it."""
+    context = ("the moon over the river " * 60).rstrip()
+    requests = [instance(context, ending) for ending in (" again", " and snow", " over", " again")]
+    kept: list[str] = []
+    entered: list[int] = []
+    for name in ("extend", "score"):
+        real = getattr(steps, name)
 
-    def check_fits(request: object, n: int) -> None:
-        if n > 12:
-            raise UserError("too many")
+        def counted(*args: Any, real: Any = real) -> Any:
+            entered.append(int(np.maximum(args[6] - args[5], 0).sum()))
+            return real(*args)
 
-    monkeypatch.setattr(model, "check_fits", check_fits)
-    assert Harness(model, "auto")._rows(requests) == 8
+        monkeypatch.setattr(steps, name, counted)
+    fresh = remaker(model)(Sizes(2, False))
+    harness = Harness(fresh, keep=lambda key, line: kept.append(key))
+    found = harness.loglikelihood(requests, disable_tqdm=True)
+    length = len(model.tokenizer.encode(context))
+    assert length > 2 * PAGE and sum(entered) < length + 3 * PAGE
+    assert len(kept) == 3 and found[0] == found[3]
+    for (logprob, greedy), request in zip(found, requests, strict=True):
+        wanted = expected(model, *request.args)
+        assert logprob == pytest.approx(wanted[0], rel=1e-5) and greedy == wanted[1]
+    # What is known is not asked for again.
+    entered.clear()
+    assert harness.loglikelihood(requests, disable_tqdm=True) == found and not entered
+
+
+def test_slots(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def load(*args: object, slots: int | None, **options: object) -> api.Model:
+        given.append(slots)
+        return model
+
+    monkeypatch.setattr(api, "load", load)
+    for sizes in ({}, {"batch_size": 3}, {"batch_size": "auto", "max_batch_size": 2}):
+        Harness("x.gguf", **sizes)
+    assert given == [None, 3, 2]
+    refused("batch_size is of a model already loaded", Harness, model, 4)
 
 
 def test_what_was_thought_is_dropped(model: api.Model) -> None:

@@ -151,7 +151,7 @@ def test_what_the_model_recommends(models: tuple[Harness, HFLM], caplog: Any) ->
     ours, theirs = models
     values = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1e6}
     ours._model.recommended = Recommended("generation_config.json", values)
-    follows = Harness(ours._model, 4, generation_config="model")
+    follows = Harness(ours._model, generation_config="model")
     assert "repetition_penalty 1000000.0, which is followed where tasks say" in caplog.text
     requests = instances("generate_until", ("the moon", {"until": [], "max_gen_toks": 12}))
     theirs.model.generation_config.update(**values)

@@ -154,16 +154,18 @@ def test_overrides_win_whatever_the_name() -> None:
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ((4, None), (4, False)),
-        (("4", None), (4, False)),
-        (("auto", None), (64, True)),
-        (("auto:4", 16), (16, True)),
-        (("auto", "16"), (16, True)),
+        ((4, None), 4),
+        (("4", None), 4),
+        (("auto", None), None),
+        (("auto:4", 5), 5),
+        (("auto", "5"), 5),
+        # A CPU makes good use of 8.
+        (("auto", 16), 8),
     ],
     ids=str,
 )
-def test_rows(sizes: tuple[Any, Any], expected: tuple[int, bool]) -> None:
-    assert harness_settings.rows(*sizes) == expected
+def test_slots(sizes: tuple[Any, Any], expected: int | None) -> None:
+    assert harness_settings.slots(*sizes) == expected
 
 
 @pytest.mark.parametrize(
@@ -177,9 +179,9 @@ def test_rows(sizes: tuple[Any, Any], expected: tuple[int, bool]) -> None:
     ],
     ids=str,
 )
-def test_rows_refused(sizes: tuple[Any, Any], words: str) -> None:
+def test_slots_refused(sizes: tuple[Any, Any], words: str) -> None:
     with pytest.raises(UserError) as error:
-        harness_settings.rows(*sizes)
+        harness_settings.slots(*sizes)
     assert words in str(error.value)
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy.special import log_softmax
 
 from qwen_jax import api
+from qwen_jax.engine import memory
 from tests.experiments.conftest import lines
 
 TEXT = "the moon over the river, and a lantern in the snow; " * 24
@@ -95,7 +96,7 @@ def test_bench_and_profile(
     experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
 ) -> None:
     argv = experiment(
-        'axis("batch_size", [2])',
+        'axis("slots", [2])',
         "config.experiment.task = 'bench'; config.experiment.bench.prompt_tokens = 20; "
         "config.experiment.bench.new_tokens = 32; config.experiment.bench.repeats = 3",
     )
@@ -107,25 +108,29 @@ def test_bench_and_profile(
     assert event["metrics"]["ms_per_step"] == pytest.approx(1e3 * np.median(decode) / 32)
     operations = event["operations"]
     programs = {o["operation"].split(": ")[0] for o in operations}
-    assert programs <= {"decode_many", "prefill_chunk", "begin", "create_cache"}, programs
-    assert "decode_many" in programs and all(0 < o["share"] < 1 for o in operations)
+    assert programs <= {"step", "extend"}, programs
+    assert "step" in programs and all(0 < o["share"] < 1 for o in operations)
     seconds = [o["seconds"] for o in operations]
     assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
     assert "Slowest operations" in (tmp_path / "w" / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("loaded")
-def test_a_batch_that_fits_nowhere_stops_no_other(
-    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+def test_texts_that_fit_nowhere_stop_no_other(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     argv = experiment(
-        'axis("batch_size", [10**9, 1])',
+        'axis("slots", [1000, 1])',
         "config.experiment.task = 'bench'; config.experiment.bench.prompt_tokens = 4; "
         "config.experiment.bench.new_tokens = 2; config.experiment.bench.repeats = 1",
     )
+    monkeypatch.setattr(memory, "free_memory", lambda: 20 * 10**6)
     result = run(*argv)
     assert result.code == 1 and "1 finished, 1 failed." in result.out
-    assert "out of memory: 1000000000 texts of up to" in result.out
+    assert "out of memory: 1000 texts of up to 8 tokens are more than" in result.out
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,8 @@ def test_a_batch_that_fits_nowhere_stops_no_other(
             "'os:sep', but that is no function",
         ),
         ("config.experiment.task = 'bench'; config.sampling.seed = -1", "sampling.seed is -1"),
+        ("config.experiment.task = 'bench'; config.slots = 0", "slots is 0"),
+        ("config.experiment.task = 'perplexity'; config.slots = -1", "slots is -1"),
         ("config.matmul_precision = 'exact'", "matmul_precision is 'exact'"),
         (
             "config.experiment.task = 'compare'; config.experiment.reference.dtype = 'float8'",

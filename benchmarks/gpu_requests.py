@@ -3,9 +3,10 @@
     python -m benchmarks.gpu_requests --sizes 0.5b 7b
 
 384 prompts of 20 to 900 random tokens, answers of 16 to 512, random weights, 64 slots: first time,
-again, and in other orders, in one process whose programs are compiled before. Beside it what it could take: the prompts' tokens at the
-rate of prompts alone, and the answers' at the rate of 64 rows of equal texts, both measured here
-through the same programs. The seed of the lengths is fixed; tokens and weights are drawn afresh.
+again, and in other orders, in one process whose programs are compiled before. Beside it what it
+could take: the prompts' tokens at the rate of prompts alone, and the answers' at the rate of 64
+rows of equal texts, both measured here through the same programs. The seed of the lengths is fixed;
+tokens and weights are drawn afresh.
 
 `--few_shot`: 1,000 questions of 30 tokens behind one beginning of 2,000, answers of 8, and the same
 where each begins with a token of its own. `--varied`: 2,000 requests that ask for anything, with
@@ -169,8 +170,8 @@ def main() -> None:
         rates = [ideal(engine, prompt, answer) for _ in range(2)][-1]
         programs = {name: PROGRAMS[name]._cache_size() for name in PROGRAMS}
         print(
-            f"{size}: compilation {compiling:.1f} s; {prompt} + {answer} tokens; first {taken[0]:.2f} s, again {taken[1]:.2f}, "
-            f"other orders {', '.join(f'{t:.2f}' for t in taken[2:])}, with Qwen's own settings "
+            f"{size}: compilation {compiling:.1f} s; {prompt} + {answer} tokens; first "
+            f"{taken[0]:.2f} s, again {taken[1]:.2f}, other orders {', '.join(f'{t:.2f}' for t in taken[2:])}, with Qwen's own settings "
             f"{own:.2f}; ideal {rates[2]:.2f} ({rates[0]:,.0f} prompt tokens/s, {rates[1]:,.0f} of "
             f"{args.slots} rows); programs {programs}",
             flush=True,

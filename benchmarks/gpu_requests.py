@@ -169,11 +169,12 @@ def main() -> None:
         own = [run(engine, requests(sizes, vocab, QWEN)) for _ in range(2)][-1]
         rates = [ideal(engine, prompt, answer) for _ in range(2)][-1]
         programs = {name: PROGRAMS[name]._cache_size() for name in PROGRAMS}
+        others = ", ".join(f"{seconds:.2f}" for seconds in taken[2:])
         print(
             f"{size}: compilation {compiling:.1f} s; {prompt} + {answer} tokens; first "
-            f"{taken[0]:.2f} s, again {taken[1]:.2f}, other orders {', '.join(f'{t:.2f}' for t in taken[2:])}, with Qwen's own settings "
-            f"{own:.2f}; ideal {rates[2]:.2f} ({rates[0]:,.0f} prompt tokens/s, {rates[1]:,.0f} of "
-            f"{args.slots} rows); programs {programs}",
+            f"{taken[0]:.2f} s, again {taken[1]:.2f}, other orders {others}, with Qwen's own "
+            f"settings {own:.2f}; ideal {rates[2]:.2f} ({rates[0]:,.0f} prompt tokens/s, "
+            f"{rates[1]:,.0f} of {args.slots} rows); programs {programs}",
             flush=True,
         )
         figures[size] = {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_jax import api, cli
+from qwen_jax import api, cli, settings
 from qwen_jax.experiments import declaration
 from qwen_jax.experiments.models import Choice, Models
 from qwen_jax.experiments.plan import plan
@@ -95,6 +95,7 @@ def test_an_experiments_model_has_them(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(api, "load", lambda *args, **kwargs: asked.append(kwargs) or loaded)
-    choice = Choice(api.BUNDLED, adapters, None, None, "float32", "xla", "highest")
-    Models(tmp_path).get(choice)
+    config = settings.get_config()
+    config.adapter = adapters
+    Models(tmp_path).get(config)
     assert asked[0]["adapter"] == adapters

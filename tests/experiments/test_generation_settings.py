@@ -10,12 +10,11 @@ from qwen_jax import api, settings
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.experiments import inputs
 from qwen_jax.experiments.declaration import Point
-from qwen_jax.experiments.models import Choice, Models
+from qwen_jax.experiments.models import Models
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
 from qwen_jax.tasks.experiment import _warn_of_idle
-from tests.test_generation import TOKENIZER, Scripted
 
 WARM = Recommended("x/generation_config.json", {"do_sample": True, "temperature": 0.9, "top_k": 5})
 
@@ -26,11 +25,12 @@ def config_of(**fields: Any) -> ConfigDict:
     return config
 
 
-def test_requests_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = api.Model(Scripted([]), TOKENIZER)  # type: ignore[arg-type]
+def test_requests_are_those_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: api.Model
+) -> None:
     models = Models(tmp_path)
-    monkeypatch.setattr(models, "get", lambda choice: model)
-    choice = Choice.of(settings.get_config())
+    monkeypatch.setattr(models, "get", lambda config: model)
+    config = settings.get_config()
     chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     asked: list[tuple[Any, api.Options]] = [
         ("a", {}),
@@ -42,12 +42,12 @@ def test_requests_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.Mon
         ("a", {"sampling": Sampling(temperature=1, seed=3)}),
     ]
     for prompt, options in asked * 2:  # The second time from what is kept.
-        made = models.request(choice, Item(prompt, options, "here"))
+        made = models.request(config, Item(prompt, options, "here"))
         assert made == model.request(prompt, **options)
     with pytest.raises(api.UserError, match="no tokens for filling in"):
-        models.request(choice, Item("a", {"suffix": "b"}, "here"))
+        models.request(config, Item("a", {"suffix": "b"}, "here"))
     with pytest.raises(api.UserError, match="stop_ids holds 2048"):
-        models.request(choice, Item("a", {"stop_ids": [2048]}, "here"))
+        models.request(config, Item("a", {"stop_ids": [2048]}, "here"))
 
 
 def test_a_recommendation_is_followed_and_told_once(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,19 @@
 """A prompt's ids: gaps in a text as the reference tokenizer reads them, and refusals."""
 
-from typing import Any
+from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import pytest
 import tokenizers
 
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.scheduler import News, Text
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Completion, Request
+from qwen_jax.generation import Completion, Generation, Request
 from qwen_jax.text.prompt import own_stop_ids, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
-from tests.scripted import Scripted
 from tests.text.conftest import FIM
+from tests.tiny_checkpoints import tiny_config
 
 CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
@@ -60,19 +63,54 @@ def test_what_ends_a_middle(form: str, coder: dict[str, Tokenizer], small: Token
     assert own_stop_ids(tokenizer, spelt) == own_stop_ids(small, [386, 387, 388]) == ()
 
 
+class Scripted:
+    """In place of the scheduler: the model chooses the tokens of a script, four at a time."""
+
+    script: ClassVar[list[int]] = []
+
+    def __init__(self, engine: Engine):
+        self._text: Text | None = None
+        self._left: list[int] = []
+
+    @property
+    def idle(self) -> bool:
+        return self._text is None
+
+    @property
+    def wants_more(self) -> bool:
+        return self._text is None
+
+    def add(self, text: Text) -> None:
+        self._text, self._left = text, [*self.script, *[7] * text.limit]
+
+    def cancel(self, text: Text) -> None:
+        self._text = None
+
+    def close(self) -> None:
+        pass
+
+    def turn(self) -> list[News]:
+        chosen, self._left = self._left[:4], self._left[4:]
+        return [] if self._text is None else [News(self._text, chosen, None, None, False)]
+
+
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 @pytest.mark.parametrize("end", FIM[3:])
 def test_a_middle_ends_where_llama_cpp_ends_it(
-    form: str, end: str, coder: dict[str, Tokenizer]
+    form: str, end: str, coder: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = coder[form]
     script = tokenizer.encode(f"xyz{end}w<|im_end|>")
+    config = tiny_config(vocab_size=tokenizer.vocab_size)
+    engine = Engine(config, {"embed": jnp.zeros(1)}, stop_ids=tokenizer.stop_ids)
+    monkeypatch.setattr(Scripted, "script", script)
+    monkeypatch.setattr("qwen_jax.generation.Scheduler", Scripted)
 
     def written(prompt: list[int]) -> Completion:
-        # The script is found by a prompt's last token, which says nothing about gaps.
-        run = Scripted([script], tokenizer).run([Request([*prompt, 0], 20)])
-        (text,), (completion,) = run.collect()
-        assert text == completion.text
+        pieces = list(Generation(engine, tokenizer, [Request(prompt, 20)]))
+        completion = pieces[-1].completion
+        assert completion is not None
+        assert "".join(piece.text for piece in pieces) == completion.text
         return completion
 
     middle = written(prompt_ids(tokenizer, "a", suffix="b"))

@@ -245,7 +245,7 @@ def test_a_scheduler_closed_in_the_middle_leaves_a_usable_engine(
 
 @pytest.mark.parametrize(
     ("program", "calls"),
-    [("extend", 0), ("extend", 1), ("extend", 5), ("score", 0), ("score", 1), ("step", 0)],
+    [("extend", 0), ("extend", 1), ("extend", 2), ("score", 0), ("score", 1), ("step", 0)],
 )
 @every_way
 def test_a_call_that_fails_leaves_a_usable_engine(

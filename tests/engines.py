@@ -182,6 +182,13 @@ def run_steps(
     return state, extras, emitted
 
 
+@functools.cache
+def _blank(rows: int, vocab: int) -> tuple[State, Extras]:
+    """Of rows that are all fresh, and ask for no penalty."""
+    state, extras = jax.device_get((State.create(rows), Extras.create(rows, vocab)))
+    return state, extras
+
+
 def forced(
     engine: Engine, tables: np.ndarray, tokens: Sequence[int], positions: Sequence[int]
 ) -> np.ndarray:
@@ -189,9 +196,8 @@ def forced(
     follows. All of them come out as the top V."""
     rows, vocab = len(tokens), engine.config.vocab_size
     asked = rows_of(tokens, positions, settings=settings(rows, logprobs=vocab))
-    state, extras = State.create(rows), Extras.create(rows, vocab)
     plan = Plan(True, vocab)
-    _, _, emitted = run_steps(engine, tables, state, extras, asked, plan, 1)
+    _, _, emitted = run_steps(engine, tables, *_blank(rows, vocab), asked, plan, 1)
     assert emitted.logprobs is not None
     _, ids, top = (np.asarray(x)[0] for x in emitted.logprobs)
     out = np.full((rows, 1 + vocab), -np.inf, np.float32)

@@ -20,8 +20,9 @@ CONFIG = odd_config(num_layers=2, context_length=512)
 def many_rows(cache_tokens: int = 1024, **shapes: Any) -> Engine:
     """An engine with an empty cache whose steps are all of eight rows: the one shape of which a
     CPU's products give a row the same bits whatever the others hold."""
-    engine = fresh_engine(CONFIG, cache_tokens=cache_tokens)
-    reshape(engine, rows=(engine.shapes.slots,), **shapes)
+    engine = fresh_engine(CONFIG, cache_tokens=cache_tokens, batch_invariant=True)
+    assert engine.shapes.rows == (8,)
+    reshape(engine, **shapes)
     return engine
 
 

@@ -96,13 +96,13 @@ class TestLogits:
 
 
 class TestGenerate:
-    def test_a_list_is_one_batch_and_equals_each_alone(self, model: Model) -> None:
+    def test_a_list_equals_each_alone(self, model: Model) -> None:
         together = many(model, PROMPTS)
         assert together == [one(model, prompt) for prompt in PROMPTS]
         assert many(model, PROMPTS[:1]) == together[:1]
         assert model.generate([]) == []
 
-    def test_sampled_batches_equal_each_alone(self, model: Model) -> None:
+    def test_a_sampled_list_equals_each_alone(self, model: Model) -> None:
         hot = {"temperature": 0.9, "top_p": 0.95}
         together = many(model, PROMPTS, sampling=Sampling(**hot, seed=11))
         alone = [
@@ -259,7 +259,7 @@ class TestLoad:
     @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
     def test_dtypes(self, model: Model, dtype: str) -> None:
         other = api.load(dtype=dtype)
-        assert other.engine.cache_dtype == jnp.dtype("float32" if dtype == "auto" else dtype)
+        assert other.engine.spec.cache == jnp.dtype("float32" if dtype == "auto" else dtype)
         tokens = model.tokens(PROMPTS[0])
         ours, reference = other.logits(tokens), model.logits(tokens)
         assert ours.dtype == np.float32
@@ -350,9 +350,8 @@ class TestBothFormats:
     def test_ids_outside_the_vocabulary_are_refused(self, gguf: Model) -> None:
         for tokens in ([5, 999_999], [-1]):
             with pytest.raises(UserError, match="has tokens from"):
-                gguf.batch([Request(tokens, 3)])
-        with pytest.raises(UserError, match="no prompts"):
-            gguf.batch([])
+                list(gguf.run([Request(tokens, 3)]))
+        assert list(gguf.run([])) == []
 
     def test_what_is_no_prompt_is_refused(self, gguf: Model) -> None:
         for prompt in ({"role": "user", "content": "x"}, iter(["x"])):

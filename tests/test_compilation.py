@@ -1,33 +1,47 @@
-"""What compiles and what does not: position, text and numbers are data; shapes and plans are not.
+"""What compiles and what does not: position, text, numbers and mixes of requests are data.
 
-`Engine.compiled` counts traces; JAX's own count of compilations is the witness.
+JAX's own count of compilations is the witness. Programs are known by their spec, so that each test
+has a config of its own, which no other test has compiled anything for.
 """
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax import monitoring
 
-from qwen_jax.engine.engine import Engine, Prompt
+from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
-from tests.engines import device_parameters, generate, random_tokens
-from tests.golden_cases import Case, odd_config
+from qwen_jax.engine.scheduler import Text
+from tests.engines import Prompt, fresh_engine, generate, random_tokens, run_to_end
+from tests.golden_cases import odd_config
+from tests.schedules import drawn_text, watched
 
 CONFIG = odd_config(num_layers=1, context_length=2048)
 WARM = Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=1)
+OURS = {f"jit({name})" for name in ("extend", "score", "logits", "step", "insert")}
+numbers = itertools.count(1)
 
 
 class Compilations:
-    """How many programs XLA has compiled while this listens."""
+    """Which programs XLA has compiled while this listens."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.names: list[str] = []
 
-    def __call__(self, event: str, duration: float, **_: Any) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
+    def __call__(self, event: str, duration: float, **of: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.names.append(str(of.get("fun_name")))
+
+    def new(self) -> list[str]:
+        """Those since the last time it was asked."""
+        names, self.names = self.names, []
+        return names
 
 
 @pytest.fixture
@@ -40,7 +54,8 @@ def compilations() -> Iterator[Compilations]:
 
 @pytest.fixture
 def engine() -> Engine:
-    return Engine(CONFIG, device_parameters(Case(CONFIG, 0).parameters(), "float32"))
+    config = dataclasses.replace(CONFIG, rope_theta=1e6 + next(numbers))
+    return fresh_engine(config)
 
 
 def answer(engine: Engine, length: int, most: int, sampling: Sampling, rows: int = 1) -> None:
@@ -48,71 +63,117 @@ def answer(engine: Engine, length: int, most: int, sampling: Sampling, rows: int
     generate(engine, prompts, [sampling] * rows)
 
 
+def test_the_witness_hears_every_program(engine: Engine, compilations: Compilations) -> None:
+    assert jax.config.values["jax_enable_compilation_cache"] is False
+    answer(engine, 150, 5, WARM)
+    engine.logits(random_tokens(CONFIG, 20))
+    run_to_end(engine, [Text(random_tokens(CONFIG, 9), score_from=1)])
+    heard = Counter(compilations.new())
+    assert {name: heard[name] for name in OURS} == {
+        "jit(extend)": 2,  # a page, and a part of one
+        "jit(step)": 1,
+        "jit(insert)": 1,
+        "jit(logits)": 1,
+        "jit(score)": 1,
+    }
+
+
 def test_nothing_compiles_as_a_text_grows(engine: Engine, compilations: Compilations) -> None:
-    answer(engine, 20, 17, WARM)
-    programs, heard = engine.compiled, compilations.count
-    assert heard >= programs >= 4, "cache, prefill, first token, decode"
+    answer(engine, 20, 5, WARM)
+    compilations.new()
     answer(engine, 20, 230, WARM)
-    assert (engine.compiled, compilations.count) == (programs, heard)
+    assert compilations.new() == []
 
 
-def test_prompts_of_one_bucket_share_their_programs(
+def test_prompts_of_any_length_share_their_programs(
     engine: Engine, compilations: Compilations
 ) -> None:
-    answer(engine, 17, 40, WARM)
-    programs, heard = engine.compiled, compilations.count
-    for length in (18, 25, 31, 32):
-        answer(engine, length, 40, WARM)
-    assert (engine.compiled, compilations.count) == (programs, heard)
-    answer(engine, 33, 40, WARM)
-    assert engine.compiled == programs + 1, "a bucket of 64: one more prefill and nothing else"
-
-
-def test_long_prompts_need_one_program_a_bucket(engine: Engine) -> None:
-    answer(engine, 600, 10, WARM)
-    programs = engine.compiled
-    # 512 and a rest of 65 to 128: as before, only the rest's bucket may differ.
-    for length in (577, 601, 639, 640):
-        answer(engine, length, 10, WARM)
-    assert engine.compiled == programs
+    answer(engine, 150, 5, WARM)
+    compilations.new()
+    for length in (1, 2, 17, 96, 97, 128, 129, 600, 2000):
+        answer(engine, length, 5, WARM)
+    assert compilations.new() == []
 
 
 def test_other_numbers_of_a_plan_compile_nothing(
     engine: Engine, compilations: Compilations
 ) -> None:
     answer(engine, 20, 20, WARM, rows=2)
-    programs, heard = engine.compiled, compilations.count
+    compilations.new()
     for change in (
         {"temperature": 1.7, "seed": 99},
+        {"temperature": 0.0},
         {"top_k": 0},
         {"top_p": 1.0},
         {"min_p": 0.0},
         {"repetition_penalty": 1.0, "presence_penalty": 0.3},
         {"frequency_penalty": -0.5},
+        {"logit_bias": {3: 1.0}},
     ):
         answer(engine, 20, 20, dataclasses.replace(WARM, **change), rows=2)
-    assert (engine.compiled, compilations.count) == (programs, heard)
+    assert compilations.new() == []
 
 
-def test_another_plan_compiles_once(engine: Engine) -> None:
+def test_another_plan_compiles_once(engine: Engine, compilations: Compilations) -> None:
     answer(engine, 20, 20, WARM)
-    programs = engine.compiled
-    for _ in range(2):
-        answer(engine, 20, 20, Sampling())
-    assert engine.compiled == programs + 2, "the first token and the decode loop"
+    compilations.new()
+    answer(engine, 20, 20, Sampling())
+    assert compilations.new() == ["jit(step)"]
+    answer(engine, 20, 20, Sampling())
+    answer(engine, 20, 20, WARM)
+    assert compilations.new() == []
 
 
-def test_logits_compile_once_a_bucket(engine: Engine, compilations: Compilations) -> None:
-    engine.logits(random_tokens(CONFIG, 20))
-    programs, heard = engine.compiled, compilations.count
-    for length in (17, 21, 32):
+def test_logits_compile_once_a_length_of_pieces(engine: Engine, compilations: Compilations) -> None:
+    engine.logits(random_tokens(CONFIG, 150))
+    compilations.new()
+    for length in (1, 17, 96, 97, 128, 600):
         engine.logits(random_tokens(CONFIG, length))
-    assert (engine.compiled, compilations.count) == (programs, heard)
+    assert compilations.new() == []
 
 
-def test_compiled_counts_what_xla_compiles(engine: Engine, compilations: Compilations) -> None:
-    """The witness hears every program the engine counts; small helpers may add to it."""
-    before = compilations.count
-    engine.logits(random_tokens(CONFIG, 20))
-    assert compilations.count - before >= engine.compiled == 2
-    assert jax.config.values["jax_enable_compilation_cache"] is False
+def requests(seed: int, count: int) -> list[Text]:
+    """Prompts of any length, with any mix of settings and log-probabilities; some to be scored."""
+    rng = np.random.default_rng(seed)
+    texts = [drawn_text(rng, longest=200, most=9) for _ in range(count)]
+    return [
+        Text(text.tokens, score_from=1) if i % 9 == 0 and len(text.tokens) > 1 else text
+        for i, text in enumerate(texts)
+    ]
+
+
+def run_some(engine: Engine, texts: list[Text], seed: int) -> None:
+    """And cancels some."""
+    rng = np.random.default_rng(seed)
+
+    def cancel_one(scheduler: Any, told: Any) -> None:
+        there = [text for text in texts if text.pages and not text.over]
+        if there and rng.random() < 0.05:
+            scheduler.cancel(there[rng.integers(len(there))])
+
+    watched(engine, texts, cancel_one)
+
+
+def test_a_thousand_requests_need_a_dozen_programs(
+    engine: Engine, compilations: Compilations
+) -> None:
+    """And once each kind has been met, none."""
+    for part in range(3):
+        run_some(engine, requests(part, 100), part)
+    heard = Counter(compilations.new())
+    assert sum(heard[name] for name in OURS) <= 12, heard
+    # What is left makes empty arrays, and is a handful that all engines share.
+    assert sum(heard.values()) <= 24, heard
+    for part in range(3, 10):
+        run_some(engine, requests(part, 100), part)
+    assert compilations.new() == []
+
+
+def test_what_is_compiled_ahead_is_all_that_is_needed(
+    engine: Engine, compilations: Compilations
+) -> None:
+    engine.compile()
+    compilations.new()
+    answer(engine, 150, 20, WARM, rows=9)
+    answer(engine, 150, 20, Sampling())
+    assert not set(compilations.new()) & OURS

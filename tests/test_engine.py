@@ -296,3 +296,13 @@ def test_dtypes_of_a_run(dtype: str) -> None:
     assert engine.pages.dtype == jnp.dtype(dtype)
     assert len(result.tokens[0]) == 10 and np.isfinite(result.logprobs).all()
     assert forced(engine, fill(engine, [[1]]), [2], [1]).dtype == np.float32
+
+
+def test_a_pool_that_a_failed_call_took_along_is_made_anew() -> None:
+    """As after an interrupt between a call and keeping what it returned."""
+    engine = fresh_engine(CONFIG, cache_tokens=1024)
+    text = prompt(300, 10)
+    first = generate(engine, [text], logprobs=True)
+    engine.pages.delete()
+    assert generate(engine, [text], logprobs=True) == first
+    assert engine.pool.available == engine.pool.size

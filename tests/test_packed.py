@@ -12,21 +12,29 @@ from pallas_kernels.decode_step import (
     HEAD,
     MOST_ROWS,
     Packed,
-    Plan,
     Shape,
     empty_tape,
     places,
     put,
 )
+from pallas_kernels.decode_step import Plan as KernelPlan
 from pallas_kernels.decode_step.plan import DOWN, Phase
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import engine as engine_module
 from qwen_jax.engine import weights as packed_module
-from qwen_jax.engine.engine import Engine, Prompt
-from qwen_jax.engine.sampling import Sampling, plan_rows
-from qwen_jax.engine.weights import PackedWeights, pack
-from qwen_jax.model.cache import Cache, StackedCache
-from tests.engines import device_parameters, generate
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import Plan
+from qwen_jax.engine.steps import State
+from qwen_jax.engine.weights import PackedWeights, PlainWeights, pack
+from qwen_jax.model.cache import NOBODY, Cache
+from tests.engines import (
+    Prompt,
+    device_parameters,
+    fill,
+    generate,
+    reshape,
+    rows_of,
+    run_steps,
+)
 from tests.tiny_checkpoints import random_parameters, tiny_config
 
 # Heads of 64 and matrices of whole tiles, as the kernel wants them.
@@ -40,7 +48,7 @@ SHAPES = {
     "wide": Shape(2, 256, 4, 2, 64, 2944, 320, 1e-6),
 }
 # With 7, one block has no part of the small shape's down projection; 132 have more than its bands.
-PLANS = [Plan(shape, blocks) for shape in SHAPES.values() for blocks in (1, 3, 7, 132)]
+PLANS = [KernelPlan(shape, blocks) for shape in SHAPES.values() for blocks in (1, 3, 7, 132)]
 every_plan = pytest.mark.parametrize(
     "plan", PLANS, ids=[f"{name}, {blocks}" for name in SHAPES for blocks in (1, 3, 7, 132)]
 )
@@ -62,14 +70,14 @@ def test_the_plans_hold_what_is_hard_about_parts() -> None:
 
 
 @every_plan
-def test_every_tile_is_the_work_of_one_block(plan: Plan) -> None:
+def test_every_tile_is_the_work_of_one_block(plan: KernelPlan) -> None:
     for phase in plan.phases:
         every = np.concatenate([tiles_of(phase, block) for block in range(plan.blocks)])
         assert np.array_equal(np.sort(every), np.arange(phase.bands * phase.across))
 
 
 @every_plan
-def test_a_block_reads_its_tape_in_order(plan: Plan) -> None:
+def test_a_block_reads_its_tape_in_order(plan: KernelPlan) -> None:
     """Layer after layer, then the head, without a gap; then comes the next block."""
     where = [plan.places(phase) for phase in range(len(plan.phases))]
     for block in range(plan.blocks):
@@ -81,7 +89,7 @@ def test_a_block_reads_its_tape_in_order(plan: Plan) -> None:
 
 
 @every_plan
-def test_what_is_put_on_the_tape_is_read_back(plan: Plan) -> None:
+def test_what_is_put_on_the_tape_is_read_back(plan: KernelPlan) -> None:
     rng, shape = np.random.default_rng(), plan.shape
     matrices = {
         (phase, layer): jnp.asarray(rng.standard_normal(shape.matrices[phase]), jnp.float32)
@@ -106,20 +114,18 @@ def plain_and_packed(config: ModelConfig) -> tuple[dict[str, jax.Array], PackedW
 
 
 @pytest.mark.parametrize(
-    ("tied", "sizes"),
+    ("tied", "sizes", "pieces"),
     [
-        (True, [(530, 40)]),
-        (False, [(530, 40)]),
-        # The second ends first, the third in the middle of a chunk of steps.
-        (True, [(530, 40), (3, 5), (70, 21)]),
-        (False, [(3, 5), (530, 40), (70, 21)]),
+        (True, [(530, 40)], (1,)),
+        (False, [(530, 40)], (1,)),
+        # The second ends first, the third in the middle of a call.
+        (True, [(530, 40), (3, 5), (70, 21)], (1,)),
+        (False, [(3, 5), (530, 40), (70, 21)], (1, 4)),
     ],
 )
 def test_the_engine_decodes_the_same_on_packed_weights(
-    monkeypatch: pytest.MonkeyPatch, tied: bool, sizes: list[tuple[int, int]]
+    tied: bool, sizes: list[tuple[int, int]], pieces: tuple[int, ...]
 ) -> None:
-    # Chunks as on plain weights: past a text their padding leaves keys and values, compared below.
-    monkeypatch.setattr(engine_module, "PACKED_CHUNK", engine_module.CHUNK)
     config = dataclasses.replace(CONFIG, tied=tied)
     params, packed = plain_and_packed(config)
     back = packed.parameters()
@@ -129,49 +135,36 @@ def test_the_engine_decodes_the_same_on_packed_weights(
     rng = np.random.default_rng(5)
     prompts = [Prompt(rng.integers(0, config.vocab_size, n).tolist(), more) for n, more in sizes]
     plain, on_tape = Engine(config, params), Engine(config, packed)
+    for engine in (plain, on_tape):
+        reshape(engine, pieces=pieces)
     expected, got = (generate(engine, prompts, logprobs=True) for engine in (plain, on_tape))
     assert got.tokens == expected.tokens
     for ours, theirs in zip(got.logprobs, expected.logprobs, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    # Whole caches: a row that is done writes nothing.
-    ours, theirs = (np.stack([*x.rows.cache.k, *x.rows.cache.v]) for x in (got, expected))
+    # Whole caches, but for nobody's page: a row that is done writes nothing.
+    ours, theirs = (np.asarray(engine.pages)[:, NOBODY + 1 :] for engine in (on_tape, plain))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_a_prompt_in_one_long_chunk_reads_the_same() -> None:
-    params, packed = plain_and_packed(CONFIG)
-    prompt = Prompt(np.random.default_rng(5).integers(0, CONFIG.vocab_size, 570).tolist(), 20)
-    long, short = (generate(Engine(CONFIG, w), [prompt], logprobs=True) for w in (packed, params))
-    assert long.tokens == short.tokens
-    np.testing.assert_allclose(long.logprobs[0], short.logprobs[0], atol=1e-4)
-
-
-def test_the_cache_is_one_array_from_prefill_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is in memory once: whoever takes it writes into it."""
+def test_the_cache_is_in_memory_once() -> None:
+    """From the first piece on: whoever takes it writes into it."""
     engine = Engine(CONFIG, plain_and_packed(CONFIG)[1])
-    prefilled: list[Cache] = []
-    real = engine._prefill_chunk
-    monkeypatch.setattr(
-        engine, "_prefill_chunk", lambda w, c, *rest: (prefilled.append(c), real(w, c, *rest))[1]
-    )
-    plan, numbers = plan_rows([Sampling()], CONFIG.vocab_size)
-    filled, _ = engine.prefill([Prompt([1, 2, 3], 30)], plan, numbers)
-    before = engine.compiled
-    stepped, _ = engine.decode_many(filled, numbers, plan, 4)
-    after, _ = engine.decode_many(stepped, numbers, plan, 4)
-    assert engine.compiled == before + 1
-    for cache in (*prefilled, filled.cache, stepped.cache, after.cache):
-        assert isinstance(cache, StackedCache)
-    assert all(x.is_deleted() for x in jax.tree.leaves((prefilled, filled.cache, stepped.cache)))
-    assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+    pools = [engine.pages]
+    tables = fill(engine, [[1, 2, 3]], 9)
+    for position in (3, 4):
+        pools.append(engine.pages)
+        rows = rows_of([5], [position], limit=[4])
+        run_steps(engine, tables, State.create(1), None, rows, Plan(), 1)
+    assert all(pages.is_deleted() for pages in pools)
+    assert not engine.pages.is_deleted()
 
 
 def test_a_cache_of_another_dtype_is_refused() -> None:
     _, packed = plain_and_packed(CONFIG)
-    cache = StackedCache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16))
-    one = jnp.ones(1, jnp.int32)
-    with pytest.raises(ValueError, match="the cache is float16, the weights are float32"):
-        packed.decode(one, cache.layers, one)
+    spec = Engine(CONFIG, packed).spec
+    cache, one = Cache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16)), jnp.ones(1, jnp.int32)
+    with pytest.raises(ValueError, match="the pages are float16, the weights are float32"):
+        packed.forward(spec, 1)(one, cache, one, one > 0)
 
 
 def test_a_partial_rotation_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +174,8 @@ def test_a_partial_rotation_is_refused_with_its_size(monkeypatch: pytest.MonkeyP
     assert packed_module.refusal(CONFIG, jnp.dtype(jnp.bfloat16)) is None
     monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
     pallas_kernels.choose.cache_clear()
-    assert isinstance(packed_module.prepare(part, [], jnp.dtype(jnp.bfloat16), "auto"), dict)
+    prepared = packed_module.prepare(part, [], jnp.dtype(jnp.bfloat16), "auto")
+    assert isinstance(prepared, PlainWeights)
     with pytest.raises(pallas_kernels.UnsupportedError, match=why):
         packed_module.prepare(part, [], jnp.dtype(jnp.bfloat16), "mosaic_gpu")
     pallas_kernels.choose.cache_clear()
@@ -192,5 +186,6 @@ def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:
     assert packed.serves(MOST_ROWS)
     assert not packed.serves(MOST_ROWS + 1)
     prompts = [Prompt([i, 2 * i], 3) for i in range(MOST_ROWS + 1)]
-    plain, on_tape = (generate(Engine(CONFIG, w), prompts) for w in (params, packed))
+    engines = (Engine(CONFIG, w, slots=MOST_ROWS + 1) for w in (params, packed))
+    plain, on_tape = (generate(engine, prompts) for engine in engines)
     assert on_tape.tokens == plain.tokens

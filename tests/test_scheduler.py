@@ -245,7 +245,7 @@ def test_a_scheduler_closed_in_the_middle_leaves_a_usable_engine(
 
 @pytest.mark.parametrize(
     ("program", "calls"),
-    [("extend", 0), ("extend", 1), ("extend", 5), ("score", 0), ("score", 2), ("step", 0)],
+    [("extend", 0), ("extend", 1), ("extend", 2), ("score", 0), ("score", 1), ("step", 0)],
 )
 @every_way
 def test_a_call_that_fails_leaves_a_usable_engine(
@@ -267,7 +267,7 @@ def test_a_call_that_fails_leaves_a_usable_engine(
     with monkeypatch.context() as patch:
         patch.setattr(steps, program, failing)
         with pytest.raises(MemoryError):
-            while True:
+            while not scheduler.idle:
                 scheduler.turn()
     scheduler.close()
     assert engine.pool.available == engine.pool.size

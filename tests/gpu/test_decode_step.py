@@ -12,15 +12,17 @@ import pytest
 
 from pallas_kernels.decode_step import MOST_ROWS, decode_step
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.engine import Engine, Prompt
-from qwen_jax.engine.sampling import Sampling, plan_rows
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.weights import PackedWeights, pack, prepare
 from qwen_jax.model.rotary import inverse_frequencies
-from tests.engines import generate, relative
+from tests.engines import Prompt, fill, forced, generate, poison, relative
 from tests.tiny_checkpoints import canonical, random_parameters
 
 SEED = secrets.randbits(31)
 PAGE_SLOTS = 128
+CACHE = 160 * PAGE_SLOTS
+"""Tokens that each engine's cache holds: by default the first would take all memory there is."""
 
 # Layers of real shapes with a small vocabulary: every phase has its real size.
 CONFIGS = {
@@ -50,28 +52,14 @@ def parameters(config: ModelConfig, seed: int, dtype: str = "bfloat16") -> dict[
     return params
 
 
-def after_prompts(engine: Engine, texts: list[list[int]], poison: bool) -> np.ndarray:
+def after_prompts(engine: Engine, texts: list[list[int]], poisoned: bool) -> np.ndarray:
     """Log-probabilities `[B, V]` of what follows each text, its last token fed by a decode step."""
-    vocab = engine.config.vocab_size
-    plan, numbers = plan_rows([Sampling()] * len(texts), vocab, top_logprobs=vocab)
-    rows, _ = engine.prefill([Prompt(text[:-1], 8) for text in texts], plan, numbers)
-    filled = jnp.arange(rows.cache.capacity) < rows.length[:, None]
-    keep = filled[:, None, :, None]
-
-    def poisoned(x: jax.Array) -> jax.Array:
-        return jnp.where(keep, x, jnp.nan) if poison else x
-
-    rows = dataclasses.replace(
-        rows,
-        cache=jax.tree.map(poisoned, rows.cache),
-        token=jnp.asarray([text[-1] for text in texts], jnp.int32),
-        done=jnp.zeros(len(texts), bool),
-    )
-    _, emitted = engine.decode_step(rows, numbers, plan)
-    _, ids, logprobs = map(np.asarray, emitted.choice.logprobs)
-    out = np.empty((len(texts), vocab), np.float32)
-    np.put_along_axis(out, ids, logprobs, axis=1)
-    return out
+    engine.pool = Pool(1 + engine.pool.size)  # of what was held before nothing is needed
+    tables = fill(engine, [text[:-1] for text in texts])
+    positions = [len(text) - 1 for text in texts]
+    if poisoned:
+        poison(engine, tables, positions, np.nan)
+    return forced(engine, tables, [text[-1] for text in texts], positions)
 
 
 class Engines(NamedTuple):
@@ -89,9 +77,9 @@ def engines(name: str, dtype: str) -> Engines:
     packed = pack(config, params.items(), jnp.dtype(dtype), "auto")
     truth = {name: value.astype(jnp.float32) for name, value in params.items()}
     return Engines(
-        Engine(config, truth, implementation="xla"),
-        Engine(config, params, implementation="xla"),
-        Engine(config, packed),
+        Engine(config, truth, implementation="xla", cache_tokens=CACHE),
+        Engine(config, params, implementation="xla", cache_tokens=CACHE),
+        Engine(config, packed, cache_tokens=CACHE),
     )
 
 
@@ -191,17 +179,20 @@ def test_a_thousand_steps_stay_with_the_reference(name: str, rows: int) -> None:
     params = parameters(config, 3)
     packed = pack(config, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
     truth_params = {name: value.astype(jnp.float32) for name, value in params.items()}
-    truth = Engine(config, truth_params, implementation="xla")
+    truth = Engine(config, truth_params, implementation="xla", cache_tokens=CACHE)
     prompts = [Prompt([1 + i, 2, 3], 1001) for i in range(rows)]
 
     def behind(engine: Engine) -> np.ndarray:
         """How much likelier the float32 model, fed the last row, finds its own best choice."""
-        tokens = generate(engine, prompts, chunk=50).tokens[-1]
+        tokens = generate(engine, prompts).tokens[-1]
         assert len(tokens) == 1001
         logits = truth.logits([*prompts[-1].tokens, *tokens[:-1]])[2:]
         return logits.max(axis=1) - np.take_along_axis(logits, np.array(tokens)[:, None], 1)[:, 0]
 
-    kernel, xla = behind(Engine(config, packed)), behind(Engine(config, params))
+    kernel, xla = (
+        behind(Engine(config, weights, slots=rows, cache_tokens=CACHE))
+        for weights in (packed, params)
+    )
     means = f"kernel {kernel.mean():.2e}, xla {xla.mean():.2e}"
     print(f"{name}, {rows} rows: mean behind the best: {means}")
     assert kernel.mean() <= 2 * xla.mean()
@@ -227,8 +218,9 @@ def test_two_rows_choose_as_the_plain_model_does() -> None:
     params = parameters(SMALL, 0)
     packed = pack(SMALL, params.items(), jnp.dtype(jnp.bfloat16), "mosaic_gpu")
     prompts = [Prompt([7, 8, 9], 20), Prompt([66, 67, 68], 12)]
-    kernel = generate(Engine(SMALL, packed, valid_tokens=2), prompts)
-    plain = generate(Engine(SMALL, params, valid_tokens=2, implementation="xla"), prompts)
+    options = {"valid_tokens": 2, "slots": 2, "cache_tokens": CACHE}
+    kernel = generate(Engine(SMALL, packed, **options), prompts)
+    plain = generate(Engine(SMALL, params, implementation="xla", **options), prompts)
     assert kernel.tokens == plain.tokens
     assert {len(set(tokens)) for tokens in plain.tokens} == {2}
 
@@ -240,8 +232,10 @@ def test_larger_batches_take_another_way() -> None:
     assert packed.serves(MOST_ROWS)
     assert not packed.serves(MOST_ROWS + 1)
     prompts = [Prompt([i, 2 * i, 3 * i][: 1 + i % 3], 20) for i in range(MOST_ROWS + 1)]
-    both = generate(Engine(SMALL, packed), prompts)
-    plain = generate(Engine(SMALL, params), prompts)
+    both, plain = (
+        generate(Engine(SMALL, weights, slots=MOST_ROWS + 1, cache_tokens=CACHE), prompts)
+        for weights in (packed, params)
+    )
     assert both.tokens == plain.tokens
 
 
@@ -253,9 +247,9 @@ def test_partly_rotated_heads_take_another_way() -> None:
     assert not isinstance(weights, PackedWeights)
     truth = {name: value.astype(jnp.float32) for name, value in params.items()}
     three = (
-        Engine(config, truth, implementation="xla"),
-        Engine(config, params, implementation="xla"),
-        Engine(config, weights),
+        Engine(config, truth, implementation="xla", cache_tokens=CACHE),
+        Engine(config, params, implementation="xla", cache_tokens=CACHE),
+        Engine(config, weights, cache_tokens=CACHE),
     )
     rng = np.random.default_rng(SEED)
     texts = [rng.integers(0, config.vocab_size, n).tolist() for n in (2, 700, *range(64, 74))]

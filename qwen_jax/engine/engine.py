@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import steps
+from qwen_jax.engine import calls, steps
 from qwen_jax.engine.compiling import Programs, compile_ahead
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import show_bytes
@@ -162,7 +162,7 @@ class Engine:
             part = np.zeros((1, padded), np.int32)
             part[0, :length] = tokens[start : start + length]
             at, end = np.array([start], np.int32), np.array([start + length], np.int32)
-            self.pages, found = steps.logits(
+            self.pages, found = calls.logits(
                 self.spec, self.weights, self.pages, table, part, at, end
             )
             # Cut on the host: a slice on the device would be compiled for every length.

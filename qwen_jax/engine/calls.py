@@ -13,8 +13,8 @@ def _looked_into(spec: Spec, *_: Any) -> bool:
     return spec.variant is not None or watched()
 
 
-extend = Kept(steps, "extend", static=(0,), unless=_looked_into)
-score = Kept(steps, "score", static=(0,), unless=_looked_into)
-logits = Kept(steps, "logits", static=(0,), unless=_looked_into)
-step = Kept(steps, "step", static=(0, 7, 8), unless=_looked_into)
+extend = Kept(steps, "extend", static=(0,), large=1, unless=_looked_into)
+score = Kept(steps, "score", static=(0,), large=1, unless=_looked_into)
+logits = Kept(steps, "logits", static=(0,), large=1, unless=_looked_into)
+step = Kept(steps, "step", static=(0, 7, 8), large=1, unless=_looked_into)
 insert = Kept(steps, "insert")

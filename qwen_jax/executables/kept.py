@@ -10,11 +10,12 @@ import math
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -44,6 +45,8 @@ class Kept:
     Args:
         home: the module, and `name` the function in it, which takes positional arguments.
         static: which of them are static.
+        large: one that is the same from call to call, of so many arrays that to look at all their
+            shapes again would take as long as the call. It may be let go of meanwhile.
         unless: where it says so of the arguments, the program is not to be kept.
     """
 
@@ -52,27 +55,26 @@ class Kept:
         home: ModuleType,
         name: str,
         static: tuple[int, ...] = (),
+        large: int | None = None,
         unless: Callable[..., bool] = lambda *_: False,
     ):
         self._home, self._name, self._static, self._unless = home, name, static, unless
+        self._large, self._seen = large, _Seen(lambda: None, 0, True)
+        self._numbers: dict[_Shapes, int] = {}
         self._lock = threading.Lock()
         self._found: dict[Hashable, Future[jax.stages.Compiled]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        if _store is None or self._unless(*args):
+        if _store is None or self._unless(*args) or not (key := self._key(args)).here:
             return self._function(*args)
-        dynamic = self._dynamic(args)
-        leaves, structure = jax.tree.flatten(dynamic)
-        if not _on_default_device(leaves):
-            return self._function(*args)
-        return self._executable(args, leaves, structure)(*dynamic)
+        return self._executable(key, args)(*self._dynamic(args))
 
     def prepare(self, *args: Any) -> None:
         """Loads or compiles what a call will need, given arrays or shapes alone."""
         if _store is None or self._unless(*args):
             self._function.lower(*args).compile()
         else:
-            self._executable(args, *jax.tree.flatten(self._dynamic(args)))
+            self._executable(self._key(args), args)
 
     @property
     def _function(self) -> Any:
@@ -81,11 +83,18 @@ class Kept:
     def _dynamic(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(arg for i, arg in enumerate(args) if i not in self._static)
 
-    def _executable(
-        self, args: tuple[Any, ...], leaves: list[Any], structure: Any
-    ) -> jax.stages.Compiled:
-        statics = tuple(args[i] for i in self._static)
-        key = _store, statics, structure, tuple([(x.shape, x.dtype) for x in leaves])
+    def _key(self, args: tuple[Any, ...]) -> "_Key":
+        statics = tuple([args[i] for i in self._static])
+        rest = [a for i, a in enumerate(args) if i not in self._static and i != self._large]
+        if self._large is None:
+            return _Key(_store, statics, 0, _Shapes.of(rest), _is_here(rest))
+        seen = self._seen
+        if seen.what() is not (large := args[self._large]):
+            number = self._numbers.setdefault(_Shapes.of(large), len(self._numbers))
+            self._seen = seen = _Seen(weakref.ref(large), number, _is_here(large))
+        return _Key(_store, statics, seen.number, _Shapes.of(rest), seen.here)
+
+    def _executable(self, key: "_Key", args: tuple[Any, ...]) -> jax.stages.Compiled:
         # Where another thread is at it already, its result is waited for.
         if (future := self._found.get(key)) is None:
             with self._lock:
@@ -93,32 +102,34 @@ class Kept:
                 future = self._found.setdefault(key, Future())
             if mine:
                 try:
-                    future.set_result(self._load_or_compile(args, statics, leaves, structure))
+                    future.set_result(self._load_or_compile(args))
                 except BaseException as error:
                     del self._found[key]
                     future.set_exception(error)
         return future.result()
 
-    def _load_or_compile(
-        self, args: tuple[Any, ...], statics: tuple[Any, ...], leaves: list[Any], structure: Any
-    ) -> jax.stages.Compiled:
+    def _load_or_compile(self, args: tuple[Any, ...]) -> jax.stages.Compiled:
         assert _store is not None
         start = time.perf_counter()
         device = jax.local_devices()[0]
-        shown = (f"{self._home.__name__}.{self._name}", identity.shapes(leaves))
+        leaves, structure = jax.tree.flatten((self._dynamic(args), {}))
         try:
-            parts = *shown, identity.described(statics), identity.tree(structure)
-            text = "\n".join((*parts, identity.surroundings(device)))
+            parts = (
+                f"{self._home.__name__}.{self._name}",
+                identity.described(tuple(args[i] for i in self._static)),
+                identity.tree(structure),
+                identity.shapes(leaves),
+                identity.surroundings(device),
+            )
         except identity.Unnamed as error:
             logging.debug("%s is not kept, for it has no name: %s", self._name, error)
             return self._compile(args)
-        name = f"{self._name}-{hashlib.sha256(text.encode()).hexdigest()}"
+        name = f"{self._name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
         if (body := _store.get(name)) is not None:
             try:
                 program, result = pickle.loads(body)
-                given = jax.tree.structure((self._dynamic(args), {}))
                 loaded = serialize_executable.deserialize_and_load(
-                    program, given, result, device.client, [device]
+                    program, structure, result, device.client, [device]
                 )
             except Exception as error:  # of pickle's, JAX's and XLA's own kinds
                 logging.debug("%s can't be loaded: %s", name, error)
@@ -157,7 +168,37 @@ def _without_jax_cache() -> Iterator[dict[str, bool]]:
         yield {"xla_embed_ir_in_executable": False}
 
 
-def _on_default_device(leaves: list[Any]) -> bool:
-    """Of a call's arrays all are where the first one is."""
-    first = next((leaf for leaf in leaves if isinstance(leaf, jax.Array)), None)
+class _Shapes(NamedTuple):
+    """Of a pytree of arrays."""
+
+    structure: Any
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> "_Shapes":
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves]))
+
+
+class _Seen(NamedTuple):
+    """The large argument of the last call, and the number that its shapes have got."""
+
+    what: Callable[[], object]
+    number: int
+    here: bool
+
+
+class _Key(NamedTuple):
+    """What tells executables apart within a process; `here` if arrays are on its device."""
+
+    store: Store | None
+    statics: tuple[Any, ...]
+    large: int
+    rest: _Shapes
+    here: bool
+
+
+def _is_here(tree: Any) -> bool:
+    """Whether a call's arrays are on the default device: all are where the first one is."""
+    first = next((leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)), None)
     return first is None or first.devices() == {jax.local_devices()[0]}

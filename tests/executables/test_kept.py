@@ -164,7 +164,12 @@ def test_an_engine_says_the_same_whoever_compiled_its_programs(
     names = {path.name.split("-")[0] for path in folder.iterdir()}
     assert names == {"extend", "step", "insert"}
     for name in names:
-        again = Kept(calls.steps, name, static=getattr(calls, name)._static)
+        again = Kept(
+            calls.steps,
+            name,
+            static=getattr(calls, name)._static,
+            large=getattr(calls, name)._large,
+        )
         monkeypatch.setattr(again, "_compile", lambda args: pytest.fail("it was compiled again"))
         monkeypatch.setattr(calls, name, again)
     assert texts(fresh_engine(CONFIG)) == expected

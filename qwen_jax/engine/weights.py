@@ -9,7 +9,7 @@ steps that the kernel doesn't serve (too many rows), once for every call.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,11 @@ from pallas_kernels.decode_step import refusal as kernel_refusal
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.spec import Spec
 from qwen_jax.model.cache import Cache
-from qwen_jax.model.decoder import Parameters, Qwen2
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.weights import names
+
+if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
+    from qwen_jax.model.decoder import Parameters, Qwen2
 
 Forward = Callable[
     [Int[Array, "B"], Cache, Int[Array, "B"], Bool[Array, "B"]], tuple[Float[Array, "B V"], Cache]
@@ -55,10 +57,10 @@ class Weights(Protocol):
     def dtype(self) -> jnp.dtype:
         """Of the matrices."""
 
-    def parameters(self) -> Parameters:
+    def parameters(self) -> "Parameters":
         """Every parameter by its canonical name."""
 
-    def model(self, spec: Spec) -> Qwen2:
+    def model(self, spec: Spec) -> "Qwen2":
         """The decoder over these weights, inside a program."""
 
     def forward(self, spec: Spec, rows: int) -> Forward:
@@ -77,16 +79,16 @@ class Weights(Protocol):
 class PlainWeights:
     """Parameters by name, as `qwen_jax.weights.loader` makes them."""
 
-    named: Parameters
+    named: "Parameters"
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.named["embed"].dtype
 
-    def parameters(self) -> Parameters:
+    def parameters(self) -> "Parameters":
         return self.named
 
-    def model(self, spec: Spec) -> Qwen2:
+    def model(self, spec: Spec) -> "Qwen2":
         return _decoder(spec, self.named)
 
     def forward(self, spec: Spec, rows: int) -> Forward:
@@ -96,7 +98,9 @@ class PlainWeights:
         return self.named["embed"].devices()
 
 
-def _decoder(spec: Spec, parameters: Parameters, **options: Any) -> Qwen2:
+def _decoder(spec: Spec, parameters: "Parameters", **options: Any) -> "Qwen2":
+    from qwen_jax.model.decoder import Qwen2
+
     return Qwen2(
         spec.config,
         parameters,
@@ -107,7 +111,7 @@ def _decoder(spec: Spec, parameters: Parameters, **options: Any) -> Qwen2:
 
 
 def _step(
-    model: Qwen2,
+    model: "Qwen2",
     token: Int[Array, "B"],
     cache: Cache,
     position: Int[Array, "B"],
@@ -142,7 +146,7 @@ class PackedWeights:
     def devices(self) -> set[jax.Device]:
         return self.packed.tape.devices()
 
-    def model(self, spec: Spec) -> Qwen2:
+    def model(self, spec: Spec) -> "Qwen2":
         """Its matrices are put together inside the program."""
         return _decoder(spec, self.parameters(), look_up=self.look_up)
 

@@ -21,6 +21,7 @@ import jax
 from absl import logging
 from jax.experimental import serialize_executable
 
+from pallas_kernels import compat
 from qwen_jax.executables import identity
 from qwen_jax.executables.store import Store
 
@@ -127,6 +128,7 @@ class Kept:
         name = f"{self._name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
         if (body := _store.get(name)) is not None:
             try:
+                compat.find_runtime()
                 program, result = pickle.loads(body)
                 loaded = serialize_executable.deserialize_and_load(
                     program, structure, result, device.client, [device]

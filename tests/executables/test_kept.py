@@ -5,6 +5,9 @@ A `Kept` over a function made anew stands for a process: neither it nor JAX reme
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -188,7 +191,33 @@ def test_a_model_that_is_looked_into_is_never_kept(folder: Path) -> None:
     assert sorted(folder.iterdir()) == kept_before
 
 
-def test_no_cache_no_folder(folder: Path) -> None:
-    assert not jax.config.values["jax_enable_compilation_cache"]
-    api._use_compilation_cache()
+def test_where_compilations_are_not_cached_nothing_is_kept(folder: Path) -> None:
+    before = jax.config.values["jax_enable_compilation_cache"]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        api._use_compilation_cache()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
     assert kept._store is None
+
+
+HEAVY = ("flax", "jax.experimental.pallas", "qwen_jax.model.decoder", "matplotlib", "jinja2")
+
+
+def test_a_second_run_imports_neither_flax_nor_pallas(tmp_path: Path) -> None:
+    code = (
+        "import sys; from qwen_jax import cli; cli.main(['--max_tokens=3']); "
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    changed = {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    for heavy in True, False:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | changed,
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("flax" in done.stdout.splitlines()[-1]) == heavy
+    assert done.stdout.splitlines()[-1] == "[]"

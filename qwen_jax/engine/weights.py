@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
@@ -23,13 +24,14 @@ from pallas_kernels.decode_step import (
     Plan,
     Shape,
     empty_tape,
+    packing,
     places,
-    put,
     unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.spec import Spec
+from qwen_jax.executables.kept import Kept
 from qwen_jax.model.cache import Cache
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.weights import names
@@ -42,6 +44,8 @@ Forward = Callable[
 ]
 """A token of every row, the cache, the tokens' positions and which rows are live, to the logits
 after them and the cache with the live rows' keys and values."""
+
+_put = Kept(packing, "put", static=(4,))
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
@@ -285,10 +289,10 @@ def pack(
     for name, value in parameters:
         parts = name.split(".")
         if name == head:
-            tape = put(tape, where[HEAD], value, 0, HEAD)
+            tape = _put(tape, where[HEAD], value, np.int32(0), HEAD)
         elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
             phase = MATRICES.index(parts[2])
-            tape = put(tape, where[phase], value, int(parts[1]), phase)
+            tape = _put(tape, where[phase], value, np.int32(parts[1]), phase)
         else:
             small[name] = value
     layers = range(config.num_layers)

@@ -6,6 +6,7 @@ it is by JAX. An executable from the store is loaded by C++.
 
 import contextlib
 import hashlib
+import itertools
 import math
 import pickle
 import threading
@@ -62,6 +63,7 @@ class Kept:
         self._home, self._name, self._static, self._unless = home, name, static, unless
         self._large, self._seen = large, _Seen(lambda: None, 0, True)
         self._numbers: dict[_Shapes, int] = {}
+        self._count = itertools.count()
         self._lock = threading.Lock()
         self._found: dict[Hashable, Future[jax.stages.Compiled]] = {}
 
@@ -91,7 +93,7 @@ class Kept:
             return _Key(_store, statics, 0, _Shapes.of(rest), _is_here(rest))
         seen = self._seen
         if seen.what() is not (large := args[self._large]):
-            number = self._numbers.setdefault(_Shapes.of(large), len(self._numbers))
+            number = self._numbers.setdefault(_Shapes.of(large), next(self._count))
             self._seen = seen = _Seen(weakref.ref(large), number, _is_here(large))
         return _Key(_store, statics, seen.number, _Shapes.of(rest), seen.here)
 
@@ -201,6 +203,11 @@ class _Key(NamedTuple):
 
 
 def _is_here(tree: Any) -> bool:
-    """Whether a call's arrays are on the default device: all are where the first one is."""
-    first = next((leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)), None)
-    return first is None or first.devices() == {jax.local_devices()[0]}
+    """Whether a call's arrays are on the default device: all are where the first one is.
+
+    Inside a program that is being traced they are nowhere.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return False
+    return not arrays or arrays[0].devices() == {jax.local_devices()[0]}

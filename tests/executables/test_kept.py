@@ -141,6 +141,13 @@ def test_arrays_elsewhere_are_the_function_s_own_affair(
     assert not list(folder.iterdir())
 
 
+def test_inside_a_program_it_is_a_function_like_any_other(folder: Path) -> None:
+    process = Process()
+    inner = jax.jit(lambda x: process.kept(x, {"n": np.int32(1)}, "")["out"])
+    assert inner(jnp.arange(4)).tolist() == [1, 3, 5, 7]
+    assert not list(folder.iterdir())
+
+
 def test_the_source_of_a_config_decides_nothing_and_every_other_field_does() -> None:
     config = odd_config(num_layers=1)
     text = identity.described(config)

@@ -1,27 +1,44 @@
 """What differs between the JAX versions the kernels run on: 0.10 (Python 3.11) and later ones."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.lazy import lazy
 
 _LOAD_TAKES_INDEX = jax.__version_info__ < (0, 11)
 _STORES_MUST_COALESCE = jax.__version_info__ >= (0, 12)
-_mosaic: Any = plgpu  # its signatures are those of one version, the calls below are not
+# Its signatures are those of one version, the calls below are not.
+plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
+
+
+def find_runtime() -> None:
+    """Tells compiled kernels where Mosaic's runtime is, as its Python part does once imported.
+
+    A process whose executables were compiled by an earlier one never imports that.
+    """
+    for cuda in ("jax_cuda13_plugin", "jax_cuda12_plugin"):
+        spec = importlib.util.find_spec(cuda)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (runtime := Path(folder) / "libmosaic_gpu_runtime.so").exists():
+                os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime))
 
 
 def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
     """`plgpu.load` of a whole reference (slice it with `.at`); 0.10 asks for an index as well."""
     if _LOAD_TAKES_INDEX:
-        return _mosaic.load(ref, (), layout=layout, optimized=optimized)
-    return _mosaic.load(ref, layout=layout, optimized=optimized)
+        return plgpu.load(ref, (), layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)
 
 
 def store_few(ref: Any, value: jax.Array) -> None:
     """`ref[...] = value` of so few numbers that 0.12 would refuse them as an inefficient store."""
     if _STORES_MUST_COALESCE:
-        _mosaic.store(ref, value, optimized=False)
+        plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
 

@@ -23,6 +23,7 @@ from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
 from qwen_jax.engine.weights import prepare, prepared_shapes
 from qwen_jax.errors import UserError
+from qwen_jax.executables.kept import keep_in
 from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.recommended import Recommended
@@ -201,9 +202,16 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs between processes, per user, unless JAX was told otherwise."""
+    """Keeps compiled programs between processes, per user, unless JAX was told otherwise.
+
+    JAX's own cache saves XLA's part of compiling; what we call most is kept whole, beside it.
+    """
     settings = jax.config.values
-    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
+    if not settings["jax_enable_compilation_cache"]:
+        keep_in(None)
+        return
+    if chosen := settings["jax_compilation_cache_dir"]:
+        keep_in(None if "://" in chosen else Path(chosen) / "executables")
         return
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -213,6 +221,7 @@ def _use_compilation_cache() -> None:
         logging.warning("Compiled programs are not kept: %s; set XDG_CACHE_HOME.", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_in(cache / "executables")
     # All of them: even a copy takes XLA 50 ms for a GPU, and loading has dozens of small programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from qwen_jax import interrupts, settings
+from qwen_jax import interrupts, settings, startup
 from qwen_jax.errors import UserError
 
 TASKS = {
@@ -111,7 +111,7 @@ def _run(argv: list[str]) -> int:
         print(_usage())
         return 0
     command = parse(argv)
-    with interrupts.handled_by(interrupts.exit_at_once):
+    with interrupts.handled_by(interrupts.exit_at_once), startup.timed("imports"):
         gc.disable()  # Nothing of what is imported is garbage; looking for it takes 0.2 s.
         try:
             if command.task == "generate":

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels import compat
@@ -16,6 +14,10 @@ from pallas_kernels.decode_step.formats import FORMATS
 from pallas_kernels.decode_step.plan import BAND, COLUMNS, Plan
 from pallas_kernels.decode_step.products import THREADS
 from pallas_kernels.decode_step.step import PHASES
+from pallas_kernels.lazy import lazy
+
+pl = lazy("jax.experimental.pallas")
+plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
 
 SMEM_BYTES = 232_448
 """Shared memory a block may have on Hopper."""

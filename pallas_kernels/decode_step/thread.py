@@ -6,18 +6,18 @@ their own. So its body is emitted as MLIR through `plgpu.inline_mgpu`, with memo
 instructions as PTX. Nothing here knows about the step.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
+from pallas_kernels.lazy import lazy
 
 # Their stubs don't know what is added to the generated classes.
-arith: Any = importlib.import_module("jaxlib.mlir.dialects.arith")
-llvm: Any = importlib.import_module("jaxlib.mlir.dialects.llvm")
-scf: Any = importlib.import_module("jaxlib.mlir.dialects.scf")
+utils = lazy("jax.experimental.mosaic.gpu.utils")
+plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
+ir = lazy("jaxlib.mlir.ir")
+arith = lazy("jaxlib.mlir.dialects.arith")
+llvm = lazy("jaxlib.mlir.dialects.llvm")
+scf = lazy("jaxlib.mlir.dialects.scf")
 
 WARP, WARPGROUP = 32, 128
 OURS = 8

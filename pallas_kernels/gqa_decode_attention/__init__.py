@@ -3,7 +3,6 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gqa_decode_attention import mosaic_gpu
 from pallas_kernels.gqa_decode_attention.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -28,6 +27,8 @@ def gqa_decode_attention(
         ValueError: shapes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
+    from pallas_kernels.gqa_decode_attention import mosaic_gpu  # heavy, and only tracing needs it
+
     heads, dim = q.shape[1:]
     kv_heads, page = pages.shape[1:3]
     tables = k_tables.shape

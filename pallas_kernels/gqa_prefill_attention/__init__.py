@@ -3,7 +3,6 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gqa_prefill_attention import mosaic_gpu
 from pallas_kernels.gqa_prefill_attention.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -31,6 +30,8 @@ def gqa_prefill_attention(
         ValueError: shapes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
+    from pallas_kernels.gqa_prefill_attention import mosaic_gpu  # heavy, and only tracing needs it
+
     heads, dim = q.shape[2:]
     kv_heads, tables = pages.shape[1], k_tables.shape
     if pages.shape[3] != dim or tables != v_tables.shape or tables[0] != q.shape[0]:

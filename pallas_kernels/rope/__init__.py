@@ -4,7 +4,6 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.rope import mosaic_gpu
 from pallas_kernels.rope.reference import reference
 
 
@@ -32,6 +31,8 @@ def rope(
         ValueError: shapes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
+    from pallas_kernels.rope import mosaic_gpu  # heavy, and only tracing needs it
+
     if q.shape[:2] != positions.shape or k.shape[:2] != positions.shape:
         raise ValueError(f"q {q.shape}, k {k.shape} and positions {positions.shape} disagree")
     if 2 * inv_freq.shape[0] > min(q.shape[-1], k.shape[-1]):

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import compat
 from pallas_kernels.decode_step import thread as t
+from pallas_kernels.lazy import lazy
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.bounds import Bests
 from pallas_kernels.sample_tokens.drawing import Drawing
@@ -25,6 +25,8 @@ from pallas_kernels.sample_tokens.pick import Candidates
 from pallas_kernels.sample_tokens.row import BANNED, NOT_FINITE, Outputs, Row
 from pallas_kernels.sample_tokens.rows import Choice, Counts, Logprobs, Settings
 from pallas_kernels.sample_tokens.scores import QUAD, THREADS, Asked
+
+plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
 
 MULTIPROCESSORS = 132
 MOST_VOCAB = (1 << 18) - QUAD

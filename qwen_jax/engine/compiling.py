@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.sample_tokens import words
-from qwen_jax.engine import steps
+from qwen_jax.engine import calls, steps
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.sampling import PLANS, Plan, Sampling
 from qwen_jax.engine.shapes import Shapes, fitting
@@ -69,10 +69,6 @@ def compile_ahead(layout: Layout, weights: Weights, programs: Programs) -> list[
     return futures
 
 
-def _compile(program: Any, *args: Any) -> object:
-    return program.lower(*args).compile()
-
-
 def _shapes_of(weights: Weights) -> Weights:
     shapes: Weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
     return shapes
@@ -95,7 +91,7 @@ def _extends(
         for length in layout.shapes.lengths:
             row, tokens = _ints(count), _ints(count, length)
             args = given, _pages(layout), _ints(count, width), tokens, row, row
-            yield functools.partial(_compile, steps.extend, layout.spec, *args)
+            yield functools.partial(calls.extend.prepare, layout.spec, *args)
 
 
 def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Callable[[], object]]:
@@ -108,8 +104,8 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
             packed = _ints(count, steps.FIELDS)
             args = given, _pages(layout), _ints(count, width), state
             rest = extras if plan.sampled else None, packed, plan, shapes.steps
-            yield functools.partial(_compile, steps.step, spec, *args, *rest)
+            yield functools.partial(calls.step.prepare, spec, *args, *rest)
         if plan.sampled:
             bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)
             bias = jax.ShapeDtypeStruct((vocab,), jnp.float32)
-            yield functools.partial(_compile, steps.insert, extras, _ints(), bits, bits, bias)
+            yield functools.partial(calls.insert.prepare, extras, _ints(), bits, bits, bias)

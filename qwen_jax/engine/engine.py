@@ -1,14 +1,14 @@
 """A model on a device: its weights, what its programs are made for, and its pool of pages."""
 
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import steps
+from qwen_jax.engine import calls, steps
 from qwen_jax.engine.compiling import Programs, compile_ahead
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import show_bytes
@@ -19,7 +19,9 @@ from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, bytes_per_token, create_pages, pages_for
-from qwen_jax.model.decoder import Parameters
+
+if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
+    from qwen_jax.model.decoder import Parameters
 
 FEW_CALLS = 4
 """So many take less time than to compile a program."""
@@ -43,7 +45,7 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Parameters | Weights,
+        weights: "Parameters | Weights",
         **options: Unpack[EngineOptions],
     ):
         self.config = config
@@ -171,7 +173,7 @@ class Engine:
                 part = np.zeros((1, padded), np.int32)
                 part[0, :length] = tokens[start : start + length]
                 at, end = np.array([start], np.int32), np.array([start + length], np.int32)
-                self.pages, found = steps.logits(
+                self.pages, found = calls.logits(
                     self.spec, self.weights, self.pages, table, part, at, end
                 )
                 # Cut on the host: a slice on the device would be compiled for every length.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.executables.kept import LOADED
 from qwen_jax.model.cache import PAGE, bytes_per_token, pages_for
 
 _WORKSPACE = 2 << 30
@@ -26,7 +27,7 @@ class TooLarge(UserError):
 def _add(event: str, duration_secs: float, **kwargs: str | int) -> None:
     # Tracing, lowering and compiling; a hit in the persistent cache counts its retrieval.
     global _total
-    if event.startswith("/jax/core/compile/"):
+    if event.startswith("/jax/core/compile/") or event == LOADED:
         _total += duration_secs
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.sample_tokens import Logprobs, pack, words
-from qwen_jax.engine import steps
+from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Plan, Sampling, settings_of
@@ -269,10 +269,10 @@ class Scheduler:
         tables = self._tables([text for text, _ in pieces], rows)
         given = engine.spec, engine.weights, engine.pages, tables, tokens, start, lengths
         if scored:
-            engine.pages, found = steps.score(*given, targets)
+            engine.pages, found = calls.score(*given, targets)
             self._calls.append(_Scoring(pieces, found))
         else:
-            engine.pages = steps.extend(*given)
+            engine.pages = calls.extend(*given)
         for text, piece in pieces:
             if (piece.start + piece.length) % PAGE == 0:
                 engine.pool.filled(text.pages[piece.start // PAGE])
@@ -302,7 +302,7 @@ class Scheduler:
             seen = pack([text.tokens], vocab)[0]
             allowed = np.zeros(words(vocab), np.uint32)
             slot = np.int32(text.slot)
-            self._extras = steps.insert(self._all_extras(), slot, seen, allowed, bias)
+            self._extras = calls.insert(self._all_extras(), slot, seen, allowed, bias)
 
     def _all_extras(self) -> steps.Extras:
         """Those of all slots, made when the first text asks for any."""
@@ -324,7 +324,7 @@ class Scheduler:
             row[:] = text.row
             text.row[steps.FRESH] = 0
             text.expected = min(text.expected + shapes.steps, text.limit)
-        engine.pages, self._state, extras, emitted = steps.step(
+        engine.pages, self._state, extras, emitted = calls.step(
             engine.spec,
             engine.weights,
             engine.pages,

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model.decoder import activation_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,4 +36,6 @@ class Spec:
 
     @property
     def activations(self) -> jnp.dtype:
+        from qwen_jax.model.decoder import activation_dtype  # heavy, and only tracing needs it
+
         return activation_dtype(self.weights)

@@ -9,10 +9,11 @@ steps that the kernel doesn't serve (too many rows), once for every call.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
@@ -23,23 +24,28 @@ from pallas_kernels.decode_step import (
     Plan,
     Shape,
     empty_tape,
+    packing,
     places,
-    put,
     unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.spec import Spec
+from qwen_jax.executables.kept import Kept
 from qwen_jax.model.cache import Cache
-from qwen_jax.model.decoder import Parameters, Qwen2
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.weights import names
+
+if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
+    from qwen_jax.model.decoder import Parameters, Qwen2
 
 Forward = Callable[
     [Int[Array, "B"], Cache, Int[Array, "B"], Bool[Array, "B"]], tuple[Float[Array, "B V"], Cache]
 ]
 """A token of every row, the cache, the tokens' positions and which rows are live, to the logits
 after them and the cache with the live rows' keys and values."""
+
+_put = Kept(packing, "put", static=(4,))
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
@@ -55,10 +61,10 @@ class Weights(Protocol):
     def dtype(self) -> jnp.dtype:
         """Of the matrices."""
 
-    def parameters(self) -> Parameters:
+    def parameters(self) -> "Parameters":
         """Every parameter by its canonical name."""
 
-    def model(self, spec: Spec) -> Qwen2:
+    def model(self, spec: Spec) -> "Qwen2":
         """The decoder over these weights, inside a program."""
 
     def forward(self, spec: Spec, rows: int) -> Forward:
@@ -77,16 +83,16 @@ class Weights(Protocol):
 class PlainWeights:
     """Parameters by name, as `qwen_jax.weights.loader` makes them."""
 
-    named: Parameters
+    named: "Parameters"
 
     @property
     def dtype(self) -> jnp.dtype:
         return self.named["embed"].dtype
 
-    def parameters(self) -> Parameters:
+    def parameters(self) -> "Parameters":
         return self.named
 
-    def model(self, spec: Spec) -> Qwen2:
+    def model(self, spec: Spec) -> "Qwen2":
         return _decoder(spec, self.named)
 
     def forward(self, spec: Spec, rows: int) -> Forward:
@@ -96,7 +102,9 @@ class PlainWeights:
         return self.named["embed"].devices()
 
 
-def _decoder(spec: Spec, parameters: Parameters, **options: Any) -> Qwen2:
+def _decoder(spec: Spec, parameters: "Parameters", **options: Any) -> "Qwen2":
+    from qwen_jax.model.decoder import Qwen2
+
     return Qwen2(
         spec.config,
         parameters,
@@ -107,7 +115,7 @@ def _decoder(spec: Spec, parameters: Parameters, **options: Any) -> Qwen2:
 
 
 def _step(
-    model: Qwen2,
+    model: "Qwen2",
     token: Int[Array, "B"],
     cache: Cache,
     position: Int[Array, "B"],
@@ -142,7 +150,7 @@ class PackedWeights:
     def devices(self) -> set[jax.Device]:
         return self.packed.tape.devices()
 
-    def model(self, spec: Spec) -> Qwen2:
+    def model(self, spec: Spec) -> "Qwen2":
         """Its matrices are put together inside the program."""
         return _decoder(spec, self.parameters(), look_up=self.look_up)
 
@@ -281,10 +289,10 @@ def pack(
     for name, value in parameters:
         parts = name.split(".")
         if name == head:
-            tape = put(tape, where[HEAD], value, 0, HEAD)
+            tape = _put(tape, where[HEAD], value, np.int32(0), HEAD)
         elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
             phase = MATRICES.index(parts[2])
-            tape = put(tape, where[phase], value, int(parts[1]), phase)
+            tape = _put(tape, where[phase], value, np.int32(parts[1]), phase)
         else:
             small[name] = value
     layers = range(config.num_layers)

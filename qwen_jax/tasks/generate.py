@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, pins, prompts, recommended, settings
+from qwen_jax import api, pins, prompts, recommended, settings, startup
 from qwen_jax.api import Model
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
@@ -35,7 +35,8 @@ def run(command: Command) -> int:
         single = config.prompt_file is None
         items = [prompts.single(config, options)] if single else prompts.read(config, options)
         pins.pin_and_tell(config, pins.OF_RUN)
-        model = load(config, _expected(config, items))
+        with startup.timed("load"):
+            model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in items)
         summary = Summary(model, prompts.sampling_of(config), others)

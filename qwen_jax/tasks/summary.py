@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
+from qwen_jax import startup
 from qwen_jax.api import Model
 from qwen_jax.engine.memory import peak_memory
 from qwen_jax.engine.sampling import Sampling
@@ -46,6 +47,7 @@ class Summary:
         spec = self._model.engine.spec
         shared = f", {timings.shared_tokens} of them shared" if timings.shared_tokens else ""
         where, peak = peak_memory()
+        stages = ", ".join(f"{stage} {spent:.2f} s" for stage, spent in startup.seconds.items())
         reasons = ", ".join(
             reason if count == 1 == self._reasons.total() else f"{reason} {count}"
             for reason, count in self._reasons.items()
@@ -56,6 +58,7 @@ class Summary:
                 f"prompt      {timings.prompt_tokens} tokens{shared}",
                 f"generation  {timings.generated_tokens} tokens, "
                 f"{timings.generation_rate:,.1f} tokens/s",
+                f"start       {stages}",
                 f"first token {timings.first_token_seconds:.2f} s after the prompt, "
                 f"compilation {timings.compile_seconds:.2f} s in all",
                 f"memory      {peak / 1e6:,.0f} MB peak ({where})",

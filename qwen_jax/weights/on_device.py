@@ -13,6 +13,7 @@ rarer; the threads decode them a piece at a time, and the numbers travel.
 import collections
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from gguf.constants import GGMLQuantizationType
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
+from qwen_jax.executables.kept import Kept
 from qwen_jax.weights.blocks import FORMATS
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.checksum import Progress
@@ -95,10 +97,10 @@ def iter_decoded(
     with ThreadPoolExecutor(SENDERS, thread_name_prefix="send") as pool:
         arrived = _ahead(pool, send, ((p, piece) for p, pieces in plan for piece in pieces))
         for parameter, pieces in plan:
-            out = jnp.zeros(parameter.shape, dtype_of(parameter), device=device)
+            out = _empty(parameter.shape, dtype_of(parameter), device)
             for piece, data in zip(pieces, arrived, strict=False):
                 place = np.array([piece.row, piece.number], np.int32)
-                out, first_bad = insert(out, first_bad, data, place, block_type(piece.stored))
+                out, first_bad = _insert(out, first_bad, data, place, block_type(piece.stored))
                 if progress:
                     progress(before[piece.number] + piece.sent, before[-1])
             yield parameter.name, out
@@ -167,6 +169,22 @@ def insert(
     row, number = place
     bad = jnp.where(jnp.isfinite(values).all(), first_bad, jnp.minimum(first_bad, number))
     return lax.dynamic_update_slice_in_dim(out, values, row, 0), bad
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[Array, "..."]:
+    """What `insert` fills."""
+    return jnp.zeros(shape, dtype)
+
+
+_insert = Kept(sys.modules[__name__], "insert", static=(4,))
+_zeros = Kept(sys.modules[__name__], "zeros", static=(0, 1))
+
+
+def _empty(
+    shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | jax.sharding.Sharding | None
+) -> Shaped[Array, "..."]:
+    return _zeros(shape, dtype) if device is None else jnp.zeros(shape, dtype, device=device)
 
 
 def decoded(raw: UInt8[Array, "bytes"], kind: GGMLQuantizationType) -> Float32[Array, "values"]:

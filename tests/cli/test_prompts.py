@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("loaded")
 def test_the_default_is_a_haiku(run: Run) -> None:
     result = run()
     assert (result.code, result.out) == (0, HAIKU + "\n")
-    for word in ("prompt ", "generation ", "first token ", "compilation ", "memory "):
+    for word in ("prompt ", "generation ", "imports ", "load ", "first token ", "compilation "):
         assert word in result.err
     assert "finished    stop\nsampling    greedy\n" in result.err
 

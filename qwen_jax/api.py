@@ -16,12 +16,13 @@ from jaxtyping import Float
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.blocks import held_bytes, load_blocks
 from qwen_jax.engine.compiling import Expected, compile_ahead
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
-from qwen_jax.engine.weights import prepare, prepared_shapes
+from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.executables.kept import keep_in
 from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
@@ -40,6 +41,7 @@ BUNDLED = "haiku"
 """The name of the model that ships with the package."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "packed", "expanded")
 PRECISIONS = ("highest", "high", "default")
 MOST_SLOTS = 4096
 """Far more than any device has room for texts."""
@@ -74,6 +76,7 @@ def load(
     *,
     adapter: str | Path | Sequence[str | Path] = (),
     dtype: str = "auto",
+    weights: str = "auto",
     implementation: str = "auto",
     matmul_precision: str = "highest",
     slots: int | None = None,
@@ -92,6 +95,9 @@ def load(
             several, which add up: directories that peft saved, LoRA GGUF files, or `hf:`.
         dtype: of the parameters: "float32", "bfloat16", "float16", or "auto": float32 on a
             CPU, where it is fastest, bfloat16 elsewhere.
+        weights: on a CPU: "packed" keeps matrices as the file has them, in blocks or 16 bits, and
+            decodes them as they are used; "expanded" makes numbers of them once. "auto" packs
+            where these would take more than three quarters of the free memory.
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.
         matmul_precision: of float32 products: "highest" never uses TF32, "high" and
             "default" may.
@@ -115,7 +121,9 @@ def load(
     parameter_dtype = dtype_of(dtype)
     check_precision(matmul_precision)
     check_implementation(implementation)
-    check_weights_fit(checkpoint.config, parameter_dtype)
+    check_weights(weights)
+    packed, held = held_bytes(weights, checkpoint, parameter_dtype)
+    check_weights_fit(checkpoint.config, parameter_dtype, held if packed else None)
     config, platform = checkpoint.config, device().platform
     options = EngineOptions(
         stop_ids=tokenizer.stop_ids,
@@ -126,17 +134,20 @@ def load(
         slots=slots,
         batch_invariant=batch_invariant,
     )
-    layout = Layout.of(config, parameter_dtype, platform, loaded=False, **options)
+    layout = Layout.of(config, parameter_dtype, platform, loaded=False, held=held, **options)
     try:
         if expected is not None and platform != "cpu":  # whose cores are busy with the weights
             shapes = prepared_shapes(config, checkpoint.parameters, parameter_dtype, implementation)
             compile_ahead(layout, shapes, expected.programs(layout))
-        parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
-        weights = prepare(config, parameters, parameter_dtype, implementation)
+        if packed:
+            loaded: Weights = load_blocks(checkpoint, progress)
+        else:
+            parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
+            loaded = prepare(config, parameters, parameter_dtype, implementation)
     except pallas_kernels.UnsupportedError as error:
         raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
     options["cache_tokens"] = layout.cache_tokens
-    engine = Engine(config, weights, **options)
+    engine = Engine(config, loaded, **options)
     if expected is not None:
         engine.expect(expected.programs(layout))
     return Model(engine, tokenizer, read_recommended(checkpoint))
@@ -164,6 +175,11 @@ def check_implementation(name: str) -> None:
 def check_precision(name: str) -> None:
     """Raises UserError for a matmul precision that there is not."""
     _one_of("matmul_precision", name, PRECISIONS)
+
+
+def check_weights(name: str) -> None:
+    """Raises UserError for a form of weights that there is not."""
+    _one_of("weights", name, WEIGHTS)
 
 
 def check_slots(slots: int | None) -> None:

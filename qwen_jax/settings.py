@@ -30,6 +30,9 @@ def get_config() -> ConfigDict:
             "adapter": (),
             "sha256": placeholder(str),
             "dtype": "auto",
+            # On a CPU: packed keeps matrices in the file's blocks, expanded makes numbers of them,
+            # auto packs where numbers would take more than 3/4 of the free memory.
+            "weights": "auto",
             "implementation": "auto",
             "matmul_precision": "highest",
             # One prompt, or a file of them: one a line, or .jsonl with one object a line.
@@ -167,6 +170,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     ),
     "sha256": ("sha256", "What the GGUF file's SHA-256 must be."),
     "dtype": ("dtype", "auto, float32, bfloat16 or float16."),
+    "weights": ("weights", "auto, packed (blocks stay blocks, on a CPU) or expanded."),
     "implementation": ("implementation", "auto, mosaic_gpu or xla, for every operation."),
     "prompt": ("prompt", "The user's message; - reads it from stdin."),
     "prompt_file": ("prompt_file", "Prompts, one a line; .jsonl for one object a line."),

@@ -59,9 +59,13 @@ class Layout(NamedTuple):
         platform: str,
         *,
         loaded: bool,
+        held: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> "Layout":
         """For weights and a cache in `dtype`, which are on the device already or not `loaded` yet.
+
+        Args:
+            held: bytes of the weights, where they are not all in `dtype`.
 
         Raises:
             UserError: there is no room for a cache.
@@ -79,7 +83,7 @@ class Layout(NamedTuple):
         shapes = shapes_for(platform, options.get("slots"), options.get("batch_invariant", False))
         tokens = options.get("cache_tokens")
         if tokens is None:
-            budget = Budget.of(config, dtype)
+            budget = Budget.of(config, dtype, held)
             free = budget.free if loaded else budget.free - budget.weights
             pages = pool_pages(config, dtype, shapes.slots, platform, free)
         else:

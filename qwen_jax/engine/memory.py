@@ -82,20 +82,32 @@ class Budget:
     free: int
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: jnp.dtype) -> "Budget":
-        """For parameters and a cache in `dtype`; norms stay float32."""
+    def of(cls, config: ModelConfig, dtype: jnp.dtype, held: int | None = None) -> "Budget":
+        """For parameters and a cache in `dtype`; norms stay float32.
+
+        Args:
+            held: what the parameters take where they are not all in `dtype`.
+        """
         norms = (2 * config.num_layers + 1) * config.hidden_size
         weights = (config.num_parameters - norms) * dtype.itemsize + norms * 4
-        return cls(weights, bytes_per_token(config, dtype.itemsize), free_memory())
+        each = bytes_per_token(config, dtype.itemsize)
+        return cls(weights if held is None else held, each, free_memory())
 
 
-def check_weights_fit(config: ModelConfig, dtype: jnp.dtype) -> None:
+def packs(expanded: Budget, packed: int) -> bool:
+    """Whether matrices stay in blocks where nobody says: if the weights would else take more than
+    three quarters of what is free. Numbers are faster, but other programs want memory too."""
+    return packed < expanded.weights and expanded.weights > expanded.free * 3 // 4
+
+
+def check_weights_fit(config: ModelConfig, dtype: jnp.dtype, held: int | None = None) -> None:
     """Raises UserError where the weights alone are more than the device has free."""
-    budget = Budget.of(config, dtype)
+    budget = Budget.of(config, dtype, held)
     if budget.weights > budget.free:
-        smaller = "dtype bfloat16, " if dtype.itemsize > 2 else ""
+        smaller = "dtype bfloat16, " if dtype.itemsize > 2 and held is None else ""
+        form = f"in {dtype.name}" if held is None else "in their blocks"
         raise TooLarge(
-            f"{config.source}: its weights take {show_bytes(budget.weights)} in {dtype.name}, but "
+            f"{config.source}: its weights take {show_bytes(budget.weights)} {form}, but "
             f"the {device().device_kind} has {show_bytes(budget.free)} free; choose {smaller}a "
             "smaller model or a larger machine."
         )

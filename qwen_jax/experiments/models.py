@@ -29,6 +29,7 @@ class Choice:
     quantization: str | None
     sha256: str | None
     dtype: str
+    weights: str
     implementation: str
     matmul_precision: str
 
@@ -47,6 +48,7 @@ class Choice:
         """Raises UserError for a setting that there is not, or not on this device."""
         api.dtype_of(self.dtype)
         api.check_implementation(self.implementation)
+        api.check_weights(self.weights)
         api.check_precision(self.matmul_precision)
         if self.quantization is not None:
             quantize.check(self.quantization)
@@ -111,6 +113,7 @@ class Models:
             path,
             adapter=choice.adapter,
             dtype=choice.dtype,
+            weights=choice.weights,
             implementation=choice.implementation,
             matmul_precision=choice.matmul_precision,
             **sizes._asdict(),

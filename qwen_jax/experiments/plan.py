@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import api
-from qwen_jax.config import ModelConfig
+from qwen_jax.engine.blocks import held_bytes
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
+from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.hub_names import is_hub_name
 
 
@@ -40,7 +41,7 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
     Raises:
         UserError: a point's config makes no sense for its task, or a model can't be read.
     """
-    sizes: dict[tuple[str, ...], ModelConfig | None] = {}
+    sizes: dict[tuple[str, ...], Checkpoint | None] = {}
     weights: dict[Choice, int] = {}
     groups: dict[tuple[Any, ...], int] = {}
     planned = []
@@ -50,8 +51,9 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
         if files not in sizes:
             sizes[files] = _size(choice)
         size = sizes[files]
-        programs = (choice.dtype, choice.implementation, choice.matmul_precision)
-        key = (size or files, *programs, point.config.slots)
+        config = size.config if size else None
+        programs = (choice.dtype, choice.weights, choice.implementation, choice.matmul_precision)
+        key = (config or files, *programs, point.config.slots)
         group = groups.setdefault(key, len(groups))
         order = (weights.setdefault(choice, len(weights)), group)
         planned.append((order, Planned(point, task, group + 1, _memory(point, size))))
@@ -83,19 +85,22 @@ def _task(point: Point) -> Task:
         raise UserError(f"The point {point.label}: {error}") from error
 
 
-def _size(choice: Choice) -> ModelConfig | None:
+def _size(choice: Choice) -> Checkpoint | None:
     if any(map(is_hub_name, (choice.model, *choice.adapter))):
         return None
-    return api.open_model(choice.model, choice.adapter).config
+    return api.open_model(choice.model, choice.adapter)
 
 
-def _memory(point: Point, size: ModelConfig | None) -> int | None:
+def _memory(point: Point, size: Checkpoint | None) -> int | None:
     if size is None:
         return None
     dtype, slots = api.dtype_of(point.config.dtype), point.config.slots
-    budget = Budget.of(size, dtype)
+    _, held = held_bytes(point.config.weights, size, dtype)
+    budget = Budget.of(size.config, dtype, held)
     try:
-        layout = Layout.of(size, dtype, device().platform, loaded=False, slots=slots)
+        layout = Layout.of(
+            size.config, dtype, device().platform, loaded=False, held=held, slots=slots
+        )
     except TooLarge:  # The point will fail, and no other with it.
         return budget.weights
     return budget.weights + layout.cache_tokens * budget.cache_per_token

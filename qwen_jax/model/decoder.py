@@ -6,6 +6,7 @@ A linear weight is `[out, in]`, as checkpoints store it.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,21 @@ def activation_dtype(parameters: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if parameters == jnp.float16 else parameters)
 
 
+class Matrix(Protocol):
+    """A linear weight in a form of its own, in place of an array; see `engine.blocks`.
+
+    As of an array, `[...]` is all of it, and `[tokens]` are some of its rows.
+    """
+
+    def product(
+        self, x: Float[Array, "*rows in"], precision: lax.Precision
+    ) -> Float[Array, "*rows out"]:
+        """x @ self.T."""
+
+
 def matmul(
     x: Float[Array, "*rows in"],
-    weight: Float[Array, "out in"],
+    weight: Float[Array, "out in"] | Matrix,
     precision: lax.Precision,
     dtype: jnp.dtype | None = None,
 ) -> Float[Array, "*rows out"]:
@@ -57,6 +70,8 @@ def matmul(
     float16 weights meet float32 activations. Large activations of Qwen2.5 overflow float16,
     so each row is divided by a power of two, which is exact, before it is converted.
     """
+    if not isinstance(weight, jax.Array):
+        return weight.product(x, precision)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     if weight.dtype != jnp.float16:
         dtype = dtype or x.dtype

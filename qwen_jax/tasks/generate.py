@@ -133,6 +133,7 @@ def load(config: ConfigDict, expected: Expected | None = None) -> Model:
             config.model,
             adapter=config.adapter,
             dtype=config.dtype,
+            weights=config.weights,
             implementation=config.implementation,
             matmul_precision=config.matmul_precision,
             slots=config.slots,

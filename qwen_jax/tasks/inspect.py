@@ -16,6 +16,7 @@ from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import api, pins, recommended
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
+from qwen_jax.engine.blocks import held_bytes
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.model.cache import PAGE
@@ -35,6 +36,7 @@ def run(command: Command) -> int:
     config = command.config
     dtype = api.dtype_of(config.dtype)
     api.check_implementation(config.implementation)
+    api.check_weights(config.weights)
     api.check_slots(config.slots)
     pins.pin_and_tell(config, pins.OF_RUN)
     checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
@@ -46,7 +48,7 @@ def run(command: Command) -> int:
         ("tensors", tensor_lines(checkpoint)),
         ("text", text_lines(tokenizer, recommended.read(checkpoint))),
         ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
-        ("memory", memory_lines(checkpoint.config, dtype, config.slots)),
+        ("memory", memory_lines(checkpoint, dtype, config.slots, config.weights)),
     )
     print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
     return 0
@@ -164,12 +166,19 @@ def implementation_lines(
         yield f"{operation:<24} {chosen}" + (f" ({why})" if why and chosen == "xla" else "")
 
 
-def memory_lines(config: ModelConfig, dtype: jnp.dtype, slots: int | None = None) -> Iterator[str]:
+def memory_lines(
+    checkpoint: Checkpoint, dtype: jnp.dtype, slots: int | None = None, form: str = "auto"
+) -> Iterator[str]:
     """The budget: weights, cache per 1k tokens, and the cache that the slots would share."""
-    budget = Budget.of(config, dtype)
+    config = checkpoint.config
+    packed, held = held_bytes(form, checkpoint, dtype)
+    budget = Budget.of(config, dtype, held)
     weights, each, free = budget.weights, budget.cache_per_token, budget.free
     yield f"{device().device_kind}: {show_bytes(free)} free; parameters and cache in {dtype.name}"
-    yield f"weights                 {show_bytes(weights):>9}"
+    expanded = (
+        f"  (packed; expanded {show_bytes(Budget.of(config, dtype).weights)})" if packed else ""
+    )
+    yield f"weights                 {show_bytes(weights):>9}{expanded}"
     yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
     context = config.context_length
     yield f"cache, whole context    {show_bytes(context * each):>9}  ({context} tokens)"
@@ -177,7 +186,7 @@ def memory_lines(config: ModelConfig, dtype: jnp.dtype, slots: int | None = None
         yield f"does not fit: the weights alone need {show_bytes(weights - free)} more"
         return
     try:
-        layout = Layout.of(config, dtype, device().platform, loaded=False, slots=slots)
+        layout = Layout.of(config, dtype, device().platform, loaded=False, held=held, slots=slots)
     except TooLarge:
         yield "does not fit: the weights leave no room for keys and values"
         return

@@ -11,13 +11,15 @@ from jaxtyping import Float32, UInt8
 from qwen_jax.weights.simple_quants import (
     BlockFormat,
     Blocks,
-    Values,
+    Parts,
     bits,
     fields2,
+    halves,
     layout,
     look_up,
     namespace,
     nibbles,
+    once,
     scale,
 )
 
@@ -61,58 +63,58 @@ def _signed(
     d: Float32[np.ndarray, "n groups"],
     grid: Float32[np.ndarray, "..."],
     signs: Float32[np.ndarray, "..."],
-) -> Values:
+) -> Parts:
     """d x codebook entry x sign, each group's scale over its share of the 256 values."""
     n, groups = d.shape
     values = grid.reshape(n, groups, -1) * signs.reshape(n, groups, -1)
-    return d[:, :, None] * values
+    return (d[:, :, None] * values,)
 
 
 def _seven_bit_signs(words: np.ndarray) -> Float32[np.ndarray, "n groups 4 8"]:
     return look_up(_EVEN_SIGNS, (words[:, :, None] >> _SEVENTHS) & 127)
 
 
-def _iq2_xxs(blocks: Blocks) -> Values:
+def _iq2_xxs(blocks: Blocks) -> Parts:
     groups = blocks["groups"]
     words = groups["signs"]
     d = scale(blocks["d"]) * _halves(words >> 28) * np.float32(0.25)
     return _signed(d, look_up(_IQ2_XXS, groups["grid"]), _seven_bit_signs(words))
 
 
-def _iq2_xs(blocks: Blocks) -> Values:
+def _iq2_xs(blocks: Blocks) -> Parts:
     codes = blocks["qs"]
     d = scale(blocks["d"]) * _halves(_low_high(blocks["scales"])) * np.float32(0.25)
     return _signed(d, look_up(_IQ2_XS, codes & 511), look_up(_EVEN_SIGNS, codes >> 9))
 
 
-def _iq2_s(blocks: Blocks) -> Values:
+def _iq2_s(blocks: Blocks) -> Parts:
     high = fields2(blocks["qh"], 1).reshape(-1, 32).astype(np.uint16)
     codes = blocks["qs"] | (high << 8)
     d = scale(blocks["d"]) * _halves(_low_high(blocks["scales"])) * np.float32(0.25)
     return _signed(d, look_up(_IQ2_S, codes), look_up(_SIGNS, blocks["signs"]))
 
 
-def _iq3_xxs(blocks: Blocks) -> Values:
+def _iq3_xxs(blocks: Blocks) -> Parts:
     words = blocks["signs"]
     d = scale(blocks["d"]) * _halves(words >> 28) * np.float32(0.5)
     return _signed(d, look_up(_IQ3_XXS, blocks["qs"]), _seven_bit_signs(words))
 
 
-def _iq3_s(blocks: Blocks) -> Values:
+def _iq3_s(blocks: Blocks) -> Parts:
     codes = blocks["qs"] | (bits(blocks["qh"]).astype(np.uint16) << 8)
     d = scale(blocks["d"]) * (1 + 2 * _low_high(blocks["scales"]))
     return _signed(d, look_up(_IQ3_S, codes), look_up(_SIGNS, blocks["signs"]))
 
 
-def _iq1_s(blocks: Blocks) -> Values:
+def _iq1_s(blocks: Blocks) -> Parts:
     high = blocks["qh"]
     d = scale(blocks["d"]) * (2 * ((high >> 12) & 7) + 1)
     delta = namespace(high).where(high & 0x8000, -_DELTA, _DELTA)[:, :, None]
     codes = blocks["qs"] | (((high[:, :, None] >> _THIRDS) & 7) << 8).reshape(-1, 32)
-    return d[:, :, None] * (look_up(_IQ1, codes).reshape(-1, 8, 32) + delta)
+    return (d[:, :, None] * (look_up(_IQ1, codes).reshape(-1, 8, 32) + delta),)
 
 
-def _iq1_m(blocks: Blocks) -> Values:
+def _iq1_m(blocks: Blocks) -> Parts:
     """The float16 scale lies in pieces: the top half-byte of each of four 16-bit words."""
     words = blocks["scales"]
     pieces = (words >> 12) << np.array([0, 4, 8, 12], np.uint16)
@@ -123,19 +125,20 @@ def _iq1_m(blocks: Blocks) -> Values:
     delta = namespace(high).where(high & 8, -_DELTA, _DELTA)
     codes = blocks["qs"] | ((high & 7).astype(np.uint16) << 8)
     values = look_up(_IQ1, codes) + delta[:, :, None]
-    return d[:, :, None] * values.reshape(-1, 16, 16)
+    return (d[:, :, None] * values.reshape(-1, 16, 16),)
 
 
-def _iq4_nl(blocks: Blocks) -> Values:
-    return scale(blocks["d"], 3) * look_up(_IQ4, nibbles(blocks["qs"], 16))
+def _iq4_nl(blocks: Blocks) -> Parts:
+    d = scale(blocks["d"], 2)
+    return tuple(d * look_up(_IQ4, codes) for codes in halves(blocks["qs"], 16))
 
 
-def _iq4_xs(blocks: Blocks) -> Values:
+def _iq4_xs(blocks: Blocks) -> Parts:
     shifts = np.arange(0, 16, 2, dtype=np.uint16)
     high = ((blocks["scales_h"][:, None] >> shifts) & 3).astype(np.uint8)
     scales = (_low_high(blocks["scales_l"]) | (high << 4)).view(np.int8) - np.int8(32)
-    d = scale(blocks["d"]) * scales
-    return d[:, :, None] * look_up(_IQ4, nibbles(blocks["qs"], 16)).reshape(-1, 8, 32)
+    d = once(scale(blocks["d"]) * scales)[:, :, None]
+    return tuple(d * look_up(_IQ4, codes) for codes in halves(blocks["qs"], 16))
 
 
 _IQ2_XXS_GROUP = layout(("grid", "u1", 4), ("signs", "<u4"))

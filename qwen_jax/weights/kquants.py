@@ -1,82 +1,114 @@
 """The k-quants: superblocks of 256 values, with small integer scales under one or two float16."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
-from jaxtyping import UInt8
+from jaxtyping import Int8, UInt8, UInt32
 
 from qwen_jax.weights.simple_quants import (
     BlockFormat,
     Blocks,
+    Parts,
     Values,
     fields2,
+    halves,
     layout,
     namespace,
     nibbles,
+    once,
+    quarters,
     scale,
 )
 
-_BIT = np.arange(8, dtype=np.uint8)[:, None]
+
+def _by_part(numbers: np.ndarray, parts: int) -> Iterator[np.ndarray]:
+    """Each part's numbers [n, groups, ..., 1] of some for every 16 or 32 values in order."""
+    dealt = numbers.reshape(len(numbers), 8 // parts, parts, -1, 1)
+    return (once(dealt[:, :, part]) for part in range(parts))
 
 
-def _q2_k(blocks: Blocks) -> Values:
+def _scaled(d: np.ndarray, quants: np.ndarray, m: np.ndarray | None = None) -> Values:
+    """d q - m, each scale over its share of a run."""
+    values = d * once(quants).reshape(*d.shape[:-1], -1)
+    return values if m is None else values - m
+
+
+def _q2_k(blocks: Blocks) -> Parts:
     scales = blocks["scales"]
-    d = scale(blocks["d"]) * (scales & 0x0F)
-    m = scale(blocks["dmin"]) * (scales >> 4)
-    quants = fields2(blocks["qs"], 32).reshape(-1, 16, 16)
-    return d[:, :, None] * quants - m[:, :, None]
+    d = once(scale(blocks["d"]) * (scales & 0x0F))
+    m = once(scale(blocks["dmin"]) * (scales >> 4))
+    return tuple(map(_scaled, _by_part(d, 4), quarters(blocks["qs"], 32), _by_part(m, 4)))
 
 
-def _q3_k(blocks: Blocks) -> Values:
+def _q3_k(blocks: Blocks) -> Parts:
     """Sixteen 6-bit scales: low halves in bytes 0-7, two high bits each in bytes 8-11."""
     packed = blocks["scales"]
     low = nibbles(packed[:, :8], 8).reshape(-1, 16)
     high = fields2(packed[:, 8:], 4).reshape(-1, 16)
-    d = scale(blocks["d"]) * ((low | (high << 4)).view(np.int8) - np.int8(32))
-    quants = fields2(blocks["qs"], 32).view(np.int8).reshape(-1, 8, 32)
-    # A mask bit of 1 means no offset; 0 means minus four.
-    absent = (~blocks["hmask"][:, None] >> _BIT) & 1
-    quants -= (absent << 2).view(np.int8)
-    return d[:, :, None] * quants.reshape(-1, 16, 16)
+    d = once(scale(blocks["d"]) * ((low | (high << 4)).view(np.int8) - np.int8(32)))
+
+    def quants() -> Iterator[Int8[np.ndarray, "n 1 32"]]:
+        # A mask bit of 1 means no offset; 0 means minus four.
+        inverted = ~blocks["hmask"]
+        packed = blocks["qs"].reshape(-1, 2, 32)
+        for part in range(8):
+            low = (packed[:, part // 4] >> (2 * (part % 4))) & 3
+            absent = (inverted >> part) & 1
+            yield (low.view(np.int8) - (absent << 2).view(np.int8))[:, None]
+
+    return tuple(map(_scaled, _by_part(d, 8), quants()))
 
 
 def _scales_and_mins(
-    packed: UInt8[np.ndarray, "n 12"],
+    words: UInt32[np.ndarray, "n 3"],
 ) -> tuple[UInt8[np.ndarray, "n 8"], UInt8[np.ndarray, "n 8"]]:
-    """Eight 6-bit scales and minima of Q4_K and Q5_K.
+    """Eight 6-bit scales and minima of Q4_K and Q5_K, four bytes at a time.
 
     Bytes 0-3 hold scales 0-3 and, in their top bits, the high bits of scales 4-7; bytes 4-7 hold
     the minima likewise; bytes 8-11 the low halves of scales and minima 4-7.
     """
-    scales, mins, lows = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
-    concatenate = namespace(packed).concatenate
-    return (
-        concatenate([scales & 0x3F, (lows & 0x0F) | ((scales >> 2) & 0x30)], axis=1),
-        concatenate([mins & 0x3F, (lows >> 4) | ((mins >> 2) & 0x30)], axis=1),
-    )
+    scales, mins, lows = words[:, 0], words[:, 1], words[:, 2]
+
+    def eight(first: np.ndarray, low: np.ndarray) -> UInt8[np.ndarray, "n 8"]:
+        last = (low & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)
+        return namespace(words).stack([first & 0x3F3F3F3F, last], axis=1).view(np.uint8)
+
+    return eight(scales, lows), eight(mins, lows >> 4)
 
 
-def _scale_and_shift(blocks: Blocks, quants: UInt8[np.ndarray, "n 8 32"]) -> Values:
+def _scale_and_shift(
+    blocks: Blocks, parts: int, quants: Iterable[UInt8[np.ndarray, "n groups 32"]]
+) -> Parts:
     scales, mins = _scales_and_mins(blocks["scales"])
-    d, m = scale(blocks["d"]) * scales, scale(blocks["dmin"]) * mins
-    return d[:, :, None] * quants - m[:, :, None]
+    d, m = once(scale(blocks["d"]) * scales), once(scale(blocks["dmin"]) * mins)
+    return tuple(map(_scaled, _by_part(d, parts), quants, _by_part(m, parts)))
 
 
-def _q4_k(blocks: Blocks) -> Values:
-    return _scale_and_shift(blocks, nibbles(blocks["qs"], 32).reshape(-1, 8, 32))
+def _q4_k(blocks: Blocks) -> Parts:
+    return _scale_and_shift(blocks, 2, halves(blocks["qs"], 32))
 
 
-def _q5_k(blocks: Blocks) -> Values:
-    low = nibbles(blocks["qs"], 32).reshape(-1, 8, 32)
-    high = (blocks["qh"][:, None] >> _BIT) & 1
-    return _scale_and_shift(blocks, low | (high << 4))
+def _q5_k(blocks: Blocks) -> Parts:
+    def quants() -> Iterator[UInt8[np.ndarray, "n 1 32"]]:
+        packed, high = blocks["qs"].reshape(-1, 4, 32), blocks["qh"]
+        for part in range(8):
+            low = (packed[:, part // 2] >> (4 * (part % 2))) & 0x0F
+            yield (low | (((high >> part) & 1) << 4))[:, None]
+
+    return _scale_and_shift(blocks, 8, quants())
 
 
-def _q6_k(blocks: Blocks) -> Values:
-    low = nibbles(blocks["ql"], 64).reshape(-1, 256)
-    high = fields2(blocks["qh"], 32).reshape(-1, 256)
-    quants = (low | (high << 4)).view(np.int8) - np.int8(32)
-    d = scale(blocks["d"]) * blocks["scales"]
-    return d[:, :, None] * quants.reshape(-1, 16, 16)
+def _q6_k(blocks: Blocks) -> Parts:
+    def quants() -> Iterator[Int8[np.ndarray, "n 2 32"]]:
+        packed = blocks["ql"].reshape(-1, 2, 2, 32)
+        lows = packed & 0x0F, packed >> 4
+        for part, high in enumerate(quarters(blocks["qh"], 32)):
+            low = lows[part // 2][:, :, part % 2]
+            yield (low | (high << 4)).view(np.int8) - np.int8(32)
+
+    d = once(scale(blocks["d"]) * blocks["scales"])
+    return tuple(map(_scaled, _by_part(d, 4), quants()))
 
 
 FORMATS = {
@@ -87,11 +119,11 @@ FORMATS = {
         layout(("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")), _q3_k
     ),
     Type.Q4_K: BlockFormat(
-        layout(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)), _q4_k
+        layout(("d", "<f2"), ("dmin", "<f2"), ("scales", "<u4", 3), ("qs", "u1", 128)), _q4_k
     ),
     Type.Q5_K: BlockFormat(
         layout(
-            ("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)
+            ("d", "<f2"), ("dmin", "<f2"), ("scales", "<u4", 3), ("qh", "u1", 32), ("qs", "u1", 128)
         ),
         _q5_k,
     ),

@@ -93,9 +93,7 @@ def _iter_adopted(
     done = 0
     previous: jax.Array | None = None
     for parameter in checkpoint.parameters:
-        host = _aligned(
-            parameter.shape, np.dtype(np.float32) if parameter.keep_float32 else compute
-        )
+        host = aligned(parameter.shape, np.dtype(np.float32) if parameter.keep_float32 else compute)
         for name in decode(checkpoint, parameter, host):
             done += sizes[name]
             if progress:
@@ -119,7 +117,7 @@ def decode(checkpoint: Checkpoint, parameter: names.Parameter, out: np.ndarray) 
         yield name
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialised memory that a CPU device adopts as it is: unaligned, JAX would copy it."""
     size = int(np.prod(shape)) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)

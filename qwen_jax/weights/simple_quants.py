@@ -1,8 +1,12 @@
 """Blocks of 32 or 64 values under one scale, and the ternary formats.
 
 A block is declared as a structured dtype, field by field as in ggml-common.h; its decoder takes
-`n` blocks and returns float32 [n, ...], a block's values in order. The arithmetic follows
-ggml-quants.c operation by operation, so the results are equal to the last bit.
+`n` blocks and returns their values in float32. The arithmetic follows ggml-quants.c operation by
+operation, so the results are equal to the last bit.
+
+The values come in parts: all that are low half-bytes, say, then all that are high ones. Where a
+sum over them is wanted their order is nobody's concern, and to restore it costs XLA on a CPU ten
+times what the rest does.
 
 Decoders are array code for whatever holds the fields: NumPy's arrays on the host, JAX's inside a
 compiled program (`weights.on_device`), where a product and the sum that takes it become one
@@ -10,12 +14,13 @@ operation. No bit depends on that: every product that is added to or subtracted 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
+from jax import lax
 from jaxtyping import Float32, Shaped, UInt8
 
 Blocks = Shaped[np.ndarray, "n"]
@@ -23,17 +28,25 @@ Blocks = Shaped[np.ndarray, "n"]
 
 Values = Float32[np.ndarray, "n ..."]
 
+Parts = tuple[Float32[np.ndarray, "n groups *run"], ...]
+"""A block's values: of each group a run from every part in turn. One part is [n, ...]."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockFormat:
     """How the bytes of one block lie, and how `n` of them become float32.
 
     Attributes:
-        decode: from `Blocks` to `Values`, in NumPy's arrays or in JAX's.
+        parts: from `Blocks` to `Parts`, in NumPy's arrays or in JAX's.
     """
 
     layout: np.dtype
-    decode: Callable[[Any], Any]
+    parts: Callable[[Any], Any]
+
+    def decode(self, blocks: Any) -> Any:
+        """From `Blocks` to `Values`, a block's values in order."""
+        parts = self.parts(blocks)
+        return parts[0] if len(parts) == 1 else namespace(parts[0]).stack(parts, axis=2)
 
 
 def layout(*fields: tuple) -> np.dtype:
@@ -56,10 +69,26 @@ def scale(halves: np.ndarray, trailing: int = 1) -> Float32[np.ndarray, "n ..."]
     return halves.astype(np.float32).reshape(-1, *[1] * trailing)
 
 
+def once(array: Any) -> Any:
+    """The same, computed before what uses it: else XLA does so for each value it goes into."""
+    return array if isinstance(array, np.ndarray) else lax.optimization_barrier(array)
+
+
+def halves(packed: UInt8[np.ndarray, "n m"], run: int) -> tuple[UInt8[np.ndarray, "n g r"], ...]:
+    """The low half-bytes of each `run` of bytes, and the high ones."""
+    grouped = packed.reshape(len(packed), -1, run)
+    return grouped & 0x0F, grouped >> 4
+
+
+def quarters(packed: UInt8[np.ndarray, "n m"], run: int) -> tuple[UInt8[np.ndarray, "n g r"], ...]:
+    """The four 2-bit fields of each `run` of bytes, the lowest first."""
+    grouped = packed.reshape(len(packed), -1, run)
+    return tuple((grouped >> shift) & 3 for shift in (0, 2, 4, 6))
+
+
 def nibbles(packed: UInt8[np.ndarray, "n m"], run: int) -> UInt8[np.ndarray, "n groups 2 run"]:
     """Splits each `run` of bytes into its low, then its high half-bytes."""
-    grouped = packed.reshape(len(packed), -1, run)
-    return namespace(packed).stack([grouped & 0x0F, grouped >> 4], axis=2)
+    return namespace(packed).stack(halves(packed, run), axis=2)
 
 
 def fields2(packed: UInt8[np.ndarray, "n m"], run: int) -> UInt8[np.ndarray, "n groups 4 run"]:
@@ -94,33 +123,40 @@ _UE4M3_HALVED = _ue4m3_halved()
 _POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
 
 
-def _q4_0(blocks: Blocks) -> Values:
-    quants = nibbles(blocks["qs"], 16).view(np.int8) - np.int8(8)
-    return scale(blocks["d"], 3) * quants
+def _q4_0(blocks: Blocks) -> Parts:
+    d = scale(blocks["d"], 2)
+    return tuple(d * (q.view(np.int8) - np.int8(8)) for q in halves(blocks["qs"], 16))
 
 
-def _q4_1(blocks: Blocks) -> Values:
-    return scale(blocks["d"], 3) * nibbles(blocks["qs"], 16) + scale(blocks["m"], 3)
+def _q4_1(blocks: Blocks) -> Parts:
+    d, m = scale(blocks["d"], 2), scale(blocks["m"], 2)
+    return tuple(d * q + m for q in halves(blocks["qs"], 16))
 
 
-def _five_bits(blocks: Blocks) -> UInt8[np.ndarray, "n 32"]:
-    low = nibbles(blocks["qs"], 16).reshape(-1, 32)
-    return low | (bits(blocks["qh"]) << 4)
+_BIT = np.arange(16, dtype=np.uint32)
 
 
-def _q5_0(blocks: Blocks) -> Values:
-    return scale(blocks["d"]) * (_five_bits(blocks).view(np.int8) - np.int8(16))
+def _five_bits(blocks: Blocks) -> Iterator[UInt8[np.ndarray, "n 1 16"]]:
+    words = blocks["qh"][:, None, None]
+    for part, low in enumerate(halves(blocks["qs"], 16)):
+        yield low | (((words >> (_BIT + np.uint32(16 * part))) & 1) << 4).astype(np.uint8)
 
 
-def _q5_1(blocks: Blocks) -> Values:
-    return scale(blocks["d"]) * _five_bits(blocks) + scale(blocks["m"])
+def _q5_0(blocks: Blocks) -> Parts:
+    d = scale(blocks["d"], 2)
+    return tuple(d * (q.view(np.int8) - np.int8(16)) for q in _five_bits(blocks))
 
 
-def _q8_0(blocks: Blocks) -> Values:
-    return scale(blocks["d"]) * blocks["qs"]
+def _q5_1(blocks: Blocks) -> Parts:
+    d, m = scale(blocks["d"], 2), scale(blocks["m"], 2)
+    return tuple(d * q + m for q in _five_bits(blocks))
 
 
-def _tq1_0(blocks: Blocks) -> Values:
+def _q8_0(blocks: Blocks) -> Parts:
+    return (scale(blocks["d"]) * blocks["qs"],)
+
+
+def _tq1_0(blocks: Blocks) -> Parts:
     """Five ternary digits a byte (four in `qh`), read as the top digit of byte x 3^k mod 256."""
     qs, qh = blocks["qs"], blocks["qh"]
     n = len(qs)
@@ -133,30 +169,30 @@ def _tq1_0(blocks: Blocks) -> Values:
         axis=1,
     )
     ternary = ((digits.astype(np.uint16) * 3) >> 8).astype(np.int8) - np.int8(1)
-    return scale(blocks["d"]) * ternary
+    return (scale(blocks["d"]) * ternary,)
 
 
-def _tq2_0(blocks: Blocks) -> Values:
-    ternary = fields2(blocks["qs"], 32).view(np.int8) - np.int8(1)
-    return scale(blocks["d"], 3) * ternary
+def _tq2_0(blocks: Blocks) -> Parts:
+    d = scale(blocks["d"], 2)
+    return tuple(d * (q.view(np.int8) - np.int8(1)) for q in quarters(blocks["qs"], 32))
 
 
-def _mxfp4(blocks: Blocks) -> Values:
-    values = look_up(_E2M1, nibbles(blocks["qs"], 16))
-    return look_up(_E8M0_HALVED, blocks["e"])[:, None, None, None] * values
+def _mxfp4(blocks: Blocks) -> Parts:
+    d = look_up(_E8M0_HALVED, blocks["e"])[:, None, None]
+    return tuple(d * look_up(_E2M1, codes) for codes in halves(blocks["qs"], 16))
 
 
-def _nvfp4(blocks: Blocks) -> Values:
-    values = look_up(_E2M1, nibbles(blocks["qs"], 8))
-    return look_up(_UE4M3_HALVED, blocks["d"])[:, :, None, None] * values
+def _nvfp4(blocks: Blocks) -> Parts:
+    d = look_up(_UE4M3_HALVED, blocks["d"])[:, :, None]
+    return tuple(d * look_up(_E2M1, codes) for codes in halves(blocks["qs"], 8))
 
 
 FORMATS = {
     Type.Q4_0: BlockFormat(layout(("d", "<f2"), ("qs", "u1", 16)), _q4_0),
     Type.Q4_1: BlockFormat(layout(("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)), _q4_1),
-    Type.Q5_0: BlockFormat(layout(("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)), _q5_0),
+    Type.Q5_0: BlockFormat(layout(("d", "<f2"), ("qh", "<u4"), ("qs", "u1", 16)), _q5_0),
     Type.Q5_1: BlockFormat(
-        layout(("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)), _q5_1
+        layout(("d", "<f2"), ("m", "<f2"), ("qh", "<u4"), ("qs", "u1", 16)), _q5_1
     ),
     Type.Q8_0: BlockFormat(layout(("d", "<f2"), ("qs", "i1", 32)), _q8_0),
     Type.TQ1_0: BlockFormat(layout(("qs", "u1", 48), ("qh", "u1", 4), ("d", "<f2")), _tq1_0),

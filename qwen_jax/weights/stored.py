@@ -89,6 +89,10 @@ class Plain:
         first, last = (n * row // block * size for n in (start, stop))
         return self.files.raw(self.name)[first:last]
 
+    def forget(self) -> None:
+        """Lets go of the memory that `raw` has taken."""
+        self.files.forget(self.name)
+
 
 def not_finite(name: str, stored: Stored, dtype: np.dtype) -> UserError:
     """What to say of a weight that has values which are not finite in `dtype`."""

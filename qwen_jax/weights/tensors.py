@@ -90,13 +90,27 @@ class TensorFiles:
     tensors: dict[str, TensorInfo]
 
     @functools.cached_property
+    def _files(self) -> dict[Path, mmap.mmap]:
+        return {path: map_file(path) for path in self.paths}
+
+    @functools.cached_property
     def _maps(self) -> dict[Path, UInt8[np.ndarray, "n"]]:
-        return {path: np.frombuffer(map_file(path), np.uint8) for path in self.paths}
+        return {path: np.frombuffer(file, np.uint8) for path, file in self._files.items()}
 
     def raw(self, name: str) -> UInt8[np.ndarray, "n"]:
         """The tensor's bytes, a flat read-only view of the memory-mapped file."""
         info = self.tensors[name]
         return self._maps[info.path][info.offset : info.offset + info.nbytes]
+
+    def forget(self, name: str) -> None:
+        """Gives back the memory that a tensor's bytes take since they were read, where the system
+        can; they are read again when they are asked for."""
+        info = self.tensors[name]
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = info.offset + info.nbytes - start
+            if length > 0:
+                self._files[info.path].madvise(mmap.MADV_DONTNEED, start, length)
 
 
 def map_file(path: Path) -> mmap.mmap:

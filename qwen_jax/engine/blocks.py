@@ -1,0 +1,327 @@
+"""Weights that stay in the file's blocks, for a CPU that hasn't the memory for numbers.
+
+A block's fields lie in arrays of their own, row by row, for XLA makes vector code of contiguous
+bytes alone. A product decodes some hundred rows at a time inside the program, while they are in
+the cache, and multiplies them: the numbers are those that the whole matrix would have.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from qwen_jax.engine.memory import Budget, device, packs
+from qwen_jax.engine.weights import PlainWeights
+from qwen_jax.errors import UserError
+from qwen_jax.model.decoder import Parameters, matmul
+from qwen_jax.weights import names
+from qwen_jax.weights.blocks import FORMATS, decoded
+from qwen_jax.weights.checkpoint import Checkpoint
+from qwen_jax.weights.checksum import Progress
+from qwen_jax.weights.loader import aligned, decode
+from qwen_jax.weights.simple_quants import Parts
+from qwen_jax.weights.stored import Plain, Stored, not_finite
+
+PIECE = 1 << 19
+"""Values that are decoded at a time: 2 MB, a share of the cache; fewer cost more in starts."""
+
+FLOAT32 = jnp.dtype(jnp.float32)
+_HALVES = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A matrix [out, in] in blocks of one type, or in 16 bits.
+
+    Attributes:
+        fields: arrays [out, blocks of a row, ...] by name, or names to such again; of numbers
+            one array [out, in].
+        kind: the type.
+        shape: of the matrix.
+    """
+
+    fields: Mapping[str, Any]
+    kind: GGMLQuantizationType = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Itself for `...`, else the rows of such numbers, decoded."""
+        if rows is ...:
+            return self
+        chosen = jax.tree.map(lambda field: field[rows.reshape(-1)], self.fields)
+        return _in_order(chosen, self.kind).reshape(*rows.shape, -1)
+
+    def product(
+        self, x: Float[Array, "*rows in"], precision: lax.Precision
+    ) -> Float[Array, "*rows out"]:
+        """x @ self.T, a piece of rows after another.
+
+        The last piece begins early enough to be whole; rows in two pieces come out the same.
+        """
+        out, width = self.shape
+        count = -(-out * width // PIECE)
+        piece = -(-out // count)
+        inputs = _dealt(
+            x, jax.eval_shape(functools.partial(_parts, kind=self.kind), self._rows(0, 1))
+        )
+
+        def product_of(start: Int[Array, ""] | int) -> Float[Array, "*rows piece"]:
+            # Multiplied as they are decoded, the values would be decoded for each row of `x`.
+            parts = lax.optimization_barrier(_parts(self._rows(start, piece), self.kind))
+            matrices = (part.reshape(piece, -1) for part in parts)
+            found = [matmul(a, w, precision) for a, w in zip(inputs, matrices, strict=True)]
+            return functools.reduce(jnp.add, found)
+
+        if count == 1:
+            return product_of(0)
+
+        def put(number: Int[Array, ""], y: Float[Array, "*rows out"]) -> Float[Array, "*rows out"]:
+            start = jnp.minimum(number * piece, out - piece)
+            return lax.dynamic_update_slice_in_dim(y, product_of(start), start, -1)
+
+        return lax.fori_loop(0, count, put, jnp.zeros((*x.shape[:-1], out), x.dtype))
+
+    def finite(self) -> jax.Array:
+        """Whether all values are, looked at piece by piece."""
+        out, width = self.shape
+        piece = max(min(PIECE // width, out), 1)
+
+        def look(number: Int[Array, ""], so_far: jax.Array) -> jax.Array:
+            parts = _parts(self._rows(jnp.minimum(number * piece, out - piece), piece), self.kind)
+            return so_far & jnp.stack([jnp.isfinite(part).all() for part in parts]).all()
+
+        return lax.fori_loop(0, -(-out // piece), look, jnp.array(True))
+
+    def _rows(self, start: Int[Array, ""] | int, count: int) -> Any:
+        return jax.tree.map(
+            lambda field: lax.dynamic_slice_in_dim(field, start, count), self.fields
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A matrix whose rows are those of its sources, each in a form of its own."""
+
+    sources: tuple[Blocks | jax.Array, ...]
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self if rows is ... else expanded(self)[rows]
+
+    def product(
+        self, x: Float[Array, "*rows in"], precision: lax.Precision
+    ) -> Float[Array, "*rows out"]:
+        """x @ self.T."""
+        return jnp.concatenate([matmul(x, s, precision) for s in self.sources], axis=-1)
+
+
+Matrix = Blocks | Stacked | jax.Array
+
+
+def _parts(fields: Mapping[str, Any], kind: GGMLQuantizationType) -> Parts:
+    """Decoded rows, of each part [rows, blocks of a row, groups, ...]."""
+    if kind in FORMATS:
+        parts: Parts = jax.vmap(FORMATS[kind].parts)(fields)
+        return parts
+    return (fields["values"].astype(jnp.float32),)
+
+
+def _dealt(x: Float[Array, "*rows in"], parts: Parts) -> list[Float[Array, "*rows share"]]:
+    """The inputs of each part's values, as `Parts` says where these stand."""
+    if len(parts) == 1:
+        return [x]
+    run = math.prod(parts[0].shape[3:])
+    runs = x.reshape(*x.shape[:-1], -1, len(parts), run)
+    return [runs[..., part, :].reshape(*x.shape[:-1], -1) for part in range(len(parts))]
+
+
+def _in_order(fields: Mapping[str, Any], kind: GGMLQuantizationType) -> Float[Array, "rows in"]:
+    if kind not in FORMATS:
+        return fields["values"].astype(jnp.float32)
+    values = jax.vmap(FORMATS[kind].decode)(fields)
+    return values.reshape(len(values), -1)
+
+
+def expanded(matrix: Matrix) -> Float[Array, "out in"]:
+    """All its numbers."""
+    if isinstance(matrix, jax.Array):
+        return matrix
+    if isinstance(matrix, Blocks):
+        return _all_of(matrix)
+    return jnp.concatenate([expanded(source) for source in matrix.sources])
+
+
+@jax.jit
+def _all_of(blocks: Blocks) -> Float[Array, "out in"]:
+    return _in_order(blocks.fields, blocks.kind)
+
+
+class _Expanded(Mapping[str, jax.Array]):
+    """Parameters that are decoded each time they are asked for, so that no two need be there."""
+
+    def __init__(self, held: Mapping[str, Matrix]):
+        self._held = held
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return expanded(self._held[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockWeights(PlainWeights):
+    """Parameters by name, of which matrices are in blocks as far as the checkpoint has them so."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return FLOAT32
+
+    def parameters(self) -> Parameters:
+        """Every one in float32, decoded when it is asked for."""
+        return _Expanded(self.named)
+
+    def devices(self) -> set[jax.Device]:
+        return self.named["final_norm"].devices()
+
+
+def stays(weight: Stored) -> GGMLQuantizationType | None:
+    """The type in which a matrix can stay, or None for what is expanded.
+
+    That is all but GGUF's blocks and numbers of 16 bits: vectors, float32, GPTQ, AWQ, FP8, and what
+    adapters change.
+    """
+    if not isinstance(weight, Plain) or len(weight.shape) == 1:
+        return None
+    kind = weight.infos[0].type
+    known = isinstance(kind, GGMLQuantizationType) and (kind in FORMATS or kind in _HALVES)
+    return GGMLQuantizationType(kind) if known else None
+
+
+def packed_bytes(checkpoint: Checkpoint) -> int | None:
+    """What the weights take in blocks, or None where there are none to keep."""
+    kinds = {name: stays(weight) for name, weight in checkpoint.stored.items()}
+    if not any(kinds.values()):
+        return None
+    total = 0
+    for name, weight in checkpoint.stored.items():
+        block, size = GGML_QUANT_SIZES[kinds[name] or GGMLQuantizationType.F32]
+        total += math.prod(weight.shape) // block * size
+    return total
+
+
+def load_blocks(checkpoint: Checkpoint, progress: Progress | None = None) -> BlockWeights:
+    """The checkpoint's weights on the CPU, matrices in their blocks.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    total = sum(info.nbytes for w in checkpoint.stored.values() for info in w.infos)
+    done = 0
+    named: dict[str, Matrix] = {}
+    for parameter in checkpoint.parameters:
+        sources: list[Blocks | jax.Array] = []
+        for name in parameter.sources:
+            stored = checkpoint.stored[name]
+            kind = stays(stored)
+            sources.append(
+                _blocks(name, stored, kind) if kind else _numbers(checkpoint, parameter, name)
+            )
+            done += sum(info.nbytes for info in stored.infos)
+            if progress:
+                progress(done, total)
+        named[parameter.name] = _one(sources)
+    return BlockWeights(named)  # type: ignore[arg-type]
+
+
+def _one(sources: list[Blocks | jax.Array]) -> Matrix:
+    if len(sources) == 1:
+        return sources[0]
+    if all(isinstance(source, jax.Array) for source in sources):
+        return jnp.concatenate(sources)
+    return Stacked(tuple(sources))
+
+
+def _numbers(checkpoint: Checkpoint, parameter: names.Parameter, name: str) -> jax.Array:
+    """One source of a parameter, decoded."""
+    alone = dataclasses.replace(parameter, sources={name: parameter.sources[name]})
+    host = aligned(parameter.sources[name], np.dtype(np.float32))
+    for _ in decode(checkpoint, alone, host):
+        pass
+    return jax.device_put(host)
+
+
+def _blocks(name: str, stored: Stored, kind: GGMLQuantizationType) -> Blocks:
+    assert isinstance(stored, Plain) and len(stored.shape) == 2
+    blocks = of_bytes(stored.raw(0, stored.shape[0]), kind, stored.shape)
+    stored.forget()
+    if not _finite(blocks):
+        raise not_finite(name, stored, np.dtype(np.float32))
+    return blocks
+
+
+def of_bytes(
+    raw: UInt8[np.ndarray, "bytes"], kind: GGMLQuantizationType, shape: tuple[int, int]
+) -> Blocks:
+    """A matrix as the file has it, its fields copied apart."""
+    units = raw.view(FORMATS[kind].layout) if kind in FORMATS else decoded(raw, kind)
+    return Blocks(_split(units.reshape(shape[0], -1)), kind, shape)
+
+
+_finite = jax.jit(Blocks.finite)
+
+
+def _split(raw: np.ndarray) -> dict[str, Any]:
+    """Each field on the device, copied into memory that JAX adopts."""
+    if raw.dtype.names is None:
+        raw = raw.view(np.dtype([("values", raw.dtype)]))
+    found: dict[str, Any] = {}
+    for name in raw.dtype.names or ():
+        field = raw[name]
+        if field.dtype.names:
+            found[name] = _split(field)
+            continue
+        host = aligned(field.shape, field.dtype)
+        host[...] = field
+        found[name] = jax.device_put(host)
+    return found
+
+
+def held_bytes(weights: str, checkpoint: Checkpoint, dtype: jnp.dtype) -> tuple[bool, int]:
+    """Whether the weights stay in blocks, and what they take then, or else in `dtype`.
+
+    Args:
+        weights: "auto", "packed" or "expanded". `memory.packs` has the rule of "auto".
+
+    Raises:
+        UserError: they can't stay in blocks, and it was asked for.
+    """
+    budget = Budget.of(checkpoint.config, dtype)
+    packed = packed_bytes(checkpoint)
+    why_not = None
+    if (platform := device().platform) != "cpu":
+        why_not = f"on a {platform.upper()} matrices are in {dtype.name}"
+    elif dtype != FLOAT32:
+        why_not = f"blocks are decoded to float32, and dtype is {dtype.name}"
+    elif packed is None:
+        why_not = f"{checkpoint.path} has no matrices in blocks or in 16 bits that could stay so"
+    if weights == "packed" and why_not is not None:
+        raise UserError(f"weights is 'packed', but {why_not}; choose auto or expanded.")
+    if weights == "expanded" or why_not is not None or packed is None:
+        return False, budget.weights
+    if weights == "packed" or packs(budget, packed):
+        return True, packed
+    return False, budget.weights

@@ -40,6 +40,7 @@ def run(command: Command) -> int:
     api.check_slots(config.slots)
     pins.pin_and_tell(config, pins.OF_RUN)
     checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
+    packed, held = held_bytes(config.weights, checkpoint, dtype)
     tokenizer = api.read_tokenizer(checkpoint)
     sections = (
         ("file", file_lines(checkpoint, config.model)),
@@ -48,7 +49,7 @@ def run(command: Command) -> int:
         ("tensors", tensor_lines(checkpoint)),
         ("text", text_lines(tokenizer, recommended.read(checkpoint))),
         ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
-        ("memory", memory_lines(checkpoint, dtype, config.slots, config.weights)),
+        ("memory", memory_lines(checkpoint.config, dtype, config.slots, held if packed else None)),
     )
     print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
     return 0
@@ -167,17 +168,18 @@ def implementation_lines(
 
 
 def memory_lines(
-    checkpoint: Checkpoint, dtype: jnp.dtype, slots: int | None = None, form: str = "auto"
+    config: ModelConfig, dtype: jnp.dtype, slots: int | None = None, held: int | None = None
 ) -> Iterator[str]:
-    """The budget: weights, cache per 1k tokens, and the cache that the slots would share."""
-    config = checkpoint.config
-    packed, held = held_bytes(form, checkpoint, dtype)
+    """The budget: weights, cache per 1k tokens, and the cache that the slots would share.
+
+    Args:
+        held: what the weights take where they stay in blocks.
+    """
     budget = Budget.of(config, dtype, held)
     weights, each, free = budget.weights, budget.cache_per_token, budget.free
     yield f"{device().device_kind}: {show_bytes(free)} free; parameters and cache in {dtype.name}"
-    expanded = (
-        f"  (packed; expanded {show_bytes(Budget.of(config, dtype).weights)})" if packed else ""
-    )
+    whole = show_bytes(Budget.of(config, dtype).weights)
+    expanded = f"  (in blocks, decoded as they are used; expanded {whole})" if held else ""
     yield f"weights                 {show_bytes(weights):>9}{expanded}"
     yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
     context = config.context_length

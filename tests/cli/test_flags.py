@@ -93,12 +93,20 @@ def test_values_that_make_no_sense(refuses: Callable[..., None], argv: str, word
     ("flag", "words"),
     [
         ("--dtype=int8", "dtype is 'int8', but it must be one of auto, float32"),
+        ("--weights=small", "weights is 'small', but it must be one of auto, packed, expanded"),
         ("--implementation=cuda", "implementation is 'cuda', but it must be one of auto"),
         ("--implementation=mosaic_gpu", "use implementation 'auto' or 'xla'"),
     ],
 )
 def test_unknown_names(refuses: Callable[..., None], task: str, flag: str, words: str) -> None:
     refuses([task, flag], words)
+
+
+def test_packed_weights_are_float32(refuses: Callable[..., None]) -> None:
+    refuses(
+        ["--weights=packed", "--dtype=bfloat16"],
+        "weights is 'packed', but blocks are decoded to float32, and dtype is bfloat16",
+    )
 
 
 def test_matmul_precision(refuses: Callable[..., None]) -> None:

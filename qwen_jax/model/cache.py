@@ -145,16 +145,20 @@ def write(
     slot: Int[Array, "*places"],
 ) -> Float[Array, "P K C H"]:
     """Puts each token's keys, or values, into a slot of a page."""
+    new = new.reshape(-1, *new.shape[-2:]).astype(pages.dtype)
+    places = jnp.stack([page, slot], axis=-1).reshape(-1, 2)
+    if len(new) == 1:  # XLA makes something else of one place, for which a CPU copies all pages
+        new, places = jnp.repeat(new, 2, axis=0), jnp.repeat(places, 2, axis=0)
     return lax.scatter(
         pages,
-        jnp.stack([page, slot], axis=-1).reshape(-1, 2),
-        new.reshape(-1, *new.shape[-2:]).astype(pages.dtype),
+        places,
+        new,
         lax.ScatterDimensionNumbers(
             update_window_dims=(1, 2),
             inserted_window_dims=(0, 2),
             scatter_dims_to_operand_dims=(0, 2),
         ),
-        # But for places in the page of nobody, where any of them may win.
+        # But for places in the page of nobody, where any of them may win, and one place twice.
         unique_indices=True,
         mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )

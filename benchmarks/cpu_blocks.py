@@ -20,7 +20,8 @@ import numpy as np
 from qwen_jax.engine.blocks import load_blocks
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import peak_memory
-from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import Text
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 
 PROMPT, CONTEXT = 128, 1024

@@ -26,7 +26,8 @@ import transformers
 
 from benchmarks.random_model import SIZES
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import Text
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 
 PROMPT, STEPS = 512, 64

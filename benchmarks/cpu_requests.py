@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.gpu_requests import run
 from qwen_jax import api
-from qwen_jax.engine.scheduler import Text
+from qwen_jax.engine.texts import Text
 
 SHORT, LONG, PROMPT = 20, 300, 40
 

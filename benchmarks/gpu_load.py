@@ -40,6 +40,7 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
 
     from qwen_jax import api
     from qwen_jax.engine import memory, weights
+    from qwen_jax.executables.per_user import use_compilation_cache
     from qwen_jax.tasks import generate
     from qwen_jax.weights import loader
 
@@ -47,7 +48,7 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
     lap("imports")
     memory.device()
     lap("device")
-    api._use_compilation_cache()
+    use_compilation_cache()
     checkpoint = api.open_model(path)
     lap("file")
     api.read_tokenizer(checkpoint)

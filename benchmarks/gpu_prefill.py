@@ -17,7 +17,7 @@ from benchmarks.gpu_requests import run
 from benchmarks.random_model import SIZES
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import peak_memory
-from qwen_jax.engine.scheduler import Text
+from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import prepare
 
 

@@ -1,13 +1,11 @@
 """The Python face: `load` a checkpoint, then `generate`, `stream` or read `logits`."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Unpack, cast, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -24,7 +22,7 @@ from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
-from qwen_jax.executables.kept import keep_in
+from qwen_jax.executables.per_user import use_compilation_cache
 from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.recommended import Recommended
@@ -114,7 +112,7 @@ def load(
             argument isn't one of the values above.
     """
     check_slots(slots)
-    _use_compilation_cache()
+    use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
     tokenizer = read_tokenizer(checkpoint)
     # From here on the device is asked, which `run.py` may still be waking up.
@@ -215,31 +213,6 @@ def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             "weights from the same checkpoint."
         )
     return tokenizer
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between processes, per user, unless JAX was told otherwise.
-
-    JAX's own cache saves XLA's part of compiling; what we call most is kept whole, beside it.
-    """
-    settings = jax.config.values
-    if not settings["jax_enable_compilation_cache"]:
-        keep_in(None)
-        return
-    if chosen := settings["jax_compilation_cache_dir"]:
-        keep_in(None if "://" in chosen else Path(chosen) / "executables")
-        return
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache = home / "qwen_jax" / "xla"
-        cache.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home.
-        logging.warning("Compiled programs are not kept: %s; set XDG_CACHE_HOME.", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    keep_in(cache / "executables")
-    # All of them: even a copy takes XLA 50 ms for a GPU, and loading has dozens of small programs.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Options(PromptOptions, total=False):

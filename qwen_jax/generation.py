@@ -9,7 +9,8 @@ from typing import NamedTuple
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
-from qwen_jax.engine.scheduler import News, Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import Text
 from qwen_jax.errors import UserError
 
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -14,9 +14,10 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Plan, Sampling
-from qwen_jax.engine.scheduler import News, Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.shapes import pieces_of
 from qwen_jax.engine.steps import Extras, State
+from qwen_jax.engine.texts import News, Text
 from qwen_jax.model.cache import PAGE, pages_for
 from tests.golden_cases import Case
 from tests.tiny_checkpoints import canonical

@@ -8,7 +8,8 @@ import numpy as np
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.sampling import Sampling
-from qwen_jax.engine.scheduler import NO_SLOT, News, Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.model.cache import PAGE
 from tests.engines import fresh_engine, reshape
 from tests.golden_cases import odd_config

@@ -17,7 +17,7 @@ from jax import monitoring
 
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
-from qwen_jax.engine.scheduler import Text
+from qwen_jax.engine.texts import Text
 from tests.engines import Prompt, fresh_engine, generate, random_tokens, run_to_end
 from tests.golden_cases import odd_config
 from tests.schedules import drawn_text, watched

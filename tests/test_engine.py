@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Plan, Sampling
-from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.shapes import Shapes, pieces_of, shapes_for
 from qwen_jax.engine.steps import Extras, State
+from qwen_jax.engine.texts import Text
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, Cache
 from tests.engines import (

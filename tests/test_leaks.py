@@ -11,8 +11,9 @@ import pytest
 from pallas_kernels.sample_tokens import settings
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Plan, Sampling
-from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.steps import NOT_LIVE, Extras, State
+from qwen_jax.engine.texts import Text
 from qwen_jax.model.cache import NOBODY
 from tests.engines import (
     device_parameters,

@@ -8,7 +8,8 @@ import pytest
 
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import News, Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from tests.engines import random_tokens, run_to_end
 from tests.numpy_reference import log_softmax

@@ -9,7 +9,8 @@ from scipy.special import log_softmax
 
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
-from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import Text
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE
 from qwen_jax.scoring import Pair, scored

@@ -6,7 +6,6 @@ and its pages to the next one at once. Nobody overtakes: the first in line waits
 may need until its end, so that nothing that runs is ever thrown out, and everything gets its turn.
 """
 
-import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,9 @@ from pallas_kernels.sample_tokens import Logprobs, pack, words
 from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.pool import page_keys
-from qwen_jax.engine.sampling import Plan, Sampling, settings_of
+from qwen_jax.engine.sampling import Plan, settings_of
 from qwen_jax.engine.shapes import Piece, pieces_of
+from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, pages_for
 
@@ -28,60 +28,6 @@ MOST_CALLS = 4
 """Of `extend` in a turn where fewer than half of the slots run, and half as many where more do."""
 PATIENCE = 4
 """Turns in a row that pieces may wait for others."""
-
-
-NO_SLOT = -1
-
-
-@dataclasses.dataclass(eq=False)
-class Text:
-    """One text's work: tokens to go on from, or tokens to be scored.
-
-    Attributes:
-        tokens: its ids, at least one.
-        limit: tokens to generate at most; 0 only where it is scored.
-        sampling: how they are chosen.
-        top: None for no log-probabilities, else how many of the likeliest to report.
-        score_from: the first position whose token is scored, given all before it; None where the
-            text is to be continued.
-    """
-
-    tokens: Sequence[int]
-    limit: int = 0
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    top: int | None = None
-    score_from: int | None = None
-
-    def __post_init__(self) -> None:
-        self.pages: list[int] = []
-        self.shared_tokens = 0
-        self.slot = NO_SLOT
-        self.given = 0  # tokens that were told of
-        self.expected = 0  # tokens there may be after the calls that are under way
-        self.row = np.zeros(0, np.int32)  # of `steps.Rows`
-        self.over = False
-
-    @property
-    def entering(self) -> int:
-        """Tokens that `extend` puts into the cache: the last one is a step's, or only scored."""
-        return len(self.tokens) - 1
-
-
-class News(NamedTuple):
-    """What has become of a text since the last news of it.
-
-    Attributes:
-        tokens: new ones, the one that ends it included.
-        logprobs: of each, where asked for.
-        scores: of the tokens to be scored, log-probability and whether it is the likeliest.
-        over: nothing more comes.
-    """
-
-    text: Text
-    tokens: list[int]
-    logprobs: list[tuple[float, list[tuple[int, float]]]] | None
-    scores: tuple[np.ndarray, np.ndarray] | None
-    over: bool
 
 
 class _Call(NamedTuple):

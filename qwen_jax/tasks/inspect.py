@@ -178,8 +178,8 @@ def memory_lines(
     budget = Budget.of(config, dtype, held)
     weights, each, free = budget.weights, budget.cache_per_token, budget.free
     yield f"{device().device_kind}: {show_bytes(free)} free; parameters and cache in {dtype.name}"
-    whole = show_bytes(Budget.of(config, dtype).weights)
-    expanded = f"  (in blocks, decoded as they are used; expanded {whole})" if held else ""
+    all_numbers = show_bytes(Budget.of(config, dtype).weights)
+    expanded = f"  (in blocks, decoded as they are used; expanded {all_numbers})" if held else ""
     yield f"weights                 {show_bytes(weights):>9}{expanded}"
     yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
     context = config.context_length

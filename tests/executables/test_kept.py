@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import api
 from qwen_jax.engine import calls
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
@@ -202,7 +201,7 @@ def test_where_compilations_are_not_cached_nothing_is_kept(folder: Path) -> None
     before = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        api._use_compilation_cache()
+        use_compilation_cache()
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
     assert kept._store is None

@@ -10,7 +10,8 @@ import pytest
 
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
-from qwen_jax.engine.scheduler import Scheduler, Text
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import pack
 from qwen_jax.model.cache import PAGE
 from tests.gpu.test_decode_step import CONFIGS, SEED, parameters

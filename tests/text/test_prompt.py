@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import News, Text
+from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Generation, Request
 from qwen_jax.text.prompt import own_stop_ids, prompt_ids

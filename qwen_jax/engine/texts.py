@@ -1,0 +1,62 @@
+"""What a scheduler is asked for, and what it tells."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen_jax.engine.sampling import Sampling
+
+NO_SLOT = -1
+
+
+@dataclasses.dataclass(eq=False)
+class Text:
+    """One text's work: tokens to go on from, or tokens to be scored.
+
+    Attributes:
+        tokens: its ids, at least one.
+        limit: tokens to generate at most; 0 only where it is scored.
+        sampling: how they are chosen.
+        top: None for no log-probabilities, else how many of the likeliest to report.
+        score_from: the first position whose token is scored, given all before it; None where the
+            text is to be continued.
+    """
+
+    tokens: Sequence[int]
+    limit: int = 0
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    top: int | None = None
+    score_from: int | None = None
+
+    def __post_init__(self) -> None:
+        self.pages: list[int] = []
+        self.shared_tokens = 0
+        self.slot = NO_SLOT
+        self.given = 0  # tokens that were told of
+        self.expected = 0  # tokens there may be after the calls that are under way
+        self.row = np.zeros(0, np.int32)  # of `steps.Rows`
+        self.over = False
+
+    @property
+    def entering(self) -> int:
+        """Tokens that `extend` puts into the cache: the last one is a step's, or only scored."""
+        return len(self.tokens) - 1
+
+
+class News(NamedTuple):
+    """What has become of a text since the last news of it.
+
+    Attributes:
+        tokens: new ones, the one that ends it included.
+        logprobs: of each, where asked for.
+        scores: of the tokens to be scored, log-probability and whether it is the likeliest.
+        over: nothing more comes.
+    """
+
+    text: Text
+    tokens: list[int]
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None
+    scores: tuple[np.ndarray, np.ndarray] | None
+    over: bool

@@ -55,7 +55,7 @@ def compilations() -> Iterator[Compilations]:
 @pytest.fixture
 def engine() -> Engine:
     config = dataclasses.replace(CONFIG, rope_theta=1e6 + next(numbers))
-    return fresh_engine(config)
+    return fresh_engine(config, slots=5)  # `insert` knows no more of a model than its vocabulary
 
 
 def answer(engine: Engine, length: int, most: int, sampling: Sampling, rows: int = 1) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int, UInt8
 from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.weights import PlainWeights
 from qwen_jax.errors import UserError
-from qwen_jax.model.decoder import Parameters, matmul
 from qwen_jax.weights import names
 from qwen_jax.weights.blocks import FORMATS, decoded
 from qwen_jax.weights.checkpoint import Checkpoint
@@ -30,6 +29,9 @@ from qwen_jax.weights.loader import aligned, decode
 from qwen_jax.weights.simple_quants import Parts
 from qwen_jax.weights.stored import Plain, Stored, not_finite
 from qwen_jax.weights.tensors import OtherType
+
+if TYPE_CHECKING:
+    from qwen_jax.model.decoder import Parameters
 
 PIECE = 1 << 19
 """Values that are decoded at a time: 2 MB, a share of the cache; fewer cost more in starts."""
@@ -81,7 +83,7 @@ class Blocks:
             # Multiplied as they are decoded, the values would be decoded for each row of `x`.
             parts = lax.optimization_barrier(_parts(self._rows(start, piece), self.kind))
             matrices = (part.reshape(piece, -1) for part in parts)
-            found = [matmul(a, w, precision) for a, w in zip(inputs, matrices, strict=True)]
+            found = [_matmul(a, w, precision) for a, w in zip(inputs, matrices, strict=True)]
             return functools.reduce(jnp.add, found)
 
         if count == 1:
@@ -124,10 +126,18 @@ class Stacked:
         self, x: Float[Array, "*rows in"], precision: lax.Precision
     ) -> Float[Array, "*rows out"]:
         """x @ self.T."""
-        return jnp.concatenate([matmul(x, s, precision) for s in self.sources], axis=-1)
+        return jnp.concatenate([_matmul(x, s, precision) for s in self.sources], axis=-1)
 
 
 Matrix = Blocks | Stacked | jax.Array
+
+
+def _matmul(
+    x: Float[Array, "*rows in"], weight: Any, precision: lax.Precision
+) -> Float[Array, "*rows out"]:
+    from qwen_jax.model.decoder import matmul  # and flax with it, which only tracing needs
+
+    return matmul(x, weight, precision)
 
 
 def _parts(fields: Mapping[str, Any], kind: GGMLQuantizationType) -> Parts:
@@ -193,7 +203,7 @@ class BlockWeights(PlainWeights):
     def dtype(self) -> jnp.dtype:
         return FLOAT32
 
-    def parameters(self) -> Parameters:
+    def parameters(self) -> "Parameters":
         """Every one in float32, decoded when it is asked for."""
         return _Expanded(self.named)
 

@@ -47,7 +47,7 @@ def test_a_trace_of_generate_is_within_rounding(run: Run, tmp_path: Path) -> Non
 
 def test_a_base_and_what_rounding_costs(run: Run, tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
-    assert run("compare", "--context=64", f"--save_base={base}").code == 0
+    assert run("compare", "--context=256", f"--save_base={base}").code == 0
     same = run("compare", f"--base={base}", "--fail_if=mean_kld > 1e-9, top1 < 1")
     assert same.code == 0, same.err + same.out
     rounded = run("compare", f"--base={base}", "--dtype=bfloat16", "--fail_if=mean_kld > 1e-9")

@@ -112,7 +112,12 @@ def test_weights_that_do_not_fit(
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 10_000_000)
     monkeypatch.setattr(loader, "decode", lambda *args: pytest.fail("it was loaded"))
-    refuses(["--dtype=float32"], "weights take 13.3 MB in float32", "10.0 MB free", "bfloat16")
+    refuses(
+        ["--dtype=float32", "--weights=expanded"],
+        "weights take 13.3 MB in float32",
+        "10.0 MB free",
+        "bfloat16",
+    )
 
 
 @pytest.mark.usefixtures("loaded")

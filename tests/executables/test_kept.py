@@ -23,6 +23,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.executables import identity, kept
 from qwen_jax.executables.kept import Kept, keep_in
+from qwen_jax.executables.per_user import use_compilation_cache
 from qwen_jax.model.tap import intervening
 from tests.engines import Prompt, fresh_engine, generate, random_tokens
 from tests.golden_cases import odd_config

@@ -31,6 +31,8 @@ def run(command: Command) -> int:
     config = command.config
     options = prompts.options_of(config)
     _check_trace(config)
+    if config.ordered and config.prompt_file is None:
+        raise UserError("--ordered needs --prompt_file: it is about the order of many answers.")
     with _writer(config) as out:
         single = config.prompt_file is None
         items = [prompts.single(config, options)] if single else prompts.read(config, options)

@@ -77,6 +77,7 @@ def test_refused(refuses: Callable[..., None], argv: str, words: str) -> None:
         ("--prompt=", "the prompt is empty"),
         ("--model=x.gguf", "There is no prompt"),
         ("--output=x.jsonl", "--output needs --prompt_file"),
+        ("--ordered", "--ordered needs --prompt_file"),
         ("--prompt=x --prompt_file=y", "exclude each other"),
         ("--prompt_file=nowhere.txt", "nowhere.txt can't be read: No such file"),
         ("--prompt_file=", "can't be read"),

@@ -152,8 +152,7 @@ class Generation:
         self._engine, self._tokenizer, self._top = engine, tokenizer, top_logprobs
         self._requests = enumerate(requests)
         self._rows: dict[Text, _Row] = {}
-        self._start = self._first = self._end = 0.0
-        self._compiled = 0.0
+        self._start = self._compiled = 0.0
         self._sums = Timings()
 
     @property
@@ -172,8 +171,6 @@ class Generation:
         try:
             yield from self._run(scheduler)
         finally:
-            for text in self._rows:
-                scheduler.cancel(text)
             scheduler.close()
 
     def _run(self, scheduler: Scheduler) -> Iterator[Piece]:

@@ -53,8 +53,6 @@ def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
             while line and line[0] in found:
                 yield found.pop(line.popleft())
     finally:
-        for text in line:
-            scheduler.cancel(text)
         scheduler.close()
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import calls, steps
@@ -148,6 +148,13 @@ class Engine:
                 "shorten the prompt."
             )
 
+    def tables(self, held: Sequence[Sequence[int]], rows: int) -> Int[np.ndarray, "R n"]:
+        """Block tables of so many rows, of which the first ones hold these pages."""
+        tables = np.zeros((rows, self.layout.table_width), np.int32)
+        for table, pages in zip(tables, held, strict=False):
+            table[: len(pages)] = pages
+        return tables
+
     def logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits after every position of one text, float32, on the host.
 
@@ -165,8 +172,7 @@ class Engine:
             raise UserError("The cache is taken by texts that are being generated; finish them.")
         self.revive()
         held = self.pool.take(needed)
-        table = np.zeros((1, self.layout.table_width), np.int32)
-        table[0, : len(held)] = held
+        table = self.tables([held], 1)
         out = np.empty((len(tokens), self.config.vocab_size), np.float32)
         try:
             for start, length, padded in pieces_of(0, len(tokens), self.shapes):

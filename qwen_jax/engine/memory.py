@@ -113,9 +113,7 @@ def check_weights_fit(config: ModelConfig, dtype: jnp.dtype, held: int | None = 
         )
 
 
-def pool_pages(
-    config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str, free: int | None = None
-) -> int:
+def pool_pages(config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str, free: int) -> int:
     """Pages for the cache of so many slots: what they need at most, or what there is room for.
 
     An accelerator gives three tenths of what the weights leave: a program holds the pool once, but
@@ -125,13 +123,12 @@ def pool_pages(
     A size has four significant bits, so that the next process finds its programs compiled.
 
     Args:
-        free: bytes that there are for it; by default those that are free now.
+        free: bytes that there are for it.
 
     Raises:
         UserError: there is no room for one page.
     """
     context = pages_for(config.context_length)
-    free = free_memory() if free is None else free
     if platform == "cpu":
         wanted = min(max(context, slots * pages_for(1024)), slots * context)
         room = free // 2

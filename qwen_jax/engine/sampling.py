@@ -135,15 +135,15 @@ PLANS = (Plan(), Plan(True, MOST_LOGPROBS))
 """Those that nearly all requests need."""
 
 
+def changes_scores(sampling: Sampling) -> bool:
+    """Whether a row has penalties or biases, which its slot has to know."""
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    return penalties != (1, 0, 0) or bool(sampling.logit_bias)
+
+
 def is_sampled(sampling: Sampling, top: int | None) -> bool:
     """Whether a row asks for more than its likeliest token."""
-    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
-    return (
-        top is not None
-        or sampling.temperature > 0
-        or penalties != (1, 0, 0)
-        or bool(sampling.logit_bias)
-    )
+    return top is not None or sampling.temperature > 0 or changes_scores(sampling)
 
 
 def room_for(top: int | None, vocab: int) -> int:

@@ -8,7 +8,7 @@ may need until its end, so that nothing that runs is ever thrown out, and everyt
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,8 +17,7 @@ import numpy as np
 from pallas_kernels.sample_tokens import Logprobs, pack, words
 from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.pool import page_keys
-from qwen_jax.engine.sampling import Plan, settings_of
+from qwen_jax.engine.sampling import Plan, changes_scores, settings_of
 from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.errors import UserError
@@ -133,15 +132,14 @@ class Scheduler:
         """Gives a text its pages and its slot, if there is room."""
         pool = self.engine.pool
         whole = (text.entering if text.score_from is None else text.score_from - 1) // PAGE
-        keys = list(page_keys(text.tokens[: text.entering]))
-        pages = pool.shared(keys[:whole], self)
+        pages = pool.shared(text.keys[:whole], self)
         needed = max(1, pages_for(text.entering + text.limit)) - len(pages)
         if needed > pool.available:
             pool.release(pages)
             return False
         text.shared_tokens = len(pages) * PAGE
         text.pages = pages + pool.take(needed)
-        for page, key in zip(text.pages, keys, strict=False):
+        for page, key in zip(text.pages, text.keys, strict=False):
             pool.remember(page, key, self)
         if text.score_from is None:
             text.slot = self._slots.pop()
@@ -205,14 +203,14 @@ class Scheduler:
         scored = self._scored(*pieces[0])
         tokens = np.zeros((rows, padded), np.int32)
         start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        targets = np.zeros((rows, padded), np.int32)
+        targets = np.zeros_like(tokens)
         for row, (text, piece) in enumerate(pieces):
             stop = piece.start + piece.length
             tokens[row, : piece.length] = text.tokens[piece.start : stop]
             if scored:
                 targets[row, : piece.length] = text.tokens[piece.start + 1 : stop + 1]
             start[row], lengths[row] = piece.start, stop
-        tables = self._tables([text for text, _ in pieces], rows)
+        tables = engine.tables([text.pages for text, _ in pieces], rows)
         given = engine.spec, engine.weights, engine.pages, tables, tokens, start, lengths
         if scored:
             engine.pages, found = calls.score(*given, targets)
@@ -223,12 +221,6 @@ class Scheduler:
             if (piece.start + piece.length) % PAGE == 0:
                 engine.pool.filled(text.pages[piece.start // PAGE])
 
-    def _tables(self, texts: Sequence[Text], rows: int) -> np.ndarray:
-        tables = np.zeros((rows, self.engine.layout.table_width), np.int32)
-        for row, text in enumerate(texts):
-            tables[row, : len(text.pages)] = text.pages
-        return tables
-
     def _begin(self, text: Text) -> None:
         """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
         vocab, sampling = self.engine.config.vocab_size, text.sampling
@@ -237,12 +229,7 @@ class Scheduler:
         numbers = [np.array([number], np.int32) for number in own]
         row = steps.Rows._make([*numbers, settings_of(sampling, text.top)])
         text.row = steps.pack_rows(row)[0]
-        penalties = (
-            sampling.repetition_penalty,
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-        )
-        if penalties != (1, 0, 0) or sampling.logit_bias:
+        if changes_scores(sampling):
             bias = np.zeros(vocab, np.float32)
             bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
             seen = pack([text.tokens], vocab)[0]
@@ -274,7 +261,7 @@ class Scheduler:
             engine.spec,
             engine.weights,
             engine.pages,
-            self._tables(texts, size),
+            engine.tables([text.pages for text in texts], size),
             self._state,
             self._all_extras() if plan.sampled else None,
             rows,

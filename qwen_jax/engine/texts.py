@@ -1,11 +1,13 @@
 """What a scheduler is asked for, and what it tells."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Sampling
 
 NO_SLOT = -1
@@ -43,6 +45,11 @@ class Text:
     def entering(self) -> int:
         """Tokens that `extend` puts into the cache: the last one is a step's, or only scored."""
         return len(self.tokens) - 1
+
+    @functools.cached_property
+    def keys(self) -> list[bytes]:
+        """Of the full pages of what enters: found once, however long the text waits in line."""
+        return list(page_keys(self.tokens[: self.entering]))
 
 
 class News(NamedTuple):

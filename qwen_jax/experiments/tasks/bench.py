@@ -86,8 +86,8 @@ class Texts:
         # Texts that end would leave less to do.
         self._spec = dataclasses.replace(engine.spec, stop_ids=())
         self._held = engine.pool.take(self.count * pages_for(longest))
-        self._tables = np.zeros((self.count, engine.layout.table_width), np.int32)
-        self._tables[:, : pages_for(longest)] = np.reshape(self._held, (self.count, -1))
+        each = np.reshape(self._held, (self.count, -1)).tolist()
+        self._tables = engine.tables(each, self.count)
         drawn = np.random.default_rng(seed).integers(0, config.vocab_size, (self.count, prompt))
         self._tokens = drawn.astype(np.int32)
 

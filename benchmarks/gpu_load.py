@@ -5,7 +5,8 @@
 Writes random models (14 GB in all), which leaves them in the page cache. Of each it measures, in a
 process of its own, the stages of a load one after another; the same with the tensors decoded on
 the host, as every device had it before; and `run.py` as a whole, with an empty compilation cache
-and twice with the one that it has filled. Memory is what no file backs. Needs Linux; takes five
+and twice with the one that it has filled: for one prompt, and for a file of the 384 uneven
+requests of `gpu_requests`, unless `--one`. Memory is what no file backs. Needs Linux; takes five
 minutes, of which `--new` saves the host's way. Prints two tables, then one JSON line.
 """
 
@@ -21,6 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from benchmarks.gpu_requests import lengths
 from benchmarks.load_memory import Peak, own_bytes
 from benchmarks.random_model import SIZES, write
 
@@ -90,9 +94,18 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
     }
 
 
-def run(path: Path, cache: Path) -> dict[str, float]:
+def write_requests(path: Path) -> None:
+    """A file of prompts; each digit is a token. Drawn afresh."""
+    rng = np.random.default_rng()
+    with path.open("w") as file:
+        for prompt, answer in lengths(384):
+            text = "".join(map(str, rng.integers(0, 10, prompt)))
+            file.write(json.dumps({"prompt": text, "max_tokens": answer}) + "\n")
+
+
+def run(path: Path, cache: Path, *asked: str) -> dict[str, float]:
     """Of one `run.py`: seconds to the first byte and to its end, and its peak."""
-    command = [*RUN, f"--model={path}", "--prompt=Hello", "--max_tokens=32"]
+    command = [*RUN, f"--model={path}", *asked]
     start = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -130,6 +143,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["0.5b:F16", "7b:Q8_0", "7b:Q4_K_M"])
     parser.add_argument("--folder", type=Path, help="where to write the models; they are removed")
     parser.add_argument("--new", action="store_true", help="leave out the host's way")
+    parser.add_argument("--one", action="store_true", help="leave out the file of prompts")
     parser.add_argument("--measure", nargs=2, metavar=("FILE", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -143,7 +157,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             path, cache = Path(folder) / "model.gguf", Path(folder) / "cache"
             write(path, SIZES[size], 0, kind)
-            runs[model] = [run(path, cache) for _ in range(3)]
+            one = ("--prompt=Hello", "--max_tokens=32")
+            runs[model] = [run(path, cache, *one) for _ in range(3)]
+            if not arguments.one:
+                many = path.with_name("prompts.jsonl")
+                write_requests(many)
+                asked = (f"--prompt_file={many}", "--raw")
+                runs[f"{model}, 384 prompts"] = [run(path, cache, *asked) for _ in range(3)]
             loads[model] = measured(path, "device", cache)
             if not arguments.new:
                 loads[f"{model}, on the host"] = measured(path, "host", cache)

@@ -130,6 +130,7 @@ def load(
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
         slots=slots,
+        texts=None if expected is None else expected.texts,
         batch_invariant=batch_invariant,
     )
     layout = Layout.of(config, parameter_dtype, platform, loaded=False, held=held, **options)

@@ -40,7 +40,7 @@ _LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a row, and the model's 
 _CHATS = flags.DEFINE_integer("chats", 400_000, "Chats to generate; used again when all are seen.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes that generate text.")
 _LAYERS = flags.DEFINE_integer("layers", 5, "Layers.")
-_HIDDEN = flags.DEFINE_integer("hidden", 256, "Hidden size, in heads of 32.")
+_HIDDEN = flags.DEFINE_integer("hidden", 256, "Hidden size, in heads of 64.")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "Key/value heads.")
 _FFN = flags.DEFINE_integer("ffn", 512, "Feed-forward size.")
 _VOCAB = flags.DEFINE_integer("vocab", 2048, "Tokens of the vocabulary.")
@@ -51,7 +51,7 @@ _TIME_LIMIT = flags.DEFINE_float(
 )
 _DETERMINISTIC = flags.DEFINE_bool("deterministic", True, "Only reproducible GPU operations.")
 
-HEAD_DIM = 32
+HEAD_DIM = 64
 STEPS_PER_CALL = 50
 
 Batch = tuple[Int[Array, "B T"], Bool[Array, "B T"]]
@@ -106,7 +106,7 @@ def answer_loss(config: ModelConfig, params: Parameters, batch: Batch) -> Float[
         implementation="xla",
         look_up=functools.partial(look_up, params["embed"]),
     )
-    cache = Cache.create(config, rows, length, jnp.dtype(jnp.float32))
+    cache = Cache.create(config, rows, length, jnp.dtype(jnp.float32), page=length)
     hidden, _ = model(inputs, cache, jnp.zeros(rows, jnp.int32), jnp.full(rows, length, jnp.int32))
     logits = model.logits(hidden)
     # A comparison and a sum: the gradient of a gather would be in no fixed order.

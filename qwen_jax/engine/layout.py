@@ -8,7 +8,7 @@ from jax import lax
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.memory import Budget, pool_pages
-from qwen_jax.engine.shapes import Shapes, shapes_for
+from qwen_jax.engine.shapes import Shapes, fitting, shapes_for
 from qwen_jax.engine.spec import Spec
 from qwen_jax.model.cache import PAGE, pages_for
 
@@ -23,6 +23,7 @@ class EngineOptions(TypedDict, total=False):
         precision: of float32 matrix products; HIGHEST by default.
         implementation: "auto", the default, "mosaic_gpu" or "xla".
         slots: texts that are generated at the same time; by default what suits the platform.
+        texts: how many there will be at most, where that is known: the cache is no larger then.
         cache_tokens: positions that the cache has room for; by default what is needed, or fits.
         batch_invariant: whether a text's tokens and log-probabilities are, bit for bit, the same
             whatever runs beside it: see `shapes_for`. False by default.
@@ -34,6 +35,7 @@ class EngineOptions(TypedDict, total=False):
     precision: lax.Precision
     implementation: str
     slots: int | None
+    texts: int | None
     cache_tokens: int | None
     batch_invariant: bool
 
@@ -85,7 +87,9 @@ class Layout(NamedTuple):
         if tokens is None:
             budget = Budget.of(config, dtype, held)
             free = budget.free if loaded else budget.free - budget.weights
-            pages = pool_pages(config, dtype, shapes.slots, platform, free)
+            # A program's sizes, so that a file of 30 prompts compiles no other than one of 40.
+            texts = fitting(shapes.rows, options.get("texts") or shapes.slots)
+            pages = pool_pages(config, dtype, texts, platform, free)
         else:
             pages = pages_for(tokens)
         return cls(spec, shapes, 1 + pages)

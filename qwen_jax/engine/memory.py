@@ -113,12 +113,12 @@ def check_weights_fit(config: ModelConfig, dtype: jnp.dtype, held: int | None = 
         )
 
 
-def pool_pages(config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str, free: int) -> int:
-    """Pages for the cache of so many slots: what they need at most, or what there is room for.
+def pool_pages(config: ModelConfig, dtype: jnp.dtype, texts: int, platform: str, free: int) -> int:
+    """Pages for so many texts at a time: what they need at most, or what there is room for.
 
     An accelerator gives three tenths of what the weights leave: a program holds the pool once, but
     XLA counts it three times, as argument, as result and in a loop, when it looks whether programs
-    fit. A CPU's memory is shared: one text as long as the context, or 1,024 tokens a slot, and
+    fit. A CPU's memory is shared: one text as long as the context, or 1,024 tokens each, and
     never more than half of what is free.
     A size has four significant bits, so that the next process finds its programs compiled.
 
@@ -130,10 +130,10 @@ def pool_pages(config: ModelConfig, dtype: jnp.dtype, slots: int, platform: str,
     """
     context = pages_for(config.context_length)
     if platform == "cpu":
-        wanted = min(max(context, slots * pages_for(1024)), slots * context)
+        wanted = min(max(context, texts * pages_for(1024)), texts * context)
         room = free // 2
     else:
-        wanted, room = slots * context, (free - _WORKSPACE) * 3 // 10
+        wanted, room = texts * context, (free - _WORKSPACE) * 3 // 10
     fits = room // (PAGE * bytes_per_token(config, dtype.itemsize))
     if fits < 1:
         raise TooLarge(

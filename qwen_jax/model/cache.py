@@ -41,11 +41,16 @@ class Cache:
     tables: Int[Array, "B n"]
 
     @classmethod
-    def create(cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype) -> "Cache":
-        """An empty one in which every row has pages of its own for so many positions."""
-        each = pages_for(capacity)
+    def create(
+        cls, config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype, page: int = PAGE
+    ) -> "Cache":
+        """An empty one in which every row has pages of its own for so many positions.
+
+        With a `page` of the whole capacity the reference of attention has a derivative.
+        """
+        each = -(-capacity // page)
         tables = 1 + jnp.arange(rows * each, dtype=jnp.int32).reshape(rows, each)
-        return cls(create_pages(config, 1 + rows * each, dtype), tables)
+        return cls(create_pages(config, 1 + rows * each, dtype, page), tables)
 
     @property
     def capacity(self) -> int:
@@ -122,9 +127,11 @@ class Cache:
         return self._with(flat)
 
 
-def create_pages(config: ModelConfig, pages: int, dtype: jnp.dtype) -> Float[Array, "2L P K C H"]:
+def create_pages(
+    config: ModelConfig, pages: int, dtype: jnp.dtype, page: int = PAGE
+) -> Float[Array, "2L P K C H"]:
     """An empty pool of so many pages a layer, the one of nobody among them."""
-    shape = (2 * config.num_layers, pages, config.num_kv_heads, PAGE, config.head_dim)
+    shape = (2 * config.num_layers, pages, config.num_kv_heads, page, config.head_dim)
     return jnp.zeros(shape, dtype)
 
 

@@ -45,6 +45,7 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
     from qwen_jax import api
     from qwen_jax.engine import memory, weights
     from qwen_jax.executables.per_user import use_compilation_cache
+    from qwen_jax.loading import read_tokenizer
     from qwen_jax.tasks import generate
     from qwen_jax.weights import loader
 
@@ -55,7 +56,7 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
     use_compilation_cache()
     checkpoint = api.open_model(path)
     lap("file")
-    api.read_tokenizer(checkpoint)
+    read_tokenizer(checkpoint)
     lap("tokenizer")
     dtype = api.dtype_of("auto")
     if on_host:
@@ -157,8 +158,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             path, cache = Path(folder) / "model.gguf", Path(folder) / "cache"
             write(path, SIZES[size], 0, kind)
-            one = ("--prompt=Hello", "--max_tokens=32")
-            runs[model] = [run(path, cache, *one) for _ in range(3)]
+            prompt = ("--prompt=Hello", "--max_tokens=32")
+            runs[model] = [run(path, cache, *prompt) for _ in range(3)]
             if not arguments.one:
                 many = path.with_name("prompts.jsonl")
                 write_requests(many)

@@ -14,17 +14,16 @@ from jaxtyping import Float
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.blocks import held_bytes, load_blocks
-from qwen_jax.engine.compiling import Expected, compile_ahead
+from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.layout import EngineOptions, Layout
-from qwen_jax.engine.memory import check_weights_fit, device
+from qwen_jax.engine.layout import EngineOptions
+from qwen_jax.engine.memory import device
 from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
-from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.executables.per_user import use_compilation_cache
 from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
+from qwen_jax.loading import load_engine
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
 from qwen_jax.scoring import Pair, Score, scored
@@ -33,7 +32,7 @@ from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.adapters import with_adapters
 from qwen_jax.weights.hub import resolve
-from qwen_jax.weights.loader import Checkpoint, iter_parameters, open_checkpoint
+from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
 BUNDLED = "haiku"
 """The name of the model that ships with the package."""
@@ -114,41 +113,23 @@ def load(
     check_slots(slots)
     use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
-    tokenizer = read_tokenizer(checkpoint)
     # From here on the device is asked, which `run.py` may still be waking up.
     parameter_dtype = dtype_of(dtype)
     check_precision(matmul_precision)
     check_implementation(implementation)
     check_weights(weights)
-    packed, held = held_bytes(weights, checkpoint, parameter_dtype)
-    check_weights_fit(checkpoint.config, parameter_dtype, held if packed else None)
-    config, platform = checkpoint.config, device().platform
     options = EngineOptions(
-        stop_ids=tokenizer.stop_ids,
-        valid_tokens=tokenizer.vocab_size,
-        unused_ids=tokenizer.unused_ids,
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
         slots=slots,
-        texts=None if expected is None else expected.texts,
         batch_invariant=batch_invariant,
     )
-    layout = Layout.of(config, parameter_dtype, platform, loaded=False, held=held, **options)
     try:
-        if expected is not None and platform != "cpu":  # whose cores are busy with the weights
-            shapes = prepared_shapes(config, checkpoint.parameters, parameter_dtype, implementation)
-            compile_ahead(layout, shapes, expected.programs(layout))
-        if packed:
-            loaded: Weights = load_blocks(checkpoint, progress)
-        else:
-            parameters = iter_parameters(checkpoint, parameter_dtype, progress=progress)
-            loaded = prepare(config, parameters, parameter_dtype, implementation)
+        engine, tokenizer = load_engine(
+            checkpoint, parameter_dtype, weights, options, expected, progress
+        )
     except pallas_kernels.UnsupportedError as error:
         raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error
-    options["cache_tokens"] = layout.cache_tokens
-    engine = Engine(config, loaded, **options)
-    if expected is not None:
-        engine.expect(expected.programs(layout))
     return Model(engine, tokenizer, read_recommended(checkpoint))
 
 
@@ -190,30 +171,6 @@ def check_slots(slots: int | None) -> None:
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise UserError(f"{name} is {value!r}, but it must be one of {', '.join(allowed)}.")
-
-
-def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's own tokenizer. Raises UserError where none fits or it is damaged."""
-    if checkpoint.format == "gguf":
-        tokenizer = Tokenizer.from_gguf(checkpoint.metadata, str(checkpoint.path))
-    else:
-        tokenizer = Tokenizer.from_hf(checkpoint.path)
-    rows = checkpoint.config.vocab_size
-    # Fewer: the other rows are padding. An added token without a row (a padding token that a
-    # trainer named, say) does no harm before a prompt holds it.
-    if tokenizer.text_size > rows:
-        raise UserError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the "
-            f"embedding only {rows} rows; they belong to different models, so take both from the "
-            "same checkpoint."
-        )
-    if min(tokenizer.stop_ids) >= rows:
-        raise UserError(
-            f"{checkpoint.path}: the tokens that end a text have the ids {tokenizer.stop_ids}, but "
-            f"the embedding has only {rows} rows, so no text would end; take the tokenizer and the "
-            "weights from the same checkpoint."
-        )
-    return tokenizer
 
 
 class Options(PromptOptions, total=False):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jax import lax
 from qwen_jax import api
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
+from qwen_jax.loading import read_tokenizer
 from qwen_jax.text.chat import render_chat
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
@@ -184,6 +186,25 @@ class TestTraining:
         picked = logprobs[np.arange(100), tokens[1:]]
         assert float(loss) == pytest.approx(-picked[answer[1:]].mean(), rel=1e-5)
 
+    def test_its_gradient_is_that_of_finite_differences(self, vocabulary):
+        """Of rows longer than a page of the engine's cache."""
+        train_demo = pytest.importorskip("tools.train_demo", reason="needs the extra 'train'")
+        config = tiny_config(len(vocabulary.tokens))
+        params = {
+            k: jnp.asarray(v) for k, v in train_demo.initial_parameters(config, seed=1).items()
+        }
+        rows = demo_rows.build_shard(vocabulary, 0, 301, 0)
+        batch = rows.tokens[:2].astype(np.int32), rows.answer[:2]
+        loss = jax.jit(lambda p: train_demo.answer_loss(config, p, batch))
+        gradient = jax.grad(lambda p: train_demo.answer_loss(config, p, batch))(params)
+        length = np.sqrt(sum(float((g * g).sum()) for g in gradient.values()))
+        step = 1e-2 / length
+        there, back = (
+            float(loss({k: params[k] + sign * step * gradient[k] for k in params}))
+            for sign in (1, -1)
+        )
+        assert (there - back) / (2 * step) == pytest.approx(length**2, rel=1e-2)
+
     def test_the_file_holds_the_parameters(self, vocabulary, tmp_path):
         train_demo = pytest.importorskip("tools.train_demo", reason="needs the extra 'train'")
         config = tiny_config(len(vocabulary.tokens))
@@ -256,7 +277,7 @@ class TestShippedModel:
     @pytest.mark.parametrize("fault", ["no biases", "theta 1e4", "wrong groups"])
     def test_a_faulty_engine_does_not(self, fault):
         checkpoint = open_checkpoint(SHIPPED)
-        config, tokenizer = checkpoint.config, api.read_tokenizer(checkpoint)
+        config, tokenizer = checkpoint.config, read_tokenizer(checkpoint)
         params = dict(load_parameters(checkpoint, jnp.dtype(jnp.float32)))
         for name, value in params.items():
             if fault == "no biases" and name.endswith("bias"):

@@ -73,7 +73,7 @@ def initial_parameters(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """
     rng = np.random.default_rng(seed)
     d, f = config.hidden_size, config.ffn_size
-    q, kv = config.num_heads * HEAD_DIM, config.num_kv_heads * HEAD_DIM
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def normal(*shape: int, scale: float) -> np.ndarray:
         return rng.normal(0, scale, shape).astype(np.float32)

@@ -91,7 +91,7 @@ def _extends(
         for length in layout.shapes.lengths:
             row, tokens = _ints(count), _ints(count, length)
             args = given, _pages(layout), _ints(count, width), tokens, row, row
-            yield functools.partial(calls.extend.prepare, layout.spec, *args)
+            yield functools.partial(calls.extend.prepare, layout.spec.without_tokenizer, *args)
 
 
 def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Callable[[], object]]:
@@ -105,7 +105,7 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
             args = given, _pages(layout), _ints(count, width), state
             rest = extras if plan.sampled else None, packed, plan, shapes.steps
             yield functools.partial(calls.step.prepare, spec, *args, *rest)
-        if plan.sampled:
+        if plan.sampled and programs.rows:
             bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)
             bias = jax.ShapeDtypeStruct((vocab,), jnp.float32)
             yield functools.partial(calls.insert.prepare, extras, _ints(), bits, bits, bias)

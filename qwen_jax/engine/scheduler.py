@@ -211,12 +211,12 @@ class Scheduler:
                 targets[row, : piece.length] = text.tokens[piece.start + 1 : stop + 1]
             start[row], lengths[row] = piece.start, stop
         tables = engine.tables([text.pages for text, _ in pieces], rows)
-        given = engine.spec, engine.weights, engine.pages, tables, tokens, start, lengths
+        given = engine.weights, engine.pages, tables, tokens, start, lengths
         if scored:
-            engine.pages, found = calls.score(*given, targets)
+            engine.pages, found = calls.score(engine.spec, *given, targets)
             self._calls.append(_Scoring(pieces, found))
         else:
-            engine.pages = calls.extend(*given)
+            engine.pages = calls.extend(engine.spec.without_tokenizer, *given)
         for text, piece in pieces:
             if (piece.start + piece.length) % PAGE == 0:
                 engine.pool.filled(text.pages[piece.start // PAGE])

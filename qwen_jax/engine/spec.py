@@ -1,6 +1,7 @@
 """What a compiled program is made for: one frozen, hashable value, its static argument."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,6 +34,11 @@ class Spec:
     valid_tokens: int = 0
     unused_ids: tuple[int, ...] = ()
     variant: object = None
+
+    @functools.cached_property
+    def without_tokenizer(self) -> "Spec":
+        """What programs that choose no token depend on, known before a tokenizer is read."""
+        return dataclasses.replace(self, stop_ids=(), valid_tokens=0, unused_ids=())
 
     @property
     def activations(self) -> jnp.dtype:

@@ -19,6 +19,7 @@ from qwen_jax.engine import weights
 from qwen_jax.engine.blocks import held_bytes
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
+from qwen_jax.loading import read_tokenizer
 from qwen_jax.model.cache import PAGE
 from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
@@ -41,7 +42,7 @@ def run(command: Command) -> int:
     pins.pin_and_tell(config, pins.OF_RUN)
     checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
     packed, held = held_bytes(config.weights, checkpoint, dtype)
-    tokenizer = api.read_tokenizer(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     sections = (
         ("file", file_lines(checkpoint, config.model)),
         ("model", model_lines(checkpoint.config)),

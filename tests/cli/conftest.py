@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = REPOSITORY / "qwen_jax" / "data" / "haiku.gguf"
-HAIKU = "a thin rising moon\nlantern passes like a cloud\nnothing is missing"
+HAIKU = "a deer lifts its head\nlantern passes like a cloud\nsomething watches back"
 """What the bundled model answers where nothing is asked."""
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from qwen_jax import api
 from qwen_jax.errors import UserError
+from qwen_jax.loading import read_tokenizer
 from qwen_jax.text import Tokenizer
 from tests.text.hf_directories import (
     CASES,
@@ -195,8 +195,8 @@ def test_tokens_without_a_row(
         format="safetensors", path=tmp_path, config=types.SimpleNamespace(vocab_size=rows)
     )
     if message is None:
-        assert api.read_tokenizer(checkpoint).encode("<|pad|>") == [389]
+        assert read_tokenizer(checkpoint).encode("<|pad|>") == [389]
         return
     with pytest.raises(UserError) as caught:
-        api.read_tokenizer(checkpoint)
+        read_tokenizer(checkpoint)
     assert message in str(caught.value)

@@ -177,3 +177,12 @@ def test_what_is_compiled_ahead_is_all_that_is_needed(
     answer(engine, 150, 20, WARM, rows=9)
     answer(engine, 150, 20, Sampling())
     assert not set(compilations.new()) & OURS
+
+
+def test_a_prompt_needs_no_program_of_the_tokenizer(compilations: Compilations) -> None:
+    """Which is read while that program is looked for."""
+    config = dataclasses.replace(CONFIG, rope_theta=1e6 + next(numbers))
+    for stop_ids, valid in ((1,), 40), ((2, 3), 39):
+        engine = fresh_engine(config, slots=5, stop_ids=stop_ids, valid_tokens=valid)
+        generate(engine, [Prompt(random_tokens(config, 40), 2)])
+    assert Counter(compilations.new())["jit(extend)"] == 1

@@ -144,7 +144,7 @@ def _named_ids(
 def _merges(metadata: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
     """Lines "left right". One that is not two tokens yields a token that no vocabulary has."""
     lines = _array(metadata, "tokenizer.ggml.merges", str, source)
-    return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    return [line.partition(" ")[::2] for line in lines]
 
 
 def _optional(metadata: Mapping[str, Any], key: str, kind: type[T], source: str) -> T | None:

@@ -13,7 +13,7 @@ class Shapes:
 
     Attributes:
         rows: how many rows a call of `step` may have, ascending; the last are all slots.
-        lengths: of pieces of prompts, ascending; the last is a page.
+        lengths: of pieces of prompts, ascending; the last divides a page.
         pieces: how many a call of `extend` may have, ascending.
         steps: decode steps between two looks at the result.
         ahead: whether the host works while the device does: a GPU computes the next steps while
@@ -57,7 +57,9 @@ def shapes_for(platform: str, slots: int | None = None, batch_invariant: bool = 
         shapes = Shapes(_up_to(slots, 1), (16, PAGE), (1,), steps=4, ahead=False)
     else:
         slots = slots or 64
-        shapes = Shapes(_up_to(slots, 1, 8), (PAGE,), (1, 4, 16), steps=8, ahead=True)
+        # Of whole pages an eighth would be padding where prompts are 20 to 900 tokens long.
+        half = PAGE // 2
+        shapes = Shapes(_up_to(slots, 1, 8, 32), (half,), (4, 32), steps=8, ahead=True)
     if not batch_invariant:
         return shapes
     return dataclasses.replace(shapes, rows=shapes.rows[-1:], pieces=shapes.pieces[-1:])

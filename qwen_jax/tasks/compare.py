@@ -37,7 +37,7 @@ from qwen_jax.weights.loader import Checkpoint
 PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
 ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
 NOT_AUDITED = "The part weights is left out: adapters change what it would hold against the file."
-BASE = ("model", "dtype", "implementation", "matmul_precision")
+BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
 
 
 def run(command: Command) -> int:
@@ -207,8 +207,8 @@ def _distribution(config: ConfigDict, model: Model) -> distribution.Distribution
         return distribution.compare_distributions(model, base, tokens)
     if not changes:
         raise UserError(
-            "There is no base to compare with; give --base=FILE, or --base_dtype, --base_model or "
-            "--base_implementation."
+            "There is no base to compare with; give --base=FILE, or --base_dtype, --base_model, "
+            "--base_weights or --base_implementation."
         )
     other = ConfigDict(config)
     other.update_from_flattened_dict(changes)
@@ -222,7 +222,8 @@ def _distribution(config: ConfigDict, model: Model) -> distribution.Distribution
 
 
 def _describe(config: ConfigDict) -> str:
-    return " ".join((config.model, *config.adapter, config.dtype, config.implementation))
+    weights = () if config.weights == "auto" else (config.weights,)
+    return " ".join((config.model, *config.adapter, config.dtype, *weights, config.implementation))
 
 
 def _save_base(config: ConfigDict) -> int:

@@ -45,6 +45,14 @@ def test_a_trace_of_generate_is_within_rounding(run: Run, tmp_path: Path) -> Non
     assert "Its logits choose the tokens of the run, every one." in " ".join(result.out.split())
 
 
+def test_weights_in_blocks_beside_numbers(run: Run) -> None:
+    """They are the same numbers; only their products are put together otherwise."""
+    gate = "--fail_if=mean_kld > 1e-9, top1 < 1"
+    done = run("compare", "--context=256", "--weights=packed", "--base_weights=expanded", gate)
+    assert done.code == 0, done.err
+    assert "haiku auto packed auto" in done.out and "haiku auto expanded auto" in done.out
+
+
 def test_a_base_and_what_rounding_costs(run: Run, tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     assert run("compare", "--context=256", f"--save_base={base}").code == 0

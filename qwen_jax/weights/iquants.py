@@ -138,7 +138,7 @@ def _iq4_xs(blocks: Blocks) -> Parts:
     high = ((blocks["scales_h"][:, None] >> shifts) & 3).astype(np.uint8)
     scales = (_low_high(blocks["scales_l"]) | (high << 4)).view(np.int8) - np.int8(32)
     d = once(scale(blocks["d"]) * scales)[:, :, None]
-    return tuple(d * look_up(_IQ4, codes) for codes in halves(blocks["qs"], 16))
+    return tuple(d * look_up(_IQ4, once(codes)) for codes in halves(blocks["qs"], 16))
 
 
 _IQ2_XXS_GROUP = layout(("grid", "u1", 4), ("signs", "<u4"))

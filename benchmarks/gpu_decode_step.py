@@ -22,9 +22,9 @@ from jax import lax
 from benchmarks.gpu_decode import copy_bandwidth, print_record
 from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import Plan, kernels
-from pallas_kernels.decode_step.cache import FEWEST_SLOTS, Pool
-from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.step import PHASES
+from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
+from pallas_kernels.decode_step.few_rows.step import PHASES
+from pallas_kernels.decode_step.ptx.formats import FORMATS
 from qwen_jax.engine.weights import plan_for
 
 STEPS = 64

@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.decode_step import (
-    HEAD,
-    MOST_ROWS,
-    Packed,
-    Shape,
-    empty_tape,
-    places,
-    put,
-)
+from pallas_kernels.decode_step import HEAD, MOST_ROWS, Packed, Shape, empty_tape, places, put
 from pallas_kernels.decode_step import Plan as KernelPlan
-from pallas_kernels.decode_step.plan import DOWN, Phase
+from pallas_kernels.decode_step.packed.plan import DOWN, Phase
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights as packed_module
 from qwen_jax.engine.engine import Engine

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step import kernels, unpack
-from pallas_kernels.decode_step.batched.exchange import MOST_ROWS
-from pallas_kernels.decode_step.cache import FEWEST_SLOTS, Pool
-from pallas_kernels.decode_step.packing import Packed, empty_tape, places, put
-from pallas_kernels.decode_step.plan import HEAD, Plan, Shape
+from pallas_kernels.decode_step import kernels
+from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
+from pallas_kernels.decode_step.many_rows.exchange import MOST_ROWS
+from pallas_kernels.decode_step.packed import unpack
+from pallas_kernels.decode_step.packed.packing import Packed, empty_tape, places, put
+from pallas_kernels.decode_step.packed.plan import HEAD, Plan, Shape
 from pallas_kernels.decode_step.reference import reference
 from pallas_kernels.implementation import choose
 

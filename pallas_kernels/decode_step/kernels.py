@@ -5,10 +5,10 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.cache import Pool
-from pallas_kernels.decode_step.plan import Plan
+from pallas_kernels.decode_step.common.cache import Pool
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many
+from pallas_kernels.decode_step.packed.plan import Plan
 
 FEW = 15_000
 """Numbers of an input up to which the first is faster: each block reads all of them as float32."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.packing import Packed
-from pallas_kernels.decode_step.plan import DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
+from pallas_kernels.decode_step.packed.packing import Packed
+from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
 from pallas_kernels.gqa_decode_attention.reference import reference as attention
 from pallas_kernels.rope.reference import reference as rope
 

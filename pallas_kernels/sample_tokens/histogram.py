@@ -10,9 +10,9 @@ the search decides (`search.py`).
 import dataclasses
 import functools
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import over
+from pallas_kernels.decode_step.common.words import over
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import (
     DRAWN,

@@ -1,10 +1,10 @@
-"""What single threads need beside `decode_step/thread.py`: other blocks of a cluster, exact
+"""What single threads need beside `decode_step/ptx/thread.py`: other blocks of a cluster, exact
 quotients, sums that don't depend on their order."""
 
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 UNIT = 45
 """A weight is a whole number of 2^-45: fewer than 2^18 of them up to 1 have a sum in 64 bits, the

@@ -4,8 +4,8 @@ result in the shared memory of every block of the cluster, which then meet."""
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.scores import THREADS
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.lazy import lazy
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.bounds import Bests

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import ALL, WARPS, among, better
 from pallas_kernels.sample_tokens.noise import threefry

@@ -4,8 +4,8 @@ scores' order, three bits a pass over all of them."""
 import dataclasses
 import functools
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import SEARCHED, Meeting, added
 from pallas_kernels.sample_tokens.round import Round

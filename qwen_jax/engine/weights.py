@@ -24,11 +24,11 @@ from pallas_kernels.decode_step import (
     Plan,
     Shape,
     empty_tape,
-    packing,
     places,
     unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
+from pallas_kernels.decode_step.packed import packing
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.sample_tokens import Choice, Counts, Logprobs, Settings, mosaic_gpu
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import WARPS

@@ -10,19 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import (
-    Packed,
-    Plan,
-    Shape,
-    empty_tape,
-    launch,
-    places,
-    put,
-)
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.cache import Pool
+from pallas_kernels.decode_step import Packed, Plan, Shape, empty_tape, places, put
+from pallas_kernels.decode_step.common import launch
+from pallas_kernels.decode_step.common.cache import Pool
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many
+from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install

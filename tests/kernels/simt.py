@@ -1,4 +1,4 @@
-"""Thread code on NumPy: what `decode_step/thread.py` emits for a GPU runs here instead.
+"""Thread code on NumPy: what `decode_step/ptx/thread.py` emits for a GPU runs here instead.
 
 A value is an array, a number for every thread of a block's role (those that compute, or some of
 the warps beside them); a mask says which threads are at work. Every role of every block is a
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.ptx import thread as t
 
 MOST_WARPS = 12
 """Of a block of the decode step."""

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import Packed, Plan, Shape, kernels, launch, unpack
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.batched.pages import Group
-from pallas_kernels.decode_step.cache import Pool
-from pallas_kernels.decode_step.plan import DOWN
+from pallas_kernels.decode_step import Packed, Plan, Shape, kernels
+from pallas_kernels.decode_step.common import launch
+from pallas_kernels.decode_step.common.cache import Pool
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many
+from pallas_kernels.decode_step.many_rows.pages import Group
+from pallas_kernels.decode_step.packed import unpack
+from pallas_kernels.decode_step.packed.plan import DOWN
 from tests.kernels import hopper
 
 SIZES = {

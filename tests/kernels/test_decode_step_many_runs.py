@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.batched import warps
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many
+from pallas_kernels.decode_step.many_rows import warps
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
 from tests.kernels.emulated_step import (
     GROUPS,
     ODD,

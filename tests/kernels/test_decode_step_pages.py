@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step import decode_step
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.cache import PagedCache
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.common.cache import PagedCache
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many
+from pallas_kernels.decode_step.ptx.thread import V
 from tests.kernels.emulated_step import (
     NARROW,
     ODD,

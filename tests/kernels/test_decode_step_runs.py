@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import barriers, step, unpack
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few
+from pallas_kernels.decode_step.few_rows import step
+from pallas_kernels.decode_step.packed import unpack
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
 from tests.kernels.emulated_step import (
     GROUPS,
     NARROW,

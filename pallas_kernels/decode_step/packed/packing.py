@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, HEAD, Plan
+from pallas_kernels.decode_step.packed.plan import BAND, COLUMNS, GATE_UP, HEAD, Plan
 
 Places = tuple[Int[Array, "2 tiles"], ...]
 """`Plan.places` of every phase: data, since as constants they would be compiled 100 times."""

@@ -14,10 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.packing import Packed
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, Plan
-from pallas_kernels.decode_step.stream import TILE_BYTES
+from pallas_kernels.decode_step.few_rows.stream import TILE_BYTES
+from pallas_kernels.decode_step.packed.packing import Packed
+from pallas_kernels.decode_step.packed.plan import BAND, COLUMNS, GATE_UP, Plan
+from pallas_kernels.decode_step.ptx import thread as t
 
 THREADS = TILE_BYTES // 16
 """One for each 16 bytes of a tile."""

@@ -9,14 +9,14 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import Format, times
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.plan import BAND, Phase
-from pallas_kernels.decode_step.ring import Place
-from pallas_kernels.decode_step.stream import PIECE_BYTES, TILE_BYTES, Stream
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import awaited
+from pallas_kernels.decode_step.common.ring import Place
+from pallas_kernels.decode_step.common.words import awaited
+from pallas_kernels.decode_step.few_rows.stream import PIECE_BYTES, TILE_BYTES, Stream
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import BAND, Phase
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format, times
+from pallas_kernels.decode_step.ptx.thread import V
 
 THREADS = WARPS * t.WARP
 QUAD = 4

@@ -1,9 +1,9 @@
 """What blocks of a step of many rows leave for each other: words, and inputs in 16 bits."""
 
-from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.batched.texts import Texts
-from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
-from pallas_kernels.decode_step.words import Layout
+from pallas_kernels.decode_step.common import words as w
+from pallas_kernels.decode_step.common.words import Layout
+from pallas_kernels.decode_step.many_rows.texts import Texts
+from pallas_kernels.decode_step.packed.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
 
 MOST_ROWS = 64
 """Rows of a step: a lane's sums of three bands of as many texts fill its registers."""

@@ -15,9 +15,9 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.plan import DOWN, Plan
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.packed.plan import DOWN, Plan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 QKV, ATTENDED, MIDDLE, FFN, PARTS, HIDDEN, SPLITS, STATS = range(8)
 """The sections, in a step of few rows: products of QKV; attention's result; the hidden state after

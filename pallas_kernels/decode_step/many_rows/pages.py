@@ -8,14 +8,14 @@ ring.
 import dataclasses
 from typing import NamedTuple
 
-from pallas_kernels.decode_step import barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.plan import HEAD, Phase, Plan
-from pallas_kernels.decode_step.ring import Place, Ring
-from pallas_kernels.decode_step.step import Work
-from pallas_kernels.decode_step.stream import TILE_BYTES
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.common.ring import Place, Ring
+from pallas_kernels.decode_step.few_rows.step import Work
+from pallas_kernels.decode_step.few_rows.stream import TILE_BYTES
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import HEAD, Phase, Plan
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 MOST_BANDS = 24
 """Whose sums fit in the registers of eight warps: three to a warp."""

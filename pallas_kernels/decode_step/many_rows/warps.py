@@ -1,18 +1,18 @@
 """What the warps do that don't multiply, besides fetching weights: inputs, and scales of norms."""
 
-from pallas_kernels.decode_step import barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.batched.exchange import INPUTS, MEETINGS, MOST_ROWS, SQUARES
-from pallas_kernels.decode_step.batched.pages import Group
-from pallas_kernels.decode_step.batched.texts import Texts
-from pallas_kernels.decode_step.formats import Format, times
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.plan import BAND, HEAD, Plan
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.ring import Place, Ring
-from pallas_kernels.decode_step.step import Work
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import Layout
+from pallas_kernels.decode_step.common.ring import Place, Ring
+from pallas_kernels.decode_step.common.words import Layout
+from pallas_kernels.decode_step.few_rows.products import THREADS
+from pallas_kernels.decode_step.few_rows.step import Work
+from pallas_kernels.decode_step.many_rows.exchange import INPUTS, MEETINGS, MOST_ROWS, SQUARES
+from pallas_kernels.decode_step.many_rows.pages import Group
+from pallas_kernels.decode_step.many_rows.texts import Texts
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import BAND, HEAD, Plan
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format, times
+from pallas_kernels.decode_step.ptx.thread import V
 
 SCALERS = 2
 """Warps that make the scales of norms, 32 texts each."""

@@ -8,19 +8,19 @@ which can't say so: all blocks meet before they are read.
 import dataclasses
 from collections.abc import Callable
 
-from pallas_kernels.decode_step import barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.batched.exchange import MEETINGS, MOST_ROWS, SQUARES
-from pallas_kernels.decode_step.batched.products import Finish, Products, Spots, Total
-from pallas_kernels.decode_step.batched.texts import Texts
-from pallas_kernels.decode_step.batched.warps import MET, SCALED, WITH_SCALERS
-from pallas_kernels.decode_step.formats import times
-from pallas_kernels.decode_step.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.step import Share, gated
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import awaited, leave, over
+from pallas_kernels.decode_step.common import words as w
+from pallas_kernels.decode_step.common.words import awaited, leave, over
+from pallas_kernels.decode_step.few_rows.products import THREADS
+from pallas_kernels.decode_step.few_rows.step import Share, gated
+from pallas_kernels.decode_step.many_rows.exchange import MEETINGS, MOST_ROWS, SQUARES
+from pallas_kernels.decode_step.many_rows.products import Finish, Products, Spots, Total
+from pallas_kernels.decode_step.many_rows.texts import Texts
+from pallas_kernels.decode_step.many_rows.warps import MET, SCALED, WITH_SCALERS
+from pallas_kernels.decode_step.packed.plan import BAND, DOWN, GATE_UP, HEAD, OUTPUT, QKV
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import times
+from pallas_kernels.decode_step.ptx.thread import V
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

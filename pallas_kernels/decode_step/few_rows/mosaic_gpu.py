@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.decode_step import attention, products
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.attention import Attention
-from pallas_kernels.decode_step.cache import PagedCache, Pool
-from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.launch import (
+from pallas_kernels.decode_step.common import attention
+from pallas_kernels.decode_step.common import words as w
+from pallas_kernels.decode_step.common.attention import Attention
+from pallas_kernels.decode_step.common.cache import PagedCache, Pool
+from pallas_kernels.decode_step.common.launch import (
     FETCHERS,
     RESERVED_BYTES,
     SMEM_BYTES,
@@ -28,11 +26,14 @@ from pallas_kernels.decode_step.launch import (
     persistent,
     unfit,
 )
-from pallas_kernels.decode_step.plan import BAND, OUTPUT, Plan
-from pallas_kernels.decode_step.products import THREADS, Products
-from pallas_kernels.decode_step.step import PHASES, Step, Work
-from pallas_kernels.decode_step.stream import IN_FLIGHT, TILE_BYTES, Stream
-from pallas_kernels.decode_step.words import Layout
+from pallas_kernels.decode_step.common.words import Layout
+from pallas_kernels.decode_step.few_rows import products
+from pallas_kernels.decode_step.few_rows.products import THREADS, Products
+from pallas_kernels.decode_step.few_rows.step import PHASES, Step, Work
+from pallas_kernels.decode_step.few_rows.stream import IN_FLIGHT, TILE_BYTES, Stream
+from pallas_kernels.decode_step.packed.plan import BAND, OUTPUT, Plan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import FORMATS
 
 MOST_ROWS = 16
 """Rows of a step: so many by a band's 16 rows are the block's threads."""

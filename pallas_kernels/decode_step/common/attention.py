@@ -9,16 +9,16 @@ waited for. The new token, which is in no slot yet, is one more part beside thos
 import dataclasses
 from collections.abc import Callable
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.cache import PagedCache
-from pallas_kernels.decode_step.formats import Format
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.plan import Plan
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.softmax import NEVER, Found, Softmax, score_scale
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import Layout, awaited, leave, over
+from pallas_kernels.decode_step.common import words as w
+from pallas_kernels.decode_step.common.cache import PagedCache
+from pallas_kernels.decode_step.common.softmax import NEVER, Found, Softmax, score_scale
+from pallas_kernels.decode_step.common.words import Layout, awaited, leave, over
+from pallas_kernels.decode_step.few_rows.products import THREADS
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import Plan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
+from pallas_kernels.decode_step.ptx.thread import V
 
 SLOTS_A_SPLIT = 128
 """Slots a block takes of a text that several attend to: one turn of its warps."""

@@ -2,10 +2,19 @@
 
 import dataclasses
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.attention import Attention
-from pallas_kernels.decode_step.plan import (
+from pallas_kernels.decode_step.common import words as w
+from pallas_kernels.decode_step.common.attention import Attention
+from pallas_kernels.decode_step.common.ring import Place
+from pallas_kernels.decode_step.common.words import Layout, awaited, leave, over
+from pallas_kernels.decode_step.few_rows.products import (
+    THREADS,
+    Finish,
+    Prepare,
+    Products,
+    Total,
+    nothing,
+)
+from pallas_kernels.decode_step.packed.plan import (
     BAND,
     COLUMNS,
     DOWN,
@@ -16,17 +25,8 @@ from pallas_kernels.decode_step.plan import (
     Phase,
     Plan,
 )
-from pallas_kernels.decode_step.products import (
-    THREADS,
-    Finish,
-    Prepare,
-    Products,
-    Total,
-    nothing,
-)
-from pallas_kernels.decode_step.ring import Place
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import Layout, awaited, leave, over
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 PHASES = ("begin", "qkv", "attend", "combine", "output", "gate_up", "down", "add_parts", "head")
 """What a trace tells the end of, in order: of the last layer, and of the head."""

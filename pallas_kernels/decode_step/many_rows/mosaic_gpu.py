@@ -12,19 +12,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.decode_step import attention, barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.attention import Attention
-from pallas_kernels.decode_step.batched import exchange, products, warps
-from pallas_kernels.decode_step.batched.exchange import MOST_ROWS
-from pallas_kernels.decode_step.batched.pages import MOST_BANDS, UNIT_BYTES, Pages
-from pallas_kernels.decode_step.batched.products import Products
-from pallas_kernels.decode_step.batched.step import Step
-from pallas_kernels.decode_step.batched.texts import Texts
-from pallas_kernels.decode_step.cache import PagedCache, Pool
-from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.launch import (
+from pallas_kernels.decode_step.common import attention
+from pallas_kernels.decode_step.common import words as w
+from pallas_kernels.decode_step.common.attention import Attention
+from pallas_kernels.decode_step.common.cache import PagedCache, Pool
+from pallas_kernels.decode_step.common.launch import (
     FETCHERS,
     RESERVED_BYTES,
     SMEM_BYTES,
@@ -33,10 +25,19 @@ from pallas_kernels.decode_step.launch import (
     persistent,
     unfit,
 )
-from pallas_kernels.decode_step.plan import BAND, OUTPUT, Plan
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.ring import Ring
-from pallas_kernels.decode_step.step import PHASES, Work
+from pallas_kernels.decode_step.common.ring import Ring
+from pallas_kernels.decode_step.few_rows.products import THREADS
+from pallas_kernels.decode_step.few_rows.step import PHASES, Work
+from pallas_kernels.decode_step.many_rows import exchange, products, warps
+from pallas_kernels.decode_step.many_rows.exchange import MOST_ROWS
+from pallas_kernels.decode_step.many_rows.pages import MOST_BANDS, UNIT_BYTES, Pages
+from pallas_kernels.decode_step.many_rows.products import Products
+from pallas_kernels.decode_step.many_rows.step import Step
+from pallas_kernels.decode_step.many_rows.texts import Texts
+from pallas_kernels.decode_step.packed.plan import BAND, OUTPUT, Plan
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import FORMATS
 
 PAGES = 16
 """Of weights in shared memory, at most."""

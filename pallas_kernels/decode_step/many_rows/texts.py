@@ -7,11 +7,11 @@ to 4 t + 3 of text g of both eights, its operands of two products in 16 bytes. B
 
 import dataclasses
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import Format
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.plan import COLUMNS
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import COLUMNS
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
+from pallas_kernels.decode_step.ptx.thread import V
 
 PAIR_BYTES = t.WARP * 16
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.plan import Shape
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.packed.plan import Shape
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 FEWEST_SLOTS = 128
 """Of a page: those that a block's warps attend to in one turn."""

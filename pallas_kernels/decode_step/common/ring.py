@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from pallas_kernels.decode_step import barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 
 class Place(NamedTuple):

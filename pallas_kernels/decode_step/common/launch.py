@@ -9,11 +9,11 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, Plan
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.step import PHASES
+from pallas_kernels.decode_step.few_rows.products import THREADS
+from pallas_kernels.decode_step.few_rows.step import PHASES
+from pallas_kernels.decode_step.packed.plan import BAND, COLUMNS, Plan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.lazy import lazy
 
 pl = lazy("jax.experimental.pallas")

@@ -7,9 +7,9 @@ the tensor cores: as rows they would fill half of it. Lane 4 g + t has heads 2 t
 import dataclasses
 import functools
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import Format
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
+from pallas_kernels.decode_step.ptx.thread import V
 
 NEVER = -1e30
 """The score of a slot that isn't there: far below every other, so that it weighs nothing."""

@@ -8,16 +8,16 @@ the bands; where there are few, several warps share one and each takes some of t
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.batched.pages import UNIT_PIECES, Group, Pages, Spot
-from pallas_kernels.decode_step.batched.texts import PAIR_BYTES, Texts
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.plan import BAND, Phase
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.ring import Place, Ring
-from pallas_kernels.decode_step.stream import PIECE_BYTES
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import over
+from pallas_kernels.decode_step.common.ring import Place, Ring
+from pallas_kernels.decode_step.common.words import over
+from pallas_kernels.decode_step.few_rows.products import THREADS
+from pallas_kernels.decode_step.few_rows.stream import PIECE_BYTES
+from pallas_kernels.decode_step.many_rows.pages import UNIT_PIECES, Group, Pages, Spot
+from pallas_kernels.decode_step.many_rows.texts import PAIR_BYTES, Texts
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import BAND, Phase
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 STRIDE = BAND + 4
 """Words from a text's sums to the next's, so that lanes store into different banks."""

@@ -4,12 +4,12 @@ The stream runs on across bands, phases and layers, through a ring of shared mem
 weights of the next phases arrive while the blocks wait for each other.
 """
 
-from pallas_kernels.decode_step import barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.packing import PIECE, WARPS
-from pallas_kernels.decode_step.plan import HEAD, Plan
-from pallas_kernels.decode_step.ring import Place, Ring
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.common.ring import Place, Ring
+from pallas_kernels.decode_step.packed.packing import PIECE, WARPS
+from pallas_kernels.decode_step.packed.plan import HEAD, Plan
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 PIECE_BYTES = 2 * PIECE
 TILE_BYTES = WARPS * PIECE_BYTES

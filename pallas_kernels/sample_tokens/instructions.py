@@ -16,7 +16,7 @@ def rank() -> V:
     return t.asm("mov.u32 $0, %cluster_ctarank;", [t.i32()], "=r")[0]
 
 
-def cluster_together() -> None:
+def cluster_barrier() -> None:
     """Waits for all threads of the cluster, and makes what each has written visible to all."""
     text = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
     t.asm(text, [], "~{memory}")

@@ -22,7 +22,7 @@ from pallas_kernels.sample_tokens.drawing import Drawing
 from pallas_kernels.sample_tokens.histogram import Histogram
 from pallas_kernels.sample_tokens.meeting import MOST_BLOCKS, SLOT_BYTES, SLOTS, Meeting
 from pallas_kernels.sample_tokens.pick import Candidates
-from pallas_kernels.sample_tokens.row import BANNED, NOT_FINITE, Outputs, Row
+from pallas_kernels.sample_tokens.row import BANNED, NOT_FINITE, Outputs, RowSampler
 from pallas_kernels.sample_tokens.rows import Choice, Counts, Logprobs, Settings
 from pallas_kernels.sample_tokens.scores import QUAD, THREADS, Asked
 
@@ -73,7 +73,7 @@ def build(
     def code(context: Any, *refs: Any) -> None:
         *outside, smem = refs
         at = [t.address(ref) for ref in outside]
-        row = t.block() // blocks
+        row = t.cta_id() // blocks
         logits, bias, seen, generated, allowed = at[NUMBERS : NUMBERS + 5]
         arrays = (
             logits,
@@ -93,7 +93,9 @@ def build(
         bins = bests + Bests.BYTES
         candidates = Candidates.at(bins + Histogram.BYTES)
         drawing = Drawing(asked, meeting, Histogram(bins, meeting, candidates))
-        Row(asked, vocab, valid, blocks, meeting, candidates, Bests(bests), drawing, outputs).run()
+        RowSampler(
+            asked, vocab, valid, blocks, meeting, candidates, Bests(bests), drawing, outputs
+        ).run()
 
     def body(*refs: Any) -> None:
         t.emit(code, *refs)

@@ -106,7 +106,7 @@ class Scores:
         asked, stride = self.asked, self.blocks * THREADS
         quads = self.vocab // QUAD
         turns = -(-quads // (stride * unroll))
-        first = self.rank * THREADS + t.me()
+        first = self.rank * THREADS + t.thread_id()
         biased, masked = asked.biased.differs(0), asked.masked.differs(0)
         changes = self.processed & (biased | masked | self._penalises)
 

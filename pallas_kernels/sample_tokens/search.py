@@ -97,7 +97,7 @@ class Search:
         sums = self.about.scores.walk([zero] * WAYS, visit, unroll=2)
         sums = self.meeting.of(SEARCHED, sums, added)
         # All have read the slot before the next pass fills it.
-        i.cluster_together()
+        i.cluster_barrier()
         return sums
 
     def _tied(self, low: V, _: V, at_low: V, at_high: V, total: V) -> V:

@@ -108,7 +108,7 @@ class Machine:
         self.shared = [Shared(shared, seed + b, warps) for b in range(blocks)]
         self.unwatched = unwatched
         self.semaphore, self.copies = 0, []
-        self.meetings: dict[tuple[int, int], int] = collections.Counter()
+        self.arrived: dict[tuple[int, int], int] = collections.Counter()
         self.progress, self.failed = 0, None
         self.batons: list[threading.Semaphore] = []
         self.alive: set[int] = set()
@@ -285,17 +285,17 @@ class Machine:
         while self._barrier(address).turn % 2 == parity:
             self.give_way()
 
-    def together(self, threads: int, barrier: int = t.OURS) -> None:
+    def block_barrier(self, threads: int, barrier: int = t.OURS) -> None:
         block = self.role.block
         if threads == self.role.count:
             self.shared[block].epoch += 1
             return
         come = self.arrive_at(barrier)
-        while self.meetings[block, barrier] // threads < -(-come // threads):
+        while self.arrived[block, barrier] // threads < -(-come // threads):
             self.give_way()
 
     def arrive_at(self, barrier: int) -> int:
         """Counts this role's threads at a barrier of the block; how many have come so far."""
-        self.meetings[self.role.block, barrier] += self.role.count
+        self.arrived[self.role.block, barrier] += self.role.count
         self.progress += 1
-        return self.meetings[self.role.block, barrier]
+        return self.arrived[self.role.block, barrier]

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.decode_step.packed.plan import Shape
+from pallas_kernels.decode_step.packed.plan import ModelShape
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
@@ -45,7 +45,7 @@ class PagedCache:
         pages, tables: addresses of the pool and of the block tables.
     """
 
-    shape: Shape
+    shape: ModelShape
     pool: Pool
     pages: V
     tables: V

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from pallas_kernels import compat
 from pallas_kernels.decode_step.few_rows.products import THREADS
 from pallas_kernels.decode_step.few_rows.step import PHASES
-from pallas_kernels.decode_step.packed.plan import BAND, COLUMNS, Plan
+from pallas_kernels.decode_step.packed.plan import K_TILE, M_TILE, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.lazy import lazy
@@ -39,9 +39,9 @@ class Roles(NamedTuple):
 
     Attributes:
         make: sets up barriers; all threads, with the shared memory.
-        beside: the threads that don't compute, with the tape, the table, the words and the shared
-            memory.
-        start: those that do, before the blocks have met; with all references but the tape.
+        beside: the threads that don't compute, with the weight stream, the table, the exchange and
+            the shared memory.
+        start: those that do, before the first grid barrier; with all references but the stream.
         steps: the same, after.
     """
 
@@ -51,19 +51,19 @@ class Roles(NamedTuple):
     steps: Callable[..., None]
 
 
-def begins(pieces: Sequence[int]) -> list[int]:
-    """Where pieces of shared memory begin that lie one after the other, of so many bytes each."""
-    return [sum(pieces[:i]) for i in range(len(pieces))]
+def begins(sizes: Sequence[int]) -> list[int]:
+    """Where regions of shared memory begin that lie one after the other, of so many bytes each."""
+    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-def unfit(plan: Plan, dtype: DTypeLike) -> str | None:
+def unfit(plan: StepPlan, dtype: DTypeLike) -> str | None:
     """Why neither this kernel nor the one of many rows can run the model, or None."""
     shape = plan.shape
     if jnp.dtype(dtype).name not in FORMATS:
         return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"
-    for height, columns in shape.matrices:
-        if height % BAND or columns % COLUMNS:
-            return f"a matrix of {height} x {columns} is not made of {BAND} x {COLUMNS} tiles"
+    for out, columns in shape.matrices:
+        if out % M_TILE or columns % K_TILE:
+            return f"a matrix of {out} x {columns} is not made of {M_TILE} x {K_TILE} tiles"
     if shape.head_dim not in HEAD_DIMS:
         return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
     if shape.group > 8:
@@ -73,7 +73,7 @@ def unfit(plan: Plan, dtype: DTypeLike) -> str | None:
 
 def persistent(
     name: str,
-    plan: Plan,
+    plan: StepPlan,
     rows: int,
     dtype: DTypeLike,
     words: int,
@@ -81,11 +81,13 @@ def persistent(
     roles: Roles,
     traced: bool,
 ) -> Callable[..., Any]:
-    """A kernel as `kernels.build` describes it, with so many words and bytes of shared memory."""
+    """A kernel as `kernels.build` describes it, whose exchange has so many words, and whose blocks
+    have so many bytes of shared memory.
+    """
     shape, blocks = plan.shape, plan.blocks
 
     def body(*refs: Any) -> None:
-        tape, table, memory, smem = (refs[i] for i in (0, 1, 11, -1))
+        stream, table, memory, smem = (refs[i] for i in (0, 1, 11, -1))
         semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
         warpgroup = lax.axis_index("wg")
         t.emit(roles.make, smem)
@@ -93,7 +95,7 @@ def persistent(
         @pl.when(warpgroup == THREADS // t.WARPGROUP)
         def _() -> None:
             plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
-            t.emit(roles.beside, tape, table, memory, smem)
+            t.emit(roles.beside, stream, table, memory, smem)
 
         @pl.when(warpgroup < THREADS // t.WARPGROUP)
         def _() -> None:

@@ -128,7 +128,7 @@ class Found:
 
     def keep(self, found: Softmax) -> None:
         """Leaves what this warp found."""
-        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         eighth, two = lane // 4, lane % 4 * 2
         totals = [t.warp_sum(total, ACROSS) for total in found.total]
 

@@ -1,8 +1,8 @@
 """One decode step of up to 64 rows as a single persistent kernel on Hopper.
 
-It reads the same tape as the kernel of few rows and shares its attention. One warp fetches the
-block's weights ahead, across phases; a thread of another fetches the inputs of products, each
-once all blocks have left their share of it.
+It reads the same weight stream as the kernel of few rows and shares its attention. One warp fetches
+the block's weights ahead, across phases; a thread of another fetches the inputs of products, each
+once all blocks have passed the grid barrier before it.
 """
 
 import functools
@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.decode_step.common import attention
-from pallas_kernels.decode_step.common import words as w
+from pallas_kernels.decode_step.common import attention, exchange
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.cache import PagedCache, Pool
 from pallas_kernels.decode_step.common.launch import (
@@ -28,73 +27,73 @@ from pallas_kernels.decode_step.common.launch import (
 from pallas_kernels.decode_step.common.ring import Ring
 from pallas_kernels.decode_step.few_rows.products import THREADS
 from pallas_kernels.decode_step.few_rows.step import PHASES, Work
-from pallas_kernels.decode_step.many_rows import exchange, products, warps
-from pallas_kernels.decode_step.many_rows.exchange import MOST_ROWS
-from pallas_kernels.decode_step.many_rows.pages import MOST_BANDS, UNIT_BYTES, Pages
+from pallas_kernels.decode_step.many_rows import products, side_warps
+from pallas_kernels.decode_step.many_rows.inputs import InputLayout
+from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, layout_of
 from pallas_kernels.decode_step.many_rows.products import Products
 from pallas_kernels.decode_step.many_rows.step import Step
-from pallas_kernels.decode_step.many_rows.texts import Texts
-from pallas_kernels.decode_step.packed.plan import BAND, OUTPUT, Plan
+from pallas_kernels.decode_step.many_rows.weight_ring import MOST_M_TILES, UNIT_BYTES, WeightRing
+from pallas_kernels.decode_step.packed.plan import M_TILE, O_PROJ, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 
-PAGES = 16
-"""Of weights in shared memory, at most."""
-FEWEST_UNITS = 2 * MOST_BANDS
-"""Of weights: two of the largest pages."""
-CHUNKS_BYTES = 48 * 1024
-"""Shared memory for chunks of an input, about."""
+WEIGHT_STAGES = 16
+"""In shared memory, at most."""
+FEWEST_UNITS = 2 * MOST_M_TILES
+"""Of weights: two of the largest stages."""
+INPUT_BYTES = 48 * 1024
+"""Shared memory for stages of an input, about."""
 EARLY_BYTES = 128 << 20
 """Of a layer's keys and values, up to which the first are asked for before the queries come."""
 
 
 class Memory(NamedTuple):
-    """How a block's shared memory is divided: bytes of each piece, in this order.
+    """How a block's shared memory is divided: bytes of each region, in this order.
 
     Attributes:
         units: of weights.
-        chunks: of the input of a product.
-        sums: of a band of each warp; in attention's turn, what the warps found.
-        own: the hidden state of the block's bands.
+        inputs: stages of the input of a product.
+        sums: of an M-tile of each warp; in attention's turn, what the warps found.
+        own: the hidden state of the block's M-tiles.
         heads: queries, key and value of the block's attention.
         scales: of norms.
-        sizes: of the pages, an int32 each.
-        page_turns, chunk_turns: two barriers each.
+        sizes: of the stages of weights, an int32 each.
+        weight_turns, input_turns: two barriers a stage.
         cleared: one barrier.
     """
 
     units: int
-    chunks: int
+    inputs: int
     sums: int
     own: int
     heads: int
     scales: int
     sizes: int
-    page_turns: int
-    chunk_turns: int
+    weight_turns: int
+    input_turns: int
     cleared: int
 
 
-def memory(plan: Plan, rows: int) -> Memory:
-    texts = Texts(rows, FORMATS["bfloat16"])  # the other is as large
-    chunks = max(3, CHUNKS_BYTES // texts.chunk_bytes)
-    pieces = (
-        chunks * texts.chunk_bytes,
-        max(products.sums_bytes(texts), attention.found_bytes(plan)),
-        int(plan.phases[OUTPUT].count.max()) * rows * BAND * 4,
+def memory(plan: StepPlan, rows: int) -> Memory:
+    inputs = InputLayout(rows, FORMATS["bfloat16"])  # the other is as large
+    input_stages = max(3, INPUT_BYTES // inputs.stage_bytes)
+    others = (
+        input_stages * inputs.stage_bytes,
+        max(products.sums_bytes(inputs), attention.found_bytes(plan)),
+        int(plan.phases[O_PROJ].count.max()) * rows * M_TILE * 4,
         attention.heads_bytes(plan),
         2 * MOST_ROWS * 4,
-        PAGES * 4,
-        PAGES * 16,
-        chunks * 16,
+        WEIGHT_STAGES * 4,
+        WEIGHT_STAGES * 16,
+        input_stages * 16,
         16,
     )
-    left = SMEM_BYTES - RESERVED_BYTES - sum(pieces)
-    return Memory(max(0, left // UNIT_BYTES) * UNIT_BYTES, *pieces)
+    left = SMEM_BYTES - RESERVED_BYTES - sum(others)
+    return Memory(max(0, left // UNIT_BYTES) * UNIT_BYTES, *others)
 
 
-def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
+def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
     """Why the kernel can't run a step, or None."""
     if why := unfit(plan, dtype):
         return why
@@ -107,108 +106,115 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike) -> str | None:
 
 @functools.cache
 def build(
-    plan: Plan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
+    plan: StepPlan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
     """The kernel of many rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
-    divided, texts = memory(plan, rows), Texts(rows, FORMATS[jnp.dtype(dtype).name])
+    divided, inputs = memory(plan, rows), InputLayout(rows, FORMATS[jnp.dtype(dtype).name])
     splits = attention.most_splits(plan, rows, pool.capacity)
-    layout = exchange.layout_of(plan, texts, splits)
+    layout = layout_of(plan, inputs, splits)
 
     def own_memory(smem: Any) -> list[t.V]:
         base = t.address(smem, shared=True)
         return [base + begin for begin in begins(divided)]
 
-    def streams(smem: Any) -> tuple[Pages, Ring]:
-        units, chunks, *_, sizes, page_turns, chunk_turns, _ = own_memory(smem)
-        pages = Pages(units, divided.units // UNIT_BYTES, Ring(sizes, page_turns, PAGES, 4))
-        stages = divided.chunk_turns // 16
-        return pages, Ring(chunks, chunk_turns, stages, texts.chunk_bytes)
+    def rings(smem: Any) -> tuple[WeightRing, Ring]:
+        units, input_memory, *_, sizes, weight_turns, input_turns, _ = own_memory(smem)
+        room = divided.units // UNIT_BYTES
+        weights = WeightRing(units, room, Ring(sizes, weight_turns, WEIGHT_STAGES, 4))
+        stages = divided.input_turns // 16
+        return weights, Ring(input_memory, input_turns, stages, inputs.stage_bytes)
 
     def work_of(table: Any) -> Work:
-        return Work.read(t.address(table) + (t.block() << 6).wide())
+        return Work.read(t.address(table) + (t.cta_id() << 6).wide())
 
     def make(context: Any, smem: Any) -> None:
         def barriers_of_all() -> None:
             barriers.make_barrier(own_memory(smem)[-1], 1)
-            pages, chunks = streams(smem)
-            pages.ring.make()
-            chunks.make()
+            weights, input_ring = rings(smem)
+            weights.ring.make()
+            input_ring.make()
 
-        t.when(t.me().equals(0), barriers_of_all)
-        t.together(THREADS + FETCHERS)
+        t.when(t.thread_id().equals(0), barriers_of_all)
+        t.block_barrier(THREADS + FETCHERS)
 
-    def others(context: Any, tape: Any, table: Any, words: Any, smem: Any) -> None:
+    def others(context: Any, stream: Any, table: Any, words: Any, smem: Any) -> None:
         """What the warps do that don't compute."""
         work, memory = work_of(table), t.address(words)
-        pages, chunks = streams(smem)
+        weights, input_ring = rings(smem)
         *_, scales, _, _, _, cleared = own_memory(smem)
-        warp, first = t.me() // t.WARP, THREADS // t.WARP
-        t.when(warp.equals(first), lambda: pages.fetch(plan, t.address(tape), work))
+        warp, first = t.thread_id() // t.WARP, THREADS // t.WARP
+        t.when(warp.equals(first), lambda: weights.fetch(plan, t.address(stream), work))
 
-        def inputs() -> None:
-            warps.fetch_inputs(plan, texts, layout, memory, work, chunks, cleared)
+        def fetch_inputs() -> None:
+            side_warps.fetch_inputs(plan, inputs, layout, memory, work, input_ring, cleared)
 
-        def norms() -> None:
+        def make_scales() -> None:
             which = warp - (first + 2)
-            warps.make_scales(plan, layout, texts.format, memory, which, scales)
+            side_warps.make_scales(plan, layout, inputs.format, memory, which, scales)
 
-        t.when(t.me().equals(THREADS + t.WARP), inputs)
-        t.when(warp >= first + 2, norms)
+        t.when(t.thread_id().equals(THREADS + t.WARP), fetch_inputs)
+        t.when(warp >= first + 2, make_scales)
 
     def made(refs: tuple[Any, ...]) -> Step:
-        """This block's part of the step, from all references but the tape."""
+        """This block's part of the step, from all references but the stream."""
         *outside, smem = refs
         table, bias, norms, hidden, rope, kv, tables, positions, logits, new, words, *times = (
             outside
         )
         _, _, sums, own, heads, scales, *_ = own_memory(smem)
-        pages, chunks = streams(smem)
-        memory, block = t.address(words), t.block()
+        weights, input_ring = rings(smem)
+        memory, cta = t.address(words), t.cta_id()
         cache = PagedCache(shape, pool, t.address(kv), t.address(tables))
 
-        def attended(head: t.V, column: t.V, values: list[t.V], tag: t.V) -> None:
-            at = layout.at(memory, w.ATTENDED)
+        def attended(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
+            at = layout.at(memory, exchange.ATTENDED)
             column = head % shape.heads * shape.head_dim + column
-            texts.put(at, head // shape.heads, column, values)
+            inputs.put(at, head // shape.heads, column, values)
 
         return Step(
             plan=plan,
-            texts=texts,
+            inputs=inputs,
             work=work_of(table),
-            products=Products(texts, pages, chunks, sums),
+            products=Products(inputs, weights, input_ring, sums),
             attention=Attention(
-                plan, rows, splits, block, cache, t.address(rope), t.address(positions),
-                t.address(new), memory, layout, heads, sums, texts.format, attended, EARLY_BYTES,
+                plan, rows, splits, cta, cache, t.address(rope), t.address(positions),
+                t.address(new), memory, layout, heads, sums, inputs.format, attended, EARLY_BYTES,
             ),
             own=own, scales=scales, bias=t.address(bias), norms=t.address(norms),
             hidden=t.address(hidden), logits=t.address(logits), memory=memory, layout=layout,
-            times=t.address(times[0]) + (block * (4 * len(PHASES))).wide() if traced else None,
+            times=t.address(times[0]) + (cta * (4 * len(PHASES))).wide() if traced else None,
         )  # fmt: skip
 
     def start(context: Any, *refs: Any) -> None:
-        """Takes the embeddings, and clears the words."""
+        """Loads the embeddings, and clears the exchange."""
         this = made(refs)
-        this.begin()
+        this.load_embeddings()
 
         def clear(section: int) -> None:
             begin, size = layout.at(this.memory, section), layout.sizes[section]
 
             def one(i: t.V, _: list[t.V]) -> list[t.V]:
-                word = ((i * blocks + t.block()) * THREADS + t.me()) * 4
+                word = ((i * blocks + t.cta_id()) * THREADS + t.thread_id()) * 4
                 at, nothing = begin + (word << 2).wide(), [t.integer(0)] * 4
                 t.when(word < size, lambda: t.store_global(at, nothing))
                 return []
 
             t.loop(-(-size // (4 * THREADS * blocks)), [], one)
 
-        # Tag 0 is that of the layer before the first; the first waits for 1.
-        for section in (w.QKV, w.PARTS, w.SPLITS, w.STATS, exchange.MEETINGS):
+        # Flag 0 is that of the layer before the first; the first waits for 1.
+        for section in (
+            exchange.QKV,
+            exchange.PARTS,
+            exchange.SPLITS,
+            exchange.STATS,
+            GRID_BARRIER,
+        ):
             clear(section)
-        t.together(THREADS)
+        t.block_barrier(THREADS)
 
     def steps(context: Any, *refs: Any) -> None:
-        t.when(t.me().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-1]))
+        t.when(t.thread_id().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-1]))
         made(refs).run()
 
     roles = Roles(make, others, start, steps)

@@ -1,194 +1,200 @@
-"""A matrix product of many rows: bands side by side, some columns of all of them at a time.
+"""A matrix product of many rows: M-tiles side by side, some columns of all of them at a time.
 
-An input of so many texts doesn't fit in shared memory, so it streams through it as the weights
-do: once for all bands of a block, as far as registers have room for their sums. The warps divide
-the bands; where there are few, several warps share one and each takes some of the columns.
+An input of so many rows doesn't fit in shared memory, so it streams through it as the weights
+do: once for all M-tiles of a block, as far as registers have room for their sums. The warps divide
+the M-tiles; where there are few, several warps share one and each takes some of the columns.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pallas_kernels.decode_step.common.ring import Place, Ring
-from pallas_kernels.decode_step.common.words import over
+from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.few_rows.products import THREADS
-from pallas_kernels.decode_step.few_rows.stream import PIECE_BYTES
-from pallas_kernels.decode_step.many_rows.pages import UNIT_PIECES, Group, Pages, Spot
-from pallas_kernels.decode_step.many_rows.texts import PAIR_BYTES, Texts
-from pallas_kernels.decode_step.packed.packing import WARPS
-from pallas_kernels.decode_step.packed.plan import BAND, Phase
+from pallas_kernels.decode_step.many_rows.inputs import PAIR_BYTES, InputLayout
+from pallas_kernels.decode_step.many_rows.weight_ring import (
+    UNIT_FRAGMENTS,
+    Group,
+    WeightRing,
+    WeightState,
+)
+from pallas_kernels.decode_step.packed.packing import FRAGMENT_BYTES, WARPS
+from pallas_kernels.decode_step.packed.plan import M_TILE, Phase
 from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.loops import block_stride_loop
 from pallas_kernels.decode_step.ptx.thread import V
 
-STRIDE = BAND + 4
-"""Words from a text's sums to the next's, so that lanes store into different banks."""
+STRIDE = M_TILE + 4
+"""Words from a row's sums to the next's, so that lanes store into different banks."""
 AT_ONCE = 2
 """Times 16 columns whose operands are loaded while as many are multiplied."""
 
 
-def sums_bytes(texts: Texts) -> int:
-    """Shared memory for the sums of a band of each warp."""
-    return WARPS * texts.padded * STRIDE * 4
+def sums_bytes(inputs: InputLayout) -> int:
+    """Shared memory for the sums of an M-tile of each warp."""
+    return WARPS * inputs.padded * STRIDE * 4
 
 
 Total = Callable[[int], list[V]]
 Finish = Callable[[V, V, V, Total], None]
 
 
-class Spots(NamedTuple):
+class StreamStates(NamedTuple):
     """Where a block stands in its two streams."""
 
-    page: Spot
-    chunk: Place
+    weights: WeightState
+    inputs: RingState
 
     @classmethod
-    def begin(cls) -> "Spots":
-        return cls(Spot.begin(), Place.begin())
+    def first(cls) -> "StreamStates":
+        return cls(WeightState.first(), RingState.first())
 
     def carry(self) -> list[V]:
-        return [*self.page, *self.chunk]
+        return [*self.weights, *self.inputs]
 
     @classmethod
-    def carried(cls, carry: list[V]) -> "Spots":
-        return cls(Spot(*carry[:3]), Place(*carry[3:]))
+    def carried(cls, carry: list[V]) -> "StreamStates":
+        return cls(WeightState(*carry[:3]), RingState(*carry[3:]))
 
 
 class Products:
     """What the products of a block share.
 
     Attributes:
-        texts: the layout of inputs.
-        pages: the block's weights.
-        chunks: those of the input.
-        sums: shared memory for the sums of a band of each warp.
+        inputs: their layout.
+        weights: of the block.
+        input_ring: through which the input streams.
+        sums: shared memory for the sums of an M-tile of each warp.
     """
 
-    def __init__(self, texts: Texts, pages: Pages, chunks: Ring, sums: V):
-        self.texts, self.pages, self.chunks, self.sums = texts, pages, chunks, sums
+    def __init__(self, inputs: InputLayout, weights: WeightRing, input_ring: Ring, sums: V):
+        self.inputs, self.weights, self.input_ring, self.sums = inputs, weights, input_ring, sums
 
     def product(
         self,
-        spots: Spots,
+        states: StreamStates,
         phase: Phase,
-        bands: V,
+        m_tiles: V,
         tiles: int | V,
         finish: Finish,
         ready: Callable[[], None],
         height: int,
-    ) -> Spots:
-        """Multiplies a block's bands with the input.
+    ) -> StreamStates:
+        """Multiplies a block's M-tiles with the input.
 
         Args:
-            tiles: in a band.
-            finish: called with the block's band, a text, a row that is a multiple of four and
-                below `height`, and a function from 0 or 8 to the sums of four rows: from that row
-                on, or from so many after it.
-            ready: waits for what `finish` needs besides; called once, without bands too.
+            tiles: in an M-tile.
+            finish: called with the block's M-tile, a row, an output that is a multiple of four and
+                below `height`, and a function from 0 or 8 to four sums: of that output and those
+                after it, or of those so many further.
+            ready: waits for what `finish` needs besides; called once, without M-tiles too.
         """
         group = Group.of(phase)
-        size = group.each * self.texts.padded // 2  # of a lane's sums
+        size = group.each * self.inputs.padded // 2  # of a lane's sums
 
         def turn(i: V, carry: list[V]) -> list[V]:
-            at_hand = group.at_hand(bands, i)
-            busy = t.me() // t.WARP // group.sharers < at_hand
+            at_hand = group.at_hand(m_tiles, i)
+            busy = t.thread_id() // t.WARP // group.sharers < at_hand
 
-            def page(_: V, carry: list[V]) -> list[V]:
-                spots, sums = Spots.carried(carry[:5]), carry[5:]
-                self.pages.ring.wait(spots.page.place)
-                chunk = self.chunks.wait(spots.chunk)
+            def stage(_: V, carry: list[V]) -> list[V]:
+                states, sums = StreamStates.carried(carry[:5]), carry[5:]
+                self.weights.ring.wait(states.weights.of_ring)
+                some = self.input_ring.wait(states.inputs)
 
                 def multiplied() -> list[V]:
-                    return self._multiplied(group, spots.page, chunk, sums)
+                    return self._multiplied(group, states.weights, some, sums)
 
                 sums = multiplied() if group.each > 1 else t.either(busy, multiplied, sums)
-                self.pages.ring.release(spots.page.place)
-                self.chunks.release(spots.chunk)
-                following = self.pages.next(spots.page, at_hand * group.units)
-                return [*following, *self.chunks.next(spots.chunk), *sums]
+                self.weights.ring.release(states.weights.of_ring)
+                self.input_ring.release(states.inputs)
+                following = self.weights.next(states.weights, at_hand * group.units)
+                return [*following, *self.input_ring.next(states.inputs), *sums]
 
-            carry = t.loop(group.pages(tiles), [*carry, *[t.number(0)] * size], page)
-            first, sums = i * group.bands, carry[5:]
+            carry = t.loop(group.stages(tiles), [*carry, *[t.number(0)] * size], stage)
+            first, sums = i * group.m_tiles, carry[5:]
             t.when(i.equals(0), ready)
             for n in range(group.each):
                 each = size // group.each
                 self._store(sums[n * each : (n + 1) * each])
-                t.together(THREADS)
+                t.block_barrier(THREADS)
                 self._finish(group, n, first, at_hand, finish, height)
-                t.together(THREADS)
+                t.block_barrier(THREADS)
             return carry[:5]
 
-        after = t.loop(group.turns(bands), spots.carry(), turn)
-        t.when(bands.equals(0), ready)
-        return Spots.carried(after)
+        after = t.loop(group.turns(m_tiles), states.carry(), turn)
+        t.when(m_tiles.equals(0), ready)
+        return StreamStates.carried(after)
 
-    def _multiplied(self, group: Group, page: Spot, chunk: V, sums: list[V]) -> list[V]:
-        """A lane's sums with a page added: of its bands in turn, of every eight texts."""
-        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+    def _multiplied(self, group: Group, state: WeightState, inputs: V, sums: list[V]) -> list[V]:
+        """A lane's sums with a stage added: of its M-tiles in turn, of every eight rows."""
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         of, share = warp // group.sharers, warp % group.sharers
-        inputs = chunk + share * self.texts.piece_bytes + lane * 16
-        own = share % UNIT_PIECES * PIECE_BYTES + lane * 16
-        bands = [of + n * (WARPS // group.sharers) for n in range(group.each)]
+        inputs = inputs + share * self.inputs.fragment_bytes + lane * 16
+        own = share % UNIT_FRAGMENTS * FRAGMENT_BYTES + lane * 16
+        m_tiles = [of + n * (WARPS // group.sharers) for n in range(group.each)]
+        # Eight warps that share an M-tile have no unit in common.
+        apart = group.sharers == WARPS
+        units = [share // UNIT_FRAGMENTS] if apart else [*range(group.units)]
         weights = [
-            [self.pages.address(page, band * group.units + unit) + own for band in bands]
-            # Eight warps that share a band have no unit in common.
-            for unit in ([share // UNIT_PIECES] if group.sharers == WARPS else range(group.units))
+            [self.weights.address(state, m_tile * group.units + unit) + own for m_tile in m_tiles]
+            for unit in units
         ]
-        pieces = range(0, group.pieces, group.sharers)
-        at_once = min(AT_ONCE, len(pieces))
+        fragments = range(0, group.fragments, group.sharers)
+        at_once = min(AT_ONCE, len(fragments))
 
-        def operands(piece: int) -> tuple[list[list[V]], list[list[V]]]:
+        def operands(fragment: int) -> tuple[list[list[V]], list[list[V]]]:
             x = [
-                t.load_shared(inputs + (piece * self.texts.piece_bytes + n * PAIR_BYTES), 4)
-                for n in range(self.texts.pairs)
+                t.load_shared(inputs + (fragment * self.inputs.fragment_bytes + n * PAIR_BYTES), 4)
+                for n in range(self.inputs.pairs)
             ]
-            offset = piece % UNIT_PIECES * PIECE_BYTES
-            return x, [t.load_shared(at + offset, 4) for at in weights[piece // UNIT_PIECES]]
+            offset = fragment % UNIT_FRAGMENTS * FRAGMENT_BYTES
+            return x, [t.load_shared(at + offset, 4) for at in weights[fragment // UNIT_FRAGMENTS]]
 
-        turns = [pieces[n : n + at_once] for n in range(0, len(pieces), at_once)]
-        later = [operands(piece) for piece in turns[0]]
+        turns = [fragments[n : n + at_once] for n in range(0, len(fragments), at_once)]
+        later = [operands(fragment) for fragment in turns[0]]
         sums = list(sums)
         for following in [*turns[1:], ()]:
-            loaded, later = later, [operands(piece) for piece in following]
+            loaded, later = later, [operands(fragment) for fragment in following]
             for x, ws in loaded:
                 eights = [pair[half : half + 2] for pair in x for half in (0, 2)]
                 for n, w in enumerate(ws):
-                    # The memory has a lane's row first, the instruction its column.
+                    # The memory has a lane's output first, the instruction its column.
                     a = [w[0], w[2], w[1], w[3]]
                     for eight, b in enumerate(eights):
                         at = (n * len(eights) + eight) * 4
-                        sums[at : at + 4] = self.texts.format.multiply(a, b, sums[at : at + 4])
+                        sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])
         return sums
 
     def _store(self, sums: list[V]) -> None:
-        """Leaves this warp's sums of one band."""
-        lane, warp = t.me() % t.WARP, t.me() // t.WARP
-        row, text = lane // 4, lane % 4 * 2
-        at = self.sums + ((warp * self.texts.padded + text) * STRIDE + row) * 4
+        """Keeps this warp's sums of one M-tile for `_finish`."""
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
+        out, row = lane // 4, lane % 4 * 2
+        at = self.sums + ((warp * self.inputs.padded + row) * STRIDE + out) * 4
         for eight in range(len(sums) // 4):
             for n, value in enumerate(sums[4 * eight : 4 * eight + 4]):
-                # Rows g and g + 8 of texts 2 t and 2 t + 1.
+                # Outputs g and g + 8 of rows 2 t and 2 t + 1.
                 offset = (eight * 8 + n % 2) * STRIDE + n // 2 * 8
                 t.store_shared(at + offset * 4, [value])
 
     def _finish(
         self, group: Group, n: int, first: V, at_hand: V, finish: Finish, height: int
     ) -> None:
-        """Calls `finish` for the n-th band of every warp."""
+        """Calls `finish` for the n-th M-tile of every warp."""
         quads, across = height // 4, WARPS // group.sharers
 
         def item(number: V) -> None:
-            row, rest = number % quads * 4, number // quads
-            text, of = rest % self.texts.rows, rest // self.texts.rows
-            band = of + n * across
-            begin = (of * group.sharers * self.texts.padded + text) * STRIDE + row
+            out, rest = number % quads * 4, number // quads
+            row, of = rest % self.inputs.rows, rest // self.inputs.rows
+            m_tile = of + n * across
+            begin = (of * group.sharers * self.inputs.padded + row) * STRIDE + out
 
             def total(below: int) -> list[V]:
                 found: list[V] = []
                 for sharer in range(group.sharers):
-                    at = begin + (sharer * self.texts.padded * STRIDE + below)
+                    at = begin + (sharer * self.inputs.padded * STRIDE + below)
                     part = t.load_shared_floats(self.sums + at * 4, 4)
                     found = [x + y for x, y in zip(found, part, strict=True)] if found else part
                 return found
 
-            t.when(band < at_hand, lambda: finish(first + band, text, row, total))
+            t.when(m_tile < at_hand, lambda: finish(first + m_tile, row, out, total))
 
-        over(min(across, group.bands) * self.texts.rows * quads, THREADS, item)
+        block_stride_loop(min(across, group.m_tiles) * self.inputs.rows * quads, THREADS, item)

@@ -1,4 +1,4 @@
-"""Weights as `decode_step` reads them: one tape of tiles, packed once and read by prefill too."""
+"""Weights as `decode_step` reads them: one stream of tiles, packed once and read by prefill too."""
 
 from typing import NamedTuple
 
@@ -6,87 +6,90 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.packed.plan import BAND, COLUMNS, GATE_UP, HEAD, Plan
+from pallas_kernels.decode_step.packed.plan import GATE_UP, HEAD, K_TILE, M_TILE, StepPlan
 
-Places = tuple[Int[Array, "2 tiles"], ...]
-"""`Plan.places` of every phase: data, since as constants they would be compiled 100 times."""
+TileOffsets = tuple[Int[Array, "2 tiles"], ...]
+"""`StepPlan.tile_offsets` of every phase: data, since as constants they would be compiled 100
+times."""
 
-WARPS = COLUMNS // 16
-PIECE = BAND * COLUMNS // WARPS
-"""Numbers of a tile that one warp reads, 16 rows by 16 columns, in the order [g, t, half, c]:
+WARPS = K_TILE // 16
+FRAGMENT = M_TILE * K_TILE // WARPS
+"""Numbers of a tile that one warp reads, 16 outputs by 16 inputs, in the order [g, t, half, c]:
 
-row 8 half + g, column 4 t + c. So lane 4 g + t reads eight numbers in a row, which are its
+output 8 half + g, column 4 t + c. So lane 4 g + t reads eight numbers in a row, which are its
 operand of a tensor-core product.
 """
+FRAGMENT_BYTES = 2 * FRAGMENT
+TILE_BYTES = WARPS * FRAGMENT_BYTES
 
 
 class Packed(NamedTuple):
     """What a step reads of a model.
 
     Attributes:
-        tape: the weight matrices, tile after tile in the order of `Plan`, each in the pieces of
-            the eight warps.
+        stream: the weight matrices, tile after tile in the order of `StepPlan`, each in the
+            fragments of the eight warps.
         bias: of q, k and v, float32.
         norms: attention and feed-forward norm of each layer in turn, then the final one.
-        places: where each phase's tiles lie on the tape.
+        tile_offsets: where each phase's tiles lie in the stream.
     """
 
-    tape: Float[Array, "tiles 8 256"]
+    stream: Float[Array, "tiles 8 256"]
     bias: Float[Array, "L QKV"]
     norms: Float[Array, "norms D"]
-    places: Places
+    tile_offsets: TileOffsets
 
     def at(self, phase: int, layer: int = 0) -> Int[Array, "tiles"]:
-        """Where the tiles of a phase's matrix lie on the tape."""
-        return _at(self.places[phase], layer)
+        """Where the tiles of a phase's matrix lie in the stream."""
+        return _at(self.tile_offsets[phase], layer)
 
-    def matrix(self, plan: Plan, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
-        """A matrix read back from the tape, `[out, in]`."""
+    def matrix(self, plan: StepPlan, phase: int, layer: int = 0) -> Float[Array, "out in"]:
+        """A matrix read back from the stream."""
         p = plan.phases[phase]
-        tiles = self.tape[self.at(phase, layer)]
-        grid = tiles.reshape(p.bands, p.across, WARPS, 8, 4, 2, 4).transpose(0, 5, 3, 1, 2, 4, 6)
+        tiles = self.stream[self.at(phase, layer)]
+        grid = tiles.reshape(p.m_tiles, p.across, WARPS, 8, 4, 2, 4).transpose(0, 5, 3, 1, 2, 4, 6)
         if phase == GATE_UP:
             grid = grid.swapaxes(0, 1)
-        return grid.reshape(p.rows, p.columns)
+        return grid.reshape(p.out, p.columns)
 
-    def head_rows(self, plan: Plan, rows: Int[Array, "B"]) -> Float[Array, "B D"]:
-        """Rows of the head, which is an embedding where the head is tied."""
-        at = self.at(HEAD).reshape(-1, plan.phases[HEAD].across)[rows // BAND]
-        tiles = self.tape[at].reshape(*at.shape, WARPS, 8, 4, 2, 4)
-        batch = jnp.arange(rows.shape[0])
-        picked = tiles[batch, :, :, rows % 8, :, rows % BAND // 8]
-        return picked.reshape(rows.shape[0], -1)
-
-
-def empty_tape(plan: Plan, dtype: jnp.dtype) -> Float[Array, "tiles 8 256"]:
-    return jnp.zeros((plan.tape_tiles, WARPS, PIECE), dtype)
+    def embeddings(self, plan: StepPlan, tokens: Int[Array, "B"]) -> Float[Array, "B D"]:
+        """The tokens' rows of the head, which is the embedding where the head is tied."""
+        at = self.at(HEAD).reshape(-1, plan.phases[HEAD].across)[tokens // M_TILE]
+        tiles = self.stream[at].reshape(*at.shape, WARPS, 8, 4, 2, 4)
+        batch = jnp.arange(tokens.shape[0])
+        picked = tiles[batch, :, :, tokens % 8, :, tokens % M_TILE // 8]
+        return picked.reshape(tokens.shape[0], -1)
 
 
-def places(plan: Plan) -> Places:
-    return tuple(jnp.asarray(plan.places(phase)) for phase in range(len(plan.phases)))
+def empty_stream(plan: StepPlan, dtype: jnp.dtype) -> Float[Array, "tiles 8 256"]:
+    return jnp.zeros((plan.stream_tiles, WARPS, FRAGMENT), dtype)
 
 
-def _at(places: Int[Array, "2 tiles"], layer: int | Int[Array, ""]) -> Int[Array, "tiles"]:
-    return places[0] + layer * places[1]
+def tile_offsets(plan: StepPlan) -> TileOffsets:
+    return tuple(jnp.asarray(plan.tile_offsets(phase)) for phase in range(len(plan.phases)))
 
 
-def _put(
-    tape: Float[Array, "tiles 8 256"],
-    places: Int[Array, "2 n"],
-    matrix: Float[Array, "rows columns"],
+def _at(offsets: Int[Array, "2 tiles"], layer: int | Int[Array, ""]) -> Int[Array, "tiles"]:
+    return offsets[0] + layer * offsets[1]
+
+
+def _put_matrix(
+    stream: Float[Array, "tiles 8 256"],
+    offsets: Int[Array, "2 n"],
+    matrix: Float[Array, "out in"],
     layer: Int[Array, ""],
     phase: int,
 ) -> Float[Array, "tiles 8 256"]:
-    rows, columns = matrix.shape
-    bands, across = rows // BAND, columns // COLUMNS
-    # A band of gate and up holds eight rows of each, so that their product is made in place.
-    halves = (2, bands) if phase == GATE_UP else (bands, 2)
+    out, columns = matrix.shape
+    m_tiles, across = out // M_TILE, columns // K_TILE
+    # An M-tile of gate and up holds eight outputs of each, so that their product is made in place.
+    halves = (2, m_tiles) if phase == GATE_UP else (m_tiles, 2)
     grid = matrix.reshape(*halves, 8, across, WARPS, 4, 4)
     if phase == GATE_UP:
         grid = grid.swapaxes(0, 1)
-    tiles = grid.transpose(0, 3, 4, 2, 5, 1, 6).reshape(-1, WARPS, PIECE)
-    return tape.at[_at(places, layer)].set(tiles, unique_indices=True)
+    tiles = grid.transpose(0, 3, 4, 2, 5, 1, 6).reshape(-1, WARPS, FRAGMENT)
+    return stream.at[_at(offsets, layer)].set(tiles, unique_indices=True)
 
 
-put = jax.jit(_put, donate_argnums=0, static_argnums=4)
-"""Puts a phase's matrix, `[out, in]`, in its places in one layer; the tape is donated."""
+put_matrix = jax.jit(_put_matrix, donate_argnums=0, static_argnums=4)
+"""Puts a phase's matrix at its tile offsets in one layer; the stream is donated."""

@@ -1,11 +1,11 @@
-"""Memory in which blocks leave numbers for each other, each saying which layer it belongs to.
+"""The flagged exchange: memory in which blocks publish numbers, each with the flag of its layer.
 
-The last bit of a float32 is the parity of its layer: a reader loads until every word has it.
-Each word stands for itself, so no fence and no barrier across the grid is needed, and what
+The last bit of a float32 is the flag, the parity of its layer: a reader polls until every word has
+it. Each word stands for itself, so no fence and no barrier across the grid is needed, and what
 arrives first is already there when the last does. The bit costs 2^-23 of the value. This is
-the idea of NCCL's low-latency protocol, with the flag inside the word.
+the idea of NCCL's LL protocol, with the flag inside the word.
 
-A word may be overwritten one layer later without asking: whoever reads words leaves others,
+A word may be overwritten one layer later without asking: whoever reads words publishes others,
 which the next layer's writers wait for. Nobody waits for the readers of the head, and nothing is
 written after it. This chain of relaxed loads and stores is ordered because a load that has seen
 a word is served by the L2 cache, as are all that its thread makes after it.
@@ -13,17 +13,17 @@ a word is served by the L2 cache, as are all that its thread makes after it.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from pallas_kernels.decode_step.packed.plan import DOWN, Plan
+from pallas_kernels.decode_step.packed.plan import DOWN, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
 QKV, ATTENDED, MIDDLE, FFN, PARTS, HIDDEN, SPLITS, STATS = range(8)
 """The sections, in a step of few rows: products of QKV; attention's result; the hidden state after
 attention; gate and up; parts of the down projection; the hidden state after a layer; then what
-every split of a text found, its values and its maximum and sum, where a text is attended to by
-several blocks."""
+every split of a row's context found, its values and its maximum and sum, where several blocks
+attend to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Layout:
         return cls(tuple(-(-size // 4) * 4 for size in sizes))
 
     @classmethod
-    def of(cls, plan: Plan, rows: int, splits: int) -> "Layout":
+    def of(cls, plan: StepPlan, rows: int, splits: int) -> "Layout":
         shape = plan.shape
         query = shape.heads * shape.head_dim
         parts = plan.phases[DOWN].parts
@@ -55,23 +55,23 @@ class Layout:
     def total(self) -> int:
         return sum(self.sizes)
 
-    def at(self, words: V, section: int, index: int | V = 0) -> V:
+    def at(self, memory: V, section: int, index: int | V = 0) -> V:
         """The address of a word of a section."""
-        begin = words + 4 * self.begins[section]
+        begin = memory + 4 * self.begins[section]
         if isinstance(index, V):
             return begin + (index << 2).wide()
         return begin + 4 * index
 
 
-def leave(address: V, values: Sequence[V], tag: V) -> None:
-    """Leaves float32 numbers, each with its last bit replaced by the tag, 0 or 1."""
-    t.store_global(address, [(value.bits() & -2) | tag for value in values], "relaxed.gpu.")
+def publish(address: V, values: Sequence[V], flag: V) -> None:
+    """Stores float32 numbers, each with its last bit replaced by the flag, 0 or 1."""
+    t.store_global(address, [(value.bits() & -2) | flag for value in values], "relaxed.gpu.")
 
 
-def awaited(
-    addresses: Sequence[V], count: int, tag: V, where: Sequence[V] | None = None
+def poll(
+    addresses: Sequence[V], count: int, flag: V, where: Sequence[V] | None = None
 ) -> list[list[V]]:
-    """`count` float32 at each address, once all have the tag; no number if not `where`."""
+    """`count` float32 at each address, once all have the flag; no number if not `where`."""
 
     wanted: Sequence[V | None] = where or [None] * len(addresses)
 
@@ -79,23 +79,12 @@ def awaited(
         words = [
             w
             for a, there in zip(addresses, wanted, strict=True)
-            for w in t.load_global(a, count, "relaxed.gpu", where=there, otherwise=tag)
+            for w in t.load_global(a, count, "relaxed.gpu", where=there, otherwise=flag)
         ]
-        late = words[0] ^ tag
+        late = words[0] ^ flag
         for word in words[1:]:
-            late = late | (word ^ tag)
+            late = late | (word ^ flag)
         return (late & 1).differs(0), words
 
     words = [w.bits() for w in t.repeat_while(look, len(addresses) * count)]
     return [words[i : i + count] for i in range(0, len(words), count)]
-
-
-def over(items: int | V, threads: int, body: Callable[[V], None]) -> None:
-    """Deals items out to the block's threads."""
-
-    def turn(i: V, _: list[V]) -> list[V]:
-        item = i * threads + t.me()
-        t.when(item < items, lambda: body(item))
-        return []
-
-    t.loop((t.integer(items) + (threads - 1)) // threads, [], turn)

@@ -1,0 +1,40 @@
+"""What blocks of a step of many rows exchange: flagged words, and inputs in 16 bits."""
+
+from pallas_kernels.decode_step.common import exchange
+from pallas_kernels.decode_step.common.exchange import Layout
+from pallas_kernels.decode_step.many_rows.inputs import InputLayout
+from pallas_kernels.decode_step.packed.plan import (
+    DOWN,
+    GATE_UP,
+    HEAD,
+    M_TILE,
+    O_PROJ,
+    QKV,
+    StepPlan,
+)
+
+MOST_ROWS = 64
+"""Rows of a step: a lane's sums of three M-tiles of as many rows fill its registers."""
+
+SQUARES, GRID_BARRIER = exchange.STATS + 1, exchange.STATS + 2
+"""Sections besides those of a step of few rows: of every M-tile of the hidden state each row's sum
+of squares, `[m_tiles, 64]`; and the counter of blocks that have come to the grid barrier.
+`ATTENDED`, `FFN` and `HIDDEN` hold inputs of products here."""
+INPUTS = {
+    QKV: exchange.HIDDEN,
+    O_PROJ: exchange.ATTENDED,
+    GATE_UP: exchange.HIDDEN,
+    DOWN: exchange.FFN,
+    HEAD: exchange.HIDDEN,
+}
+"""The section of each phase's input."""
+
+
+def layout_of(plan: StepPlan, inputs: InputLayout, splits: int) -> Layout:
+    shape = plan.shape
+    of_few = Layout.of(plan, inputs.rows, splits)
+    sizes = [*of_few.sizes, shape.hidden // M_TILE * MOST_ROWS, 1]
+    sizes[exchange.MIDDLE] = 0
+    for phase, section in INPUTS.items():
+        sizes[section] = inputs.words(shape.matrices[phase][1])
+    return Layout.aligned(sizes)

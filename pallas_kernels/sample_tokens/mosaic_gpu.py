@@ -25,10 +25,10 @@ from pallas_kernels.sample_tokens.pick import Candidates
 from pallas_kernels.sample_tokens.row import BANNED, NOT_FINITE, Outputs, RowSampler
 from pallas_kernels.sample_tokens.rows import Choice, Counts, Logprobs, Settings
 from pallas_kernels.sample_tokens.scores import QUAD, THREADS, Asked
+from pallas_kernels.target import HOPPER
 
 plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
 
-MULTIPROCESSORS = 132
 MOST_VOCAB = (1 << 18) - QUAD
 """Tokens whose weights have a sum in 64 bits."""
 MOST_TOP = 256
@@ -48,7 +48,8 @@ def refusal(vocab: int, dtype: jnp.dtype, top_logprobs: int) -> str | None:
 
 def blocks_a_row(rows: int) -> int:
     """As many as the GPU has room for, and a cluster."""
-    return next(b for b in (MOST_BLOCKS, 4, 2, 1) if b * rows <= MULTIPROCESSORS or b == 1)
+    most = HOPPER.multiprocessors
+    return next(b for b in (MOST_BLOCKS, 4, 2, 1) if b * rows <= most or b == 1)
 
 
 def shared_bytes() -> int:

@@ -29,6 +29,7 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed import packing
+from pallas_kernels.target import HOPPER
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
@@ -49,9 +50,6 @@ _put_matrix = Kept(packing, "put_matrix", static=(4,))
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
-
-HOPPER_BLOCKS = 132
-"""Multiprocessors of an H100 or H200: the plan where no GPU is there to ask."""
 
 
 class Weights(Protocol):
@@ -220,8 +218,10 @@ class PackedWeights:
 
 
 def plan_for(config: ModelConfig) -> StepPlan:
-    """How the model is dealt out to the multiprocessors of the default device."""
-    blocks = getattr(jax.local_devices()[0], "core_count", None) or HOPPER_BLOCKS
+    """How the model is dealt out to the multiprocessors of the default device, or a GPU's where
+    that is none.
+    """
+    blocks = getattr(jax.local_devices()[0], "core_count", None) or HOPPER.multiprocessors
     shape = ModelShape(
         layers=config.num_layers,
         hidden=config.hidden_size,

@@ -15,21 +15,20 @@ from pallas_kernels.decode_step.packed.plan import K_TILE, M_TILE, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.lazy import lazy
+from pallas_kernels.target import HOPPER
 
 pl = lazy("jax.experimental.pallas")
 plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
 
-SMEM_BYTES = 232_448
-"""Shared memory a block may have on Hopper."""
-RESERVED_BYTES = 2048
-"""For what Pallas puts there itself, and alignment."""
+SHARED_BYTES = HOPPER.shared_bytes - HOPPER.reserved_bytes
+"""Shared memory that a block divides."""
 
 FETCHERS = t.WARPGROUP
 """Threads beside those that compute: to fetch and the like, but they come by the warpgroup."""
 
-REGISTERS, FETCHER_REGISTERS = 232, 40
-"""Of a thread that computes and one that fetches; together the 168 of each of 384 threads that
-the kernel starts with. One more, and the block would wait for it forever."""
+FETCHER_REGISTERS = 40
+REGISTERS = HOPPER.registers_beside(THREADS, FETCHERS, FETCHER_REGISTERS)
+"""Of a thread that computes."""
 
 HEAD_DIMS = (64, 128)
 

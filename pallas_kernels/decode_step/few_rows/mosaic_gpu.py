@@ -19,8 +19,7 @@ from pallas_kernels.decode_step.common.cache import PagedCache, Pool
 from pallas_kernels.decode_step.common.exchange import Layout
 from pallas_kernels.decode_step.common.launch import (
     FETCHERS,
-    RESERVED_BYTES,
-    SMEM_BYTES,
+    SHARED_BYTES,
     Roles,
     begins,
     persistent,
@@ -95,7 +94,7 @@ def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
         attention.heads_bytes(plan),
         MOST_ROWS * 4,
     )
-    left = SMEM_BYTES - RESERVED_BYTES - sum(others)
+    left = SHARED_BYTES - sum(others)
     stage = max(phase.stage_tiles for phase in plan.phases) * TILE_BYTES
     stages = max(0, left // (stage + 16))
     return Memory(stages * stage, *others, stages * 16)

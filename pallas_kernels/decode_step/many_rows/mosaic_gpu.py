@@ -17,8 +17,7 @@ from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.cache import PagedCache, Pool
 from pallas_kernels.decode_step.common.launch import (
     FETCHERS,
-    RESERVED_BYTES,
-    SMEM_BYTES,
+    SHARED_BYTES,
     Roles,
     begins,
     persistent,
@@ -89,7 +88,7 @@ def memory(plan: StepPlan, rows: int) -> Memory:
         input_stages * 16,
         16,
     )
-    left = SMEM_BYTES - RESERVED_BYTES - sum(others)
+    left = SHARED_BYTES - sum(others)
     return Memory(max(0, left // UNIT_BYTES) * UNIT_BYTES, *others)
 
 

@@ -23,7 +23,7 @@ from benchmarks.gpu_decode import copy_bandwidth, print_record
 from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import StepPlan, kernels
 from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
-from pallas_kernels.decode_step.few_rows.step import PHASES
+from pallas_kernels.decode_step.common.trace import PHASES
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from qwen_jax.engine.weights import plan_for
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.decode_step.common import phases
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
-from pallas_kernels.decode_step.few_rows import step
 from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
@@ -95,8 +95,8 @@ class TestWhatIsFound:
 
     def test_a_word_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def alter(patch: pytest.MonkeyPatch) -> None:
-            real = step.publish
-            patch.setattr(step, "publish", lambda at, values, flag: real(at, values, flag ^ 1))
+            real = phases.publish
+            patch.setattr(phases, "publish", lambda at, values, flag: real(at, values, flag ^ 1))
 
         with pytest.raises(Deadlock):
             run(monkeypatch, drawn(*self.CASE), SEED, alter)

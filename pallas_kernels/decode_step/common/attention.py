@@ -10,11 +10,10 @@ waited for. The new token, which is in no slot yet, is one more part beside thos
 import dataclasses
 from collections.abc import Callable
 
-from pallas_kernels.decode_step.common import exchange
 from pallas_kernels.decode_step.common.cache import PagedCache
-from pallas_kernels.decode_step.common.exchange import Layout, poll, publish
+from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
+from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.softmax import NEVER, Found, Softmax, score_scale
-from pallas_kernels.decode_step.few_rows.products import THREADS
 from pallas_kernels.decode_step.packed.packing import WARPS
 from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
@@ -63,11 +62,10 @@ class Attention:
 
     Attributes:
         splits: blocks for one row and key/value head, at most.
-        cta: the block's number.
+        cta: the block's number; in the end that of what it attends to.
         cache: keys and values of the slots before each row's position.
         rope, positions: addresses of the inputs.
         new: of the new keys and values.
-        memory, layout: of the exchange.
         heads: shared memory for the group's queries, the key and the value.
         found: shared memory for what the warps found.
         format: of the cache.
@@ -84,8 +82,7 @@ class Attention:
     rope: V
     positions: V
     new: V
-    memory: V
-    layout: Layout
+    exchange: Exchange
     heads: V
     found: V
     format: Format
@@ -155,7 +152,20 @@ class Attention:
         return first, last - first
 
     def attend(self, layer: V, flag: V) -> None:
-        """This block's share of attention, published for everyone, or for `combine`."""
+        """Attention of every row, key/value head and split that is this block's turn.
+
+        What it finds is published for everyone, or for `combine`.
+        """
+        blocks = self.plan.blocks
+        units = self.rows * self.plan.shape.kv_heads * self.splits
+
+        def unit(i: V, _: list[V]) -> list[V]:
+            dataclasses.replace(self, cta=self.cta + i * blocks)._attend(layer, flag)
+            return []
+
+        t.loop(-(-units // blocks), [], unit)
+
+    def _attend(self, layer: V, flag: V) -> None:
         row, kv_head, split = self._mine()
         position = self._position(row)
         active = self._active(position)
@@ -188,7 +198,7 @@ class Attention:
             own = (shape.heads + kv_head + (head - group) * shape.kv_heads) * h
             column = t.select(head < group, column, own) + i
             index = row * shape.qkv + column
-            at = [self.layout.at(self.memory, exchange.QKV, index + n * half) for n in range(2)]
+            at = [self.exchange.at(Section.QKV, index + n * half) for n in range(2)]
             angle = self.rope + ((row * h + i) << 2).wide()
             cos, sin = (t.load_global(angle + 4 * n * half)[0].bits() for n in range(2))
             (first,), (second,) = poll(at, 1, flag)
@@ -308,9 +318,9 @@ class Attention:
 
             def part() -> None:
                 which = index * self.splits + split
-                at = self.layout.at(self.memory, exchange.SPLITS, which * h + column)
+                at = self.exchange.at(Section.SPLITS, which * h + column)
                 publish(at, values, flag)
-                at = self.layout.at(self.memory, exchange.STATS, which * 2)
+                at = self.exchange.at(Section.STATS, which * 2)
                 t.when(column.equals(0), lambda: publish(at, [maximum, total], flag))
 
             t.when(active.equals(1), whole)
@@ -343,12 +353,9 @@ class Attention:
             at_splits = [index * self.splits + t.smaller(s, active - 1) for s in wanted]
             ats = []
             for at in at_splits:
-                ats += [self.layout.at(self.memory, exchange.STATS, at * 2 + n) for n in range(2)]
+                ats += [self.exchange.at(Section.STATS, at * 2 + n) for n in range(2)]
                 first = at * h + lane
-                ats += [
-                    self.layout.at(self.memory, exchange.SPLITS, first + n * t.WARP)
-                    for n in range(each)
-                ]
+                ats += [self.exchange.at(Section.SPLITS, first + n * t.WARP) for n in range(each)]
             words = [word for (word,) in poll(ats, 1, flag)]
             maximum, total, *values = carry
             for n, s in enumerate(wanted):

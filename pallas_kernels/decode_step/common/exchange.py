@@ -12,6 +12,7 @@ a word is served by the L2 cache, as are all that its thread makes after it.
 """
 
 import dataclasses
+import enum
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -19,11 +20,23 @@ from pallas_kernels.decode_step.packed.plan import DOWN, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
-QKV, ATTENDED, MIDDLE, FFN, PARTS, HIDDEN, SPLITS, STATS = range(8)
-"""The sections, in a step of few rows: products of QKV; attention's result; the hidden state after
-attention; gate and up; parts of the down projection; the hidden state after a layer; then what
-every split of a row's context found, its values and its maximum and sum, where several blocks
-attend to it."""
+
+class Section(enum.IntEnum):
+    """What is exchanged, in a step of few rows.
+
+    Products of QKV; attention's result; the hidden state after attention; gate and up; parts of the
+    down projection; the hidden state after a layer; then what every split of a row's context found,
+    its values and its maximum and sum, where several blocks attend to it.
+    """
+
+    QKV = 0
+    ATTENDED = 1
+    MIDDLE = 2
+    FFN = 3
+    PARTS = 4
+    HIDDEN = 5
+    SPLITS = 6
+    STATS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +68,17 @@ class Layout:
     def total(self) -> int:
         return sum(self.sizes)
 
-    def at(self, memory: V, section: int, index: int | V = 0) -> V:
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """The memory of a launch, and where its sections lie in it."""
+
+    memory: V
+    layout: Layout
+
+    def at(self, section: int, index: int | V = 0) -> V:
         """The address of a word of a section."""
-        begin = memory + 4 * self.begins[section]
+        begin = self.memory + 4 * self.layout.begins[section]
         if isinstance(index, V):
             return begin + (index << 2).wide()
         return begin + 4 * index

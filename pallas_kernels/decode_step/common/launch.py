@@ -1,5 +1,6 @@
 """How both kernels are launched: a block a multiprocessor, which stays for the whole step."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,12 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step.few_rows.products import THREADS
-from pallas_kernels.decode_step.few_rows.step import PHASES
+from pallas_kernels.decode_step.common.trace import PHASES, Trace
+from pallas_kernels.decode_step.packed.packing import WARPS
 from pallas_kernels.decode_step.packed.plan import K_TILE, M_TILE, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.lazy import lazy
 from pallas_kernels.target import HOPPER
 
@@ -23,6 +25,8 @@ plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
 SHARED_BYTES = HOPPER.shared_bytes - HOPPER.reserved_bytes
 """Shared memory that a block divides."""
 
+THREADS = WARPS * t.WARP
+"""Of a block, that compute."""
 FETCHERS = t.WARPGROUP
 """Threads beside those that compute: to fetch and the like, but they come by the warpgroup."""
 
@@ -50,13 +54,45 @@ class Roles(NamedTuple):
     steps: Callable[..., None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Addresses of a kernel's arguments and results but the weight stream, in their order.
+
+    Attributes:
+        times: of a traced kernel, int32 `[blocks, phases]`.
+    """
+
+    table: V
+    bias: V
+    norms: V
+    hidden: V
+    rope: V
+    pages: V
+    tables: V
+    positions: V
+    logits: V
+    new: V
+    exchange: V
+    times: V | None = None
+
+    @classmethod
+    def of(cls, refs: Sequence[Any]) -> "Arguments":
+        return cls(*map(t.address, refs))
+
+    def trace(self, cta: V) -> Trace:
+        """That block's, where there is one."""
+        if self.times is None:
+            return Trace(None)
+        return Trace(self.times + (cta * (4 * len(PHASES))).wide())
+
+
 def begins(sizes: Sequence[int]) -> list[int]:
     """Where regions of shared memory begin that lie one after the other, of so many bytes each."""
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def unfit(plan: StepPlan, dtype: DTypeLike) -> str | None:
-    """Why neither this kernel nor the one of many rows can run the model, or None."""
+    """Why neither kernel can run the model, or None."""
     shape = plan.shape
     if jnp.dtype(dtype).name not in FORMATS:
         return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"

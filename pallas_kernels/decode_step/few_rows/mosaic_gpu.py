@@ -13,21 +13,24 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.decode_step.common import attention, exchange
+from pallas_kernels.decode_step.common import attention
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.cache import PagedCache, Pool
-from pallas_kernels.decode_step.common.exchange import Layout
+from pallas_kernels.decode_step.common.exchange import Exchange, Layout, Section, publish
 from pallas_kernels.decode_step.common.launch import (
     FETCHERS,
     SHARED_BYTES,
+    THREADS,
+    Arguments,
     Roles,
     begins,
     persistent,
     unfit,
 )
+from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.few_rows import products
-from pallas_kernels.decode_step.few_rows.products import THREADS, Products
-from pallas_kernels.decode_step.few_rows.step import PHASES, Step, Work
+from pallas_kernels.decode_step.few_rows.products import Products
+from pallas_kernels.decode_step.few_rows.step import Step
 from pallas_kernels.decode_step.few_rows.weight_ring import IN_FLIGHT, WeightRing
 from pallas_kernels.decode_step.packed.packing import TILE_BYTES
 from pallas_kernels.decode_step.packed.plan import M_TILE, O_PROJ, StepPlan
@@ -132,17 +135,16 @@ def build(
 
     def start(context: Any, *refs: Any) -> None:
         """Publishes the embeddings for the first layer, and clears every other word."""
-        begin = layout.begins[exchange.HIDDEN]
-        hidden_at, words_at = t.address(refs[3]), t.address(refs[10])
+        begin, given = layout.begins[Section.HIDDEN], Arguments.of(refs[:-1])
         size = shape.hidden * rows
 
         def clear(i: t.V, _: list[t.V]) -> list[t.V]:
             word = ((i * blocks + t.cta_id()) * THREADS + t.thread_id()) * 4
             inside = (word >= begin) & (word < begin + size)
-            source = hidden_at + ((word - begin) << 2).wide()
+            source = given.hidden + ((word - begin) << 2).wide()
             # Flag 0 is that of the layer before the first; the first waits for 1.
             values = [v & -2 for v in t.load_global(source, 4, where=inside)]
-            at = words_at + (word << 2).wide()
+            at = given.exchange + (word << 2).wide()
             t.when(word < layout.total, lambda: t.store_global(at, values))
             return []
 
@@ -158,41 +160,35 @@ def build(
         t.block_barrier(THREADS + FETCHERS)
 
     def fetch(context: Any, stream: Any, table: Any, words: Any, smem: Any) -> None:
-        work = Work.read(t.address(table) + (t.cta_id() << 6).wide())
+        work = Work.read(t.address(table), t.cta_id())
 
         def alone() -> None:
-            weights = weights_in(smem)
-            weights.fetch(plan, t.address(stream), work.tile, work.count, work.part_tiles)
+            weights_in(smem).fetch(plan, t.address(stream), work)
 
         t.when(t.thread_id().equals(THREADS), alone)
 
     def steps(context: Any, *refs: Any) -> None:
-        *outside, smem = refs
-        table, bias, norms, hidden, rope, pages, tables, positions, logits, new, words, *times = (
-            map(t.address, outside)
-        )
+        given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         base = t.address(smem, shared=True)
         _, inputs, sums, own, heads, squares, _ = (base + b for b in begins(divided))
-        cta = t.cta_id()
+        words = Exchange(given.exchange, layout)
 
         def attended(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
-            at = layout.at(words, exchange.ATTENDED, head * shape.head_dim + column)
-            exchange.publish(at, values, flag)
+            publish(words.at(Section.ATTENDED, head * shape.head_dim + column), values, flag)
 
         step = Step(
             plan=plan,
             rows=rows,
-            work=Work.read(table + (cta << 6).wide()),
+            work=Work.read(given.table, cta),
             products=Products(
                 rows, weights_in(smem), inputs, sums, squares, m_tiles_at_once(plan, rows), format
             ),
             attention=Attention(
-                plan, rows, splits, cta, PagedCache(shape, pool, pages, tables), rope, positions,
-                new, words, layout, heads, inputs, format, attended, EARLY_BYTES,
+                plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
+                given.rope, given.positions, given.new, words, heads, inputs, format, attended,
+                EARLY_BYTES,
             ),
-            own=own, bias=bias, norms=norms, hidden=hidden, logits=logits,
-            memory=words, layout=layout,
-            times=times[0] + (cta * (4 * len(PHASES))).wide() if traced else None,
+            own=own, given=given, exchange=words, trace=given.trace(cta),
         )  # fmt: skip
         step.load_embeddings()
         t.block_barrier(THREADS)

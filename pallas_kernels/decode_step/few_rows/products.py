@@ -7,9 +7,11 @@ enters as two 16-bit numbers, rounded and the rest.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pallas_kernels.decode_step.common.exchange import poll
+from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.common.phases import Epilogue, Prepare
 from pallas_kernels.decode_step.common.ring import RingState
 from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing
 from pallas_kernels.decode_step.packed.packing import FRAGMENT_BYTES, TILE_BYTES, WARPS
@@ -18,7 +20,6 @@ from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format, times
 from pallas_kernels.decode_step.ptx.thread import V
 
-THREADS = WARPS * t.WARP
 QUAD = 4
 """Numbers of an input that a lane takes at once: its operand of one product."""
 AT_ONCE = 8
@@ -40,16 +41,6 @@ def input_bytes(tiles: int, rows: int) -> int:
 def sums_bytes(m_tiles: int, rows: int) -> int:
     """Shared memory for the warps' sums of so many M-tiles, twice."""
     return 2 * m_tiles * WARPS * rows * M_TILE * 4
-
-
-Prepare = Callable[[V, V, V], list[V]]
-Total = Callable[[V], V]
-Finish = Callable[[V, V, V, Total, list[V]], None]
-
-
-def nothing(m_tile: V, out: V, there: V) -> list[V]:
-    """What most phases prepare."""
-    return []
 
 
 class Products:
@@ -165,9 +156,9 @@ class Products:
         phase: Phase,
         m_tiles: V,
         tiles: int | V,
-        finish: Finish,
-        prepare: Prepare = nothing,
-        height: int = M_TILE,
+        epilogue: Epilogue,
+        prepare: Prepare,
+        height: int,
     ) -> RingState:
         """Multiplies a block's M-tiles with the input.
 
@@ -175,10 +166,8 @@ class Products:
         of `height`, of one row.
 
         Args:
-            finish: called with M-tile, row, output, the sum of any output of the M-tile, and what
-                was prepared.
-            prepare: loads for `finish`, with M-tile and output and whether they are there, before
-                the M-tiles are multiplied.
+            epilogue: called by each such thread.
+            prepare: called before the M-tiles are multiplied, so that its loads take no time.
         """
 
         def mine() -> tuple[V, V, V]:
@@ -202,8 +191,11 @@ class Products:
             carry = t.loop(count, carry, m_tile)
             t.block_barrier(THREADS)
             number, row, out = mine()
-            total = functools.partial(self._total, sums, number, row)
-            t.when(number < count, lambda: finish(first + number, row, out, total, ready))
+
+            def total(below: int) -> list[V]:
+                return [self._total(sums, number, row, out + below if below else out)]
+
+            t.when(number < count, lambda: epilogue(first + number, row, out, total, ready))
             return carry
 
         kept = []

@@ -5,6 +5,7 @@ weights of the next phases arrive while the blocks wait for each other.
 """
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
+from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.packed.packing import TILE_BYTES
 from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
@@ -19,19 +20,16 @@ come late; fewer leave it idle."""
 class WeightRing(Ring):
     """The weights of one block, stage after stage as they lie in its stream."""
 
-    def fetch(self, plan: StepPlan, stream: V, first: V, count: list[V], part_tiles: V) -> None:
+    def fetch(self, plan: StepPlan, stream: V, work: Work) -> None:
         """Fetches all weights of the block in order; for one thread alone.
 
         Args:
             stream: address of the weight stream.
-            first: the block's first tile.
-            count: its M-tiles of each phase.
-            part_tiles: tiles in an M-tile of its part of the down projection.
         """
 
         def m_tiles(phase: int, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
-            tiles = part_tiles if p.parts > 1 else t.integer(p.across)
+            tiles = t.integer(work.tiles(p))
 
             def m_tile(_: V, carry: list[V]) -> list[V]:
                 return t.loop(p.stages, carry, stage)
@@ -55,12 +53,12 @@ class WeightRing(Ring):
                 )
                 return [tile + size, number + 1, *self.next(state), *landed]
 
-            return t.loop(count[phase], carry, m_tile)
+            return t.loop(work.count[phase], carry, m_tile)
 
         def layer(_: V, carry: list[V]) -> list[V]:
             for phase in range(HEAD):
                 carry = m_tiles(phase, carry)
             return carry
 
-        start = [first, t.integer(0), *RingState.first(), *RingState.first()]
+        start = [work.tile, t.integer(0), *RingState.first(), *RingState.first()]
         m_tiles(HEAD, t.loop(plan.shape.layers, start, layer))

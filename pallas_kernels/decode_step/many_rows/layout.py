@@ -1,7 +1,6 @@
 """What blocks of a step of many rows exchange: flagged words, and inputs in 16 bits."""
 
-from pallas_kernels.decode_step.common import exchange
-from pallas_kernels.decode_step.common.exchange import Layout
+from pallas_kernels.decode_step.common.exchange import Layout, Section
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.packed.plan import (
     DOWN,
@@ -16,16 +15,18 @@ from pallas_kernels.decode_step.packed.plan import (
 MOST_ROWS = 64
 """Rows of a step: a lane's sums of three M-tiles of as many rows fill its registers."""
 
-SQUARES, GRID_BARRIER = exchange.STATS + 1, exchange.STATS + 2
+SQUARES, GRID_BARRIER = len(Section), len(Section) + 1
 """Sections besides those of a step of few rows: of every M-tile of the hidden state each row's sum
 of squares, `[m_tiles, 64]`; and the counter of blocks that have come to the grid barrier.
 `ATTENDED`, `FFN` and `HIDDEN` hold inputs of products here."""
+FLAGGED = (Section.QKV, Section.PARTS, Section.SPLITS, Section.STATS)
+"""Sections of words with flags."""
 INPUTS = {
-    QKV: exchange.HIDDEN,
-    O_PROJ: exchange.ATTENDED,
-    GATE_UP: exchange.HIDDEN,
-    DOWN: exchange.FFN,
-    HEAD: exchange.HIDDEN,
+    QKV: Section.HIDDEN,
+    O_PROJ: Section.ATTENDED,
+    GATE_UP: Section.HIDDEN,
+    DOWN: Section.FFN,
+    HEAD: Section.HIDDEN,
 }
 """The section of each phase's input."""
 
@@ -34,7 +35,7 @@ def layout_of(plan: StepPlan, inputs: InputLayout, splits: int) -> Layout:
     shape = plan.shape
     of_few = Layout.of(plan, inputs.rows, splits)
     sizes = [*of_few.sizes, shape.hidden // M_TILE * MOST_ROWS, 1]
-    sizes[exchange.MIDDLE] = 0
+    sizes[Section.MIDDLE] = 0
     for phase, section in INPUTS.items():
         sizes[section] = inputs.words(shape.matrices[phase][1])
     return Layout.aligned(sizes)

@@ -12,23 +12,25 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.decode_step.common import attention, exchange
+from pallas_kernels.decode_step.common import attention
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.cache import PagedCache, Pool
+from pallas_kernels.decode_step.common.exchange import Exchange, Section
 from pallas_kernels.decode_step.common.launch import (
     FETCHERS,
     SHARED_BYTES,
+    THREADS,
+    Arguments,
     Roles,
     begins,
     persistent,
     unfit,
 )
 from pallas_kernels.decode_step.common.ring import Ring
-from pallas_kernels.decode_step.few_rows.products import THREADS
-from pallas_kernels.decode_step.few_rows.step import PHASES, Work
+from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows import products, side_warps
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
-from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, layout_of
+from pallas_kernels.decode_step.many_rows.layout import FLAGGED, GRID_BARRIER, MOST_ROWS, layout_of
 from pallas_kernels.decode_step.many_rows.products import Products
 from pallas_kernels.decode_step.many_rows.step import Step
 from pallas_kernels.decode_step.many_rows.weight_ring import MOST_M_TILES, UNIT_BYTES, WeightRing
@@ -124,9 +126,6 @@ def build(
         stages = divided.input_turns // 16
         return weights, Ring(input_memory, input_turns, stages, inputs.stage_bytes)
 
-    def work_of(table: Any) -> Work:
-        return Work.read(t.address(table) + (t.cta_id() << 6).wide())
-
     def make(context: Any, smem: Any) -> None:
         def barriers_of_all() -> None:
             barriers.make_barrier(own_memory(smem)[-1], 1)
@@ -139,50 +138,46 @@ def build(
 
     def others(context: Any, stream: Any, table: Any, words: Any, smem: Any) -> None:
         """What the warps do that don't compute."""
-        work, memory = work_of(table), t.address(words)
+        work = Work.read(t.address(table), t.cta_id())
+        exchange = Exchange(t.address(words), layout)
         weights, input_ring = rings(smem)
         *_, scales, _, _, _, cleared = own_memory(smem)
         warp, first = t.thread_id() // t.WARP, THREADS // t.WARP
         t.when(warp.equals(first), lambda: weights.fetch(plan, t.address(stream), work))
 
         def fetch_inputs() -> None:
-            side_warps.fetch_inputs(plan, inputs, layout, memory, work, input_ring, cleared)
+            side_warps.fetch_inputs(plan, inputs, exchange, work, input_ring, cleared)
 
         def make_scales() -> None:
-            which = warp - (first + 2)
-            side_warps.make_scales(plan, layout, inputs.format, memory, which, scales)
+            side_warps.make_scales(plan, exchange, inputs.format, warp - (first + 2), scales)
 
         t.when(t.thread_id().equals(THREADS + t.WARP), fetch_inputs)
         t.when(warp >= first + 2, make_scales)
 
     def made(refs: tuple[Any, ...]) -> Step:
-        """This block's part of the step, from all references but the stream."""
-        *outside, smem = refs
-        table, bias, norms, hidden, rope, kv, tables, positions, logits, new, words, *times = (
-            outside
-        )
+        """This block's part of the step, from all references but the weight stream."""
+        given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         _, _, sums, own, heads, scales, *_ = own_memory(smem)
         weights, input_ring = rings(smem)
-        memory, cta = t.address(words), t.cta_id()
-        cache = PagedCache(shape, pool, t.address(kv), t.address(tables))
+        exchange = Exchange(given.exchange, layout)
 
         def attended(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
-            at = layout.at(memory, exchange.ATTENDED)
+            at = exchange.at(Section.ATTENDED)
             column = head % shape.heads * shape.head_dim + column
             inputs.put(at, head // shape.heads, column, values)
 
         return Step(
             plan=plan,
+            rows=rows,
+            work=Work.read(given.table, cta),
             inputs=inputs,
-            work=work_of(table),
             products=Products(inputs, weights, input_ring, sums),
             attention=Attention(
-                plan, rows, splits, cta, cache, t.address(rope), t.address(positions),
-                t.address(new), memory, layout, heads, sums, inputs.format, attended, EARLY_BYTES,
+                plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
+                given.rope, given.positions, given.new, exchange, heads, sums, inputs.format,
+                attended, EARLY_BYTES,
             ),
-            own=own, scales=scales, bias=t.address(bias), norms=t.address(norms),
-            hidden=t.address(hidden), logits=t.address(logits), memory=memory, layout=layout,
-            times=t.address(times[0]) + (cta * (4 * len(PHASES))).wide() if traced else None,
+            own=own, scales=scales, given=given, exchange=exchange, trace=given.trace(cta),
         )  # fmt: skip
 
     def start(context: Any, *refs: Any) -> None:
@@ -191,7 +186,7 @@ def build(
         this.load_embeddings()
 
         def clear(section: int) -> None:
-            begin, size = layout.at(this.memory, section), layout.sizes[section]
+            begin, size = this.exchange.at(section), layout.sizes[section]
 
             def one(i: t.V, _: list[t.V]) -> list[t.V]:
                 word = ((i * blocks + t.cta_id()) * THREADS + t.thread_id()) * 4
@@ -202,13 +197,7 @@ def build(
             t.loop(-(-size // (4 * THREADS * blocks)), [], one)
 
         # Flag 0 is that of the layer before the first; the first waits for 1.
-        for section in (
-            exchange.QKV,
-            exchange.PARTS,
-            exchange.SPLITS,
-            exchange.STATS,
-            GRID_BARRIER,
-        ):
+        for section in (*FLAGGED, GRID_BARRIER):
             clear(section)
         t.block_barrier(THREADS)
 

@@ -8,8 +8,9 @@ the M-tiles; where there are few, several warps share one and each takes some of
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.common.phases import Total
 from pallas_kernels.decode_step.common.ring import Ring, RingState
-from pallas_kernels.decode_step.few_rows.products import THREADS
 from pallas_kernels.decode_step.many_rows.inputs import PAIR_BYTES, InputLayout
 from pallas_kernels.decode_step.many_rows.weight_ring import (
     UNIT_FRAGMENTS,
@@ -34,7 +35,6 @@ def sums_bytes(inputs: InputLayout) -> int:
     return WARPS * inputs.padded * STRIDE * 4
 
 
-Total = Callable[[int], list[V]]
 Finish = Callable[[V, V, V, Total], None]
 
 
@@ -83,9 +83,8 @@ class Products:
 
         Args:
             tiles: in an M-tile.
-            finish: called with the block's M-tile, a row, an output that is a multiple of four and
-                below `height`, and a function from 0 or 8 to four sums: of that output and those
-                after it, or of those so many further.
+            finish: called with the block's M-tile, a row, the first of four outputs, below
+                `height`, and their sums.
             ready: waits for what `finish` needs besides; called once, without M-tiles too.
         """
         group = Group.of(phase)

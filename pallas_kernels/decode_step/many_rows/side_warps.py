@@ -1,9 +1,9 @@
 """What the warps do that don't multiply, besides fetching weights: inputs, and scales of norms."""
 
-from pallas_kernels.decode_step.common.exchange import Layout
+from pallas_kernels.decode_step.common.exchange import Exchange
+from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.ring import Ring, RingState
-from pallas_kernels.decode_step.few_rows.products import THREADS
-from pallas_kernels.decode_step.few_rows.step import Work
+from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, INPUTS, MOST_ROWS, SQUARES
 from pallas_kernels.decode_step.many_rows.weight_ring import Group
@@ -26,8 +26,7 @@ LOADS_AT_ONCE = 5
 def fetch_inputs(
     plan: StepPlan,
     inputs: InputLayout,
-    layout: Layout,
-    memory: V,
+    exchange: Exchange,
     work: Work,
     ring: Ring,
     cleared: V,
@@ -35,17 +34,16 @@ def fetch_inputs(
     """Copies every stage of every input the block needs, in order; for one thread alone.
 
     Args:
-        memory: address of the exchange.
         cleared: an mbarrier whose first turn ends when the exchange has been cleared.
     """
-    counter = layout.at(memory, GRID_BARRIER)
+    counter = exchange.at(GRID_BARRIER)
     barriers.await_turn(cleared, t.integer(0))
 
     def copied(phase: int, passed: V, carry: list[V]) -> list[V]:
         p = plan.phases[phase]
         group = Group.of(p)
         first, tiles = work.part_column if p.parts > 1 else t.integer(0), work.tiles(p)
-        begin = layout.at(memory, INPUTS[phase])
+        begin = exchange.at(INPUTS[phase])
         barriers.await_count(counter, passed * plan.blocks)
         barriers.before_copies()
 
@@ -74,23 +72,20 @@ def fetch_inputs(
     copied(HEAD, t.integer(layers * HEAD), t.loop(layers, [*RingState.first()], layer))
 
 
-def make_scales(
-    plan: StepPlan, layout: Layout, format: Format, memory: V, which: V, scales: V
-) -> None:
+def make_scales(plan: StepPlan, exchange: Exchange, format: Format, which: V, scales: V) -> None:
     """The scales of every norm, in order, while its product runs; for one warp.
 
     Eight lanes have four rows' sums of squares each of every fourth M-tile.
 
     Args:
         format: of the inputs of products.
-        memory: address of the exchange.
         which: of the warps.
         scales: as `Step` has them.
     """
     shape, lane = plan.shape, t.thread_id() % t.WARP
     m_tiles, fours, own = shape.hidden // M_TILE, lane % 8, lane // 8
     row = which * t.WARP + fours * 4
-    begin = layout.at(memory, SQUARES, own * MOST_ROWS + row)
+    begin = exchange.at(SQUARES, own * MOST_ROWS + row)
 
     def norm(_: V, before: list[V]) -> list[V]:
         """Of four rows what the next input is made with, from what this one was made with."""

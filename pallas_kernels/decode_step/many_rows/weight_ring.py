@@ -10,7 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
-from pallas_kernels.decode_step.few_rows.step import Work
+from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.packed.packing import TILE_BYTES, WARPS
 from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
 from pallas_kernels.decode_step.ptx import barriers

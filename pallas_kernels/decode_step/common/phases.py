@@ -44,6 +44,11 @@ def nothing(m_tile: V, out: V, there: V | None) -> list[V]:
     return []
 
 
+def own_bytes(plan: StepPlan, rows: int) -> int:
+    """Shared memory for `Phases.own`."""
+    return int(plan.phases[O_PROJ].count.max()) * rows * M_TILE * 4
+
+
 def gated(gate: V, up: V) -> V:
     """silu(gate) * up."""
     return gate * t.reciprocal(t.exp2(gate * -t.LOG2_E) + 1.0) * up
@@ -90,7 +95,7 @@ class Phases(abc.ABC):
 
     @abc.abstractmethod
     def start(self) -> list[V]:
-        """Where the block stands in its streams before the first product; called `streams`."""
+        """Where the block stands in its streams of weights and inputs before the first product."""
 
     @abc.abstractmethod
     def await_input(self, phase: int, layer: Layer) -> None:
@@ -116,26 +121,26 @@ class Phases(abc.ABC):
         """What a norm multiplies a row with, in the epilogue of the product after it."""
 
     @abc.abstractmethod
-    def put_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
-        """Hands on some of gate and up's result, the down projection's input."""
+    def publish_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
+        """Publishes some of gate and up's result, the down projection's input."""
 
     @abc.abstractmethod
-    def put_hidden(
+    def publish_hidden(
         self, section: Section, row: V, column: V, values: list[V], layer: Layer
     ) -> None:
-        """Hands on some of the hidden state, where it need not be whole for that."""
+        """Publishes some of the hidden state, where it need not be whole for that."""
 
     @abc.abstractmethod
-    def put_all_hidden(self, norm: V) -> None:
-        """Hands on the block's whole hidden state for that norm, where it was not in parts."""
+    def publish_all_hidden(self, norm: V) -> None:
+        """Publishes the block's whole hidden state for that norm, where it was not in parts."""
 
     @abc.abstractmethod
     def look_out(self, parts: Callable[[], list[V]], layer: Layer) -> None:
         """Before all threads poll for the parts of their hidden state, of which these are some."""
 
     @abc.abstractmethod
-    def hand_over(self, layer: Layer, phase: int) -> None:
-        """All that the phase takes in has been put; `HEAD` stands for the next layer too."""
+    def inputs_published(self, layer: Layer, phase: int) -> None:
+        """All that the phase takes in has been published; `HEAD` stands for the next layer too."""
 
     def over_own(self, body: Callable[[V, V, V], None]) -> None:
         """`body` with address, row and first output of numbers of the block's hidden state."""
@@ -193,10 +198,10 @@ class Phases(abc.ABC):
             values = [x + y for x, y in zip(before, total(0), strict=True)]
             t.store_shared(own, values)
             at = (self.work.first[O_PROJ] + m_tile) * M_TILE + out
-            self.put_hidden(Section.MIDDLE, row, at, values, layer)
+            self.publish_hidden(Section.MIDDLE, row, at, values, layer)
 
         streams = self.product(streams, O_PROJ, epilogue)
-        self.put_all_hidden(layer.index * 2 + 1)
+        self.publish_all_hidden(layer.index * 2 + 1)
         return streams
 
     def gate_up(self, streams: list[V], layer: Layer) -> list[V]:
@@ -209,7 +214,7 @@ class Phases(abc.ABC):
             gates, ups = ([x * scale for x in total(below)] for below in (0, height))
             values = [gated(gate, up) for gate, up in zip(gates, ups, strict=True)]
             at = (self.work.first[GATE_UP] + m_tile) * height + out
-            self.put_ffn(row, at, values, layer)
+            self.publish_ffn(row, at, values, layer)
 
         return self.product(streams, GATE_UP, epilogue, height=height)
 
@@ -241,14 +246,14 @@ class Phases(abc.ABC):
             for part in poll(at, n, layer.flag):
                 values = [x + y for x, y in zip(values, part, strict=True)]
             t.store_shared(own, values)
-            self.put_hidden(Section.HIDDEN, row, out, values, layer)
+            self.publish_hidden(Section.HIDDEN, row, out, values, layer)
 
         def every() -> None:
             self.look_out(lambda: parts(*self._own(t.integer(0))[1:]), layer)
             # Another thread wrote these numbers.
             t.block_barrier(THREADS)
             self.over_own(add)
-            self.put_all_hidden(layer.index * 2 + 2)
+            self.publish_all_hidden(layer.index * 2 + 2)
 
         t.when(self.work.count[O_PROJ] > 0, every)
 
@@ -279,18 +284,18 @@ class Phases(abc.ABC):
             self.attention.attend(index, this.flag)
             ended("attend")
             self.attention.combine(this.flag)
-            self.hand_over(this, O_PROJ)
+            self.inputs_published(this, O_PROJ)
             ended("combine")
             streams = self.o_proj(streams, this)
-            self.hand_over(this, GATE_UP)
+            self.inputs_published(this, GATE_UP)
             ended("o_proj")
             streams = self.gate_up(streams, this)
-            self.hand_over(this, DOWN)
+            self.inputs_published(this, DOWN)
             ended("gate_up")
             streams = self.down(streams, this)
             ended("down")
             self.add_parts(this)
-            self.hand_over(this, HEAD)
+            self.inputs_published(this, HEAD)
             ended("add_parts")
             return streams
 

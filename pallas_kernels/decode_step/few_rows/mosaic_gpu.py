@@ -27,13 +27,14 @@ from pallas_kernels.decode_step.common.launch import (
     persistent,
     unfit,
 )
+from pallas_kernels.decode_step.common.phases import own_bytes
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.few_rows import products
 from pallas_kernels.decode_step.few_rows.products import Products
 from pallas_kernels.decode_step.few_rows.step import Step
 from pallas_kernels.decode_step.few_rows.weight_ring import IN_FLIGHT, WeightRing
 from pallas_kernels.decode_step.packed.packing import TILE_BYTES
-from pallas_kernels.decode_step.packed.plan import M_TILE, O_PROJ, StepPlan
+from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 
@@ -93,7 +94,7 @@ def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
     others = (
         max(products.input_bytes(longest, rows), attention.found_bytes(plan)),
         products.sums_bytes(m_tiles, rows),
-        int(plan.phases[O_PROJ].count.max()) * rows * M_TILE * 4,
+        own_bytes(plan, rows),
         attention.heads_bytes(plan),
         MOST_ROWS * 4,
     )

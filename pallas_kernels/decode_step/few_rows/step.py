@@ -80,19 +80,19 @@ class Step(Phases):
         shape = self.plan.shape
         return t.rsqrt(self.products.mean_square(row, shape.hidden) + shape.eps)
 
-    def put_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
+    def publish_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
         publish(self._word(Section.FFN, self.plan.shape.ffn, row, column), values, layer.flag)
 
-    def put_hidden(
+    def publish_hidden(
         self, section: Section, row: V, column: V, values: list[V], layer: Layer
     ) -> None:
         publish(self._word(section, self.plan.shape.hidden, row, column), values, layer.flag)
 
-    def put_all_hidden(self, norm: V) -> None:
-        """It was handed on number by number."""
+    def publish_all_hidden(self, norm: V) -> None:
+        """It was published number by number."""
 
     def look_out(self, parts: Callable[[], list[V]], layer: Layer) -> None:
         """Not one thread alone: those that poll are few."""
 
-    def hand_over(self, layer: Layer, phase: int) -> None:
+    def inputs_published(self, layer: Layer, phase: int) -> None:
         """Every number says by its flag that it is there."""

@@ -26,6 +26,7 @@ from pallas_kernels.decode_step.common.launch import (
     persistent,
     unfit,
 )
+from pallas_kernels.decode_step.common.phases import own_bytes
 from pallas_kernels.decode_step.common.ring import Ring
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows import products, side_warps
@@ -34,7 +35,7 @@ from pallas_kernels.decode_step.many_rows.layout import FLAGGED, GRID_BARRIER, M
 from pallas_kernels.decode_step.many_rows.products import Products
 from pallas_kernels.decode_step.many_rows.step import Step
 from pallas_kernels.decode_step.many_rows.weight_ring import MOST_M_TILES, UNIT_BYTES, WeightRing
-from pallas_kernels.decode_step.packed.plan import M_TILE, O_PROJ, StepPlan
+from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
@@ -82,7 +83,7 @@ def memory(plan: StepPlan, rows: int) -> Memory:
     others = (
         input_stages * inputs.stage_bytes,
         max(products.sums_bytes(inputs), attention.found_bytes(plan)),
-        int(plan.phases[O_PROJ].count.max()) * rows * M_TILE * 4,
+        own_bytes(plan, rows),
         attention.heads_bytes(plan),
         2 * MOST_ROWS * 4,
         WEIGHT_STAGES * 4,

@@ -94,27 +94,27 @@ class Step(Phases):
     def scale(self, row: V) -> V:
         return t.load_shared_floats(self.scales + row * 4)[0]
 
-    def put_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
+    def publish_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
         scale = self._input_scale(DOWN)
         self._put(Section.FFN, row, column, [times(x, scale) for x in values])
 
     def _put(self, section: Section, row: V, column: V, values: list[V]) -> None:
         self.inputs.put(self.exchange.at(section), row, column, values)
 
-    def put_hidden(
+    def publish_hidden(
         self, section: Section, row: V, column: V, values: list[V], layer: Layer
     ) -> None:
         """All of a row's M-tile is needed for its squares."""
 
     def load_embeddings(self) -> None:
         super().load_embeddings()
-        self._put_all_hidden(t.integer(0), scaled=False)
+        self._publish_all_hidden(t.integer(0), scaled=False)
         barriers.before_copies()
 
-    def put_all_hidden(self, norm: V) -> None:
-        self._put_all_hidden(norm, scaled=True)
+    def publish_all_hidden(self, norm: V) -> None:
+        self._publish_all_hidden(norm, scaled=True)
 
-    def _put_all_hidden(self, norm: V, scaled: bool) -> None:
+    def _publish_all_hidden(self, norm: V, scaled: bool) -> None:
         """The block's hidden state as an input, with a norm's weights, and its squares.
 
         The norm's scale isn't known before all squares are. Numbers are multiplied with the scale
@@ -152,7 +152,7 @@ class Step(Phases):
         """
         t.when(t.thread_id().equals(0), lambda: poll(parts(), 1, layer.flag))
 
-    def hand_over(self, layer: Layer, phase: int) -> None:
+    def inputs_published(self, layer: Layer, phase: int) -> None:
         """The grid barrier before the phase; the warps that make a norm's scale wait for it too."""
         counter = self.exchange.at(GRID_BARRIER)
         barriers.before_copies()

@@ -62,7 +62,7 @@ class Attention:
 
     Attributes:
         splits: blocks for one row and key/value head, at most.
-        cta: the block's number; in the end that of what it attends to.
+        cta: the block's number, and that of its first share.
         cache: keys and values of the slots before each row's position.
         rope, positions: addresses of the inputs.
         new: of the new keys and values.
@@ -109,7 +109,7 @@ class Attention:
 
     def prefetch(self, layer: V) -> None:
         """Brings each warp's first keys and values nearer while the queries are made."""
-        row, kv_head, split = self._mine()
+        row, kv_head, split = self._share(self.cta)
         position = self._position(row)
         active = self._active(position)
         of_slot = self.rows * self.plan.shape.kv_heads * 2 * self.cache.slot_bytes
@@ -130,11 +130,11 @@ class Attention:
 
         t.when(wanted & (lane < 2 * TURNS_EARLY), bring)
 
-    def _mine(self) -> tuple[V, V, V]:
-        """Row, key/value head and split of this block."""
+    def _share(self, number: V) -> tuple[V, V, V]:
+        """Row, key/value head and split of the share of this number."""
         kv_heads = self.plan.shape.kv_heads
         units = self.rows * kv_heads
-        unit, split = self.cta % units, self.cta // units
+        unit, split = number % units, number // units
         return unit // kv_heads, unit % kv_heads, split
 
     def _run(self, split: V, position: V, active: V) -> tuple[V, V]:
@@ -157,16 +157,16 @@ class Attention:
         What it finds is published for everyone, or for `combine`.
         """
         blocks = self.plan.blocks
-        units = self.rows * self.plan.shape.kv_heads * self.splits
+        shares = self.rows * self.plan.shape.kv_heads * self.splits
 
-        def unit(i: V, _: list[V]) -> list[V]:
-            dataclasses.replace(self, cta=self.cta + i * blocks)._attend(layer, flag)
+        def turn(i: V, _: list[V]) -> list[V]:
+            self._attend(self.cta + i * blocks, layer, flag)
             return []
 
-        t.loop(-(-units // blocks), [], unit)
+        t.loop(-(-shares // blocks), [], turn)
 
-    def _attend(self, layer: V, flag: V) -> None:
-        row, kv_head, split = self._mine()
+    def _attend(self, number: V, layer: V, flag: V) -> None:
+        row, kv_head, split = self._share(number)
         position = self._position(row)
         active = self._active(position)
 

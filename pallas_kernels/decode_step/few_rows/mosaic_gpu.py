@@ -29,8 +29,8 @@ from pallas_kernels.decode_step.common.launch import (
 )
 from pallas_kernels.decode_step.common.phases import own_bytes
 from pallas_kernels.decode_step.common.work import Work
-from pallas_kernels.decode_step.few_rows import products
-from pallas_kernels.decode_step.few_rows.products import Products
+from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
+from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
 from pallas_kernels.decode_step.few_rows.step import Step
 from pallas_kernels.decode_step.few_rows.weight_ring import IN_FLIGHT, WeightRing
 from pallas_kernels.decode_step.packed.packing import TILE_BYTES
@@ -92,8 +92,8 @@ def memory(plan: StepPlan, rows: int) -> Memory:
 def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
     longest = max(phase.longest for phase in plan.phases)
     others = (
-        max(products.input_bytes(longest, rows), attention.found_bytes(plan)),
-        products.sums_bytes(m_tiles, rows),
+        max(input_bytes(longest, rows), attention.found_bytes(plan)),
+        sums_bytes(m_tiles, rows),
         own_bytes(plan, rows),
         attention.heads_bytes(plan),
         MOST_ROWS * 4,
@@ -171,7 +171,8 @@ def build(
     def steps(context: Any, *refs: Any) -> None:
         given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         base = t.address(smem, shared=True)
-        _, inputs, sums, own, heads, squares, _ = (base + b for b in begins(divided))
+        _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
+        inputs = Inputs(rows, operands, squares, format)
         words = Exchange(given.exchange, layout)
 
         def attended(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
@@ -181,12 +182,11 @@ def build(
             plan=plan,
             rows=rows,
             work=Work.read(given.table, cta),
-            products=Products(
-                rows, weights_in(smem), inputs, sums, squares, m_tiles_at_once(plan, rows), format
-            ),
+            inputs=inputs,
+            products=Products(inputs, weights_in(smem), sums, m_tiles_at_once(plan, rows)),
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
-                given.rope, given.positions, given.new, words, heads, inputs, format, attended,
+                given.rope, given.positions, given.new, words, heads, operands, format, attended,
                 EARLY_BYTES,
             ),
             own=own, given=given, exchange=words, trace=given.trace(cta),

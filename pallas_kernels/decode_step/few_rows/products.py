@@ -1,41 +1,28 @@
-"""A matrix product of a phase: its input into shared memory, then M-tile after M-tile.
+"""A matrix product of few rows: M-tile after M-tile, with the whole input in shared memory.
 
 The warps of a block share each M-tile: of every 128 columns a warp has 16. Weights are the first
-operand of the tensor-core product, eight rows at a time the second. An input is float32; it
-enters as two 16-bit numbers, rounded and the rest.
+operand of the tensor-core product, eight rows at a time the second.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 
-from pallas_kernels.decode_step.common.exchange import poll
 from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.phases import Epilogue, Prepare
 from pallas_kernels.decode_step.common.ring import RingState
+from pallas_kernels.decode_step.few_rows.inputs import EIGHT, Inputs
 from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing
 from pallas_kernels.decode_step.packed.packing import FRAGMENT_BYTES, TILE_BYTES, WARPS
 from pallas_kernels.decode_step.packed.plan import M_TILE, Phase
 from pallas_kernels.decode_step.ptx import thread as t
-from pallas_kernels.decode_step.ptx.formats import Format, times
+from pallas_kernels.decode_step.ptx.formats import times
 from pallas_kernels.decode_step.ptx.thread import V
 
-QUAD = 4
-"""Numbers of an input that a lane takes at once: its operand of one product."""
-AT_ONCE = 8
-"""Quads that a lane waits for together."""
-EIGHT = 8
-"""Rows that a tensor-core product takes at most: it has eight columns."""
 SUMS = 16
 """A lane's running sums: four for each of four products that needn't wait for each other."""
 
 MOST_KEPT = 8
 """Tiles up to which an input is kept in registers for all M-tiles."""
-
-
-def input_bytes(tiles: int, rows: int) -> int:
-    """Shared memory for an input of so many tiles' columns."""
-    return tiles * WARPS * rows * 64
 
 
 def sums_bytes(m_tiles: int, rows: int) -> int:
@@ -47,108 +34,15 @@ class Products:
     """What the products of a block share.
 
     Attributes:
-        rows: 1 to 16.
+        inputs: of the products.
         weights: of the block.
-        inputs: shared memory for the input, as operands: of every 16 columns each row's four
-            quads, four rounded numbers and their four rests.
         sums: shared memory for the warps' sums, twice.
         most_m_tiles: M-tiles whose sums are added up together.
-        squares: shared memory for the warps' sums of squares.
-        format: of the weights.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        weights: WeightRing,
-        inputs: V,
-        sums: V,
-        squares: V,
-        most_m_tiles: int,
-        format: Format,
-    ):
-        self.rows, self.weights, self.format = rows, weights, format
-        self.inputs, self.sums, self.squares = inputs, sums, squares
-        self.most_m_tiles = most_m_tiles
-        self.warps_each = max(1, WARPS // rows)
-        # A row's rounded numbers and their rests are two of a product's columns, or one of two
-        # products.
-        self.narrow = rows <= 4
-        self.eights = -(-rows // EIGHT)
-
-    def absorb(
-        self,
-        source: V,
-        stride: int,
-        quads: int | V,
-        most_quads: int,
-        flag: V,
-        norm: V | None = None,
-    ) -> None:
-        """Waits for an input and puts it into shared memory.
-
-        Args:
-            source: address of the first row's words.
-            stride: words from a row to the next.
-            quads: a quarter of the input's length, `most_quads` of them on any block.
-            flag: of the words.
-            norm: address of weights to multiply with; the sum of squares of what they are
-                multiplied with is kept as well.
-        """
-        warp, lane = t.thread_id() // t.WARP, t.thread_id() % t.WARP
-        turn = warp % self.warps_each
-        stripe = t.WARP * self.warps_each
-        at_once = min(AT_ONCE, -(-most_quads // stripe))
-
-        def some(row: V, i: V, squares: list[V]) -> list[V]:
-            first = (i * at_once * self.warps_each + turn) * t.WARP + lane
-            wanted = [first + n * stripe for n in range(at_once)]
-            there = [q < quads for q in wanted]
-            begin = source + (row * (4 * stride)).wide()
-            weights = []
-            if norm:
-                weights = [
-                    t.load_global(norm + (q << 4).wide(), 4, where=inside)
-                    for q, inside in zip(wanted, there, strict=True)
-                ]
-            words = poll([begin + (q << 4).wide() for q in wanted], 4, flag, there)
-            (total,) = squares
-            for n, (q, values) in enumerate(zip(wanted, words, strict=True)):
-                if norm:
-                    total = sum((v * v for v in values), start=total)
-                    values = [v * w.bits() for v, w in zip(values, weights[n], strict=True)]
-                pairs = [self.format.split(*values[:2]), self.format.split(*values[2:])]
-                operand = [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
-                at = (q // QUAD) * (64 * self.rows) + row * 64 + (q % QUAD) * 16
-                target = self.inputs + at
-                t.when(there[n], functools.partial(t.store_shared, target, operand))
-            return [total]
-
-        def all_of(row: V) -> None:
-            turns = (t.integer(quads) + (stripe * at_once - 1)) // (stripe * at_once)
-            (squares,) = t.loop(turns, [t.number(0)], functools.partial(some, row))
-            if norm:
-                total = t.warp_sum(squares)
-                at = self.squares + (row * self.warps_each + turn) * 4
-                t.when(lane.equals(0), lambda: t.store_shared(at, [total]))
-
-        def every(i: V, _: list[V]) -> list[V]:
-            row = i * WARPS + warp // self.warps_each
-            t.when(row < self.rows, lambda: all_of(row))
-            return []
-
-        # One thread looks out for the first word. If all of them did, in every block, they would
-        # slow down what they wait for.
-        t.when(t.thread_id().equals(0), lambda: poll([source], 1, flag))
-        t.block_barrier(THREADS)
-        t.loop(-(-self.rows // WARPS), [], every)
-        t.block_barrier(THREADS)
-
-    def mean_square(self, row: V, length: int) -> V:
-        """Of the input absorbed with weights."""
-        at = self.squares + row * (4 * self.warps_each)
-        each = [t.load_shared_floats(at + 4 * i)[0] for i in range(self.warps_each)]
-        return sum(each[1:], start=each[0]) * (1 / length)
+    def __init__(self, inputs: Inputs, weights: WeightRing, sums: V, most_m_tiles: int):
+        self.inputs, self.weights, self.sums = inputs, weights, sums
+        self.most_m_tiles, self.rows = most_m_tiles, inputs.rows
 
     def product(
         self,
@@ -200,27 +94,9 @@ class Products:
 
         kept = []
         if isinstance(tiles, int) and tiles <= MOST_KEPT:
-            kept = [self._input(t.integer(n)) for n in range(tiles)]
+            kept = [self.inputs.operands(t.integer(n)) for n in range(tiles)]
         groups = (m_tiles + (self.most_m_tiles - 1)) // self.most_m_tiles
         return RingState(*t.loop(groups, [*state], group))
-
-    def _input(self, tile: V, there: V | None = None) -> list[V]:
-        """This lane's operands of a tile: one product's, or two for every eight rows."""
-        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
-        column, quarter = lane // 4, lane % 4
-        at = self.inputs + (tile * WARPS + warp) * (64 * self.rows)
-        if self.narrow:
-            words, own_row = 2, column // 2
-            own = column // 2 * 64 + quarter * 16 + column % 2 * 8
-        else:
-            words, own_row = 4, column
-            own = lane * 16
-        loaded = []
-        for first in range(0, self.rows, EIGHT):
-            used = own_row < self.rows - first
-            used = used if there is None else used & there
-            loaded += t.load_shared(at + own + first * 64, words, used)
-        return loaded
 
     def _weights(self, state: RingState, count: int, there: Sequence[V | None]) -> list[list[V]]:
         """This lane's operands of a stage's tiles, once the stage is full."""
@@ -232,14 +108,14 @@ class Products:
         self, totals: Sequence[V], weights: list[list[V]], inputs: list[list[V]]
     ) -> list[V]:
         """Running sums with some tiles added; of every eight rows in turn, a share of them."""
-        totals, each = list(totals), SUMS // self.eights
+        totals, each = list(totals), SUMS // self.inputs.eights
         turns = [itertools.cycle(range(i, i + each, 4)) for i in range(0, SUMS, each)]
         for w, x in zip(weights, inputs, strict=True):
             # The memory has a lane's output first, the instruction its column.
             a = [w[0], w[2], w[1], w[3]]
             for half in range(0, len(x), 2):
                 at = next(turns[half // 4])
-                totals[at : at + 4] = self.format.multiply(
+                totals[at : at + 4] = self.inputs.format.multiply(
                     a, x[half : half + 2], totals[at : at + 4]
                 )
         return totals
@@ -256,7 +132,7 @@ class Products:
             count = phase.stage_tiles
             there = [None if even or n + 1 < count else begin + n < end for n in range(count)]
             weights = self._weights(state, count, there)
-            inputs = [self._input(begin + n, c) for n, c in enumerate(there)]
+            inputs = [self.inputs.operands(begin + n, c) for n, c in enumerate(there)]
             totals = self._multiplied(totals, weights, inputs)
             self.weights.release(state)
             return [*self.weights.next(state), *totals]
@@ -283,8 +159,8 @@ class Products:
         """Keeps this warp's sums of an M-tile for `_total`."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         out, quarter = lane // 4, lane % 4
-        each, rest = SUMS // self.eights, 1 / self.format.rest
-        if not self.narrow:
+        each, rest = SUMS // self.inputs.eights, 1 / self.inputs.format.rest
+        if not self.inputs.narrow:
             # Of an eight's products every second was one of rests.
             totals = [times(x, rest if i // 4 % 2 else 1) for i, x in enumerate(totals)]
         found = [
@@ -303,7 +179,7 @@ class Products:
 
             t.when(row < self.rows, both)
 
-        if self.narrow:
+        if self.inputs.narrow:
             ((a, b, c, d),) = found
             store(quarter, a + times(b, rest), c + times(d, rest))
             return
@@ -315,4 +191,4 @@ class Products:
         """One number of an M-tile: the sum over the warps."""
         at = sums + ((m_tile * (WARPS * self.rows) + row) * M_TILE + out) * 4
         parts = [t.load_shared_floats(at + w * (self.rows * M_TILE * 4))[0] for w in range(WARPS)]
-        return times(sum(parts[1:], start=parts[0]), 1 / self.format.scale)
+        return times(sum(parts[1:], start=parts[0]), 1 / self.inputs.format.scale)

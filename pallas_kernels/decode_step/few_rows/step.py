@@ -19,12 +19,13 @@ from pallas_kernels.decode_step.common.phases import (
     nothing,
 )
 from pallas_kernels.decode_step.common.ring import RingState
+from pallas_kernels.decode_step.few_rows.inputs import Inputs
 from pallas_kernels.decode_step.few_rows.products import Products
 from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, K_TILE, M_TILE, O_PROJ, QKV
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
-INPUTS = {
+SECTIONS = {
     QKV: Section.HIDDEN,
     O_PROJ: Section.ATTENDED,
     GATE_UP: Section.MIDDLE,
@@ -38,6 +39,7 @@ INPUTS = {
 class Step(Phases):
     """One block's part of a step of few rows."""
 
+    inputs: Inputs
     products: Products
 
     consecutive: ClassVar[int] = 1
@@ -49,7 +51,7 @@ class Step(Phases):
         """Absorbs it, where this block has M-tiles of the phase."""
         p = self.plan.phases[phase]
         quads: int | V = p.columns // 4
-        begin = self.exchange.at(INPUTS[phase])
+        begin = self.exchange.at(SECTIONS[phase])
         if phase == DOWN:
             quads = self.work.part_tiles * (K_TILE // 4)
             begin = begin + (self.work.part_column * (4 * K_TILE)).wide()
@@ -61,7 +63,7 @@ class Step(Phases):
         most = p.longest * K_TILE // 4
         t.when(
             self.work.count[phase] > 0,
-            lambda: self.products.absorb(begin, p.columns, quads, most, flag, weights),
+            lambda: self.inputs.absorb(begin, p.columns, quads, most, flag, weights),
         )
 
     def product(
@@ -78,7 +80,7 @@ class Step(Phases):
 
     def scale(self, row: V) -> V:
         shape = self.plan.shape
-        return t.rsqrt(self.products.mean_square(row, shape.hidden) + shape.eps)
+        return t.rsqrt(self.inputs.mean_square(row, shape.hidden) + shape.eps)
 
     def publish_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
         publish(self._word(Section.FFN, self.plan.shape.ffn, row, column), values, layer.flag)

@@ -21,7 +21,7 @@ of squares, `[m_tiles, 64]`; and the counter of blocks that have come to the gri
 `ATTENDED`, `FFN` and `HIDDEN` hold inputs of products here."""
 FLAGGED = (Section.QKV, Section.PARTS, Section.SPLITS, Section.STATS)
 """Sections of words with flags."""
-INPUTS = {
+SECTIONS = {
     QKV: Section.HIDDEN,
     O_PROJ: Section.ATTENDED,
     GATE_UP: Section.HIDDEN,
@@ -36,6 +36,6 @@ def layout_of(plan: StepPlan, inputs: InputLayout, splits: int) -> Layout:
     of_few = Layout.of(plan, inputs.rows, splits)
     sizes = [*of_few.sizes, shape.hidden // M_TILE * MOST_ROWS, 1]
     sizes[Section.MIDDLE] = 0
-    for phase, section in INPUTS.items():
+    for phase, section in SECTIONS.items():
         sizes[section] = inputs.words(shape.matrices[phase][1])
     return Layout.aligned(sizes)

@@ -5,7 +5,7 @@ from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
-from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, INPUTS, MOST_ROWS, SQUARES
+from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, SECTIONS, SQUARES
 from pallas_kernels.decode_step.many_rows.weight_ring import Group
 from pallas_kernels.decode_step.packed.packing import WARPS
 from pallas_kernels.decode_step.packed.plan import HEAD, M_TILE, StepPlan
@@ -43,7 +43,7 @@ def fetch_inputs(
         p = plan.phases[phase]
         group = Group.of(p)
         first, tiles = work.part_column if p.parts > 1 else t.integer(0), work.tiles(p)
-        begin = exchange.at(INPUTS[phase])
+        begin = exchange.at(SECTIONS[phase])
         barriers.await_count(counter, passed * plan.blocks)
         barriers.before_copies()
 

@@ -22,21 +22,20 @@ from pallas_kernels.decode_step.ptx.thread import V
 
 
 class Section(enum.IntEnum):
-    """What is exchanged, in a step of few rows.
-
-    Products of QKV; attention's result; the hidden state after attention; gate and up; parts of the
-    down projection; the hidden state after a layer; then what every split of a row's context found,
-    its values and its maximum and sum, where several blocks attend to it.
-    """
+    """What is exchanged, in a step of few rows."""
 
     QKV = 0
-    ATTENDED = 1
-    MIDDLE = 2
-    FFN = 3
-    PARTS = 4
+    ATTN_OUT = 1
+    ATTN_RESIDUAL = 2
+    FFN_ACT = 3
+    DOWN_PARTS = 4
+    """Of every part of the down projection, the sums."""
     HIDDEN = 5
+    """The embeddings, then the hidden state after a layer."""
     SPLITS = 6
+    """What every split of a row's context found, where several blocks attend to it: its values."""
     STATS = 7
+    """The same: its maximum and the sum of its weights."""
 
 
 @dataclasses.dataclass(frozen=True)

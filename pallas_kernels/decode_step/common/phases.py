@@ -121,7 +121,7 @@ class Phases(abc.ABC):
         """What a norm multiplies a row with, in the epilogue of the product after it."""
 
     @abc.abstractmethod
-    def publish_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
+    def publish_ffn_act(self, row: V, column: V, values: list[V], layer: Layer) -> None:
         """Publishes some of gate and up's result, the down projection's input."""
 
     @abc.abstractmethod
@@ -198,7 +198,7 @@ class Phases(abc.ABC):
             values = [x + y for x, y in zip(before, total(0), strict=True)]
             t.store_shared(own, values)
             at = (self.work.first[O_PROJ] + m_tile) * M_TILE + out
-            self.publish_hidden(Section.MIDDLE, row, at, values, layer)
+            self.publish_hidden(Section.ATTN_RESIDUAL, row, at, values, layer)
 
         streams = self.product(streams, O_PROJ, epilogue)
         self.publish_all_hidden(layer.index * 2 + 1)
@@ -214,7 +214,7 @@ class Phases(abc.ABC):
             gates, ups = ([x * scale for x in total(below)] for below in (0, height))
             values = [gated(gate, up) for gate, up in zip(gates, ups, strict=True)]
             at = (self.work.first[GATE_UP] + m_tile) * height + out
-            self.publish_ffn(row, at, values, layer)
+            self.publish_ffn_act(row, at, values, layer)
 
         return self.product(streams, GATE_UP, epilogue, height=height)
 
@@ -232,7 +232,7 @@ class Phases(abc.ABC):
     def _part(self, row: V, column: V, part: int | V) -> V:
         """The address of a word of a part of the down projection."""
         row_of_part = row + part * self.rows
-        return self._word(Section.PARTS, self.plan.shape.hidden, row_of_part, column)
+        return self._word(Section.DOWN_PARTS, self.plan.shape.hidden, row_of_part, column)
 
     def add_parts(self, layer: Layer) -> None:
         """Adds the down projection's parts to the hidden state of this block's M-tiles."""

@@ -175,8 +175,8 @@ def build(
         inputs = Inputs(rows, operands, squares, format)
         words = Exchange(given.exchange, layout)
 
-        def attended(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
-            publish(words.at(Section.ATTENDED, head * shape.head_dim + column), values, flag)
+        def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
+            publish(words.at(Section.ATTN_OUT, head * shape.head_dim + column), values, flag)
 
         step = Step(
             plan=plan,
@@ -186,7 +186,7 @@ def build(
             products=Products(inputs, weights_in(smem), sums, m_tiles_at_once(plan, rows)),
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
-                given.rope, given.positions, given.new, words, heads, operands, format, attended,
+                given.rope, given.positions, given.new, words, heads, operands, format, attn_out,
                 EARLY_BYTES,
             ),
             own=own, given=given, exchange=words, trace=given.trace(cta),

@@ -27,9 +27,9 @@ from pallas_kernels.decode_step.ptx.thread import V
 
 SECTIONS = {
     QKV: Section.HIDDEN,
-    O_PROJ: Section.ATTENDED,
-    GATE_UP: Section.MIDDLE,
-    DOWN: Section.FFN,
+    O_PROJ: Section.ATTN_OUT,
+    GATE_UP: Section.ATTN_RESIDUAL,
+    DOWN: Section.FFN_ACT,
     HEAD: Section.HIDDEN,
 }
 """The section of each phase's input."""
@@ -82,8 +82,8 @@ class Step(Phases):
         shape = self.plan.shape
         return t.rsqrt(self.inputs.mean_square(row, shape.hidden) + shape.eps)
 
-    def publish_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
-        publish(self._word(Section.FFN, self.plan.shape.ffn, row, column), values, layer.flag)
+    def publish_ffn_act(self, row: V, column: V, values: list[V], layer: Layer) -> None:
+        publish(self._word(Section.FFN_ACT, self.plan.shape.ffn, row, column), values, layer.flag)
 
     def publish_hidden(
         self, section: Section, row: V, column: V, values: list[V], layer: Layer

@@ -18,14 +18,14 @@ MOST_ROWS = 64
 SQUARES, GRID_BARRIER = len(Section), len(Section) + 1
 """Sections besides those of a step of few rows: of every M-tile of the hidden state each row's sum
 of squares, `[m_tiles, 64]`; and the counter of blocks that have come to the grid barrier.
-`ATTENDED`, `FFN` and `HIDDEN` hold inputs of products here."""
-FLAGGED = (Section.QKV, Section.PARTS, Section.SPLITS, Section.STATS)
+`ATTN_OUT`, `FFN_ACT` and `HIDDEN` hold inputs of products here."""
+FLAGGED = (Section.QKV, Section.DOWN_PARTS, Section.SPLITS, Section.STATS)
 """Sections of words with flags."""
 SECTIONS = {
     QKV: Section.HIDDEN,
-    O_PROJ: Section.ATTENDED,
+    O_PROJ: Section.ATTN_OUT,
     GATE_UP: Section.HIDDEN,
-    DOWN: Section.FFN,
+    DOWN: Section.FFN_ACT,
     HEAD: Section.HIDDEN,
 }
 """The section of each phase's input."""
@@ -35,7 +35,7 @@ def layout_of(plan: StepPlan, inputs: InputLayout, splits: int) -> Layout:
     shape = plan.shape
     of_few = Layout.of(plan, inputs.rows, splits)
     sizes = [*of_few.sizes, shape.hidden // M_TILE * MOST_ROWS, 1]
-    sizes[Section.MIDDLE] = 0
+    sizes[Section.ATTN_RESIDUAL] = 0
     for phase, section in SECTIONS.items():
         sizes[section] = inputs.words(shape.matrices[phase][1])
     return Layout.aligned(sizes)

@@ -162,8 +162,8 @@ def build(
         weights, input_ring = rings(smem)
         exchange = Exchange(given.exchange, layout)
 
-        def attended(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
-            at = exchange.at(Section.ATTENDED)
+        def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
+            at = exchange.at(Section.ATTN_OUT)
             column = head % shape.heads * shape.head_dim + column
             inputs.put(at, head // shape.heads, column, values)
 
@@ -176,7 +176,7 @@ def build(
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
                 given.rope, given.positions, given.new, exchange, heads, sums, inputs.format,
-                attended, EARLY_BYTES,
+                attn_out, EARLY_BYTES,
             ),
             own=own, scales=scales, given=given, exchange=exchange, trace=given.trace(cta),
         )  # fmt: skip

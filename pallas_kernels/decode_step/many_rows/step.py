@@ -94,9 +94,9 @@ class Step(Phases):
     def scale(self, row: V) -> V:
         return t.load_shared_floats(self.scales + row * 4)[0]
 
-    def publish_ffn(self, row: V, column: V, values: list[V], layer: Layer) -> None:
+    def publish_ffn_act(self, row: V, column: V, values: list[V], layer: Layer) -> None:
         scale = self._input_scale(DOWN)
-        self._put(Section.FFN, row, column, [times(x, scale) for x in values])
+        self._put(Section.FFN_ACT, row, column, [times(x, scale) for x in values])
 
     def _put(self, section: Section, row: V, column: V, values: list[V]) -> None:
         self.inputs.put(self.exchange.at(section), row, column, values)

@@ -56,9 +56,10 @@ def gated(gate: V, up: V) -> V:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer, or as many as there are for the head.
+    """What a phase knows of its layer.
 
     Attributes:
+        index: from 0; of the head, how many layers there are.
         flag: of the numbers it publishes, the parity of its number counted from 1.
         before: flag of the hidden state that it begins with.
     """

@@ -21,10 +21,10 @@ from jax import lax
 
 from benchmarks.gpu_decode import copy_bandwidth, print_record
 from benchmarks.random_model import SIZES
-from pallas_kernels.decode_step import Plan, kernels
-from pallas_kernels.decode_step.cache import FEWEST_SLOTS, Pool
-from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.step import PHASES
+from pallas_kernels.decode_step import StepPlan, kernels
+from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
+from pallas_kernels.decode_step.common.trace import PHASES
+from pallas_kernels.decode_step.ptx.formats import FORMATS
 from qwen_jax.engine.weights import plan_for
 
 STEPS = 64
@@ -36,9 +36,9 @@ def pages_of(context: int) -> int:
 
 
 def arguments(
-    plan: Plan, rows: int, context: int, pool: Pool, dtype: str = "bfloat16"
+    plan: StepPlan, rows: int, context: int, pool: Pool, dtype: str = "bfloat16"
 ) -> tuple[Any, ...]:
-    """What the kernel takes, drawn afresh; the tape repeats 64 MiB."""
+    """What the kernel takes, drawn afresh; the weight stream repeats 64 MiB."""
     shape, seed = plan.shape, time.time_ns() % 2**31
     keys = iter(jax.random.split(jax.random.key(seed), 8))
     # A row's entries that it doesn't need name no page.
@@ -50,8 +50,8 @@ def arguments(
     def normal(*dims: int, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.normal(next(keys), dims, dtype)
 
-    repeats = -(-plan.tape_tiles // 2**14)
-    tile = jax.jit(lambda x: jnp.tile(x * 0.02, (repeats, 1, 1))[: plan.tape_tiles])
+    repeats = -(-plan.stream_tiles // 2**14)
+    tile = jax.jit(lambda x: jnp.tile(x * 0.02, (repeats, 1, 1))[: plan.stream_tiles])
     pages = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     return (
         tile(normal(2**14, 8, 256, dtype=dtype)),
@@ -66,7 +66,7 @@ def arguments(
     )
 
 
-def microseconds(plan: Plan, args: tuple[Any, ...], pool: Pool, rounds: int) -> list[float]:
+def microseconds(plan: StepPlan, args: tuple[Any, ...], pool: Pool, rounds: int) -> list[float]:
     """A step's time, in every round of a chain."""
     step = kernels.build(plan, args[4].shape[0], pool, args[0].dtype)
 
@@ -87,15 +87,15 @@ def microseconds(plan: Plan, args: tuple[Any, ...], pool: Pool, rounds: int) -> 
     return taken
 
 
-def print_phases(plan: Plan, args: tuple[Any, ...], pool: Pool) -> None:
+def print_phases(plan: StepPlan, args: tuple[Any, ...], pool: Pool) -> None:
     step = jax.jit(kernels.build(plan, args[4].shape[0], pool, args[0].dtype, traced=True))
     for _ in range(3):
         *_, times = jax.block_until_ready(step(*args))
     since = np.asarray(times).view(np.uint32).astype(np.int64)
     since = (since - since[:, :1].min()) / 1e3
-    print(f"    {'ended':<10}{'first':>8}{'median':>8}{'last':>8}")
+    print(f"    {'ended':<16}{'first':>8}{'median':>8}{'last':>8}")
     for name, ended in zip(PHASES, since.T, strict=True):
-        print(f"    {name:<10}{ended.min():>8.2f}{np.median(ended):>8.2f}{ended.max():>8.2f}")
+        print(f"    {name:<16}{ended.min():>8.2f}{np.median(ended):>8.2f}{ended.max():>8.2f}")
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 import jax
 from absl import logging
 
+from pallas_kernels.target import HOPPER
+
 Implementation = Literal["auto", "mosaic_gpu", "xla"]
 
 OPERATIONS = (
@@ -17,9 +19,6 @@ OPERATIONS = (
 )
 """Every operation the engine calls: those of a layer, a whole step of a few rows, and what follows
 it."""
-
-COMPUTE_CAPABILITY = "9.0"
-"""Hopper: the kernels use its wgmma instructions and its bulk copies."""
 
 SLOWER = {"rope": "XLA fuses it with what comes before and after, which beats a kernel of its own"}
 """Operations whose kernel runs only when asked for by name, and why."""
@@ -35,11 +34,12 @@ def device_refusal() -> str | None:
     platform = device if isinstance(device, str) else device.platform
     if platform not in ("gpu", "cuda"):
         return f"the default device is a {platform}"
-    capability = str(getattr(device, "compute_capability", COMPUTE_CAPABILITY))
-    if capability != COMPUTE_CAPABILITY:
+    wanted = HOPPER.compute_capability
+    capability = str(getattr(device, "compute_capability", wanted))
+    if capability != wanted:
         return (
             f"the default device has compute capability {capability}, and the kernels are for "
-            f"{COMPUTE_CAPABILITY}"
+            f"{wanted}"
         )
     return None
 

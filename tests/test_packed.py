@@ -11,14 +11,14 @@ import pallas_kernels
 from pallas_kernels.decode_step import (
     HEAD,
     MOST_ROWS,
+    ModelShape,
     Packed,
-    Shape,
-    empty_tape,
-    places,
-    put,
+    StepPlan,
+    empty_stream,
+    put_matrix,
+    tile_offsets,
 )
-from pallas_kernels.decode_step import Plan as KernelPlan
-from pallas_kernels.decode_step.plan import DOWN, Phase
+from pallas_kernels.decode_step.packed.plan import DOWN, Phase
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights as packed_module
 from qwen_jax.engine.engine import Engine
@@ -43,67 +43,67 @@ CONFIG = tiny_config(
     vocab_size=320, context_length=600,
 )  # fmt: skip
 SHAPES = {
-    "small": Shape(2, 256, 4, 2, 64, 384, 320, 1e-6),
+    "small": ModelShape(2, 256, 4, 2, 64, 384, 320, 1e-6),
     # 23 tiles across: more than a part may have, and no parts of one length.
-    "wide": Shape(2, 256, 4, 2, 64, 2944, 320, 1e-6),
+    "wide": ModelShape(2, 256, 4, 2, 64, 2944, 320, 1e-6),
 }
-# With 7, one block has no part of the small shape's down projection; 132 have more than its bands.
-PLANS = [KernelPlan(shape, blocks) for shape in SHAPES.values() for blocks in (1, 3, 7, 132)]
+# With 7, one block has no part of the small shape's down projection; 132 are too many.
+PLANS = [StepPlan(shape, blocks) for shape in SHAPES.values() for blocks in (1, 3, 7, 132)]
 every_plan = pytest.mark.parametrize(
     "plan", PLANS, ids=[f"{name}, {blocks}" for name in SHAPES for blocks in (1, 3, 7, 132)]
 )
 
 
 def tiles_of(phase: Phase, block: int) -> np.ndarray:
-    """The numbers of a block's tiles, in the order it reads them; a matrix counts them by rows."""
-    bands = np.arange(phase.first[block], phase.first[block] + phase.count[block])
+    """The numbers of a block's tiles, in the order it reads them; a matrix counts row by row."""
+    m_tiles = np.arange(phase.first[block], phase.first[block] + phase.count[block])
     part = phase.part[block]
-    columns = np.arange(phase.begin[part], phase.begin[part + 1])
-    return (bands[:, None] * phase.across + columns).ravel()
+    columns = np.arange(phase.part_begin[part], phase.part_begin[part + 1])
+    return (m_tiles[:, None] * phase.across + columns).ravel()
 
 
 def test_the_plans_hold_what_is_hard_about_parts() -> None:
     down = [plan.phases[DOWN] for plan in PLANS]
     assert [phase.parts > 1 for phase in down] == 2 * [False, True, True, True]
-    assert any(len(set(np.diff(phase.begin))) > 1 for phase in down)
+    assert any(len(set(np.diff(phase.part_begin))) > 1 for phase in down)
     assert any((phase.count == 0).any() for phase in down)
 
 
 @every_plan
-def test_every_tile_is_the_work_of_one_block(plan: KernelPlan) -> None:
+def test_every_tile_is_the_work_of_one_block(plan: StepPlan) -> None:
     for phase in plan.phases:
         every = np.concatenate([tiles_of(phase, block) for block in range(plan.blocks)])
-        assert np.array_equal(np.sort(every), np.arange(phase.bands * phase.across))
+        assert np.array_equal(np.sort(every), np.arange(phase.m_tiles * phase.across))
 
 
 @every_plan
-def test_a_block_reads_its_tape_in_order(plan: KernelPlan) -> None:
+def test_a_block_reads_its_stream_in_order(plan: StepPlan) -> None:
     """Layer after layer, then the head, without a gap; then comes the next block."""
-    where = [plan.places(phase) for phase in range(len(plan.phases))]
+    offsets = [plan.tile_offsets(phase) for phase in range(len(plan.phases))]
     for block in range(plan.blocks):
-        mine = [places[:, tiles_of(p, block)] for p, places in zip(plan.phases, where, strict=True)]
+        mine = [at[:, tiles_of(p, block)] for p, at in zip(plan.phases, offsets, strict=True)]
         layers = range(plan.shape.layers)
         every = [at + layer * further for layer in layers for at, further in mine[:HEAD]]
-        places = np.concatenate([*every, mine[HEAD][0]])
-        assert np.array_equal(places, np.arange(*plan.first_tile[block : block + 2]))
+        tiles = np.concatenate([*every, mine[HEAD][0]])
+        assert np.array_equal(tiles, np.arange(*plan.first_tile[block : block + 2]))
 
 
 @every_plan
-def test_what_is_put_on_the_tape_is_read_back(plan: KernelPlan) -> None:
+def test_what_is_put_into_the_stream_is_read_back(plan: StepPlan) -> None:
     rng, shape = np.random.default_rng(), plan.shape
     matrices = {
         (phase, layer): jnp.asarray(rng.standard_normal(shape.matrices[phase]), jnp.float32)
         for phase, layer in [(p, i) for p in range(HEAD) for i in range(2)] + [(HEAD, 0)]
     }
-    tape, where = empty_tape(plan, jnp.dtype(jnp.float32)), places(plan)
+    stream, offsets = empty_stream(plan, jnp.dtype(jnp.float32)), tile_offsets(plan)
     for (phase, layer), value in matrices.items():
-        tape = put(tape, where[phase], value, layer, phase)
-    packed = Packed(tape, jnp.zeros((2, shape.qkv)), jnp.zeros((5, shape.hidden)), where)
+        stream = put_matrix(stream, offsets[phase], value, layer, phase)
+    packed = Packed(stream, jnp.zeros((2, shape.qkv)), jnp.zeros((5, shape.hidden)), offsets)
     for (phase, layer), value in matrices.items():
         assert np.array_equal(packed.matrix(plan, phase, layer), value)
-    for rows in ([0], [319, 15, 16, 7, 8, 319, 0, 64]):
-        got = packed.head_rows(plan, jnp.asarray(rows))
-        assert np.array_equal(got, matrices[HEAD, 0][np.array(rows)])
+    for tokens in ([0], [319, 15, 16, 7, 8, 319, 0, 64]):
+        got = packed.embeddings(plan, jnp.asarray(tokens))
+        assert np.array_equal(got, matrices[HEAD, 0][np.array(tokens)])
 
 
 def plain_and_packed(config: ModelConfig) -> tuple[dict[str, jax.Array], PackedWeights]:
@@ -134,15 +134,15 @@ def test_the_engine_decodes_the_same_on_packed_weights(
 
     rng = np.random.default_rng(5)
     prompts = [Prompt(rng.integers(0, config.vocab_size, n).tolist(), more) for n, more in sizes]
-    plain, on_tape = Engine(config, params), Engine(config, packed)
-    for engine in (plain, on_tape):
+    plain, on_stream = Engine(config, params), Engine(config, packed)
+    for engine in (plain, on_stream):
         reshape(engine, pieces=pieces)
-    expected, got = (generate(engine, prompts, logprobs=True) for engine in (plain, on_tape))
+    expected, got = (generate(engine, prompts, logprobs=True) for engine in (plain, on_stream))
     assert got.tokens == expected.tokens
     for ours, theirs in zip(got.logprobs, expected.logprobs, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     # Whole caches, but for nobody's page: a row that is done writes nothing.
-    ours, theirs = (np.asarray(engine.pages)[:, NOBODY + 1 :] for engine in (on_tape, plain))
+    ours, theirs = (np.asarray(engine.pages)[:, NOBODY + 1 :] for engine in (on_stream, plain))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
@@ -187,5 +187,5 @@ def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:
     assert not packed.serves(MOST_ROWS + 1)
     prompts = [Prompt([i, 2 * i], 3) for i in range(MOST_ROWS + 1)]
     engines = (Engine(CONFIG, w, slots=MOST_ROWS + 1) for w in (params, packed))
-    plain, on_tape = (generate(engine, prompts) for engine in engines)
-    assert on_tape.tokens == plain.tokens
+    plain, on_stream = (generate(engine, prompts) for engine in engines)
+    assert on_stream.tokens == plain.tokens

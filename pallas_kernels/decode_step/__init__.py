@@ -5,30 +5,31 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step import kernels, unpack
-from pallas_kernels.decode_step.batched.exchange import MOST_ROWS
-from pallas_kernels.decode_step.cache import FEWEST_SLOTS, Pool
-from pallas_kernels.decode_step.packing import Packed, empty_tape, places, put
-from pallas_kernels.decode_step.plan import HEAD, Plan, Shape
+from pallas_kernels.decode_step import kernels
+from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
+from pallas_kernels.decode_step.many_rows.layout import MOST_ROWS
+from pallas_kernels.decode_step.packed import unpack
+from pallas_kernels.decode_step.packed.packing import Packed, empty_stream, put_matrix, tile_offsets
+from pallas_kernels.decode_step.packed.plan import HEAD, ModelShape, StepPlan
 from pallas_kernels.decode_step.reference import reference
 from pallas_kernels.implementation import choose
 
 __all__ = [
     "HEAD",
     "MOST_ROWS",
+    "ModelShape",
     "Packed",
-    "Plan",
-    "Shape",
+    "StepPlan",
     "decode_step",
-    "empty_tape",
-    "places",
-    "put",
+    "empty_stream",
+    "put_matrix",
     "refusal",
+    "tile_offsets",
     "unpacked",
 ]
 
 
-def refusal(plan: Plan, rows: int, dtype: DTypeLike, pairs: int) -> str | None:
+def refusal(plan: StepPlan, rows: int, dtype: DTypeLike, pairs: int) -> str | None:
     """Why no kernel can run a step that rotates so many pairs of every head, or None."""
     if 2 * pairs != plan.shape.head_dim:
         return f"it rotates whole heads, not {2 * pairs} of {plan.shape.head_dim} dimensions"
@@ -36,14 +37,14 @@ def refusal(plan: Plan, rows: int, dtype: DTypeLike, pairs: int) -> str | None:
 
 
 def unpacked(
-    packed: Packed, plan: Plan, phase: int, layer: int = 0, *, implementation: str = "auto"
-) -> Float[Array, "rows columns"]:
-    """A matrix read back from the tape, `[out, in]`; the same numbers either way.
+    packed: Packed, plan: StepPlan, phase: int, layer: int = 0, *, implementation: str = "auto"
+) -> Float[Array, "out in"]:
+    """A matrix read back from the weight stream; the same numbers either way.
 
     Raises:
         UnsupportedError: `implementation` can't serve the case.
     """
-    why_not = unpack.refusal(packed.tape.dtype)
+    why_not = unpack.refusal(packed.stream.dtype)
     if choose("decode_step", implementation, why_not) == "xla":
         return packed.matrix(plan, phase, layer)
     return unpack.matrix(packed, plan, phase, layer)
@@ -51,7 +52,7 @@ def unpacked(
 
 def decode_step(
     packed: Packed,
-    plan: Plan,
+    plan: StepPlan,
     hidden: Float[Array, "B D"],
     pages: Float[Array, "2L P K C H"],
     tables: Int[Array, "B n"],
@@ -90,7 +91,7 @@ def decode_step(
         ValueError: shapes or dtypes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
-    shape, rows, dtype = plan.shape, hidden.shape[0], packed.tape.dtype
+    shape, rows, dtype = plan.shape, hidden.shape[0], packed.stream.dtype
     pool = Pool.of(pages, tables)
     expected = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     if pages.shape != expected or hidden.shape != (rows, shape.hidden):
@@ -115,7 +116,7 @@ def decode_step(
         angles = position[:, None].astype(jnp.float32) * inv_freq
         rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
         logits, new, _ = kernels.build(plan, rows, pool, dtype)(
-            packed.tape,
+            packed.stream,
             plan.table(),
             packed.bias,
             packed.norms,

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.packing import Packed
-from pallas_kernels.decode_step.plan import DOWN, GATE_UP, HEAD, OUTPUT, QKV, Plan
+from pallas_kernels.decode_step.packed.packing import Packed
+from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, QKV, StepPlan
 from pallas_kernels.gqa_decode_attention.reference import reference as attention
 from pallas_kernels.rope.reference import reference as rope
 
 
 def reference(
     packed: Packed,
-    plan: Plan,
+    plan: StepPlan,
     hidden: Float[Array, "B D"],
     pages: Float[Array, "2L P K C H"],
     tables: Int[Array, "B n"],
@@ -29,7 +29,7 @@ def reference(
     heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
     rows = jnp.arange(hidden.shape[0])
 
-    def product(x: Float[Array, "B columns"], phase: int, layer: int = 0) -> Float[Array, "B rows"]:
+    def product(x: Float[Array, "B in"], phase: int, layer: int = 0) -> Float[Array, "B out"]:
         weights = packed.matrix(plan, phase, layer)
         f32 = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
         return jnp.einsum("oi,bi->bo", weights, x.astype(dtype), **f32)
@@ -58,7 +58,7 @@ def reference(
         # Each row's keys in order are a page of its own now, and so are its values.
         both, own = jnp.concatenate([k_all, v_all]), rows[:, None]
         attended = attention(q, both, own, own + len(rows), position + 1)
-        x = x + product(attended.reshape(len(rows), -1), OUTPUT, i)
+        x = x + product(attended.reshape(len(rows), -1), O_PROJ, i)
         gate, up = jnp.split(product(norm(x, 2 * i + 1), GATE_UP, i), 2, axis=1)
         x = x + product(jax.nn.silu(gate) * up, DOWN, i)
         keys.append(k)

@@ -26,16 +26,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
+from pallas_kernels.target import HOPPER
 
 DTYPES = ("bfloat16", "float16")
 DIMS = (64, 128)
 COLUMNS = 8
 """Query heads of a key/value head, padded: a wgmma has at least eight columns."""
-
-SMS = 132
-"""Streaming multiprocessors of an H100 or H200."""
-
-SMEM_PER_SM = 227 * 1024
 
 PAGE = 128
 """Slots of a page divide by this, and so by a tile."""
@@ -81,12 +77,18 @@ class Config:
             raise ValueError(f"ring={self.ring} must be at least 2")
 
     def smem(self, dim: int) -> int:
-        """Bytes of shared memory a block needs: the ring, q and P; 2 kB for the rest."""
-        return 2 * (2 * self.ring * self.tile * dim + COLUMNS * (dim + self.tile)) + 2048
+        """Bytes of shared memory a block needs: the ring, q and P, and what is reserved."""
+        ours = 2 * (2 * self.ring * self.tile * dim + COLUMNS * (dim + self.tile))
+        return ours + HOPPER.reserved_bytes
+
+    @property
+    def room(self) -> int:
+        """Bytes of shared memory a block may have."""
+        return HOPPER.shared_bytes // self.blocks_per_sm
 
     def splits(self, groups: int, capacity: int) -> int:
         """Slices of each of the `groups` = B * K texts: as many as keep every SM busy."""
-        wanted = max(1, SMS * self.blocks_per_sm // groups)
+        wanted = max(1, HOPPER.multiprocessors * self.blocks_per_sm // groups)
         return min(wanted, pl.cdiv(capacity, self.tile), self.max_splits)
 
 
@@ -125,7 +127,7 @@ def gqa_decode_attention(
     config = config or default_config(dim)
     if page % config.tile:
         raise ValueError(f"{config}'s tile doesn't divide a page of {page} slots")
-    if config.smem(dim) > SMEM_PER_SM // config.blocks_per_sm:
+    if config.smem(dim) > config.room:
         raise ValueError(f"{config} needs {config.smem(dim)} bytes of shared memory a block")
     grouped = q.reshape(batch, kv_heads, group, dim)
     splits = config.splits(batch * kv_heads, entries * page)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.gqa_prefill_attention.tiling import ROWS, Shape, Tiling, best_tiling
+from pallas_kernels.target import HOPPER
 
 NOTHING = -1e30
 """The running maximum before the first slot. Finite, for -inf - -inf is NaN."""
@@ -38,8 +39,9 @@ SHORT = (16, 32)
 PAGE = 128
 """Slots of a page divide by this, and so by a block."""
 
-REGISTERS = {2: (240, 24), 3: (160, 32)}
-"""By the number of consumers: registers of a consumer's thread and of a producer's."""
+WARPGROUP = 128
+PRODUCER_REGISTERS = {2: 24, 3: 32}
+"""Of a thread of the producing warpgroup, by the number of consumers."""
 
 
 def refusal(q: tuple[int, ...], pages: tuple[int, ...], *dtypes: jnp.dtype) -> str | None:
@@ -154,9 +156,12 @@ def _body(
     begin = jnp.minimum(begin, steps - 1)
     end = jnp.minimum(begin + share, steps)
 
+    kept = PRODUCER_REGISTERS[consumers]
+    registers = HOPPER.registers_beside(consumers * WARPGROUP, WARPGROUP, kept)
+
     @pl.when(warpgroup == consumers)
     def _produce() -> None:
-        plgpu.set_max_registers(REGISTERS[consumers][1], action="decrease")
+        plgpu.set_max_registers(kept, action="decrease")
 
         @pl.loop(begin, end)
         def _block(step: Any) -> None:
@@ -179,7 +184,7 @@ def _body(
 
     @pl.when(warpgroup < consumers)
     def _consume() -> None:
-        plgpu.set_max_registers(REGISTERS[consumers][0], action="increase")
+        plgpu.set_max_registers(registers, action="increase")
         # A tile past the last one repeats it.
         tile = jnp.minimum(first_tile + warpgroup, last_tile)
         start = position(tile)

@@ -5,10 +5,10 @@ import functools
 
 from jax.experimental import pallas as pl
 
+from pallas_kernels.target import HOPPER
+
 ROWS = 64
 """Rows of a tile, fixed by the tensor cores."""
-
-PROCESSORS = 132
 
 MOST_SPLITS = 16
 
@@ -84,7 +84,8 @@ def microseconds(shape: Shape, tiling: Tiling) -> float:
     blocks = pl.cdiv(shape.tiles, tiling.consumers) * shape.rows * shape.kv_heads * tiling.splits
     slots = pl.cdiv(min(shape.capacity, max(TYPICAL, shape.steps)), tiling.splits)
     flops = tiling.consumers * ROWS * slots * 4 * shape.dim
-    time = pl.cdiv(blocks, PROCESSORS) * (2 + flops * PROCESSORS / tiling.rate / 1e6)
+    processors = HOPPER.multiprocessors
+    time = pl.cdiv(blocks, processors) * (2 + flops * processors / tiling.rate / 1e6)
     if tiling.splits > 1:  # a second kernel, and float32 parts written and read at 3 TB/s
         parts = tiling.splits * shape.rows * shape.steps * shape.heads * shape.dim
         time += 5 + 8 * parts / 3e6

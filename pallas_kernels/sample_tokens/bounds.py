@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import Meeting, better
 from pallas_kernels.sample_tokens.scores import (
@@ -52,10 +52,10 @@ class Bests:
         best, where, largest = scores.walk([nothing, t.integer(0), nothing], visit, UNROLL)
 
         def bound() -> list[V]:
-            t.store_shared(self.base + (t.me() << 2), [best])
-            t.together(THREADS)
+            t.store_shared(self.base + (t.thread_id() << 2), [best])
+            t.block_barrier(THREADS)
             share = (m + (scores.blocks - 1)) // scores.blocks
-            return t.either(t.me() < t.WARP, lambda: [self._bound(share)], [infinite])
+            return t.either(t.thread_id() < t.WARP, lambda: [self._bound(share)], [infinite])
 
         (limit,) = t.either(bounded, bound, [infinite])
 
@@ -66,7 +66,7 @@ class Bests:
 
     def _bound(self, m: V) -> V:
         """At most the m-th largest of the threads' bests, by one warp."""
-        at = self.base + ((t.me() & 31) << 4)
+        at = self.base + ((t.thread_id() & 31) << 4)
         mine = [
             order(score)
             for n in range(0, SHARE, 4)

@@ -10,9 +10,9 @@ the search decides (`search.py`).
 import dataclasses
 import functools
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import over
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.loops import block_stride_loop
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import (
     DRAWN,
@@ -78,8 +78,10 @@ class Histogram:
         return bin, below - i.signed_number(bin) * width
 
     def _fill(self, about: Round, width: V) -> None:
-        over(BINS, THREADS, lambda bin: t.store_shared(self.base + (bin << 2), [t.integer(0)]))
-        t.together(THREADS)
+        block_stride_loop(
+            BINS, THREADS, lambda bin: t.store_shared(self.base + (bin << 2), [t.integer(0)])
+        )
+        t.block_barrier(THREADS)
 
         def visit(token: V, quad: list[V], _: list[V], carry: list[V]) -> list[V]:
             for hot in about.hot(quad):
@@ -90,7 +92,7 @@ class Histogram:
             return carry
 
         about.scores.walk([], visit, UNROLL)
-        i.cluster_together()
+        i.cluster_barrier()
 
     def _ends(self, leads: V, may_go: V, width: V) -> V:
         """The bin in which as much lies below as may go."""
@@ -104,7 +106,7 @@ class Histogram:
 
     def _found(self, may_go: V, width: V) -> V:
         """That bin where it is among this thread's, by the first block; -1 elsewhere."""
-        first = t.me() * SHARE
+        first = t.thread_id() * SHARE
         sums = [t.integer(0)] * SHARE
         for block in range(self.meeting.blocks):
             there = i.remote(self.base + (first << 2), t.integer(block))
@@ -127,7 +129,7 @@ class Histogram:
 
     def _of_later_threads(self, value: V) -> V:
         """The sum of an int64 over the threads behind this one."""
-        lane, warp, zero = t.me() & 31, t.me() >> 5, i.wide(0)
+        lane, warp, zero = t.thread_id() & 31, t.thread_id() >> 5, i.wide(0)
         later = zero
         for mask in (1, 2, 4, 8, 16):
             other = i.from_lane(value, mask)
@@ -135,7 +137,7 @@ class Histogram:
             value = value + other
         at = self.candidates.warps
         t.when(lane.equals(0), lambda: t.store_shared(at + (warp << 3), i.apart(value)))
-        t.together(THREADS)
+        t.block_barrier(THREADS)
         for n in range(WARPS):
             of_warp = i.pair(*t.load_shared(at + 8 * n, 2))
             later = later + t.select(warp < n, of_warp, zero)
@@ -164,7 +166,7 @@ class Histogram:
     def _first(self, about: Round, count: V, below: V, may_go: V) -> list[V]:
         """Of the tokens in the bin the lowest that is kept, by the first block."""
         score, token = self.candidates.mine(count)
-        mine = t.me() < count
+        mine = t.thread_id() < count
         weight = t.select(mine, i.weight(score - about.hottest), i.wide(0))
         _, up_to = self.candidates.reach(count, score, token, weight)
         stays = mine & (below + up_to > may_go)

@@ -1,10 +1,10 @@
-"""What single threads need beside `decode_step/thread.py`: other blocks of a cluster, exact
+"""What single threads need beside `decode_step/ptx/thread.py`: other blocks of a cluster, exact
 quotients, sums that don't depend on their order."""
 
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 UNIT = 45
 """A weight is a whole number of 2^-45: fewer than 2^18 of them up to 1 have a sum in 64 bits, the
@@ -16,7 +16,7 @@ def rank() -> V:
     return t.asm("mov.u32 $0, %cluster_ctarank;", [t.i32()], "=r")[0]
 
 
-def cluster_together() -> None:
+def cluster_barrier() -> None:
     """Waits for all threads of the cluster, and makes what each has written visible to all."""
     text = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
     t.asm(text, [], "~{memory}")

@@ -4,8 +4,8 @@ result in the shared memory of every block of the cluster, which then meet."""
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.scores import THREADS
 
@@ -56,10 +56,10 @@ class Meeting:
     def of(self, slot: int | V, values: Sequence[V], combine: Combine) -> list[V]:
         """What the values of all threads come to."""
         base = self.slots + t.integer(slot) * SLOT_BYTES
-        lane, warp = t.me() & 31, t.me() >> 5
+        lane, warp = t.thread_id() & 31, t.thread_id() >> 5
         mine = i.butterfly(values, combine, ALL)
         t.when(lane.equals(0), lambda: self._leave(base, warp, WARPS, mine))
-        t.together(THREADS)
+        t.block_barrier(THREADS)
 
         def tell() -> None:
             parts = self._read(base, lane & (WARPS - 1), WARPS, values)
@@ -68,7 +68,7 @@ class Meeting:
             t.when(lane < self.blocks, lambda: self._tell(there, block))
 
         t.when(warp.equals(0), tell)
-        i.cluster_together()
+        i.cluster_barrier()
         found = self._read(base + PARTS, lane & (self.blocks - 1), MOST_BLOCKS, values)
         return i.butterfly(found, combine, among(self.blocks))
 

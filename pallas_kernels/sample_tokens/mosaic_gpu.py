@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.lazy import lazy
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.bounds import Bests
@@ -22,13 +22,13 @@ from pallas_kernels.sample_tokens.drawing import Drawing
 from pallas_kernels.sample_tokens.histogram import Histogram
 from pallas_kernels.sample_tokens.meeting import MOST_BLOCKS, SLOT_BYTES, SLOTS, Meeting
 from pallas_kernels.sample_tokens.pick import Candidates
-from pallas_kernels.sample_tokens.row import BANNED, NOT_FINITE, Outputs, Row
+from pallas_kernels.sample_tokens.row import BANNED, NOT_FINITE, Outputs, RowSampler
 from pallas_kernels.sample_tokens.rows import Choice, Counts, Logprobs, Settings
 from pallas_kernels.sample_tokens.scores import QUAD, THREADS, Asked
+from pallas_kernels.target import HOPPER
 
 plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
 
-MULTIPROCESSORS = 132
 MOST_VOCAB = (1 << 18) - QUAD
 """Tokens whose weights have a sum in 64 bits."""
 MOST_TOP = 256
@@ -48,7 +48,8 @@ def refusal(vocab: int, dtype: jnp.dtype, top_logprobs: int) -> str | None:
 
 def blocks_a_row(rows: int) -> int:
     """As many as the GPU has room for, and a cluster."""
-    return next(b for b in (MOST_BLOCKS, 4, 2, 1) if b * rows <= MULTIPROCESSORS or b == 1)
+    most = HOPPER.multiprocessors
+    return next(b for b in (MOST_BLOCKS, 4, 2, 1) if b * rows <= most or b == 1)
 
 
 def shared_bytes() -> int:
@@ -73,7 +74,7 @@ def build(
     def code(context: Any, *refs: Any) -> None:
         *outside, smem = refs
         at = [t.address(ref) for ref in outside]
-        row = t.block() // blocks
+        row = t.cta_id() // blocks
         logits, bias, seen, generated, allowed = at[NUMBERS : NUMBERS + 5]
         arrays = (
             logits,
@@ -93,7 +94,9 @@ def build(
         bins = bests + Bests.BYTES
         candidates = Candidates.at(bins + Histogram.BYTES)
         drawing = Drawing(asked, meeting, Histogram(bins, meeting, candidates))
-        Row(asked, vocab, valid, blocks, meeting, candidates, Bests(bests), drawing, outputs).run()
+        RowSampler(
+            asked, vocab, valid, blocks, meeting, candidates, Bests(bests), drawing, outputs
+        ).run()
 
     def body(*refs: Any) -> None:
         t.emit(code, *refs)

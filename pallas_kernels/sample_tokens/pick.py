@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import ALL, WARPS, among, better
 from pallas_kernels.sample_tokens.noise import threefry
@@ -40,7 +40,7 @@ class Candidates:
         return cls(base, scores, ids, weights, weights + 8 * MOST)
 
     def clear(self) -> None:
-        t.when(t.me().equals(0), lambda: t.store_shared(self.counter, [t.integer(0)]))
+        t.when(t.thread_id().equals(0), lambda: t.store_shared(self.counter, [t.integer(0)]))
 
     def add(self, score: V, token: V) -> None:
         """From any block of the cluster; beyond `MOST` they are only counted."""
@@ -55,14 +55,14 @@ class Candidates:
 
     def mine(self, count: V) -> tuple[V, V]:
         """This thread's candidate; past the last one, and for whoever counts in fours, nothing."""
-        at = t.me() << 2
+        at = t.thread_id() << 2
 
         def fill() -> None:
             t.store_shared(self.scores + at, [t.number(NOTHING)])
             t.store_shared(self.ids + at, [t.integer(0)])
 
-        t.when(t.me() >= count, fill)
-        t.together(THREADS)
+        t.when(t.thread_id() >= count, fill)
+        t.block_barrier(THREADS)
         (score,) = t.load_shared_floats(self.scores + at)
         (token,) = t.load_shared(self.ids + at)
         return score, token
@@ -85,8 +85,8 @@ class Candidates:
 
     def reach(self, count: V, score: V, token: V, weight: V) -> tuple[V, V]:
         """The weight of all, and of those up to this one: lower ones, equal ones of lower ids."""
-        t.store_shared(self.weights + (t.me() << 3), i.apart(weight))
-        t.together(THREADS)
+        t.store_shared(self.weights + (t.thread_id() << 3), i.apart(weight))
+        t.block_barrier(THREADS)
 
         def turn(index: V, carry: list[V]) -> list[V]:
             total, up_to = carry
@@ -109,15 +109,15 @@ class Candidates:
     @staticmethod
     def _over(count: V, turn: Callable[[V, list[V]], list[V]], start: list[V]) -> tuple[V, V]:
         """Four candidates at a time, by the warps that have any of their own."""
-        works = (t.me() & -t.WARP) < count
+        works = (t.thread_id() & -t.WARP) < count
         first, second = t.either(works, lambda: t.loop((count + 3) >> 2, start, turn), start)
         return first, second
 
     def best(self, score: V, token: V) -> list[V]:
         """The highest score of all threads and its id; every thread gets them."""
         mine = i.butterfly([score, token], better, ALL)
-        lane, warp = t.me() & 31, t.me() >> 5
+        lane, warp = t.thread_id() & 31, t.thread_id() >> 5
         t.when(lane.equals(0), lambda: t.store_shared(self.warps + (warp << 3), mine))
-        t.together(THREADS)
+        t.block_barrier(THREADS)
         found = t.load_shared(self.warps + ((lane & (WARPS - 1)) << 3), 2)
         return i.butterfly([found[0].bits(), found[1]], better, among(WARPS))

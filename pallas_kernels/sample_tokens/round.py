@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.scores import Scores
 

@@ -11,8 +11,8 @@
 import dataclasses
 import functools
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.bounds import Bests
 from pallas_kernels.sample_tokens.drawing import Drawing
@@ -42,11 +42,11 @@ class Outputs:
 
     def clear(self) -> None:
         def nothing() -> None:
-            t.store_global(self.top_ids + (t.me() << 2).wide(), [t.integer(-1)])
-            t.store_global(self.top + (t.me() << 2).wide(), [t.number(NOTHING)])
+            t.store_global(self.top_ids + (t.thread_id() << 2).wide(), [t.integer(-1)])
+            t.store_global(self.top + (t.thread_id() << 2).wide(), [t.number(NOTHING)])
 
-        t.when(t.me() < self.most, nothing)
-        t.together(THREADS)
+        t.when(t.thread_id() < self.most, nothing)
+        t.block_barrier(THREADS)
 
     def report(self, rank: V, token: V, logprob: V) -> None:
         """One of the likeliest."""
@@ -55,7 +55,7 @@ class Outputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RowSampler:
     """The work of one block of a row's."""
 
     asked: Asked
@@ -74,7 +74,7 @@ class Row:
         first = t.select(self.asked.logprobs < 0, t.integer(1), 0)
         t.loop(2, [t.number(0)], lambda last, carry: self._round(rank, last, carry[0]), first)
         # Others may still read this block's shared memory.
-        i.cluster_together()
+        i.cluster_barrier()
 
     def _round(self, rank: V, number: V, normaliser: V) -> list[V]:
         """The first leaves the logarithm of all probabilities' sum for the second."""
@@ -116,7 +116,7 @@ class Row:
 
         (token,) = t.either(there & (draws | number.equals(0)), settle, [token])
         status = t.select(finite, t.select(there, t.integer(OK), BANNED), NOT_FINITE)
-        writes = last & leads & t.me().equals(0)
+        writes = last & leads & t.thread_id().equals(0)
         t.when(writes, lambda: self._report(token, status, normaliser))
         return [normaliser]
 
@@ -165,7 +165,7 @@ class Row:
         """From the candidates, by the first block: reports the likeliest, or draws the token."""
         score, token = self.candidates.mine(count)
         higher, before = self.candidates.ranks(count, score, token)
-        mine = t.me() < count
+        mine = t.thread_id() < count
         rank = higher + before
         reports = mine & about.last.equals(0) & (rank < self.asked.logprobs)
         t.when(reports, lambda: self.outputs.report(rank, token, score - normaliser))
@@ -206,8 +206,8 @@ class Row:
 
             found = about.scores.walk(unit, visit, unroll=2)
             found = self.meeting.of(SEARCHED, found, better)
-            i.cluster_together()
-            there = leads & t.me().equals(0) & (found[0] > NOTHING)
+            i.cluster_barrier()
+            there = leads & t.thread_id().equals(0) & (found[0] > NOTHING)
             t.when(there, lambda: self.outputs.report(rank, found[1], found[0] - normaliser))
             return found
 

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 
 THREADS = 512
@@ -106,7 +106,7 @@ class Scores:
         asked, stride = self.asked, self.blocks * THREADS
         quads = self.vocab // QUAD
         turns = -(-quads // (stride * unroll))
-        first = self.rank * THREADS + t.me()
+        first = self.rank * THREADS + t.thread_id()
         biased, masked = asked.biased.differs(0), asked.masked.differs(0)
         changes = self.processed & (biased | masked | self._penalises)
 

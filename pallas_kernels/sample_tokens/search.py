@@ -4,8 +4,8 @@ scores' order, three bits a pass over all of them."""
 import dataclasses
 import functools
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import SEARCHED, Meeting, added
 from pallas_kernels.sample_tokens.round import Round
@@ -97,7 +97,7 @@ class Search:
         sums = self.about.scores.walk([zero] * WAYS, visit, unroll=2)
         sums = self.meeting.of(SEARCHED, sums, added)
         # All have read the slot before the next pass fills it.
-        i.cluster_together()
+        i.cluster_barrier()
         return sums
 
     def _tied(self, low: V, _: V, at_low: V, at_high: V, total: V) -> V:

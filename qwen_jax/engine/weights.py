@@ -1,9 +1,9 @@
 """How programs get at the parameters: by name, or packed for the decode-step kernel.
 
 Packed ones are the only copy a GPU holds. They are made once, while loading, parameter by
-parameter. Prefill reads the same tape: each matrix is put together again inside the compiled
-program, which costs it two more passes over the weights a call and no lasting memory. So do decode
-steps that the kernel doesn't serve (too many rows), once for every call.
+parameter. Prefill reads the same weight stream: each matrix is put together again inside the
+compiled program, which costs it two more passes over the weights a call and no lasting memory. So
+do decode steps that the kernel doesn't serve (too many rows), once for every call.
 """
 
 import dataclasses
@@ -20,15 +20,16 @@ import pallas_kernels
 from pallas_kernels.decode_step import (
     HEAD,
     MOST_ROWS,
+    ModelShape,
     Packed,
-    Plan,
-    Shape,
-    empty_tape,
-    packing,
-    places,
+    StepPlan,
+    empty_stream,
+    tile_offsets,
     unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
+from pallas_kernels.decode_step.packed import packing
+from pallas_kernels.target import HOPPER
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
@@ -45,13 +46,10 @@ Forward = Callable[
 """A token of every row, the cache, the tokens' positions and which rows are live, to the logits
 after them and the cache with the live rows' keys and values."""
 
-_put = Kept(packing, "put", static=(4,))
+_put_matrix = Kept(packing, "put_matrix", static=(4,))
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
-
-HOPPER_BLOCKS = 132
-"""Multiprocessors of an H100 or H200: the plan where no GPU is there to ask."""
 
 
 class Weights(Protocol):
@@ -132,23 +130,23 @@ class PackedWeights:
     """A model's parameters as the decode-step kernel reads them.
 
     Attributes:
-        packed: the tape of weight tiles, biases and norms.
-        embed: the embedding where the head is not tied to it; else it is the tape's head.
+        packed: the stream of weight tiles, biases and norms.
+        embed: the embedding where the head is not tied to it; else it is the stream's head.
         implementation: of the step, as asked for; "xla" runs the kernel's reference.
     """
 
     packed: Packed
     embed: Float[Array, "V D"] | None
     config: ModelConfig = dataclasses.field(metadata={"static": True})
-    plan: Plan = dataclasses.field(metadata={"static": True})
+    plan: StepPlan = dataclasses.field(metadata={"static": True})
     implementation: str = dataclasses.field(metadata={"static": True})
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.packed.tape.dtype
+        return self.packed.stream.dtype
 
     def devices(self) -> set[jax.Device]:
-        return self.packed.tape.devices()
+        return self.packed.stream.devices()
 
     def model(self, spec: Spec) -> "Qwen2":
         """Its matrices are put together inside the program."""
@@ -166,7 +164,7 @@ class PackedWeights:
         position: Int[Array, "B"],
         live: Bool[Array, "B"],
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """A row that isn't live goes along as the shortest text, which costs least."""
+        """A row that isn't live goes along as the shortest row, which costs least."""
         logits, new = pallas_kernels.decode_step(
             self.packed,
             self.plan,
@@ -188,7 +186,9 @@ class PackedWeights:
         """
         if self.implementation == "xla":
             return rows <= MOST_ROWS
-        why_not = kernel_refusal(self.plan, rows, self.packed.tape.dtype, self.config.rope_dim // 2)
+        why_not = kernel_refusal(
+            self.plan, rows, self.packed.stream.dtype, self.config.rope_dim // 2
+        )
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:
@@ -198,7 +198,7 @@ class PackedWeights:
         for i in range(self.config.num_layers):
             params[f"layers.{i}.attn_norm"] = norms[2 * i]
             params[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
-            params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(packed.tape.dtype)
+            params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(packed.stream.dtype)
             for phase, name in enumerate(MATRICES):
                 params[f"layers.{i}.{name}.weight"] = self._matrix(phase, i)
         head = self._matrix(HEAD)
@@ -210,17 +210,19 @@ class PackedWeights:
         """Rows of the embedding, without all of it where it is the head."""
         if self.embed is not None:
             return self.embed[tokens]
-        rows = self.packed.head_rows(self.plan, tokens.reshape(-1))
-        return rows.reshape(*tokens.shape, -1)
+        found = self.packed.embeddings(self.plan, tokens.reshape(-1))
+        return found.reshape(*tokens.shape, -1)
 
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
         return unpacked(self.packed, self.plan, phase, layer, implementation=self.implementation)
 
 
-def plan_for(config: ModelConfig) -> Plan:
-    """How the model is dealt out to the multiprocessors of the default device."""
-    blocks = getattr(jax.local_devices()[0], "core_count", None) or HOPPER_BLOCKS
-    shape = Shape(
+def plan_for(config: ModelConfig) -> StepPlan:
+    """How the model is dealt out to the multiprocessors of the default device, or a GPU's where
+    that is none.
+    """
+    blocks = getattr(jax.local_devices()[0], "core_count", None) or HOPPER.multiprocessors
+    shape = ModelShape(
         layers=config.num_layers,
         hidden=config.hidden_size,
         heads=config.num_heads,
@@ -230,7 +232,7 @@ def plan_for(config: ModelConfig) -> Plan:
         vocab=config.vocab_size,
         eps=config.rms_eps,
     )
-    return Plan(shape, blocks)
+    return StepPlan(shape, blocks)
 
 
 def refusal(config: ModelConfig, dtype: jnp.dtype) -> str | None:
@@ -283,25 +285,25 @@ def pack(
     So the device never holds more than the packed weights and two parameters.
     """
     plan = plan_for(config)
-    tape, where = empty_tape(plan, dtype), places(plan)
+    stream, offsets = empty_stream(plan, dtype), tile_offsets(plan)
     small: dict[str, jax.Array] = {}
     head = "embed" if config.tied else "lm_head"
     for name, value in parameters:
         parts = name.split(".")
         if name == head:
-            tape = _put(tape, where[HEAD], value, np.int32(0), HEAD)
+            stream = _put_matrix(stream, offsets[HEAD], value, np.int32(0), HEAD)
         elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
             phase = MATRICES.index(parts[2])
-            tape = _put(tape, where[phase], value, np.int32(parts[1]), phase)
+            stream = _put_matrix(stream, offsets[phase], value, np.int32(parts[1]), phase)
         else:
             small[name] = value
     layers = range(config.num_layers)
     bias = [small[f"layers.{i}.qkv_proj.bias"] for i in layers]
     norms = [small[f"layers.{i}.{n}"] for i in layers for n in ("attn_norm", "ffn_norm")]
     packed = Packed(
-        tape,
+        stream,
         jnp.stack(bias).astype(jnp.float32),
         jnp.stack([*norms, small["final_norm"]]).astype(jnp.float32),
-        where,
+        offsets,
     )
     return PackedWeights(packed, small.get("embed"), config, plan, implementation)

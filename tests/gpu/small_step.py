@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_step import decode_step
-from qwen_jax.engine.weights import HOPPER_BLOCKS
+from pallas_kernels.target import HOPPER
 from tests.kernels.emulated_step import SMALL, Case, drawn
 
 TABLE = 8
@@ -34,7 +34,8 @@ def step(case: Case) -> tuple[jax.Array, jax.Array]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kernel", choices=POSITIONS)
-    case = drawn(SMALL, HOPPER_BLOCKS, POSITIONS[parser.parse_args().kernel], TABLE, shared=1)
+    positions = POSITIONS[parser.parse_args().kernel]
+    case = drawn(SMALL, HOPPER.multiprocessors, positions, TABLE, shared=1)
     print("finite:", all(bool(jnp.isfinite(x).all()) for x in step(case)))
 
 

@@ -160,7 +160,7 @@ def test_the_last_position_of_the_longest_context(name: str, rows: int, dtype: s
     inv_freq = jnp.asarray(inverse_frequencies(config))
 
     def step(dtype: str, implementation: str) -> list[np.ndarray]:
-        packed = weights.packed._replace(tape=weights.packed.tape.astype(dtype))
+        packed = weights.packed._replace(stream=weights.packed.stream.astype(dtype))
         run = functools.partial(decode_step, plan=weights.plan, implementation=implementation)
         inputs = {"hidden": hidden, "pages": pages.astype(dtype), "tables": tables}
         out = jax.jit(run)(packed, **inputs, position=position, inv_freq=inv_freq)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.sample_tokens import Choice, Counts, Logprobs, Settings, mosaic_gpu
 from pallas_kernels.sample_tokens import instructions as i
 from pallas_kernels.sample_tokens.meeting import WARPS
@@ -30,13 +30,13 @@ def install_cluster(patch: pytest.MonkeyPatch, m: Machine, blocks: int) -> None:
     def v(data: Any, kind: str) -> t.V:
         return t.V(Lanes(data, kind))
 
-    def cluster_together() -> None:
+    def cluster_barrier() -> None:
         m.shared[m.role.block].epoch += 1
         key = (-1 - m.role.block // blocks, 0)
-        m.meetings[key] += 1
+        m.arrived[key] += 1
         m.progress += 1
-        come = m.meetings[key]
-        while m.meetings[key] // blocks < -(-come // blocks):
+        come = m.arrived[key]
+        while m.arrived[key] // blocks < -(-come // blocks):
             m.give_way()
 
     def places(address: t.V) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ def install_cluster(patch: pytest.MonkeyPatch, m: Machine, blocks: int) -> None:
     patch.setattr(i, "rank", lambda: v(m.role.block % blocks, I32))
     patch.setattr(i, "remote", lambda address, rank: address + (rank << RANK))
     for name, code in {
-        "cluster_together": cluster_together, "fused": fused,
+        "cluster_barrier": cluster_barrier, "fused": fused,
         "store_remote": store_remote, "count_remote": count_remote, "pair": pair, "apart": apart,
         "counted": counted, "load_remote": load_remote, "add_shared": add_shared,
         "quotient": function(F32, np.divide), "product": function(F32, np.multiply),

@@ -11,36 +11,36 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step import (
+    ModelShape,
     Packed,
-    Plan,
-    Shape,
-    empty_tape,
-    launch,
-    places,
-    put,
+    StepPlan,
+    empty_stream,
+    put_matrix,
+    tile_offsets,
 )
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.cache import Pool
+from pallas_kernels.decode_step.common import launch
+from pallas_kernels.decode_step.common.cache import Pool
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
+from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
 
 SEED = secrets.randbits(31)
-SMALL = Shape(2, 256, 4, 2, 64, 512, 256, 1e-6)
-ODD = Shape(3, 256, 2, 1, 128, 384, 256, 1e-6)
+SMALL = ModelShape(2, 256, 4, 2, 64, 512, 256, 1e-6)
+ODD = ModelShape(3, 256, 2, 1, 128, 384, 256, 1e-6)
 """Three layers, heads of 128, and a feed-forward in parts of different lengths."""
-TINY = Shape(2, 128, 2, 1, 64, 128, 1024, 1e-6)
-"""A layer of it has 48 bands."""
-NARROW = Shape(1, 128, 2, 1, 64, 128, 256, 1e-6)
-TURNS = Shape(1, 128, 2, 1, 64, 128, 816, 1e-6)
-"""The head has 51 bands."""
-PARTS = Shape(2, 256, 4, 2, 64, 1152, 256, 1e-6)
+TINY = ModelShape(2, 128, 2, 1, 64, 128, 1024, 1e-6)
+"""A layer of it has 48 M-tiles."""
+NARROW = ModelShape(1, 128, 2, 1, 64, 128, 256, 1e-6)
+TURNS = ModelShape(1, 128, 2, 1, 64, 128, 816, 1e-6)
+"""The head has 51 M-tiles."""
+PARTS = ModelShape(2, 256, 4, 2, 64, 1152, 256, 1e-6)
 GROUPS = {
-    1: Shape(1, 256, 2, 2, 128, 256, 256, 1e-6),
-    7: Shape(1, 256, 14, 2, 64, 256, 256, 1e-6),
-    8: Shape(1, 512, 8, 1, 64, 256, 256, 1e-6),
+    1: ModelShape(1, 256, 2, 2, 128, 256, 256, 1e-6),
+    7: ModelShape(1, 256, 14, 2, 64, 256, 256, 1e-6),
+    8: ModelShape(1, 512, 8, 1, 64, 256, 256, 1e-6),
 }
 """A layer with so many query heads to a key/value head."""
 
@@ -48,7 +48,7 @@ GROUPS = {
 class Case(NamedTuple):
     """One step's inputs, on NumPy: of every operation of JAX's a test would compile one by one."""
 
-    plan: Plan
+    plan: StepPlan
     packed: Packed
     hidden: np.ndarray
     pages: np.ndarray
@@ -57,12 +57,12 @@ class Case(NamedTuple):
     inv_freq: np.ndarray
 
 
-Inputs = tuple[Shape, int, list[int], int, str]
+Inputs = tuple[ModelShape, int, list[int], int, str]
 """What `drawn` takes: the model, blocks, positions, pages of a row's block table and the dtype."""
 
 
 def drawn(
-    shape: Shape,
+    shape: ModelShape,
     blocks: int,
     positions: list[int],
     table: int,
@@ -71,22 +71,22 @@ def drawn(
     shared: int = 0,
 ) -> Case:
     """A case of pages of so many slots, of which all rows that are long enough share the first."""
-    plan, rng = Plan(shape, blocks), np.random.default_rng(SEED)
+    plan, rng = StepPlan(shape, blocks), np.random.default_rng(SEED)
 
     def normal(*dims: int) -> np.ndarray:
         return rng.standard_normal(dims, np.float32)
 
-    tape, where = empty_tape(plan, jnp.dtype(dtype)), places(plan)
+    stream, offsets = empty_stream(plan, jnp.dtype(dtype)), tile_offsets(plan)
     for phase, matrix in enumerate(shape.matrices):
         for layer in range(1 if phase == 4 else shape.layers):
             weights = (0.08 * normal(*matrix)).astype(dtype)
-            tape = put(tape, where[phase], weights, layer, phase)
+            stream = put_matrix(stream, offsets[phase], weights, layer, phase)
     norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
     rows, h = len(positions), shape.head_dim
     pool, tables = drawn_tables(rng, positions, table, slots, shared)
     return Case(
         plan,
-        Packed(np.asarray(tape), normal(shape.layers, shape.qkv), norms, where),
+        Packed(np.asarray(stream), normal(shape.layers, shape.qkv), norms, offsets),
         normal(rows, shape.hidden),
         normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(dtype),
         tables,
@@ -134,7 +134,7 @@ _reference = jax.jit(
 
 
 def expected(case: Case, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    packed = case.packed._replace(tape=case.packed.tape.astype(dtype))
+    packed = case.packed._replace(stream=case.packed.stream.astype(dtype))
     pages = poisoned(case).astype(dtype)
     inputs = (case.hidden, pages, case.tables, case.position, case.inv_freq)
     return tuple(np.asarray(x, np.float64) for x in _reference(packed, case.plan, *inputs, 1.0))  # type: ignore
@@ -145,7 +145,7 @@ def run(
     case: Case,
     seed: int,
     alter: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
-    kernel: types.ModuleType = few,
+    kernel: types.ModuleType = few_rows,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The kernel's logits and new keys and values; slots that no row attends to hold NaN.
 
@@ -155,12 +155,12 @@ def run(
     rows = case.hidden.shape[0]
     assert kernel.refusal(plan, rows, dtype) is None
     divided = kernel.memory(plan, rows)
-    copied = launch.begins(divided)[2 if kernel is many else 1]
+    copied = launch.begins(divided)[2 if kernel is many_rows else 1]
     machine = Machine(plan.blocks, sum(divided), (0, copied), seed)
     angles = case.position[:, None].astype(np.float32) * case.inv_freq
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     inputs = [
-        case.packed.tape, plan.table(), case.packed.bias, case.packed.norms, case.hidden, rope,
+        case.packed.stream, plan.table(), case.packed.bias, case.packed.norms, case.hidden, rope,
         poisoned(case), case.tables, case.position,
     ]  # fmt: skip
     refs: list[int] = [machine.array(np.asarray(x)) for x in inputs]
@@ -242,7 +242,7 @@ def check(patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType) -> No
         print(f"seed {SEED}: kernel {np.median(ours):.2e}, xla {np.median(xlas):.2e}")
         assert np.median(ours) <= 1.5 * np.median(xlas)
         assert max(ours) <= 10 * max(xlas)
-        if kernel is few:
+        if kernel is few_rows:
             assert relative(mine, right) <= 1.5 * relative(theirs, right)
     for again in found[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found[0], again, strict=True))
@@ -262,5 +262,5 @@ def check_size(
 
 def without_barriers(patch: pytest.MonkeyPatch) -> None:
     """A mistake: the threads that compute don't wait for each other."""
-    real = t.together
-    patch.setattr(t, "together", lambda n, *which: real(n, *which) if n != 256 else None)
+    real = t.block_barrier
+    patch.setattr(t, "block_barrier", lambda n, *which: real(n, *which) if n != 256 else None)

@@ -1,4 +1,4 @@
-"""Thread code on NumPy: what `decode_step/thread.py` emits for a GPU runs here instead.
+"""Thread code on NumPy: what `decode_step/ptx/thread.py` emits for a GPU runs here instead.
 
 A value is an array, a number for every thread of a block's role (those that compute, or some of
 the warps beside them); a mask says which threads are at work. Every role of every block is a
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.ptx import thread as t
 
 MOST_WARPS = 12
 """Of a block of the decode step."""
@@ -108,7 +108,7 @@ class Machine:
         self.shared = [Shared(shared, seed + b, warps) for b in range(blocks)]
         self.unwatched = unwatched
         self.semaphore, self.copies = 0, []
-        self.meetings: dict[tuple[int, int], int] = collections.Counter()
+        self.arrived: dict[tuple[int, int], int] = collections.Counter()
         self.progress, self.failed = 0, None
         self.batons: list[threading.Semaphore] = []
         self.alive: set[int] = set()
@@ -285,17 +285,17 @@ class Machine:
         while self._barrier(address).turn % 2 == parity:
             self.give_way()
 
-    def together(self, threads: int, barrier: int = t.OURS) -> None:
+    def block_barrier(self, threads: int, barrier: int = t.OURS) -> None:
         block = self.role.block
         if threads == self.role.count:
             self.shared[block].epoch += 1
             return
         come = self.arrive_at(barrier)
-        while self.meetings[block, barrier] // threads < -(-come // threads):
+        while self.arrived[block, barrier] // threads < -(-come // threads):
             self.give_way()
 
     def arrive_at(self, barrier: int) -> int:
         """Counts this role's threads at a barrier of the block; how many have come so far."""
-        self.meetings[self.role.block, barrier] += self.role.count
+        self.arrived[self.role.block, barrier] += self.role.count
         self.progress += 1
-        return self.meetings[self.role.block, barrier]
+        return self.arrived[self.role.block, barrier]

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import barriers
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import Format
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
 from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, REGION, Barrier, Lanes, Machine
 
 UNSIGNED = {I32: np.uint32, I64: np.uint64, BOOL: np.bool_}
@@ -249,10 +249,10 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "i32": lambda: I32, "i64": lambda: I64, "f32": lambda: F32,
         "loop": loop, "loop_while": loop_while, "repeat_while": repeat_while,
         "either": either, "when": when,
-        "me": lambda: v(m.role.first + np.arange(m.role.count), I32),
-        "block": lambda: v(m.role.block, I32), "together": m.together,
-        "arrive": lambda threads, barrier: m.arrive_at(barrier),
-        "warp_together": lambda: None, "from_lane": from_lane,
+        "thread_id": lambda: v(m.role.first + np.arange(m.role.count), I32),
+        "cta_id": lambda: v(m.role.block, I32), "block_barrier": m.block_barrier,
+        "block_barrier_arrive": lambda threads, barrier: m.arrive_at(barrier),
+        "warp_barrier": lambda: None, "from_lane": from_lane,
         "load_shared": load_shared, "store_shared": store_shared,
         "store_shared_half": store_shared_half, "load_global": load_global,
         "store_global": store_global,

@@ -8,33 +8,35 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import Packed, Plan, Shape, kernels, launch, unpack
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.batched.pages import Group
-from pallas_kernels.decode_step.cache import Pool
-from pallas_kernels.decode_step.plan import DOWN
+from pallas_kernels.decode_step import ModelShape, Packed, StepPlan, kernels
+from pallas_kernels.decode_step.common import launch
+from pallas_kernels.decode_step.common.cache import Pool
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
+from pallas_kernels.decode_step.many_rows.weight_ring import Group
+from pallas_kernels.decode_step.packed import unpack
+from pallas_kernels.decode_step.packed.plan import DOWN
 from tests.kernels import hopper
 
 SIZES = {
-    "0.5b": Shape(24, 896, 14, 2, 64, 4864, 151936, 1e-6),
-    "1.5b": Shape(28, 1536, 12, 2, 128, 8960, 151936, 1e-6),
-    "3b": Shape(36, 2048, 16, 2, 128, 11008, 151936, 1e-6),
-    "7b": Shape(28, 3584, 28, 4, 128, 18944, 152064, 1e-6),
-    "14b": Shape(48, 5120, 40, 8, 128, 13824, 152064, 1e-6),
-    "32b": Shape(64, 5120, 40, 8, 128, 27648, 152064, 1e-6),
-    "72b": Shape(80, 8192, 64, 8, 128, 29568, 152064, 1e-6),
+    "0.5b": ModelShape(24, 896, 14, 2, 64, 4864, 151936, 1e-6),
+    "1.5b": ModelShape(28, 1536, 12, 2, 128, 8960, 151936, 1e-6),
+    "3b": ModelShape(36, 2048, 16, 2, 128, 11008, 151936, 1e-6),
+    "7b": ModelShape(28, 3584, 28, 4, 128, 18944, 152064, 1e-6),
+    "14b": ModelShape(48, 5120, 40, 8, 128, 13824, 152064, 1e-6),
+    "32b": ModelShape(64, 5120, 40, 8, 128, 27648, 152064, 1e-6),
+    "72b": ModelShape(80, 8192, 64, 8, 128, 29568, 152064, 1e-6),
 }
-MOST_FEW = {"0.5b": 16, "1.5b": 16, "3b": 16, "7b": 11, "14b": 8, "32b": 8, "72b": 5}
-SMALL = Shape(2, 256, 4, 2, 64, 512, 1024, 1e-6)
-TINY = Shape(2, 256, 4, 2, 64, 256, 1024, 1e-6)
-"""A layer of it is less than a band for each of 132 blocks."""
+MOST_FEW_ROWS = {"0.5b": 16, "1.5b": 16, "3b": 16, "7b": 11, "14b": 8, "32b": 8, "72b": 5}
+SMALL = ModelShape(2, 256, 4, 2, 64, 512, 1024, 1e-6)
+TINY = ModelShape(2, 256, 4, 2, 64, 256, 1024, 1e-6)
+"""A layer of it is less than an M-tile for each of 132 blocks."""
 
 
 def lower(
-    shape: Shape, rows: int, capacity: int, dtype: str, kernel: types.ModuleType = few
+    shape: ModelShape, rows: int, capacity: int, dtype: str, kernel: types.ModuleType = few_rows
 ) -> str:
-    plan = Plan(shape, 132)
+    plan = StepPlan(shape, 132)
 
     def f32(*dims: int) -> ShapeDtypeStruct:
         return ShapeDtypeStruct(dims, jnp.float32)
@@ -42,7 +44,7 @@ def lower(
     pool = Pool(rows * capacity // 128 + 1, 128, capacity // 128)
     dims = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     arguments: tuple[Any, ...] = (
-        ShapeDtypeStruct((plan.tape_tiles, 8, 256), dtype),
+        ShapeDtypeStruct((plan.stream_tiles, 8, 256), dtype),
         ShapeDtypeStruct(plan.table().shape, jnp.int32),
         f32(shape.layers, shape.qkv),
         f32(2 * shape.layers + 1, shape.hidden),
@@ -66,8 +68,8 @@ def lower(
     ],
 )
 def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
-    if why := few.refusal(Plan(SIZES[size], 132), rows, dtype):
-        assert rows > MOST_FEW[size]
+    if why := few_rows.refusal(StepPlan(SIZES[size], 132), rows, dtype):
+        assert rows > MOST_FEW_ROWS[size]
         pytest.skip(why)
     text = lower(SIZES[size], rows, capacity, dtype)
     assert "mosaic_gpu" in text
@@ -80,42 +82,42 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
     [(17, 256, "float16"), (64, 32768, "bfloat16")],
 )
 def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
-    assert kernels.refusal(Plan(SIZES[size], 132), rows, dtype) is None
-    assert "decode_step_many" in lower(SIZES[size], rows, capacity, dtype, many)
+    assert kernels.refusal(StepPlan(SIZES[size], 132), rows, dtype) is None
+    assert "decode_step_many" in lower(SIZES[size], rows, capacity, dtype, many_rows)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_unpacking_lowers(size: str) -> None:
-    plan = Plan(SIZES[size], 132)
+    plan = StepPlan(SIZES[size], 132)
 
-    def matrices(tape: Any, places: Any) -> list[Any]:
-        packed = Packed(tape, tape, tape, places)
+    def matrices(stream: Any, offsets: Any) -> list[Any]:
+        packed = Packed(stream, stream, stream, offsets)
         return [unpack.matrix(packed, plan, phase) for phase in range(5)]
 
-    tape = ShapeDtypeStruct((plan.tape_tiles, 8, 256), jnp.bfloat16)
-    places = tuple(ShapeDtypeStruct(plan.places(p).shape, jnp.int32) for p in range(5))
-    assert "decode_step_unpack" in hopper.lower(matrices, tape, places)
+    stream = ShapeDtypeStruct((plan.stream_tiles, 8, 256), jnp.bfloat16)
+    offsets = tuple(ShapeDtypeStruct(plan.tile_offsets(p).shape, jnp.int32) for p in range(5))
+    assert "decode_step_unpack" in hopper.lower(matrices, stream, offsets)
 
 
-@pytest.mark.parametrize("rows", range(1, few.MOST_ROWS + 1))
+@pytest.mark.parametrize("rows", range(1, few_rows.MOST_ROWS + 1))
 @pytest.mark.parametrize("size", SIZES)
 def test_shared_memory_is_enough(size: str, rows: int) -> None:
     """What the plan takes of it, counted apart from the code that divides it."""
-    shape, plan = SIZES[size], Plan(SIZES[size], 132)
-    if few.refusal(plan, rows, "bfloat16"):
-        assert rows > MOST_FEW[size]
+    shape, plan = SIZES[size], StepPlan(SIZES[size], 132)
+    if few_rows.refusal(plan, rows, "bfloat16"):
+        assert rows > MOST_FEW_ROWS[size]
         return
-    assert rows <= MOST_FEW[size]
-    memory = few.memory(plan, rows)
+    assert rows <= MOST_FEW_ROWS[size]
+    memory = few_rows.memory(plan, rows)
     longest = -(-shape.ffn // 128 // plan.phases[DOWN].parts)
     inputs = max(shape.hidden, 128 * longest) * rows * 4
     assert memory.inputs >= max(inputs, 8 * shape.group * (shape.head_dim + 2) * 4)
-    assert memory.slot_bytes >= 4096 * max(p.page_tiles for p in plan.phases)
-    assert memory.stages * (memory.slot_bytes + 16) <= memory.ring + memory.barriers
-    assert sum(memory) + launch.RESERVED_BYTES <= 232_448
-    assert memory.stages >= few.FEWEST_STAGES
+    assert memory.stage_bytes >= 4096 * max(p.stage_tiles for p in plan.phases)
+    assert memory.stages * (memory.stage_bytes + 16) <= memory.ring + memory.barriers
+    assert sum(memory) <= 232_448 - 2048
+    assert memory.stages >= few_rows.FEWEST_STAGES
     # Copies want 16 bytes, the barriers 8.
-    assert memory.slot_bytes % 16 == 0
+    assert memory.stage_bytes % 16 == 0
     assert all(begin % 16 == 0 for begin in launch.begins(memory))
 
 
@@ -123,36 +125,37 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_shared_memory_is_enough_for_many_rows(size: str, rows: int) -> None:
     """Counted apart from the code that divides it."""
-    shape, plan = SIZES[size], Plan(SIZES[size], 132)
-    assert many.refusal(plan, rows, "bfloat16") is None
-    memory, padded = many.memory(plan, rows), -(-rows // 16) * 16
+    shape, plan = SIZES[size], StepPlan(SIZES[size], 132)
+    assert many_rows.refusal(plan, rows, "bfloat16") is None
+    memory, padded = many_rows.memory(plan, rows), -(-rows // 16) * 16
     groups = [Group.of(phase) for phase in plan.phases]
-    # A ring that a page doesn't fit into twice would not fetch ahead.
-    assert memory.units >= 2 * max(2048 * g.units * g.bands for g in groups)
-    assert memory.chunks >= 3 * 128 * 2 * padded
+    # A ring that a stage doesn't fit into twice would not fetch ahead.
+    assert memory.units >= 2 * max(2048 * g.units * g.m_tiles for g in groups)
+    assert memory.inputs >= 3 * 128 * 2 * padded
     # Eight warps' sums, or the parts of a group of heads that they found, and the new token's.
     assert memory.sums >= 8 * 16 * padded * 4
     assert memory.sums >= 9 * shape.group * (shape.head_dim + 2) * 4
     assert memory.own >= -(-(shape.hidden // 16) // 132) * 16 * rows * 4
-    assert sum(memory) + launch.RESERVED_BYTES <= 232_448
+    assert sum(memory) <= 232_448 - 2048
     assert all(begin % 16 == 0 for begin in launch.begins(memory))
     # The sums of a lane stay in its registers.
     assert max(g.each for g in groups) * padded // 2 <= 96
-    assert all(g.bands <= (8 // g.sharers) * g.each for g in groups)
+    assert all(g.m_tiles <= (8 // g.sharers) * g.each for g in groups)
 
 
 @pytest.mark.parametrize(
     ("size", "rows", "kernel"),
-    [("0.5b", 16, few), ("0.5b", 17, many), ("1.5b", 9, few), ("1.5b", 10, many), ("7b", 4, few),
-     ("7b", 5, many), ("72b", 1, few), ("72b", 64, many)],
+    [("0.5b", 16, few_rows), ("0.5b", 17, many_rows), ("1.5b", 9, few_rows),
+     ("1.5b", 10, many_rows), ("7b", 4, few_rows), ("7b", 5, many_rows), ("72b", 1, few_rows),
+     ("72b", 64, many_rows)],
 )  # fmt: skip
 def test_the_faster_kernel_is_built(
     monkeypatch: pytest.MonkeyPatch, size: str, rows: int, kernel: types.ModuleType
 ) -> None:
     built = []
-    for module in (few, many):
+    for module in (few_rows, many_rows):
         monkeypatch.setattr(module, "build", lambda *_, module=module: built.append(module))
-    kernels.build(Plan(SIZES[size], 132), rows, Pool(64, 128, 2), jnp.dtype("bfloat16"))
+    kernels.build(StepPlan(SIZES[size], 132), rows, Pool(64, 128, 2), jnp.dtype("bfloat16"))
     assert built == [kernel]
 
 
@@ -161,15 +164,15 @@ def test_the_faster_kernel_is_built(
     [
         (SIZES["0.5b"], 1, "float32", "float32, not bfloat16 or float16"),
         (SIZES["0.5b"], 65, "bfloat16", "at most 64 rows, not 65"),
-        (Shape(2, 256, 8, 2, 32, 512, 320, 1e-6), 1, "bfloat16", "head dimension is 32"),
-        (Shape(2, 192, 4, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "512 x 192 is not made of"),
-        (Shape(2, 1024, 18, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "9 query heads"),
+        (ModelShape(2, 256, 8, 2, 32, 512, 320, 1e-6), 1, "bfloat16", "head dimension is 32"),
+        (ModelShape(2, 192, 4, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "512 x 192 is not made of"),
+        (ModelShape(2, 1024, 18, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "9 query heads"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_value(
-    shape: Shape, rows: int, dtype: str, why: str
+    shape: ModelShape, rows: int, dtype: str, why: str
 ) -> None:
-    assert why in str(kernels.refusal(Plan(shape, 132), rows, dtype))
+    assert why in str(kernels.refusal(StepPlan(shape, 132), rows, dtype))
 
 
 @pytest.mark.parametrize(
@@ -183,36 +186,36 @@ def test_what_cannot_run_is_refused_with_the_value(
 def test_what_the_kernel_of_few_rows_leaves_to_the_other(
     size: str, blocks: int, rows: int, why: str
 ) -> None:
-    plan = Plan(SIZES[size], blocks)
-    assert why in str(few.refusal(plan, rows, "bfloat16"))
-    assert many.refusal(plan, rows, "bfloat16") is None
+    plan = StepPlan(SIZES[size], blocks)
+    assert why in str(few_rows.refusal(plan, rows, "bfloat16"))
+    assert many_rows.refusal(plan, rows, "bfloat16") is None
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 114, 132])
 @pytest.mark.parametrize("shape", [*SIZES.values(), SMALL, TINY])
-def test_every_band_is_somebodys(shape: Shape, blocks: int) -> None:
-    """A reader waits for every band of every part: one that is nobody's would hang it."""
-    for (rows, columns), phase in zip(shape.matrices, Plan(shape, blocks).phases, strict=True):
-        done = np.zeros((phase.parts, rows // 16), int)
+def test_every_m_tile_is_somebodys(shape: ModelShape, blocks: int) -> None:
+    """A reader waits for every M-tile of every part: one that is nobody's would hang it."""
+    for (out, columns), phase in zip(shape.matrices, StepPlan(shape, blocks).phases, strict=True):
+        done = np.zeros((phase.parts, out // 16), int)
         for part, first, count in zip(phase.part, phase.first, phase.count, strict=True):
             done[part, first : first + count] += 1
         assert (done == 1).all()
-        assert phase.begin[0] == 0
-        assert phase.begin[-1] * 128 == columns
-        assert (np.diff(phase.begin) > 0).all()
+        assert phase.part_begin[0] == 0
+        assert phase.part_begin[-1] * 128 == columns
+        assert (np.diff(phase.part_begin) > 0).all()
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 114, 132])
 @pytest.mark.parametrize("shape", [*SIZES.values(), SMALL, TINY])
-def test_only_blocks_that_layers_make_wait_have_bands_of_the_head(
-    shape: Shape, blocks: int
+def test_only_blocks_that_layers_make_wait_have_m_tiles_of_the_head(
+    shape: ModelShape, blocks: int
 ) -> None:
     """The others would run ahead and take an early layer's words for the last one's."""
-    *layer, head = Plan(shape, blocks).phases
+    *layer, head = StepPlan(shape, blocks).phases
     assert (np.sum([phase.count for phase in layer], axis=0)[head.count > 0] > 0).all()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_read_about_as_many_bytes_a_layer(size: str) -> None:
-    layer = np.sum([p.count * p.tiles for p in Plan(SIZES[size], 132).phases[:4]], axis=0)
+    layer = np.sum([p.count * p.tiles for p in StepPlan(SIZES[size], 132).phases[:4]], axis=0)
     assert layer.max() <= 1.12 * layer.mean()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step import decode_step
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step.batched import mosaic_gpu as many
-from pallas_kernels.decode_step.cache import PagedCache
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.common.cache import PagedCache
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
+from pallas_kernels.decode_step.ptx.thread import V
 from tests.kernels.emulated_step import (
     NARROW,
     ODD,
@@ -23,7 +23,7 @@ from tests.kernels.emulated_step import (
     run,
 )
 
-every_kernel = pytest.mark.parametrize("kernel", [few, many], ids=["few", "many"])
+every_kernel = pytest.mark.parametrize("kernel", [few_rows, many_rows], ids=["few", "many"])
 
 
 def moved(case: Case) -> Case:
@@ -49,9 +49,7 @@ def test_rows_share_their_first_pages(
 
 
 @every_kernel
-def test_tokens_of_one_text_have_one_table(
-    monkeypatch: pytest.MonkeyPatch, kernel: types.ModuleType
-) -> None:
+def test_rows_of_one_table(monkeypatch: pytest.MonkeyPatch, kernel: types.ModuleType) -> None:
     case = drawn(SMALL, 9, [254, 255, 256, 257], 3)
     check(monkeypatch, case._replace(tables=case.tables[[3, 3, 3, 3]]), kernel)
 

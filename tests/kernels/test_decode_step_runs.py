@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import barriers, step, unpack
-from pallas_kernels.decode_step import mosaic_gpu as few
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.common import phases
+from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
+from pallas_kernels.decode_step.packed import unpack
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
 from tests.kernels.emulated_step import (
     GROUPS,
     NARROW,
@@ -50,7 +52,7 @@ from tests.kernels.simt_thread import install
 def test_no_worse_than_xla_and_the_same_in_every_order(
     monkeypatch: pytest.MonkeyPatch, inputs: Inputs
 ) -> None:
-    check(monkeypatch, drawn(*inputs), few)
+    check(monkeypatch, drawn(*inputs), few_rows)
 
 
 @pytest.mark.parametrize(("size", "rows"), [(1e5, 1), (1e-4, 5)])
@@ -58,7 +60,7 @@ def test_float16_takes_hidden_states_of_any_size(
     monkeypatch: pytest.MonkeyPatch, size: float, rows: int
 ) -> None:
     """It ends at 65504 and has nothing below 6e-8."""
-    check_size(monkeypatch, size, [20, 3, 1, 0, 7][:rows], few)
+    check_size(monkeypatch, size, [20, 3, 1, 0, 7][:rows], few_rows)
 
 
 @pytest.mark.parametrize("phase", range(5))
@@ -67,14 +69,14 @@ def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) 
     made: list[Callable[..., None]] = []
     monkeypatch.setattr(unpack.compat, "kernel", lambda body, **how: made.append(body))
     p = plan.phases[phase]
-    unpack._build.__wrapped__(p.rows, p.columns, jnp.bfloat16, phase == 2, plan.blocks)
+    unpack._build.__wrapped__(p.out, p.columns, jnp.bfloat16, phase == 2, plan.blocks)
     blocks = unpack.BLOCKS_EACH * plan.blocks
     machine = Machine(blocks, 64, (0, 0), SEED)
     layer = 0 if phase == 4 else 1
     right = np.asarray(packed.matrix(plan, phase, layer))
     refs = [
         machine.array(np.asarray(x))
-        for x in (packed.tape, packed.at(phase, layer), np.zeros_like(right))
+        for x in (packed.stream, packed.at(phase, layer), np.zeros_like(right))
     ]
     install(monkeypatch, machine)
     machine.run([(Role(b, 0, unpack.THREADS), lambda: made[0](*refs)) for b in range(blocks)])
@@ -93,13 +95,13 @@ class TestWhatIsFound:
 
     def test_a_word_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def alter(patch: pytest.MonkeyPatch) -> None:
-            real = step.leave
-            patch.setattr(step, "leave", lambda at, values, tag: real(at, values, tag ^ 1))
+            real = phases.publish
+            patch.setattr(phases, "publish", lambda at, values, flag: real(at, values, flag ^ 1))
 
         with pytest.raises(Deadlock):
             run(monkeypatch, drawn(*self.CASE), SEED, alter)
 
-    def test_a_page_fetched_over_one_that_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_stage_fetched_over_one_that_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         case = drawn(*self.CASE)
         right = run(monkeypatch, case, SEED)
 
@@ -107,7 +109,7 @@ class TestWhatIsFound:
             real = barriers.await_turn
 
             def hasty(barrier: t.V, parity: t.V) -> None:
-                # A slot has two barriers, and the second says that it was read.
+                # A stage has two barriers, and the second says that it was read.
                 t.when((barrier & 15).equals(0), lambda: real(barrier, parity))
 
             patch.setattr(barriers, "await_turn", hasty)
@@ -115,7 +117,7 @@ class TestWhatIsFound:
         def shows(seed: int) -> bool:
             try:
                 wrong = run(monkeypatch, case, seed, alter)
-            except Deadlock:  # two pages came while a reader waited for one
+            except Deadlock:  # it was filled twice while a reader waited for once
                 return True
             return not np.array_equal(right[0], wrong[0])
 

@@ -1,6 +1,6 @@
 """Copies into shared memory that an mbarrier counts, and waiting: for them, and for all blocks."""
 
-from pallas_kernels.decode_step import thread as t
+from pallas_kernels.decode_step.ptx import thread as t
 
 
 def make_barrier(address: t.V, arrivals: int) -> None:

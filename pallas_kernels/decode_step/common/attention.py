@@ -1,4 +1,5 @@
-"""Attention inside a step: one row and key/value head to a block, or to several for a long text.
+"""Attention inside a step: one row and key/value head to a block, or to several for a long
+context.
 
 Eight warps take a run of slots each and keep a running softmax for all query heads of the group.
 Keys and values go from memory straight to the registers of the tensor cores' operands, a turn
@@ -9,19 +10,19 @@ waited for. The new token, which is in no slot yet, is one more part beside thos
 import dataclasses
 from collections.abc import Callable
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step import words as w
-from pallas_kernels.decode_step.cache import PagedCache
-from pallas_kernels.decode_step.formats import Format
-from pallas_kernels.decode_step.packing import WARPS
-from pallas_kernels.decode_step.plan import Plan
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.softmax import NEVER, Found, Softmax, score_scale
-from pallas_kernels.decode_step.thread import V
-from pallas_kernels.decode_step.words import Layout, awaited, leave, over
+from pallas_kernels.decode_step.common.cache import PagedCache
+from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
+from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.common.softmax import NEVER, Found, Softmax, score_scale
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import StepPlan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
+from pallas_kernels.decode_step.ptx.loops import block_stride_loop
+from pallas_kernels.decode_step.ptx.thread import V
 
 SLOTS_A_SPLIT = 128
-"""Slots a block takes of a text that several attend to: one turn of its warps."""
+"""Slots a block takes of a context that several attend to: one turn of its warps."""
 SLOTS_ALONE = 256
 """Slots up to which it takes less time to attend to all of them than to put parts together."""
 SLOTS_AT_ONCE = 16
@@ -29,28 +30,28 @@ SLOTS_AT_ONCE = 16
 TURNS_EARLY = 2
 """Of which keys and values are asked for before the queries are there."""
 SPLITS_AT_ONCE = 5
-"""Splits of a warp that are waited for together, at most."""
+"""Splits of a warp that are polled together, at most."""
 
 
 Result = Callable[[V, V, list[V], V], None]
-"""Leaves some columns of a head's result: row and head in one number, the first column, the
-values, and the layer's tag."""
+"""Publishes some columns of a head's result: row and head in one number, the first column, the
+values, and the layer's flag."""
 
 
-def most_splits(plan: Plan, rows: int, capacity: int) -> int:
+def most_splits(plan: StepPlan, rows: int, capacity: int) -> int:
     """Blocks that can share one row and key/value head of a full cache."""
     units = rows * plan.shape.kv_heads
     return max(1, min(plan.blocks // units, -(-capacity // SLOTS_A_SPLIT)))
 
 
-def found_bytes(plan: Plan) -> int:
+def found_bytes(plan: StepPlan) -> int:
     """What the warps find for the group, and the new token's part."""
     size = Found.size(plan.shape.group, plan.shape.head_dim, WARPS + 1)
     # What lies behind it is loaded by 16 bytes, and nine parts of seven heads are eight more.
     return -(-size // 16) * 16
 
 
-def heads_bytes(plan: Plan) -> int:
+def heads_bytes(plan: StepPlan) -> int:
     """The group's queries, the key and the value, in 16 bits."""
     return (plan.shape.group + 2) * plan.shape.head_dim * 2
 
@@ -61,11 +62,10 @@ class Attention:
 
     Attributes:
         splits: blocks for one row and key/value head, at most.
-        block: the block's number.
+        cta: the block's number, and that of its first share.
         cache: keys and values of the slots before each row's position.
         rope, positions: addresses of the inputs.
         new: of the new keys and values.
-        memory, layout: the words blocks leave for each other.
         heads: shared memory for the group's queries, the key and the value.
         found: shared memory for what the warps found.
         format: of the cache.
@@ -74,16 +74,15 @@ class Attention:
             first are asked for early; more would be in the way of what others wait for.
     """
 
-    plan: Plan
+    plan: StepPlan
     rows: int
     splits: int
-    block: V
+    cta: V
     cache: PagedCache
     rope: V
     positions: V
     new: V
-    memory: V
-    layout: Layout
+    exchange: Exchange
     heads: V
     found: V
     format: Format
@@ -92,7 +91,7 @@ class Attention:
 
     @property
     def _at_once(self) -> int:
-        """Splits of a warp that are waited for together."""
+        """Splits of a warp that are polled together."""
         of_warp = -(-self.splits // WARPS)
         return -(-of_warp // -(-of_warp // SPLITS_AT_ONCE))
 
@@ -104,18 +103,18 @@ class Attention:
         return t.load_global(self.positions + (row << 2).wide())[0]
 
     def _active(self, position: V) -> V:
-        """Blocks that share a text."""
+        """Blocks that share a row's context."""
         several = t.smaller((position + (SLOTS_A_SPLIT - 1)) // SLOTS_A_SPLIT, self.splits)
         return t.select(position <= SLOTS_ALONE, t.integer(1), several)
 
     def prefetch(self, layer: V) -> None:
         """Brings each warp's first keys and values nearer while the queries are made."""
-        row, kv_head, split = self._mine()
+        row, kv_head, split = self._share(self.cta)
         position = self._position(row)
         active = self._active(position)
         of_slot = self.rows * self.plan.shape.kv_heads * 2 * self.cache.slot_bytes
         wanted = (split < active) & (position <= self.early // of_slot)
-        lane = t.me() % t.WARP
+        lane = t.thread_id() % t.WARP
 
         def bring() -> None:
             """A lane for the keys of each turn, and one for the values."""
@@ -131,16 +130,16 @@ class Attention:
 
         t.when(wanted & (lane < 2 * TURNS_EARLY), bring)
 
-    def _mine(self) -> tuple[V, V, V]:
-        """Row, key/value head and split of this block."""
+    def _share(self, number: V) -> tuple[V, V, V]:
+        """Row, key/value head and split of the share of this number."""
         kv_heads = self.plan.shape.kv_heads
         units = self.rows * kv_heads
-        unit, split = self.block % units, self.block // units
+        unit, split = number % units, number // units
         return unit // kv_heads, unit % kv_heads, split
 
     def _run(self, split: V, position: V, active: V) -> tuple[V, V]:
         """This warp's slots, from the first to the one after the last."""
-        warps, warp = active * WARPS, split * WARPS + t.me() // t.WARP
+        warps, warp = active * WARPS, split * WARPS + t.thread_id() // t.WARP
         turns = (position + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         begin, end = (number * turns // warps * SLOTS_AT_ONCE for number in (warp, warp + 1))
         return begin, t.smaller(end, position)
@@ -152,9 +151,22 @@ class Attention:
         first = t.smaller(begin + turn * SLOTS_AT_ONCE, last)
         return first, last - first
 
-    def attend(self, layer: V, tag: V) -> None:
-        """This block's share of attention; its result is left for everyone, or for `combine`."""
-        row, kv_head, split = self._mine()
+    def attend(self, layer: V, flag: V) -> None:
+        """Attention of every row, key/value head and split that is this block's turn.
+
+        What it finds is published for everyone, or for `combine`.
+        """
+        blocks = self.plan.blocks
+        shares = self.rows * self.plan.shape.kv_heads * self.splits
+
+        def turn(i: V, _: list[V]) -> list[V]:
+            self._attend(self.cta + i * blocks, layer, flag)
+            return []
+
+        t.loop(-(-shares // blocks), [], turn)
+
+    def _attend(self, number: V, layer: V, flag: V) -> None:
+        row, kv_head, split = self._share(number)
         position = self._position(row)
         active = self._active(position)
 
@@ -163,19 +175,19 @@ class Attention:
             page = self.cache.page(row, self._spot(run, t.integer(0))[0])
             # The row of an empty run may have no page; page 0 is always there.
             page = t.select(begin < end, page, 0)
-            self._take_heads(layer, row, kv_head, split, tag)
-            t.together(THREADS)
-            # Not before: they would be in the way of the words that are waited for.
+            self._take_heads(layer, row, kv_head, split, flag)
+            t.block_barrier(THREADS)
+            # Not before: they would be in the way of the words that are polled.
             first = self._load(layer, kv_head, run, t.integer(0), page)
             self._new_token(split)
             self._of_group.keep(self._slots(layer, row, kv_head, run, first))
-            t.together(THREADS)
-            self._leave(row, kv_head, split, active, tag)
-            t.together(THREADS)
+            t.block_barrier(THREADS)
+            self._publish(row, kv_head, split, active, flag)
+            t.block_barrier(THREADS)
 
         t.when(split < active, share)
 
-    def _take_heads(self, layer: V, row: V, kv_head: V, split: V, tag: V) -> None:
+    def _take_heads(self, layer: V, row: V, kv_head: V, split: V, flag: V) -> None:
         """Rotates the group's queries and the key; they and the value are rounded and kept."""
         shape = self.plan.shape
         h, half, group = shape.head_dim, shape.head_dim // 2, shape.group
@@ -186,17 +198,17 @@ class Attention:
             own = (shape.heads + kv_head + (head - group) * shape.kv_heads) * h
             column = t.select(head < group, column, own) + i
             index = row * shape.qkv + column
-            at = [self.layout.at(self.memory, w.QKV, index + n * half) for n in range(2)]
+            at = [self.exchange.at(Section.QKV, index + n * half) for n in range(2)]
             angle = self.rope + ((row * h + i) << 2).wide()
             cos, sin = (t.load_global(angle + 4 * n * half)[0].bits() for n in range(2))
-            (first,), (second,) = awaited(at, 1, tag)
+            (first,), (second,) = poll(at, 1, flag)
             turns = head <= group
             a = t.select(turns, first * cos - second * sin, first)
             b = t.select(turns, second * cos + first * sin, second)
             both = self.format.pair(a, b)
-            place = self.heads + (head * h + i) * 2
-            t.store_shared_half(place, both)
-            t.store_shared_half(place + h, both >> 16)
+            own = self.heads + (head * h + i) * 2
+            t.store_shared_half(own, both)
+            t.store_shared_half(own + h, both >> 16)
 
             def write() -> None:
                 cached = ((head - group) * shape.layers + layer) * self.rows + row
@@ -206,7 +218,7 @@ class Attention:
 
             t.when((head >= group) & split.equals(0), write)
 
-        over((group + 2) * half, THREADS, pair)
+        block_stride_loop((group + 2) * half, THREADS, pair)
 
     def _new_token(self, split: V) -> None:
         """The new token's part: each warp finds its score for one head.
@@ -214,7 +226,7 @@ class Attention:
         Of several splits the first counts it; in the others it weighs nothing.
         """
         h, group, part = self.plan.shape.head_dim, self.plan.shape.group, WARPS
-        head, lane = t.me() // t.WARP, t.me() % t.WARP
+        head, lane = t.thread_id() // t.WARP, t.thread_id() % t.WARP
 
         def numbers(of: V | int) -> list[V]:
             """A lane's share of a query, or of the key or value after them."""
@@ -240,7 +252,7 @@ class Attention:
         keep its registers occupied all the way from the kernel's start.
         """
         first, most = self._spot(run, turn)
-        lane, slot_bytes = t.me() % t.WARP, self.cache.slot_bytes
+        lane, slot_bytes = t.thread_id() % t.WARP, self.cache.slot_bytes
         g, quarter = lane // 4, lane % 4
         keys = self.cache.key(layer, kv_head, page, first)
         words = []
@@ -267,7 +279,7 @@ class Attention:
         """The running softmax of this warp's slots, in one lane's share."""
         shape = self.plan.shape
         h = shape.head_dim
-        lane = t.me() % t.WARP
+        lane = t.thread_id() % t.WARP
         g, quarter = lane // 4, lane % 4
         queries = [
             t.load_shared(self.heads + (g * h + 32 * i + quarter * 8) * 2, 4, g < shape.group)
@@ -290,7 +302,7 @@ class Attention:
         turns = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         return Softmax.carried(t.loop(turns, [*empty, *loaded], turn)[: len(empty)])
 
-    def _leave(self, row: V, kv_head: V, split: V, active: V, tag: V) -> None:
+    def _publish(self, row: V, kv_head: V, split: V, active: V, flag: V) -> None:
         shape = self.plan.shape
         h, group = shape.head_dim, shape.group
         quads = h // 4
@@ -302,50 +314,49 @@ class Attention:
 
             def whole() -> None:
                 scale = t.reciprocal(total)
-                self.result(index, column, [value * scale for value in values], tag)
+                self.result(index, column, [value * scale for value in values], flag)
 
             def part() -> None:
-                place = index * self.splits + split
-                leave(self.layout.at(self.memory, w.SPLITS, place * h + column), values, tag)
-                at = self.layout.at(self.memory, w.STATS, place * 2)
-                t.when(column.equals(0), lambda: leave(at, [maximum, total], tag))
+                which = index * self.splits + split
+                at = self.exchange.at(Section.SPLITS, which * h + column)
+                publish(at, values, flag)
+                at = self.exchange.at(Section.STATS, which * 2)
+                t.when(column.equals(0), lambda: publish(at, [maximum, total], flag))
 
             t.when(active.equals(1), whole)
             if self.splits > 1:
                 t.when(active > 1, part)
 
-        over(group * quads, THREADS, four)
+        block_stride_loop(group * quads, THREADS, four)
 
-    def combine(self, tag: V) -> None:
-        """Puts together what the splits of a text found, head by head."""
+    def combine(self, flag: V) -> None:
+        """Puts together what the splits of a context found, head by head."""
         if self.splits == 1:
             return
         blocks, heads = self.plan.blocks, self.rows * self.plan.shape.heads
 
         def one(i: V, _: list[V]) -> list[V]:
-            index = self.block + i * blocks
+            index = self.cta + i * blocks
             active = self._active(self._position(index // self.plan.shape.heads))
-            t.when(active > 1, lambda: self._combine(index, active, tag))
+            t.when(active > 1, lambda: self._combine(index, active, flag))
             return []
 
-        t.loop((t.integer(heads) - self.block + (blocks - 1)) // blocks, [], one)
+        t.loop((t.integer(heads) - self.cta + (blocks - 1)) // blocks, [], one)
 
-    def _combine(self, index: V, active: V, tag: V) -> None:
+    def _combine(self, index: V, active: V, flag: V) -> None:
         h = self.plan.shape.head_dim
         each = h // t.WARP
-        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
 
         def some(i: V, carry: list[V]) -> list[V]:
             wanted = [(i * self._at_once + n) * WARPS + warp for n in range(self._at_once)]
-            places = [index * self.splits + t.smaller(s, active - 1) for s in wanted]
+            at_splits = [index * self.splits + t.smaller(s, active - 1) for s in wanted]
             ats = []
-            for place in places:
-                ats += [self.layout.at(self.memory, w.STATS, place * 2 + n) for n in range(2)]
-                first = place * h + lane
-                ats += [
-                    self.layout.at(self.memory, w.SPLITS, first + n * t.WARP) for n in range(each)
-                ]
-            words = [word for (word,) in awaited(ats, 1, tag)]
+            for at in at_splits:
+                ats += [self.exchange.at(Section.STATS, at * 2 + n) for n in range(2)]
+                first = at * h + lane
+                ats += [self.exchange.at(Section.SPLITS, first + n * t.WARP) for n in range(each)]
+            words = [word for (word,) in poll(ats, 1, flag)]
             maximum, total, *values = carry
             for n, s in enumerate(wanted):
                 theirs, weight, *parts = words[n * (2 + each) : (n + 1) * (2 + each)]
@@ -366,12 +377,12 @@ class Attention:
             t.store_shared(of_head.value(warp, head, lane + n * t.WARP), [value])
         at = of_head.stats(warp, head)
         t.when(lane.equals(0), lambda: t.store_shared(at, found[:2]))
-        t.together(THREADS)
+        t.block_barrier(THREADS)
 
         def write() -> None:
-            column = t.me()
+            column = t.thread_id()
             _, total, (value,) = of_head.merged(head, column, 1)
-            self.result(index, column, [value * t.reciprocal(total)], tag)
+            self.result(index, column, [value * t.reciprocal(total)], flag)
 
-        t.when(t.me() < h, write)
-        t.together(THREADS)
+        t.when(t.thread_id() < h, write)
+        t.block_barrier(THREADS)

@@ -1,4 +1,5 @@
-"""Matrices put together again from the tape, on Hopper: for prefill, which multiplies them whole.
+"""Matrices put together again from the weight stream, on Hopper: for prefill, which multiplies
+them whole.
 
 XLA's own gather and transpose of `Packed.matrix` moves four numbers at a time and takes ten
 times as long.
@@ -14,10 +15,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.packing import Packed
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, GATE_UP, Plan
-from pallas_kernels.decode_step.stream import TILE_BYTES
+from pallas_kernels.decode_step.packed.packing import TILE_BYTES, Packed
+from pallas_kernels.decode_step.packed.plan import GATE_UP, K_TILE, M_TILE, StepPlan
+from pallas_kernels.decode_step.ptx import thread as t
 
 THREADS = TILE_BYTES // 16
 """One for each 16 bytes of a tile."""
@@ -34,41 +34,41 @@ def refusal(dtype: DTypeLike) -> str | None:
     return f"the weights are {jnp.dtype(dtype).name}, not of 16 bits"
 
 
-def matrix(packed: Packed, plan: Plan, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
+def matrix(packed: Packed, plan: StepPlan, phase: int, layer: int = 0) -> Float[Array, "out in"]:
     """`packed.matrix` by a kernel."""
     p = plan.phases[phase]
-    build = _build(p.rows, p.columns, packed.tape.dtype, phase == GATE_UP, plan.blocks)
-    return build(packed.tape, packed.at(phase, layer))
+    build = _build(p.out, p.columns, packed.stream.dtype, phase == GATE_UP, plan.blocks)
+    return build(packed.stream, packed.at(phase, layer))
 
 
 @functools.cache
 def _build(
-    rows: int, columns: int, dtype: jnp.dtype, halves_apart: bool, multiprocessors: int
+    outs: int, columns: int, dtype: jnp.dtype, halves_apart: bool, multiprocessors: int
 ) -> Callable[..., Any]:
-    """The kernel for a matrix; `halves_apart` where a band holds rows of both its halves."""
-    across, tiles = columns // COLUMNS, rows // BAND * (columns // COLUMNS)
+    """The kernel for a matrix; `halves_apart` where an M-tile holds outputs of both its halves."""
+    across, tiles = columns // K_TILE, outs // M_TILE * (columns // K_TILE)
     blocks = BLOCKS_EACH * multiprocessors
 
     def move(context: Any, *refs: Any) -> None:
-        tape, places, out = map(t.address, refs)
-        thread = t.me()
+        stream, offsets, matrix = map(t.address, refs)
+        thread = t.thread_id()
         warp, g, quarter = thread // t.WARP, thread % t.WARP // 4, thread % 4
 
         def some(i: t.V, _: list[t.V]) -> list[t.V]:
-            numbers = [(i * AT_ONCE + n) * blocks + t.block() for n in range(AT_ONCE)]
+            numbers = [(i * AT_ONCE + n) * blocks + t.cta_id() for n in range(AT_ONCE)]
             there = [number < tiles for number in numbers]
             loaded = []
             for number, inside in zip(numbers, there, strict=True):
-                (at,) = t.load_global(places + (number << 2).wide(), where=inside)
-                source = tape + at.wide() * TILE_BYTES + (thread << 4).wide()
+                (at,) = t.load_global(offsets + (number << 2).wide(), where=inside)
+                source = stream + at.wide() * TILE_BYTES + (thread << 4).wide()
                 loaded.append(t.load_global(source, 4, where=inside))
             for number, inside, words in zip(numbers, there, loaded, strict=True):
-                band, tile = number // across, number % across
-                column = (tile * COLUMNS + warp * 16 + quarter * 4).wide() * 2
-                height = 8 if halves_apart else BAND
+                m_tile, tile = number // across, number % across
+                column = (tile * K_TILE + warp * 16 + quarter * 4).wide() * 2
+                height = 8 if halves_apart else M_TILE
                 for half in range(2):
-                    row = band * height + half * (rows // 2 if halves_apart else 8) + g
-                    target = out + row.wide() * (2 * columns) + column
+                    out = m_tile * height + half * (outs // 2 if halves_apart else 8) + g
+                    target = matrix + out.wide() * (2 * columns) + column
                     pair = words[2 * half : 2 * half + 2]
                     t.when(inside, functools.partial(t.store_global, target, pair))
             return []
@@ -81,7 +81,7 @@ def _build(
     return compat.kernel(
         body,
         name="decode_step_unpack",
-        out_type=jax.ShapeDtypeStruct((rows, columns), dtype),
+        out_type=jax.ShapeDtypeStruct((outs, columns), dtype),
         grid=(blocks,),
         grid_names=("block",),
         warpgroups=THREADS // t.WARPGROUP,

@@ -7,9 +7,9 @@ the tensor cores: as rows they would fill half of it. Lane 4 g + t has heads 2 t
 import dataclasses
 import functools
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import Format
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
+from pallas_kernels.decode_step.ptx.thread import V
 
 NEVER = -1e30
 """The score of a slot that isn't there: far below every other, so that it weighs nothing."""
@@ -128,7 +128,7 @@ class Found:
 
     def keep(self, found: Softmax) -> None:
         """Leaves what this warp found."""
-        lane, warp = t.me() % t.WARP, t.me() // t.WARP
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         eighth, two = lane // 4, lane % 4 * 2
         totals = [t.warp_sum(total, ACROSS) for total in found.total]
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pallas_kernels.decode_step.thread import V, asm, f32, i32
+from pallas_kernels.decode_step.ptx.thread import V, asm, f32, i32
 
 
 @dataclasses.dataclass(frozen=True)

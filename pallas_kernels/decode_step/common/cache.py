@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.plan import Shape
-from pallas_kernels.decode_step.thread import V
+from pallas_kernels.decode_step.packed.plan import ModelShape
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
 
 FEWEST_SLOTS = 128
 """Of a page: those that a block's warps attend to in one turn."""
@@ -45,7 +45,7 @@ class PagedCache:
         pages, tables: addresses of the pool and of the block tables.
     """
 
-    shape: Shape
+    shape: ModelShape
     pool: Pool
     pages: V
     tables: V

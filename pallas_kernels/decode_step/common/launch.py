@@ -1,5 +1,6 @@
 """How both kernels are launched: a block a multiprocessor, which stays for the whole step."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,27 +10,29 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step import thread as t
-from pallas_kernels.decode_step.formats import FORMATS
-from pallas_kernels.decode_step.plan import BAND, COLUMNS, Plan
-from pallas_kernels.decode_step.products import THREADS
-from pallas_kernels.decode_step.step import PHASES
+from pallas_kernels.decode_step.common.trace import PHASES, Trace
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import K_TILE, M_TILE, StepPlan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import FORMATS
+from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.lazy import lazy
+from pallas_kernels.target import HOPPER
 
 pl = lazy("jax.experimental.pallas")
 plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
 
-SMEM_BYTES = 232_448
-"""Shared memory a block may have on Hopper."""
-RESERVED_BYTES = 2048
-"""For what Pallas puts there itself, and alignment."""
+SHARED_BYTES = HOPPER.shared_bytes - HOPPER.reserved_bytes
+"""Shared memory that a block divides."""
 
+THREADS = WARPS * t.WARP
+"""Of a block, that compute."""
 FETCHERS = t.WARPGROUP
 """Threads beside those that compute: to fetch and the like, but they come by the warpgroup."""
 
-REGISTERS, FETCHER_REGISTERS = 232, 40
-"""Of a thread that computes and one that fetches; together the 168 of each of 384 threads that
-the kernel starts with. One more, and the block would wait for it forever."""
+FETCHER_REGISTERS = 40
+REGISTERS = HOPPER.registers_beside(THREADS, FETCHERS, FETCHER_REGISTERS)
+"""Of a thread that computes."""
 
 HEAD_DIMS = (64, 128)
 
@@ -39,9 +42,9 @@ class Roles(NamedTuple):
 
     Attributes:
         make: sets up barriers; all threads, with the shared memory.
-        beside: the threads that don't compute, with the tape, the table, the words and the shared
-            memory.
-        start: those that do, before the blocks have met; with all references but the tape.
+        beside: the threads that don't compute, with the weight stream, the table, the exchange and
+            the shared memory.
+        start: those that do, before the first grid barrier; with all references but the stream.
         steps: the same, after.
     """
 
@@ -51,19 +54,51 @@ class Roles(NamedTuple):
     steps: Callable[..., None]
 
 
-def begins(pieces: Sequence[int]) -> list[int]:
-    """Where pieces of shared memory begin that lie one after the other, of so many bytes each."""
-    return [sum(pieces[:i]) for i in range(len(pieces))]
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Addresses of a kernel's arguments and results but the weight stream, in their order.
+
+    Attributes:
+        times: of a traced kernel, int32 `[blocks, phases]`.
+    """
+
+    table: V
+    bias: V
+    norms: V
+    hidden: V
+    rope: V
+    pages: V
+    tables: V
+    positions: V
+    logits: V
+    new: V
+    exchange: V
+    times: V | None = None
+
+    @classmethod
+    def of(cls, refs: Sequence[Any]) -> "Arguments":
+        return cls(*map(t.address, refs))
+
+    def trace(self, cta: V) -> Trace:
+        """That block's, where there is one."""
+        if self.times is None:
+            return Trace(None)
+        return Trace(self.times + (cta * (4 * len(PHASES))).wide())
 
 
-def unfit(plan: Plan, dtype: DTypeLike) -> str | None:
-    """Why neither this kernel nor the one of many rows can run the model, or None."""
+def begins(sizes: Sequence[int]) -> list[int]:
+    """Where regions of shared memory begin that lie one after the other, of so many bytes each."""
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def unfit(plan: StepPlan, dtype: DTypeLike) -> str | None:
+    """Why neither kernel can run the model, or None."""
     shape = plan.shape
     if jnp.dtype(dtype).name not in FORMATS:
         return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"
-    for height, columns in shape.matrices:
-        if height % BAND or columns % COLUMNS:
-            return f"a matrix of {height} x {columns} is not made of {BAND} x {COLUMNS} tiles"
+    for out, columns in shape.matrices:
+        if out % M_TILE or columns % K_TILE:
+            return f"a matrix of {out} x {columns} is not made of {M_TILE} x {K_TILE} tiles"
     if shape.head_dim not in HEAD_DIMS:
         return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
     if shape.group > 8:
@@ -73,7 +108,7 @@ def unfit(plan: Plan, dtype: DTypeLike) -> str | None:
 
 def persistent(
     name: str,
-    plan: Plan,
+    plan: StepPlan,
     rows: int,
     dtype: DTypeLike,
     words: int,
@@ -81,11 +116,13 @@ def persistent(
     roles: Roles,
     traced: bool,
 ) -> Callable[..., Any]:
-    """A kernel as `kernels.build` describes it, with so many words and bytes of shared memory."""
+    """A kernel as `kernels.build` describes it, whose exchange has so many words, and whose blocks
+    have so many bytes of shared memory.
+    """
     shape, blocks = plan.shape, plan.blocks
 
     def body(*refs: Any) -> None:
-        tape, table, memory, smem = (refs[i] for i in (0, 1, 11, -1))
+        stream, table, memory, smem = (refs[i] for i in (0, 1, 11, -1))
         semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
         warpgroup = lax.axis_index("wg")
         t.emit(roles.make, smem)
@@ -93,7 +130,7 @@ def persistent(
         @pl.when(warpgroup == THREADS // t.WARPGROUP)
         def _() -> None:
             plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
-            t.emit(roles.beside, tape, table, memory, smem)
+            t.emit(roles.beside, stream, table, memory, smem)
 
         @pl.when(warpgroup < THREADS // t.WARPGROUP)
         def _() -> None:

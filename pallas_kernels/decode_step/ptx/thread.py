@@ -238,7 +238,7 @@ def _width(count: int) -> str:
     return "b32" if count == 1 else f"v{count}.b32"
 
 
-def me() -> V:
+def thread_id() -> V:
     """The thread's number in its block, asked for anew each time.
 
     LLVM can't move what depends on it out of loops, which fills the registers with addresses.
@@ -246,7 +246,8 @@ def me() -> V:
     return asm("mov.u32 $0, %tid.x;", [i32()], "=r")[0]
 
 
-def block() -> V:
+def cta_id() -> V:
+    """The block's number in the grid."""
     return asm("mov.u32 $0, %ctaid.x;", [i32()], "=r")[0]
 
 
@@ -255,17 +256,17 @@ def nanoseconds() -> V:
     return asm("mov.u32 $0, %globaltimer_lo;", [i32()], "=r")[0]
 
 
-def together(threads: int, barrier: int = OURS) -> None:
+def block_barrier(threads: int, barrier: int = OURS) -> None:
     """Waits for so many threads of the block, always the same ones."""
     asm(f"bar.sync {barrier}, {threads};", [], "~{memory}")
 
 
-def arrive(threads: int, barrier: int) -> None:
-    """Counts among the threads that others wait for by `together`, without waiting."""
+def block_barrier_arrive(threads: int, barrier: int) -> None:
+    """Counts among the threads that others wait for by `block_barrier`, without waiting."""
     asm(f"bar.arrive {barrier}, {threads};", [], "~{memory}")
 
 
-def warp_together() -> None:
+def warp_barrier() -> None:
     asm("bar.warp.sync 0xffffffff;", [], "~{memory}")
 
 

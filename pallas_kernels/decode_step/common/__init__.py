@@ -1,0 +1,1 @@
+"""What the kernel of few rows and that of many share."""

@@ -1,0 +1,110 @@
+"""The flagged exchange: memory in which blocks publish numbers, each with the flag of its layer.
+
+The last bit of a float32 is the flag, the parity of its layer: a reader polls until every word has
+it. Each word stands for itself, so no fence and no barrier across the grid is needed, and what
+arrives first is already there when the last does. The bit costs 2^-23 of the value. This is
+the idea of NCCL's LL protocol, with the flag inside the word.
+
+A word may be overwritten one layer later without asking: whoever reads words publishes others,
+which the next layer's writers wait for. Nobody waits for the readers of the head, and nothing is
+written after it. This chain of relaxed loads and stores is ordered because a load that has seen
+a word is served by the L2 cache, as are all that its thread makes after it.
+"""
+
+import dataclasses
+import enum
+import itertools
+from collections.abc import Iterable, Sequence
+
+from pallas_kernels.decode_step.packed.plan import DOWN, StepPlan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
+
+
+class Section(enum.IntEnum):
+    """What is exchanged, in a step of few rows."""
+
+    QKV = 0
+    ATTN_OUT = 1
+    ATTN_RESIDUAL = 2
+    FFN_ACT = 3
+    DOWN_PARTS = 4
+    """Of every part of the down projection, the sums."""
+    HIDDEN = 5
+    """The embeddings, then the hidden state after a layer."""
+    SPLITS = 6
+    """What every split of a row's context found, where several blocks attend to it: its values."""
+    STATS = 7
+    """The same: its maximum and the sum of its weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the sections lie: `sizes` words each, one after the other."""
+
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def aligned(cls, sizes: Iterable[int]) -> "Layout":
+        """Of at least so many words each: copies and wide stores want 16 bytes."""
+        return cls(tuple(-(-size // 4) * 4 for size in sizes))
+
+    @classmethod
+    def of(cls, plan: StepPlan, rows: int, splits: int) -> "Layout":
+        shape = plan.shape
+        query = shape.heads * shape.head_dim
+        parts = plan.phases[DOWN].parts
+        widths = (shape.qkv, query, shape.hidden, shape.ffn, parts * shape.hidden, shape.hidden)
+        several = splits if splits > 1 else 0
+        split = (query * several, 2 * shape.heads * several)
+        return cls.aligned(rows * width for width in (*widths, *split))
+
+    @property
+    def begins(self) -> list[int]:
+        return [0, *itertools.accumulate(self.sizes)]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """The memory of a launch, and where its sections lie in it."""
+
+    memory: V
+    layout: Layout
+
+    def at(self, section: int, index: int | V = 0) -> V:
+        """The address of a word of a section."""
+        begin = self.memory + 4 * self.layout.begins[section]
+        if isinstance(index, V):
+            return begin + (index << 2).wide()
+        return begin + 4 * index
+
+
+def publish(address: V, values: Sequence[V], flag: V) -> None:
+    """Stores float32 numbers, each with its last bit replaced by the flag, 0 or 1."""
+    t.store_global(address, [(value.bits() & -2) | flag for value in values], "relaxed.gpu.")
+
+
+def poll(
+    addresses: Sequence[V], count: int, flag: V, where: Sequence[V] | None = None
+) -> list[list[V]]:
+    """`count` float32 at each address, once all have the flag; no number if not `where`."""
+
+    wanted: Sequence[V | None] = where or [None] * len(addresses)
+
+    def look() -> tuple[V, list[V]]:
+        words = [
+            w
+            for a, there in zip(addresses, wanted, strict=True)
+            for w in t.load_global(a, count, "relaxed.gpu", where=there, otherwise=flag)
+        ]
+        late = words[0] ^ flag
+        for word in words[1:]:
+            late = late | (word ^ flag)
+        return (late & 1).differs(0), words
+
+    words = [w.bits() for w in t.repeat_while(look, len(addresses) * count)]
+    return [words[i : i + count] for i in range(0, len(words), count)]

@@ -1,0 +1,138 @@
+"""A product's whole input in shared memory, as the tensor cores take it.
+
+An input is float32; it enters as two 16-bit numbers, rounded and the rest. Of every 16 columns each
+row has four quads, four rounded numbers and their four rests.
+"""
+
+import functools
+
+from pallas_kernels.decode_step.common.exchange import poll
+from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
+from pallas_kernels.decode_step.ptx.thread import V
+
+QUAD = 4
+"""Numbers of an input that a lane takes at once: its operand of one product."""
+AT_ONCE = 8
+"""Quads that a lane polls for together."""
+EIGHT = 8
+"""Rows that a tensor-core product takes at most: it has eight columns."""
+
+
+def input_bytes(tiles: int, rows: int) -> int:
+    """Shared memory for an input of so many tiles' columns."""
+    return tiles * WARPS * rows * 64
+
+
+class Inputs:
+    """Where a block keeps one product's input after the other.
+
+    Attributes:
+        rows: 1 to 16.
+        memory: in shared memory, for the operands.
+        squares: the same, for the warps' sums of squares.
+        format: of the weights.
+        narrow: a row's rounded numbers and their rests are two of a product's columns; where not,
+            they are one column of two products.
+        eights: how many times eight rows there are, rounded up.
+    """
+
+    def __init__(self, rows: int, memory: V, squares: V, format: Format):
+        self.rows, self.memory, self.squares, self.format = rows, memory, squares, format
+        self.warps_each = max(1, WARPS // rows)
+        self.narrow = rows <= 4
+        self.eights = -(-rows // EIGHT)
+
+    def absorb(
+        self,
+        source: V,
+        stride: int,
+        quads: int | V,
+        most_quads: int,
+        flag: V,
+        norm: V | None = None,
+    ) -> None:
+        """Polls for an input and puts it into shared memory.
+
+        Args:
+            source: address of the first row's words.
+            stride: words from a row to the next.
+            quads: a quarter of the input's length, `most_quads` of them on any block.
+            flag: of the words.
+            norm: address of weights to multiply with; the sum of squares of what they are
+                multiplied with is kept as well.
+        """
+        warp, lane = t.thread_id() // t.WARP, t.thread_id() % t.WARP
+        turn = warp % self.warps_each
+        stripe = t.WARP * self.warps_each
+        at_once = min(AT_ONCE, -(-most_quads // stripe))
+
+        def some(row: V, i: V, squares: list[V]) -> list[V]:
+            first = (i * at_once * self.warps_each + turn) * t.WARP + lane
+            wanted = [first + n * stripe for n in range(at_once)]
+            there = [q < quads for q in wanted]
+            begin = source + (row * (4 * stride)).wide()
+            weights = []
+            if norm:
+                weights = [
+                    t.load_global(norm + (q << 4).wide(), 4, where=inside)
+                    for q, inside in zip(wanted, there, strict=True)
+                ]
+            words = poll([begin + (q << 4).wide() for q in wanted], 4, flag, there)
+            (total,) = squares
+            for n, (q, values) in enumerate(zip(wanted, words, strict=True)):
+                if norm:
+                    total = sum((v * v for v in values), start=total)
+                    values = [v * w.bits() for v, w in zip(values, weights[n], strict=True)]
+                pairs = [self.format.split(*values[:2]), self.format.split(*values[2:])]
+                operand = [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
+                at = (q // QUAD) * (64 * self.rows) + row * 64 + (q % QUAD) * 16
+                target = self.memory + at
+                t.when(there[n], functools.partial(t.store_shared, target, operand))
+            return [total]
+
+        def all_of(row: V) -> None:
+            turns = (t.integer(quads) + (stripe * at_once - 1)) // (stripe * at_once)
+            (squares,) = t.loop(turns, [t.number(0)], functools.partial(some, row))
+            if norm:
+                total = t.warp_sum(squares)
+                at = self.squares + (row * self.warps_each + turn) * 4
+                t.when(lane.equals(0), lambda: t.store_shared(at, [total]))
+
+        def every(i: V, _: list[V]) -> list[V]:
+            row = i * WARPS + warp // self.warps_each
+            t.when(row < self.rows, lambda: all_of(row))
+            return []
+
+        # One thread looks out for the first word. If all of them did, in every block, they would
+        # slow down what they wait for.
+        t.when(t.thread_id().equals(0), lambda: poll([source], 1, flag))
+        t.block_barrier(THREADS)
+        t.loop(-(-self.rows // WARPS), [], every)
+        t.block_barrier(THREADS)
+
+    def mean_square(self, row: V, length: int) -> V:
+        """Of the input absorbed with weights."""
+        at = self.squares + row * (4 * self.warps_each)
+        each = [t.load_shared_floats(at + 4 * i)[0] for i in range(self.warps_each)]
+        return sum(each[1:], start=each[0]) * (1 / length)
+
+    def operands(self, tile: V, there: V | None = None) -> list[V]:
+        """This lane's operands of a tile: one product's, or two for every eight rows."""
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
+        column, quarter = lane // 4, lane % 4
+        at = self.memory + (tile * WARPS + warp) * (64 * self.rows)
+        if self.narrow:
+            words, own_row = 2, column // 2
+            own = column // 2 * 64 + quarter * 16 + column % 2 * 8
+        else:
+            words, own_row = 4, column
+            own = lane * 16
+        loaded = []
+        for first in range(0, self.rows, EIGHT):
+            used = own_row < self.rows - first
+            used = used if there is None else used & there
+            loaded += t.load_shared(at + own + first * 64, words, used)
+        return loaded

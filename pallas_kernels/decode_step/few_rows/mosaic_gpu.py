@@ -1,0 +1,200 @@
+"""One decode step of up to 16 rows as a single persistent kernel on Hopper.
+
+One block a multiprocessor stays resident for the whole step. One thread fetches the block's
+weights through a ring of shared memory that runs on across phases; blocks publish numbers
+for each other with a flag (`common/exchange.py`), so that inside the layers nobody waits for
+anything but data.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.decode_step.common import attention
+from pallas_kernels.decode_step.common.attention import Attention
+from pallas_kernels.decode_step.common.cache import PagedCache, Pool
+from pallas_kernels.decode_step.common.exchange import Exchange, Layout, Section, publish
+from pallas_kernels.decode_step.common.launch import (
+    FETCHERS,
+    SHARED_BYTES,
+    THREADS,
+    Arguments,
+    Roles,
+    begins,
+    persistent,
+    unfit,
+)
+from pallas_kernels.decode_step.common.phases import own_bytes
+from pallas_kernels.decode_step.common.work import Work
+from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
+from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
+from pallas_kernels.decode_step.few_rows.step import Step
+from pallas_kernels.decode_step.few_rows.weight_ring import IN_FLIGHT, WeightRing
+from pallas_kernels.decode_step.packed.packing import TILE_BYTES
+from pallas_kernels.decode_step.packed.plan import StepPlan
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import FORMATS
+
+MOST_ROWS = 16
+"""Rows of a step: so many by an M-tile's 16 outputs are the block's threads."""
+FEWEST_STAGES = IN_FLIGHT
+"""With fewer the fetching thread could wait for weights whose stage has gone on, forever."""
+
+EARLY_BYTES = 2 << 20
+"""Of a layer's keys and values, up to which the first are asked for before the queries come."""
+
+
+class Memory(NamedTuple):
+    """How a block's shared memory is divided: bytes of each region, in this order.
+
+    Attributes:
+        ring: stages of weights.
+        inputs: of a product; in attention's turn, what its warps found.
+        sums: of the warps.
+        own: the hidden state of the block's M-tiles.
+        heads: queries, key and value of the block's attention.
+        squares: sums of squares of norms.
+        barriers: two a stage.
+    """
+
+    ring: int
+    inputs: int
+    sums: int
+    own: int
+    heads: int
+    squares: int
+    barriers: int
+
+    @property
+    def stages(self) -> int:
+        """Of the ring."""
+        return self.barriers // 16
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.ring // self.stages
+
+
+def m_tiles_at_once(plan: StepPlan, rows: int) -> int:
+    """M-tiles whose sums are added up together: fewer where the inputs take up the memory."""
+    # Each number of them is a thread's, of which MOST_ROWS rows of one M-tile take all.
+    usual = max(8 // rows, min(2, MOST_ROWS // rows))
+    return usual if _divided(plan, rows, usual).stages >= FEWEST_STAGES else 1
+
+
+def memory(plan: StepPlan, rows: int) -> Memory:
+    return _divided(plan, rows, m_tiles_at_once(plan, rows))
+
+
+def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
+    longest = max(phase.longest for phase in plan.phases)
+    others = (
+        max(input_bytes(longest, rows), attention.found_bytes(plan)),
+        sums_bytes(m_tiles, rows),
+        own_bytes(plan, rows),
+        attention.heads_bytes(plan),
+        MOST_ROWS * 4,
+    )
+    left = SHARED_BYTES - sum(others)
+    stage = max(phase.stage_tiles for phase in plan.phases) * TILE_BYTES
+    stages = max(0, left // (stage + 16))
+    return Memory(stages * stage, *others, stages * 16)
+
+
+def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
+    """Why the kernel can't run a step, or None.
+
+    A plan whose blocks don't all fit at once would hang the GPU: they wait for each other.
+    """
+    shape = plan.shape
+    if why := unfit(plan, dtype):
+        return why
+    if rows > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} rows, not {rows}"
+    if rows * shape.kv_heads > plan.blocks:
+        return f"{rows} rows of {shape.kv_heads} key/value heads are more than {plan.blocks} blocks"
+    if (stages := memory(plan, rows).stages) < FEWEST_STAGES:
+        return (
+            f"beside {rows} rows of {shape.hidden} numbers, shared memory has room for {stages} "
+            f"stages of weights, fewer than {FEWEST_STAGES}"
+        )
+    return None
+
+
+@functools.cache
+def build(
+    plan: StepPlan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
+) -> Callable[..., Any]:
+    """The kernel of few rows, as `kernels.build` describes it."""
+    shape, blocks = plan.shape, plan.blocks
+    divided = memory(plan, rows)
+    splits = attention.most_splits(plan, rows, pool.capacity)
+    layout, format = Layout.of(plan, rows, splits), FORMATS[jnp.dtype(dtype).name]
+
+    def start(context: Any, *refs: Any) -> None:
+        """Publishes the embeddings for the first layer, and clears every other word."""
+        begin, given = layout.begins[Section.HIDDEN], Arguments.of(refs[:-1])
+        size = shape.hidden * rows
+
+        def clear(i: t.V, _: list[t.V]) -> list[t.V]:
+            word = ((i * blocks + t.cta_id()) * THREADS + t.thread_id()) * 4
+            inside = (word >= begin) & (word < begin + size)
+            source = given.hidden + ((word - begin) << 2).wide()
+            # Flag 0 is that of the layer before the first; the first waits for 1.
+            values = [v & -2 for v in t.load_global(source, 4, where=inside)]
+            at = given.exchange + (word << 2).wide()
+            t.when(word < layout.total, lambda: t.store_global(at, values))
+            return []
+
+        t.loop(-(-layout.total // (4 * THREADS * blocks)), [], clear)
+        t.block_barrier(THREADS)
+
+    def weights_in(smem: Any) -> WeightRing:
+        base = t.address(smem, shared=True)
+        return WeightRing(base, base + begins(divided)[-1], divided.stages, divided.stage_bytes)
+
+    def make(context: Any, smem: Any) -> None:
+        t.when(t.thread_id().equals(0), weights_in(smem).make)
+        t.block_barrier(THREADS + FETCHERS)
+
+    def fetch(context: Any, stream: Any, table: Any, words: Any, smem: Any) -> None:
+        work = Work.read(t.address(table), t.cta_id())
+
+        def alone() -> None:
+            weights_in(smem).fetch(plan, t.address(stream), work)
+
+        t.when(t.thread_id().equals(THREADS), alone)
+
+    def steps(context: Any, *refs: Any) -> None:
+        given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
+        base = t.address(smem, shared=True)
+        _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
+        inputs = Inputs(rows, operands, squares, format)
+        words = Exchange(given.exchange, layout)
+
+        def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
+            publish(words.at(Section.ATTN_OUT, head * shape.head_dim + column), values, flag)
+
+        step = Step(
+            plan=plan,
+            rows=rows,
+            work=Work.read(given.table, cta),
+            inputs=inputs,
+            products=Products(inputs, weights_in(smem), sums, m_tiles_at_once(plan, rows)),
+            attention=Attention(
+                plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
+                given.rope, given.positions, given.new, words, heads, operands, format, attn_out,
+                EARLY_BYTES,
+            ),
+            own=own, given=given, exchange=words, trace=given.trace(cta),
+        )  # fmt: skip
+        step.load_embeddings()
+        t.block_barrier(THREADS)
+        step.run()
+
+    roles = Roles(make, fetch, start, steps)
+    shared = sum(divided)
+    return persistent("decode_step", plan, rows, dtype, layout.total, shared, roles, traced)

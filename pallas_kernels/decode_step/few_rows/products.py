@@ -1,0 +1,194 @@
+"""A matrix product of few rows: M-tile after M-tile, with the whole input in shared memory.
+
+The warps of a block share each M-tile: of every 128 columns a warp has 16. Weights are the first
+operand of the tensor-core product, eight rows at a time the second.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.common.phases import Epilogue, Prepare
+from pallas_kernels.decode_step.common.ring import RingState
+from pallas_kernels.decode_step.few_rows.inputs import EIGHT, Inputs
+from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing
+from pallas_kernels.decode_step.packed.packing import FRAGMENT_BYTES, TILE_BYTES, WARPS
+from pallas_kernels.decode_step.packed.plan import M_TILE, Phase
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import times
+from pallas_kernels.decode_step.ptx.thread import V
+
+SUMS = 16
+"""A lane's running sums: four for each of four products that needn't wait for each other."""
+
+MOST_KEPT = 8
+"""Tiles up to which an input is kept in registers for all M-tiles."""
+
+
+def sums_bytes(m_tiles: int, rows: int) -> int:
+    """Shared memory for the warps' sums of so many M-tiles, twice."""
+    return 2 * m_tiles * WARPS * rows * M_TILE * 4
+
+
+class Products:
+    """What the products of a block share.
+
+    Attributes:
+        inputs: of the products.
+        weights: of the block.
+        sums: shared memory for the warps' sums, twice.
+        most_m_tiles: M-tiles whose sums are added up together.
+    """
+
+    def __init__(self, inputs: Inputs, weights: WeightRing, sums: V, most_m_tiles: int):
+        self.inputs, self.weights, self.sums = inputs, weights, sums
+        self.most_m_tiles, self.rows = most_m_tiles, inputs.rows
+
+    def product(
+        self,
+        state: RingState,
+        phase: Phase,
+        m_tiles: V,
+        tiles: int | V,
+        epilogue: Epilogue,
+        prepare: Prepare,
+        height: int,
+    ) -> RingState:
+        """Multiplies a block's M-tiles with the input.
+
+        A thread has one number of each group of M-tiles: of the block's `m_tile` the output `out`
+        of `height`, of one row.
+
+        Args:
+            epilogue: called by each such thread.
+            prepare: called before the M-tiles are multiplied, so that its loads take no time.
+        """
+
+        def mine() -> tuple[V, V, V]:
+            """M-tile of a group, row and output; worked out anew rather than kept meanwhile."""
+            out, rest = t.thread_id() % height, t.thread_id() // height
+            return rest // self.rows, rest % self.rows, out
+
+        def group(i: V, carry: list[V]) -> list[V]:
+            first = i * self.most_m_tiles
+            count = t.smaller(m_tiles - first, self.most_m_tiles)
+            sums = self.sums + (i & 1) * (sums_bytes(self.most_m_tiles, self.rows) // 2)
+            number, _, out = mine()
+            ready = prepare(first + number, out, number < count)
+
+            def m_tile(n: V, carry: list[V]) -> list[V]:
+                at = RingState(*carry)
+                if kept:
+                    return [*self._short_m_tile(at, phase, n, sums, kept)]
+                return [*self._m_tile(at, phase, tiles, n, sums)]
+
+            carry = t.loop(count, carry, m_tile)
+            t.block_barrier(THREADS)
+            number, row, out = mine()
+
+            def total(below: int) -> list[V]:
+                return [self._total(sums, number, row, out + below if below else out)]
+
+            t.when(number < count, lambda: epilogue(first + number, row, out, total, ready))
+            return carry
+
+        kept = []
+        if isinstance(tiles, int) and tiles <= MOST_KEPT:
+            kept = [self.inputs.operands(t.integer(n)) for n in range(tiles)]
+        groups = (m_tiles + (self.most_m_tiles - 1)) // self.most_m_tiles
+        return RingState(*t.loop(groups, [*state], group))
+
+    def _weights(self, state: RingState, count: int, there: Sequence[V | None]) -> list[list[V]]:
+        """This lane's operands of a stage's tiles, once the stage is full."""
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
+        at = self.weights.wait(state) + warp * FRAGMENT_BYTES + lane * 16
+        return [t.load_shared(at + n * TILE_BYTES, 4, there[n]) for n in range(count)]
+
+    def _multiplied(
+        self, totals: Sequence[V], weights: list[list[V]], inputs: list[list[V]]
+    ) -> list[V]:
+        """Running sums with some tiles added; of every eight rows in turn, a share of them."""
+        totals, each = list(totals), SUMS // self.inputs.eights
+        turns = [itertools.cycle(range(i, i + each, 4)) for i in range(0, SUMS, each)]
+        for w, x in zip(weights, inputs, strict=True):
+            # The memory has a lane's output first, the instruction its column.
+            a = [w[0], w[2], w[1], w[3]]
+            for half in range(0, len(x), 2):
+                at = next(turns[half // 4])
+                totals[at : at + 4] = self.inputs.format.multiply(
+                    a, x[half : half + 2], totals[at : at + 4]
+                )
+        return totals
+
+    def _m_tile(
+        self, state: RingState, phase: Phase, tiles: int | V, number: V, sums: V
+    ) -> RingState:
+        """Multiplies one M-tile with the input, stage by stage."""
+        even = isinstance(tiles, int) and tiles % phase.stages == 0
+
+        def stage(i: V, carry: list[V]) -> list[V]:
+            state, totals = RingState(*carry[:2]), carry[2:]
+            begin, end = ((tiles * (i + n)) // phase.stages for n in (0, 1))
+            count = phase.stage_tiles
+            there = [None if even or n + 1 < count else begin + n < end for n in range(count)]
+            weights = self._weights(state, count, there)
+            inputs = [self.inputs.operands(begin + n, c) for n, c in enumerate(there)]
+            totals = self._multiplied(totals, weights, inputs)
+            self.weights.release(state)
+            return [*self.weights.next(state), *totals]
+
+        carry = [*state, *[t.number(0)] * SUMS]
+        after = t.loop(phase.stages, carry, stage)
+        self._store(after[2:], number, sums)
+        return RingState(*after[:2])
+
+    def _short_m_tile(
+        self, state: RingState, phase: Phase, number: V, sums: V, inputs: list[list[V]]
+    ) -> RingState:
+        """The same with an input in registers, all stages at once."""
+        tiles, weights = len(inputs), []
+        for i in range(phase.stages):
+            count = tiles * (i + 1) // phase.stages - tiles * i // phase.stages
+            weights += self._weights(state, count, [None] * count)
+            self.weights.release(state)
+            state = self.weights.next(state)
+        self._store(self._multiplied([t.number(0)] * SUMS, weights, inputs), number, sums)
+        return state
+
+    def _store(self, totals: Sequence[V], number: V, sums: V) -> None:
+        """Keeps this warp's sums of an M-tile for `_total`."""
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
+        out, quarter = lane // 4, lane % 4
+        each, rest = SUMS // self.inputs.eights, 1 / self.inputs.format.rest
+        if not self.inputs.narrow:
+            # Of an eight's products every second was one of rests.
+            totals = [times(x, rest if i // 4 % 2 else 1) for i, x in enumerate(totals)]
+        found = [
+            [sum(totals[n + i + 4 : n + each : 4], start=totals[n + i]) for i in range(4)]
+            for n in range(0, SUMS, each)
+        ]
+        base = sums + (number * WARPS + warp) * (self.rows * M_TILE * 4)
+
+        def store(row: V, low: V, high: V) -> None:
+            """The row's sums of the M-tile's outputs g and g + 8."""
+            at = base + (row * M_TILE + out) * 4
+
+            def both() -> None:
+                t.store_shared(at, [low])
+                t.store_shared(at + 32, [high])
+
+            t.when(row < self.rows, both)
+
+        if self.inputs.narrow:
+            ((a, b, c, d),) = found
+            store(quarter, a + times(b, rest), c + times(d, rest))
+            return
+        for first, (a, b, c, d) in zip(range(0, self.rows, EIGHT), found, strict=True):
+            store(quarter * 2 + first, a, c)
+            store(quarter * 2 + (first + 1), b, d)
+
+    def _total(self, sums: V, m_tile: V, row: V, out: V) -> V:
+        """One number of an M-tile: the sum over the warps."""
+        at = sums + ((m_tile * (WARPS * self.rows) + row) * M_TILE + out) * 4
+        parts = [t.load_shared_floats(at + w * (self.rows * M_TILE * 4))[0] for w in range(WARPS)]
+        return times(sum(parts[1:], start=parts[0]), 1 / self.inputs.format.scale)

@@ -1,0 +1,64 @@
+"""A block's weights: one thread fetches its weight stream ahead, eight warps read it.
+
+The stream runs on across M-tiles, phases and layers, through a ring of shared memory. So the
+weights of the next phases arrive while the blocks wait for each other.
+"""
+
+from pallas_kernels.decode_step.common.ring import Ring, RingState
+from pallas_kernels.decode_step.common.work import Work
+from pallas_kernels.decode_step.packed.packing import TILE_BYTES
+from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
+
+IN_FLIGHT = 3
+"""Stages on their way at a time. More fill the memory's queues, and the words that blocks exchange
+come late; fewer leave it idle."""
+
+
+class WeightRing(Ring):
+    """The weights of one block, stage after stage as they lie in its stream."""
+
+    def fetch(self, plan: StepPlan, stream: V, work: Work) -> None:
+        """Fetches all weights of the block in order; for one thread alone.
+
+        Args:
+            stream: address of the weight stream.
+        """
+
+        def m_tiles(phase: int, carry: list[V]) -> list[V]:
+            p = plan.phases[phase]
+            tiles = t.integer(work.tiles(p))
+
+            def m_tile(_: V, carry: list[V]) -> list[V]:
+                return t.loop(p.stages, carry, stage)
+
+            def stage(i: V, carry: list[V]) -> list[V]:
+                tile, number, *at = carry
+                state, landed = RingState(*at[:2]), RingState(*at[2:])
+                size = (tiles * (i + 1)) // p.stages - (tiles * i) // p.stages
+                late = number >= IN_FLIGHT
+                t.when(late, lambda: barriers.await_turn(self.full(landed.stage), landed.parity))
+                after = self.next(landed)
+                both = zip(after, landed, strict=True)
+                landed = RingState(*(t.select(late, x, y) for x, y in both))
+                # A stage that was never used is empty: the turn before the first is over.
+                barriers.await_turn(self.empty(state.stage), state.parity ^ 1)
+                barriers.copy_in(
+                    self.memory + state.stage * self.stage_bytes,
+                    stream + tile.wide() * TILE_BYTES,
+                    size * TILE_BYTES,
+                    self.full(state.stage),
+                )
+                return [tile + size, number + 1, *self.next(state), *landed]
+
+            return t.loop(work.count[phase], carry, m_tile)
+
+        def layer(_: V, carry: list[V]) -> list[V]:
+            for phase in range(HEAD):
+                carry = m_tiles(phase, carry)
+            return carry
+
+        start = [work.tile, t.integer(0), *RingState.first(), *RingState.first()]
+        m_tiles(HEAD, t.loop(plan.shape.layers, start, layer))

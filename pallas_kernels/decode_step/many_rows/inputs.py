@@ -1,0 +1,62 @@
+"""A product's input of many rows, in 16 bits, as the tensor cores take it.
+
+16 columns after 16, of which pairs of eight rows, of which 32 lanes. Lane 4 g + t has columns 4 t
+to 4 t + 3 of row g of both eights, its operands of two products in 16 bytes. Blocks copy 64 or
+128 columns of all rows at a time, a stage.
+"""
+
+import dataclasses
+
+from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.plan import K_TILE
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.formats import Format
+from pallas_kernels.decode_step.ptx.thread import V
+
+PAIR_BYTES = t.WARP * 16
+
+
+@dataclasses.dataclass(frozen=True)
+class InputLayout:
+    """The layout of an input of so many rows; rows up to a multiple of 16 hold anything."""
+
+    rows: int
+    format: Format
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of eight rows."""
+        return -(-self.rows // 16)
+
+    @property
+    def padded(self) -> int:
+        """Rows with the ones that aren't there."""
+        return 16 * self.pairs
+
+    @property
+    def fragment_bytes(self) -> int:
+        """Of 16 columns."""
+        return self.pairs * PAIR_BYTES
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of 128 columns, the longest stage."""
+        return WARPS * self.fragment_bytes
+
+    def words(self, width: int) -> int:
+        """Of an input of `width` columns."""
+        return width // K_TILE * self.stage_bytes // 4
+
+    def _at(self, row: V, column: V) -> V:
+        """Where a number lies, in bytes."""
+        fragment = column // 16 * self.fragment_bytes + row // 16 * PAIR_BYTES
+        lane = row % 8 * 4 + column % 16 // 4
+        return fragment + lane * 16 + row // 8 % 2 * 8 + column % 4 * 2
+
+    def put(self, address: V, row: V, column: V, values: list[V]) -> None:
+        """Rounds and stores one number of a row, or four from a column that is a multiple of 4."""
+        at = address + self._at(row, column).wide()
+        if len(values) == 1:
+            t.store_global_half(at, self.format.pair(values[0], values[0]))
+            return
+        t.store_global(at, [self.format.pair(*values[:2]), self.format.pair(*values[2:])])

@@ -1,0 +1,41 @@
+"""What blocks of a step of many rows exchange: flagged words, and inputs in 16 bits."""
+
+from pallas_kernels.decode_step.common.exchange import Layout, Section
+from pallas_kernels.decode_step.many_rows.inputs import InputLayout
+from pallas_kernels.decode_step.packed.plan import (
+    DOWN,
+    GATE_UP,
+    HEAD,
+    M_TILE,
+    O_PROJ,
+    QKV,
+    StepPlan,
+)
+
+MOST_ROWS = 64
+"""Rows of a step: a lane's sums of three M-tiles of as many rows fill its registers."""
+
+SQUARES, GRID_BARRIER = len(Section), len(Section) + 1
+"""Sections besides those of a step of few rows: of every M-tile of the hidden state each row's sum
+of squares, `[m_tiles, 64]`; and the counter of blocks that have come to the grid barrier.
+`ATTN_OUT`, `FFN_ACT` and `HIDDEN` hold inputs of products here."""
+FLAGGED = (Section.QKV, Section.DOWN_PARTS, Section.SPLITS, Section.STATS)
+"""Sections of words with flags."""
+SECTIONS = {
+    QKV: Section.HIDDEN,
+    O_PROJ: Section.ATTN_OUT,
+    GATE_UP: Section.HIDDEN,
+    DOWN: Section.FFN_ACT,
+    HEAD: Section.HIDDEN,
+}
+"""The section of each phase's input."""
+
+
+def layout_of(plan: StepPlan, inputs: InputLayout, splits: int) -> Layout:
+    shape = plan.shape
+    of_few = Layout.of(plan, inputs.rows, splits)
+    sizes = [*of_few.sizes, shape.hidden // M_TILE * MOST_ROWS, 1]
+    sizes[Section.ATTN_RESIDUAL] = 0
+    for phase, section in SECTIONS.items():
+        sizes[section] = inputs.words(shape.matrices[phase][1])
+    return Layout.aligned(sizes)

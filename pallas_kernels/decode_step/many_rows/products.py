@@ -1,0 +1,199 @@
+"""A matrix product of many rows: M-tiles side by side, some columns of all of them at a time.
+
+An input of so many rows doesn't fit in shared memory, so it streams through it as the weights
+do: once for all M-tiles of a block, as far as registers have room for their sums. The warps divide
+the M-tiles; where there are few, several warps share one and each takes some of the columns.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.common.phases import Total
+from pallas_kernels.decode_step.common.ring import Ring, RingState
+from pallas_kernels.decode_step.many_rows.inputs import PAIR_BYTES, InputLayout
+from pallas_kernels.decode_step.many_rows.weight_ring import (
+    UNIT_FRAGMENTS,
+    Group,
+    WeightRing,
+    WeightState,
+)
+from pallas_kernels.decode_step.packed.packing import FRAGMENT_BYTES, WARPS
+from pallas_kernels.decode_step.packed.plan import M_TILE, Phase
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.loops import block_stride_loop
+from pallas_kernels.decode_step.ptx.thread import V
+
+STRIDE = M_TILE + 4
+"""Words from a row's sums to the next's, so that lanes store into different banks."""
+AT_ONCE = 2
+"""Times 16 columns whose operands are loaded while as many are multiplied."""
+
+
+def sums_bytes(inputs: InputLayout) -> int:
+    """Shared memory for the sums of an M-tile of each warp."""
+    return WARPS * inputs.padded * STRIDE * 4
+
+
+Finish = Callable[[V, V, V, Total], None]
+
+
+class StreamStates(NamedTuple):
+    """Where a block stands in its two streams."""
+
+    weights: WeightState
+    inputs: RingState
+
+    @classmethod
+    def first(cls) -> "StreamStates":
+        return cls(WeightState.first(), RingState.first())
+
+    def carry(self) -> list[V]:
+        return [*self.weights, *self.inputs]
+
+    @classmethod
+    def carried(cls, carry: list[V]) -> "StreamStates":
+        return cls(WeightState(*carry[:3]), RingState(*carry[3:]))
+
+
+class Products:
+    """What the products of a block share.
+
+    Attributes:
+        inputs: their layout.
+        weights: of the block.
+        input_ring: through which the input streams.
+        sums: shared memory for the sums of an M-tile of each warp.
+    """
+
+    def __init__(self, inputs: InputLayout, weights: WeightRing, input_ring: Ring, sums: V):
+        self.inputs, self.weights, self.input_ring, self.sums = inputs, weights, input_ring, sums
+
+    def product(
+        self,
+        states: StreamStates,
+        phase: Phase,
+        m_tiles: V,
+        tiles: int | V,
+        finish: Finish,
+        ready: Callable[[], None],
+        height: int,
+    ) -> StreamStates:
+        """Multiplies a block's M-tiles with the input.
+
+        Args:
+            tiles: in an M-tile.
+            finish: called with the block's M-tile, a row, the first of four outputs, below
+                `height`, and their sums.
+            ready: waits for what `finish` needs besides; called once, without M-tiles too.
+        """
+        group = Group.of(phase)
+        size = group.each * self.inputs.padded // 2  # of a lane's sums
+
+        def turn(i: V, carry: list[V]) -> list[V]:
+            at_hand = group.at_hand(m_tiles, i)
+            busy = t.thread_id() // t.WARP // group.sharers < at_hand
+
+            def stage(_: V, carry: list[V]) -> list[V]:
+                states, sums = StreamStates.carried(carry[:5]), carry[5:]
+                self.weights.ring.wait(states.weights.of_ring)
+                some = self.input_ring.wait(states.inputs)
+
+                def multiplied() -> list[V]:
+                    return self._multiplied(group, states.weights, some, sums)
+
+                sums = multiplied() if group.each > 1 else t.either(busy, multiplied, sums)
+                self.weights.ring.release(states.weights.of_ring)
+                self.input_ring.release(states.inputs)
+                following = self.weights.next(states.weights, at_hand * group.units)
+                return [*following, *self.input_ring.next(states.inputs), *sums]
+
+            carry = t.loop(group.stages(tiles), [*carry, *[t.number(0)] * size], stage)
+            first, sums = i * group.m_tiles, carry[5:]
+            t.when(i.equals(0), ready)
+            for n in range(group.each):
+                each = size // group.each
+                self._store(sums[n * each : (n + 1) * each])
+                t.block_barrier(THREADS)
+                self._finish(group, n, first, at_hand, finish, height)
+                t.block_barrier(THREADS)
+            return carry[:5]
+
+        after = t.loop(group.turns(m_tiles), states.carry(), turn)
+        t.when(m_tiles.equals(0), ready)
+        return StreamStates.carried(after)
+
+    def _multiplied(self, group: Group, state: WeightState, inputs: V, sums: list[V]) -> list[V]:
+        """A lane's sums with a stage added: of its M-tiles in turn, of every eight rows."""
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
+        of, share = warp // group.sharers, warp % group.sharers
+        inputs = inputs + share * self.inputs.fragment_bytes + lane * 16
+        own = share % UNIT_FRAGMENTS * FRAGMENT_BYTES + lane * 16
+        m_tiles = [of + n * (WARPS // group.sharers) for n in range(group.each)]
+        # Eight warps that share an M-tile have no unit in common.
+        apart = group.sharers == WARPS
+        units = [share // UNIT_FRAGMENTS] if apart else [*range(group.units)]
+        weights = [
+            [self.weights.address(state, m_tile * group.units + unit) + own for m_tile in m_tiles]
+            for unit in units
+        ]
+        fragments = range(0, group.fragments, group.sharers)
+        at_once = min(AT_ONCE, len(fragments))
+
+        def operands(fragment: int) -> tuple[list[list[V]], list[list[V]]]:
+            x = [
+                t.load_shared(inputs + (fragment * self.inputs.fragment_bytes + n * PAIR_BYTES), 4)
+                for n in range(self.inputs.pairs)
+            ]
+            offset = fragment % UNIT_FRAGMENTS * FRAGMENT_BYTES
+            return x, [t.load_shared(at + offset, 4) for at in weights[fragment // UNIT_FRAGMENTS]]
+
+        turns = [fragments[n : n + at_once] for n in range(0, len(fragments), at_once)]
+        later = [operands(fragment) for fragment in turns[0]]
+        sums = list(sums)
+        for following in [*turns[1:], ()]:
+            loaded, later = later, [operands(fragment) for fragment in following]
+            for x, ws in loaded:
+                eights = [pair[half : half + 2] for pair in x for half in (0, 2)]
+                for n, w in enumerate(ws):
+                    # The memory has a lane's output first, the instruction its column.
+                    a = [w[0], w[2], w[1], w[3]]
+                    for eight, b in enumerate(eights):
+                        at = (n * len(eights) + eight) * 4
+                        sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])
+        return sums
+
+    def _store(self, sums: list[V]) -> None:
+        """Keeps this warp's sums of one M-tile for `_finish`."""
+        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
+        out, row = lane // 4, lane % 4 * 2
+        at = self.sums + ((warp * self.inputs.padded + row) * STRIDE + out) * 4
+        for eight in range(len(sums) // 4):
+            for n, value in enumerate(sums[4 * eight : 4 * eight + 4]):
+                # Outputs g and g + 8 of rows 2 t and 2 t + 1.
+                offset = (eight * 8 + n % 2) * STRIDE + n // 2 * 8
+                t.store_shared(at + offset * 4, [value])
+
+    def _finish(
+        self, group: Group, n: int, first: V, at_hand: V, finish: Finish, height: int
+    ) -> None:
+        """Calls `finish` for the n-th M-tile of every warp."""
+        quads, across = height // 4, WARPS // group.sharers
+
+        def item(number: V) -> None:
+            out, rest = number % quads * 4, number // quads
+            row, of = rest % self.inputs.rows, rest // self.inputs.rows
+            m_tile = of + n * across
+            begin = (of * group.sharers * self.inputs.padded + row) * STRIDE + out
+
+            def total(below: int) -> list[V]:
+                found: list[V] = []
+                for sharer in range(group.sharers):
+                    at = begin + (sharer * self.inputs.padded * STRIDE + below)
+                    part = t.load_shared_floats(self.sums + at * 4, 4)
+                    found = [x + y for x, y in zip(found, part, strict=True)] if found else part
+                return found
+
+            t.when(m_tile < at_hand, lambda: finish(first + m_tile, row, out, total))
+
+        block_stride_loop(min(across, group.m_tiles) * self.inputs.rows * quads, THREADS, item)

@@ -1,0 +1,171 @@
+"""Weights in the order in which many rows need them: some columns of all M-tiles at hand, then
+more.
+
+A stage is 64 or 128 columns of each of a group of M-tiles, so that stages differ in size. Half a
+tile is copied by itself, since the M-tiles lie one after the other in the stream, and takes any
+place in a ring.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from pallas_kernels.decode_step.common.ring import Ring, RingState
+from pallas_kernels.decode_step.common.work import Work
+from pallas_kernels.decode_step.packed.packing import TILE_BYTES, WARPS
+from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
+from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.thread import V
+
+MOST_M_TILES = 24
+"""Whose sums fit in the registers of eight warps: three to a warp."""
+USUAL_M_TILES = 16
+"""Where several groups are needed."""
+WHOLE_TILES = 10
+"""M-tiles up to which a stage holds whole tiles of them: it should be a third of the ring."""
+UNIT_BYTES = TILE_BYTES // 2
+UNIT_FRAGMENTS = WARPS // 2
+"""Half a tile: four times 16 columns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How a phase's M-tiles are divided among the warps, some at a time.
+
+    Attributes:
+        m_tiles: that are multiplied at the same time, at most.
+        units: halves of a tile in a stage.
+        sharers: warps that share an M-tile, each with some of its columns.
+        each: M-tiles of a warp.
+    """
+
+    m_tiles: int
+    units: int
+    sharers: int
+    each: int
+
+    @classmethod
+    def of(cls, phase: Phase) -> "Group":
+        most = int(phase.count.max())
+        turns = 1 if most <= MOST_M_TILES else -(-most // USUAL_M_TILES)
+        m_tiles = -(-most // turns)
+        units = 2 if m_tiles <= WHOLE_TILES else 1
+        sharers = next(n for n in (8, 4, 2, 1) if n == 1 or m_tiles <= WARPS // n)
+        return cls(m_tiles, units, sharers, -(-m_tiles // (WARPS // sharers)))
+
+    @property
+    def fragments(self) -> int:
+        """Times 16 columns in a stage."""
+        return UNIT_FRAGMENTS * self.units
+
+    def stages(self, tiles: int | V) -> int | V:
+        """Of a group of M-tiles of so many tiles."""
+        return tiles * (2 // self.units)
+
+    def turns(self, m_tiles: V) -> V:
+        return (m_tiles + (self.m_tiles - 1)) // self.m_tiles
+
+    def at_hand(self, m_tiles: V, turn: V) -> V:
+        return t.smaller(m_tiles - turn * self.m_tiles, self.m_tiles)
+
+
+class WeightState(NamedTuple):
+    """Where a reader or the fetching warp stands: a stage, and its first unit in the ring."""
+
+    stage: V
+    parity: V
+    unit: V
+
+    @classmethod
+    def first(cls) -> "WeightState":
+        return cls(*RingState.first(), t.integer(0))
+
+    @property
+    def of_ring(self) -> RingState:
+        return RingState(self.stage, self.parity)
+
+
+class WeightRing:
+    """The weights of one block, stage after stage.
+
+    Attributes:
+        units: address of a ring of `room` units in shared memory.
+        ring: of stages: their barriers, and in its memory each one's number of units.
+    """
+
+    def __init__(self, units: V, room: int, ring: Ring):
+        self.units, self.room, self.ring = units, room, ring
+
+    def address(self, state: WeightState, unit: V) -> V:
+        """Of a stage's unit: all of its first M-tile, then all of the next."""
+        return self.units + self._wrapped(state.unit + unit) * UNIT_BYTES
+
+    def next(self, state: WeightState, units: V) -> WeightState:
+        return WeightState(*self.ring.next(state.of_ring), self._wrapped(state.unit + units))
+
+    def _wrapped(self, unit: V) -> V:
+        return t.select(unit >= self.room, unit - self.room, unit)
+
+    def fetch(self, plan: StepPlan, stream: V, work: Work) -> None:
+        """Fetches all weights of the block in order; for one warp, each lane a unit."""
+        lane = t.thread_id() % t.WARP
+
+        def m_tiles(phase: int, carry: list[V]) -> list[V]:
+            p = plan.phases[phase]
+            group, count = Group.of(p), work.count[phase]
+            tiles = t.integer(work.tiles(p))
+            m_tile, unit = lane // group.units, lane % group.units
+
+            def turn(i: V, carry: list[V]) -> list[V]:
+                units = group.at_hand(count, i) * group.units
+                first = (carry[0] + (i * group.m_tiles + m_tile) * tiles) * 2 + unit
+
+                def stage(i: V, carry: list[V]) -> list[V]:
+                    return self._fetch_stage(stream, first + i * group.units, units, carry)
+
+                return [carry[0], *t.loop(group.stages(tiles), carry[1:], stage)]
+
+            carry = t.loop(group.turns(count), carry, turn)
+            return [carry[0] + count * tiles, *carry[1:]]
+
+        def layer(_: V, carry: list[V]) -> list[V]:
+            for phase in range(HEAD):
+                carry = m_tiles(phase, carry)
+            return carry
+
+        none = [*WeightState.first(), *RingState.first(), t.integer(self.room), t.integer(0)]
+        m_tiles(HEAD, t.loop(plan.shape.layers, [work.tile, *none], layer))
+
+    def _fetch_stage(self, stream: V, unit: V, units: V, carry: list[V]) -> list[V]:
+        """One stage, of which this lane's unit is that one of the stream.
+
+        `carry` is the stage's state, the oldest stage's, free units of the ring, and how many
+        stages are in it.
+        """
+        ring, lane = self.ring, t.thread_id() % t.WARP
+
+        def crowded(oldest: list[V]) -> V:
+            return (oldest[2] < units) | oldest[3].equals(ring.stages)
+
+        def let_go(oldest: list[V]) -> list[V]:
+            last = RingState(*oldest[:2])
+            barriers.await_turn(ring.empty(last.stage), last.parity)
+            (size,) = t.load_shared(ring.memory + last.stage * ring.stage_bytes)
+            return [*ring.next(last), oldest[2] + size, oldest[3] - 1]
+
+        state = WeightState(*carry[:3])
+        *oldest, free, stages = t.loop_while(crowded, carry[3:], let_go)
+        full = ring.full(state.stage)
+        # A lane may not have read yet how many units the stage last had.
+        t.warp_barrier()
+
+        def announce() -> None:
+            t.store_shared(ring.memory + state.stage * ring.stage_bytes, [units])
+            barriers.expect(full, units * UNIT_BYTES)
+
+        t.when(lane.equals(0), announce)
+        t.warp_barrier()
+        source = stream + unit.wide() * UNIT_BYTES
+        target = self.address(state, lane)
+        t.when(lane < units, lambda: barriers.copy(target, source, UNIT_BYTES, full))
+        return [*self.next(state, units), *oldest, free - units, stages + 1]

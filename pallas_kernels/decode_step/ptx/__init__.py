@@ -1,0 +1,1 @@
+"""Code for single threads: PTX instructions, barriers and 16-bit number formats."""

@@ -33,8 +33,8 @@ from qwen_jax.weights.tensors import OtherType
 if TYPE_CHECKING:
     from qwen_jax.model.decoder import Parameters
 
-PIECE = 1 << 19
-"""Values that are decoded at a time: 2 MB, a share of the cache; fewer cost more in starts."""
+PIECE = 1 << 20
+"""Values that are decoded at a time: 4 MB, a share of the cache; fewer cost more in starts."""
 
 FLOAT32 = jnp.dtype(jnp.float32)
 _HALVES = (GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -160,7 +160,7 @@ def _dealt(x: Float[Array, "*rows in"], parts: Parts) -> list[Float[Array, "*row
 def _in_order(fields: Mapping[str, Any], kind: GGMLQuantizationType) -> Float[Array, "rows in"]:
     if kind not in FORMATS:
         return fields["values"].astype(jnp.float32)
-    values = jax.vmap(FORMATS[kind].decode)(fields)
+    values = jax.vmap(FORMATS[kind].values)(fields)
     return values.reshape(len(values), -1)
 
 
@@ -232,9 +232,20 @@ def packed_bytes(checkpoint: Checkpoint) -> int | None:
         return None
     total = 0
     for name, weight in checkpoint.stored.items():
-        block, size = GGML_QUANT_SIZES[kinds[name] or GGMLQuantizationType.F32]
-        total += math.prod(weight.shape) // block * size
+        kind = kinds[name] or GGMLQuantizationType.F32
+        total += math.prod(weight.shape) // GGML_QUANT_SIZES[kind][0] * _held(kind)
     return total
+
+
+@functools.cache
+def _held(kind: GGMLQuantizationType) -> int:
+    """Bytes that a block takes."""
+    if kind not in FORMATS:
+        return GGML_QUANT_SIZES[kind][1]
+    fields = FORMATS[kind].apart(np.zeros(1, FORMATS[kind].layout))
+    return (
+        fields.nbytes if isinstance(fields, np.ndarray) else sum(f.nbytes for f in fields.values())
+    )
 
 
 def load_blocks(checkpoint: Checkpoint, progress: Progress | None = None) -> BlockWeights:
@@ -290,27 +301,23 @@ def of_bytes(
     raw: UInt8[np.ndarray, "bytes"], kind: GGMLQuantizationType, shape: tuple[int, int]
 ) -> Blocks:
     """A matrix as the file has it, its fields copied apart."""
-    units = raw.view(FORMATS[kind].layout) if kind in FORMATS else decoded(raw, kind)
-    return Blocks(_split(units.reshape(shape[0], -1)), kind, shape)
+    if kind not in FORMATS:
+        return Blocks({"values": _split(decoded(raw, kind), shape[0])}, kind, shape)
+    units = raw.view(FORMATS[kind].layout)
+    return Blocks(_split(FORMATS[kind].apart(units), shape[0]), kind, shape)
 
 
 _finite = jax.jit(Blocks.finite)
 
 
-def _split(raw: np.ndarray) -> dict[str, Any]:
-    """Each field on the device, copied into memory that JAX adopts."""
-    if raw.dtype.names is None:
-        raw = raw.view(np.dtype([("values", raw.dtype)]))
-    found: dict[str, Any] = {}
-    for name in raw.dtype.names or ():
-        field = raw[name]
-        if field.dtype.names:
-            found[name] = _split(field)
-            continue
-        host = aligned(field.shape, field.dtype)
-        host[...] = field
-        found[name] = jax.device_put(host)
-    return found
+def _split(blocks: Any, rows: int) -> Any:
+    """Each field on the device, row by row, copied into memory that JAX adopts."""
+    names = blocks.dtype.names if isinstance(blocks, np.ndarray) else tuple(blocks)
+    if names:
+        return {name: _split(blocks[name], rows) for name in names}
+    host = aligned((rows, len(blocks) // rows, *blocks.shape[1:]), blocks.dtype)
+    host[...] = blocks.reshape(host.shape)
+    return jax.device_put(host)
 
 
 def held_bytes(weights: str, checkpoint: Checkpoint, dtype: jnp.dtype) -> tuple[bool, int]:

@@ -133,11 +133,15 @@ def _iq4_nl(blocks: Blocks) -> Parts:
     return tuple(d * look_up(_IQ4, codes) for codes in halves(blocks["qs"], 16))
 
 
-def _iq4_xs(blocks: Blocks) -> Parts:
+def _iq4_xs_apart(blocks: Blocks) -> Blocks:
     shifts = np.arange(0, 16, 2, dtype=np.uint16)
     high = ((blocks["scales_h"][:, None] >> shifts) & 3).astype(np.uint8)
     scales = (_low_high(blocks["scales_l"]) | (high << 4)).view(np.int8) - np.int8(32)
-    d = once(scale(blocks["d"]) * scales)[:, :, None]
+    return {"d": blocks["d"], "qs": blocks["qs"], "scales": scales}
+
+
+def _iq4_xs(blocks: Blocks) -> Parts:
+    d = once(scale(blocks["d"]) * blocks["scales"])[:, :, None]
     return tuple(d * look_up(_IQ4, once(codes)) for codes in halves(blocks["qs"], 16))
 
 
@@ -175,6 +179,8 @@ FORMATS = {
     ),
     Type.IQ4_NL: BlockFormat(layout(("d", "<f2"), ("qs", "u1", 16)), _iq4_nl),
     Type.IQ4_XS: BlockFormat(
-        layout(("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)), _iq4_xs
+        layout(("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)),
+        _iq4_xs,
+        _iq4_xs_apart,
     ),
 }

@@ -1,6 +1,6 @@
 """The k-quants: superblocks of 256 values, with small integer scales under one or two float16."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
@@ -41,12 +41,17 @@ def _q2_k(blocks: Blocks) -> Parts:
     return tuple(map(_scaled, _by_part(d, 4), quarters(blocks["qs"], 32), _by_part(m, 4)))
 
 
-def _q3_k(blocks: Blocks) -> Parts:
+def _q3_k_apart(blocks: Blocks) -> Blocks:
     """Sixteen 6-bit scales: low halves in bytes 0-7, two high bits each in bytes 8-11."""
     packed = blocks["scales"]
     low = nibbles(packed[:, :8], 8).reshape(-1, 16)
     high = fields2(packed[:, 8:], 4).reshape(-1, 16)
-    d = once(scale(blocks["d"]) * ((low | (high << 4)).view(np.int8) - np.int8(32)))
+    scales = (low | (high << 4)).view(np.int8) - np.int8(32)
+    return {name: blocks[name] for name in ("hmask", "qs", "d")} | {"scales": scales}
+
+
+def _q3_k(blocks: Blocks) -> Parts:
+    d = once(scale(blocks["d"]) * blocks["scales"])
 
     def quants() -> Iterator[Int8[np.ndarray, "n 1 32"]]:
         # A mask bit of 1 means no offset; 0 means minus four.
@@ -76,11 +81,20 @@ def _scales_and_mins(
     return eight(scales, lows), eight(mins, lows >> 4)
 
 
+def _scales_apart(*others: str) -> Callable[[Blocks], Blocks]:
+    """What takes the scales of Q4_K or Q5_K apart, which has these other fields."""
+
+    def apart(blocks: Blocks) -> Blocks:
+        scales, mins = _scales_and_mins(blocks["scales"])
+        return {name: blocks[name] for name in others} | {"scales": scales, "mins": mins}
+
+    return apart
+
+
 def _scale_and_shift(
     blocks: Blocks, parts: int, quants: Iterable[UInt8[np.ndarray, "n groups 32"]]
 ) -> Parts:
-    scales, mins = _scales_and_mins(blocks["scales"])
-    d, m = once(scale(blocks["d"]) * scales), once(scale(blocks["dmin"]) * mins)
+    d, m = once(scale(blocks["d"]) * blocks["scales"]), once(scale(blocks["dmin"]) * blocks["mins"])
     return tuple(map(_scaled, _by_part(d, parts), quants, _by_part(m, parts)))
 
 
@@ -122,16 +136,21 @@ FORMATS = {
         layout(("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")), _q2_k
     ),
     Type.Q3_K: BlockFormat(
-        layout(("hmask", "u1", 32), ("qs", _runs(2)), ("scales", "u1", 12), ("d", "<f2")), _q3_k
+        layout(("hmask", "u1", 32), ("qs", _runs(2)), ("scales", "u1", 12), ("d", "<f2")),
+        _q3_k,
+        _q3_k_apart,
     ),
     Type.Q4_K: BlockFormat(
-        layout(("d", "<f2"), ("dmin", "<f2"), ("scales", "<u4", 3), ("qs", "u1", 128)), _q4_k
+        layout(("d", "<f2"), ("dmin", "<f2"), ("scales", "<u4", 3), ("qs", "u1", 128)),
+        _q4_k,
+        _scales_apart("d", "dmin", "qs"),
     ),
     Type.Q5_K: BlockFormat(
         layout(
             ("d", "<f2"), ("dmin", "<f2"), ("scales", "<u4", 3), ("qh", "u1", 32), ("qs", _runs(4))
         ),
         _q5_k,
+        _scales_apart("d", "dmin", "qh", "qs"),
     ),
     Type.Q6_K: BlockFormat(
         layout(("ql", _runs(2), 2), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")), _q6_k

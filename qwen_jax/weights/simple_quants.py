@@ -14,7 +14,7 @@ operation. No bit depends on that: every product that is added to or subtracted 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +23,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from jax import lax
 from jaxtyping import Float32, Shaped, UInt8
 
-Blocks = Shaped[np.ndarray, "n"]
+Blocks = Shaped[np.ndarray, "n"] | Mapping[str, Any]
 """`n` blocks, or anything else that gives their fields by name as arrays of first axis `n`."""
 
 Values = Float32[np.ndarray, "n ..."]
@@ -37,16 +37,23 @@ class BlockFormat:
     """How the bytes of one block lie, and how `n` of them become float32.
 
     Attributes:
-        parts: from `Blocks` to `Parts`, in NumPy's arrays or in JAX's.
+        parts: from the fields that `apart` gives to `Parts`, in NumPy's arrays or in JAX's.
+        apart: from `Blocks` to the same fields, but with scales that share bytes taken apart. Where
+            blocks are decoded again and again, this is done once: few numbers, and half the time.
     """
 
     layout: np.dtype
     parts: Callable[[Any], Any]
+    apart: Callable[[Any], Any] = lambda blocks: blocks
+
+    def values(self, fields: Any) -> Any:
+        """From what `apart` gives to `Values`, a block's values in order."""
+        parts = self.parts(fields)
+        return parts[0] if len(parts) == 1 else namespace(parts[0]).stack(parts, axis=2)
 
     def decode(self, blocks: Any) -> Any:
-        """From `Blocks` to `Values`, a block's values in order."""
-        parts = self.parts(blocks)
-        return parts[0] if len(parts) == 1 else namespace(parts[0]).stack(parts, axis=2)
+        """From `Blocks` to `Values`."""
+        return self.values(self.apart(blocks))
 
 
 def layout(*fields: tuple) -> np.dtype:

@@ -10,6 +10,10 @@ import pytest
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
+# Before anything imports NumPy: threads of several workers wait for each other, and the products
+# here are small.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def fast_flags() -> list[str]:
     """Most of the tests' time is XLA's, which compiles programs of hundreds of tiny models: without

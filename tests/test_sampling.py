@@ -82,26 +82,56 @@ def choose_rows(
     """What the rows choose, by the plan that serves them all."""
     vocab = logits.shape[-1]
     plan = Plan.of([(row, top) for row in rows], vocab)
+    return choose_by(plan, logits, columns(rows, top), biases(rows, vocab), tokens, step)
+
+
+def choose_by(
+    plan: Plan,
+    logits: np.ndarray,
+    asked: Settings,
+    bias: jax.Array,
+    tokens: Counts | None = None,
+    step: int | jax.Array = 0,
+) -> Choice:
+    rows, vocab = logits.shape
     return choose(
         jnp.asarray(logits, jnp.float32),
-        columns(rows, top),
-        jnp.broadcast_to(jnp.asarray(step, jnp.int32), len(rows)),
+        asked,
+        jnp.broadcast_to(jnp.asarray(step, jnp.int32), rows),
         plan=plan,
         spec=spec_of(vocab),
-        counts=tokens or counts([[]] * len(rows), [[]] * len(rows), vocab),
-        bias=biases(rows, vocab),
-        allowed=jnp.zeros((len(rows), -(-vocab // 32)), jnp.uint32),
+        counts=tokens or counts([[]] * rows, [[]] * rows, vocab),
+        bias=bias,
+        allowed=jnp.zeros((rows, -(-vocab // 32)), jnp.uint32),
     )
+
+
+def drawn(
+    logits: np.ndarray,
+    row: Sampling,
+    seeds: np.ndarray,
+    tokens: Counts | None = None,
+    step: int | jax.Array = 0,
+) -> np.ndarray:
+    """What `DRAWS` rows choose that differ in nothing but the seed: settings are made of one, since
+    20,000 times the same would take a second."""
+    vocab = len(logits)
+    asked, bias, all_logits = (
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (DRAWS, *x.shape[1:])), one)
+        for one in (columns([row]), biases([row], vocab), logits[None])
+    )
+    asked = asked._replace(seed=jnp.asarray(seeds, asked.seed.dtype))
+    plan = Plan.of([(row, None)], vocab)
+    return np.asarray(choose_by(plan, all_logits, asked, bias, tokens, step).token)
 
 
 def frequencies(logits: np.ndarray, tokens: Counts | None = None, **settings: Any) -> np.ndarray:
     """How often each token is drawn by `DRAWS` rows that differ in nothing but the seed."""
-    rows = [Sampling(**{"temperature": 1.0} | settings, seed=seed) for seed in range(DRAWS)]
-    repeated = np.broadcast_to(logits, (DRAWS, logits.shape[-1]))
+    row = Sampling(**{"temperature": 1.0} | settings)
     if tokens is not None:
         tokens = jax.tree.map(lambda x: jnp.broadcast_to(x, (DRAWS, x.shape[-1])), tokens)
-    drawn = np.asarray(choose_rows(repeated, rows, tokens=tokens).token)
-    return np.bincount(drawn, minlength=logits.shape[-1])
+    chosen = drawn(logits, row, np.arange(DRAWS), tokens)
+    return np.bincount(chosen, minlength=logits.shape[-1])
 
 
 def assert_drawn_from(observed: np.ndarray, probabilities: Sequence[float]) -> None:
@@ -280,11 +310,10 @@ def test_draws_follow_a_large_distribution() -> None:
 
 
 def test_one_seed_draws_independently_at_every_step() -> None:
-    rows = [Sampling(temperature=1.0, seed=7)] * DRAWS
-    logits = np.broadcast_to(np.log(FOUR), (DRAWS, 4))
-    drawn = np.asarray(choose_rows(logits, rows, step=jnp.arange(DRAWS)).token)
-    assert_drawn_from(np.bincount(drawn, minlength=4), FOUR.tolist())
-    pairs = np.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
+    row, seeds = Sampling(temperature=1.0), np.full(DRAWS, 7)
+    chosen = drawn(np.log(FOUR), row, seeds, step=jnp.arange(DRAWS))
+    assert_drawn_from(np.bincount(chosen, minlength=4), FOUR.tolist())
+    pairs = np.bincount(chosen[:-1] * 4 + chosen[1:], minlength=16)
     result = scipy.stats.chisquare(pairs, (DRAWS - 1) * np.outer(FOUR, FOUR).ravel())
     assert result.pvalue > 1e-3
 

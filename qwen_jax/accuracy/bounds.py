@@ -77,7 +77,12 @@ Bound = Callable[
 
 def reduction(y: Array, squares: Array, n: int) -> Array:
     """Of a float32 sum of n products with the sum of their squares, as derived above."""
-    return L * U32 * np.sqrt(n * (y * y / 3 + squares / 6) + squares)
+    out = y * y  # in place from here on: attention's arrays are large, and new memory is slow
+    out *= n / 3
+    out += (n / 6 + 1) * squares
+    np.sqrt(out, out=out)
+    out *= L * U32
+    return out
 
 
 def _lookup(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]

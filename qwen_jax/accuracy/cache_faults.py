@@ -1,7 +1,7 @@
 """How caches go wrong: each fault is a change of the rules in `cache_slots`."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from qwen_jax.accuracy.cache_slots import POOL, Call, Row, Rules
@@ -43,12 +43,12 @@ def _moved(by: Callable[[Call], int]) -> Rules:
         slot=_decode(place, RIGHT.slot),
         query=_decode(place, RIGHT.query),
         key=_decode(place, RIGHT.key),
-        seen=_decode(lambda c, p: range(p + 1 + by(c)), RIGHT.seen),
+        seen=_decode(lambda c, p: p + 1 + by(c), RIGHT.seen),
     )
 
 
-def _edge(block: int) -> Callable[[Call, int], Iterable[int]]:
-    return lambda call, p: range(max(call.valid // block * block, 1))
+def _edge(block: int) -> Callable[[Call, int], int]:
+    return lambda call, p: max(call.valid // block * block, 1)
 
 
 def _left_by(call: Call) -> Row:
@@ -71,13 +71,13 @@ FAULTS = (
     CacheFault(
         "mask-top-left",
         "later chunks see slots as if they stood first: the causal mask is aligned top-left",
-        Rules(seen=_prefill(lambda c, p: range(min(p - c.start + 1, c.valid)), RIGHT.seen)),
+        Rules(seen=_prefill(lambda c, p: min(p - c.start + 1, c.valid), RIGHT.seen)),
         "21",
     ),
     CacheFault(
         "mask-missing",
         "prefill sees later tokens of its own call",
-        Rules(seen=_prefill(lambda c, p: range(c.valid), RIGHT.seen)),
+        Rules(seen=_prefill(lambda c, p: c.valid, RIGHT.seen)),
     ),
     CacheFault(
         "position-stuck",
@@ -115,13 +115,13 @@ FAULTS = (
     CacheFault(
         "stale-slots-seen",
         "decoding sees slots that an earlier text has left",
-        Rules(seen=_decode(lambda c, p: range(max(p + 1, len(_left_by(c).tokens))), RIGHT.seen)),
+        Rules(seen=_decode(lambda c, p: max(p + 1, len(_left_by(c).tokens)), RIGHT.seen)),
         "25",
     ),
     CacheFault(
         "unused-slots-seen",
         "decoding sees all of its pages, written or not",
-        Rules(seen=_decode(lambda c, p: range(c.row.capacity), RIGHT.seen)),
+        Rules(seen=_decode(lambda c, p: c.row.capacity, RIGHT.seen)),
         "25",
     ),
     CacheFault(
@@ -160,7 +160,7 @@ FAULTS = (
     CacheFault(
         "last-page-whole",
         "decoding sees its last page to the end, written or not",
-        Rules(seen=_decode(lambda c, p: range(-(-c.valid // PAGE) * PAGE), RIGHT.seen)),
+        Rules(seen=_decode(lambda c, p: -(-c.valid // PAGE) * PAGE, RIGHT.seen)),
         "25",
     ),
     CacheFault(

@@ -7,7 +7,7 @@ change of rule.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -136,8 +136,8 @@ def kept(call: Call, p: int) -> int | None:
     return p if p < min(call.valid, call.row.capacity) else None
 
 
-def causal(call: Call, p: int) -> Iterable[int]:
-    return range(min(p + 1, call.valid))
+def causal(call: Call, p: int) -> int:
+    return min(p + 1, call.valid)
 
 
 def own_page(call: Call, p: int) -> int:
@@ -151,7 +151,7 @@ class Rules:
     Attributes:
         slot: the position where its key and value go; None for nowhere.
         query, key: the rotary position of each.
-        seen: the positions it sees.
+        seen: it sees so many positions, from the first on.
         writes, reads: the page where a position is written; where those from p on are read.
         blind: pieces of one call don't see what the others write.
         padding: a prompt's padding is kept, and the text goes on behind it.
@@ -160,7 +160,7 @@ class Rules:
     slot: Callable[[Call, int], int | None] = kept
     query: Place = itself
     key: Place = itself
-    seen: Callable[[Call, int], Iterable[int]] = causal
+    seen: Place = causal
     writes: Place = own_page
     reads: Place = own_page
     blind: bool = False
@@ -288,17 +288,16 @@ class _Run:
     def _look(self, call: Call, held: Int[np.ndarray, "slots"]) -> None:
         starts = range(0, call.row.capacity, PAGE)
         pages = np.array([self.rules.reads(call, start) for start in starts])
+        there = held[(pages[:, None] * PAGE + np.arange(PAGE)).ravel()]
         for p in range(call.start, call.start + call.part.padded):
-            seen = np.array(self.rules.seen(call, p), int)
-            seen = seen[seen < call.row.capacity]
-            self.seen.append(held[pages[seen // PAGE] * PAGE + seen % PAGE])
+            self.seen.append(there[: self.rules.seen(call, p)])
 
     def entries(self, number: int) -> Entries:
         """Those of one row, once all calls are done."""
         row, count = self.scenario.rows[number], len(self.tokens) + 1
         sees = np.zeros((count, count))
         for entry, held in enumerate(self.seen):
-            np.add.at(sees[entry], held, 1)
+            sees[entry] = np.bincount(held % count, minlength=count)
             if not held.size:  # such a query means nothing; here it is finite
                 sees[entry, entry] = 1
         sees[EMPTY, EMPTY] = 1

@@ -24,7 +24,7 @@ from tests.engines import device_parameters, random_engine, random_tokens
 from tests.golden_cases import Case, odd_config
 from tests.tiny_checkpoints import tiny_config
 
-CONFIG = odd_config(num_layers=1, tied=True, context_length=3 * PAGE)
+CONFIG = odd_config(num_layers=1, num_heads=2, num_kv_heads=2, tied=True, context_length=3 * PAGE)
 TWO_LAYERS = dataclasses.replace(CONFIG, num_layers=2)
 """Where keys that depend on what went wrong have to be seen."""
 TEXT, OTHER = (random_tokens(CONFIG, LENGTH, seed) for seed in (5, 6))

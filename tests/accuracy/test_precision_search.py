@@ -1,6 +1,7 @@
 """Precision search: what rounding does, greedy against brute force, an honest count."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -123,16 +124,16 @@ def test_independent_costs_are_solved_exactly_and_counted(costs: list[float], pa
 
     def evaluate(kept: frozenset[str]) -> float:
         calls.append(kept)
-        return sum(c for unit, c in zip(units, costs, strict=True) if unit not in kept)
+        return math.fsum(c for unit, c in zip(units, costs, strict=True) if unit not in kept)
 
-    bound = part * sum(costs)
+    bound = part * math.fsum(costs)
     greedy = search_greedily(units, evaluate, bound)
     assert greedy.evaluations == len(calls) == len(set(calls))
     calls.clear()
     brute = search_exhaustively(units, evaluate, bound)
     assert brute.evaluations == len(calls) == len(set(calls))
     ordered = sorted(costs)
-    fewest = next(k for k in range(len(costs) + 1) if sum(ordered[: len(costs) - k]) <= bound)
+    fewest = next(k for k in range(len(costs) + 1) if math.fsum(ordered[: len(costs) - k]) <= bound)
     assert len(greedy.kept) == len(brute.kept) == fewest
 
 

@@ -163,7 +163,7 @@ def test_calls_are_padded_as_the_engine_pads() -> None:
         *((259, 1, 1), (260, 1, 1), (261, 1, 1)),
     ]
     assert [tuple(call) for call in plan_calls(130, None, None, gpu)] == [
-        *((0, 128, 128), (128, 2, 128)),
+        *((0, 64, 64), (64, 64, 64), (128, 2, 64)),
     ]
     assert [tuple(call) for call in plan_calls(5, None, 2, cpu)] == [
         *((0, 2, 2), (2, 2, 2), (4, 1, 2)),

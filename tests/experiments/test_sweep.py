@@ -114,11 +114,12 @@ def test_dry_run_lists_points_groups_and_memory(
     assert listed[-1] == "points: 8, compile groups: 2, sets of weights: 2"
     # Points of one dtype stand together: its weights are loaded once.
     assert ["float32" in line for line in listed[1:-1]] == [True] * 4 + [False] * 4
-    # 3,314,304 parameters; keys and values of 64 in 5 layers for 8 slots of 512 tokens.
-    megabytes = (4 * 3_314_304 + 4 * 2 * 5 * 64 * 512 * 8) / 1e6
+    # 3,478,784 parameters; keys and values of 128 in 5 layers for 8 slots of 512 tokens.
+    cache = 4 * 2 * 5 * 128 * 512 * 8
+    megabytes = (4 * 3_478_784 + cache) / 1e6
     assert f"{megabytes:.1f} MB" in listed[1] and f"{megabytes / 2:.1f} MB" in listed[-2]
     more = run(*experiment(), "--dry_run", "--slots=16").out.splitlines()
-    assert f"{megabytes + 4 * 2 * 5 * 64 * 512 * 8 / 1e6:.1f} MB" in more[1]
+    assert f"{megabytes + cache / 1e6:.1f} MB" in more[1]
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/experiments").glob("*.py")), ids=str)

@@ -1,10 +1,8 @@
-"""What every test shares: the CPU, compiled programs, one seed for the live tests."""
+"""What every test shares: the CPU, no compilation cache on disk, one seed for the live tests."""
 
 import importlib.metadata
-import importlib.util
 import os
 import secrets
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -32,7 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.option.markexpr != "live":  # which compiles as users do
             # Of two equal flags the last one counts: the environment's.
             os.environ["XLA_FLAGS"] = " ".join((*fast_flags(), os.environ.get("XLA_FLAGS", "")))
-    # Ours, which goes by sources on disk and not by what a test has put in their place.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     # Drawn here and not where it is used, since pytest-xdist's workers must all see one seed.
     os.environ.setdefault("QWEN_JAX_LIVE_SEED", str(secrets.randbits(31)))
@@ -42,18 +39,3 @@ def pytest_configure(config: pytest.Config) -> None:
     # The first example of a jax test compiles; its time says nothing.
     hypothesis.settings.register_profile("jax", deadline=None)
     hypothesis.settings.load_profile("jax")
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    # After the imports, so that a run of tests without JAX needn't wait for it. `make compile` is
-    # to compile, and on a GPU programs hold more than what JAX's key names.
-    cache = getattr(session.config, "cache", None)
-    if (
-        "jax" in sys.modules
-        and cache is not None
-        and os.environ.get("JAX_PLATFORMS") == "cpu"
-        and importlib.util.find_spec("jax_cuda13_plugin") is None
-    ):
-        from tests import programs
-
-        programs.share(cache.mkdir("programs"))

@@ -1,5 +1,8 @@
 """While a model loads, its tokenizer is read beside its weights: which of two errors is told."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -43,3 +46,20 @@ def test_a_bad_tokenizer_ends_the_loading_of_weights(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="bad tokenizer"):
         qwen_jax.load()
     assert read < 900
+
+
+@pytest.mark.parametrize("given", [None, "true"])
+def test_a_gpus_memory_is_taken_as_it_is_needed(given: str | None) -> None:
+    """JAX reads it when it wakes the device; who has asked for something else gets it."""
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    environment = {k: v for k, v in os.environ.items() if k != name}
+    if given is not None:
+        environment[name] = given
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os, qwen_jax; print(os.environ[{name!r}])"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == (given or "false")

@@ -5,7 +5,6 @@ the weights a few threads that copy. What enters a prompt into the cache depends
 that its program, the largest, comes first.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
@@ -19,9 +18,8 @@ from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.checkpoint import Checkpoint
+from qwen_jax.weights.checksum import Progress
 from qwen_jax.weights.loader import iter_parameters
-
-Progress = Callable[[int, int], None]
 
 
 def load_engine(

@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 .PHONY: run test parity lower compile lint clean
 
 run: $(VENV)/installed
-	$(BIN)/python run.py
+	$(BIN)/python run.py < /dev/null
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

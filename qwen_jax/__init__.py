@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from qwen_jax.errors import UserError
     from qwen_jax.generation import Completion, Generation, Request, TokenLogprob
 
+__version__ = "0.1.0"
+
 # JAX would take three quarters of a GPU's memory when it wakes: on an H200 2 s, and 3.3 GB of the
 # host to keep the books of it. Weights and cache are few large arrays, which take what they need.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import gc
 import importlib
+import importlib.metadata
 import os
 import re
 import signal
@@ -17,7 +18,8 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from qwen_jax import interrupts, settings, startup
+import qwen_jax
+from qwen_jax import interrupts, settings, startup, task_fields
 from qwen_jax.errors import UserError
 
 TASKS = {
@@ -30,18 +32,42 @@ TASKS = {
 }
 WITH_ARGUMENTS = ("merge", "report")
 USAGE = """\
-Usage: run.py [TASK] [--config=FILE.py] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
+Usage: {program} [TASK] [--config=FILE.py] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 
 Tasks:
 {tasks}
 
 Without arguments the bundled model writes a haiku. Text goes to stdout, all else to stderr.
+{program} TASK --help shows a task's own flags, --version the versions.
 
-Flags:
+Flags of {task}, and their defaults:
 {flags}
-Every field of the config can be set as --config.FIELD=VALUE:
+Every field of the config that it reads can be set as --config.FIELD=VALUE:
 {config}
 """
+HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+ELSEWHERE = {
+    "temp": "temperature",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_return_sequences": "n",
+    "num_samples": "n",
+    "batch_size": "slots",
+    "parallel": "slots",
+    "input": "prompt_file",
+    "file": "prompt_file",
+    "system_prompt": "system",
+    "lora": "adapter",
+    "logprobs": "top_logprobs",
+    "repeat_penalty": "config.sampling.repetition_penalty",
+    "repetition_penalty": "config.sampling.repetition_penalty",
+    "presence_penalty": "config.sampling.presence_penalty",
+    "frequency_penalty": "config.sampling.frequency_penalty",
+    "logit_bias": "config.sampling.logit_bias",
+    "ctx_size": "context",
+}
+"""What other engines call a flag of ours."""
 
 
 def entry() -> NoReturn:
@@ -107,8 +133,11 @@ def _open_streams() -> None:
 
 
 def _run(argv: list[str]) -> int:
-    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv[1:]):
-        print(_usage())
+    if HELP & set(argv[1:]):
+        print(_usage(next((word for word in argv[1:] if word in TASKS), "generate")))
+        return 0
+    if "--version" in argv[1:]:
+        print(_versions())
         return 0
     command = parse(argv)
     with interrupts.handled_by(interrupts.exit_at_once), startup.timed("imports"):
@@ -154,15 +183,18 @@ def parse(argv: list[str]) -> settings.Command:
         near = difflib.get_close_matches(task, TASKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}."
         raise UserError(f"{task!r} is not a task; {hint}")
+    given = [(name, field) for name, field in meaning.items() if values[name].present]
+    task_fields.check(task, given)
+    overrides = {}
+    for name, field in given:
+        value = values[name].value
+        overrides[field] = tuple(value) if isinstance(value, list) else value
+    if task == "inspect" and rest and "model" not in overrides:
+        overrides["model"] = rest.pop(0)
     if rest and task not in WITH_ARGUMENTS:
         raise UserError(f"The argument {rest[0]!r} belongs to no flag; write --flag=value.")
     where = values["config"].value
     config = settings.get_config() if where is None else settings.load(where)
-    overrides = {}
-    for name, field in meaning.items():
-        if values[name].present:
-            value = values[name].value
-            overrides[field] = tuple(value) if isinstance(value, list) else value
     config.update_from_flattened_dict(overrides)
     return settings.Command(task, config, where, overrides, tuple(rest))
 
@@ -186,9 +218,11 @@ def _define(meaning: dict[str, str]) -> flags.FlagValues:
 def _explain(error: flags.Error, meaning: dict[str, str]) -> str:
     """One sentence of what absl raised."""
     if isinstance(error, flags.UnrecognizedFlagError):
-        near = difflib.get_close_matches(error.flagname, meaning, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "see run.py --help."
-        return f"There is no flag --{error.flagname}; {hint}"
+        name = error.flagname
+        same = ELSEWHERE.get(name.replace("-", "_").lower(), name.replace("-", "_"))
+        near = [same] if same in meaning else difflib.get_close_matches(name, meaning, n=1)
+        hint = f"did you mean --{near[0]}?" if near else f"see {settings.program()} --help."
+        return f"There is no flag --{name}; {hint}"
     wrong = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)
     if isinstance(error, flags.IllegalFlagValueError) and wrong:
         name, value = wrong.groups()
@@ -197,10 +231,28 @@ def _explain(error: flags.Error, meaning: dict[str, str]) -> str:
     return " ".join(f"{error}.".split())
 
 
-def _usage() -> str:
-    defaults = settings.get_config()
+def _usage(task: str) -> str:
+    defaults = dict(settings.flatten(settings.get_config()))
+    read = {field: value for field, value in defaults.items() if task_fields.reads(task, field)}
+
+    def flag(name: str, field: str, text: str) -> str:
+        default = read[field]
+        return f"  --{name:<22} {text}" + ("" if default in (None, "", ()) else f" [{default}]")
+
     return USAGE.format(
+        program=settings.program(),
+        task=task,
         tasks="\n".join(f"  {name:<10} {text}" for name, text in TASKS.items()),
-        flags="\n".join(f"  --{name:<16} {text}" for name, (_, text) in settings.FLAGS.items()),
-        config="\n".join(f"  {name}={value!r}" for name, value in settings.flatten(defaults)),
+        flags="\n".join(
+            flag(name, field, text)
+            for name, (field, text) in settings.FLAGS.items()
+            if field in read
+        ),
+        config="\n".join(f"  {name}={value!r}" for name, value in read.items()),
     )
+
+
+def _versions() -> str:
+    python = ".".join(map(str, sys.version_info[:3]))
+    jax = importlib.metadata.version("jax")  # JAX itself takes half a second to import
+    return f"qwen_jax {qwen_jax.__version__}, JAX {jax}, Python {python}"

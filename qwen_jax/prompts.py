@@ -1,6 +1,8 @@
 """Which prompts a config asks for, and how they are to be answered."""
 
 import itertools
+import os
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,21 +51,36 @@ def options_of(config: ConfigDict) -> Options:
     )
 
 
-def single(config: ConfigDict, options: Options) -> Item:
+def single(config: ConfigDict, options: Options, *, piped: bool = False) -> Item:
     """The prompt of a config without a prompt file; `-` reads standard input.
 
     One line break at the end of standard input, as `echo` leaves it, is not part of the prompt.
+
+    Args:
+        piped: whether what is piped in is the prompt where the config has none.
     """
-    if config.prompt is None:
-        if config.model != BUNDLED:
-            raise UserError(
-                "There is no prompt; give --prompt='...', --prompt=- for stdin, or --prompt_file."
-            )
-        return Item(HAIKU, options, "--prompt")
-    if config.prompt == "-":
-        text = utf8.decoded(sys.stdin.buffer.read(), "stdin")
-        return Item(utf8.without_line_break(text), options, "stdin")
-    return Item(config.prompt, options, "--prompt")
+    prompt = config.prompt
+    if prompt == "-" or (prompt is None and piped and _is_piped()):
+        given = sys.stdin.buffer.read()
+        if given or prompt == "-":
+            text = utf8.decoded(given, "stdin")
+            return Item(utf8.without_line_break(text), options, "stdin")
+    if prompt is not None:
+        return Item(prompt, options, "--prompt")
+    if config.model != BUNDLED:
+        raise UserError(
+            "There is no prompt; give --prompt='...', --prompt=- for stdin, or --prompt_file."
+        )
+    return Item(HAIKU, options, "--prompt")
+
+
+def _is_piped() -> bool:
+    """Whether standard input is a pipe or a file, and no terminal or device."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # closed, or none of the system's
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def read(config: ConfigDict, options: Options) -> list[Item]:

@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import runpy
+import sys
 import traceback
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -232,6 +233,12 @@ FLAGS: dict[str, tuple[str, str]] = {
 """Flags that stand for a config field: name to (field, help). They win over --config."""
 
 
+def program() -> str:
+    """What the user types to get here, for messages."""
+    typed = {"qwen_jax/__main__.py": "python -m qwen_jax", "qwen-jax": "qwen-jax"}
+    return next((name for end, name in typed.items() if Path(sys.argv[0]).match(end)), "run.py")
+
+
 KINDS = {
     bool: "true or false",
     dict: "an object",
@@ -365,4 +372,4 @@ def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
 def near(name: str) -> str:
     """What a misspelt field may have meant."""
     found = difflib.get_close_matches(name, [field for field, _ in flatten(get_config())], n=1)
-    return f"did you mean {found[0]}?" if found else "see run.py --help for the fields."
+    return f"did you mean {found[0]}?" if found else f"see {program()} --help for the fields."

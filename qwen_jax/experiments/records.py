@@ -24,6 +24,7 @@ from qwen_jax.experiments import lines
 from qwen_jax.experiments.declaration import Declaration, Point, label
 from qwen_jax.experiments.lines import Lines
 from qwen_jax.experiments.moved import moved
+from qwen_jax.settings import program
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
 CONFIG_FILE, ENVIRONMENTS, LOCK = "config.py", "environments", "lock"
@@ -238,8 +239,8 @@ class Records:
         foreign = foreign_in(directory, {LOCK, CONFIG_FILE})
         if shards := sorted(name for name in foreign if SHARD.fullmatch(name)):
             raise UserError(
-                f"--workdir={directory} holds {shards[0]}; run.py merge {directory} puts shards "
-                "together, and then the command without --shard goes on."
+                f"--workdir={directory} holds {shards[0]}; {program()} merge {directory} puts "
+                "shards together, and then the command without --shard goes on."
             )
         refuse_foreign(directory, foreign)
 

@@ -35,7 +35,11 @@ def run(command: Command) -> int:
         raise UserError("--ordered needs --prompt_file: it is about the order of many answers.")
     with _writer(config) as out:
         single = config.prompt_file is None
-        items = [prompts.single(config, options)] if single else prompts.read(config, options)
+        items = (
+            [prompts.single(config, options, piped=True)]
+            if single
+            else prompts.read(config, options)
+        )
         pins.pin_and_tell(config, pins.OF_RUN)
         with startup.timed("load"):
             model = load(config, _expected(config, items))

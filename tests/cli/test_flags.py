@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax import cli, settings
+from qwen_jax import cli, settings, task_fields
 from qwen_jax.errors import UserError
-from tests.cli.conftest import REPOSITORY
+from tests.cli.conftest import REPOSITORY, Run
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,21 @@ from tests.cli.conftest import REPOSITORY
         ("stray", "'stray' is not a task; the tasks are generate, inspect, compare, experiment"),
         ("-- foo", "'foo' is not a task"),
         ("generate stray", "'stray' belongs to no flag"),
-        ("inspect model.gguf", "'model.gguf' belongs to no flag"),
+        ("inspect a.gguf b.gguf", "'b.gguf' belongs to no flag"),
+        ("inspect a.gguf --model=b.gguf", "'a.gguf' belongs to no flag"),
+        ("inspect nowhere.gguf", "nowhere.gguf: there is no such file"),
+        ("--temp=1", "no flag --temp; did you mean --temperature?"),
+        ("--max-new-tokens=1", "did you mean --max_tokens?"),
+        ("--top-k=1", "did you mean --top_k?"),
+        ("--repeat_penalty=1", "did you mean --config.sampling.repetition_penalty?"),
+        ("--fail_if=x", "--fail_if does nothing for generate; it belongs to compare."),
+        ("--workdir=x", "--workdir does nothing for generate; it belongs to compare or experiment"),
+        ("--config.runner.dry_run", "--config.runner.dry_run does nothing for generate; it"),
+        ("inspect --n=2", "--n does nothing for inspect; it belongs to generate or experiment."),
+        ("compare --output=x", "--output does nothing for compare; it belongs to generate."),
+        ("experiment --ordered", "--ordered does nothing for experiment; it belongs to generate."),
+        ("merge a --slots=2", "--slots does nothing for merge; it belongs to generate or inspect"),
+        ("report a --seed=1", "--seed does nothing for report; it belongs to generate or exp"),
         ("--n=abc", "--n is 'abc', but it must be a whole number"),
         ("--max_tokens=1.5", "--max_tokens is '1.5', but it must be a whole number"),
         ("--temperature=hot", "--temperature is 'hot', but it must be a number"),
@@ -117,11 +131,11 @@ def test_matmul_precision(refuses: Callable[..., None]) -> None:
 def test_a_flag_wins_over_the_config_wherever_it_stands() -> None:
     file = REPOSITORY / "configs" / "haiku.py"
     command = cli.parse(
-        f"run.py --max_tokens=7 --config.max_tokens=8 --config.n=2 inspect --stop=a --stop b "
+        f"run.py --max_tokens=7 --config.max_tokens=8 --config.n=2 generate --stop=a --stop b "
         f"--config={file} --noraw --top_p=1".split()
     )
     config = command.config
-    assert (command.task, command.config_file) == ("inspect", str(file))
+    assert (command.task, command.config_file) == ("generate", str(file))
     assert (config.max_tokens, config.n, config.stop) == (7, 2, ("a", "b"))
     assert config.sampling.to_dict() == settings.get_config().sampling.to_dict() | {
         "temperature": 0.8,
@@ -134,7 +148,8 @@ def test_every_flag_stands_for_a_field_of_its_type() -> None:
     for flag, (field, _) in settings.FLAGS.items():
         value = samples[settings.type_of(field)]
         given = value[0] if isinstance(value, tuple) else value
-        config = cli.parse(["run.py", f"--{flag}={given}"]).config
+        task = next(task for task in task_fields.FIELDS if task_fields.reads(task, field))
+        config = cli.parse(["run.py", task, f"--{flag}={given}"]).config
         assert dict(settings.flatten(config))[field] == value
 
 
@@ -149,17 +164,46 @@ def test_any_arguments(parts: list[str]) -> None:
         assert command.task in cli.TASKS and len(command.config) == len(settings.get_config())
 
 
-def test_help_lists_flags_and_fields_and_needs_no_jax() -> None:
+@pytest.mark.parametrize("task", cli.TASKS)
+def test_help_lists_a_tasks_flags_and_fields(run: Run, task: str) -> None:
+    shown = run(task, "--help").out
+    assert f"Flags of {task}, and their defaults:" in shown
+    for name, (field, _) in settings.FLAGS.items():
+        assert (f"  --{name} " in shown) == task_fields.reads(task, field)
+    for name, value in settings.flatten(settings.get_config()):
+        assert (f"\n  {name}={value!r}\n" in shown) == task_fields.reads(task, name)
+
+
+def test_every_field_is_some_tasks() -> None:
+    for name, _ in settings.flatten(settings.get_config()):
+        assert any(task_fields.reads(task, name) for task in cli.TASKS), name
+    assert task_fields.FIELDS.keys() == cli.TASKS.keys()
+
+
+def test_defaults_are_shown(run: Run) -> None:
+    lines = run("--help").out.splitlines()
+    (line,) = (line for line in lines if line.startswith("  --max_tokens"))
+    assert line.endswith("The most tokens to generate. [256]")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_need_no_jax(flag: str) -> None:
     program = (
-        "import sys; from qwen_jax.cli import main; code = main(['inspect', '--help'])\n"
+        f"import sys; from qwen_jax.cli import main; code = main(['inspect', {flag!r}])\n"
         "sys.exit(code or 10 * bool({'jax', 'numpy', 'tokenizers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for name in settings.FLAGS:
-        assert f"  --{name} " in done.stdout
-    for name, value in settings.flatten(settings.get_config()):
-        assert f"  {name}={value!r}" in done.stdout
+
+
+def test_version_and_module() -> None:
+    command = [sys.executable, "-m", "qwen_jax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout.startswith(f"qwen_jax {importlib.metadata.version('qwen_jax')}, JAX ")
+    command[-1] = "--foobar"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: There is no flag --foobar; see python -m qwen_jax --help.\n"
 
 
 def test_the_console_command_is_run_py() -> None:

@@ -50,8 +50,8 @@ def test_huge(refuses: Callable[..., None], tmp_path: Path) -> None:
 def test_without_a_tokenizer(refuses: Callable[..., None], tmp_path: Path) -> None:
     config = tiny_config()
     path = write_gguf(tmp_path / "model.gguf", config, random_parameters(config)).path
-    for task in ("generate", "inspect"):
-        refuses([task, f"--model={path}", "--prompt=x"], "tokenizer.ggml", "missing")
+    for argv in (["generate", "--prompt=x"], ["inspect"]):
+        refuses([*argv, f"--model={path}"], "tokenizer.ggml", "missing")
     path = write_hf(tmp_path / "model", config, random_parameters(config)).path
     refuses([f"--model={path}", "--prompt=x"], "tokenizer.json is missing")
 

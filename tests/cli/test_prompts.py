@@ -1,6 +1,7 @@
 """One prompt: its text, stdin, stops, samples and log-probabilities."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -64,6 +65,25 @@ def test_stdin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     given = f"{prompts.HAIKU}\n".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
     assert run("--prompt=-").out == HAIKU + "\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--prompt=-"]])
+@pytest.mark.usefixtures("loaded")
+def test_what_is_piped_in_is_the_prompt(
+    run: Run, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    def piped(given: bytes) -> str:
+        reading, writing = os.pipe()
+        os.write(writing, given)
+        os.close(writing)
+        with os.fdopen(reading) as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            return run(*flags).out
+
+    asked = piped(b"haiku: river\n")
+    assert "river" in asked and asked != HAIKU + "\n"
+    if not flags:  # an empty pipe, as a scheduler leaves one, is no prompt
+        assert piped(b"") == HAIKU + "\n"
 
 
 @pytest.mark.parametrize(

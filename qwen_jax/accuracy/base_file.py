@@ -29,6 +29,10 @@ METADATA = "qwen_jax_base"
 # Scores are clipped this far below the highest.
 _CLIP = 16.0
 
+# How far from 1 a position's probabilities may add up to: float32 log-probabilities are off by
+# 2^-24 of 16 or so each, and clipped ones of 151,936 tokens come to 151,936 e^-16 = 0.02 more.
+_OFF, _OFF_CLIPPED = 1e-3, 0.1
+
 
 def scored(context: int) -> slice:
     """The positions of a window whose next token is scored: its second half but the last one."""
@@ -68,6 +72,12 @@ class SavedBase:
                 f"{self.path}: the file is neither a base of qwen_jax nor one of llama.cpp, or "
                 f"truncated ({error}); save the base again."
             ) from None
+        kinds = self.windows.dtype.name, self._slice.get_dtype()
+        if kinds != ("int32", "F32"):
+            raise UserError(
+                f"{self.path}: its windows are {kinds[0]} and its logprobs {kinds[1]}, but a base "
+                "has int32 and F32; save the base again."
+            )
         context = self.windows.shape[-1]
         if (count, positions) != (len(self.windows), len(range(context)[scored(context)])):
             raise UserError(f"{self.path}: logprobs don't fit the windows; save the base again.")
@@ -97,13 +107,35 @@ class SavedBase:
         self._rows = data[start + tokens :].reshape(count, positions, row)
 
     def logprobs(self, index: int) -> Float[np.ndarray, "n V"]:
-        """Log-probabilities after the scored positions of one window, float32."""
+        """Log-probabilities after the scored positions of one window, float32.
+
+        Raises:
+            UserError: some are not finite, or those of a position are no distribution: nothing
+                could be told from such a base.
+        """
         if self.exact:
-            return self._slice[index]
-        rows = np.ascontiguousarray(self._rows[index])
-        scale, minimum = rows[:, :8].view("<f4").T
-        steps = rows[:, 8 : 8 + 2 * self.vocab].view("<u2")
-        return scale[:, None] * steps.astype(np.float32) + minimum[:, None]
+            found = self._slice[index]
+        else:
+            rows = np.ascontiguousarray(self._rows[index])
+            scale, minimum = rows[:, :8].view("<f4").T
+            steps = rows[:, 8 : 8 + 2 * self.vocab].view("<u2")
+            with np.errstate(invalid="ignore", over="ignore"):  # of a damaged scale
+                found = scale[:, None] * steps.astype(np.float32) + minimum[:, None]
+        if not np.isfinite(found).all():
+            position, token = np.argwhere(~np.isfinite(found))[0]
+            raise UserError(
+                f"{self.path}: window {index} has {found[position, token]} for token {token} at "
+                f"scored position {position}; save the base again from an engine whose logits are "
+                "finite."
+            )
+        total = np.exp(found.astype(np.float64)).sum(axis=-1)
+        position = int(np.abs(total - 1).argmax())
+        if abs(total[position] - 1) > (_OFF if self.exact else _OFF_CLIPPED):
+            raise UserError(
+                f"{self.path}: the probabilities at scored position {position} of window {index} "
+                f"add up to {total[position]:.3g}, not to 1; save the base again."
+            )
+        return found
 
 
 def _padded(vocab: int) -> int:

@@ -125,8 +125,8 @@ def compare_distributions(
         names: what to call candidate and base in reports.
 
     Raises:
-        UserError: the text is too short, a window longer than the model's context, or the base
-            belongs to another vocabulary.
+        UserError: the text is too short, a window longer than the model's context, the base
+            belongs to another vocabulary, or is not finite.
     """
     source: Iterator[Float[np.ndarray, "n V"]]
     if isinstance(base, SavedBase):
@@ -142,7 +142,7 @@ def compare_distributions(
         if tokens is None:
             raise UserError("There is no text; give one, or a saved base, which holds its own.")
         windows = cut(tokens, context)
-        source = _logits(base, windows)
+        source = _finite_logits(base, windows)
         vocab, called = base.config.vocab_size, base.config.source
     if vocab != candidate.config.vocab_size:
         raise UserError(
@@ -166,12 +166,13 @@ def save_base(
     """Saves a model's log-probabilities of a text: see `base_file.save` for the two formats.
 
     Raises:
-        UserError: the text is too short, a window too long, or the file can't be written.
+        UserError: the text is too short, a window too long, a logit not finite, or the file can't
+            be written.
     """
     windows = cut(tokens, context)
     check(model, windows)
     bar = tqdm(
-        _logits(model, windows),
+        _finite_logits(model, windows),
         total=len(windows),
         desc="contexts",
         leave=False,
@@ -244,6 +245,21 @@ def _logits(model: Model, windows: Int[np.ndarray, "C W"]) -> Iterator[Float[np.
     """Of each window, after its scored positions."""
     for window in windows:
         yield model.logits(window.tolist())[scored(windows.shape[1])]
+
+
+def _finite_logits(
+    model: Model, windows: Int[np.ndarray, "C W"]
+) -> Iterator[Float[np.ndarray, "n V"]]:
+    """The same of a base, from which nothing can be told where it is not finite."""
+    for number, logits in enumerate(_logits(model, windows)):
+        if not np.isfinite(logits).all():
+            position, token = np.argwhere(~np.isfinite(logits))[0]
+            raise UserError(
+                f"{model.config.source}: the base's logit of token {token} is "
+                f"{logits[position, token]}, at scored position {position} of window {number}; "
+                "choose a base that is finite, as float32 is."
+            )
+        yield logits
 
 
 def score(

@@ -172,7 +172,7 @@ def kl_divergence(
 ) -> Float[np.ndarray, "T"]:
     """KL(base || other) of log-probabilities, in nats: sum of p_base (ln p_base - ln p_other).
 
-    Tokens whose log-probability in `base` is not above `floor` add nothing.
+    Tokens whose log-probability in `base` is not above `floor` add nothing; with NaN it is NaN.
     """
     with np.errstate(invalid="ignore"):  # 0 (-inf - x), which counts as 0
-        return np.where(base > floor, np.exp(base) * (base - other), 0).sum(-1)
+        return np.where(base <= floor, 0, np.exp(base) * (base - other)).sum(-1)

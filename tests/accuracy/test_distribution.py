@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.special
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import qwen_jax
 from qwen_jax.accuracy.base_file import SavedBase
@@ -164,6 +166,63 @@ def test_a_saved_base_stands_for_the_model(
     assert found.base == model.config.source
     with pytest.raises(UserError, match="saved for another text"):
         compare_distributions(rounded, SavedBase(path), tokens[1:])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["base.safetensors", "base.kld"])
+def test_a_base_that_is_not_finite_is_refused(
+    model: Model, tokens: list[int], tmp_path: Path, name: str, bad: float
+) -> None:
+    """A divergence from it would be 0, which no gate fails."""
+    path = tmp_path / name
+    save_base(path, model, tokens, context=CONTEXT)
+    raw = bytearray(path.read_bytes())
+    at = (
+        len(raw) - 4
+        if name.endswith("safetensors")
+        else len(raw) - 2 * (model.config.vocab_size + 4)
+    )
+    raw[at : at + 4] = np.float32(bad).tobytes()  # the last log-probability, or the last scale
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=f"{name}: window {WINDOWS - 1} has (nan|-?inf) for token"):
+        compare_distributions(model, SavedBase(path), tokens)
+
+
+def test_a_base_that_is_no_distribution_is_refused(
+    model: Model, tokens: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "base.safetensors"
+    save_base(path, model, tokens, context=CONTEXT)
+    raw = bytearray(path.read_bytes())
+    raw[-4:] = np.float32(1).tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"add up to 3\.7\d?, not to 1; save the base again"):
+        compare_distributions(model, SavedBase(path), tokens)
+    with safe_open(path, "np") as file:
+        found = {name: file.get_tensor(name) for name in ("windows", "logprobs")}
+        metadata = file.metadata()
+    save_file(found | {"logprobs": found["logprobs"].astype(np.float16)}, path, metadata)
+    with pytest.raises(UserError, match="its logprobs F16, but a base has int32 and F32"):
+        SavedBase(path)
+
+
+def test_a_model_whose_logits_are_not_finite_is_no_base(
+    model: Model, rounded: Model, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        config = model.config
+
+        @staticmethod
+        def logits(ids: list[int]) -> np.ndarray:
+            return np.full((len(ids), model.config.vocab_size), np.nan, np.float32)
+
+    with pytest.raises(UserError, match="the base's logit of token 0 is nan, at scored position 0"):
+        compare_distributions(rounded, Broken(), tokens, context=CONTEXT)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the base's logit of token 0 is nan"):
+        save_base(tmp_path / "base.kld", Broken(), tokens, context=CONTEXT)  # type: ignore[arg-type]
+    assert not (tmp_path / "base.kld").exists()
+    # A candidate may be wrong in any way: its divergence is NaN, on which every gate fails.
+    assert np.isnan(compare_distributions(Broken(), model, tokens, context=CONTEXT).kld.value)  # type: ignore[arg-type]
 
 
 def test_llama_cpps_format_rounds_to_16_bits(

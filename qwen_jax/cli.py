@@ -96,7 +96,8 @@ def _end_at_once(codes: list[int]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs one command; returns its exit code: 0, 2 for bad input, 3 where a file was answered
+    but for some of its prompts, 130 after Ctrl-C."""
     _open_streams()
     flags.FLAGS.mark_as_parsed()  # absl's logging asks for its own flags, which stay as they are.
     logging.use_absl_handler()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import re
 import string
 from collections.abc import Mapping
@@ -60,6 +61,23 @@ class Item:
     def over(self, options: Options) -> "Item":
         """The item with its own settings over these. Raises UserError where one makes no sense."""
         return dataclasses.replace(self, options=_merged(options, self.own, self.where))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """A line that holds no prompt: its id, as far as there is one, and why."""
+
+    id: str | int
+    error: str
+
+
+def id_of(line: str, number: int) -> str | int:
+    """The id of a line of JSON that something is wrong with, or its number."""
+    try:
+        found = json.loads(line).get("id")
+    except (ValueError, AttributeError, RecursionError):
+        found = None
+    return found if type(found) in (str, int) else number
 
 
 def parse(line: str, *, template: str | None, options: Options, where: str, number: int) -> Item:

@@ -16,7 +16,7 @@ from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.in_force import DRAWS
-from qwen_jax.prompt_lines import Item
+from qwen_jax.prompt_lines import Item, Wrong
 from qwen_jax.text.messages import plain_tools
 from qwen_jax.text.streaming import StopStrings
 
@@ -83,12 +83,18 @@ def _is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def read(config: ConfigDict, options: Options) -> list[Item]:
-    """All of `stream`. Raises UserError where the file holds no prompts, too."""
-    items = list(stream(config, options))
-    if not items:
+def read(config: ConfigDict, options: Options) -> list[Item | Wrong]:
+    """All of a file's prompts, and what is wrong with other lines unless that is to end the run.
+
+    Raises UserError where the file holds no prompts, too.
+    """
+    lines = list(_lines(config, options))
+    if not lines:
         raise UserError(f"--prompt_file={config.prompt_file} holds no prompts.")
-    return items
+    wrong = [line.error for line in lines if isinstance(line, Wrong)]
+    if wrong and (config.strict or len(wrong) == len(lines)):
+        raise UserError(wrong[0])
+    return lines
 
 
 def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
@@ -103,6 +109,13 @@ def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
     Raises:
         UserError: the file can't be read, or a line is not what it should be.
     """
+    for line in _lines(config, options):
+        if isinstance(line, Wrong):
+            raise UserError(line.error)
+        yield line
+
+
+def _lines(config: ConfigDict, options: Options) -> Iterator[Item | Wrong]:
     if config.prompt is not None:
         raise UserError("--prompt and --prompt_file exclude each other; give one of them.")
     path = Path(config.prompt_file)
@@ -110,32 +123,48 @@ def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                where = f"{path}, line {number}"
-                text = utf8.decoded(line, where, from_start=number == 1)
-                text = utf8.without_line_break(text)
-                if not text.strip():
-                    continue
-                if is_json:
-                    template = config.experiment.template
-                    yield prompt_lines.parse(
-                        text, template=template, options=options, where=where, number=number
-                    )
-                else:
-                    yield Item(text, options, where, number)
+                where, text = f"{path}, line {number}", ""
+                try:
+                    text = utf8.decoded(line, where, from_start=number == 1)
+                    text = utf8.without_line_break(text)
+                    if not text.strip():
+                        continue
+                    if is_json:
+                        template = config.experiment.template
+                        yield prompt_lines.parse(
+                            text, template=template, options=options, where=where, number=number
+                        )
+                    else:
+                        yield Item(text, options, where, number)
+                except UserError as error:
+                    yield Wrong(prompt_lines.id_of(text, number), str(error))
     except OSError as error:
         raise UserError(f"--prompt_file={path} can't be read: {error.strerror}.") from error
 
 
 def rows(
-    items: Iterable[Item], n: int, request_of: Callable[[Item], Request]
+    items: Iterable[Item | Wrong],
+    n: int,
+    request_of: Callable[[Item], Request],
+    refuse: Callable[[Wrong], None] | None = None,
 ) -> Iterator[tuple[Item, int, Request]]:
     """Every sample of every prompt. Row i uses the config's seed + i, unless its prompt names
-    a seed of its own: then sample j uses that seed + j."""
+    a seed of its own: then sample j uses that seed + j.
+
+    Args:
+        refuse: told of what can't be asked, which ends it all where nobody is to be told.
+    """
     for index, item in enumerate(items):
         try:
+            if isinstance(item, Wrong):
+                raise UserError(item.error)
             request = request_of(item)
         except UserError as error:
-            raise UserError(f"{item.where}: {error}") from error
+            wrong = item if isinstance(item, Wrong) else Wrong(item.id, f"{item.where}: {error}")
+            if refuse is None:
+                raise UserError(wrong.error) from error
+            refuse(wrong)
+            continue
         seed = 0 if "seed" in item.own else index * n
         for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, n), seed)):
             yield item, sample, seeded

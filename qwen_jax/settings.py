@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
             # file's order.
             "output": placeholder(str),
             "ordered": False,
+            # Whether one prompt of a file that is wrong ends the run; else its line says why.
+            "strict": False,
             # Log-probabilities of the chosen token and of this many of the likeliest.
             "top_logprobs": placeholder(int),
             # none or model: whether what the model recommends (generation_config.json, or
@@ -196,6 +198,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     ),
     "output": ("output", "Where the answers to a prompt file go, as JSON lines."),
     "ordered": ("ordered", "Write answers in the order of the prompts, not as they finish."),
+    "strict": ("strict", "End at a file's first prompt that is wrong, and don't just say why."),
     "top_logprobs": ("top_logprobs", "Report log-probabilities, and this many of the likeliest."),
     "generation_config": (
         "generation_config",

@@ -4,9 +4,9 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
@@ -18,9 +18,12 @@ from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
-from qwen_jax.prompt_lines import SAMPLING, Item
+from qwen_jax.prompt_lines import SAMPLING, Item, Wrong
 from qwen_jax.settings import Command
 from qwen_jax.tasks.summary import Summary
+
+SOME_REFUSED = 3
+"""Exit code of a run that answered a file, but for some of its prompts."""
 
 
 def run(command: Command) -> int:
@@ -35,7 +38,7 @@ def run(command: Command) -> int:
         raise UserError("--ordered needs --prompt_file: it is about the order of many answers.")
     with _writer(config) as out:
         single = config.prompt_file is None
-        items = (
+        items: list[Item | Wrong] = (
             [prompts.single(config, options, piped=True)]
             if single
             else prompts.read(config, options)
@@ -44,13 +47,14 @@ def run(command: Command) -> int:
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in items)
+        others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
+        refused = 0
         try:
             if single:
-                _run_single(model, items[0], config, summary)
+                _run_single(model, _right(items)[0], config, summary)
             else:
-                _run_file(model, items, config, out, summary)
+                refused = _run_file(model, items, config, out, summary)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -60,12 +64,21 @@ def run(command: Command) -> int:
             ) from error
         finally:
             summary.show()
-    return 0
+    if refused:
+        print(
+            f"{refused} of {len(items)} prompts were refused; their lines say why under 'error'.",
+            file=sys.stderr,
+        )
+    return SOME_REFUSED if refused else 0
+
+
+def _right(items: Sequence[Item | Wrong]) -> list[Item]:
+    return [item for item in items if isinstance(item, Item)]
 
 
 def _as_recommended(
-    model: Model, command: Command, items: list[Item]
-) -> tuple[ConfigDict, list[Item]]:
+    model: Model, command: Command, items: list[Item | Wrong]
+) -> tuple[ConfigDict, list[Item | Wrong]]:
     """The config and the prompts with what the model recommends, where that is to be followed.
 
     Says what it recommends and what is used, and warns of settings that then do nothing.
@@ -73,10 +86,10 @@ def _as_recommended(
     asked = settings.asked(command.config, command.overrides)
     config = recommended.resolved(command.config, model.recommended, asked)
     options = prompts.options_of(config)
-    items = [item.over(options) for item in items]
+    items = [item.over(options) if isinstance(item, Item) else item for item in items]
     if said := recommended.line(model.recommended, config, options["sampling"]):
         print(said, file=sys.stderr)
-    prompts.warn_of_idle(items, asked, config.n)
+    prompts.warn_of_idle(_right(items), asked, config.n)
     return config, items
 
 
@@ -118,9 +131,10 @@ def _writer(config: ConfigDict) -> Iterator[IO[str]]:
             path.unlink()
 
 
-def _expected(config: ConfigDict, items: Sequence[Item]) -> Expected:
+def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
     """What the model will be asked for, as far as that is known before it is there."""
-    samplings = {repr(item.options["sampling"]): item.options["sampling"] for item in items}
+    given = [item.options["sampling"] for item in _right(items)]
+    samplings = {repr(sampling): sampling for sampling in given}
     choices = [(sampling, config.top_logprobs) for sampling in samplings.values()]
     return Expected(len(items) * config.n, choices)
 
@@ -192,46 +206,62 @@ def _print_logprobs(model: Model, completion: Completion) -> None:
 
 def _run_file(
     model: Model,
-    items: Sequence[Item],
+    items: Sequence[Item | Wrong],
     config: ConfigDict,
     out: IO[str],
     summary: Summary,
-) -> None:
+) -> int:
     """Writes each answer when it is complete; with `ordered`, when all before it are, too.
 
     Prompts become ids when they are about to get a slot, so that thousands of them don't delay the
-    first answer. One that proves to be wrong then ends the run, and what is written stays.
+    first answer. One that proves to be wrong then gets a line that says why; where it is `strict`
+    it ends the run, and what is written stays.
+
+    Returns:
+        How many prompts were refused.
     """
-    asked: dict[int, tuple[Item, int]] = {}
+    asked: dict[int, tuple[Item, int, int]] = {}
     held: dict[int, str] = {}
+    places, written, refused = itertools.count(), 0, 0
 
     def requests() -> Iterator[Request]:
         def request(item: Item) -> Request:
             return model.request(item.prompt, **item.options)
 
-        for number, (item, sample, made) in enumerate(prompts.rows(items, config.n, request)):
-            asked[number] = item, sample
+        told = None if config.strict else refuse
+        for number, row in enumerate(prompts.rows(items, config.n, request, told)):
+            item, sample, made = row
+            asked[number] = item, sample, next(places)
             yield made
 
-    def write(number: int) -> None:
-        print(held.pop(number), file=out, flush=True)
+    def refuse(wrong: Wrong) -> None:
+        nonlocal refused
+        refused += 1
+        put(next(places), {"id": wrong.id, "error": wrong.error})
+
+    def put(place: int, line: Mapping[str, Any]) -> None:
+        nonlocal written
+        held[place] = json.dumps(line, ensure_ascii=False)
+        if not config.ordered:
+            write(place)
+        while written in held:
+            write(written)
+            written += 1
+
+    def write(place: int) -> None:
+        print(held.pop(place), file=out, flush=True)
         bar.update()
 
-    total, written = len(items) * config.n, 0
+    total = len(items) * config.n
     generation = model.run(requests(), config.top_logprobs)
     with tqdm(total=total, desc="answers", disable=not sys.stderr.isatty()) as bar:
         try:
             for number, _, completion in summary.follow(generation):
                 if completion is None:
                     continue
-                item, sample = asked.pop(number)
-                line = {"id": item.id, "sample": sample} | prompts.answer(completion)
-                held[number] = json.dumps(line, ensure_ascii=False)
-                if not config.ordered:
-                    write(number)
-                while written in held:
-                    write(written)
-                    written += 1
+                item, sample, place = asked.pop(number)
+                put(place, {"id": item.id, "sample": sample} | prompts.answer(completion))
         finally:
-            for number in sorted(held):
-                write(number)
+            for place in sorted(held):
+                write(place)
+    return refused

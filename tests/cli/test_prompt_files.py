@@ -91,7 +91,8 @@ def answers_in(lines: str) -> list[dict[str, Any]]:
 def test_refused(refuses: Callable[..., None], tmp_path: Path, content: bytes) -> None:
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     path.write_bytes(content)
-    refuses([f"--prompt_file={path}", f"--output={output}"], "prompts.jsonl", FILES[content])
+    argv = [f"--prompt_file={path}", f"--output={output}", "--strict"]
+    refuses(argv, "prompts.jsonl", FILES[content])
     assert not output.exists()
 
 
@@ -100,8 +101,54 @@ def test_refused(refuses: Callable[..., None], tmp_path: Path, content: bytes) -
 def test_refused_late(refuses: Callable[..., None], tmp_path: Path, content: bytes) -> None:
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     path.write_bytes(content)
-    refuses([f"--prompt_file={path}", f"--output={output}"], "prompts.jsonl, ", LATE[content])
+    argv = [f"--prompt_file={path}", f"--output={output}", "--strict"]
+    refuses(argv, "prompts.jsonl, ", LATE[content])
     assert not output.exists()
+
+
+WRONG = [
+    (b'{"id": "b", "prompt": \n', 2, "line 2: it is not JSON"),
+    (b'{"id": "b", "prompt": "a", "temprature": 1}\n', "b", "line 2 has the field 'temprature'"),
+    (b'{"id": 7, "messages": []}\n', 7, "line 2: the conversation has no messages"),
+    (b'{"prompt": "' + b"word " * 3000 + b'"}\n', 2, "line 2: The prompt has 3029 tokens"),
+    (b"\xff\n", 2, "line 2 is not UTF-8"),
+    (b"[" * 100000 + b"\n", 2, "line 2: its JSON is nested too deeply"),
+]
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_wrong_prompt_gets_a_line_that_says_why(run: Run, tmp_path: Path, ordered: bool) -> None:
+    """And the others are answered as they are without it."""
+    path, argv = tmp_path / "prompts.jsonl", ["--temperature=1", "--n=2", *["--ordered"] * ordered]
+    good = b'{"id": "a", "prompt": "snow", "max_tokens": 3}\n', b'{"id": "c", "prompt": "rain"}'
+    for wrong, name, words in WRONG:
+        path.write_bytes(wrong.join(good))
+        result = run(f"--prompt_file={path}", *argv)
+        assert result.code == 3
+        assert "1 of 3 prompts were refused; their lines say why under 'error'." in result.err
+        lines = answers_in(result.out)
+        (told,) = (line for line in lines if "error" in line)
+        assert told.keys() == {"id", "error"} and told["id"] == name and words in told["error"]
+        answered = sorted((line["id"], line["sample"]) for line in lines if line is not told)
+        assert answered == [("a", 0), ("a", 1), ("c", 0), ("c", 1)]
+        if ordered:
+            assert [line["id"] for line in lines] == ["a", "a", name, "c", "c"]
+    path.write_bytes(b'{"id": "b", "prompt": "moon"}\n'.join(good))
+    others = {
+        (line["id"], line["sample"]): line
+        for line in answers_in(run(f"--prompt_file={path}", *argv).out)
+    }
+    assert all(others[line["id"], line["sample"]] == line for line in lines if line is not told)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_file_without_a_single_prompt_is_refused(
+    refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("not\nJSON\n")
+    refuses([f"--prompt_file={path}"], "line 1: it is not JSON")
 
 
 @pytest.mark.usefixtures("loaded")
@@ -110,7 +157,7 @@ def test_a_prompt_that_is_wrong_further_on(run: Run, tmp_path: Path) -> None:
     path, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     good = [json.dumps({"prompt": "snow", "max_tokens": 1})] * 12
     path.write_text("\n".join([*good, '{"messages": []}']))
-    result = run(f"--prompt_file={path}", f"--output={output}", "--slots=2")
+    result = run(f"--prompt_file={path}", f"--output={output}", "--slots=2", "--strict")
     assert (result.code, result.out) == (2, "")
     last = result.err.splitlines()[-1]
     assert last.startswith(f"error: {path}, line 13: the conversation has no messages")

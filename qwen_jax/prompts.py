@@ -4,6 +4,7 @@ import itertools
 import os
 import stat
 import sys
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,13 +149,14 @@ def rows(
     request_of: Callable[[Item], Request],
     refuse: Callable[[Wrong], None] | None = None,
 ) -> Iterator[tuple[Item, int, Request]]:
-    """Every sample of every prompt. Row i uses the config's seed + i, unless its prompt names
-    a seed of its own: then sample j uses that seed + j.
+    """Every sample of every prompt. Sample j of n uses the config's seed + (i - 1) n + j for the
+    prompt with the id i, which is its line's number where it has none, or a hash of it in place of
+    (i - 1) n; of a prompt that names a seed of its own, that seed + j.
 
     Args:
         refuse: told of what can't be asked, which ends it all where nobody is to be told.
     """
-    for index, item in enumerate(items):
+    for item in items:
         try:
             if isinstance(item, Wrong):
                 raise UserError(item.error)
@@ -165,9 +167,17 @@ def rows(
                 raise UserError(wrong.error) from error
             refuse(wrong)
             continue
-        seed = 0 if "seed" in item.own else index * n
+        seed = 0 if "seed" in item.own else _place(item.id, n)
         for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, n), seed)):
             yield item, sample, seeded
+
+
+def _place(name: str | int, n: int) -> int:
+    """Where a prompt's seeds begin: it follows from its id, so that they stay the same when other
+    prompts come or go."""
+    if isinstance(name, int):
+        return (name - 1) * n
+    return zlib.crc32(name.encode("utf-8", "surrogatepass"))
 
 
 def warn_of_idle(items: Sequence[Item], asked: Collection[str], n: int) -> None:

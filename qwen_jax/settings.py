@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
             # file's order.
             "output": placeholder(str),
             "ordered": False,
+            # Go on with `output` where a run was cut short.
+            "resume": False,
             # Whether one prompt of a file that is wrong ends the run; else its line says why.
             "strict": False,
             # Log-probabilities of the chosen token and of this many of the likeliest.
@@ -198,6 +200,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     ),
     "output": ("output", "Where the answers to a prompt file go, as JSON lines."),
     "ordered": ("ordered", "Write answers in the order of the prompts, not as they finish."),
+    "resume": ("resume", "Go on with --output where a run was cut short."),
     "strict": ("strict", "End at a file's first prompt that is wrong, and don't just say why."),
     "top_logprobs": ("top_logprobs", "Report log-probabilities, and this many of the likeliest."),
     "generation_config": (

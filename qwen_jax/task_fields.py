@@ -14,7 +14,7 @@ _ANSWER = (
 )  # fmt: skip
 
 FIELDS = {
-    "generate": (*_MODEL, *_PROMPT, *_ANSWER, "output", "ordered", "strict", "trace"),
+    "generate": (*_MODEL, *_PROMPT, *_ANSWER, "output", "ordered", "resume", "strict", "trace"),
     "inspect": _MODEL,
     "compare": (*_MODEL, *_PROMPT, "batch_invariant", "compare", "workdir"),
     "experiment": (*_MODEL, *_PROMPT, *_ANSWER, "experiment", "runner", "workdir"),

@@ -1,12 +1,11 @@
 """`run.py generate`: one prompt streamed to stdout, or a file of prompts as JSON lines."""
 
-import contextlib
 import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -20,6 +19,8 @@ from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.prompt_lines import SAMPLING, Item, Wrong
 from qwen_jax.settings import Command
+from qwen_jax.tasks import answers
+from qwen_jax.tasks.answers import Answers
 from qwen_jax.tasks.summary import Summary
 
 SOME_REFUSED = 3
@@ -36,17 +37,20 @@ def run(command: Command) -> int:
     _check_trace(config)
     if config.ordered and config.prompt_file is None:
         raise UserError("--ordered needs --prompt_file: it is about the order of many answers.")
-    with _writer(config) as out:
+    with answers.opened(config) as written:
         single = config.prompt_file is None
         items: list[Item | Wrong] = (
             [prompts.single(config, options, piped=True)]
             if single
             else prompts.read(config, options)
         )
+        if config.resume:
+            answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
+        written.settle(answers.made_with(config))
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0
@@ -54,7 +58,7 @@ def run(command: Command) -> int:
             if single:
                 _run_single(model, _right(items)[0], config, summary)
             else:
-                refused = _run_file(model, items, config, out, summary)
+                refused = _run_file(model, items, config, written, summary)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -103,32 +107,6 @@ def _check_trace(config: ConfigDict) -> None:
         raise UserError(
             f"--trace={config.trace.file} exists already; move it or choose another name."
         )
-
-
-@contextlib.contextmanager
-def _writer(config: ConfigDict) -> Iterator[IO[str]]:
-    """Where the answers to a prompt file go: stdout, or a new file, kept if anything is in it."""
-    if config.output is None:
-        yield sys.stdout
-        return
-    if config.prompt_file is None:
-        raise UserError("--output needs --prompt_file; a single prompt's text goes to stdout.")
-    path = Path(config.output)
-    try:
-        # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
-        file = path.open("x", -1, "utf-8", errors="backslashreplace", newline="\n")
-    except FileExistsError:
-        raise UserError(
-            f"--output={path} exists already; move it or choose another name."
-        ) from None
-    except OSError as error:
-        raise UserError(f"--output={path} can't be written: {error.strerror}.") from error
-    try:
-        with file:
-            yield file
-    finally:
-        if path.stat().st_size == 0:
-            path.unlink()
 
 
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
@@ -208,31 +186,33 @@ def _run_file(
     model: Model,
     items: Sequence[Item | Wrong],
     config: ConfigDict,
-    out: IO[str],
+    answered: Answers,
     summary: Summary,
 ) -> int:
     """Writes each answer when it is complete; with `ordered`, when all before it are, too.
 
     Prompts become ids when they are about to get a slot, so that thousands of them don't delay the
     first answer. One that proves to be wrong then gets a line that says why; where it is `strict`
-    it ends the run, and what is written stays.
+    it ends the run, and what is written stays. What has been answered is not answered again.
 
     Returns:
         How many prompts were refused.
     """
     asked: dict[int, tuple[Item, int, int]] = {}
     held: dict[int, str] = {}
-    places, written, refused = itertools.count(), 0, 0
+    numbers, places, written = itertools.count(), itertools.count(), 0
+    refused = sum(map(answered.refused, items))
+    left = answered.left(items, config.n)
 
     def requests() -> Iterator[Request]:
         def request(item: Item) -> Request:
             return model.request(item.prompt, **item.options)
 
         told = None if config.strict else refuse
-        for number, row in enumerate(prompts.rows(items, config.n, request, told)):
-            item, sample, made = row
-            asked[number] = item, sample, next(places)
-            yield made
+        for item, sample, made in prompts.rows(left, config.n, request, told):
+            if (item.id, sample) not in answered.done:
+                asked[next(numbers)] = item, sample, next(places)
+                yield made
 
     def refuse(wrong: Wrong) -> None:
         nonlocal refused
@@ -249,10 +229,10 @@ def _run_file(
             written += 1
 
     def write(place: int) -> None:
-        print(held.pop(place), file=out, flush=True)
+        print(held.pop(place), file=answered.out, flush=True)
         bar.update()
 
-    total = len(items) * config.n
+    total = len(items) * config.n - len(answered.done)
     generation = model.run(requests(), config.top_logprobs)
     with tqdm(total=total, desc="answers", disable=not sys.stderr.isatty()) as bar:
         try:

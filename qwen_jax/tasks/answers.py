@@ -32,11 +32,13 @@ class Answers:
     Attributes:
         out: the open file.
         path: its name; None where it is stdout.
+        resumed: whether it was there before.
         done: what has a line already.
     """
 
     out: IO[str]
     path: Path | None = None
+    resumed: bool = False
     done: frozenset[Key] = frozenset()
 
     def refused(self, item: Item | Wrong) -> bool:
@@ -61,7 +63,7 @@ class Answers:
         if self.path is None:
             return
         beside = _settings_file(self.path)
-        if not beside.exists():
+        if not (self.resumed and beside.exists()):
             beside.write_text(json.dumps(made_with, indent=1) + "\n")
             return
         noted = json.loads(beside.read_text())
@@ -111,7 +113,7 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         raise UserError(f"--output={path} can't be written: {error.strerror}.") from error
     try:
         with file:
-            yield Answers(file, path, done)
+            yield Answers(file, path, resumed, done)
     finally:
         if path.stat().st_size == 0:
             path.unlink()

@@ -243,6 +243,9 @@ def test_resuming_what_is_not_there_begins_it(run: Run, tmp_path: Path) -> None:
     assert len(answers_in(output.read_text())) == 8
     noted = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
     assert noted["model"] == "haiku" and noted["sampling.temperature"] == 0
+    # What lies beside a file that is gone says nothing of the next one.
+    output.unlink()
+    assert run(f"--prompt_file={path}", f"--output={output}", "--temperature=1").code == 3
 
 
 @pytest.mark.usefixtures("loaded")

@@ -39,6 +39,8 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	sed -n '/^```python$$/,/^```$$/{/^```/d;p}' README.md > $(VENV)/readme.py
+	$(BIN)/mypy $(VENV)/readme.py
 
 clean:
 	rm -rf $(VENV) .venv-lower .cuda build *.egg-info

@@ -39,6 +39,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that `run.py --help` needs no JAX."""
     for module, names in _HOME.items():

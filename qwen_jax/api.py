@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Unpack, cast, get_args
+from typing import Any, Literal, Unpack, cast, get_args, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -263,6 +263,36 @@ class Model:
         row_stop_ids(request, self.tokenizer)
         check_bias(request.sampling, self.config.vocab_size)
         return request
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        n: Literal[1] = 1,
+        top_logprobs: int | None = None,
+        **options: Unpack[Options],
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str],
+        *,
+        n: int = 1,
+        top_logprobs: int | None = None,
+        **options: Unpack[Options],
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message] | Sequence[str],
+        *,
+        n: int,
+        top_logprobs: int | None = None,
+        **options: Unpack[Options],
+    ) -> Completion | list[Completion]: ...
 
     def generate(
         self,

@@ -1,0 +1,28 @@
+"""What README shows is what comes out."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from qwen_jax import api
+from tests.cli.conftest import HAIKU
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_example_in_python() -> None:
+    example, shown = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(example, {})
+    assert out.getvalue() == shown
+
+
+def test_the_first_haiku() -> None:
+    assert f"$ python run.py\n{HAIKU}\nprompt " in README
+
+
+def test_sizes_of_the_bundled_model() -> None:
+    config = api.open_model().config
+    assert f"{config.num_parameters:,} parameters" in README
+    assert f"{config.num_layers} layers, hidden size {config.hidden_size}, feed-forward" in README

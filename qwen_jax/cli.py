@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import gc
 import importlib
-import importlib.metadata
 import os
 import re
 import signal
@@ -18,9 +17,9 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-import qwen_jax
 from qwen_jax import interrupts, settings, startup, task_fields
 from qwen_jax.errors import UserError
+from qwen_jax.versions import version
 
 TASKS = {
     "generate": "answer a prompt, or every prompt of a file",
@@ -255,5 +254,5 @@ def _usage(task: str) -> str:
 
 def _versions() -> str:
     python = ".".join(map(str, sys.version_info[:3]))
-    jax = importlib.metadata.version("jax")  # JAX itself takes half a second to import
-    return f"qwen_jax {qwen_jax.__version__}, JAX {jax}, Python {python}"
+    # JAX itself takes half a second to import.
+    return f"qwen_jax {version('qwen_jax')}, JAX {version('jax')}, Python {python}"

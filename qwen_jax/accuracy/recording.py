@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.tap import recording
+from qwen_jax.versions import version
 from qwen_jax.weights.checksum import sha256
 
 LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
@@ -153,7 +153,7 @@ class Recorder:
                 cache_dtype=spec.cache.name,
                 matmul_precision=spec.precision.name.lower(),
                 device=jax.local_devices()[0].device_kind,
-                versions={name: importlib.metadata.version(name) for name in LIBRARIES},
+                versions={name: version(name) for name in LIBRARIES},
                 tokens=tuple(int(token) for token in tokens),
                 start=start,
                 stop=stop,

@@ -1,7 +1,6 @@
 """What a candidate is held against: float64, transformers, llama.cpp, or a recorded trace."""
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qwen_jax.accuracy.recording import model_hash
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import locate
 from qwen_jax.errors import UserError
+from qwen_jax.versions import version
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
 KINDS = ("float64", "hf", "llamacpp")
@@ -101,7 +101,7 @@ def float64(
         activation_dtype="float64",
         matmul_precision="highest",
         device="cpu",
-        versions={name: importlib.metadata.version(name) for name in ("qwen_jax", "numpy")},
+        versions={name: version(name) for name in ("qwen_jax", "numpy")},
         tokens=tuple(int(token) for token in tokens),
         start=start,
         stop=len(tokens) if stop is None else stop,

@@ -14,6 +14,7 @@ import jax
 
 from qwen_jax.experiments.lines import write_atomically
 from qwen_jax.experiments.records import ENVIRONMENTS
+from qwen_jax.versions import version
 
 PACKAGES = (
     *("qwen_jax", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers", "ml_collections"),
@@ -62,7 +63,7 @@ def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            found[package] = version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found

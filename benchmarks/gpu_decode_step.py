@@ -24,6 +24,8 @@ from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import StepPlan, kernels
 from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.common.trace import PHASES
+from pallas_kernels.decode_step.packed.plan import HEAD
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from qwen_jax.engine.weights import plan_for
 
@@ -35,9 +37,7 @@ def pages_of(context: int) -> int:
     return -(-context // FEWEST_SLOTS)
 
 
-def arguments(
-    plan: StepPlan, rows: int, context: int, pool: Pool, dtype: str = "bfloat16"
-) -> tuple[Any, ...]:
+def arguments(plan: StepPlan, rows: int, context: int, pool: Pool, dtype: str) -> tuple[Any, ...]:
     """What the kernel takes, drawn afresh; the weight stream repeats 64 MiB."""
     shape, seed = plan.shape, time.time_ns() % 2**31
     keys = iter(jax.random.split(jax.random.key(seed), 8))
@@ -50,11 +50,19 @@ def arguments(
     def normal(*dims: int, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.normal(next(keys), dims, dtype)
 
-    repeats = -(-plan.stream_tiles // 2**14)
-    tile = jax.jit(lambda x: jnp.tile(x * 0.02, (repeats, 1, 1))[: plan.stream_tiles])
+    granules, _ = plan.stream_shape
+    drawn = 2**26 // plan.granule_bytes
+
+    @jax.jit
+    def stream(key: Any) -> Any:
+        """64 MiB, again and again."""
+        tiles = jax.random.normal(key, (drawn, M_TILE, K_TILE), jnp.float32) * 0.02
+        repeated = jnp.tile(plan.phases[HEAD].storage.words(tiles), (-(-granules // drawn), 1))
+        return repeated[:granules]
+
     pages = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     return (
-        tile(normal(2**14, 8, 256, dtype=dtype)),
+        stream(next(keys)),
         jnp.asarray(plan.table()),
         normal(shape.layers, shape.qkv),
         1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden),
@@ -68,7 +76,7 @@ def arguments(
 
 def microseconds(plan: StepPlan, args: tuple[Any, ...], pool: Pool, rounds: int) -> list[float]:
     """A step's time, in every round of a chain."""
-    step = kernels.build(plan, args[4].shape[0], pool, args[0].dtype)
+    step = kernels.build(plan, args[4].shape[0], pool, args[6].dtype)
 
     @jax.jit
     def chain(*args: Any) -> Any:
@@ -88,7 +96,7 @@ def microseconds(plan: StepPlan, args: tuple[Any, ...], pool: Pool, rounds: int)
 
 
 def print_phases(plan: StepPlan, args: tuple[Any, ...], pool: Pool) -> None:
-    step = jax.jit(kernels.build(plan, args[4].shape[0], pool, args[0].dtype, traced=True))
+    step = jax.jit(kernels.build(plan, args[4].shape[0], pool, args[6].dtype, traced=True))
     for _ in range(3):
         *_, times = jax.block_until_ready(step(*args))
     since = np.asarray(times).view(np.uint32).astype(np.int64)
@@ -114,7 +122,7 @@ def main() -> None:
     print(f"{'size':<6}{'rows':>6}{'context':>9}{'floor':>8}{'kernel':>8}{'GB/s':>7}")
     figures = {}
     for size, rows, context in itertools.product(args.sizes, args.rows, args.contexts):
-        plan = plan_for(SIZES[size])
+        plan = plan_for(SIZES[size], args.dtype)
         # The token's own page may be one more.
         table = max(pages_of(args.slots), pages_of(context + 1))
         pool = Pool(max(1, rows * pages_of(context)), FEWEST_SLOTS, table)

@@ -55,6 +55,13 @@ def test_no_worse_than_xla_and_the_same_in_every_order(
     check(monkeypatch, drawn(*inputs), few_rows)
 
 
+@pytest.mark.parametrize(("dtype", "cache"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_the_cache_has_a_dtype_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, cache: str
+) -> None:
+    check(monkeypatch, drawn(SMALL, 5, [100, 3], 1, dtype, cache=cache), few_rows)
+
+
 @pytest.mark.parametrize(("size", "rows"), [(1e5, 1), (1e-4, 5)])
 def test_float16_takes_hidden_states_of_any_size(
     monkeypatch: pytest.MonkeyPatch, size: float, rows: int

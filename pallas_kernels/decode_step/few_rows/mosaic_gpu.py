@@ -33,7 +33,6 @@ from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
 from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
 from pallas_kernels.decode_step.few_rows.step import Step
 from pallas_kernels.decode_step.few_rows.weight_ring import IN_FLIGHT, WeightRing
-from pallas_kernels.decode_step.packed.packing import TILE_BYTES
 from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
@@ -99,18 +98,18 @@ def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
         MOST_ROWS * 4,
     )
     left = SHARED_BYTES - sum(others)
-    stage = max(phase.stage_tiles for phase in plan.phases) * TILE_BYTES
+    stage = max(phase.stage_tiles * phase.storage.tile_bytes for phase in plan.phases)
     stages = max(0, left // (stage + 16))
     return Memory(stages * stage, *others, stages * 16)
 
 
-def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
+def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     """Why the kernel can't run a step, or None.
 
     A plan whose blocks don't all fit at once would hang the GPU: they wait for each other.
     """
     shape = plan.shape
-    if why := unfit(plan, dtype):
+    if why := unfit(plan, cache):
         return why
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
@@ -126,13 +125,13 @@ def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
 
 @functools.cache
 def build(
-    plan: StepPlan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
+    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
     splits = attention.most_splits(plan, rows, pool.capacity)
-    layout, format = Layout.of(plan, rows, splits), FORMATS[jnp.dtype(dtype).name]
+    layout = Layout.of(plan, rows, splits)
 
     def start(context: Any, *refs: Any) -> None:
         """Publishes the embeddings for the first layer, and clears every other word."""
@@ -172,7 +171,7 @@ def build(
         given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         base = t.address(smem, shared=True)
         _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
-        inputs = Inputs(rows, operands, squares, format)
+        inputs = Inputs(rows, operands, squares)
         words = Exchange(given.exchange, layout)
 
         def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
@@ -186,8 +185,8 @@ def build(
             products=Products(inputs, weights_in(smem), sums, m_tiles_at_once(plan, rows)),
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
-                given.rope, given.positions, given.new, words, heads, operands, format, attn_out,
-                EARLY_BYTES,
+                given.rope, given.positions, given.new, words, heads, operands,
+                FORMATS[jnp.dtype(cache).name], attn_out, EARLY_BYTES,
             ),
             own=own, given=given, exchange=words, trace=given.trace(cta),
         )  # fmt: skip
@@ -197,4 +196,4 @@ def build(
 
     roles = Roles(make, fetch, start, steps)
     shared = sum(divided)
-    return persistent("decode_step", plan, rows, dtype, layout.total, shared, roles, traced)
+    return persistent("decode_step", plan, rows, cache, layout.total, shared, roles, traced)

@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.decode_step.packed.packing import TILE_BYTES, Packed
-from pallas_kernels.decode_step.packed.plan import GATE_UP, K_TILE, M_TILE, StepPlan
+from pallas_kernels.decode_step.packed.packing import Packed
+from pallas_kernels.decode_step.packed.plain import TILE_BYTES
+from pallas_kernels.decode_step.packed.plan import GATE_UP, StepPlan
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
 
 THREADS = TILE_BYTES // 16
@@ -27,17 +28,18 @@ AT_ONCE = 4
 """Tiles a block has on their way."""
 
 
-def refusal(dtype: DTypeLike) -> str | None:
-    """Why the kernel can't move these numbers, or None."""
-    if jnp.dtype(dtype).itemsize == 2:
+def refusal(plan: StepPlan, phase: int) -> str | None:
+    """Why the kernel can't move a phase's weights, or None."""
+    storage = plan.phases[phase].storage
+    if plan.granule_bytes == storage.tile_bytes == TILE_BYTES:
         return None
-    return f"the weights are {jnp.dtype(dtype).name}, not of 16 bits"
+    return f"the weights are {storage.name}, not of 16 bits"
 
 
 def matrix(packed: Packed, plan: StepPlan, phase: int, layer: int = 0) -> Float[Array, "out in"]:
     """`packed.matrix` by a kernel."""
     p = plan.phases[phase]
-    build = _build(p.out, p.columns, packed.stream.dtype, phase == GATE_UP, plan.blocks)
+    build = _build(p.out, p.columns, p.storage.dtype, phase == GATE_UP, plan.blocks)
     return build(packed.stream, packed.at(phase, layer))
 
 

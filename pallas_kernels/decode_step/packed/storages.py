@@ -1,0 +1,9 @@
+"""Every way to store weights."""
+
+from pallas_kernels.decode_step.packed.plain import Numbers
+from pallas_kernels.decode_step.packed.storage import Storage
+
+STORAGES: dict[str, Storage] = {
+    each.name: each for each in (Numbers("bfloat16"), Numbers("float16"), Numbers("float32"))
+}
+"""By name; that of numbers is their dtype's."""

@@ -28,7 +28,7 @@ from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
-from tests.kernels.streams import in_float32
+from tests.kernels.streams import as_stored, in_float32
 
 SEED = secrets.randbits(31)
 SMALL = ModelShape(2, 256, 4, 2, 64, 512, 256, 1e-6)
@@ -61,7 +61,8 @@ class Case(NamedTuple):
 
 
 Inputs = tuple[ModelShape, int, list[int], int, str]
-"""What `drawn` takes: the model, blocks, positions, pages of a row's block table and the dtype."""
+"""What `drawn` takes: the model, blocks, positions, pages of a row's block table and the weights'
+storage."""
 
 
 def drawn(
@@ -69,16 +70,19 @@ def drawn(
     blocks: int,
     positions: list[int],
     table: int,
-    dtype: str = "bfloat16",
+    stored: str | tuple[str, ...] = "bfloat16",
     slots: int = 128,
     shared: int = 0,
     cache: str | None = None,
 ) -> Case:
     """A case of pages of so many slots, of which all rows that are long enough share the first.
 
-    The cache has the weights' dtype, or another.
+    Args:
+        stored: how all matrices are stored, or each phase's.
+        cache: the cache's dtype, that of the weights where they are numbers of one.
     """
-    plan, rng = StepPlan(shape, blocks, alike(dtype)), np.random.default_rng(SEED)
+    stored, rng = alike(stored) if isinstance(stored, str) else stored, np.random.default_rng(SEED)
+    plan = StepPlan(shape, blocks, stored)
 
     def normal(*dims: int) -> np.ndarray:
         return rng.standard_normal(dims, np.float32)
@@ -86,8 +90,8 @@ def drawn(
     stream, offsets = empty_stream(plan), tile_offsets(plan)
     for phase, matrix in enumerate(shape.matrices):
         for layer in range(1 if phase == 4 else shape.layers):
-            weights = (0.08 * normal(*matrix)).astype(dtype)
-            stream = put_matrix(stream, offsets[phase], weights, layer, phase, dtype)
+            weights = as_stored(0.08 * normal(*matrix), plan.stored[phase])
+            stream = put_matrix(stream, offsets[phase], weights, layer, phase, plan.stored[phase])
     norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
     rows, h = len(positions), shape.head_dim
     pool, tables = drawn_tables(rng, positions, table, slots, shared)
@@ -95,7 +99,7 @@ def drawn(
         plan,
         Packed(np.asarray(stream), normal(shape.layers, shape.qkv), norms, offsets),
         normal(rows, shape.hidden),
-        normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(cache or dtype),
+        normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(cache or stored[0]),
         tables,
         np.asarray(positions, np.int32),
         np.float32(1e6) ** (-np.arange(0, h, 2, np.float32) / h),
@@ -198,7 +202,8 @@ def run(
         machine.run(workers)
     logits = machine.bytes_at(refs[9]).view(np.float32).reshape(rows, shape.vocab)
     new = machine.bytes_at(refs[10]).view(dtype)
-    return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
+    new_shape = (2 * shape.layers, rows, shape.kv_heads, shape.head_dim)
+    return logits, new.reshape(new_shape).astype(np.float64)
 
 
 def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:

@@ -1,4 +1,8 @@
-"""Weight streams stored in another way."""
+"""Weights as storages take them, and weight streams stored in another way."""
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.decode_step import (
     HEAD,
@@ -9,6 +13,13 @@ from pallas_kernels.decode_step import (
     put_matrix,
     tile_offsets,
 )
+
+
+def as_stored(weights: np.ndarray, stored: str) -> np.ndarray:
+    """What `put_matrix` takes for a float32 matrix: numbers, or a file's blocks."""
+    if stored == "q8_0":
+        return gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+    return weights.astype(jnp.dtype(stored))
 
 
 def in_float32(packed: Packed, plan: StepPlan) -> tuple[Packed, StepPlan]:

@@ -122,12 +122,13 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
     longest = -(-shape.ffn // 128 // plan.phases[DOWN].parts)
     inputs = max(shape.hidden, 128 * longest) * rows * 4
     assert memory.inputs >= max(inputs, 8 * shape.group * (shape.head_dim + 2) * 4)
-    assert memory.stage_bytes >= 4096 * max(p.stage_tiles for p in plan.phases)
-    assert memory.stages * (memory.stage_bytes + 16) <= memory.ring + memory.barriers
+    stage = few_rows.stage_bytes(plan)
+    assert stage >= 4096 * max(p.stage_tiles for p in plan.phases)
+    assert memory.stages * (stage + 16) <= memory.ring + memory.barriers
     assert sum(memory) <= 232_448 - 2048
-    assert memory.stages >= few_rows.FEWEST_STAGES
+    assert memory.stages >= few_rows.fewest_stages(plan)
     # Copies want 16 bytes, the barriers 8.
-    assert memory.stage_bytes % 16 == 0
+    assert stage % 16 == 0
     assert all(begin % 16 == 0 for begin in launch.begins(memory))
 
 
@@ -187,7 +188,7 @@ def test_what_cannot_run_is_refused_with_the_value(
 
 def test_weights_that_no_kernel_takes_are_refused_by_name() -> None:
     why = kernels.refusal(plan_of(SMALL, "float32"), 1, "bfloat16")
-    assert why == "the weights are float32, not bfloat16 or float16"
+    assert why == "the weights are float32, not one of bfloat16, float16, q8_0"
     mixed = StepPlan(SMALL, 132, ("float16", *alike("bfloat16")[1:]))
     assert few_rows.refusal(mixed, 1, "bfloat16") is None
     assert "all stored alike, not float16 and bfloat16" in str(

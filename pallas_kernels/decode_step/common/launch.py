@@ -98,7 +98,7 @@ def unfit(plan: StepPlan, cache: DTypeLike) -> str | None:
     for storage in (phase.storage for phase in plan.phases):
         if storage.format is None:
             known = [name for name, each in STORAGES.items() if each.format]
-            return f"the weights are {storage.name}, not {' or '.join(known)}"
+            return f"the weights are {storage.name}, not one of {', '.join(known)}"
     if jnp.dtype(cache).name not in FORMATS:
         return f"the cache is {jnp.dtype(cache).name}, not {' or '.join(FORMATS)}"
     for out, columns in shape.matrices:

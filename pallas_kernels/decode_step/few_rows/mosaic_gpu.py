@@ -32,15 +32,13 @@ from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
 from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
 from pallas_kernels.decode_step.few_rows.step import Step
-from pallas_kernels.decode_step.few_rows.weight_ring import IN_FLIGHT, WeightRing
+from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing, in_flight
 from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 
 MOST_ROWS = 16
 """Rows of a step: so many by an M-tile's 16 outputs are the block's threads."""
-FEWEST_STAGES = IN_FLIGHT
-"""With fewer the fetching thread could wait for weights whose stage has gone on, forever."""
 
 EARLY_BYTES = 2 << 20
 """Of a layer's keys and values, up to which the first are asked for before the queries come."""
@@ -72,16 +70,22 @@ class Memory(NamedTuple):
         """Of the ring."""
         return self.barriers // 16
 
-    @property
-    def stage_bytes(self) -> int:
-        return self.ring // self.stages
+
+def stage_bytes(plan: StepPlan) -> int:
+    """Of the longest stage of weights."""
+    return max(phase.stage_tiles * phase.storage.tile_bytes for phase in plan.phases)
+
+
+def fewest_stages(plan: StepPlan) -> int:
+    """That the ring needs."""
+    return in_flight(stage_bytes(plan))
 
 
 def m_tiles_at_once(plan: StepPlan, rows: int) -> int:
     """M-tiles whose sums are added up together: fewer where the inputs take up the memory."""
     # Each number of them is a thread's, of which MOST_ROWS rows of one M-tile take all.
     usual = max(8 // rows, min(2, MOST_ROWS // rows))
-    return usual if _divided(plan, rows, usual).stages >= FEWEST_STAGES else 1
+    return usual if _divided(plan, rows, usual).stages >= fewest_stages(plan) else 1
 
 
 def memory(plan: StepPlan, rows: int) -> Memory:
@@ -98,9 +102,8 @@ def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
         MOST_ROWS * 4,
     )
     left = SHARED_BYTES - sum(others)
-    stage = max(phase.stage_tiles * phase.storage.tile_bytes for phase in plan.phases)
-    stages = max(0, left // (stage + 16))
-    return Memory(stages * stage, *others, stages * 16)
+    stages = max(0, left // (stage_bytes(plan) + 16))
+    return Memory(stages * stage_bytes(plan), *others, stages * 16)
 
 
 def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
@@ -115,10 +118,10 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     if rows * shape.kv_heads > plan.blocks:
         return f"{rows} rows of {shape.kv_heads} key/value heads are more than {plan.blocks} blocks"
-    if (stages := memory(plan, rows).stages) < FEWEST_STAGES:
+    if (stages := memory(plan, rows).stages) < fewest_stages(plan):
         return (
             f"beside {rows} rows of {shape.hidden} numbers, shared memory has room for {stages} "
-            f"stages of weights, fewer than {FEWEST_STAGES}"
+            f"stages of weights, fewer than {fewest_stages(plan)}"
         )
     return None
 
@@ -153,7 +156,7 @@ def build(
 
     def weights_in(smem: Any) -> WeightRing:
         base = t.address(smem, shared=True)
-        return WeightRing(base, base + begins(divided)[-1], divided.stages, divided.stage_bytes)
+        return WeightRing(base, base + begins(divided)[-1], divided.stages, stage_bytes(plan))
 
     def make(context: Any, smem: Any) -> None:
         t.when(t.thread_id().equals(0), weights_in(smem).make)

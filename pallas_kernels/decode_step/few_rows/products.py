@@ -16,6 +16,7 @@ from pallas_kernels.decode_step.packed.plan import Phase
 from pallas_kernels.decode_step.packed.storage import Storage
 from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.arithmetic import multiply_add
 from pallas_kernels.decode_step.ptx.formats import Format, times
 from pallas_kernels.decode_step.ptx.thread import V
 
@@ -29,6 +30,16 @@ MOST_KEPT = 8
 def sums_bytes(m_tiles: int, rows: int) -> int:
     """Shared memory for the warps' sums of so many M-tiles, twice."""
     return 2 * m_tiles * WARPS * rows * M_TILE * 4
+
+
+def _added(
+    format: Format, a: list[V], b: list[V], scales: list[V] | None, sums: list[V]
+) -> list[V]:
+    """The sums with a product added, each number of it multiplied with its scale."""
+    if scales is None:
+        return format.multiply(a, b, sums)
+    products = format.multiply(a, b, [t.number(0)] * 4)
+    return [multiply_add(*three) for three in zip(products, scales, sums, strict=True)]
 
 
 class Products:
@@ -114,12 +125,11 @@ class Products:
         totals, each = list(totals), SUMS // self.inputs.eights
         turns = [itertools.cycle(range(i, i + each, 4)) for i in range(0, SUMS, each)]
         for w, x in zip(weights, inputs, strict=True):
-            a = phase.storage.operand(w)
+            a, scales = phase.storage.operand(w), phase.storage.scales(w)
             for half in range(0, len(x), 2):
                 at = next(turns[half // 4])
-                totals[at : at + 4] = phase.format.multiply(
-                    a, x[half : half + 2], totals[at : at + 4]
-                )
+                b, sums = x[half : half + 2], totals[at : at + 4]
+                totals[at : at + 4] = _added(phase.format, a, b, scales, sums)
         return totals
 
     def _m_tile(

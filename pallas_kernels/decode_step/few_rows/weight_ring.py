@@ -11,9 +11,16 @@ from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
-IN_FLIGHT = 3
-"""Stages on their way at a time. More fill the memory's queues, and the words that blocks exchange
-come late; fewer leave it idle."""
+IN_FLIGHT_BYTES = 48 * 1024
+"""On their way at a time, in whole stages. More fill the memory's queues, and the words that blocks
+exchange come late; fewer leave it idle."""
+
+
+def in_flight(stage_bytes: int) -> int:
+    """Stages on their way at a time; with fewer in the ring the fetching thread could wait for
+    weights whose stage has gone on, forever.
+    """
+    return max(1, IN_FLIGHT_BYTES // stage_bytes)
 
 
 class WeightRing(Ring):
@@ -37,7 +44,7 @@ class WeightRing(Ring):
                 granule, number, *at = carry
                 state, landed = RingState(*at[:2]), RingState(*at[2:])
                 size = (tiles * (i + 1)) // p.stages - (tiles * i) // p.stages
-                late = number >= IN_FLIGHT
+                late = number >= in_flight(self.stage_bytes)
                 t.when(late, lambda: barriers.await_turn(self.full(landed.stage), landed.parity))
                 after = self.next(landed)
                 both = zip(after, landed, strict=True)

@@ -53,3 +53,7 @@ class Storage(abc.ABC):
 
         Its columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 are the inputs 4 t to 4 t + 3 of the warp.
         """
+
+    def scales(self, words: list[V]) -> list[V] | None:
+        """What the four numbers of a product with `operand` are multiplied with, if anything."""
+        return None

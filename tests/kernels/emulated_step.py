@@ -28,7 +28,7 @@ from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
-from tests.kernels.streams import as_stored, in_float32
+from tests.kernels.streams import as_stored, stored_again
 
 SEED = secrets.randbits(31)
 SMALL = ModelShape(2, 256, 4, 2, 64, 512, 256, 1e-6)
@@ -146,7 +146,8 @@ def _reference(
     packed: Packed, plan: StepPlan, exact: bool, hidden: Any, pages: Any, *rest: Any
 ) -> Any:
     if exact:
-        (packed, plan), pages = in_float32(packed, plan), pages.astype(jnp.float32)
+        packed, plan = stored_again(packed, plan, "float32")
+        pages = pages.astype(jnp.float32)
     return reference(packed, plan, hidden, pages, *rest, 1.0)
 
 

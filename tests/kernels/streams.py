@@ -22,12 +22,14 @@ def as_stored(weights: np.ndarray, stored: str) -> np.ndarray:
     return weights.astype(jnp.dtype(stored))
 
 
-def in_float32(packed: Packed, plan: StepPlan) -> tuple[Packed, StepPlan]:
-    """The same weights, with which the reference rounds no input of a product."""
-    wide = StepPlan(plan.shape, plan.blocks, alike("float32"))
-    stream, offsets = empty_stream(wide), tile_offsets(wide)
+def stored_again(packed: Packed, plan: StepPlan, stored: str) -> tuple[Packed, StepPlan]:
+    """The same weights as numbers of one dtype; with float32, in which nothing is lost, the
+    reference rounds no input of a product.
+    """
+    other = StepPlan(plan.shape, plan.blocks, alike(stored))
+    stream, offsets = empty_stream(other), tile_offsets(other)
     for phase in range(HEAD + 1):
         for layer in range(1 if phase == HEAD else plan.shape.layers):
             matrix = packed.matrix(plan, phase, layer)
-            stream = put_matrix(stream, offsets[phase], matrix, layer, phase, "float32")
-    return packed._replace(stream=stream, tile_offsets=offsets), wide
+            stream = put_matrix(stream, offsets[phase], matrix, layer, phase, stored)
+    return packed._replace(stream=stream, tile_offsets=offsets), other

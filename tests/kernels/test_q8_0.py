@@ -35,6 +35,7 @@ from tests.kernels.emulated_step import (
 )
 from tests.kernels.float64_step import exact_step
 from tests.kernels.simt import Race
+from tests.kernels.streams import stored_again
 from tests.kernels.test_decode_step import SIZES, lower, plan_of
 
 SHAPE = ModelShape(2, 256, 4, 2, 64, 384, 320, 1e-6)
@@ -77,13 +78,7 @@ def same(found: object, right: np.ndarray) -> bool:
 
 def in_bfloat16(case: Case) -> Case:
     """The same weights rounded, as the file is loaded today."""
-    plan = StepPlan(case.plan.shape, case.plan.blocks, alike("bfloat16"))
-    stream, offsets = empty_stream(plan), tile_offsets(plan)
-    for phase in range(HEAD + 1):
-        for layer in range(1 if phase == HEAD else plan.shape.layers):
-            matrix = case.packed.matrix(case.plan, phase, layer)
-            stream = put_matrix(stream, offsets[phase], matrix, layer, phase, "bfloat16")
-    packed = case.packed._replace(stream=np.asarray(stream), tile_offsets=offsets)
+    packed, plan = stored_again(case.packed, case.plan, "bfloat16")
     return case._replace(plan=plan, packed=packed)
 
 

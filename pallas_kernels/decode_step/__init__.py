@@ -42,17 +42,23 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike, pairs: int) -> str | No
 
 
 def unpacked(
-    packed: Packed, plan: StepPlan, phase: int, layer: int = 0, *, implementation: str = "auto"
+    packed: Packed,
+    plan: StepPlan,
+    phase: int,
+    layer: int,
+    dtype: jnp.dtype,
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, "out in"]:
-    """A matrix read back from the weight stream; the same numbers either way.
+    """A matrix read back from the weight stream, rounded to a dtype; the same numbers either way.
 
     Raises:
         UnsupportedError: `implementation` can't serve the case.
     """
-    why_not = unpack.refusal(plan, phase)
+    why_not = unpack.refusal(plan, phase, dtype)
     if choose("decode_step", implementation, why_not) == "xla":
-        return packed.matrix(plan, phase, layer)
-    return unpack.matrix(packed, plan, phase, layer)
+        return packed.matrix(plan, phase, layer).astype(dtype)
+    return unpack.matrix(packed, plan, phase, layer, dtype)
 
 
 def decode_step(

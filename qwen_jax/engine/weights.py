@@ -213,7 +213,9 @@ class PackedWeights:
         return found.reshape(*tokens.shape, -1)
 
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
-        return unpacked(self.packed, self.plan, phase, layer, implementation=self.implementation)
+        return unpacked(
+            self.packed, self.plan, phase, layer, self.dtype, implementation=self.implementation
+        )
 
 
 def plan_for(config: ModelConfig, stored: str) -> StepPlan:

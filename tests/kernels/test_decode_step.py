@@ -96,13 +96,15 @@ def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtyp
     assert "decode_step_many" in lower(SIZES[size], rows, capacity, dtype, many_rows)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_unpacking_lowers(size: str) -> None:
-    plan = plan_of(SIZES[size])
+@pytest.mark.parametrize(
+    ("size", "stored"), [*((size, "bfloat16") for size in SIZES), ("0.5b", "q8_0"), ("7b", "q8_0")]
+)
+def test_unpacking_lowers(size: str, stored: str) -> None:
+    plan, dtype = plan_of(SIZES[size], stored), jnp.dtype(jnp.bfloat16)
 
     def matrices(stream: Any, offsets: Any) -> list[Any]:
         packed = Packed(stream, stream, stream, offsets)
-        return [unpack.matrix(packed, plan, phase) for phase in range(5)]
+        return [unpack.matrix(packed, plan, phase, 0, dtype) for phase in range(5)]
 
     stream = ShapeDtypeStruct(plan.stream_shape, jnp.uint32)
     offsets = tuple(ShapeDtypeStruct(plan.tile_offsets(p).shape, jnp.int32) for p in range(5))

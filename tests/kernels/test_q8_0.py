@@ -143,4 +143,6 @@ def test_what_does_not_take_blocks_says_so() -> None:
     assert many_rows.refusal(plan, 17, "bfloat16") == "it takes weights of 16 bits, not q8_0"
     assert kernels.refusal(plan, 17, "bfloat16") == "it takes weights of 16 bits, not q8_0"
     assert kernels.refusal(plan, 16, "bfloat16") is None
-    assert unpack.refusal(plan, 0) == "the weights are q8_0, not of 16 bits"
+    why = "it makes no float32 of weights stored as q8_0"
+    assert unpack.refusal(plan, 0, jnp.dtype(jnp.float32)) == why
+    assert unpack.refusal(plan, 0, jnp.dtype(jnp.bfloat16)) is None

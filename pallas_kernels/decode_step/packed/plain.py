@@ -9,7 +9,7 @@ from pallas_kernels.decode_step.packed.fragments import FRAGMENT, apart, fragmen
 from pallas_kernels.decode_step.packed.storage import Storage
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
-from pallas_kernels.decode_step.ptx.formats import FORMATS
+from pallas_kernels.decode_step.ptx.formats import FORMATS, Format
 from pallas_kernels.decode_step.ptx.thread import V
 
 FRAGMENT_BYTES = 2 * FRAGMENT
@@ -35,6 +35,15 @@ class Numbers(Storage):
     def load(self, tiles: V, warp: V, lane: V, there: Sequence[V | None]) -> list[list[V]]:
         at = tiles + warp * FRAGMENT_BYTES + lane * 16
         return [t.load_shared(at + n * TILE_BYTES, 4, each) for n, each in enumerate(there)]
+
+    def expands_to(self, dtype: str) -> bool:
+        return dtype == self.name and self.format is not None
+
+    def fetch(self, tile: V, thread: V, there: V) -> list[V]:
+        return t.load_global(tile + (thread << 4).wide(), 4, where=there)
+
+    def expanded(self, words: list[V], format: Format) -> list[V]:
+        return words
 
     def operand(self, words: list[V]) -> list[V]:
         # The memory has a lane's output first, the instruction its column.

@@ -15,7 +15,7 @@ from pallas_kernels.decode_step.packed.storage import Storage
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.arithmetic import signed_bytes
-from pallas_kernels.decode_step.ptx.formats import FORMATS
+from pallas_kernels.decode_step.ptx.formats import FORMATS, Format
 from pallas_kernels.decode_step.ptx.thread import V
 
 GROUP = 32
@@ -57,8 +57,7 @@ class Q8_0(Storage):
         return (d[..., None] * grouped).reshape(len(words), M_TILE, K_TILE)
 
     def load(self, tiles: V, warp: V, lane: V, there: Sequence[V | None]) -> list[list[V]]:
-        quants = tiles + warp * (QUANT_BYTES // WARPS) + lane * 8
-        scales = tiles + QUANT_BYTES + warp // (GROUP // 16) * 32 + lane // 4 * 4
+        quants, scales = (tiles + offset for offset in _offsets(warp, lane))
         return [
             [
                 *t.load_shared(quants + n * self.tile_bytes, 2, each),
@@ -71,6 +70,27 @@ class Q8_0(Storage):
         first, second = (signed_bytes(word) for word in words[:2])
         return [first[0], second[0], first[1], second[1]]
 
+    def expands_to(self, dtype: str) -> bool:
+        return dtype in FORMATS
+
+    def fetch(self, tile: V, thread: V, there: V) -> list[V]:
+        offsets = _offsets(thread // t.WARP, thread % t.WARP)
+        quants, scales = (tile + offset.wide() for offset in offsets)
+        return [*t.load_global(quants, 2, where=there), *t.load_global(scales, where=there)]
+
+    def expanded(self, words: list[V], format: Format) -> list[V]:
+        found = []
+        for four, d in zip(words[:2], FLOAT16.floats(words[2]), strict=True):
+            pairs = (FLOAT16.floats(pair) for pair in signed_bytes(four))
+            found += [format.pair(low * d, high * d) for low, high in pairs]
+        return found
+
     def scales(self, words: list[V]) -> list[V]:
         low, high = FLOAT16.floats(words[2])
         return [low, low, high, high]
+
+
+def _offsets(warp: V, lane: V) -> tuple[V, V]:
+    """Where in a tile a lane's two words of q lie, and its word of d."""
+    quants = warp * (QUANT_BYTES // WARPS) + lane * 8
+    return quants, warp // (GROUP // 16) * 32 + lane // 4 * 4 + QUANT_BYTES

@@ -54,6 +54,18 @@ class Storage(abc.ABC):
         Its columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 are the inputs 4 t to 4 t + 3 of the warp.
         """
 
+    @abc.abstractmethod
+    def expands_to(self, dtype: str) -> bool:
+        """Whether `expanded` makes weights of that dtype, besides `numbers`."""
+
+    @abc.abstractmethod
+    def fetch(self, tile: V, thread: V, there: V) -> list[V]:
+        """What `load` gives one of 256 threads, of a tile in global memory."""
+
+    @abc.abstractmethod
+    def expanded(self, words: list[V], format: Format) -> list[V]:
+        """The lane's weights from them, rounded: four of output g, two a word, then of g + 8."""
+
     def scales(self, words: list[V]) -> list[V] | None:
         """What the four numbers of a product with `operand` are multiplied with, if anything."""
         return None

@@ -1,5 +1,7 @@
 """Q8_0 in the weight stream: a file's blocks there and back, and whole steps multiplied by them."""
 
+import re
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,8 @@ from pallas_kernels.decode_step import (
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from pallas_kernels.decode_step.packed import unpack
+from pallas_kernels.decode_step.ptx import arithmetic
+from pallas_kernels.decode_step.ptx.thread import V
 from tests.kernels.emulated_step import (
     GROUPS,
     ODD,
@@ -74,6 +78,34 @@ def same(found: object, right: np.ndarray) -> bool:
     assert ours.dtype == right.dtype
     nan = np.isnan(right)
     return bool((np.isnan(ours) == nan).all() and ours[~nan].tobytes() == right[~nan].tobytes())
+
+
+def test_the_instructions_make_float16_of_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the emulated tests leave out, one by one as PTX defines them."""
+    texts: list[str] = []
+    monkeypatch.setattr(arithmetic, "asm", lambda text, *_: texts.append(text))
+    monkeypatch.setattr(arithmetic, "i32", lambda: None)
+    arithmetic.signed_bytes(V(None))
+    every = np.arange(256, dtype=np.uint8)
+    registers = {"$2": every.view(np.uint32)}
+
+    def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+        eight = np.stack([a, b], axis=1).view(np.uint8)
+        picked = [eight[:, int(selector[0]) >> (4 * n) & 7] for n in range(4)]
+        return np.stack(picked, axis=1).view(np.uint32)[:, 0]
+
+    def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a.view(np.float16) - b.view(np.float16)).view(np.uint32)
+
+    codes = {"mov.b32": lambda a: a, "prmt.b32": permuted, "sub.rn.f16x2": difference}
+    for name, operands in re.findall(r"(mov\.b32|prmt\.b32|sub\.rn\.f16x2) ([^;]+);", texts[0]):
+        out, *given = operands.split(", ")
+        words = [
+            registers[x] if x in registers else np.full(64, int(x, 16), np.uint32) for x in given
+        ]
+        registers[out] = codes[name](*words)
+    found = np.stack([registers["$0"], registers["$1"]], axis=1).view(np.float16)
+    assert np.array_equal(found.reshape(-1), every.astype(np.float32) - 128)
 
 
 def in_bfloat16(case: Case) -> Case:

@@ -1,6 +1,7 @@
 """The decode-step kernel alone, on random weights of real shapes: time, and where it goes.
 
     python -m benchmarks.gpu_decode_step --sizes 0.5b 7b --rows 1 8 --contexts 128 --phases
+    python -m benchmarks.gpu_decode_step --sizes 0.5b 7b --rows 1 4 --stored q8_0
 
 Steps are chained on the device, each taking the last one's logits. With `--phases` a traced
 kernel runs besides: when the blocks ended each phase of the last layer, in microseconds after the
@@ -24,6 +25,9 @@ from benchmarks.random_model import SIZES
 from pallas_kernels.decode_step import StepPlan, kernels
 from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.common.trace import PHASES
+from pallas_kernels.decode_step.packed.q8_0 import GROUP
+from pallas_kernels.decode_step.packed.storages import STORAGES
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from qwen_jax.engine.weights import plan_for
 
@@ -35,10 +39,21 @@ def pages_of(context: int) -> int:
     return -(-context // FEWEST_SLOTS)
 
 
-def arguments(
-    plan: StepPlan, rows: int, context: int, pool: Pool, dtype: str = "bfloat16"
-) -> tuple[Any, ...]:
-    """What the kernel takes, drawn afresh; the weight stream repeats 64 MiB."""
+def random_tiles(key: Any, count: int, stored: str) -> jax.Array:
+    """Of weights of about 0.02, as the storage takes them."""
+    if stored != "q8_0":
+        return jax.random.normal(key, (count, M_TILE, K_TILE), jnp.float32) * 0.02
+    quants = jax.random.bits(key, (count, M_TILE, K_TILE // GROUP, GROUP), jnp.uint8)
+    scale = np.frombuffer(np.float16(0.02 / 74).tobytes(), np.uint8)
+    scales = jnp.broadcast_to(scale, (*quants.shape[:3], 2))
+    return jnp.concatenate([scales, quants], axis=3).reshape(count, M_TILE, -1)
+
+
+def arguments(plan: StepPlan, rows: int, context: int, pool: Pool, stored: str) -> tuple[Any, ...]:
+    """What the kernel takes, drawn afresh; the weight stream repeats 64 MiB.
+
+    The cache has the dtype of weights that are numbers of 16 bits, or else bfloat16.
+    """
     shape, seed = plan.shape, time.time_ns() % 2**31
     keys = iter(jax.random.split(jax.random.key(seed), 8))
     # A row's entries that it doesn't need name no page.
@@ -50,17 +65,25 @@ def arguments(
     def normal(*dims: int, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.normal(next(keys), dims, dtype)
 
-    repeats = -(-plan.stream_tiles // 2**14)
-    tile = jax.jit(lambda x: jnp.tile(x * 0.02, (repeats, 1, 1))[: plan.stream_tiles])
+    granules, _ = plan.stream_shape
+    drawn = 2**26 // plan.granule_bytes
+
+    @jax.jit
+    def stream(key: Any) -> Any:
+        """64 MiB, again and again."""
+        tiles = STORAGES[stored].words(random_tiles(key, drawn, stored))
+        repeated = jnp.tile(tiles, (-(-granules // drawn), 1))
+        return repeated[:granules]
+
     pages = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     return (
-        tile(normal(2**14, 8, 256, dtype=dtype)),
+        stream(next(keys)),
         jnp.asarray(plan.table()),
         normal(shape.layers, shape.qkv),
         1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden),
         normal(rows, shape.hidden),
         normal(rows, 2, shape.head_dim // 2),
-        normal(*pages, dtype=dtype),
+        normal(*pages, dtype=stored if stored in FORMATS else jnp.bfloat16),
         jnp.asarray(tables),
         jnp.full((rows,), context, jnp.int32),
     )
@@ -68,7 +91,7 @@ def arguments(
 
 def microseconds(plan: StepPlan, args: tuple[Any, ...], pool: Pool, rounds: int) -> list[float]:
     """A step's time, in every round of a chain."""
-    step = kernels.build(plan, args[4].shape[0], pool, args[0].dtype)
+    step = kernels.build(plan, args[4].shape[0], pool, args[6].dtype)
 
     @jax.jit
     def chain(*args: Any) -> Any:
@@ -88,7 +111,7 @@ def microseconds(plan: StepPlan, args: tuple[Any, ...], pool: Pool, rounds: int)
 
 
 def print_phases(plan: StepPlan, args: tuple[Any, ...], pool: Pool) -> None:
-    step = jax.jit(kernels.build(plan, args[4].shape[0], pool, args[0].dtype, traced=True))
+    step = jax.jit(kernels.build(plan, args[4].shape[0], pool, args[6].dtype, traced=True))
     for _ in range(3):
         *_, times = jax.block_until_ready(step(*args))
     since = np.asarray(times).view(np.uint32).astype(np.int64)
@@ -105,7 +128,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128])
     parser.add_argument("--slots", type=int, default=32768, help="of a row, at most")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=FORMATS, default="bfloat16")
+    stored = [name for name, storage in STORAGES.items() if storage.format]
+    parser.add_argument("--stored", choices=stored, default="bfloat16", help="how weights are")
     parser.add_argument("--phases", action="store_true")
     args = parser.parse_args()
 
@@ -114,11 +138,11 @@ def main() -> None:
     print(f"{'size':<6}{'rows':>6}{'context':>9}{'floor':>8}{'kernel':>8}{'GB/s':>7}")
     figures = {}
     for size, rows, context in itertools.product(args.sizes, args.rows, args.contexts):
-        plan = plan_for(SIZES[size])
+        plan = plan_for(SIZES[size], args.stored)
         # The token's own page may be one more.
         table = max(pages_of(args.slots), pages_of(context + 1))
         pool = Pool(max(1, rows * pages_of(context)), FEWEST_SLOTS, table)
-        drawn = arguments(plan, rows, context, pool, args.dtype)
+        drawn = arguments(plan, rows, context, pool, args.stored)
         taken = microseconds(plan, drawn, pool, args.rounds)
         attended = drawn[6].nbytes // (pool.pages * pool.slots) * rows * context
         read = drawn[0].nbytes + attended

@@ -14,6 +14,7 @@ from pallas_kernels.decode_step import (
     ModelShape,
     Packed,
     StepPlan,
+    alike,
     empty_stream,
     put_matrix,
     tile_offsets,
@@ -48,7 +49,11 @@ SHAPES = {
     "wide": ModelShape(2, 256, 4, 2, 64, 2944, 320, 1e-6),
 }
 # With 7, one block has no part of the small shape's down projection; 132 are too many.
-PLANS = [StepPlan(shape, blocks) for shape in SHAPES.values() for blocks in (1, 3, 7, 132)]
+PLANS = [
+    StepPlan(shape, blocks, alike("float32"))
+    for shape in SHAPES.values()
+    for blocks in (1, 3, 7, 132)
+]
 every_plan = pytest.mark.parametrize(
     "plan", PLANS, ids=[f"{name}, {blocks}" for name in SHAPES for blocks in (1, 3, 7, 132)]
 )
@@ -85,7 +90,7 @@ def test_a_block_reads_its_stream_in_order(plan: StepPlan) -> None:
         layers = range(plan.shape.layers)
         every = [at + layer * further for layer in layers for at, further in mine[:HEAD]]
         tiles = np.concatenate([*every, mine[HEAD][0]])
-        assert np.array_equal(tiles, np.arange(*plan.first_tile[block : block + 2]))
+        assert np.array_equal(tiles, np.arange(*plan.first_granule[block : block + 2]))
 
 
 @every_plan
@@ -95,9 +100,9 @@ def test_what_is_put_into_the_stream_is_read_back(plan: StepPlan) -> None:
         (phase, layer): jnp.asarray(rng.standard_normal(shape.matrices[phase]), jnp.float32)
         for phase, layer in [(p, i) for p in range(HEAD) for i in range(2)] + [(HEAD, 0)]
     }
-    stream, offsets = empty_stream(plan, jnp.dtype(jnp.float32)), tile_offsets(plan)
+    stream, offsets = empty_stream(plan), tile_offsets(plan)
     for (phase, layer), value in matrices.items():
-        stream = put_matrix(stream, offsets[phase], value, layer, phase)
+        stream = put_matrix(stream, offsets[phase], value, layer, phase, "float32")
     packed = Packed(stream, jnp.zeros((2, shape.qkv)), jnp.zeros((5, shape.hidden)), offsets)
     for (phase, layer), value in matrices.items():
         assert np.array_equal(packed.matrix(plan, phase, layer), value)
@@ -159,12 +164,16 @@ def test_the_cache_is_in_memory_once() -> None:
     assert not engine.pages.is_deleted()
 
 
-def test_a_cache_of_another_dtype_is_refused() -> None:
+def test_the_cache_may_have_another_dtype() -> None:
     _, packed = plain_and_packed(CONFIG)
-    spec = Engine(CONFIG, packed).spec
-    cache, one = Cache.create(CONFIG, 1, 256, jnp.dtype(jnp.float16)), jnp.ones(1, jnp.int32)
-    with pytest.raises(ValueError, match="the pages are float16, the weights are float32"):
-        packed.forward(spec, 1)(one, cache, one, one > 0)
+    spec, one = Engine(CONFIG, packed).spec, jnp.ones(1, jnp.int32)
+    logits = []
+    for dtype in (jnp.float32, jnp.float16):
+        cache = Cache.create(CONFIG, 1, 256, jnp.dtype(dtype))
+        found, cache = packed.forward(spec, 1)(one, cache, one, one > 0)
+        assert cache.pages.dtype == dtype
+        logits.append(found)
+    np.testing.assert_allclose(*logits, atol=1e-2)
 
 
 def test_a_partial_rotation_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

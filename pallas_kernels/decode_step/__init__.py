@@ -10,7 +10,7 @@ from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.many_rows.layout import MOST_ROWS
 from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.packed.packing import Packed, empty_stream, put_matrix, tile_offsets
-from pallas_kernels.decode_step.packed.plan import HEAD, ModelShape, StepPlan
+from pallas_kernels.decode_step.packed.plan import HEAD, ModelShape, StepPlan, alike
 from pallas_kernels.decode_step.reference import reference
 from pallas_kernels.implementation import choose
 
@@ -20,6 +20,7 @@ __all__ = [
     "ModelShape",
     "Packed",
     "StepPlan",
+    "alike",
     "decode_step",
     "empty_stream",
     "put_matrix",
@@ -29,25 +30,35 @@ __all__ = [
 ]
 
 
-def refusal(plan: StepPlan, rows: int, dtype: DTypeLike, pairs: int) -> str | None:
-    """Why no kernel can run a step that rotates so many pairs of every head, or None."""
+def refusal(plan: StepPlan, rows: int, cache: DTypeLike, pairs: int) -> str | None:
+    """Why no kernel can run a step that rotates so many pairs of every head, or None.
+
+    Args:
+        cache: the cache's dtype.
+    """
     if 2 * pairs != plan.shape.head_dim:
         return f"it rotates whole heads, not {2 * pairs} of {plan.shape.head_dim} dimensions"
-    return kernels.refusal(plan, rows, dtype)
+    return kernels.refusal(plan, rows, cache)
 
 
 def unpacked(
-    packed: Packed, plan: StepPlan, phase: int, layer: int = 0, *, implementation: str = "auto"
+    packed: Packed,
+    plan: StepPlan,
+    phase: int,
+    layer: int,
+    dtype: jnp.dtype,
+    *,
+    implementation: str = "auto",
 ) -> Float[Array, "out in"]:
-    """A matrix read back from the weight stream; the same numbers either way.
+    """A matrix read back from the weight stream, rounded to a dtype; the same numbers either way.
 
     Raises:
         UnsupportedError: `implementation` can't serve the case.
     """
-    why_not = unpack.refusal(packed.stream.dtype)
+    why_not = unpack.refusal(plan, phase, dtype)
     if choose("decode_step", implementation, why_not) == "xla":
-        return packed.matrix(plan, phase, layer)
-    return unpack.matrix(packed, plan, phase, layer)
+        return packed.matrix(plan, phase, layer).astype(dtype)
+    return unpack.matrix(packed, plan, phase, layer, dtype)
 
 
 def decode_step(
@@ -68,8 +79,9 @@ def decode_step(
     keeps the whole input of a product in shared memory, up to 64 rows on one that lets it stream.
 
     Sums, norms, softmax and the residual stream are float32; keys, values, queries and
-    attention weights are rounded to the cache's dtype where they enter a product, as all inputs of
-    products are in the kernel of many rows. The cache is read only: the caller writes the new keys
+    attention weights are rounded to the cache's dtype where they enter a product. In the kernel of
+    many rows all inputs of products with weights are rounded as well, to the dtype they are taken
+    in. The cache is read only: the caller writes the new keys
     and values at `position`. Rows may share pages.
 
     Args:
@@ -91,13 +103,13 @@ def decode_step(
         ValueError: shapes or dtypes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
-    shape, rows, dtype = plan.shape, hidden.shape[0], packed.stream.dtype
+    shape, rows, cache = plan.shape, hidden.shape[0], pages.dtype
     pool = Pool.of(pages, tables)
     expected = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     if pages.shape != expected or hidden.shape != (rows, shape.hidden):
         raise ValueError(f"hidden {hidden.shape} and pages {pages.shape} don't fit {shape}")
-    if pages.dtype != dtype:
-        raise ValueError(f"the pages are {pages.dtype}, the weights are {dtype}")
+    if packed.stream.shape != plan.stream_shape:
+        raise ValueError(f"weights of {packed.stream.shape} don't fit {plan.stream_shape}")
     if pool.pages == 0 or pool.slots < FEWEST_SLOTS or pool.slots & (pool.slots - 1):
         raise ValueError(
             f"{pool.pages} pages of {pool.slots} slots: at least one page, of a power of two of "
@@ -107,7 +119,7 @@ def decode_step(
         raise ValueError(
             f"the block tables are {tables.dtype} {tables.shape}, not int32 of {rows} rows"
         )
-    why_not = refusal(plan, rows, dtype, inv_freq.shape[0])
+    why_not = refusal(plan, rows, cache, inv_freq.shape[0])
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":
             return reference(
@@ -115,7 +127,7 @@ def decode_step(
             )
         angles = position[:, None].astype(jnp.float32) * inv_freq
         rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
-        logits, new, _ = kernels.build(plan, rows, pool, dtype)(
+        logits, new, _ = kernels.build(plan, rows, pool, cache)(
             packed.stream,
             plan.table(),
             packed.bias,

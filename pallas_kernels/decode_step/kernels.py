@@ -14,22 +14,22 @@ FEW_NUMBERS = 15_000
 """Of an input, up to which the first is faster: each block reads all of them as float32."""
 
 
-def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
-    """Why neither can run a step, or None."""
-    if few_rows.refusal(plan, rows, dtype) is None:
+def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
+    """Why neither can run a step with a cache of that dtype, or None."""
+    if few_rows.refusal(plan, rows, cache) is None:
         return None
-    return many_rows.refusal(plan, rows, dtype)
+    return many_rows.refusal(plan, rows, cache)
 
 
 def build(
-    plan: StepPlan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
+    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
-    """The faster one, of those that can, for one model, number of rows, cache size and dtype.
+    """The faster one, of those that can, for one model, number of rows, cache size and its dtype.
 
     Returns a function of (weight stream, table, bias, norms, hidden, rope, pages, block tables,
     positions) to (logits, new keys and values, scratch); and, if traced, the nanosecond at which
     each block ended each of `PHASES`, int32 `[blocks, phases]`.
     """
-    few = rows * plan.shape.hidden <= FEW_NUMBERS or many_rows.refusal(plan, rows, dtype)
-    kernel = few_rows if few and few_rows.refusal(plan, rows, dtype) is None else many_rows
-    return kernel.build(plan, rows, pool, dtype, traced)
+    few = rows * plan.shape.hidden <= FEW_NUMBERS or many_rows.refusal(plan, rows, cache)
+    kernel = few_rows if few and few_rows.refusal(plan, rows, cache) is None else many_rows
+    return kernel.build(plan, rows, pool, cache, traced)

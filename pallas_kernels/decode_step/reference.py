@@ -1,7 +1,7 @@
 """The definition of correct for `decode_step`, in plain jnp over the same packed weights.
 
-It rounds every product's input to the cache's dtype. In float16 the kernels take larger ones, and
-that of few rows keeps more of them.
+It rounds every product's input as the storage of its weights says. In float16 the kernels take
+larger ones, and that of few rows keeps more of them.
 """
 
 import jax
@@ -25,14 +25,14 @@ def reference(
     inv_freq: Float[Array, "R2"],
     attention_factor: float,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
-    shape, dtype = plan.shape, pages.dtype
+    shape, cache = plan.shape, pages.dtype
     heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
     rows = jnp.arange(hidden.shape[0])
 
     def product(x: Float[Array, "B in"], phase: int, layer: int = 0) -> Float[Array, "B out"]:
-        weights = packed.matrix(plan, phase, layer)
+        weights, inputs = packed.matrix(plan, phase, layer), plan.phases[phase].storage.inputs
         f32 = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-        return jnp.einsum("oi,bi->bo", weights, x.astype(dtype), **f32)
+        return jnp.einsum("oi,bi->bo", weights, x.astype(inputs), **f32)
 
     def norm(x: Float[Array, "B D"], index: int) -> Float[Array, "B D"]:
         mean = jnp.mean(x * x, axis=1, keepdims=True)
@@ -51,7 +51,7 @@ def reference(
         qkv = qkv.reshape(len(rows), 1, -1, dim)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = rope(q, k, position[:, None], inv_freq, attention_factor)
-        q, k, v = (y[:, 0].astype(dtype) for y in (q, k, v))
+        q, k, v = (y[:, 0].astype(cache) for y in (q, k, v))
         k_all, v_all = (
             cached(n).at[rows, :, position].set(y) for n, y in ((i, k), (shape.layers + i, v))
         )

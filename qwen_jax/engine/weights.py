@@ -23,6 +23,7 @@ from pallas_kernels.decode_step import (
     ModelShape,
     Packed,
     StepPlan,
+    alike,
     empty_stream,
     tile_offsets,
     unpacked,
@@ -46,7 +47,7 @@ Forward = Callable[
 """A token of every row, the cache, the tokens' positions and which rows are live, to the logits
 after them and the cache with the live rows' keys and values."""
 
-_put_matrix = Kept(packing, "put_matrix", static=(4,))
+_put_matrix = Kept(packing, "put_matrix", static=(4, 5))
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
@@ -143,7 +144,7 @@ class PackedWeights:
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.packed.stream.dtype
+        return self.plan.phases[HEAD].storage.dtype
 
     def devices(self) -> set[jax.Device]:
         return self.packed.stream.devices()
@@ -186,9 +187,7 @@ class PackedWeights:
         """
         if self.implementation == "xla":
             return rows <= MOST_ROWS
-        why_not = kernel_refusal(
-            self.plan, rows, self.packed.stream.dtype, self.config.rope_dim // 2
-        )
+        why_not = kernel_refusal(self.plan, rows, self.dtype, self.config.rope_dim // 2)
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:
@@ -198,7 +197,7 @@ class PackedWeights:
         for i in range(self.config.num_layers):
             params[f"layers.{i}.attn_norm"] = norms[2 * i]
             params[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
-            params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(packed.stream.dtype)
+            params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(self.dtype)
             for phase, name in enumerate(MATRICES):
                 params[f"layers.{i}.{name}.weight"] = self._matrix(phase, i)
         head = self._matrix(HEAD)
@@ -214,12 +213,14 @@ class PackedWeights:
         return found.reshape(*tokens.shape, -1)
 
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
-        return unpacked(self.packed, self.plan, phase, layer, implementation=self.implementation)
+        return unpacked(
+            self.packed, self.plan, phase, layer, self.dtype, implementation=self.implementation
+        )
 
 
-def plan_for(config: ModelConfig) -> StepPlan:
-    """How the model is dealt out to the multiprocessors of the default device, or a GPU's where
-    that is none.
+def plan_for(config: ModelConfig, stored: str) -> StepPlan:
+    """How the model, its matrices all stored so, is dealt out to the multiprocessors of the default
+    device, or a GPU's where that is none.
     """
     blocks = getattr(jax.local_devices()[0], "core_count", None) or HOPPER.multiprocessors
     shape = ModelShape(
@@ -232,12 +233,12 @@ def plan_for(config: ModelConfig) -> StepPlan:
         vocab=config.vocab_size,
         eps=config.rms_eps,
     )
-    return StepPlan(shape, blocks)
+    return StepPlan(shape, blocks, alike(stored))
 
 
 def refusal(config: ModelConfig, dtype: jnp.dtype) -> str | None:
     """Why the decode-step kernel can't run this model, were it for one row; or None."""
-    return kernel_refusal(plan_for(config), 1, dtype, config.rope_dim // 2)
+    return kernel_refusal(plan_for(config, dtype.name), 1, dtype, config.rope_dim // 2)
 
 
 def prepare(
@@ -284,17 +285,18 @@ def pack(
 
     So the device never holds more than the packed weights and two parameters.
     """
-    plan = plan_for(config)
-    stream, offsets = empty_stream(plan, dtype), tile_offsets(plan)
+    plan = plan_for(config, dtype.name)
+    stream, offsets = empty_stream(plan), tile_offsets(plan)
     small: dict[str, jax.Array] = {}
     head = "embed" if config.tied else "lm_head"
     for name, value in parameters:
         parts = name.split(".")
         if name == head:
-            stream = _put_matrix(stream, offsets[HEAD], value, np.int32(0), HEAD)
+            stream = _put_matrix(stream, offsets[HEAD], value, np.int32(0), HEAD, dtype.name)
         elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
             phase = MATRICES.index(parts[2])
-            stream = _put_matrix(stream, offsets[phase], value, np.int32(parts[1]), phase)
+            layer = np.int32(parts[1])
+            stream = _put_matrix(stream, offsets[phase], value, layer, phase, dtype.name)
         else:
             small[name] = value
     layers = range(config.num_layers)

@@ -17,6 +17,7 @@ from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.weights import PackedWeights, pack, prepare
 from qwen_jax.model.rotary import inverse_frequencies
 from tests.engines import Prompt, fill, forced, generate, poison, relative
+from tests.kernels.streams import stored_again
 from tests.tiny_checkpoints import canonical, random_parameters
 
 SEED = secrets.randbits(31)
@@ -160,8 +161,10 @@ def test_the_last_position_of_the_longest_context(name: str, rows: int, dtype: s
     inv_freq = jnp.asarray(inverse_frequencies(config))
 
     def step(dtype: str, implementation: str) -> list[np.ndarray]:
-        packed = weights.packed._replace(stream=weights.packed.stream.astype(dtype))
-        run = functools.partial(decode_step, plan=weights.plan, implementation=implementation)
+        packed, plan = weights.packed, weights.plan
+        if dtype == "float32":
+            packed, plan = stored_again(packed, plan, "float32")
+        run = functools.partial(decode_step, plan=plan, implementation=implementation)
         inputs = {"hidden": hidden, "pages": pages.astype(dtype), "tables": tables}
         out = jax.jit(run)(packed, **inputs, position=position, inv_freq=inv_freq)
         return [np.asarray(x, np.float64) for x in out]

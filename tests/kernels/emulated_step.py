@@ -1,5 +1,6 @@
 """A decode step on the machine of `simt.py`, block by block, and what it is compared with."""
 
+import functools
 import secrets
 import types
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pallas_kernels.decode_step import (
     ModelShape,
     Packed,
     StepPlan,
+    alike,
     empty_stream,
     put_matrix,
     tile_offsets,
@@ -26,6 +28,7 @@ from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
+from tests.kernels.streams import as_stored, stored_again
 
 SEED = secrets.randbits(31)
 SMALL = ModelShape(2, 256, 4, 2, 64, 512, 256, 1e-6)
@@ -58,7 +61,8 @@ class Case(NamedTuple):
 
 
 Inputs = tuple[ModelShape, int, list[int], int, str]
-"""What `drawn` takes: the model, blocks, positions, pages of a row's block table and the dtype."""
+"""What `drawn` takes: the model, blocks, positions, pages of a row's block table and the weights'
+storage."""
 
 
 def drawn(
@@ -66,21 +70,28 @@ def drawn(
     blocks: int,
     positions: list[int],
     table: int,
-    dtype: str = "bfloat16",
+    stored: str | tuple[str, ...] = "bfloat16",
     slots: int = 128,
     shared: int = 0,
+    cache: str | None = None,
 ) -> Case:
-    """A case of pages of so many slots, of which all rows that are long enough share the first."""
-    plan, rng = StepPlan(shape, blocks), np.random.default_rng(SEED)
+    """A case of pages of so many slots, of which all rows that are long enough share the first.
+
+    Args:
+        stored: how all matrices are stored, or each phase's.
+        cache: the cache's dtype, that of the weights where they are numbers of one.
+    """
+    stored, rng = alike(stored) if isinstance(stored, str) else stored, np.random.default_rng(SEED)
+    plan = StepPlan(shape, blocks, stored)
 
     def normal(*dims: int) -> np.ndarray:
         return rng.standard_normal(dims, np.float32)
 
-    stream, offsets = empty_stream(plan, jnp.dtype(dtype)), tile_offsets(plan)
+    stream, offsets = empty_stream(plan), tile_offsets(plan)
     for phase, matrix in enumerate(shape.matrices):
         for layer in range(1 if phase == 4 else shape.layers):
-            weights = (0.08 * normal(*matrix)).astype(dtype)
-            stream = put_matrix(stream, offsets[phase], weights, layer, phase)
+            weights = as_stored(0.08 * normal(*matrix), plan.stored[phase])
+            stream = put_matrix(stream, offsets[phase], weights, layer, phase, plan.stored[phase])
     norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
     rows, h = len(positions), shape.head_dim
     pool, tables = drawn_tables(rng, positions, table, slots, shared)
@@ -88,7 +99,7 @@ def drawn(
         plan,
         Packed(np.asarray(stream), normal(shape.layers, shape.qkv), norms, offsets),
         normal(rows, shape.hidden),
-        normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(dtype),
+        normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(cache or stored[0]),
         tables,
         np.asarray(positions, np.int32),
         np.float32(1e6) ** (-np.arange(0, h, 2, np.float32) / h),
@@ -125,19 +136,26 @@ def poisoned(case: Case) -> np.ndarray:
     return np.where(read[None, :, None, :, None], case.pages, case.pages.dtype.type(np.nan))
 
 
-_reference = jax.jit(
-    reference,
-    static_argnums=1,
+@functools.partial(
+    jax.jit,
+    static_argnums=(1, 2),
     # Else XLA leaves out roundings to 16 bits where a wider number is at hand.
     compiler_options={"xla_allow_excess_precision": False},
 )
+def _reference(
+    packed: Packed, plan: StepPlan, exact: bool, hidden: Any, pages: Any, *rest: Any
+) -> Any:
+    if exact:
+        packed, plan = stored_again(packed, plan, "float32")
+        pages = pages.astype(jnp.float32)
+    return reference(packed, plan, hidden, pages, *rest, 1.0)
 
 
-def expected(case: Case, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    packed = case.packed._replace(stream=case.packed.stream.astype(dtype))
-    pages = poisoned(case).astype(dtype)
-    inputs = (case.hidden, pages, case.tables, case.position, case.inv_freq)
-    return tuple(np.asarray(x, np.float64) for x in _reference(packed, case.plan, *inputs, 1.0))  # type: ignore
+def expected(case: Case, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's logits, keys and values; exact ones if nothing is rounded to 16 bits."""
+    inputs = (case.hidden, poisoned(case), case.tables, case.position, case.inv_freq)
+    found = _reference(case.packed, case.plan, exact, *inputs)
+    return tuple(np.asarray(x, np.float64) for x in found)  # type: ignore
 
 
 def run(
@@ -185,7 +203,8 @@ def run(
         machine.run(workers)
     logits = machine.bytes_at(refs[9]).view(np.float32).reshape(rows, shape.vocab)
     new = machine.bytes_at(refs[10]).view(dtype)
-    return logits, new.reshape(2 * shape.layers, rows, shape.kv_heads, -1).astype(np.float64)
+    new_shape = (2 * shape.layers, rows, shape.kv_heads, shape.head_dim)
+    return logits, new.reshape(new_shape).astype(np.float64)
 
 
 def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:
@@ -231,7 +250,7 @@ def check(patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType) -> No
     the middle rows are compared, and none may be far from all of XLA's. The kernel of few rows
     rounds less than XLA, so that its whole error is smaller in spite of those.
     """
-    truth, xla = expected(case, "float32"), expected(case, case.pages.dtype.name)
+    truth, xla = expected(case, exact=True), expected(case)
     orders = 2 if case.plan.blocks <= 10 else 1
     found = [run(patch, case, SEED + n, kernel=kernel) for n in range(orders)]
     for mine, theirs, right, rows in zip(found[0], xla, truth, (0, 1), strict=True):
@@ -254,7 +273,7 @@ def check_size(
     """Float16's error beside XLA's, with embeddings of that size."""
     case = drawn(SMALL, 11, positions, 1, "float16")
     case = case._replace(hidden=case.hidden * size)
-    truth, xla = expected(case, "float32"), expected(case, "float16")
+    truth, xla = expected(case, exact=True), expected(case)
     found = run(patch, case, SEED, kernel=kernel)
     for mine, theirs, right in zip(found, xla, truth, strict=True):
         assert relative(mine, right) <= 1.5 * relative(theirs, right)

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels.decode_step.few_rows import products
+from pallas_kernels.decode_step.packed import q8_0
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
@@ -213,6 +215,15 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         out = out.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
         return [v(x, F32) for x in out.astype(np.float32)]
 
+    def multiply_add(a: t.V, b: t.V, c: t.V) -> t.V:
+        exact = [m.lanes(x).astype(np.float64) for x in (a, b, c)]
+        return v((exact[0] * exact[1] + exact[2]).astype(np.float32), F32)
+
+    def signed_bytes(word: t.V) -> list[t.V]:
+        each = np.ascontiguousarray(m.lanes(word)).view(np.uint8).reshape(-1, 4)
+        pairs = (each.astype(np.float16) - 128).view(np.int32)
+        return ints([pairs[:, 0], pairs[:, 1]])
+
     def function(code: Callable[[np.ndarray], np.ndarray]) -> Callable[[t.V], t.V]:
         return lambda x: v(code(m.lanes(x)), F32)
 
@@ -263,6 +274,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "address": lambda ref, shared=False: v(ref, I32 if shared else I64),
     }.items():  # fmt: skip
         patch.setattr(t, name, code)
+    patch.setattr(products, "multiply_add", multiply_add)
+    patch.setattr(q8_0, "signed_bytes", signed_bytes)
     for name, code in {"pair": pair, "floats": apart, "multiply": multiply}.items():
         patch.setattr(Format, name, code)
     for name, code in {

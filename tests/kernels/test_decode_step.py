@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import ModelShape, Packed, StepPlan, kernels
+from pallas_kernels.decode_step import ModelShape, Packed, StepPlan, alike, kernels
 from pallas_kernels.decode_step.common import launch
 from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
@@ -33,10 +33,20 @@ TINY = ModelShape(2, 256, 4, 2, 64, 256, 1024, 1e-6)
 """A layer of it is less than an M-tile for each of 132 blocks."""
 
 
+def plan_of(shape: ModelShape, stored: str = "bfloat16", blocks: int = 132) -> StepPlan:
+    return StepPlan(shape, blocks, alike(stored))
+
+
 def lower(
-    shape: ModelShape, rows: int, capacity: int, dtype: str, kernel: types.ModuleType = few_rows
+    shape: ModelShape,
+    rows: int,
+    capacity: int,
+    stored: str,
+    kernel: types.ModuleType = few_rows,
+    cache: str | None = None,
 ) -> str:
-    plan = StepPlan(shape, 132)
+    """The kernel for weights stored so, with a cache of their dtype or another."""
+    plan, cache = plan_of(shape, stored), cache or stored
 
     def f32(*dims: int) -> ShapeDtypeStruct:
         return ShapeDtypeStruct(dims, jnp.float32)
@@ -44,17 +54,17 @@ def lower(
     pool = Pool(rows * capacity // 128 + 1, 128, capacity // 128)
     dims = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     arguments: tuple[Any, ...] = (
-        ShapeDtypeStruct((plan.stream_tiles, 8, 256), dtype),
+        ShapeDtypeStruct(plan.stream_shape, jnp.uint32),
         ShapeDtypeStruct(plan.table().shape, jnp.int32),
         f32(shape.layers, shape.qkv),
         f32(2 * shape.layers + 1, shape.hidden),
         f32(rows, shape.hidden),
         f32(rows, 2, shape.head_dim // 2),
-        ShapeDtypeStruct(dims, dtype),
+        ShapeDtypeStruct(dims, cache),
         ShapeDtypeStruct((rows, pool.table), jnp.int32),
         ShapeDtypeStruct((rows,), jnp.int32),
     )
-    return hopper.lower(kernel.build(plan, rows, pool, jnp.dtype(dtype)), *arguments)
+    return hopper.lower(kernel.build(plan, rows, pool, jnp.dtype(cache)), *arguments)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -68,7 +78,7 @@ def lower(
     ],
 )
 def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
-    if why := few_rows.refusal(StepPlan(SIZES[size], 132), rows, dtype):
+    if why := few_rows.refusal(plan_of(SIZES[size], dtype), rows, dtype):
         assert rows > MOST_FEW_ROWS[size]
         pytest.skip(why)
     text = lower(SIZES[size], rows, capacity, dtype)
@@ -82,19 +92,21 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
     [(17, 256, "float16"), (64, 32768, "bfloat16")],
 )
 def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
-    assert kernels.refusal(StepPlan(SIZES[size], 132), rows, dtype) is None
+    assert kernels.refusal(plan_of(SIZES[size], dtype), rows, dtype) is None
     assert "decode_step_many" in lower(SIZES[size], rows, capacity, dtype, many_rows)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_unpacking_lowers(size: str) -> None:
-    plan = StepPlan(SIZES[size], 132)
+@pytest.mark.parametrize(
+    ("size", "stored"), [*((size, "bfloat16") for size in SIZES), ("0.5b", "q8_0"), ("7b", "q8_0")]
+)
+def test_unpacking_lowers(size: str, stored: str) -> None:
+    plan, dtype = plan_of(SIZES[size], stored), jnp.dtype(jnp.bfloat16)
 
     def matrices(stream: Any, offsets: Any) -> list[Any]:
         packed = Packed(stream, stream, stream, offsets)
-        return [unpack.matrix(packed, plan, phase) for phase in range(5)]
+        return [unpack.matrix(packed, plan, phase, 0, dtype) for phase in range(5)]
 
-    stream = ShapeDtypeStruct((plan.stream_tiles, 8, 256), jnp.bfloat16)
+    stream = ShapeDtypeStruct(plan.stream_shape, jnp.uint32)
     offsets = tuple(ShapeDtypeStruct(plan.tile_offsets(p).shape, jnp.int32) for p in range(5))
     assert "decode_step_unpack" in hopper.lower(matrices, stream, offsets)
 
@@ -103,7 +115,7 @@ def test_unpacking_lowers(size: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_shared_memory_is_enough(size: str, rows: int) -> None:
     """What the plan takes of it, counted apart from the code that divides it."""
-    shape, plan = SIZES[size], StepPlan(SIZES[size], 132)
+    shape, plan = SIZES[size], plan_of(SIZES[size])
     if few_rows.refusal(plan, rows, "bfloat16"):
         assert rows > MOST_FEW_ROWS[size]
         return
@@ -112,12 +124,13 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
     longest = -(-shape.ffn // 128 // plan.phases[DOWN].parts)
     inputs = max(shape.hidden, 128 * longest) * rows * 4
     assert memory.inputs >= max(inputs, 8 * shape.group * (shape.head_dim + 2) * 4)
-    assert memory.stage_bytes >= 4096 * max(p.stage_tiles for p in plan.phases)
-    assert memory.stages * (memory.stage_bytes + 16) <= memory.ring + memory.barriers
+    stage = few_rows.stage_bytes(plan)
+    assert stage >= 4096 * max(p.stage_tiles for p in plan.phases)
+    assert memory.stages * (stage + 16) <= memory.ring + memory.barriers
     assert sum(memory) <= 232_448 - 2048
-    assert memory.stages >= few_rows.FEWEST_STAGES
+    assert memory.stages >= few_rows.fewest_stages(plan)
     # Copies want 16 bytes, the barriers 8.
-    assert memory.stage_bytes % 16 == 0
+    assert stage % 16 == 0
     assert all(begin % 16 == 0 for begin in launch.begins(memory))
 
 
@@ -125,7 +138,7 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_shared_memory_is_enough_for_many_rows(size: str, rows: int) -> None:
     """Counted apart from the code that divides it."""
-    shape, plan = SIZES[size], StepPlan(SIZES[size], 132)
+    shape, plan = SIZES[size], plan_of(SIZES[size])
     assert many_rows.refusal(plan, rows, "bfloat16") is None
     memory, padded = many_rows.memory(plan, rows), -(-rows // 16) * 16
     groups = [Group.of(phase) for phase in plan.phases]
@@ -155,14 +168,14 @@ def test_the_faster_kernel_is_built(
     built = []
     for module in (few_rows, many_rows):
         monkeypatch.setattr(module, "build", lambda *_, module=module: built.append(module))
-    kernels.build(StepPlan(SIZES[size], 132), rows, Pool(64, 128, 2), jnp.dtype("bfloat16"))
+    kernels.build(plan_of(SIZES[size]), rows, Pool(64, 128, 2), jnp.dtype("bfloat16"))
     assert built == [kernel]
 
 
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "why"),
     [
-        (SIZES["0.5b"], 1, "float32", "float32, not bfloat16 or float16"),
+        (SIZES["0.5b"], 1, "float32", "the cache is float32, not bfloat16 or float16"),
         (SIZES["0.5b"], 65, "bfloat16", "at most 64 rows, not 65"),
         (ModelShape(2, 256, 8, 2, 32, 512, 320, 1e-6), 1, "bfloat16", "head dimension is 32"),
         (ModelShape(2, 192, 4, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "512 x 192 is not made of"),
@@ -172,7 +185,17 @@ def test_the_faster_kernel_is_built(
 def test_what_cannot_run_is_refused_with_the_value(
     shape: ModelShape, rows: int, dtype: str, why: str
 ) -> None:
-    assert why in str(kernels.refusal(StepPlan(shape, 132), rows, dtype))
+    assert why in str(kernels.refusal(plan_of(shape), rows, dtype))
+
+
+def test_weights_that_no_kernel_takes_are_refused_by_name() -> None:
+    why = kernels.refusal(plan_of(SMALL, "float32"), 1, "bfloat16")
+    assert why == "the weights are float32, not one of bfloat16, float16, q8_0"
+    mixed = StepPlan(SMALL, 132, ("float16", *alike("bfloat16")[1:]))
+    assert few_rows.refusal(mixed, 1, "bfloat16") is None
+    assert "all stored alike, not float16 and bfloat16" in str(
+        many_rows.refusal(mixed, 17, "bfloat16")
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +209,7 @@ def test_what_cannot_run_is_refused_with_the_value(
 def test_what_the_kernel_of_few_rows_leaves_to_the_other(
     size: str, blocks: int, rows: int, why: str
 ) -> None:
-    plan = StepPlan(SIZES[size], blocks)
+    plan = plan_of(SIZES[size], blocks=blocks)
     assert why in str(few_rows.refusal(plan, rows, "bfloat16"))
     assert many_rows.refusal(plan, rows, "bfloat16") is None
 
@@ -195,7 +218,9 @@ def test_what_the_kernel_of_few_rows_leaves_to_the_other(
 @pytest.mark.parametrize("shape", [*SIZES.values(), SMALL, TINY])
 def test_every_m_tile_is_somebodys(shape: ModelShape, blocks: int) -> None:
     """A reader waits for every M-tile of every part: one that is nobody's would hang it."""
-    for (out, columns), phase in zip(shape.matrices, StepPlan(shape, blocks).phases, strict=True):
+    for (out, columns), phase in zip(
+        shape.matrices, plan_of(shape, blocks=blocks).phases, strict=True
+    ):
         done = np.zeros((phase.parts, out // 16), int)
         for part, first, count in zip(phase.part, phase.first, phase.count, strict=True):
             done[part, first : first + count] += 1
@@ -211,11 +236,11 @@ def test_only_blocks_that_layers_make_wait_have_m_tiles_of_the_head(
     shape: ModelShape, blocks: int
 ) -> None:
     """The others would run ahead and take an early layer's words for the last one's."""
-    *layer, head = StepPlan(shape, blocks).phases
+    *layer, head = plan_of(shape, blocks=blocks).phases
     assert (np.sum([phase.count for phase in layer], axis=0)[head.count > 0] > 0).all()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_read_about_as_many_bytes_a_layer(size: str) -> None:
-    layer = np.sum([p.count * p.tiles for p in StepPlan(SIZES[size], 132).phases[:4]], axis=0)
+    layer = np.sum([p.count * p.tiles for p in plan_of(SIZES[size]).phases[:4]], axis=0)
     assert layer.max() <= 1.12 * layer.mean()

@@ -45,6 +45,11 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:
     check(monkeypatch, drawn(*inputs), many_rows)
 
 
+def test_the_cache_has_a_dtype_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = drawn(SMALL, 9, [*range(17)], 1, "bfloat16", cache="float16")
+    check(monkeypatch, case, many_rows)
+
+
 @pytest.mark.parametrize("size", [1e4, 1e-4])
 def test_float16_takes_hidden_states_of_any_size(
     monkeypatch: pytest.MonkeyPatch, size: float
@@ -60,9 +65,10 @@ def test_float16_takes_hidden_states_that_grow_a_millionfold(
     case = drawn(SMALL, 5, [3, 20, 7], 1, "float16")
     down = case.packed.at(3, 0)
     stream = case.packed.stream.copy()
-    stream[down] = np.clip(stream[down].astype(np.float32) * 2e5, -6e4, 6e4)
+    larger = np.clip(stream[down].view(np.float16).astype(np.float32) * 2e5, -6e4, 6e4)
+    stream[down] = larger.astype(np.float16).view(np.uint32)
     case = case._replace(packed=case.packed._replace(stream=stream))
-    truth, xla = expected(case, "float32"), expected(case, "float16")
+    truth, xla = expected(case, exact=True), expected(case)
     found = run(monkeypatch, case, SEED, kernel=many_rows)
     assert relative(found[0], truth[0]) <= 2 * relative(xla[0], truth[0])
 

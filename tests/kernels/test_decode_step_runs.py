@@ -55,6 +55,13 @@ def test_no_worse_than_xla_and_the_same_in_every_order(
     check(monkeypatch, drawn(*inputs), few_rows)
 
 
+@pytest.mark.parametrize(("dtype", "cache"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_the_cache_has_a_dtype_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, cache: str
+) -> None:
+    check(monkeypatch, drawn(SMALL, 5, [100, 3], 1, dtype, cache=cache), few_rows)
+
+
 @pytest.mark.parametrize(("size", "rows"), [(1e5, 1), (1e-4, 5)])
 def test_float16_takes_hidden_states_of_any_size(
     monkeypatch: pytest.MonkeyPatch, size: float, rows: int
@@ -63,17 +70,20 @@ def test_float16_takes_hidden_states_of_any_size(
     check_size(monkeypatch, size, [20, 3, 1, 0, 7][:rows], few_rows)
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "q8_0"])
 @pytest.mark.parametrize("phase", range(5))
-def test_matrices_are_put_together(monkeypatch: pytest.MonkeyPatch, phase: int) -> None:
-    plan, packed = (case := drawn(ODD, 3, [1], 1)).plan, case.packed
+def test_matrices_are_put_together(
+    monkeypatch: pytest.MonkeyPatch, phase: int, stored: str
+) -> None:
+    case = drawn(ODD, 3, [1], 1, stored, cache="bfloat16")
+    plan, packed = case.plan, case.packed
     made: list[Callable[..., None]] = []
     monkeypatch.setattr(unpack.compat, "kernel", lambda body, **how: made.append(body))
-    p = plan.phases[phase]
-    unpack._build.__wrapped__(p.out, p.columns, jnp.bfloat16, phase == 2, plan.blocks)
+    unpack._build.__wrapped__(plan, phase, "bfloat16")
     blocks = unpack.BLOCKS_EACH * plan.blocks
     machine = Machine(blocks, 64, (0, 0), SEED)
     layer = 0 if phase == 4 else 1
-    right = np.asarray(packed.matrix(plan, phase, layer))
+    right = np.asarray(packed.matrix(plan, phase, layer).astype(jnp.bfloat16))
     refs = [
         machine.array(np.asarray(x))
         for x in (packed.stream, packed.at(phase, layer), np.zeros_like(right))

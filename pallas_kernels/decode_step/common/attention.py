@@ -14,8 +14,8 @@ from pallas_kernels.decode_step.common.cache import PagedCache
 from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
 from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.softmax import NEVER, Found, Softmax, score_scale
-from pallas_kernels.decode_step.packed.packing import WARPS
 from pallas_kernels.decode_step.packed.plan import StepPlan
+from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
 from pallas_kernels.decode_step.ptx.loops import block_stride_loop

@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import compat
 from pallas_kernels.decode_step.common.trace import PHASES, Trace
-from pallas_kernels.decode_step.packed.packing import WARPS
-from pallas_kernels.decode_step.packed.plan import K_TILE, M_TILE, StepPlan
+from pallas_kernels.decode_step.packed.plan import StepPlan
+from pallas_kernels.decode_step.packed.storages import STORAGES
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.decode_step.ptx.thread import V
@@ -91,11 +92,15 @@ def begins(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-def unfit(plan: StepPlan, dtype: DTypeLike) -> str | None:
-    """Why neither kernel can run the model, or None."""
+def unfit(plan: StepPlan, cache: DTypeLike) -> str | None:
+    """Why neither kernel can run the model with a cache of that dtype, or None."""
     shape = plan.shape
-    if jnp.dtype(dtype).name not in FORMATS:
-        return f"the weights are {jnp.dtype(dtype).name}, not {' or '.join(FORMATS)}"
+    for storage in (phase.storage for phase in plan.phases):
+        if storage.format is None:
+            known = [name for name, each in STORAGES.items() if each.format]
+            return f"the weights are {storage.name}, not one of {', '.join(known)}"
+    if jnp.dtype(cache).name not in FORMATS:
+        return f"the cache is {jnp.dtype(cache).name}, not {' or '.join(FORMATS)}"
     for out, columns in shape.matrices:
         if out % M_TILE or columns % K_TILE:
             return f"a matrix of {out} x {columns} is not made of {M_TILE} x {K_TILE} tiles"
@@ -110,7 +115,7 @@ def persistent(
     name: str,
     plan: StepPlan,
     rows: int,
-    dtype: DTypeLike,
+    cache: DTypeLike,
     words: int,
     shared: int,
     roles: Roles,
@@ -146,7 +151,7 @@ def persistent(
         name=name,
         out_type=(
             jax.ShapeDtypeStruct((rows, shape.vocab), jnp.float32),
-            jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), dtype),
+            jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), cache),
             jax.ShapeDtypeStruct((words,), jnp.int32),
             *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,
         ),

@@ -14,15 +14,8 @@ from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, 
 from pallas_kernels.decode_step.common.launch import THREADS, Arguments
 from pallas_kernels.decode_step.common.trace import Trace
 from pallas_kernels.decode_step.common.work import Work
-from pallas_kernels.decode_step.packed.plan import (
-    DOWN,
-    GATE_UP,
-    HEAD,
-    M_TILE,
-    O_PROJ,
-    QKV,
-    StepPlan,
-)
+from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, QKV, StepPlan
+from pallas_kernels.decode_step.packed.tile import M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.loops import block_stride_loop
 from pallas_kernels.decode_step.ptx.thread import V

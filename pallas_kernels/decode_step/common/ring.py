@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V

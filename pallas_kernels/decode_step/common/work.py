@@ -12,13 +12,13 @@ class Work:
     """What `StepPlan.table` says of a block.
 
     Attributes:
-        tile: its first one in the weight stream.
+        granule: its first one in the weight stream.
         first, count: its M-tiles of each phase.
         part: its part of the down projection.
         part_column, part_tiles: that part's first column and its length, in tiles.
     """
 
-    tile: V
+    granule: V
     first: list[V]
     count: list[V]
     part: V

@@ -8,7 +8,7 @@ import functools
 
 from pallas_kernels.decode_step.common.exchange import poll
 from pallas_kernels.decode_step.common.launch import THREADS
-from pallas_kernels.decode_step.packed.packing import WARPS
+from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
 from pallas_kernels.decode_step.ptx.thread import V
@@ -33,14 +33,13 @@ class Inputs:
         rows: 1 to 16.
         memory: in shared memory, for the operands.
         squares: the same, for the warps' sums of squares.
-        format: of the weights.
         narrow: a row's rounded numbers and their rests are two of a product's columns; where not,
             they are one column of two products.
         eights: how many times eight rows there are, rounded up.
     """
 
-    def __init__(self, rows: int, memory: V, squares: V, format: Format):
-        self.rows, self.memory, self.squares, self.format = rows, memory, squares, format
+    def __init__(self, rows: int, memory: V, squares: V):
+        self.rows, self.memory, self.squares = rows, memory, squares
         self.warps_each = max(1, WARPS // rows)
         self.narrow = rows <= 4
         self.eights = -(-rows // EIGHT)
@@ -52,6 +51,7 @@ class Inputs:
         quads: int | V,
         most_quads: int,
         flag: V,
+        format: Format,
         norm: V | None = None,
     ) -> None:
         """Polls for an input and puts it into shared memory.
@@ -61,6 +61,7 @@ class Inputs:
             stride: words from a row to the next.
             quads: a quarter of the input's length, `most_quads` of them on any block.
             flag: of the words.
+            format: in which the product is taken.
             norm: address of weights to multiply with; the sum of squares of what they are
                 multiplied with is kept as well.
         """
@@ -86,7 +87,7 @@ class Inputs:
                 if norm:
                     total = sum((v * v for v in values), start=total)
                     values = [v * w.bits() for v, w in zip(values, weights[n], strict=True)]
-                pairs = [self.format.split(*values[:2]), self.format.split(*values[2:])]
+                pairs = [format.split(*values[:2]), format.split(*values[2:])]
                 operand = [pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]]
                 at = (q // QUAD) * (64 * self.rows) + row * 64 + (q % QUAD) * 16
                 target = self.memory + at

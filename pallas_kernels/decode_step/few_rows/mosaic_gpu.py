@@ -32,16 +32,13 @@ from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
 from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
 from pallas_kernels.decode_step.few_rows.step import Step
-from pallas_kernels.decode_step.few_rows.weight_ring import IN_FLIGHT, WeightRing
-from pallas_kernels.decode_step.packed.packing import TILE_BYTES
+from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing, in_flight
 from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 
 MOST_ROWS = 16
 """Rows of a step: so many by an M-tile's 16 outputs are the block's threads."""
-FEWEST_STAGES = IN_FLIGHT
-"""With fewer the fetching thread could wait for weights whose stage has gone on, forever."""
 
 EARLY_BYTES = 2 << 20
 """Of a layer's keys and values, up to which the first are asked for before the queries come."""
@@ -73,16 +70,22 @@ class Memory(NamedTuple):
         """Of the ring."""
         return self.barriers // 16
 
-    @property
-    def stage_bytes(self) -> int:
-        return self.ring // self.stages
+
+def stage_bytes(plan: StepPlan) -> int:
+    """Of the longest stage of weights."""
+    return max(phase.stage_tiles * phase.storage.tile_bytes for phase in plan.phases)
+
+
+def fewest_stages(plan: StepPlan) -> int:
+    """That the ring needs."""
+    return in_flight(stage_bytes(plan))
 
 
 def m_tiles_at_once(plan: StepPlan, rows: int) -> int:
     """M-tiles whose sums are added up together: fewer where the inputs take up the memory."""
     # Each number of them is a thread's, of which MOST_ROWS rows of one M-tile take all.
     usual = max(8 // rows, min(2, MOST_ROWS // rows))
-    return usual if _divided(plan, rows, usual).stages >= FEWEST_STAGES else 1
+    return usual if _divided(plan, rows, usual).stages >= fewest_stages(plan) else 1
 
 
 def memory(plan: StepPlan, rows: int) -> Memory:
@@ -99,40 +102,39 @@ def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
         MOST_ROWS * 4,
     )
     left = SHARED_BYTES - sum(others)
-    stage = max(phase.stage_tiles for phase in plan.phases) * TILE_BYTES
-    stages = max(0, left // (stage + 16))
-    return Memory(stages * stage, *others, stages * 16)
+    stages = max(0, left // (stage_bytes(plan) + 16))
+    return Memory(stages * stage_bytes(plan), *others, stages * 16)
 
 
-def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
+def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     """Why the kernel can't run a step, or None.
 
     A plan whose blocks don't all fit at once would hang the GPU: they wait for each other.
     """
     shape = plan.shape
-    if why := unfit(plan, dtype):
+    if why := unfit(plan, cache):
         return why
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     if rows * shape.kv_heads > plan.blocks:
         return f"{rows} rows of {shape.kv_heads} key/value heads are more than {plan.blocks} blocks"
-    if (stages := memory(plan, rows).stages) < FEWEST_STAGES:
+    if (stages := memory(plan, rows).stages) < fewest_stages(plan):
         return (
             f"beside {rows} rows of {shape.hidden} numbers, shared memory has room for {stages} "
-            f"stages of weights, fewer than {FEWEST_STAGES}"
+            f"stages of weights, fewer than {fewest_stages(plan)}"
         )
     return None
 
 
 @functools.cache
 def build(
-    plan: StepPlan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
+    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
     splits = attention.most_splits(plan, rows, pool.capacity)
-    layout, format = Layout.of(plan, rows, splits), FORMATS[jnp.dtype(dtype).name]
+    layout = Layout.of(plan, rows, splits)
 
     def start(context: Any, *refs: Any) -> None:
         """Publishes the embeddings for the first layer, and clears every other word."""
@@ -154,7 +156,7 @@ def build(
 
     def weights_in(smem: Any) -> WeightRing:
         base = t.address(smem, shared=True)
-        return WeightRing(base, base + begins(divided)[-1], divided.stages, divided.stage_bytes)
+        return WeightRing(base, base + begins(divided)[-1], divided.stages, stage_bytes(plan))
 
     def make(context: Any, smem: Any) -> None:
         t.when(t.thread_id().equals(0), weights_in(smem).make)
@@ -172,7 +174,7 @@ def build(
         given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         base = t.address(smem, shared=True)
         _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
-        inputs = Inputs(rows, operands, squares, format)
+        inputs = Inputs(rows, operands, squares)
         words = Exchange(given.exchange, layout)
 
         def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
@@ -186,8 +188,8 @@ def build(
             products=Products(inputs, weights_in(smem), sums, m_tiles_at_once(plan, rows)),
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
-                given.rope, given.positions, given.new, words, heads, operands, format, attn_out,
-                EARLY_BYTES,
+                given.rope, given.positions, given.new, words, heads, operands,
+                FORMATS[jnp.dtype(cache).name], attn_out, EARLY_BYTES,
             ),
             own=own, given=given, exchange=words, trace=given.trace(cta),
         )  # fmt: skip
@@ -197,4 +199,4 @@ def build(
 
     roles = Roles(make, fetch, start, steps)
     shared = sum(divided)
-    return persistent("decode_step", plan, rows, dtype, layout.total, shared, roles, traced)
+    return persistent("decode_step", plan, rows, cache, layout.total, shared, roles, traced)

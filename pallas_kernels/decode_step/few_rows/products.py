@@ -12,10 +12,12 @@ from pallas_kernels.decode_step.common.phases import Epilogue, Prepare
 from pallas_kernels.decode_step.common.ring import RingState
 from pallas_kernels.decode_step.few_rows.inputs import EIGHT, Inputs
 from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing
-from pallas_kernels.decode_step.packed.packing import FRAGMENT_BYTES, TILE_BYTES, WARPS
-from pallas_kernels.decode_step.packed.plan import M_TILE, Phase
+from pallas_kernels.decode_step.packed.plan import Phase
+from pallas_kernels.decode_step.packed.storage import Storage
+from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
-from pallas_kernels.decode_step.ptx.formats import times
+from pallas_kernels.decode_step.ptx.arithmetic import multiply_add
+from pallas_kernels.decode_step.ptx.formats import Format, times
 from pallas_kernels.decode_step.ptx.thread import V
 
 SUMS = 16
@@ -28,6 +30,16 @@ MOST_KEPT = 8
 def sums_bytes(m_tiles: int, rows: int) -> int:
     """Shared memory for the warps' sums of so many M-tiles, twice."""
     return 2 * m_tiles * WARPS * rows * M_TILE * 4
+
+
+def _added(
+    format: Format, a: list[V], b: list[V], scales: list[V] | None, sums: list[V]
+) -> list[V]:
+    """The sums with a product added, each number of it multiplied with its scale."""
+    if scales is None:
+        return format.multiply(a, b, sums)
+    products = format.multiply(a, b, [t.number(0)] * 4)
+    return [multiply_add(*three) for three in zip(products, scales, sums, strict=True)]
 
 
 class Products:
@@ -87,7 +99,8 @@ class Products:
             number, row, out = mine()
 
             def total(below: int) -> list[V]:
-                return [self._total(sums, number, row, out + below if below else out)]
+                at = out + below if below else out
+                return [times(self._total(sums, number, row, at), 1 / phase.format.scale)]
 
             t.when(number < count, lambda: epilogue(first + number, row, out, total, ready))
             return carry
@@ -98,26 +111,25 @@ class Products:
         groups = (m_tiles + (self.most_m_tiles - 1)) // self.most_m_tiles
         return RingState(*t.loop(groups, [*state], group))
 
-    def _weights(self, state: RingState, count: int, there: Sequence[V | None]) -> list[list[V]]:
-        """This lane's operands of a stage's tiles, once the stage is full."""
+    def _weights(
+        self, state: RingState, storage: Storage, there: Sequence[V | None]
+    ) -> list[list[V]]:
+        """This lane's words of a stage's tiles, once the stage is full."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
-        at = self.weights.wait(state) + warp * FRAGMENT_BYTES + lane * 16
-        return [t.load_shared(at + n * TILE_BYTES, 4, there[n]) for n in range(count)]
+        return storage.load(self.weights.wait(state), warp, lane, there)
 
     def _multiplied(
-        self, totals: Sequence[V], weights: list[list[V]], inputs: list[list[V]]
+        self, phase: Phase, totals: Sequence[V], weights: list[list[V]], inputs: list[list[V]]
     ) -> list[V]:
         """Running sums with some tiles added; of every eight rows in turn, a share of them."""
         totals, each = list(totals), SUMS // self.inputs.eights
         turns = [itertools.cycle(range(i, i + each, 4)) for i in range(0, SUMS, each)]
         for w, x in zip(weights, inputs, strict=True):
-            # The memory has a lane's output first, the instruction its column.
-            a = [w[0], w[2], w[1], w[3]]
+            a, scales = phase.storage.operand(w), phase.storage.scales(w)
             for half in range(0, len(x), 2):
                 at = next(turns[half // 4])
-                totals[at : at + 4] = self.inputs.format.multiply(
-                    a, x[half : half + 2], totals[at : at + 4]
-                )
+                b, sums = x[half : half + 2], totals[at : at + 4]
+                totals[at : at + 4] = _added(phase.format, a, b, scales, sums)
         return totals
 
     def _m_tile(
@@ -131,15 +143,15 @@ class Products:
             begin, end = ((tiles * (i + n)) // phase.stages for n in (0, 1))
             count = phase.stage_tiles
             there = [None if even or n + 1 < count else begin + n < end for n in range(count)]
-            weights = self._weights(state, count, there)
+            weights = self._weights(state, phase.storage, there)
             inputs = [self.inputs.operands(begin + n, c) for n, c in enumerate(there)]
-            totals = self._multiplied(totals, weights, inputs)
+            totals = self._multiplied(phase, totals, weights, inputs)
             self.weights.release(state)
             return [*self.weights.next(state), *totals]
 
         carry = [*state, *[t.number(0)] * SUMS]
         after = t.loop(phase.stages, carry, stage)
-        self._store(after[2:], number, sums)
+        self._store(phase.format, after[2:], number, sums)
         return RingState(*after[:2])
 
     def _short_m_tile(
@@ -149,17 +161,18 @@ class Products:
         tiles, weights = len(inputs), []
         for i in range(phase.stages):
             count = tiles * (i + 1) // phase.stages - tiles * i // phase.stages
-            weights += self._weights(state, count, [None] * count)
+            weights += self._weights(state, phase.storage, [None] * count)
             self.weights.release(state)
             state = self.weights.next(state)
-        self._store(self._multiplied([t.number(0)] * SUMS, weights, inputs), number, sums)
+        totals = self._multiplied(phase, [t.number(0)] * SUMS, weights, inputs)
+        self._store(phase.format, totals, number, sums)
         return state
 
-    def _store(self, totals: Sequence[V], number: V, sums: V) -> None:
+    def _store(self, format: Format, totals: Sequence[V], number: V, sums: V) -> None:
         """Keeps this warp's sums of an M-tile for `_total`."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         out, quarter = lane // 4, lane % 4
-        each, rest = SUMS // self.inputs.eights, 1 / self.inputs.format.rest
+        each, rest = SUMS // self.inputs.eights, 1 / format.rest
         if not self.inputs.narrow:
             # Of an eight's products every second was one of rests.
             totals = [times(x, rest if i // 4 % 2 else 1) for i, x in enumerate(totals)]
@@ -191,4 +204,4 @@ class Products:
         """One number of an M-tile: the sum over the warps."""
         at = sums + ((m_tile * (WARPS * self.rows) + row) * M_TILE + out) * 4
         parts = [t.load_shared_floats(at + w * (self.rows * M_TILE * 4))[0] for w in range(WARPS)]
-        return times(sum(parts[1:], start=parts[0]), 1 / self.inputs.format.scale)
+        return sum(parts[1:], start=parts[0])

@@ -21,7 +21,8 @@ from pallas_kernels.decode_step.common.phases import (
 from pallas_kernels.decode_step.common.ring import RingState
 from pallas_kernels.decode_step.few_rows.inputs import Inputs
 from pallas_kernels.decode_step.few_rows.products import Products
-from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, K_TILE, M_TILE, O_PROJ, QKV
+from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, QKV
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
@@ -60,10 +61,10 @@ class Step(Phases):
             norm = layer.index * 2 + (1 if phase == GATE_UP else 0)
             weights = self.given.norms + norm.wide() * (4 * self.plan.shape.hidden)
         flag = layer.before if phase in (QKV, HEAD) else layer.flag
-        most = p.longest * K_TILE // 4
+        most, format = p.longest * K_TILE // 4, p.format
         t.when(
             self.work.count[phase] > 0,
-            lambda: self.inputs.absorb(begin, p.columns, quads, most, flag, weights),
+            lambda: self.inputs.absorb(begin, p.columns, quads, most, flag, format, weights),
         )
 
     def product(

@@ -6,15 +6,21 @@ weights of the next phases arrive while the blocks wait for each other.
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
-from pallas_kernels.decode_step.packed.packing import TILE_BYTES
 from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
-IN_FLIGHT = 3
-"""Stages on their way at a time. More fill the memory's queues, and the words that blocks exchange
-come late; fewer leave it idle."""
+IN_FLIGHT_BYTES = 48 * 1024
+"""On their way at a time, in whole stages. More fill the memory's queues, and the words that blocks
+exchange come late; fewer leave it idle."""
+
+
+def in_flight(stage_bytes: int) -> int:
+    """Stages on their way at a time; with fewer in the ring the fetching thread could wait for
+    weights whose stage has gone on, forever.
+    """
+    return max(1, IN_FLIGHT_BYTES // stage_bytes)
 
 
 class WeightRing(Ring):
@@ -35,10 +41,10 @@ class WeightRing(Ring):
                 return t.loop(p.stages, carry, stage)
 
             def stage(i: V, carry: list[V]) -> list[V]:
-                tile, number, *at = carry
+                granule, number, *at = carry
                 state, landed = RingState(*at[:2]), RingState(*at[2:])
                 size = (tiles * (i + 1)) // p.stages - (tiles * i) // p.stages
-                late = number >= IN_FLIGHT
+                late = number >= in_flight(self.stage_bytes)
                 t.when(late, lambda: barriers.await_turn(self.full(landed.stage), landed.parity))
                 after = self.next(landed)
                 both = zip(after, landed, strict=True)
@@ -47,11 +53,11 @@ class WeightRing(Ring):
                 barriers.await_turn(self.empty(state.stage), state.parity ^ 1)
                 barriers.copy_in(
                     self.memory + state.stage * self.stage_bytes,
-                    stream + tile.wide() * TILE_BYTES,
-                    size * TILE_BYTES,
+                    stream + granule.wide() * plan.granule_bytes,
+                    size * p.storage.tile_bytes,
                     self.full(state.stage),
                 )
-                return [tile + size, number + 1, *self.next(state), *landed]
+                return [granule + size * p.granules, number + 1, *self.next(state), *landed]
 
             return t.loop(work.count[phase], carry, m_tile)
 
@@ -60,5 +66,5 @@ class WeightRing(Ring):
                 carry = m_tiles(phase, carry)
             return carry
 
-        start = [work.tile, t.integer(0), *RingState.first(), *RingState.first()]
+        start = [work.granule, t.integer(0), *RingState.first(), *RingState.first()]
         m_tiles(HEAD, t.loop(plan.shape.layers, start, layer))

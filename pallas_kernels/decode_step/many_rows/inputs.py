@@ -7,8 +7,7 @@ to 4 t + 3 of row g of both eights, its operands of two products in 16 bytes. Bl
 
 import dataclasses
 
-from pallas_kernels.decode_step.packed.packing import WARPS
-from pallas_kernels.decode_step.packed.plan import K_TILE
+from pallas_kernels.decode_step.packed.tile import K_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
 from pallas_kernels.decode_step.ptx.thread import V

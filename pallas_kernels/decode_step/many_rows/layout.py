@@ -2,15 +2,8 @@
 
 from pallas_kernels.decode_step.common.exchange import Layout, Section
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
-from pallas_kernels.decode_step.packed.plan import (
-    DOWN,
-    GATE_UP,
-    HEAD,
-    M_TILE,
-    O_PROJ,
-    QKV,
-    StepPlan,
-)
+from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, QKV, StepPlan
+from pallas_kernels.decode_step.packed.tile import M_TILE
 
 MOST_ROWS = 64
 """Rows of a step: a lane's sums of three M-tiles of as many rows fill its registers."""

@@ -35,7 +35,8 @@ from pallas_kernels.decode_step.many_rows.layout import FLAGGED, GRID_BARRIER, M
 from pallas_kernels.decode_step.many_rows.products import Products
 from pallas_kernels.decode_step.many_rows.step import Step
 from pallas_kernels.decode_step.many_rows.weight_ring import MOST_M_TILES, UNIT_BYTES, WeightRing
-from pallas_kernels.decode_step.packed.plan import StepPlan
+from pallas_kernels.decode_step.packed.plain import TILE_BYTES
+from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
@@ -95,10 +96,16 @@ def memory(plan: StepPlan, rows: int) -> Memory:
     return Memory(max(0, left // UNIT_BYTES) * UNIT_BYTES, *others)
 
 
-def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
+def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     """Why the kernel can't run a step, or None."""
-    if why := unfit(plan, dtype):
+    if why := unfit(plan, cache):
         return why
+    first, *others = dict.fromkeys(plan.stored)
+    if others:
+        # The hidden state is one input of several products.
+        return f"it takes weights that are all stored alike, not {' and '.join([first, *others])}"
+    if plan.granule_bytes != TILE_BYTES:
+        return f"it takes weights of 16 bits, not {first}"
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     if (units := memory(plan, rows).units // UNIT_BYTES) < FEWEST_UNITS:
@@ -108,11 +115,11 @@ def refusal(plan: StepPlan, rows: int, dtype: DTypeLike) -> str | None:
 
 @functools.cache
 def build(
-    plan: StepPlan, rows: int, pool: Pool, dtype: DTypeLike, traced: bool = False
+    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
 ) -> Callable[..., Any]:
     """The kernel of many rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
-    divided, inputs = memory(plan, rows), InputLayout(rows, FORMATS[jnp.dtype(dtype).name])
+    divided, inputs = memory(plan, rows), InputLayout(rows, plan.phases[HEAD].format)
     splits = attention.most_splits(plan, rows, pool.capacity)
     layout = layout_of(plan, inputs, splits)
 
@@ -175,8 +182,8 @@ def build(
             products=Products(inputs, weights, input_ring, sums),
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
-                given.rope, given.positions, given.new, exchange, heads, sums, inputs.format,
-                attn_out, EARLY_BYTES,
+                given.rope, given.positions, given.new, exchange, heads, sums,
+                FORMATS[jnp.dtype(cache).name], attn_out, EARLY_BYTES,
             ),
             own=own, scales=scales, given=given, exchange=exchange, trace=given.trace(cta),
         )  # fmt: skip
@@ -208,4 +215,4 @@ def build(
 
     roles = Roles(make, others, start, steps)
     shared = sum(divided)
-    return persistent("decode_step_many", plan, rows, dtype, layout.total, shared, roles, traced)
+    return persistent("decode_step_many", plan, rows, cache, layout.total, shared, roles, traced)

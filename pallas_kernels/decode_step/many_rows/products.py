@@ -18,8 +18,9 @@ from pallas_kernels.decode_step.many_rows.weight_ring import (
     WeightRing,
     WeightState,
 )
-from pallas_kernels.decode_step.packed.packing import FRAGMENT_BYTES, WARPS
-from pallas_kernels.decode_step.packed.plan import M_TILE, Phase
+from pallas_kernels.decode_step.packed.plain import FRAGMENT_BYTES
+from pallas_kernels.decode_step.packed.plan import Phase
+from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.loops import block_stride_loop
 from pallas_kernels.decode_step.ptx.thread import V
@@ -100,7 +101,7 @@ class Products:
                 some = self.input_ring.wait(states.inputs)
 
                 def multiplied() -> list[V]:
-                    return self._multiplied(group, states.weights, some, sums)
+                    return self._multiplied(phase, group, states.weights, some, sums)
 
                 sums = multiplied() if group.each > 1 else t.either(busy, multiplied, sums)
                 self.weights.ring.release(states.weights.of_ring)
@@ -123,7 +124,9 @@ class Products:
         t.when(m_tiles.equals(0), ready)
         return StreamStates.carried(after)
 
-    def _multiplied(self, group: Group, state: WeightState, inputs: V, sums: list[V]) -> list[V]:
+    def _multiplied(
+        self, phase: Phase, group: Group, state: WeightState, inputs: V, sums: list[V]
+    ) -> list[V]:
         """A lane's sums with a stage added: of its M-tiles in turn, of every eight rows."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         of, share = warp // group.sharers, warp % group.sharers
@@ -156,8 +159,7 @@ class Products:
             for x, ws in loaded:
                 eights = [pair[half : half + 2] for pair in x for half in (0, 2)]
                 for n, w in enumerate(ws):
-                    # The memory has a lane's output first, the instruction its column.
-                    a = [w[0], w[2], w[1], w[3]]
+                    a = phase.storage.operand(w)
                     for eight, b in enumerate(eights):
                         at = (n * len(eights) + eight) * 4
                         sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])

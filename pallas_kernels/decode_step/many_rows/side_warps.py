@@ -7,8 +7,8 @@ from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, SECTIONS, SQUARES
 from pallas_kernels.decode_step.many_rows.weight_ring import Group
-from pallas_kernels.decode_step.packed.packing import WARPS
-from pallas_kernels.decode_step.packed.plan import HEAD, M_TILE, StepPlan
+from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
+from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format, times

@@ -24,7 +24,8 @@ from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, SQUARES
 from pallas_kernels.decode_step.many_rows.products import Products, StreamStates
 from pallas_kernels.decode_step.many_rows.side_warps import GRID_PASSED, SCALED, WITH_SCALERS
-from pallas_kernels.decode_step.packed.plan import DOWN, HEAD, M_TILE, O_PROJ
+from pallas_kernels.decode_step.packed.plan import DOWN, HEAD, O_PROJ
+from pallas_kernels.decode_step.packed.tile import M_TILE
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import times

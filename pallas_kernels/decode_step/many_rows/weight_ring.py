@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
-from pallas_kernels.decode_step.packed.packing import TILE_BYTES, WARPS
+from pallas_kernels.decode_step.packed.plain import TILE_BYTES
 from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
+from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
@@ -134,7 +135,7 @@ class WeightRing:
             return carry
 
         none = [*WeightState.first(), *RingState.first(), t.integer(self.room), t.integer(0)]
-        m_tiles(HEAD, t.loop(plan.shape.layers, [work.tile, *none], layer))
+        m_tiles(HEAD, t.loop(plan.shape.layers, [work.granule, *none], layer))
 
     def _fetch_stage(self, stream: V, unit: V, units: V, carry: list[V]) -> list[V]:
         """One stage, of which this lane's unit is that one of the stream.

@@ -4,65 +4,62 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped, UInt32
 
-from pallas_kernels.decode_step.packed.plan import GATE_UP, HEAD, K_TILE, M_TILE, StepPlan
+from pallas_kernels.decode_step.packed.plan import GATE_UP, HEAD, StepPlan
+from pallas_kernels.decode_step.packed.storages import STORAGES
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 
 TileOffsets = tuple[Int[Array, "2 tiles"], ...]
 """`StepPlan.tile_offsets` of every phase: data, since as constants they would be compiled 100
 times."""
-
-WARPS = K_TILE // 16
-FRAGMENT = M_TILE * K_TILE // WARPS
-"""Numbers of a tile that one warp reads, 16 outputs by 16 inputs, in the order [g, t, half, c]:
-
-output 8 half + g, column 4 t + c. So lane 4 g + t reads eight numbers in a row, which are its
-operand of a tensor-core product.
-"""
-FRAGMENT_BYTES = 2 * FRAGMENT
-TILE_BYTES = WARPS * FRAGMENT_BYTES
 
 
 class Packed(NamedTuple):
     """What a step reads of a model.
 
     Attributes:
-        stream: the weight matrices, tile after tile in the order of `StepPlan`, each in the
-            fragments of the eight warps.
+        stream: the weight matrices, tile after tile in the order of `StepPlan`, each as its phase's
+            storage has it.
         bias: of q, k and v, float32.
         norms: attention and feed-forward norm of each layer in turn, then the final one.
         tile_offsets: where each phase's tiles lie in the stream.
     """
 
-    stream: Float[Array, "tiles 8 256"]
+    stream: UInt32[Array, "granules words"]
     bias: Float[Array, "L QKV"]
     norms: Float[Array, "norms D"]
     tile_offsets: TileOffsets
 
     def at(self, phase: int, layer: int = 0) -> Int[Array, "tiles"]:
-        """Where the tiles of a phase's matrix lie in the stream."""
+        """Where the tiles of a phase's matrix begin in the stream."""
         return _at(self.tile_offsets[phase], layer)
 
     def matrix(self, plan: StepPlan, phase: int, layer: int = 0) -> Float[Array, "out in"]:
         """A matrix read back from the stream."""
         p = plan.phases[phase]
-        tiles = self.stream[self.at(phase, layer)]
-        grid = tiles.reshape(p.m_tiles, p.across, WARPS, 8, 4, 2, 4).transpose(0, 5, 3, 1, 2, 4, 6)
+        tiles = self._numbers(plan, phase, self.at(phase, layer))
+        grid = tiles.reshape(p.m_tiles, p.across, 2, 8, K_TILE).transpose(0, 2, 3, 1, 4)
         if phase == GATE_UP:
             grid = grid.swapaxes(0, 1)
         return grid.reshape(p.out, p.columns)
 
     def embeddings(self, plan: StepPlan, tokens: Int[Array, "B"]) -> Float[Array, "B D"]:
         """The tokens' rows of the head, which is the embedding where the head is tied."""
-        at = self.at(HEAD).reshape(-1, plan.phases[HEAD].across)[tokens // M_TILE]
-        tiles = self.stream[at].reshape(*at.shape, WARPS, 8, 4, 2, 4)
-        batch = jnp.arange(tokens.shape[0])
-        picked = tiles[batch, :, :, tokens % 8, :, tokens % M_TILE // 8]
-        return picked.reshape(tokens.shape[0], -1)
+        across, count = plan.phases[HEAD].across, tokens.shape[0]
+        at = self.at(HEAD).reshape(-1, across)[tokens // M_TILE]
+        tiles = self._numbers(plan, HEAD, at.reshape(-1)).reshape(count, across, M_TILE, K_TILE)
+        return tiles[jnp.arange(count), :, tokens % M_TILE].reshape(count, -1)
+
+    def _numbers(self, plan: StepPlan, phase: int, at: Int[Array, "n"]) -> Float[Array, "n 16 128"]:
+        """Of the phase's tiles that begin there."""
+        p = plan.phases[phase]
+        words = self.stream[_granules(at, p.granules)]
+        return p.storage.numbers(words.reshape(len(at), -1))
 
 
-def empty_stream(plan: StepPlan, dtype: jnp.dtype) -> Float[Array, "tiles 8 256"]:
-    return jnp.zeros((plan.stream_tiles, WARPS, FRAGMENT), dtype)
+def empty_stream(plan: StepPlan) -> UInt32[Array, "granules words"]:
+    return jnp.zeros(plan.stream_shape, jnp.uint32)
 
 
 def tile_offsets(plan: StepPlan) -> TileOffsets:
@@ -73,23 +70,33 @@ def _at(offsets: Int[Array, "2 tiles"], layer: int | Int[Array, ""]) -> Int[Arra
     return offsets[0] + layer * offsets[1]
 
 
+def _granules(at: Int[Array, "n"], count: int) -> Int[Array, "n count"]:
+    """Those of tiles that begin there."""
+    return at[:, None] + jnp.arange(count, dtype=at.dtype)
+
+
 def _put_matrix(
-    stream: Float[Array, "tiles 8 256"],
+    stream: UInt32[Array, "granules words"],
     offsets: Int[Array, "2 n"],
-    matrix: Float[Array, "out in"],
+    matrix: Shaped[Array, "out width"],
     layer: Int[Array, ""],
     phase: int,
-) -> Float[Array, "tiles 8 256"]:
-    out, columns = matrix.shape
-    m_tiles, across = out // M_TILE, columns // K_TILE
+    stored: str,
+) -> UInt32[Array, "granules words"]:
+    storage, (out, width) = STORAGES[stored], matrix.shape
+    m_tiles = out // M_TILE
+    across = offsets.shape[1] // m_tiles
     # An M-tile of gate and up holds eight outputs of each, so that their product is made in place.
     halves = (2, m_tiles) if phase == GATE_UP else (m_tiles, 2)
-    grid = matrix.reshape(*halves, 8, across, WARPS, 4, 4)
+    grid = matrix.reshape(*halves, 8, across, width // across)
     if phase == GATE_UP:
         grid = grid.swapaxes(0, 1)
-    tiles = grid.transpose(0, 3, 4, 2, 5, 1, 6).reshape(-1, WARPS, FRAGMENT)
-    return stream.at[_at(offsets, layer)].set(tiles, unique_indices=True)
+    pieces = grid.transpose(0, 3, 1, 2, 4).reshape(-1, M_TILE, width // across)
+    words = storage.words(pieces).reshape(len(pieces), -1, stream.shape[1])
+    at = _granules(_at(offsets, layer), words.shape[1])
+    return stream.at[at].set(words, unique_indices=True)
 
 
-put_matrix = jax.jit(_put_matrix, donate_argnums=0, static_argnums=4)
-"""Puts a phase's matrix at its tile offsets in one layer; the stream is donated."""
+put_matrix = jax.jit(_put_matrix, donate_argnums=0, static_argnums=(4, 5))
+"""Puts a phase's matrix, as its storage takes it, at its tile offsets in one layer; the stream is
+donated."""

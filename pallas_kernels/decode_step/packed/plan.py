@@ -8,14 +8,16 @@ every block reads about as many bytes a layer.
 """
 
 import dataclasses
+import math
 from functools import cached_property
 
 import numpy as np
 
-M_TILE = 16
-"""Outputs of an M-tile: the rows of one tensor-core product."""
-K_TILE = 128
-"""Inputs of a tile: eight warps take 16 each. A tile of an M-tile is 4 KiB in 16 bits."""
+from pallas_kernels.decode_step.packed.storage import Storage
+from pallas_kernels.decode_step.packed.storages import STORAGES
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
+from pallas_kernels.decode_step.ptx.formats import Format
+
 LONGEST_STAGE = 4
 """Tiles that are fetched at once, at most."""
 
@@ -60,6 +62,8 @@ class Phase:
     """One matrix product dealt out to blocks.
 
     Attributes:
+        storage: how its weights are stored.
+        granules: of the stream, in a tile.
         out, columns: of the matrix, `[out, in]`.
         parts: how many its columns are divided into.
         part: the part each block works on.
@@ -67,12 +71,20 @@ class Phase:
         count: M-tiles of each block.
     """
 
+    storage: Storage
+    granules: int
     out: int
     columns: int
     parts: int
     part: np.ndarray
     first: np.ndarray
     count: np.ndarray
+
+    @property
+    def format(self) -> Format:
+        """In which the kernels take its products."""
+        assert self.storage.format is not None, "refused before"
+        return self.storage.format
 
     @property
     def m_tiles(self) -> int:
@@ -94,6 +106,11 @@ class Phase:
         return np.diff(self.part_begin)[self.part]
 
     @property
+    def stream(self) -> np.ndarray:
+        """Granules of each block's M-tiles."""
+        return self.count * self.tiles * self.granules
+
+    @property
     def longest(self) -> int:
         """Tiles in the longest M-tile of any block."""
         return int(np.diff(self.part_begin).max())
@@ -107,6 +124,11 @@ class Phase:
     def stage_tiles(self) -> int:
         """Tiles in the longest stage."""
         return -(-self.longest // self.stages)
+
+
+def alike(storage: str) -> tuple[str, ...]:
+    """Every phase in the storage of that name, as `StepPlan.stored` has it."""
+    return (storage,) * (HEAD + 1)
 
 
 def _dealt(m_tiles: int, load: np.ndarray) -> np.ndarray:
@@ -140,11 +162,21 @@ class StepPlan:
     """The phases of a step on `blocks` blocks, and where their tiles lie in the weight stream.
 
     The stream holds every block's tiles in the order it reads them: its M-tiles of each phase of
-    layer 0, of layer 1 and so on, then its M-tiles of the head; block after block.
+    layer 0, of layer 1 and so on, then its M-tiles of the head; block after block. It is counted in
+    granules, of which the tiles of every phase are whole ones: where all are stored alike, a
+    granule is a tile.
+
+    Attributes:
+        stored: the storage of each phase's matrices, by its name in `STORAGES`.
     """
 
     shape: ModelShape
     blocks: int
+    stored: tuple[str, ...]
+
+    @property
+    def granule_bytes(self) -> int:
+        return math.gcd(*(STORAGES[name].tile_bytes for name in self.stored))
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -165,32 +197,33 @@ class StepPlan:
                     mine = np.flatnonzero(load)
                 count[mine] = _dealt(out // M_TILE, load[mine])
                 first[mine] = np.cumsum(count[mine]) - count[mine]
-            made[phase] = Phase(out, columns, parts, part, first, count)
-            load = load + count * made[phase].tiles
+            storage = STORAGES[self.stored[phase]]
+            granules = storage.tile_bytes // self.granule_bytes
+            made[phase] = Phase(storage, granules, out, columns, parts, part, first, count)
+            load = load + made[phase].stream
         return tuple(made[phase] for phase in sorted(made))
 
     @cached_property
-    def _layer_tiles(self) -> np.ndarray:
-        """Tiles of a layer on each block."""
-        layer = self.phases[:HEAD]
-        return np.sum([p.count * p.tiles for p in layer], axis=0)
+    def _layer_stream(self) -> np.ndarray:
+        """Granules of a layer on each block."""
+        return np.sum([p.stream for p in self.phases[:HEAD]], axis=0)
 
     @cached_property
-    def first_tile(self) -> np.ndarray:
+    def first_granule(self) -> np.ndarray:
         """Of each block, in the stream; and the number of all at the end."""
-        head = self.phases[HEAD]
-        tiles = self.shape.layers * self._layer_tiles + head.count * head.tiles
-        return np.concatenate([[0], np.cumsum(tiles)])
+        stream = self.shape.layers * self._layer_stream + self.phases[HEAD].stream
+        return np.concatenate([[0], np.cumsum(stream)])
 
     @property
-    def stream_tiles(self) -> int:
-        return int(self.first_tile[-1])
+    def stream_shape(self) -> tuple[int, int]:
+        """Granules, and words of one."""
+        return int(self.first_granule[-1]), self.granule_bytes // 4
 
     def tile_offsets(self, phase: int) -> np.ndarray:
-        """Where in the stream a phase's tiles lie, M-tile after M-tile: `[2, m_tiles * across]`.
+        """Where in the stream a phase's tiles begin, M-tile after M-tile: `[2, m_tiles * across]`.
 
-        The first row holds each tile's offset in layer 0, the second how much further it lies
-        in every layer after.
+        The first row holds each tile's first granule in layer 0, the second how much further it
+        lies in every layer after.
         """
         this = self.phases[phase]
         column = np.arange(this.across)
@@ -201,24 +234,25 @@ class StepPlan:
         ):
             owner[this_part, begin : begin + count] = number
         block = owner[part].T  # [m_tiles, across]
-        layer = self._layer_tiles
-        earlier = [p.count * p.tiles for p in self.phases[:phase]]
+        layer = self._layer_stream
+        earlier = [p.stream for p in self.phases[:phase]]
         before = sum(earlier, start=np.zeros_like(layer))
         if phase == HEAD:
             before = self.shape.layers * layer
         m_tile = np.arange(this.m_tiles)[:, None] - this.first[block]
-        start = self.first_tile[block] + before[block]
-        at = start + m_tile * this.tiles[block] + column - this.part_begin[part]
+        start = self.first_granule[block] + before[block]
+        tile = m_tile * this.tiles[block] + column - this.part_begin[part]
+        at = start + tile * this.granules
         return np.stack([at.ravel(), layer[block].ravel()]).astype(np.int32)
 
     def table(self) -> np.ndarray:
         """What a block needs to know of its own work: int32 `[blocks, 16]`.
 
-        First tile; first M-tile and number of M-tiles of each phase; part of the down projection,
-        its first column in tiles, and its tiles in an M-tile.
+        First granule; first M-tile and number of M-tiles of each phase; part of the down
+        projection, its first column in tiles, and its tiles in an M-tile.
         """
         down = self.phases[DOWN]
-        columns = [self.first_tile[:-1]]
+        columns = [self.first_granule[:-1]]
         for phase in self.phases:
             columns += [phase.first, phase.count]
         columns += [down.part, down.part_begin[down.part], down.tiles]

@@ -325,6 +325,9 @@ class Model:
                 f"prompt is a {type(prompt).__name__}, but it must be a text, a list of texts or a "
                 "list of messages."
             )
+        for name in ("stop", "stop_ids"):
+            if isinstance(value := options.get(name), Iterator):
+                options[name] = tuple(value)  # for every prompt, not the first alone
         several = not isinstance(prompt, str) and all(isinstance(p, str) for p in prompt)
         prompts = cast(list[str | Sequence[Message]], prompt if several else [prompt])
         firsts = [self.request(p, **options) for p in prompts]

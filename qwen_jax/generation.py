@@ -47,6 +47,11 @@ class Request:
             )
         if not isinstance(self.stop_ids, Iterable):
             raise UserError(f"stop_ids is {self.stop_ids!r:.60}, but it must be a list of ids.")
+        # What can be gone through once would stop nobody after it was checked.
+        for name in ("stop", "stop_ids"):
+            value = getattr(self, name)
+            if isinstance(value, Iterator):
+                object.__setattr__(self, name, tuple(value))
 
 
 @dataclasses.dataclass(frozen=True)

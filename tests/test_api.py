@@ -228,6 +228,16 @@ class TestGenerate:
                 list(method("x", temperature=1.0))  # type: ignore[call-arg, call-overload, arg-type]
 
 
+def test_stops_that_can_be_gone_through_once(model: Model) -> None:
+    (line_break,) = model.tokenizer.encode("\n")
+    for options in ({"stop": ["\n"]}, {"stop_ids": [line_break]}):
+        wanted = model.generate(list(PROMPTS[:2]), **options)  # type: ignore[arg-type]
+        once = {name: iter(value) for name, value in options.items()}
+        found = model.generate(list(PROMPTS[:2]), **once)  # type: ignore[arg-type]
+        assert [c.text for c in found] == [c.text for c in wanted]
+        assert all("\n" not in c.text for c in found)
+
+
 class TestStream:
     def test_pieces_are_the_text(self, model: Model) -> None:
         hot = Sampling(temperature=0.8, seed=3)

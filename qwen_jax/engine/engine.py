@@ -1,5 +1,6 @@
 """A model on a device: its weights, what its programs are made for, and its pool of pages."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Unpack
 
@@ -40,6 +41,7 @@ class Engine:
         layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
         pages: what the device holds of them between calls, made when first asked for.
+        lock: held by who deals pages out or calls a program, which takes the pool along.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Engine:
         self.platform = next(iter(self.weights.devices())).platform
         self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
         self.pool = Pool(self.layout.pages)
+        self.lock = threading.RLock()
         self._pages: jax.Array | None = None
         self._rows: set[tuple[int, Plan]] = set()
         self._pieces: set[int] = set()
@@ -168,6 +171,10 @@ class Engine:
                 f"but got {len(tokens)}."
             )
         self.check_fits(len(tokens))
+        with self.lock:
+            return self._logits(tokens)
+
+    def _logits(self, tokens: Sequence[int]) -> Float[np.ndarray, "T V"]:
         if (needed := pages_for(len(tokens))) > self.pool.available:
             raise UserError("The cache is taken by texts that are being generated; finish them.")
         self.revive()

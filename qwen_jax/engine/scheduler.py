@@ -44,7 +44,8 @@ class _Scoring(NamedTuple):
 
 
 class Scheduler:
-    """Texts through one engine. Several may take turns: the slots of each are its own."""
+    """Texts through one engine. Several may take turns, on any threads: the slots of each are its
+    own, and the engine's lock is held while one has its turn."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -78,10 +79,11 @@ class Scheduler:
         What is entering the cache goes on to: others may share its pages already.
         """
         text.over = True
-        if text in self._waiting:
-            self._waiting.remove(text)
-        elif not any(text is entering for entering, _ in self._entering):
-            self._leave(text)
+        with self.engine.lock:
+            if text in self._waiting:
+                self._waiting.remove(text)
+            elif not any(text is entering for entering, _ in self._entering):
+                self._leave(text)
 
     def close(self) -> None:
         """Lets go of all that is left, once nothing is to be told any more.
@@ -89,12 +91,13 @@ class Scheduler:
         An interrupt may have come between taking a piece and putting it into the cache, so that of
         the pages that a text was to fill none counts.
         """
-        for text, _ in self._entering:
-            self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
-        scored = [call.pieces for call in self._calls if isinstance(call, _Scoring)]
-        left = [text for text, _ in itertools.chain(self._entering, *scored)]
-        for text in [*self._waiting, *self._running, *left]:
-            self._leave(text)
+        with self.engine.lock:
+            for text, _ in self._entering:
+                self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
+            scored = [call.pieces for call in self._calls if isinstance(call, _Scoring)]
+            left = [text for text, _ in itertools.chain(self._entering, *scored)]
+            for text in [*self._waiting, *self._running, *left]:
+                self._leave(text)
 
     def turn(self) -> list[News]:
         """Does what can be done now, and tells what is known by then.
@@ -103,16 +106,17 @@ class Scheduler:
             UserError: logits are not finite, a text bans every token, or there is nothing to wait
                 for: other schedulers' texts hold the pages.
         """
-        self.engine.revive()
-        self._admit()
-        self._extend()
-        self._step()
-        news: list[News] = []
-        busy = 1 if self.engine.shapes.ahead and (self._running or self._entering) else 0
-        while len(self._calls) > busy:
-            call = self._calls.popleft()
-            news += self._read(call) if isinstance(call, _Call) else self._read_scores(call)
-        return news
+        with self.engine.lock:
+            self.engine.revive()
+            self._admit()
+            self._extend()
+            self._step()
+            news: list[News] = []
+            busy = 1 if self.engine.shapes.ahead and (self._running or self._entering) else 0
+            while len(self._calls) > busy:
+                call = self._calls.popleft()
+                news += self._read(call) if isinstance(call, _Call) else self._read_scores(call)
+            return news
 
     def _admit(self) -> None:
         while self._waiting and (self._slots or self._waiting[0].score_from is not None):

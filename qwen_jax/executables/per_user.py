@@ -1,6 +1,7 @@
 """Where compiled programs are kept between processes."""
 
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -25,10 +26,14 @@ def use_compilation_cache() -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         cache = home / "qwen_jax" / "xla"
         cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(f"{cache} can't be written")
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home.
         logging.warning("Compiled programs are not kept: %s; set XDG_CACHE_HOME.", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    # A damaged entry is one that isn't there: its program is compiled.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     keep_in(cache / "executables")
     # All of them: even a copy takes XLA 50 ms for a GPU, and loading has dozens of small programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

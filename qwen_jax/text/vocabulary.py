@@ -145,6 +145,8 @@ class Vocabulary:
                 f"the vocabulary lacks {len(missing)} of the 256 bytes, the first "
                 f"{missing[0]:#04x}, so some text could not be encoded"
             )
+        if len(self.added) == len(self.ids):
+            self._refuse("it marks every token as an added one, so no ordinary text has any")
 
     def _check_merges(self) -> None:
         known = self.ids.__contains__

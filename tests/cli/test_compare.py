@@ -1,6 +1,7 @@
 """`run.py compare`: one run from the command line to its report, and what it refuses."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,24 @@ def test_weights_in_blocks_beside_numbers(run: Run) -> None:
     done = run("compare", "--context=256", "--weights=packed", "--base_weights=expanded", gate)
     assert done.code == 0, done.err
     assert "haiku auto packed auto" in done.out and "haiku auto expanded auto" in done.out
+
+
+@pytest.mark.parametrize(("gate", "code"), [("faults > 0", 1), ("faults > 1000", 0)])
+def test_without_matplotlib_the_gate_decides(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gate: str,
+    code: int,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("qwen_jax.accuracy.report.page.can_be_made", lambda: False)
+    argv = ["compare", "--plant=zero_qkv_bias", "--parts=tensors", "--tokens=1,2,3,4,5"]
+    done = run(*argv, f"--fail_if={gate}", f"--workdir={tmp_path}")
+    assert done.code == code
+    assert "report.html needs matplotlib: pip install 'qwen_jax[report]'." in caplog.messages
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.txt"}
 
 
 def test_a_base_and_what_rounding_costs(run: Run, tmp_path: Path) -> None:

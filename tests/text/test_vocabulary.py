@@ -56,6 +56,10 @@ GGUF_DAMAGE: dict[str, tuple[Change, str]] = {
         lambda m: m.update({G + "tokens": [], G + "token_type": []}),
         "lacks 256 of the 256 bytes",
     ),
+    "all of them added": (
+        _set(G + "token_type", [3] * 392),
+        "it marks every token as an added one, so no ordinary text has any",
+    ),
     "a token twice": (
         _edit(G + "tokens", _set(300, BYTE_SYMBOLS[65])),
         "the token 'A' has two ids, 32 and 300",

@@ -3,6 +3,8 @@
 import tempfile
 from pathlib import Path
 
+from absl import logging
+
 from qwen_jax.accuracy.report.as_json import to_json
 from qwen_jax.accuracy.report.contents import Report, values
 from qwen_jax.accuracy.report.tables import text
@@ -28,14 +30,19 @@ def prepare(workdir: str | Path) -> None:
 def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
     """Writes report.json, report.txt and report.html into a directory, over older ones.
 
+    Without matplotlib the last is left out, with a warning.
+
     Raises:
-        UserError: the directory can't be written, or matplotlib is not installed; then the other
-            two files are there nevertheless.
+        UserError: the directory can't be written.
     """
-    from qwen_jax.accuracy.report.page import to_html
+    from qwen_jax.accuracy.report import page
 
     directory = Path(workdir)
-    makers = {"report.json": to_json, "report.txt": text, "report.html": to_html}
+    makers = {"report.json": to_json, "report.txt": text}
+    if page.can_be_made():
+        makers["report.html"] = page.to_html
+    else:
+        logging.warning("report.html needs matplotlib: pip install 'qwen_jax[report]'.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, make in makers.items():

@@ -1,6 +1,7 @@
 """report.html: one file with its pictures inside, from page.html."""
 
 import base64
+import importlib.util
 import io
 from collections.abc import Iterator
 from importlib import resources
@@ -10,7 +11,6 @@ import jinja2
 
 from qwen_jax.accuracy.report import tables
 from qwen_jax.accuracy.report.contents import Report
-from qwen_jax.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +24,13 @@ class Picture(NamedTuple):
     source: str
 
 
+def can_be_made() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def to_html(report: Report) -> str:
-    """Raises UserError where matplotlib is not installed."""
+    """The page; `can_be_made` first."""
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {name: getattr(tables, name) for name in ("number", "show_layers")}
@@ -39,13 +44,9 @@ def to_html(report: Report) -> str:
 
 def pictures(report: Report) -> Iterator[Picture]:
     """Those that the report has data for, in the order of the page."""
-    try:
-        from qwen_jax.accuracy.report import heat_maps, pictures
-        from qwen_jax.accuracy.report.style import styled
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"report.html needs {error.name}; install it with pip install 'qwen_jax[report]'."
-        ) from error
+    from qwen_jax.accuracy.report import heat_maps, pictures
+    from qwen_jax.accuracy.report.style import styled
+
     with styled():
         if report.findings:
             yield _picture(

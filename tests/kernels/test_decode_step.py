@@ -179,6 +179,7 @@ def test_the_faster_kernel_is_built(
         (SIZES["0.5b"], 65, "bfloat16", "at most 64 rows, not 65"),
         (ModelShape(2, 256, 8, 2, 32, 512, 320, 1e-6), 1, "bfloat16", "head dimension is 32"),
         (ModelShape(2, 192, 4, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "512 x 192 is not made of"),
+        (ModelShape(2, 64, 2, 1, 32, 96, 320, 1e-6), 1, "bfloat16", "128 x 64 is not made of"),
         (ModelShape(2, 1024, 18, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "9 query heads"),
     ],
 )

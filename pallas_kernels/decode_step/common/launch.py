@@ -95,7 +95,7 @@ def begins(sizes: Sequence[int]) -> list[int]:
 def unfit(plan: StepPlan, cache: DTypeLike) -> str | None:
     """Why neither kernel can run the model with a cache of that dtype, or None."""
     shape = plan.shape
-    for storage in (phase.storage for phase in plan.phases):
+    for storage in map(STORAGES.__getitem__, plan.stored):
         if storage.format is None:
             known = [name for name, each in STORAGES.items() if each.format]
             return f"the weights are {storage.name}, not one of {', '.join(known)}"

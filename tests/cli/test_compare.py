@@ -1,5 +1,6 @@
 """`run.py compare`: one run from the command line to its report, and what it refuses."""
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.accuracy.catalogue import FAULTS
-from tests.cli.conftest import Run
+from tests.cli.conftest import BUNDLED, Run
 
 TOKENS = "--tokens=" + ",".join(map(str, range(300, 324)))
 """A short text, so that a run is quick."""
@@ -46,12 +47,35 @@ def test_a_trace_of_generate_is_within_rounding(run: Run, tmp_path: Path) -> Non
     assert "Its logits choose the tokens of the run, every one." in " ".join(result.out.split())
 
 
-def test_weights_in_blocks_beside_numbers(run: Run) -> None:
+def part_of_the_sample(tmp_path: Path) -> Path:
+    """A tenth of the text that comes with the bundled model."""
+    path = tmp_path / "part.txt"
+    path.write_text(BUNDLED.with_suffix(".txt").read_text()[:4000])
+    return path
+
+
+def test_weights_in_blocks_beside_numbers(run: Run, tmp_path: Path) -> None:
     """They are the same numbers; only their products are put together otherwise."""
-    gate = "--fail_if=mean_kld > 1e-9, top1 < 1"
-    done = run("compare", "--context=256", "--weights=packed", "--base_weights=expanded", gate)
+    gate, text = "--fail_if=mean_kld > 1e-9, top1 < 1", part_of_the_sample(tmp_path)
+    argv = ["--weights=packed", "--base_weights=expanded", f"--text={text}", "--context=128"]
+    done = run("compare", *argv, gate)
     assert done.code == 0, done.err
     assert "haiku auto packed auto" in done.out and "haiku auto expanded auto" in done.out
+
+
+def test_from_sources_that_are_not_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.distribution
+
+    def distribution(name: str) -> importlib.metadata.Distribution:
+        if name == "qwen_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("qwen_jax")
+    done = run("compare", "--parts=tensors", TOKENS)
+    assert done.code == 0 and "same likeliest token 100.0%" in done.out
 
 
 @pytest.mark.parametrize(("gate", "code"), [("faults > 0", 1), ("faults > 1000", 0)])
@@ -73,8 +97,9 @@ def test_without_matplotlib_the_gate_decides(
 
 
 def test_a_base_and_what_rounding_costs(run: Run, tmp_path: Path) -> None:
-    base = tmp_path / "base.safetensors"
-    assert run("compare", "--context=256", f"--save_base={base}").code == 0
+    base, text = tmp_path / "base.safetensors", part_of_the_sample(tmp_path)
+    argv = [f"--text={text}", "--context=128", f"--save_base={base}"]
+    assert run("compare", *argv).code == 0
     same = run("compare", f"--base={base}", "--fail_if=mean_kld > 1e-9, top1 < 1")
     assert same.code == 0, same.err + same.out
     rounded = run("compare", f"--base={base}", "--dtype=bfloat16", "--fail_if=mean_kld > 1e-9")

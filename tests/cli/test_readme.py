@@ -5,12 +5,15 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
 from qwen_jax import api
 from tests.cli.conftest import HAIKU
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("loaded")
 def test_the_example_in_python() -> None:
     example, shown = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -51,10 +51,9 @@ def load_engine(
     options = options | EngineOptions(texts=None if expected is None else expected.texts)
     layout = Layout.of(config, dtype, platform, loaded=False, held=held, **options)
     options |= EngineOptions(cache_tokens=layout.cache_tokens)
-    # A CPU's cores are busy with the weights.
-    programs = None if expected is None or platform == "cpu" else expected.programs(layout)
+    programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
-    if programs is not None:
+    if programs is not None and platform != "cpu":  # whose cores are busy with the weights
         shapes = prepared_shapes(config, checkpoint.parameters, dtype, implementation)
         compile_ahead(layout, shapes, programs._replace(rows=()))
 
@@ -89,8 +88,8 @@ def load_engine(
         finally:
             tokenizer, whole = reading.result()
     engine = Engine(config, weights, **whole)
-    if expected is not None:
-        engine.expect(expected.programs(engine.layout))
+    if programs is not None:
+        engine.expect(programs)
     return engine, tokenizer
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
-from qwen_jax.accuracy.metrics import log_softmax
+from qwen_jax.accuracy.metrics import first_not_finite, log_softmax
 from qwen_jax.errors import UserError
 
 MAGIC = b"_logits_"
@@ -121,8 +121,8 @@ class SavedBase:
             steps = rows[:, 8 : 8 + 2 * self.vocab].view("<u2")
             with np.errstate(invalid="ignore", over="ignore"):  # of a damaged scale
                 found = scale[:, None] * steps.astype(np.float32) + minimum[:, None]
-        if not np.isfinite(found).all():
-            position, token = np.argwhere(~np.isfinite(found))[0]
+        if (place := first_not_finite(found)) is not None:
+            position, token = place
             raise UserError(
                 f"{self.path}: window {index} has {found[position, token]} for token {token} at "
                 f"scored position {position}; save the base again from an engine whose logits are "

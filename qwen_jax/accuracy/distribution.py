@@ -28,7 +28,7 @@ from tqdm import tqdm
 from qwen_jax import utf8
 from qwen_jax.accuracy import base_file
 from qwen_jax.accuracy.base_file import SavedBase, scored
-from qwen_jax.accuracy.metrics import kl_divergence, log_softmax
+from qwen_jax.accuracy.metrics import first_not_finite, kl_divergence, log_softmax
 from qwen_jax.api import BUNDLED, Model, locate
 from qwen_jax.errors import UserError
 
@@ -252,8 +252,8 @@ def _finite_logits(
 ) -> Iterator[Float[np.ndarray, "n V"]]:
     """The same of a base, from which nothing can be told where it is not finite."""
     for number, logits in enumerate(_logits(model, windows)):
-        if not np.isfinite(logits).all():
-            position, token = np.argwhere(~np.isfinite(logits))[0]
+        if (place := first_not_finite(logits)) is not None:
+            position, token = place
             raise UserError(
                 f"{model.config.source}: the base's logit of token {token} is "
                 f"{logits[position, token]}, at scored position {position} of window {number}; "

@@ -159,6 +159,15 @@ def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         yield tuple(a[start : start + _ROWS].astype(np.float64) for a in arrays)
 
 
+def first_not_finite(values: Float[np.ndarray, "T V"]) -> tuple[int, int] | None:
+    """Where the first NaN or infinity stands, if there is one."""
+    bad = ~np.isfinite(values)
+    if not bad.any():
+        return None
+    position, token = map(int, np.argwhere(bad)[0])
+    return position, token
+
+
 def log_softmax(logits: Float[np.ndarray, "T V"]) -> Float[np.ndarray, "T V"]:
     """Log-probabilities in float64."""
     shifted = logits.astype(np.float64)

@@ -6,7 +6,6 @@ Beside it lies a file of the settings it was made with, so that nobody goes on w
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import settings, task_fields
+from qwen_jax import settings, strict_json, task_fields
 from qwen_jax.errors import UserError
+from qwen_jax.experiments import lines
 from qwen_jax.prompt_lines import Item, Wrong
 
 Key = tuple[str | int, int | None]
@@ -64,9 +64,9 @@ class Answers:
             return
         beside = _settings_file(self.path)
         if not (self.resumed and beside.exists()):
-            beside.write_text(json.dumps(made_with, indent=1) + "\n")
+            lines.write_atomically(beside, json.dumps(made_with, indent=1) + "\n")
             return
-        noted = json.loads(beside.read_text())
+        noted = strict_json.read_object(beside)
         for field, value in json.loads(json.dumps(made_with)).items():
             if noted.get(field, value) != value:
                 raise UserError(
@@ -144,13 +144,10 @@ def _written(path: Path) -> frozenset[Key]:
             "made with, so that --resume can't go on with it; choose another name."
         )
     done: set[Key] = set()
-    with path.open("r+b") as file:
-        whole = 0
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                os.truncate(path, whole)
                 break
-            whole += len(line)
             try:
                 record = json.loads(line)
                 done.add((record["id"], None if "error" in record else record["sample"]))
@@ -159,4 +156,5 @@ def _written(path: Path) -> frozenset[Key]:
                     f"--output={path}, line {number} is no answer of a run, so that --resume can't "
                     "go on with it; choose another name."
                 ) from error
+    lines.Lines(path).close()  # which cuts off what a killed process left of a line
     return frozenset(done)

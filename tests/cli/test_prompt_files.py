@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen_jax import api, prompts, settings
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, answers_in
 
 FILES = {
     b"": "holds no prompts",
@@ -80,10 +80,6 @@ LATE = {
     ),
     b'{"prompt": "a", "tools": [{"type": "function"}]}\n': "line 1: tool 0 is",
 }
-
-
-def answers_in(lines: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lines.splitlines()]
 
 
 @pytest.mark.parametrize("content", FILES, ids=range(len(FILES)))
@@ -200,87 +196,6 @@ def test_in_the_order_of_the_file(run: Run, tmp_path: Path) -> None:
     loose, strict = (answers_in(run(*argv, *more).out) for more in ((), ("--ordered",)))
     assert [a["id"] for a in strict] == [1, 2, 3, 4, 5, 6] != [a["id"] for a in loose]
     assert sorted(loose, key=lambda a: a["id"]) == strict
-
-
-def file_of(tmp_path: Path, count: int = 8) -> Path:
-    """Prompts with names, of which one is wrong."""
-    path = tmp_path / "prompts.jsonl"
-    lines = [{"id": f"p{i}", "prompt": f"rain {i}", "max_tokens": 4 + i} for i in range(count)]
-    lines[3] = {"id": "p3", "messages": []}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.mark.usefixtures("loaded")
-@pytest.mark.parametrize("cut", [0.0, 0.55, 0.99, 1.0])
-def test_resumed_it_comes_out_as_if_it_had_not_been_cut(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float
-) -> None:
-    path, whole, part = file_of(tmp_path), tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    argv = [f"--prompt_file={path}", "--temperature=1", "--n=2", "--slots=3"]
-    assert run(*argv, f"--output={whole}").code == 3
-    content = whole.read_bytes()
-    part.write_bytes(content[: int(cut * len(content))])
-    (tmp_path / "part.jsonl.settings.json").write_text(
-        (tmp_path / "whole.jsonl.settings.json").read_text()
-    )
-    made: list[str] = []
-    real = api.Model.request
-    monkeypatch.setattr(
-        api.Model, "request", lambda self, p, **o: made.append(p) or real(self, p, **o)
-    )
-    result = run(*argv, f"--output={part}", "--resume")
-    assert (result.code, result.out) == (3, "")
-    assert "1 of 8 prompts were refused" in result.err
-    assert sorted(part.read_text().splitlines()) == sorted(content.decode().splitlines())
-    assert (len(made) == 8) == (cut == 0) and bool(made) == (cut < 1)
-
-
-@pytest.mark.usefixtures("loaded")
-def test_resuming_what_is_not_there_begins_it(run: Run, tmp_path: Path) -> None:
-    path, output = file_of(tmp_path), tmp_path / "out.jsonl"
-    assert run(f"--prompt_file={path}", f"--output={output}", "--resume").code == 3
-    assert len(answers_in(output.read_text())) == 8
-    noted = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
-    assert noted["model"] == "haiku" and noted["sampling.temperature"] == 0
-    # What lies beside a file that is gone says nothing of the next one.
-    output.unlink()
-    assert run(f"--prompt_file={path}", f"--output={output}", "--temperature=1").code == 3
-
-
-@pytest.mark.usefixtures("loaded")
-def test_what_cannot_be_resumed(run: Run, refuses: Callable[..., None], tmp_path: Path) -> None:
-    path, output = file_of(tmp_path), tmp_path / "out.jsonl"
-    argv = [f"--prompt_file={path}", f"--output={output}"]
-    run(*argv)
-    kept = output.read_text()
-    refuses([f"--prompt_file={path}", "--resume"], "--resume needs --output")
-    changed = run(*argv, "--resume", "--temperature=0.5")
-    assert changed.code == 2
-    assert "was begun with sampling.temperature 0.0, which is 0.5 now" in changed.err
-    path.write_text('{"id": 1, "prompt": "a"}\n{"prompt": "b"}\n{"id": 2, "prompt": "c"}\n')
-    refuses([*argv, "--resume"], "prompts.jsonl has two prompts with the id 2, and --resume goes")
-    output.write_text(kept + "[]\n")
-    refuses([*argv, "--resume"], "out.jsonl, line 9 is no answer of a run")
-    (tmp_path / "out.jsonl.settings.json").unlink()
-    refuses([*argv, "--resume"], "has no out.jsonl.settings.json beside it")
-    assert output.read_text() == kept + "[]\n"
-
-
-@pytest.mark.usefixtures("loaded")
-def test_a_seed_follows_the_id(run: Run, tmp_path: Path) -> None:
-    """Whatever stands before it in the file."""
-    path, argv = file_of(tmp_path), ["--temperature=1", "--n=2"]
-    first = run(f"--prompt_file={path}", *argv)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[5], '{"id": "new", "prompt": "fog"}', lines[6], lines[1]]))
-    second = run(f"--prompt_file={path}", *argv)
-    found = [
-        {(a["id"], a["sample"]): a["text"] for a in answers_in(result.out) if "error" not in a}
-        for result in (first, second)
-    ]
-    assert all(found[0][key] == text for key, text in found[1].items() if key[0] != "new")
-    assert len(set(found[1].values())) == 8
 
 
 @pytest.mark.usefixtures("nothing_loads")

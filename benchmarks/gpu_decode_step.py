@@ -1,7 +1,7 @@
 """The decode-step kernel alone, on random weights of real shapes: time, and where it goes.
 
     python -m benchmarks.gpu_decode_step --sizes 0.5b 7b --rows 1 8 --contexts 128 --phases
-    python -m benchmarks.gpu_decode_step --sizes 0.5b 7b --rows 1 4 --stored q8_0
+    python -m benchmarks.gpu_decode_step --sizes 0.5b 7b --rows 1 4 --stored q8_0 q4_k_m
 
 Steps are chained on the device, each taking the last one's logits. With `--phases` a traced
 kernel runs besides: when the blocks ended each phase of the last layer, in microseconds after the
@@ -21,11 +21,11 @@ import numpy as np
 from jax import lax
 
 from benchmarks.gpu_decode import copy_bandwidth, print_record
-from benchmarks.random_model import SIZES
-from pallas_kernels.decode_step import StepPlan, kernels
+from benchmarks.random_model import MIXED, SIZES, type_of
+from pallas_kernels.decode_step import StepPlan, Stored, kernels
 from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.common.trace import PHASES
-from pallas_kernels.decode_step.packed.q8_0 import GROUP
+from pallas_kernels.decode_step.packed.plain import Numbers
 from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx.formats import FORMATS
@@ -39,17 +39,47 @@ def pages_of(context: int) -> int:
     return -(-context // FEWEST_SLOTS)
 
 
-def random_tiles(key: Any, count: int, stored: str) -> jax.Array:
-    """Of weights of about 0.02, as the storage takes them."""
-    if stored != "q8_0":
-        return jax.random.normal(key, (count, M_TILE, K_TILE), jnp.float32) * 0.02
-    quants = jax.random.bits(key, (count, M_TILE, K_TILE // GROUP, GROUP), jnp.uint8)
-    scale = np.frombuffer(np.float16(0.02 / 74).tobytes(), np.uint8)
-    scales = jnp.broadcast_to(scale, (*quants.shape[:3], 2))
-    return jnp.concatenate([scales, quants], axis=3).reshape(count, M_TILE, -1)
+def plan_as(size: str, stored: str) -> StepPlan:
+    """All matrices in one storage, or as llama.cpp mixes types for that quantisation."""
+    config = SIZES[size]
+    plan = plan_for(config, stored if stored in STORAGES else "bfloat16")
+    if stored in STORAGES:
+        return plan
+
+    def name(tensor: str, columns: int) -> str:
+        return type_of(tensor, columns, config, stored.upper()).name.lower()
+
+    d, heads, ffn = config.hidden_size, config.num_heads * config.head_dim, config.ffn_size
+    inputs = {
+        "attn_q": d,
+        "attn_k": d,
+        "attn_v": d,
+        "attn_output": heads,
+        "ffn_up": d,
+        "ffn_down": ffn,
+    }
+    layers = tuple(
+        Stored(*(name(f"blk.{i}.{tensor}.weight", width) for tensor, width in inputs.items()))
+        for i in range(config.num_layers)
+    )
+    head = name("token_embd.weight" if config.tied else "output.weight", d)
+    return StepPlan(plan.shape, plan.blocks, layers, head)
 
 
-def arguments(plan: StepPlan, rows: int, context: int, pool: Pool, stored: str) -> tuple[Any, ...]:
+def random_stream(key: Any, plan: StepPlan) -> jax.Array:
+    """64 MiB, again and again: numbers of about 0.02, or any codes with small scales."""
+    granules, words = plan.stream_shape
+    drawn = min(2**26 // plan.granule_bytes, granules)
+    if len(plan.storages) == 1 and isinstance(plan.storages[0], Numbers):
+        tiles = jax.random.normal(key, (drawn, M_TILE, K_TILE), jnp.float32) * 0.02
+        some = plan.storages[0].words(tiles)
+    else:
+        # Of every half two exponent bits cleared: no float16 is more than 2^-7.
+        some = jax.random.bits(key, (drawn, words), jnp.uint32) & np.uint32(0x9FFF_9FFF)
+    return jnp.tile(some, (-(-granules // drawn), 1))[:granules]
+
+
+def arguments(plan: StepPlan, rows: int, context: int, pool: Pool) -> tuple[Any, ...]:
     """What the kernel takes, drawn afresh; the weight stream repeats 64 MiB.
 
     The cache has the dtype of weights that are numbers of 16 bits, or else bfloat16.
@@ -65,25 +95,15 @@ def arguments(plan: StepPlan, rows: int, context: int, pool: Pool, stored: str) 
     def normal(*dims: int, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.normal(next(keys), dims, dtype)
 
-    granules, _ = plan.stream_shape
-    drawn = 2**26 // plan.granule_bytes
-
-    @jax.jit
-    def stream(key: Any) -> Any:
-        """64 MiB, again and again."""
-        tiles = STORAGES[stored].words(random_tiles(key, drawn, stored))
-        repeated = jnp.tile(tiles, (-(-granules // drawn), 1))
-        return repeated[:granules]
-
     pages = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     return (
-        stream(next(keys)),
+        jax.jit(random_stream, static_argnums=1)(next(keys), plan),
         jnp.asarray(plan.table()),
         normal(shape.layers, shape.qkv),
         1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden),
         normal(rows, shape.hidden),
         normal(rows, 2, shape.head_dim // 2),
-        normal(*pages, dtype=stored if stored in FORMATS else jnp.bfloat16),
+        normal(*pages, dtype=plan.head if plan.head in FORMATS else jnp.bfloat16),
         jnp.asarray(tables),
         jnp.full((rows,), context, jnp.int32),
     )
@@ -128,30 +148,31 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128])
     parser.add_argument("--slots", type=int, default=32768, help="of a row, at most")
     parser.add_argument("--rounds", type=int, default=5)
-    stored = [name for name, storage in STORAGES.items() if storage.format]
-    parser.add_argument("--stored", choices=stored, default="bfloat16", help="how weights are")
+    stored = [*(name for name, storage in STORAGES.items() if storage.format), MIXED.lower()]
+    parser.add_argument("--stored", choices=stored, nargs="+", default=["bfloat16"])
     parser.add_argument("--phases", action="store_true")
     args = parser.parse_args()
 
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e9:.0f} GB/s; microseconds a step, medians of {args.rounds}")
-    print(f"{'size':<6}{'rows':>6}{'context':>9}{'floor':>8}{'kernel':>8}{'GB/s':>7}")
+    print(f"{'size':<6}{'stored':<9}{'rows':>6}{'context':>9}{'floor':>8}{'kernel':>8}{'GB/s':>7}")
     figures = {}
-    for size, rows, context in itertools.product(args.sizes, args.rows, args.contexts):
-        plan = plan_for(SIZES[size], args.stored)
+    cases = itertools.product(args.sizes, args.rows, args.contexts, args.stored)
+    for size, rows, context, stored in cases:
+        plan = plan_as(size, stored)
         # The token's own page may be one more.
         table = max(pages_of(args.slots), pages_of(context + 1))
         pool = Pool(max(1, rows * pages_of(context)), FEWEST_SLOTS, table)
-        drawn = arguments(plan, rows, context, pool, args.stored)
+        drawn = arguments(plan, rows, context, pool)
         taken = microseconds(plan, drawn, pool, args.rounds)
         attended = drawn[6].nbytes // (pool.pages * pool.slots) * rows * context
         read = drawn[0].nbytes + attended
         print(
-            f"{size:<6}{rows:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}{median(taken):>8.1f}"
-            f"{read / median(taken) / 1e3:>7.0f}",
+            f"{size:<6}{stored:<9}{rows:>6}{context:>9}{read / bandwidth * 1e6:>8.0f}"
+            f"{median(taken):>8.1f}{read / median(taken) / 1e3:>7.0f}",
             flush=True,
         )
-        figures[f"{size} {rows} {context}"] = [round(us, 1) for us in taken]
+        figures[f"{size} {stored} {rows} {context}"] = [round(us, 1) for us in taken]
         if args.phases:
             print_phases(plan, drawn, pool)
         del drawn

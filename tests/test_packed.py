@@ -14,9 +14,7 @@ from pallas_kernels.decode_step import (
     ModelShape,
     Packed,
     StepPlan,
-    alike,
     empty_stream,
-    put_matrix,
     tile_offsets,
 )
 from pallas_kernels.decode_step.packed.plan import DOWN, Phase
@@ -36,6 +34,7 @@ from tests.engines import (
     rows_of,
     run_steps,
 )
+from tests.kernels.streams import put
 from tests.tiny_checkpoints import random_parameters, tiny_config
 
 # Heads of 64 and matrices of whole tiles, as the kernel wants them.
@@ -50,7 +49,7 @@ SHAPES = {
 }
 # With 7, one block has no part of the small shape's down projection; 132 are too many.
 PLANS = [
-    StepPlan(shape, blocks, alike("float32"))
+    StepPlan.uniform(shape, blocks, "float32")
     for shape in SHAPES.values()
     for blocks in (1, 3, 7, 132)
 ]
@@ -84,13 +83,18 @@ def test_every_tile_is_the_work_of_one_block(plan: StepPlan) -> None:
 @every_plan
 def test_a_block_reads_its_stream_in_order(plan: StepPlan) -> None:
     """Layer after layer, then the head, without a gap; then comes the next block."""
-    offsets = [plan.tile_offsets(phase) for phase in range(len(plan.phases))]
+    places = [(phase, layer) for layer in range(plan.shape.layers) for phase in range(HEAD)]
+    end = 0
     for block in range(plan.blocks):
-        mine = [at[:, tiles_of(p, block)] for p, at in zip(plan.phases, offsets, strict=True)]
-        layers = range(plan.shape.layers)
-        every = [at + layer * further for layer in layers for at, further in mine[:HEAD]]
-        tiles = np.concatenate([*every, mine[HEAD][0]])
-        assert np.array_equal(tiles, np.arange(*plan.first_granule[block : block + 2]))
+        read = [
+            plan.at(phase, layer)[tiles_of(plan.phases[phase], block)]
+            for phase, layer in [*places, (HEAD, 0)]
+        ]
+        tiles = np.concatenate(read)
+        assert np.array_equal(tiles, np.arange(end, end + len(tiles)))
+        assert len(tiles) == 0 or tiles[0] == plan.starts[0, block]
+        end += len(tiles)
+    assert end == plan.stream_shape[0]
 
 
 @every_plan
@@ -102,7 +106,7 @@ def test_what_is_put_into_the_stream_is_read_back(plan: StepPlan) -> None:
     }
     stream, offsets = empty_stream(plan), tile_offsets(plan)
     for (phase, layer), value in matrices.items():
-        stream = put_matrix(stream, offsets[phase], value, layer, phase, "float32")
+        stream = put(plan, stream, value, phase, layer)
     packed = Packed(stream, jnp.zeros((2, shape.qkv)), jnp.zeros((5, shape.hidden)), offsets)
     for (phase, layer), value in matrices.items():
         assert np.array_equal(packed.matrix(plan, phase, layer), value)

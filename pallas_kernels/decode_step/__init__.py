@@ -10,17 +10,18 @@ from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.many_rows.layout import MOST_ROWS
 from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.packed.packing import Packed, empty_stream, put_matrix, tile_offsets
-from pallas_kernels.decode_step.packed.plan import HEAD, ModelShape, StepPlan, alike
+from pallas_kernels.decode_step.packed.plan import GATE_UP, HEAD, ModelShape, StepPlan, Stored
 from pallas_kernels.decode_step.reference import reference
 from pallas_kernels.implementation import choose
 
 __all__ = [
+    "GATE_UP",
     "HEAD",
     "MOST_ROWS",
     "ModelShape",
     "Packed",
     "StepPlan",
-    "alike",
+    "Stored",
     "decode_step",
     "empty_stream",
     "put_matrix",
@@ -55,7 +56,7 @@ def unpacked(
     Raises:
         UnsupportedError: `implementation` can't serve the case.
     """
-    why_not = unpack.refusal(plan, phase, dtype)
+    why_not = unpack.refusal(plan, phase, layer, dtype)
     if choose("decode_step", implementation, why_not) == "xla":
         return packed.matrix(plan, phase, layer).astype(dtype)
     return unpack.matrix(packed, plan, phase, layer, dtype)

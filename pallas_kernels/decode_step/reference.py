@@ -30,7 +30,7 @@ def reference(
     rows = jnp.arange(hidden.shape[0])
 
     def product(x: Float[Array, "B in"], phase: int, layer: int = 0) -> Float[Array, "B out"]:
-        weights, inputs = packed.matrix(plan, phase, layer), plan.phases[phase].storage.inputs
+        weights, inputs = packed.matrix(plan, phase, layer), plan.phases[phase].storages[0].inputs
         f32 = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
         return jnp.einsum("oi,bi->bo", weights, x.astype(inputs), **f32)
 

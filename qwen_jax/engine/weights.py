@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from pallas_kernels.decode_step import (
+    GATE_UP,
     HEAD,
     MOST_ROWS,
     ModelShape,
     Packed,
     StepPlan,
-    alike,
     empty_stream,
     tile_offsets,
     unpacked,
@@ -47,7 +46,7 @@ Forward = Callable[
 """A token of every row, the cache, the tokens' positions and which rows are live, to the logits
 after them and the cache with the live rows' keys and values."""
 
-_put_matrix = Kept(packing, "put_matrix", static=(4, 5))
+_put_matrix = Kept(packing, "put_matrix", static=(3, 4))
 
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """A layer's matrices, in the order of the kernel's phases."""
@@ -144,7 +143,7 @@ class PackedWeights:
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.plan.phases[HEAD].storage.dtype
+        return self.plan.phases[HEAD].storages[0].dtype
 
     def devices(self) -> set[jax.Device]:
         return self.packed.stream.devices()
@@ -233,7 +232,7 @@ def plan_for(config: ModelConfig, stored: str) -> StepPlan:
         vocab=config.vocab_size,
         eps=config.rms_eps,
     )
-    return StepPlan(shape, blocks, alike(stored))
+    return StepPlan.uniform(shape, blocks, stored)
 
 
 def refusal(config: ModelConfig, dtype: jnp.dtype) -> str | None:
@@ -292,11 +291,11 @@ def pack(
     for name, value in parameters:
         parts = name.split(".")
         if name == head:
-            stream = _put_matrix(stream, offsets[HEAD], value, np.int32(0), HEAD, dtype.name)
+            stream = _put_matrix(stream, plan.at(HEAD, 0), value, False, dtype.name)
         elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
             phase = MATRICES.index(parts[2])
-            layer = np.int32(parts[1])
-            stream = _put_matrix(stream, offsets[phase], value, layer, phase, dtype.name)
+            at = plan.at(phase, int(parts[1]))
+            stream = _put_matrix(stream, at, value, phase == GATE_UP, dtype.name)
         else:
             small[name] = value
     layers = range(config.num_layers)

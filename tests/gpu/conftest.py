@@ -1,8 +1,13 @@
 """Everything here runs kernels on a Hopper GPU, and is skipped without one."""
 
+import os
+
 import pytest
 
 from pallas_kernels.implementation import device_refusal
+
+# Several workers share the GPU; the kernels alone don't import the engine, which says so too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step import (
+    HEAD,
     ModelShape,
     Packed,
     StepPlan,
-    alike,
     empty_stream,
-    put_matrix,
     tile_offsets,
 )
 from pallas_kernels.decode_step.common import launch
@@ -28,7 +27,7 @@ from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
-from tests.kernels.streams import as_stored, stored_again
+from tests.kernels.streams import put_numbers, stored_again
 
 SEED = secrets.randbits(31)
 SMALL = ModelShape(2, 256, 4, 2, 64, 512, 256, 1e-6)
@@ -70,7 +69,7 @@ def drawn(
     blocks: int,
     positions: list[int],
     table: int,
-    stored: str | tuple[str, ...] = "bfloat16",
+    stored: "str | tuple[str, ...] | StepPlan" = "bfloat16",
     slots: int = 128,
     shared: int = 0,
     cache: str | None = None,
@@ -78,11 +77,14 @@ def drawn(
     """A case of pages of so many slots, of which all rows that are long enough share the first.
 
     Args:
-        stored: how all matrices are stored, or each phase's.
+        stored: how all matrices are stored, or each phase's, or a plan that says so.
         cache: the cache's dtype, that of the weights where they are numbers of one.
     """
-    stored, rng = alike(stored) if isinstance(stored, str) else stored, np.random.default_rng(SEED)
-    plan = StepPlan(shape, blocks, stored)
+    if isinstance(stored, str):
+        stored = (stored,) * (HEAD + 1)
+    if isinstance(stored, tuple):
+        stored = StepPlan.alike(shape, blocks, *stored)
+    plan, rng = stored, np.random.default_rng(SEED)
 
     def normal(*dims: int) -> np.ndarray:
         return rng.standard_normal(dims, np.float32)
@@ -90,8 +92,7 @@ def drawn(
     stream, offsets = empty_stream(plan), tile_offsets(plan)
     for phase, matrix in enumerate(shape.matrices):
         for layer in range(1 if phase == 4 else shape.layers):
-            weights = as_stored(0.08 * normal(*matrix), plan.stored[phase])
-            stream = put_matrix(stream, offsets[phase], weights, layer, phase, plan.stored[phase])
+            stream = put_numbers(plan, stream, 0.08 * normal(*matrix), phase, layer)
     norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
     rows, h = len(positions), shape.head_dim
     pool, tables = drawn_tables(rng, positions, table, slots, shared)
@@ -99,7 +100,7 @@ def drawn(
         plan,
         Packed(np.asarray(stream), normal(shape.layers, shape.qkv), norms, offsets),
         normal(rows, shape.hidden),
-        normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(cache or stored[0]),
+        normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(cache or plan.head),
         tables,
         np.asarray(positions, np.int32),
         np.float32(1e6) ** (-np.arange(0, h, 2, np.float32) / h),

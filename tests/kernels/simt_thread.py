@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.few_rows import products
-from pallas_kernels.decode_step.packed import q8_0
-from pallas_kernels.decode_step.ptx import barriers
+from pallas_kernels.decode_step.packed import blocks, planes
+from pallas_kernels.decode_step.ptx import arithmetic, barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
 from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, REGION, Barrier, Lanes, Machine
@@ -219,10 +219,19 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         exact = [m.lanes(x).astype(np.float64) for x in (a, b, c)]
         return v((exact[0] * exact[1] + exact[2]).astype(np.float32), F32)
 
-    def signed_bytes(word: t.V) -> list[t.V]:
-        each = np.ascontiguousarray(m.lanes(word)).view(np.uint8).reshape(-1, 4)
-        pairs = (each.astype(np.float16) - 128).view(np.int32)
-        return ints([pairs[:, 0], pairs[:, 1]])
+    def permuted(a: t.V, b: t.V, selector: Any) -> t.V:
+        eight = np.stack([m.lanes(a), m.lanes(b)], axis=-1).view(np.uint8)
+        at = m.lanes(t.integer(selector))[:, None] >> np.arange(0, 16, 4) & 15
+        assert (at[m.mask] < 8).all(), "a sign is asked for"
+        picked = np.take_along_axis(eight, at & 7, axis=1)
+        return v(np.ascontiguousarray(picked).view(np.int32)[:, 0], I32)
+
+    def scaled_halves(pair: t.V, factor: float, addend: float) -> t.V:
+        both = np.ascontiguousarray(m.lanes(pair))[:, None].view(np.float16).astype(np.float64)
+        for constant in (factor, addend):
+            assert np.float16(constant) == constant
+        rounded = (both * factor + addend).astype(np.float16)
+        return v(rounded.view(np.int32)[:, 0], I32)
 
     def function(code: Callable[[np.ndarray], np.ndarray]) -> Callable[[t.V], t.V]:
         return lambda x: v(code(m.lanes(x)), F32)
@@ -275,7 +284,12 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     }.items():  # fmt: skip
         patch.setattr(t, name, code)
     patch.setattr(products, "multiply_add", multiply_add)
-    patch.setattr(q8_0, "signed_bytes", signed_bytes)
+    for module, name, code in [
+        (arithmetic, "permuted", permuted), (blocks, "permuted", permuted),
+        (arithmetic, "scaled_halves", scaled_halves), (blocks, "scaled_halves", scaled_halves),
+        (planes, "scaled_halves", scaled_halves),
+    ]:  # fmt: skip
+        patch.setattr(module, name, code)
     for name, code in {"pair": pair, "floats": apart, "multiply": multiply}.items():
         patch.setattr(Format, name, code)
     for name, code in {

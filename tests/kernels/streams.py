@@ -1,35 +1,84 @@
 """Weights as storages take them, and weight streams stored in another way."""
 
+from typing import Any
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_step import (
+    GATE_UP,
     HEAD,
     Packed,
     StepPlan,
-    alike,
     empty_stream,
     put_matrix,
     tile_offsets,
 )
+from pallas_kernels.decode_step.packed.blocks import Blocks
+from pallas_kernels.decode_step.packed.storages import STORAGES
+from qwen_jax.weights.blocks import FORMATS
+
+
+def kind_of(stored: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[stored.upper()]
 
 
 def as_stored(weights: np.ndarray, stored: str) -> np.ndarray:
-    """What `put_matrix` takes for a float32 matrix: numbers, or a file's blocks."""
-    if stored == "q8_0":
-        return gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
-    return weights.astype(jnp.dtype(stored))
+    """What `put_matrix` takes for a float32 matrix: numbers, or a file's blocks.
+
+    gguf makes blocks of few formats; of the others they are drawn, of about the weights' size.
+    """
+    if not isinstance(STORAGES[stored], Blocks):
+        return weights.astype(jnp.dtype(stored))
+    kind = kind_of(stored)
+    try:
+        return gguf.quants.quantize(weights, kind)
+    except NotImplementedError:
+        return random_blocks(np.random.default_rng(int(abs(weights[0, 0]) * 1e9)), weights, stored)
+
+
+def random_blocks(rng: np.random.Generator, like: np.ndarray, stored: str) -> np.ndarray:
+    """Any codes and small scales, of which values of that size come."""
+    kind, layout = kind_of(stored), FORMATS[kind_of(stored)].layout
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (len(like), like.shape[1] // block * size), np.uint8)
+    units = raw.reshape(-1, size).view(layout)
+    units["d"] = 1 + rng.random(len(units))
+    if "dmin" in layout.names:
+        # So that the mean is zero: minima are as large as scales, times the mean code.
+        units["dmin"] = units["d"] * {"q2_k": 1.5, "q4_k": 7.5, "q5_k": 15.5}[stored]
+    values = gguf.quants.dequantize(raw, kind)
+    for name in {"d", "dmin"} & {*layout.names}:
+        units[name] *= np.std(like) / np.sqrt(np.mean(values**2))
+    return raw
+
+
+def put(
+    plan: StepPlan, stream: Any, matrix: Any, phase: int, layer: int = 0, segment: int | None = None
+) -> Any:
+    """A phase's matrix, or a segment of it, as its storage takes it, put into the stream."""
+    name = plan.stored(phase, layer)[segment or 0]
+    return put_matrix(stream, plan.at(phase, layer, segment), matrix, phase == GATE_UP, name)
+
+
+def put_numbers(plan: StepPlan, stream: Any, matrix: np.ndarray, phase: int, layer: int) -> Any:
+    """The same of a float32 matrix, each segment as its storage takes it."""
+    this = plan.phases[phase]
+    ends = (*this.begins[1:], this.m_tiles)
+    for n, stored in enumerate(plan.stored(phase, layer)):
+        rows = matrix[16 * this.begins[n] : 16 * ends[n]]
+        stream = put(plan, stream, as_stored(rows, stored), phase, layer, n)
+    return stream
 
 
 def stored_again(packed: Packed, plan: StepPlan, stored: str) -> tuple[Packed, StepPlan]:
     """The same weights as numbers of one dtype; with float32, in which nothing is lost, the
     reference rounds no input of a product.
     """
-    other = StepPlan(plan.shape, plan.blocks, alike(stored))
-    stream, offsets = empty_stream(other), tile_offsets(other)
+    other = StepPlan.uniform(plan.shape, plan.blocks, stored)
+    stream = empty_stream(other)
     for phase in range(HEAD + 1):
         for layer in range(1 if phase == HEAD else plan.shape.layers):
-            matrix = packed.matrix(plan, phase, layer)
-            stream = put_matrix(stream, offsets[phase], matrix, layer, phase, stored)
-    return packed._replace(stream=stream, tile_offsets=offsets), other
+            stream = put(other, stream, packed.matrix(plan, phase, layer), phase, layer)
+    return packed._replace(stream=stream, tile_offsets=tile_offsets(other)), other

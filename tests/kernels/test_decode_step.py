@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import ModelShape, Packed, StepPlan, alike, kernels
+from pallas_kernels.decode_step import ModelShape, Packed, StepPlan, kernels
 from pallas_kernels.decode_step.common import launch
 from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
@@ -34,19 +34,18 @@ TINY = ModelShape(2, 256, 4, 2, 64, 256, 1024, 1e-6)
 
 
 def plan_of(shape: ModelShape, stored: str = "bfloat16", blocks: int = 132) -> StepPlan:
-    return StepPlan(shape, blocks, alike(stored))
+    return StepPlan.uniform(shape, blocks, stored)
 
 
 def lower(
-    shape: ModelShape,
+    plan: StepPlan,
     rows: int,
     capacity: int,
-    stored: str,
     kernel: types.ModuleType = few_rows,
     cache: str | None = None,
 ) -> str:
-    """The kernel for weights stored so, with a cache of their dtype or another."""
-    plan, cache = plan_of(shape, stored), cache or stored
+    """The kernel for that plan, with a cache of its weights' dtype or another."""
+    shape, cache = plan.shape, cache or plan.head
 
     def f32(*dims: int) -> ShapeDtypeStruct:
         return ShapeDtypeStruct(dims, jnp.float32)
@@ -81,7 +80,7 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
     if why := few_rows.refusal(plan_of(SIZES[size], dtype), rows, dtype):
         assert rows > MOST_FEW_ROWS[size]
         pytest.skip(why)
-    text = lower(SIZES[size], rows, capacity, dtype)
+    text = lower(plan_of(SIZES[size], dtype), rows, capacity)
     assert "mosaic_gpu" in text
     assert "decode_step" in text
 
@@ -93,11 +92,12 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
 )
 def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
     assert kernels.refusal(plan_of(SIZES[size], dtype), rows, dtype) is None
-    assert "decode_step_many" in lower(SIZES[size], rows, capacity, dtype, many_rows)
+    assert "decode_step_many" in lower(plan_of(SIZES[size], dtype), rows, capacity, many_rows)
 
 
 @pytest.mark.parametrize(
-    ("size", "stored"), [*((size, "bfloat16") for size in SIZES), ("0.5b", "q8_0"), ("7b", "q8_0")]
+    ("size", "stored"),
+    [*((size, "bfloat16") for size in SIZES), ("0.5b", "q8_0"), ("7b", "q4_k"), ("7b", "q6_k")],
 )
 def test_unpacking_lowers(size: str, stored: str) -> None:
     plan, dtype = plan_of(SIZES[size], stored), jnp.dtype(jnp.bfloat16)
@@ -107,7 +107,7 @@ def test_unpacking_lowers(size: str, stored: str) -> None:
         return [unpack.matrix(packed, plan, phase, 0, dtype) for phase in range(5)]
 
     stream = ShapeDtypeStruct(plan.stream_shape, jnp.uint32)
-    offsets = tuple(ShapeDtypeStruct(plan.tile_offsets(p).shape, jnp.int32) for p in range(5))
+    offsets = tuple(ShapeDtypeStruct(each.shape, jnp.int32) for each in plan.tile_offsets)
     assert "decode_step_unpack" in hopper.lower(matrices, stream, offsets)
 
 
@@ -191,8 +191,11 @@ def test_what_cannot_run_is_refused_with_the_value(
 
 def test_weights_that_no_kernel_takes_are_refused_by_name() -> None:
     why = kernels.refusal(plan_of(SMALL, "float32"), 1, "bfloat16")
-    assert why == "the weights are float32, not one of bfloat16, float16, q8_0"
-    mixed = StepPlan(SMALL, 132, ("float16", *alike("bfloat16")[1:]))
+    assert why == (
+        "the weights are float32, not one of bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, "
+        "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs"
+    )
+    mixed = StepPlan.alike(SMALL, 132, "float16", *["bfloat16"] * 4)
     assert few_rows.refusal(mixed, 1, "bfloat16") is None
     assert "all stored alike, not float16 and bfloat16" in str(
         many_rows.refusal(mixed, 17, "bfloat16")

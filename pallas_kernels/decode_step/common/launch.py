@@ -95,7 +95,7 @@ def begins(sizes: Sequence[int]) -> list[int]:
 def unfit(plan: StepPlan, cache: DTypeLike) -> str | None:
     """Why neither kernel can run the model with a cache of that dtype, or None."""
     shape = plan.shape
-    for storage in map(STORAGES.__getitem__, plan.stored):
+    for storage in plan.storages:
         if storage.format is None:
             known = [name for name, each in STORAGES.items() if each.format]
             return f"the weights are {storage.name}, not one of {', '.join(known)}"
@@ -104,6 +104,13 @@ def unfit(plan: StepPlan, cache: DTypeLike) -> str | None:
     for out, columns in shape.matrices:
         if out % M_TILE or columns % K_TILE:
             return f"a matrix of {out} x {columns} is not made of {M_TILE} x {K_TILE} tiles"
+    for phase in plan.phases:
+        if len({storage.format for storage in phase.storages}) > 1:
+            names = " and ".join(storage.name for storage in phase.storages)
+            return f"products with {names} are taken in different formats, of one input"
+        for storage in phase.storages:
+            if phase.across % storage.tiles:
+                return f"rows of {phase.columns} numbers are not whole blocks of {storage.name}"
     if shape.head_dim not in HEAD_DIMS:
         return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
     if shape.group > 8:

@@ -100,6 +100,7 @@ class Phases(abc.ABC):
         self,
         streams: list[V],
         phase: int,
+        layer: Layer,
         epilogue: Epilogue,
         prepare: Prepare = nothing,
         height: int = M_TILE,
@@ -180,7 +181,7 @@ class Phases(abc.ABC):
             values = [x * scale + b.bits() for x, b in zip(sums, bias, strict=True)]
             publish(self._word(Section.QKV, width, row, at), values, layer.flag)
 
-        return self.product(streams, QKV, epilogue, bias)
+        return self.product(streams, QKV, layer, epilogue, bias)
 
     def o_proj(self, streams: list[V], layer: Layer) -> list[V]:
         """Attention's result added to the hidden state."""
@@ -194,7 +195,7 @@ class Phases(abc.ABC):
             at = (self.work.first[O_PROJ] + m_tile) * M_TILE + out
             self.publish_hidden(Section.ATTN_RESIDUAL, row, at, values, layer)
 
-        streams = self.product(streams, O_PROJ, epilogue)
+        streams = self.product(streams, O_PROJ, layer, epilogue)
         self.publish_all_hidden(layer.index * 2 + 1)
         return streams
 
@@ -210,7 +211,7 @@ class Phases(abc.ABC):
             at = (self.work.first[GATE_UP] + m_tile) * height + out
             self.publish_ffn_act(row, at, values, layer)
 
-        return self.product(streams, GATE_UP, epilogue, height=height)
+        return self.product(streams, GATE_UP, layer, epilogue, height=height)
 
     def down(self, streams: list[V], layer: Layer) -> list[V]:
         """The block's part of the down projection."""
@@ -221,7 +222,7 @@ class Phases(abc.ABC):
             word = self._part(row, at, self.work.part)
             publish(word, total(0), layer.flag)
 
-        return self.product(streams, DOWN, epilogue)
+        return self.product(streams, DOWN, layer, epilogue)
 
     def _part(self, row: V, column: V, part: int | V) -> V:
         """The address of a word of a part of the down projection."""
@@ -263,7 +264,7 @@ class Phases(abc.ABC):
             values = [x * scale for x in sums]
             t.store_global(self.given.logits + (at << 2).wide(), values)
 
-        self.product(streams, HEAD, epilogue)
+        self.product(streams, HEAD, layer, epilogue)
 
     def run(self) -> None:
         """Every layer, then the head."""

@@ -120,11 +120,11 @@ class Inputs:
         each = [t.load_shared_floats(at + 4 * i)[0] for i in range(self.warps_each)]
         return sum(each[1:], start=each[0]) * (1 / length)
 
-    def operands(self, tile: V, there: V | None = None) -> list[V]:
-        """This lane's operands of a tile: one product's, or two for every eight rows."""
-        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
+    def operands(self, sixteen: V, there: V | None = None) -> list[V]:
+        """This lane's operands of 16 inputs: one product's, or two for every eight rows."""
+        lane = t.thread_id() % t.WARP
         column, quarter = lane // 4, lane % 4
-        at = self.memory + (tile * WARPS + warp) * (64 * self.rows)
+        at = self.memory + sixteen * (64 * self.rows)
         if self.narrow:
             words, own_row = 2, column // 2
             own = column // 2 * 64 + quarter * 16 + column % 2 * 8

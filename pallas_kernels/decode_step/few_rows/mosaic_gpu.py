@@ -73,7 +73,7 @@ class Memory(NamedTuple):
 
 def stage_bytes(plan: StepPlan) -> int:
     """Of the longest stage of weights."""
-    return max(phase.stage_tiles * phase.storage.tile_bytes for phase in plan.phases)
+    return max(phase.stage_bytes for phase in plan.phases)
 
 
 def fewest_stages(plan: StepPlan) -> int:
@@ -163,7 +163,7 @@ def build(
         t.block_barrier(THREADS + FETCHERS)
 
     def fetch(context: Any, stream: Any, table: Any, words: Any, smem: Any) -> None:
-        work = Work.read(t.address(table), t.cta_id())
+        work = Work.read(t.address(table), t.cta_id(), blocks)
 
         def alone() -> None:
             weights_in(smem).fetch(plan, t.address(stream), work)
@@ -183,7 +183,7 @@ def build(
         step = Step(
             plan=plan,
             rows=rows,
-            work=Work.read(given.table, cta),
+            work=Work.read(given.table, cta, blocks),
             inputs=inputs,
             products=Products(inputs, weights_in(smem), sums, m_tiles_at_once(plan, rows)),
             attention=Attention(

@@ -4,16 +4,17 @@ The warps of a block share each M-tile: of every 128 columns a warp has 16. Weig
 operand of the tensor-core product, eight rows at a time the second.
 """
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.phases import Epilogue, Prepare
 from pallas_kernels.decode_step.common.ring import RingState
 from pallas_kernels.decode_step.few_rows.inputs import EIGHT, Inputs
-from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing
+from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing, stage_begin
 from pallas_kernels.decode_step.packed.plan import Phase
-from pallas_kernels.decode_step.packed.storage import Storage
+from pallas_kernels.decode_step.packed.storage import Group, Storage
 from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.arithmetic import multiply_add
@@ -32,14 +33,38 @@ def sums_bytes(m_tiles: int, rows: int) -> int:
     return 2 * m_tiles * WARPS * rows * M_TILE * 4
 
 
-def _added(
-    format: Format, a: list[V], b: list[V], scales: list[V] | None, sums: list[V]
-) -> list[V]:
-    """The sums with a product added, each number of it multiplied with its scale."""
-    if scales is None:
-        return format.multiply(a, b, sums)
-    products = format.multiply(a, b, [t.number(0)] * 4)
-    return [multiply_add(*three) for three in zip(products, scales, sums, strict=True)]
+def _added(format: Format, group: Group, b: list[list[V]], sums: list[V]) -> list[V]:
+    """The sums with a group's products added, under their scale."""
+    if group.scales is None:
+        return _chained(format, group.operands, b, sums)
+    zeroes = [t.number(0)] * 4
+    products = _chained(format, group.operands, b, zeroes)
+    sums = [multiply_add(*three) for three in zip(products, group.scales, sums, strict=True)]
+    if group.addends is None:
+        return sums
+    ones = [[t.integer(format.ones)] * 4] * len(b)
+    inputs = _chained(format, ones, b, zeroes)
+    return [multiply_add(*three) for three in zip(inputs, group.addends, sums, strict=True)]
+
+
+def _chained(format: Format, a: list[list[V]], b: list[list[V]], sums: list[V]) -> list[V]:
+    for left, right in zip(a, b, strict=True):
+        sums = format.multiply(left, right, sums)
+    return sums
+
+
+def _warp() -> V:
+    return t.thread_id() // t.WARP
+
+
+def _there(first: int | V, end: int | V, spread: int) -> V | None:
+    """Whether the tile that this warp takes, of `spread` from the first on, is before the end; None
+    where it is in any case.
+    """
+    if isinstance(first, int) and isinstance(end, int) and first + spread <= end:
+        return None
+    tile = t.integer(first)
+    return (tile if spread == 1 else tile + _warp() * spread // WARPS) < end
 
 
 class Products:
@@ -65,6 +90,7 @@ class Products:
         epilogue: Epilogue,
         prepare: Prepare,
         height: int,
+        kind: Callable[[V], V] | None,
     ) -> RingState:
         """Multiplies a block's M-tiles with the input.
 
@@ -74,6 +100,7 @@ class Products:
         Args:
             epilogue: called by each such thread.
             prepare: called before the M-tiles are multiplied, so that its loads take no time.
+            kind: `Work.kind`.
         """
 
         def mine() -> tuple[V, V, V]:
@@ -89,10 +116,19 @@ class Products:
             ready = prepare(first + number, out, number < count)
 
             def m_tile(n: V, carry: list[V]) -> list[V]:
-                at = RingState(*carry)
-                if kept:
-                    return [*self._short_m_tile(at, phase, n, sums, kept)]
-                return [*self._m_tile(at, phase, tiles, n, sums)]
+                def stored(storage: Storage) -> list[V]:
+                    at, inputs = RingState(*carry), kept.get(storage.spread)
+                    if inputs is not None:
+                        return [*self._short_m_tile(at, phase, storage, n, sums, inputs)]
+                    return [*self._m_tile(at, phase, storage, tiles, n, sums)]
+
+                if kind is None:
+                    return stored(phase.storages[0])
+                mine = kind(first + n)
+                for which, storage in enumerate(phase.storages):
+                    each = functools.partial(stored, storage)
+                    carry = t.either(mine.equals(which), each, carry)
+                return carry
 
             carry = t.loop(count, carry, m_tile)
             t.block_barrier(THREADS)
@@ -105,47 +141,86 @@ class Products:
             t.when(number < count, lambda: epilogue(first + number, row, out, total, ready))
             return carry
 
-        kept = []
+        kept = {}
         if isinstance(tiles, int) and tiles <= MOST_KEPT:
-            kept = [self.inputs.operands(t.integer(n)) for n in range(tiles)]
+            for spread in {storage.spread for storage in phase.storages}:
+                kept[spread] = [
+                    self._inputs(t.integer(at), spread, _there(at, tiles, spread))
+                    for at in range(0, tiles, spread)
+                ]
         groups = (m_tiles + (self.most_m_tiles - 1)) // self.most_m_tiles
         return RingState(*t.loop(groups, [*state], group))
+
+    def _inputs(self, tile: V, spread: int, there: V | None) -> list[list[V]]:
+        """This lane's operands of what its warp takes of `spread` tiles."""
+        first = tile * WARPS + _warp() * spread
+        return [self.inputs.operands(first + n, there) for n in range(spread)]
 
     def _weights(
         self, state: RingState, storage: Storage, there: Sequence[V | None]
     ) -> list[list[V]]:
-        """This lane's words of a stage's tiles, once the stage is full."""
-        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
-        return storage.load(self.weights.wait(state), warp, lane, there)
+        """This lane's words of a stage's tiles, `spread` at a time, once the stage is full."""
+        lane, warp, tiles = t.thread_id() % t.WARP, _warp(), self.weights.wait(state)
+        size, spread = storage.tile_bytes, storage.spread
+        if spread > 1:
+            tiles = tiles + warp * spread // WARPS * size
+
+        def load(n: int, each: V | None) -> list[V]:
+            def read(at: V, count: int) -> list[V]:
+                return t.load_shared(tiles + at + n * spread * size, count, each)
+
+            return storage.load(read, warp, lane)
+
+        return [load(n, each) for n, each in enumerate(there)]
 
     def _multiplied(
-        self, phase: Phase, totals: Sequence[V], weights: list[list[V]], inputs: list[list[V]]
+        self,
+        phase: Phase,
+        storage: Storage,
+        totals: Sequence[V],
+        weights: list[list[V]],
+        inputs: list[list[list[V]]],
     ) -> list[V]:
         """Running sums with some tiles added; of every eight rows in turn, a share of them."""
         totals, each = list(totals), SUMS // self.inputs.eights
         turns = [itertools.cycle(range(i, i + each, 4)) for i in range(0, SUMS, each)]
-        for w, x in zip(weights, inputs, strict=True):
-            a, scales = phase.storage.operand(w), phase.storage.scales(w)
-            for half in range(0, len(x), 2):
-                at = next(turns[half // 4])
-                b, sums = x[half : half + 2], totals[at : at + 4]
-                totals[at : at + 4] = _added(phase.format, a, b, scales, sums)
+        for words, taken in zip(weights, inputs, strict=True):
+            rest = iter(taken)
+            for group in storage.groups(words):
+                x = list(itertools.islice(rest, len(group.operands)))
+                for half in range(0, len(x[0]), 2):
+                    at = next(turns[half // 4])
+                    b, sums = [each[half : half + 2] for each in x], totals[at : at + 4]
+                    totals[at : at + 4] = _added(phase.format, group, b, sums)
         return totals
 
     def _m_tile(
-        self, state: RingState, phase: Phase, tiles: int | V, number: V, sums: V
+        self,
+        state: RingState,
+        phase: Phase,
+        storage: Storage,
+        tiles: int | V,
+        number: V,
+        sums: V,
     ) -> RingState:
         """Multiplies one M-tile with the input, stage by stage."""
-        even = isinstance(tiles, int) and tiles % phase.stages == 0
+        even = isinstance(tiles, int) and tiles % (phase.stages * phase.unit) == 0
+        count, spread = phase.stage_tiles, storage.spread
+        # Stages differ by a unit, and the last one may end within one.
+        least = count if even else count - (2 * phase.unit - 1)
 
         def stage(i: V, carry: list[V]) -> list[V]:
             state, totals = RingState(*carry[:2]), carry[2:]
-            begin, end = ((tiles * (i + n)) // phase.stages for n in (0, 1))
-            count = phase.stage_tiles
-            there = [None if even or n + 1 < count else begin + n < end for n in range(count)]
-            weights = self._weights(state, phase.storage, there)
-            inputs = [self.inputs.operands(begin + n, c) for n, c in enumerate(there)]
-            totals = self._multiplied(phase, totals, weights, inputs)
+            begin, end = (stage_begin(phase, tiles, i + n) for n in (0, 1))
+            firsts = range(0, count, spread)
+            there = [
+                None if n + spread <= least else _there(begin + n, end, spread) for n in firsts
+            ]
+            weights = self._weights(state, storage, there)
+            inputs = [
+                self._inputs(begin + n, spread, c) for n, c in zip(firsts, there, strict=True)
+            ]
+            totals = self._multiplied(phase, storage, totals, weights, inputs)
             self.weights.release(state)
             return [*self.weights.next(state), *totals]
 
@@ -155,16 +230,26 @@ class Products:
         return RingState(*after[:2])
 
     def _short_m_tile(
-        self, state: RingState, phase: Phase, number: V, sums: V, inputs: list[list[V]]
+        self,
+        state: RingState,
+        phase: Phase,
+        storage: Storage,
+        number: V,
+        sums: V,
+        inputs: list[list[list[V]]],
     ) -> RingState:
         """The same with an input in registers, all stages at once."""
-        tiles, weights = len(inputs), []
+        spread, weights = storage.spread, []
         for i in range(phase.stages):
-            count = tiles * (i + 1) // phase.stages - tiles * i // phase.stages
-            weights += self._weights(state, phase.storage, [None] * count)
+            begin, end = (
+                min(phase.across, phase.unit * (-(-phase.across // phase.unit) * n // phase.stages))
+                for n in (i, i + 1)
+            )
+            there = [_there(at, end, spread) for at in range(begin, end, spread)]
+            weights += self._weights(state, storage, there)
             self.weights.release(state)
             state = self.weights.next(state)
-        totals = self._multiplied(phase, [t.number(0)] * SUMS, weights, inputs)
+        totals = self._multiplied(phase, storage, [t.number(0)] * SUMS, weights, inputs)
         self._store(phase.format, totals, number, sums)
         return state
 

@@ -71,13 +71,15 @@ class Step(Phases):
         self,
         streams: list[V],
         phase: int,
+        layer: Layer,
         epilogue: Epilogue,
         prepare: Prepare = nothing,
         height: int = M_TILE,
     ) -> list[V]:
         p, m_tiles, state = self.plan.phases[phase], self.work.count[phase], RingState(*streams)
-        tiles = self.work.tiles(p)
-        return [*self.products.product(state, p, m_tiles, tiles, epilogue, prepare, height)]
+        kind = self.work.kind(self.plan, phase, layer.index)
+        tiles, product = self.work.tiles(p), self.products.product
+        return [*product(state, p, m_tiles, tiles, epilogue, prepare, height, kind)]
 
     def scale(self, row: V) -> V:
         shape = self.plan.shape

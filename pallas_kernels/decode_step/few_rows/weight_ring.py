@@ -4,9 +4,11 @@ The stream runs on across M-tiles, phases and layers, through a ring of shared m
 weights of the next phases arrive while the blocks wait for each other.
 """
 
+import functools
+
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
-from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
+from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
@@ -23,6 +25,14 @@ def in_flight(stage_bytes: int) -> int:
     return max(1, IN_FLIGHT_BYTES // stage_bytes)
 
 
+def stage_begin(phase: Phase, tiles: int | V, number: V) -> V:
+    """The first tile of a stage, of so many in an M-tile."""
+    if phase.unit == 1:
+        return (number * tiles) // phase.stages
+    units = (tiles + (phase.unit - 1)) // phase.unit
+    return t.smaller((number * units) // phase.stages * phase.unit, tiles)
+
+
 class WeightRing(Ring):
     """The weights of one block, stage after stage as they lie in its stream."""
 
@@ -33,17 +43,23 @@ class WeightRing(Ring):
             stream: address of the weight stream.
         """
 
-        def m_tiles(phase: int, carry: list[V]) -> list[V]:
+        def m_tiles(phase: int, layer: V, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
-            tiles = t.integer(work.tiles(p))
+            tiles, kind = work.tiles(p), work.kind(plan, phase, layer)
+            granules = [plan.granules(storage.name) for storage in p.storages]
 
-            def m_tile(_: V, carry: list[V]) -> list[V]:
-                return t.loop(p.stages, carry, stage)
+            def m_tile(number: V, carry: list[V]) -> list[V]:
+                each = t.integer(granules[0])
+                if kind is not None:
+                    mine = kind(number)
+                    for n, other in enumerate(granules):
+                        each = t.select(mine.equals(n), t.integer(other), each)
+                return t.loop(p.stages, carry, functools.partial(stage, each))
 
-            def stage(i: V, carry: list[V]) -> list[V]:
+            def stage(each: V, i: V, carry: list[V]) -> list[V]:
                 granule, number, *at = carry
                 state, landed = RingState(*at[:2]), RingState(*at[2:])
-                size = (tiles * (i + 1)) // p.stages - (tiles * i) // p.stages
+                size = (stage_begin(p, tiles, i + 1) - stage_begin(p, tiles, i)) * each
                 late = number >= in_flight(self.stage_bytes)
                 t.when(late, lambda: barriers.await_turn(self.full(landed.stage), landed.parity))
                 after = self.next(landed)
@@ -54,17 +70,18 @@ class WeightRing(Ring):
                 barriers.copy_in(
                     self.memory + state.stage * self.stage_bytes,
                     stream + granule.wide() * plan.granule_bytes,
-                    size * p.storage.tile_bytes,
+                    size * plan.granule_bytes,
                     self.full(state.stage),
                 )
-                return [granule + size * p.granules, number + 1, *self.next(state), *landed]
+                return [granule + size, number + 1, *self.next(state), *landed]
 
             return t.loop(work.count[phase], carry, m_tile)
 
-        def layer(_: V, carry: list[V]) -> list[V]:
+        def layer(index: V, carry: list[V]) -> list[V]:
             for phase in range(HEAD):
-                carry = m_tiles(phase, carry)
+                carry = m_tiles(phase, index, carry)
             return carry
 
         start = [work.granule, t.integer(0), *RingState.first(), *RingState.first()]
-        m_tiles(HEAD, t.loop(plan.shape.layers, start, layer))
+        layers = t.integer(plan.shape.layers)
+        m_tiles(HEAD, layers, t.loop(layers, start, layer))

@@ -100,12 +100,12 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     """Why the kernel can't run a step, or None."""
     if why := unfit(plan, cache):
         return why
-    first, *others = dict.fromkeys(plan.stored)
-    if others:
+    names = [storage.name for storage in plan.storages]
+    if len(names) > 1:
         # The hidden state is one input of several products.
-        return f"it takes weights that are all stored alike, not {' and '.join([first, *others])}"
+        return f"it takes weights that are all stored alike, not {' and '.join(names)}"
     if plan.granule_bytes != TILE_BYTES:
-        return f"it takes weights of 16 bits, not {first}"
+        return f"it takes weights of 16 bits, not {names[0]}"
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     if (units := memory(plan, rows).units // UNIT_BYTES) < FEWEST_UNITS:
@@ -146,7 +146,7 @@ def build(
 
     def others(context: Any, stream: Any, table: Any, words: Any, smem: Any) -> None:
         """What the warps do that don't compute."""
-        work = Work.read(t.address(table), t.cta_id())
+        work = Work.read(t.address(table), t.cta_id(), plan.blocks)
         exchange = Exchange(t.address(words), layout)
         weights, input_ring = rings(smem)
         *_, scales, _, _, _, cleared = own_memory(smem)
@@ -177,7 +177,7 @@ def build(
         return Step(
             plan=plan,
             rows=rows,
-            work=Work.read(given.table, cta),
+            work=Work.read(given.table, cta, blocks),
             inputs=inputs,
             products=Products(inputs, weights, input_ring, sums),
             attention=Attention(

@@ -159,7 +159,7 @@ class Products:
             for x, ws in loaded:
                 eights = [pair[half : half + 2] for pair in x for half in (0, 2)]
                 for n, w in enumerate(ws):
-                    a = phase.storage.operand(w)
+                    (a,) = phase.storages[0].groups(w)[0].operands
                     for eight, b in enumerate(eights):
                         at = (n * len(eights) + eight) * 4
                         sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])

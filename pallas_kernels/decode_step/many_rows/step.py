@@ -63,6 +63,7 @@ class Step(Phases):
         self,
         streams: list[V],
         phase: int,
+        layer: Layer,
         epilogue: Epilogue,
         prepare: Prepare = nothing,
         height: int = M_TILE,

@@ -8,8 +8,11 @@ every block reads about as many bytes a layer.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +22,7 @@ from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx.formats import Format
 
 LONGEST_STAGE = 4
-"""Tiles that are fetched at once, at most."""
+"""Tiles that are fetched at once, at most; of blocks, which have fewer bytes, twice as many."""
 
 QKV, O_PROJ, GATE_UP, DOWN, HEAD = range(5)
 """The phases: four products a layer, then the head."""
@@ -57,13 +60,28 @@ class ModelShape:
         return (self.qkv, d), (d, q), (2 * self.ffn, d), (d, self.ffn), (self.vocab, d)
 
 
+class Stored(NamedTuple):
+    """How one layer's matrices are stored, by name in `STORAGES`."""
+
+    q: str
+    k: str
+    v: str
+    o_proj: str
+    gate_up: str
+    down: str
+
+    def of(self, phase: int) -> tuple[str, ...]:
+        """Of the segments of a phase's outputs: queries, keys and values are three."""
+        return self[:3] if phase == QKV else (self[phase + 2],)
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One matrix product dealt out to blocks.
 
     Attributes:
-        storage: how its weights are stored.
-        granules: of the stream, in a tile.
+        storages: that its weights have in any layer.
+        begins: the first M-tile of each segment, all of which a layer stores alike.
         out, columns: of the matrix, `[out, in]`.
         parts: how many its columns are divided into.
         part: the part each block works on.
@@ -71,8 +89,8 @@ class Phase:
         count: M-tiles of each block.
     """
 
-    storage: Storage
-    granules: int
+    storages: tuple[Storage, ...]
+    begins: tuple[int, ...]
     out: int
     columns: int
     parts: int
@@ -83,8 +101,14 @@ class Phase:
     @property
     def format(self) -> Format:
         """In which the kernels take its products."""
-        assert self.storage.format is not None, "refused before"
-        return self.storage.format
+        format = self.storages[0].format
+        assert format is not None, "refused before"
+        return format
+
+    @property
+    def unit(self) -> int:
+        """Tiles that stages and parts have a multiple of, but for the last ones."""
+        return max(storage.spread for storage in self.storages)
 
     @property
     def m_tiles(self) -> int:
@@ -98,17 +122,14 @@ class Phase:
     @property
     def part_begin(self) -> np.ndarray:
         """The first column, in tiles, of every part; and their number at the end."""
-        return np.arange(self.parts + 1) * self.across // self.parts
+        units = -(-self.across // self.unit)
+        begins = np.arange(self.parts + 1) * units // self.parts * self.unit
+        return np.minimum(begins, self.across)
 
     @property
     def tiles(self) -> np.ndarray:
         """Tiles in each block's M-tiles."""
         return np.diff(self.part_begin)[self.part]
-
-    @property
-    def stream(self) -> np.ndarray:
-        """Granules of each block's M-tiles."""
-        return self.count * self.tiles * self.granules
 
     @property
     def longest(self) -> int:
@@ -117,18 +138,21 @@ class Phase:
 
     @property
     def stages(self) -> int:
-        """Stages of the ring that an M-tile fills; that i of n tiles begins at n i / stages."""
-        return -(-self.longest // LONGEST_STAGE)
+        """Stages of the ring that an M-tile fills."""
+        most = LONGEST_STAGE * min(storage.spread for storage in self.storages)
+        return -(-self.longest // most)
 
     @property
     def stage_tiles(self) -> int:
         """Tiles in the longest stage."""
-        return -(-self.longest // self.stages)
+        return self.unit * -(-self.longest // (self.unit * self.stages))
 
+    @property
+    def stage_bytes(self) -> int:
+        return self.stage_tiles * max(storage.tile_bytes for storage in self.storages)
 
-def alike(storage: str) -> tuple[str, ...]:
-    """Every phase in the storage of that name, as `StepPlan.stored` has it."""
-    return (storage,) * (HEAD + 1)
+    def segment(self, m_tiles: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.begins, m_tiles, side="right") - 1
 
 
 def _dealt(m_tiles: int, load: np.ndarray) -> np.ndarray:
@@ -167,22 +191,50 @@ class StepPlan:
     granule is a tile.
 
     Attributes:
-        stored: the storage of each phase's matrices, by its name in `STORAGES`.
+        layers: how each layer's matrices are stored.
+        head: how the head is, by name in `STORAGES`.
     """
 
     shape: ModelShape
     blocks: int
-    stored: tuple[str, ...]
+    layers: tuple[Stored, ...]
+    head: str
+
+    @classmethod
+    def alike(cls, shape: ModelShape, blocks: int, qkv: str, *others: str) -> "StepPlan":
+        """Where all layers are stored so: each phase in turn, then the head."""
+        *layer, head = others
+        return cls(shape, blocks, (Stored(qkv, qkv, qkv, *layer),) * shape.layers, head)
+
+    @classmethod
+    def uniform(cls, shape: ModelShape, blocks: int, stored: str) -> "StepPlan":
+        """Where all matrices are stored so."""
+        return cls.alike(shape, blocks, *[stored] * (HEAD + 1))
+
+    def stored(self, phase: int, layer: int) -> tuple[str, ...]:
+        """The names of the storages of a phase's segments in a layer."""
+        return (self.head,) if phase == HEAD else self.layers[layer].of(phase)
+
+    @cached_property
+    def storages(self) -> tuple[Storage, ...]:
+        """All that occur, in the order of `STORAGES`."""
+        used = {self.head, *itertools.chain(*self.layers)}
+        return tuple(each for name, each in STORAGES.items() if name in used)
 
     @property
     def granule_bytes(self) -> int:
-        return math.gcd(*(STORAGES[name].tile_bytes for name in self.stored))
+        return math.gcd(*(storage.tile_bytes for storage in self.storages))
+
+    @cached_property
+    def recipes(self) -> tuple[Stored, ...]:
+        """The layers' different ways of being stored; without layers that of the head."""
+        return tuple(dict.fromkeys(self.layers)) or (Stored(*[self.head] * 6),)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
         blocks, shape = self.blocks, self.shape
         made: dict[int, Phase] = {}
-        load = np.zeros(blocks, int)
+        load = np.zeros(blocks)
         for phase in (DOWN, GATE_UP, QKV, O_PROJ, HEAD):
             out, columns = shape.matrices[phase]
             parts = _parts(out, columns, shape.hidden, blocks) if phase == DOWN else 1
@@ -197,33 +249,84 @@ class StepPlan:
                     mine = np.flatnonzero(load)
                 count[mine] = _dealt(out // M_TILE, load[mine])
                 first[mine] = np.cumsum(count[mine]) - count[mine]
-            storage = STORAGES[self.stored[phase]]
-            granules = storage.tile_bytes // self.granule_bytes
-            made[phase] = Phase(storage, granules, out, columns, parts, part, first, count)
-            load = load + made[phase].stream
+            names = {self.head}
+            if phase != HEAD:
+                names = {name for recipe in self.recipes for name in recipe.of(phase)}
+            used = tuple(each for each in self.storages if each.name in names)
+            begins: tuple[int, ...] = (0,)
+            if phase == QKV:
+                heads, kv = (n * shape.head_dim // M_TILE for n in (shape.heads, shape.kv_heads))
+                begins = (0, heads, heads + kv)
+            made[phase] = Phase(used, begins, out, columns, parts, part, first, count)
+            layers = self.layers or self.recipes
+            stored = [(self.head,)] if phase == HEAD else [layer.of(phase) for layer in layers]
+            load = load + np.mean([self._granules(made[phase], each) for each in stored], axis=0)
         return tuple(made[phase] for phase in sorted(made))
 
-    @cached_property
-    def _layer_stream(self) -> np.ndarray:
-        """Granules of a layer on each block."""
-        return np.sum([p.stream for p in self.phases[:HEAD]], axis=0)
+    def granules(self, name: str) -> int:
+        """Of a tile stored so."""
+        return STORAGES[name].tile_bytes // self.granule_bytes
+
+    def _granules(self, phase: Phase, stored: tuple[str, ...]) -> np.ndarray:
+        """Of a phase whose segments are stored so, on each block."""
+        before = self._before(phase, stored)
+        return (before[phase.first + phase.count] - before[phase.first]) * phase.tiles
+
+    def _before(self, phase: Phase, stored: tuple[str, ...]) -> np.ndarray:
+        """Granules before each M-tile, were it one tile; and of all at the end."""
+        each = np.array([self.granules(name) for name in stored])
+        return np.cumsum([0, *each[phase.segment(np.arange(phase.m_tiles))]])
 
     @cached_property
-    def first_granule(self) -> np.ndarray:
-        """Of each block, in the stream; and the number of all at the end."""
-        stream = self.shape.layers * self._layer_stream + self.phases[HEAD].stream
-        return np.concatenate([[0], np.cumsum(stream)])
+    def starts(self) -> np.ndarray:
+        """The first granule of each layer on each block, then of the head: `[L + 1, blocks]`."""
+        of_recipe = {
+            recipe: np.sum(
+                [self._granules(p, recipe.of(n)) for n, p in enumerate(self.phases[:HEAD])], axis=0
+            )
+            for recipe in self.recipes
+        }
+        layers = [of_recipe[layer] for layer in self.layers]
+        sizes = [*layers, self._granules(self.phases[HEAD], (self.head,))]
+        of_blocks = np.sum(sizes, axis=0)
+        inside = np.cumsum(sizes, axis=0) - sizes
+        return (np.cumsum(of_blocks) - of_blocks + inside).astype(np.int32)
 
-    @property
+    @cached_property
     def stream_shape(self) -> tuple[int, int]:
         """Granules, and words of one."""
-        return int(self.first_granule[-1]), self.granule_bytes // 4
+        head = self._granules(self.phases[HEAD], (self.head,))
+        return int((self.starts[-1] + head).max()), self.granule_bytes // 4
 
-    def tile_offsets(self, phase: int) -> np.ndarray:
-        """Where in the stream a phase's tiles begin, M-tile after M-tile: `[2, m_tiles * across]`.
+    @cached_property
+    def tile_offsets(self) -> tuple[np.ndarray, ...]:
+        """Where tiles begin: of each phase's in turn an array, then `starts`."""
+        return (*map(self._tile_offsets, range(HEAD + 1)), self.starts)
 
-        The first row holds each tile's first granule in layer 0, the second how much further it
-        lies in every layer after.
+    def at(self, phase: int, layer: int, segment: int | None = None) -> np.ndarray:
+        """The first granules of a phase's tiles, or a segment's, M-tile after M-tile."""
+        found: np.ndarray = self.begin(self.tile_offsets, phase, layer)
+        return found if segment is None else found[self.tiles_of(phase, segment)]
+
+    def begin(self, tile_offsets: Sequence[Any], phase: int, layer: int) -> Any:
+        """The same of all of a phase's tiles, from `tile_offsets` wherever they lie."""
+        owner, *within = tile_offsets[phase]
+        if phase == HEAD:
+            return tile_offsets[-1][-1][owner] + within[0]
+        recipe = self.recipes.index(self.layers[layer])
+        return tile_offsets[-1][layer][owner] + within[recipe]
+
+    def tiles_of(self, phase: int, segment: int) -> slice:
+        """Which of a phase's tiles are a segment's."""
+        this = self.phases[phase]
+        ends = (*this.begins, this.m_tiles)[segment : segment + 2]
+        return slice(*(m_tile * this.across for m_tile in ends))
+
+    def _tile_offsets(self, phase: int) -> np.ndarray:
+        """Of a phase's tiles, M-tile after M-tile: `[1 + recipes, m_tiles * across]`.
+
+        The first row holds each tile's block; then there is one for each recipe, with the tile's
+        first granule counted from that of its layer on the block. The head has one.
         """
         this = self.phases[phase]
         column = np.arange(this.across)
@@ -234,27 +337,40 @@ class StepPlan:
         ):
             owner[this_part, begin : begin + count] = number
         block = owner[part].T  # [m_tiles, across]
-        layer = self._layer_stream
-        earlier = [p.stream for p in self.phases[:phase]]
-        before = sum(earlier, start=np.zeros_like(layer))
-        if phase == HEAD:
-            before = self.shape.layers * layer
-        m_tile = np.arange(this.m_tiles)[:, None] - this.first[block]
-        start = self.first_granule[block] + before[block]
-        tile = m_tile * this.tiles[block] + column - this.part_begin[part]
-        at = start + tile * this.granules
-        return np.stack([at.ravel(), layer[block].ravel()]).astype(np.int32)
+        rows = [block]
+        m_tile = np.arange(this.m_tiles)[:, None]
+        segment = this.segment(m_tile)
+        for recipe in self.recipes if phase != HEAD else (None,):
+            stored = recipe.of(phase) if recipe else (self.head,)
+            earlier = [
+                self._granules(p, recipe.of(n)) for n, p in enumerate(self.phases[:phase]) if recipe
+            ]
+            begin = sum(earlier, start=np.zeros(self.blocks, int))
+            before = self._before(this, stored)
+            each = np.array([self.granules(name) for name in stored])[segment]
+            tile = (before[m_tile] - before[this.first[block]]) * this.tiles[block]
+            rows.append(begin[block] + tile + (column - this.part_begin[part]) * each)
+        return np.stack([row.ravel() for row in rows]).astype(np.int32)
 
     def table(self) -> np.ndarray:
-        """What a block needs to know of its own work: int32 `[blocks, 16]`.
+        """What a block needs to know of its own work: int32 `[blocks, 16]`; then of every layer how
+        each phase is stored, four numbers a layer.
 
         First granule; first M-tile and number of M-tiles of each phase; part of the down
-        projection, its first column in tiles, and its tiles in an M-tile.
+        projection, its first column in tiles, and its tiles in an M-tile. A phase's number has
+        which of its storages each segment has, four bits each, the first segment's lowest.
         """
         down = self.phases[DOWN]
-        columns = [self.first_granule[:-1]]
+        columns = [self.starts[0]]
         for phase in self.phases:
             columns += [phase.first, phase.count]
         columns += [down.part, down.part_begin[down.part], down.tiles]
         columns += [np.zeros(self.blocks, int)] * (16 - len(columns))
-        return np.stack(columns, axis=1).astype(np.int32)
+        kinds = np.zeros((-(-self.shape.layers // 4) * 4, 4), int)
+        for layer, stored in enumerate(self.layers):
+            for n, phase in enumerate(self.phases[:HEAD]):
+                used = [storage.name for storage in phase.storages]
+                for segment, name in enumerate(stored.of(n)):
+                    kinds[layer, n] |= used.index(name) << 4 * segment
+        work = np.stack(columns, axis=1)
+        return np.concatenate([work, kinds.reshape(-1, 16)]).astype(np.int32)

@@ -6,16 +6,18 @@ times as long.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.decode_step.packed.packing import Packed
 from pallas_kernels.decode_step.packed.plan import GATE_UP, StepPlan
+from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import FORMATS
@@ -28,54 +30,72 @@ AT_ONCE = 4
 """Tiles a block has on their way."""
 
 
-def refusal(plan: StepPlan, phase: int, dtype: jnp.dtype) -> str | None:
-    """Why the kernel can't make numbers of that dtype of a phase's weights, or None."""
-    storage = plan.phases[phase].storage
-    if storage.expands_to(dtype.name):
-        return None
-    return f"it makes no {dtype.name} of weights stored as {storage.name}"
+def refusal(plan: StepPlan, phase: int, layer: int, dtype: jnp.dtype) -> str | None:
+    """Why the kernel can't make numbers of that dtype of a layer's weights, or None."""
+    for name in plan.stored(phase, layer):
+        if not STORAGES[name].expands_to(dtype.name):
+            return f"it makes no {dtype.name} of weights stored as {name}"
+    return None
 
 
 def matrix(
     packed: Packed, plan: StepPlan, phase: int, layer: int, dtype: jnp.dtype
 ) -> Float[Array, "out in"]:
     """`packed.matrix` by a kernel, rounded to the dtype."""
-    return _build(plan, phase, dtype.name)(packed.stream, packed.at(phase, layer))
+    this, names = plan.phases[phase], plan.stored(phase, layer)
+    begin = plan.begin(packed.tile_offsets, phase, layer)
+
+    def made(name: str, at: Int[Array, "tiles"]) -> Float[Array, "out in"]:
+        make = _build(name, len(at), this.across, phase == GATE_UP, plan, dtype.name)
+        found: Float[Array, "out in"] = make(packed.stream, at)
+        return found
+
+    if len({*names}) == 1:
+        return made(names[0], begin)
+    segments = [begin[plan.tiles_of(phase, n)] for n in range(len(names))]
+    return jnp.concatenate([made(*each) for each in zip(names, segments, strict=True)])
 
 
 @functools.cache
-def _build(plan: StepPlan, phase: int, dtype: str) -> Callable[..., Any]:
-    p, format = plan.phases[phase], FORMATS[dtype]
-    outs, columns, across, tiles = p.out, p.columns, p.across, p.m_tiles * p.across
-    # Where an M-tile holds outputs of both halves of the matrix.
-    halves_apart, blocks = phase == GATE_UP, BLOCKS_EACH * plan.blocks
+def _build(
+    stored: str, tiles: int, across: int, halves_apart: bool, plan: StepPlan, dtype: str
+) -> Callable[..., Any]:
+    """Of so many tiles stored so; `halves_apart` where an M-tile holds outputs of both halves."""
+    storage, format = STORAGES[stored], FORMATS[dtype]
+    outs, columns = tiles // across * M_TILE, across * K_TILE
+    spread, blocks = storage.spread, BLOCKS_EACH * plan.blocks
 
     def move(context: Any, *refs: Any) -> None:
         stream, offsets, matrix = map(t.address, refs)
-        thread = t.thread_id()
-        warp, g, quarter = thread // t.WARP, thread % t.WARP // 4, thread % 4
+        warp, lane = t.thread_id() // t.WARP, t.thread_id() % t.WARP
+        g, quarter = lane // 4, lane % 4
+        own, sixteen = warp * spread // WARPS, warp * spread % WARPS
 
         def some(i: t.V, _: list[t.V]) -> list[t.V]:
-            numbers = [(i * AT_ONCE + n) * blocks + t.cta_id() for n in range(AT_ONCE)]
+            firsts = [((i * AT_ONCE + n) * blocks + t.cta_id()) * spread for n in range(AT_ONCE)]
+            numbers = [first + own for first in firsts]
             there = [number < tiles for number in numbers]
             loaded = []
             for number, inside in zip(numbers, there, strict=True):
                 (at,) = t.load_global(offsets + (number << 2).wide(), where=inside)
-                source = stream + at.wide() * plan.granule_bytes
-                loaded.append(p.storage.fetch(source, thread, inside))
+                tile = stream + at.wide() * plan.granule_bytes
+                loaded.append(storage.load(functools.partial(read, tile, inside), warp, lane))
             for number, inside, words in zip(numbers, there, loaded, strict=True):
-                weights = p.storage.expanded(words, format)
+                weights = storage.expanded(words, format)
                 m_tile, tile = number // across, number % across
-                column = (tile * K_TILE + warp * 16 + quarter * 4).wide() * 2
                 height = 8 if halves_apart else M_TILE
-                for half in range(2):
+                for n, half in itertools.product(range(spread), range(2)):
+                    column = (tile * K_TILE + (sixteen + n) * 16 + quarter * 4).wide() * 2
                     out = m_tile * height + half * (outs // 2 if halves_apart else 8) + g
                     target = matrix + out.wide() * (2 * columns) + column
-                    pair = weights[2 * half : 2 * half + 2]
+                    pair = weights[4 * n + half : 4 * n + 4 : 2]
                     t.when(inside, functools.partial(t.store_global, target, pair))
             return []
 
-        t.loop(-(-tiles // (blocks * AT_ONCE)), [], some)
+        def read(tile: t.V, inside: t.V, at: t.V, count: int) -> list[t.V]:
+            return t.load_global(tile + at.wide(), count, where=inside)
+
+        t.loop(-(-tiles // (blocks * AT_ONCE * spread)), [], some)
 
     def body(*refs: Any) -> None:
         t.emit(move, *refs)

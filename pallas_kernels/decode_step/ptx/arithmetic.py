@@ -1,6 +1,8 @@
 """Arithmetic that takes one or two instructions where dialects of MLIR would take several."""
 
-from pallas_kernels.decode_step.ptx.thread import V, asm, f32, i32
+import struct
+
+from pallas_kernels.decode_step.ptx.thread import V, asm, f32, i32, integer
 
 
 def multiply_add(a: V, b: V, c: V) -> V:
@@ -8,14 +10,39 @@ def multiply_add(a: V, b: V, c: V) -> V:
     return asm("fma.rn.f32 $0, $1, $2, $3;", [f32()], "=f,f,f,f", a, b, c)[0]
 
 
+def permuted(a: V, b: V, selector: int | V) -> V:
+    """Four of the bytes of b a; each by three of the selector's four bits, lowest first."""
+    return asm("prmt.b32 $0, $1, $2, $3;", [i32()], "=r,r,r,r", a, b, integer(selector))[0]
+
+
+def scaled_halves(pair: V, factor: float, addend: float) -> V:
+    """Two float16 times a power of two and a number added, rounded once."""
+    if factor == 1:
+        return asm("add.rn.f16x2 $0, $1, $2;", [i32()], "=r,r,r", pair, _twice(addend))[0]
+    both = _twice(factor), _twice(addend)
+    return asm("fma.rn.f16x2 $0, $1, $2, $3;", [i32()], "=r,r,r,r", pair, *both)[0]
+
+
+def _twice(number: float) -> V:
+    """A float16 twice in a word."""
+    (half,) = struct.unpack("<H", struct.pack("<e", number))
+    return integer(struct.unpack("<i", struct.pack("<HH", half, half))[0])
+
+
 def signed_bytes(word: V) -> list[V]:
     """Four bytes less 128 each, exactly, as two words of two float16.
 
-    A byte below 0x64 is the float16 1024 + byte, whose last bit counts 1; 0x6480 is 1152.
+    A byte below 0x64 is the float16 1024 + byte, whose last bit counts 1.
     """
-    text = (
-        "{ .reg .b32 low, high, less; mov.b32 less, 0x64806480;"
-        " prmt.b32 low, $2, 0x64646464, 0x4140; prmt.b32 high, $2, 0x64646464, 0x4342;"
-        " sub.rn.f16x2 $0, low, less; sub.rn.f16x2 $1, high, less; }"
-    )
-    return asm(text, [i32()] * 2, "=r,=r,r", word)
+    above = integer(0x6464_6464)
+    pairs = (permuted(word, above, selector) for selector in (0x4140, 0x4342))
+    return [scaled_halves(pair, 1, -1024 - 128) for pair in pairs]
+
+
+def byte_number(word: V, which: int, offset: int = 0) -> V:
+    """One of the four bytes less an offset, exactly, as float32.
+
+    Below 0x4B0000 it is the float32 2^23 + byte, whose last bit counts 1.
+    """
+    bits = permuted(word, integer(0x4B00_0000), 0x7440 | which)
+    return bits.bits() - float(2**23 + offset)

@@ -1,0 +1,194 @@
+"""Weights as a file's blocks have them: codes of few bits in planes, and their scales.
+
+A file's blocks are 17 to 36 bytes for 32 inputs of an output, or 84 to 210 for 256; none of their
+fields lies where a lane could load it. What is stored is their bits, in another order.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Shaped, UInt8, UInt32
+
+from pallas_kernels.decode_step.packed.planes import (
+    GROUPS,
+    SPREAD,
+    Plane,
+    four_lanes,
+    outputs,
+    pairs,
+)
+from pallas_kernels.decode_step.packed.scales import FLOAT16, Fields, Scales
+from pallas_kernels.decode_step.packed.storage import Group, Read, Storage
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.arithmetic import permuted, scaled_halves, signed_bytes
+from pallas_kernels.decode_step.ptx.formats import FORMATS, Format
+from pallas_kernels.decode_step.ptx.thread import V
+
+Parse = Callable[[UInt8[Array, "n 16 bytes"]], Fields]
+"""Some blocks' fields: `codes`, then what `Scales` takes, of each output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Storage):
+    """One block format. A weight is a scale times its code less `offset`, or times the `table`'s
+    entry for it, and an addend where the format has one.
+
+    Since codes are exact in float16, no weight is rounded: products of codes are added up in
+    float32, then multiplied by their scale; the addend is multiplied with the inputs' sum.
+
+    Attributes:
+        block_bytes: of a block in the file.
+        block: inputs of it.
+        bits: of the planes, the lowest bits' plane first.
+    """
+
+    name: str
+    block_bytes: int
+    block: int
+    parse: Parse
+    bits: tuple[int, ...]
+    scales: Scales
+    offset: int = 0
+    table: tuple[int, ...] | None = None
+
+    # As wide as d q is, and as an input that enters with its rest nearly is.
+    dtype = inputs = jnp.dtype(jnp.float32)
+    format = FLOAT16
+    spread = SPREAD
+
+    @property
+    def tiles(self) -> int:  # type: ignore[override]
+        return max(1, self.block // K_TILE)
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        return tuple(map(Plane, self.bits))
+
+    @property
+    def _code_bytes(self) -> int:
+        return sum(plane.tile_bytes for plane in self.planes)
+
+    @property
+    def tile_bytes(self) -> int:  # type: ignore[override]
+        return self._code_bytes + self.scales.tile_bytes
+
+    def words(self, pieces: UInt8[Array, "n 16 piece"]) -> UInt32[Array, "n words"]:
+        blocks = pieces.reshape(len(pieces) * M_TILE, -1, self.block_bytes)
+        fields = self.parse(blocks)  # [n 16, blocks, ...]
+        tiles = {name: self._of_tiles(name, x, len(pieces)) for name, x in fields.items()}
+        codes = four_lanes(tiles.pop("codes"))
+        low, made = 0, []
+        for plane in self.planes:
+            made.append(plane.packed((codes >> low) & np.uint8((1 << plane.bits) - 1)))
+            low += plane.bits
+        words = jnp.concatenate([*made, self.scales.packed(tiles)], axis=1)
+        return words.reshape(len(pieces), -1)
+
+    def _of_tiles(self, name: str, field: Shaped[Array, "..."], pieces: int) -> Any:
+        """A field by tiles: `[n, 16, each]`, or `[n, 16]` of what a row has one of."""
+        if self.tiles > 1 and field.ndim == 2:
+            field = jnp.broadcast_to(field[..., None], (*field.shape, self.tiles))
+            each: tuple[int, ...] = ()
+        else:
+            each = (-1,)
+        # [pieces, 16, tiles, each]
+        grid = field.reshape(pieces, M_TILE, self.tiles, -1).swapaxes(1, 2)
+        return grid.reshape(pieces * self.tiles, M_TILE, *each)
+
+    def numbers(self, words: UInt32[Array, "n words"]) -> Float32[Array, "n 16 128"]:
+        n, begin = len(words), 0
+        codes, low = jnp.zeros((n, GROUPS, 8, 64), jnp.uint8), 0
+        for plane in self.planes:
+            end = begin + plane.tile_bytes // 4
+            codes |= plane.codes(words[:, begin:end]) << low
+            begin, low = end, low + plane.bits
+        factor, addend = self.scales.numbers(words[:, begin:])
+        grid = outputs(codes).reshape(n, M_TILE, factor.shape[2], -1)
+        if self.table is None:
+            levels = grid.astype(jnp.float32) - self.offset
+        else:
+            levels = jnp.asarray(self.table, jnp.float32)[grid]
+        values = factor[..., None] * levels
+        if addend is not None:
+            values = values + addend[..., None]
+        return values.reshape(n, M_TILE, K_TILE)
+
+    def load(self, read: Read, warp: V, lane: V) -> list[V]:
+        group, begin, words = warp % GROUPS, 0, []
+        for plane in self.planes:
+            words += plane.load(read, begin, group, lane)
+            begin += plane.tile_bytes
+        return words + self.scales.load(read, begin, group, lane // 4)
+
+    def groups(self, words: list[V]) -> list[Group]:
+        halves, scales = self._halves(words)
+        each = 2 // len(scales)
+        found = []
+        for n, scale in enumerate(scales):
+            four = (halves[4 * j : 4 * j + 4] for j in range(n * each, (n + 1) * each))
+            (a, b), addends = scale.factor, None
+            if scale.addend:
+                low, high = scale.addend
+                addends = [low, low, high, high]
+            found.append(Group(list(four), [a, a, b, b], addends))
+        return found
+
+    def _halves(self, words: list[V]) -> tuple[list[V], Any]:
+        """The eight pairs of codes less the offset in float16, and the scales."""
+        planes, rest = [], words
+        for plane in self.planes:
+            count = max(1, plane.words // 4)
+            planes.append((plane, rest[:count]))
+            rest = rest[count:]
+        scales = self.scales.made(rest)
+        if self.bits == (8,):
+            return [*self._of_bytes(planes[0][1])], scales
+        if self.table is not None:
+            return [*self._looked_up(planes[0][1])], scales
+        return pairs(planes, self.offset), scales
+
+    def _of_bytes(self, words: list[V]) -> Iterator[V]:
+        for first, second in zip(words[::2], words[1::2], strict=True):
+            low, high = signed_bytes(first), signed_bytes(second)
+            yield from (low[0], high[0], low[1], high[1])
+
+    def _looked_up(self, words: list[V]) -> Iterator[V]:
+        """Half bytes looked up in the table, of which four registers have the 16 entries + 128."""
+        assert self.table is not None
+        entries = np.asarray(self.table, np.int8).view(np.uint8) ^ 0x80
+        table = [t.integer(int(x)) for x in entries.view(np.int32)]
+        for word in words:
+            index = word & 0x7777_7777
+            upper = ((word >> 1) & 0x4444_4444) | 0x3210_3210
+            looked = []
+            for half in (0, 16):
+                at, pick = index >> half, upper >> half
+                low, high = permuted(table[0], table[1], at), permuted(table[2], table[3], at)
+                looked.append(permuted(low, high, pick))
+            for pair in range(4):
+                both = permuted(looked[0], looked[1], pair | (4 + pair) << 8)
+                yield scaled_halves((both & 0x00FF_00FF) | 0x6400_6400, 1, -1024 - 128)
+
+    def expands_to(self, dtype: str) -> bool:
+        return dtype in FORMATS
+
+    def expanded(self, words: list[V], format: Format) -> list[V]:
+        found = []
+        for group in self.groups(words):
+            for operand in group.operands:
+                for pair, (factor, addend) in zip(operand, self._of_operand(group), strict=True):
+                    both = [x * factor for x in FLOAT16.floats(pair)]
+                    if addend is not None:
+                        both = [x + addend for x in both]
+                    found.append(format.pair(*both))
+        return found
+
+    def _of_operand(self, group: Group) -> list[tuple[V, V | None]]:
+        """Scale and addend of an operand's four words: outputs g, g + 8, g, g + 8."""
+        assert group.scales is not None
+        addends: Sequence[V | None] = group.addends or [None] * 4
+        return [(group.scales[at], addends[at]) for at in (0, 2, 0, 2)]

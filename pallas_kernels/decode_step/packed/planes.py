@@ -1,0 +1,150 @@
+"""Codes of few bits in planes: the same bits of every code together, as lanes take them.
+
+Four lanes 4 g to 4 g + 3 of a warp have 64 weights, 16 each: outputs g and g + 8 in 32 inputs,
+which are two tensor-core products. In the order [t, j, c, half, e] these are input
+16 j + 4 t + 2 c + e of output 8 half + g, and e = 0 and 1 are one word of an operand.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8, UInt32
+
+from pallas_kernels.decode_step.packed.storage import Read
+from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
+from pallas_kernels.decode_step.ptx.arithmetic import scaled_halves
+from pallas_kernels.decode_step.ptx.thread import V
+
+GROUP = 32
+"""Inputs whose weights a warp takes together."""
+GROUPS = K_TILE // GROUP
+SPREAD = 2
+"""Tiles that a block's eight warps take together."""
+WEIGHTS = 64
+"""Of four lanes."""
+
+_MAGIC = 0x6400_6400
+"""Two float16 of 1024, whose last ten bits count 1, 2 and so on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """Some bits of each code; a tile has them in the order [group, g, word].
+
+    A lane of four has its words one after the other; one bit of each of 16 codes is half a word,
+    that of lanes 0 and 2 the lower half.
+    """
+
+    bits: int
+
+    @property
+    def words(self) -> int:
+        """Of four lanes."""
+        return WEIGHTS * self.bits // 32
+
+    @property
+    def tile_bytes(self) -> int:
+        return M_TILE * K_TILE * self.bits // 8
+
+    @functools.cached_property
+    def places(self) -> tuple[Int[np.ndarray, "64"], Int[np.ndarray, "64"]]:
+        """The word and the shift of each of the 64 codes."""
+        t, j, c, half, e = np.unravel_index(np.arange(WEIGHTS), (4, 2, 2, 2, 2))
+        pair = 2 * c + half
+        match self.bits:
+            case 8:
+                return t * 4 + j * 2 + half, 8 * (2 * c + e)
+            case 4:
+                return t * 2 + j, 4 * pair + 16 * e
+            case 2:
+                return t, 2 * (4 * j + pair) + 16 * e
+            case _:
+                return t // 2, 4 * j + pair + 8 * e + 16 * (t % 2)
+
+    def packed(self, codes: UInt8[Array, "n 4 8 64"]) -> UInt32[Array, "n words"]:
+        """Words of tiles, from these bits of codes in the order of four lanes."""
+        word, shift = self.places
+        order = np.lexsort((shift, word))
+        sorted_ = codes[..., order].astype(jnp.uint32).reshape(*codes.shape[:-1], self.words, -1)
+        shifted = sorted_ << shift[order].reshape(self.words, -1).astype(np.uint32)
+        return jnp.sum(shifted, axis=-1, dtype=jnp.uint32).reshape(len(codes), -1)
+
+    def codes(self, words: UInt32[Array, "n words"]) -> UInt8[Array, "n 4 8 64"]:
+        """The same, back again."""
+        word, shift = self.places
+        grouped = words.reshape(len(words), GROUPS, 8, self.words)[..., word]
+        return ((grouped >> shift.astype(np.uint32)) & ((1 << self.bits) - 1)).astype(jnp.uint8)
+
+    def load(self, read: Read, begin: int, group: V, lane: V) -> list[V]:
+        """A lane's words; of one-bit codes half a word, twice: the low byte is that of every e = 0,
+        the third that of every e = 1.
+        """
+        here = group * (8 * self.words) + begin // 4
+        if self.bits > 1:
+            each = self.words // 4
+            return read((here + lane * each) * 4, each)
+        (word,) = read((here + lane // 2) * 4, 1)
+        half = word >> ((lane & 1) << 4)
+        return [(half & 0xFF) | ((half & 0xFF00) << 8)]
+
+    def at(self, pair: int) -> tuple[int, int]:
+        """Of the eight pairs of a lane's codes: the word and the place of the first in it, the
+        second's being 16 bits further.
+        """
+        word, place = (int(x) for x in divmod(pair * self.bits, 16))
+        return word, place
+
+
+def four_lanes(weights: UInt8[Array, "n 16 128"]) -> UInt8[Array, "n 4 8 64"]:
+    """Tiles' numbers in the order of four lanes."""
+    grid = weights.reshape(len(weights), 2, 8, GROUPS, 2, 4, 2, 2)
+    # [n, half, g, group, j, t, c, e]
+    return grid.transpose(0, 3, 2, 5, 4, 6, 1, 7).reshape(len(weights), GROUPS, 8, WEIGHTS)
+
+
+def outputs(lanes: UInt8[Array, "n 4 8 64"]) -> UInt8[Array, "n 16 128"]:
+    """The same, back again."""
+    grid = lanes.reshape(len(lanes), GROUPS, 8, 4, 2, 2, 2, 2)
+    return grid.transpose(0, 6, 2, 1, 4, 3, 5, 7).reshape(len(lanes), M_TILE, K_TILE)
+
+
+def pairs(planes: list[tuple[Plane, list[V]]], offset: int) -> list[V]:
+    """The codes of a lane less an offset, exactly, two float16 a word: the eight pairs in order.
+
+    Args:
+        planes: with their words, the lowest bits' first; eight bits in all at most.
+    """
+    if len(planes) == 1:
+        return [_alone(*planes[0], pair, offset) for pair in range(8)]
+    made = []
+    for pair in range(8):
+        value, low = None, 0
+        for plane, words in planes:
+            word, at = plane.at(pair)
+            moved = _moved(words[word], at - low) & _both(((1 << plane.bits) - 1) << low)
+            value, low = moved if value is None else value | moved, low + plane.bits
+        assert value is not None
+        made.append(scaled_halves(value | _MAGIC, 1, -1024 - offset))
+    return made
+
+
+def _alone(plane: Plane, words: list[V], pair: int, offset: int) -> V:
+    """Without a shift where a float16's ten bits reach the code's place."""
+    word, at = plane.at(pair)
+    far = at + plane.bits > 10
+    here = _moved(words[word], 8) if far else words[word]
+    place = at - 8 * far
+    value = (here & _both(((1 << plane.bits) - 1) << place)) | _MAGIC
+    return scaled_halves(value, 2.0**-place, -1024 * 2.0**-place - offset)
+
+
+def _moved(word: V, down: int) -> V:
+    if down == 0:
+        return word
+    return word >> down if down > 0 else word << -down
+
+
+def _both(half: int) -> int:
+    return half | half << 16

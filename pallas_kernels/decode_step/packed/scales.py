@@ -1,0 +1,214 @@
+"""What block formats multiply their codes with: float16 numbers, or small integers times such."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, Shaped, UInt32
+
+from pallas_kernels.decode_step.packed.planes import GROUPS
+from pallas_kernels.decode_step.packed.storage import Read
+from pallas_kernels.decode_step.packed.tile import M_TILE
+from pallas_kernels.decode_step.ptx.arithmetic import byte_number
+from pallas_kernels.decode_step.ptx.formats import FORMATS
+from pallas_kernels.decode_step.ptx.thread import V
+
+FLOAT16 = FORMATS["float16"]
+
+Fields = Mapping[str, Shaped[Array, "n 16 ..."]]
+"""A tile's numbers by name, of each output: `codes` [n, 16, 128], and what scales are made of."""
+
+
+class Scale(NamedTuple):
+    """A weight is `factor` times its code, and `addend` if there is one; of outputs g and g + 8."""
+
+    factor: tuple[V, V]
+    addend: tuple[V, V] | None
+
+
+class Scales(abc.ABC):
+    """Those of a tile.
+
+    Attributes:
+        tile_bytes: that they take.
+        names: of `Fields`.
+    """
+
+    tile_bytes: int
+    names: tuple[str, ...]
+
+    @abc.abstractmethod
+    def packed(self, fields: Fields) -> UInt32[Array, "n words"]:
+        """Words of tiles."""
+
+    @abc.abstractmethod
+    def numbers(
+        self, words: UInt32[Array, "n words"]
+    ) -> tuple[Float32[Array, "n 16 each"], Float32[Array, "n 16 each"] | None]:
+        """Factors and addends, each for an equal share of the 128 inputs."""
+
+    @abc.abstractmethod
+    def load(self, read: Read, begin: int, group: V, g: V) -> list[V]:
+        """What a lane needs, of a tile whose scales begin at that byte."""
+
+    @abc.abstractmethod
+    def made(self, words: list[V]) -> list[Scale]:
+        """One for a group's 32 inputs, or one for each half of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(Scales):
+    """Of 32 inputs d in float16, and m where the format has one: a weight is d q + m.
+
+    In the order [group, g]: d of outputs g and g + 8 in a word, then m likewise.
+    """
+
+    minimum: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("d", "m") if self.minimum else ("d",)
+
+    @property
+    def tile_bytes(self) -> int:  # type: ignore[override]
+        return M_TILE * GROUPS * 2 * len(self.names)
+
+    def packed(self, fields: Fields) -> UInt32[Array, "n words"]:
+        words = [_both(fields[name]) for name in self.names]  # [n, 8, 4]
+        return jnp.stack(words, axis=-1).swapaxes(1, 2).reshape(len(words[0]), -1)
+
+    def numbers(
+        self, words: UInt32[Array, "n words"]
+    ) -> tuple[Float32[Array, "n 16 4"], Float32[Array, "n 16 4"] | None]:
+        each = words.reshape(len(words), GROUPS, 8, len(self.names)).swapaxes(1, 2)
+        d, *m = (_floats(each[..., i]) for i in range(len(self.names)))
+        return d, m[0] if m else None
+
+    def load(self, read: Read, begin: int, group: V, g: V) -> list[V]:
+        count = len(self.names)
+        return read((group * 8 + g) * (4 * count) + begin, count)
+
+    def made(self, words: list[V]) -> list[Scale]:
+        factor = FLOAT16.floats(words[0])
+        if not self.minimum:
+            return [Scale(factor, None)]
+        return [Scale(factor, FLOAT16.floats(words[1]))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers(Scales):
+    """Whole numbers of 16 or 32 inputs, times d of a row; and others times dmin, the minima.
+
+    In the order [group, g] first the whole numbers, a byte each and with `offset` added; then, in
+    the order [g], d of outputs g and g + 8 in a word, and dmin likewise. The bytes of a group are,
+    first g then g + 8, its scales and then its minima, if all are of 32 inputs; of 16 inputs those
+    of the first and then of the second; half bytes have the scale low, the minimum high. Without
+    minima and of 32 inputs they are half a word, and groups 2 n and 2 n + 1 share one.
+
+    Attributes:
+        each: inputs, 16 or 32.
+        minimum: whether there are minima.
+        offset: of scales.
+    """
+
+    each: int
+    minimum: bool
+    offset: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("d", "scales", *(("dmin", "mins") if self.minimum else ()))
+
+    @property
+    def _shared(self) -> bool:
+        return self.each == 32 and not self.minimum
+
+    @property
+    def _integer_bytes(self) -> int:
+        return GROUPS * 8 * (2 if self._shared else 4)
+
+    @property
+    def tile_bytes(self) -> int:  # type: ignore[override]
+        return self._integer_bytes + M_TILE * (4 if self.minimum else 2)
+
+    def packed(self, fields: Fields) -> UInt32[Array, "n words"]:
+        scales = (fields["scales"] + np.uint8(self.offset)).astype(jnp.uint32)
+        if self.each == 16 and self.minimum:
+            scales = scales | fields["mins"].astype(jnp.uint32) << 4
+        both = scales.reshape(len(scales), 2, 8, GROUPS, -1)  # [n, half, g, group, each]
+        rest = [both]
+        if self.each == 32 and self.minimum:
+            rest.append(fields["mins"].astype(jnp.uint32).reshape(both.shape))
+        kinds = jnp.concatenate(rest, axis=-1).transpose(0, 3, 2, 4, 1)
+        if self._shared:  # [n, two groups, g, group, half]
+            kinds = kinds.reshape(len(scales), GROUPS // 2, 2, 8, 2).swapaxes(2, 3)
+        bytes_ = kinds.reshape(len(scales), -1, 4)
+        words = jnp.sum(bytes_ << np.arange(0, 32, 8, dtype=np.uint32), -1, dtype=jnp.uint32)
+        rows = [_both(fields[n][..., None])[..., 0] for n in ("d", "dmin") if n in self.names]
+        return jnp.concatenate([words, jnp.stack(rows, axis=-1).reshape(len(words), -1)], axis=1)
+
+    def numbers(
+        self, words: UInt32[Array, "n words"]
+    ) -> tuple[Float32[Array, "n 16 each"], Float32[Array, "n 16 each"] | None]:
+        n, count = len(words), self._integer_bytes // 4
+        each = ((words[:, :count, None] >> np.arange(0, 32, 8, dtype=np.uint32)) & 0xFF).astype(
+            jnp.uint8
+        )
+        if self._shared:
+            grid = each.reshape(n, GROUPS // 2, 8, 2, 2).swapaxes(2, 3)
+            grid = grid.reshape(n, GROUPS, 8, 1, 2)
+        else:
+            grid = each.reshape(n, GROUPS, 8, 2, 2)
+        grid = grid.transpose(0, 4, 2, 1, 3).reshape(n, M_TILE, GROUPS, -1)  # [n, out, group, kind]
+        tail = words[:, count:].reshape(n, 8, -1)
+        d = _floats(tail[..., :1])
+
+        def times(numbers: Shaped[Array, "n 16 4 kinds"], by: Float32[Array, "n 16 1"]) -> Array:
+            return by * numbers.astype(jnp.float32).reshape(n, M_TILE, -1)
+
+        if not self.minimum:
+            return times((grid - np.uint8(self.offset)).view(jnp.int8), d), None
+        dmin = -_floats(tail[..., 1:])
+        if self.each == 16:
+            return times(grid & 0x0F, d), times(grid >> 4, dmin)
+        return times(grid[..., :1], d), times(grid[..., 1:], dmin)
+
+    def load(self, read: Read, begin: int, group: V, g: V) -> list[V]:
+        count = 2 if self.minimum else 1
+        rows = read(g * (4 * count) + begin + self._integer_bytes, count)
+        if self._shared:
+            (word,) = read((group // 2 * 8 + g) * 4 + begin, 1)
+            return [word >> ((group & 1) << 4), *rows]
+        return [*read((group * 8 + g) * 4 + begin, 1), *rows]
+
+    def made(self, words: list[V]) -> list[Scale]:
+        d, *others = (FLOAT16.floats(word) for word in words[1:])
+        word = words[0]
+
+        def two(word: V, first: int, by: tuple[V, V], offset: int = 0) -> tuple[V, V]:
+            low, high = (byte_number(word, first + i, offset) for i in range(2))
+            return low * by[0], high * by[1]
+
+        if not self.minimum:
+            firsts = range(0, 32 // self.each * 2, 2)
+            return [Scale(two(word, first, d, self.offset), None) for first in firsts]
+        dmin = others[0][0] * -1.0, others[0][1] * -1.0
+        if self.each == 32:
+            return [Scale(two(word, 0, d), two(word, 2, dmin))]
+        scales, mins = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
+        return [Scale(two(scales, n, d), two(mins, n, dmin)) for n in (0, 2)]
+
+
+def _both(halves: Shaped[Array, "n 16 m"]) -> UInt32[Array, "n 8 m"]:
+    """The bits of outputs g and g + 8 in a word."""
+    bits = halves.astype(jnp.uint32)
+    return bits[:, :8] | bits[:, 8:] << 16
+
+
+def _floats(words: UInt32[Array, "n 8 m"]) -> Float32[Array, "n 16 m"]:
+    bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=1).astype(jnp.uint16)
+    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)

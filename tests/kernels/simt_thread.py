@@ -226,6 +226,9 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         picked = np.take_along_axis(eight, at & 7, axis=1)
         return v(np.ascontiguousarray(picked).view(np.int32)[:, 0], I32)
 
+    def placed(word: t.V, mask: int, bits: Any) -> t.V:
+        return word & mask | bits
+
     def scaled_halves(pair: t.V, factor: float, addend: float) -> t.V:
         both = np.ascontiguousarray(m.lanes(pair))[:, None].view(np.float16).astype(np.float64)
         for constant in (factor, addend):
@@ -287,7 +290,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     for module, name, code in [
         (arithmetic, "permuted", permuted), (blocks, "permuted", permuted),
         (arithmetic, "scaled_halves", scaled_halves), (blocks, "scaled_halves", scaled_halves),
-        (planes, "scaled_halves", scaled_halves),
+        (planes, "scaled_halves", scaled_halves), (planes, "placed", placed),
+        (blocks, "placed", placed),
     ]:  # fmt: skip
         patch.setattr(module, name, code)
     for name, code in {"pair": pair, "floats": apart, "multiply": multiply}.items():

@@ -43,7 +43,7 @@ def random_blocks(rng: np.random.Generator, like: np.ndarray, stored: str) -> np
     kind, layout = kind_of(stored), FORMATS[kind_of(stored)].layout
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (len(like), like.shape[1] // block * size), np.uint8)
-    units = raw.reshape(-1, size).view(layout)
+    units = raw.reshape(-1, size).view(layout)[:, 0]
     units["d"] = 1 + rng.random(len(units))
     if "dmin" in layout.names:
         # So that the mean is zero: minima are as large as scales, times the mean code.

@@ -127,6 +127,7 @@ HALVES = {"$2": 0x2C002C00, "$3": 0xD480D480}
     ("code", "constants"),
     [
         (lambda a, b: arithmetic.permuted(a, b, 0x4140), {"$3": 0x4140}),
+        (lambda a, b: arithmetic.placed(a, 0xF000F, b), {"$2": 0xF000F}),
         (lambda a, b: arithmetic.scaled_halves(a, 1, -1152), {"$2": 0xE480E480}),
         (
             lambda a, b: arithmetic.scaled_halves(a, 1 / 16, -72),
@@ -150,8 +151,8 @@ def test_instructions_have_their_operands_in_order(
     code("a", "b")
     text, *operands = given
     name, places = text.removesuffix(";").split(" ", 1)
-    assert places.split(", ") == [f"${n}" for n in range(len(operands) + 1)]
-    assert name in {"prmt.b32", "add.rn.f16x2", "fma.rn.f16x2"} and operands[0] == "a"
+    assert places.removesuffix(", 0xEA").split(", ") == [f"${n}" for n in range(1 + len(operands))]
+    assert name in {"prmt.b32", "lop3.b32", "add.rn.f16x2", "fma.rn.f16x2"} and operands[0] == "a"
     for place, value in constants.items():
         assert operands[int(place[1]) - 1] % 2**32 == value
 

@@ -120,20 +120,18 @@ class Inputs:
         each = [t.load_shared_floats(at + 4 * i)[0] for i in range(self.warps_each)]
         return sum(each[1:], start=each[0]) * (1 / length)
 
-    def operands(self, sixteen: V, there: V | None = None) -> list[V]:
-        """This lane's operands of 16 inputs: one product's, or two for every eight rows."""
-        lane = t.thread_id() % t.WARP
+    def operands(self, sixteen: V, lane: V, there: V | None = None) -> list[V]:
+        """This lane's operands of 16 inputs: one product's, or two for every eight rows.
+
+        A column of a product that is no row's has another row's numbers; nobody asks for its sums.
+        """
         column, quarter = lane // 4, lane % 4
-        at = self.memory + sixteen * (64 * self.rows)
-        if self.narrow:
-            words, own_row = 2, column // 2
-            own = column // 2 * 64 + quarter * 16 + column % 2 * 8
-        else:
-            words, own_row = 4, column
-            own = lane * 16
-        loaded = []
+        at, loaded = sixteen * (64 * self.rows) + self.memory, []
         for first in range(0, self.rows, EIGHT):
-            used = own_row < self.rows - first
-            used = used if there is None else used & there
-            loaded += t.load_shared(at + own + first * 64, words, used)
+            last = min(self.rows - first, EIGHT) - 1
+            if self.narrow:
+                words, own = 2, t.smaller(column // 2, last) * 64 + column % 2 * 8
+            else:
+                words, own = 4, (column if last == EIGHT - 1 else t.smaller(column, last)) * 64
+            loaded += t.load_shared(at + (own + quarter * 16 + first * 64), words, there)
         return loaded

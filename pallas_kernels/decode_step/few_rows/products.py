@@ -53,18 +53,39 @@ def _chained(format: Format, a: list[list[V]], b: list[list[V]], sums: list[V]) 
     return sums
 
 
-def _warp() -> V:
-    return t.thread_id() // t.WARP
+class Thread:
+    """A thread of those that share M-tiles, and what its warp takes of each `spread` tiles.
 
-
-def _there(first: int | V, end: int | V, spread: int) -> V | None:
-    """Whether the tile that this warp takes, of `spread` from the first on, is before the end; None
-    where it is in any case.
+    Which one it is, is asked for anew each time where weights are numbers: else addresses would
+    fill the registers, of which many rows leave none. Blocks need more instructions than registers.
     """
-    if isinstance(first, int) and isinstance(end, int) and first + spread <= end:
-        return None
-    tile = t.integer(first)
-    return (tile if spread == 1 else tile + _warp() * spread // WARPS) < end
+
+    def __init__(self, spread: int):
+        self.spread, self._number = spread, None if spread == 1 else t.thread_id()
+
+    @property
+    def number(self) -> V:
+        return t.thread_id() if self._number is None else self._number
+
+    @property
+    def warp(self) -> V:
+        return self.number // t.WARP
+
+    @property
+    def lane(self) -> V:
+        return self.number % t.WARP
+
+    @property
+    def tile(self) -> int | V:
+        return 0 if self.spread == 1 else self.warp * self.spread // WARPS
+
+    def has(self, first: int | V, end: int | V) -> V | None:
+        """Whether its tile, of `spread` from the first on, is before the end; None where it is in
+        any case.
+        """
+        if isinstance(first, int) and isinstance(end, int) and first + self.spread <= end:
+            return None
+        return t.integer(first) + self.tile < end
 
 
 class Products:
@@ -117,10 +138,10 @@ class Products:
 
             def m_tile(n: V, carry: list[V]) -> list[V]:
                 def stored(storage: Storage) -> list[V]:
-                    at, inputs = RingState(*carry), kept.get(storage.spread)
-                    if inputs is not None:
-                        return [*self._short_m_tile(at, phase, storage, n, sums, inputs)]
-                    return [*self._m_tile(at, phase, storage, tiles, n, sums)]
+                    at, thread = RingState(*carry), threads[storage.spread]
+                    if inputs := kept.get(storage.spread):
+                        return [*self._short_m_tile(at, phase, storage, thread, n, sums, inputs)]
+                    return [*self._m_tile(at, phase, storage, thread, tiles, n, sums)]
 
                 if kind is None:
                     return stored(phase.storages[0])
@@ -141,33 +162,33 @@ class Products:
             t.when(number < count, lambda: epilogue(first + number, row, out, total, ready))
             return carry
 
+        threads = {storage.spread: Thread(storage.spread) for storage in phase.storages}
         kept = {}
         if isinstance(tiles, int) and tiles <= MOST_KEPT:
-            for spread in {storage.spread for storage in phase.storages}:
+            for spread, thread in threads.items():
                 kept[spread] = [
-                    self._inputs(t.integer(at), spread, _there(at, tiles, spread))
+                    self._inputs(t.integer(at), thread, thread.has(at, tiles))
                     for at in range(0, tiles, spread)
                 ]
         groups = (m_tiles + (self.most_m_tiles - 1)) // self.most_m_tiles
         return RingState(*t.loop(groups, [*state], group))
 
-    def _inputs(self, tile: V, spread: int, there: V | None) -> list[list[V]]:
+    def _inputs(self, tile: V, thread: Thread, there: V | None) -> list[list[V]]:
         """This lane's operands of what its warp takes of `spread` tiles."""
-        first = tile * WARPS + _warp() * spread
-        return [self.inputs.operands(first + n, there) for n in range(spread)]
+        first = tile * WARPS + thread.warp * thread.spread
+        return [self.inputs.operands(first + n, thread.lane, there) for n in range(thread.spread)]
 
     def _weights(
-        self, state: RingState, storage: Storage, there: Sequence[V | None]
+        self, state: RingState, storage: Storage, thread: Thread, there: Sequence[V | None]
     ) -> list[list[V]]:
         """This lane's words of a stage's tiles, `spread` at a time, once the stage is full."""
-        lane, warp, tiles = t.thread_id() % t.WARP, _warp(), self.weights.wait(state)
+        lane, warp, tiles = thread.lane, thread.warp, self.weights.wait(state)
         size, spread = storage.tile_bytes, storage.spread
-        if spread > 1:
-            tiles = tiles + warp * spread // WARPS * size
+        own = thread.tile * size
 
         def load(n: int, each: V | None) -> list[V]:
             def read(at: V, count: int) -> list[V]:
-                return t.load_shared(tiles + at + n * spread * size, count, each)
+                return t.load_shared(tiles + (at + own) + n * spread * size, count, each)
 
             return storage.load(read, warp, lane)
 
@@ -199,6 +220,7 @@ class Products:
         state: RingState,
         phase: Phase,
         storage: Storage,
+        thread: Thread,
         tiles: int | V,
         number: V,
         sums: V,
@@ -213,12 +235,10 @@ class Products:
             state, totals = RingState(*carry[:2]), carry[2:]
             begin, end = (stage_begin(phase, tiles, i + n) for n in (0, 1))
             firsts = range(0, count, spread)
-            there = [
-                None if n + spread <= least else _there(begin + n, end, spread) for n in firsts
-            ]
-            weights = self._weights(state, storage, there)
+            there = [None if n + spread <= least else thread.has(begin + n, end) for n in firsts]
+            weights = self._weights(state, storage, thread, there)
             inputs = [
-                self._inputs(begin + n, spread, c) for n, c in zip(firsts, there, strict=True)
+                self._inputs(begin + n, thread, c) for n, c in zip(firsts, there, strict=True)
             ]
             totals = self._multiplied(phase, storage, totals, weights, inputs)
             self.weights.release(state)
@@ -234,6 +254,7 @@ class Products:
         state: RingState,
         phase: Phase,
         storage: Storage,
+        thread: Thread,
         number: V,
         sums: V,
         inputs: list[list[list[V]]],
@@ -245,8 +266,8 @@ class Products:
                 min(phase.across, phase.unit * (-(-phase.across // phase.unit) * n // phase.stages))
                 for n in (i, i + 1)
             )
-            there = [_there(at, end, spread) for at in range(begin, end, spread)]
-            weights += self._weights(state, storage, there)
+            there = [thread.has(at, end) for at in range(begin, end, spread)]
+            weights += self._weights(state, storage, thread, there)
             self.weights.release(state)
             state = self.weights.next(state)
         totals = self._multiplied(phase, storage, [t.number(0)] * SUMS, weights, inputs)

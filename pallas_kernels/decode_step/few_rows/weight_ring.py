@@ -14,15 +14,15 @@ from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
 IN_FLIGHT_BYTES = 48 * 1024
-"""On their way at a time, in whole stages. More fill the memory's queues, and the words that blocks
-exchange come late; fewer leave it idle."""
+"""On their way at a time, rounded up to whole stages. More fill the memory's queues, and the words
+that blocks exchange come late; fewer leave it idle."""
 
 
 def in_flight(stage_bytes: int) -> int:
     """Stages on their way at a time; with fewer in the ring the fetching thread could wait for
     weights whose stage has gone on, forever.
     """
-    return max(1, IN_FLIGHT_BYTES // stage_bytes)
+    return -(-IN_FLIGHT_BYTES // stage_bytes)
 
 
 def stage_begin(phase: Phase, tiles: int | V, number: V) -> V:

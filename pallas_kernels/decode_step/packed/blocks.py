@@ -24,7 +24,12 @@ from pallas_kernels.decode_step.packed.scales import FLOAT16, Fields, Scales
 from pallas_kernels.decode_step.packed.storage import Group, Read, Storage
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
-from pallas_kernels.decode_step.ptx.arithmetic import permuted, scaled_halves, signed_bytes
+from pallas_kernels.decode_step.ptx.arithmetic import (
+    permuted,
+    placed,
+    scaled_halves,
+    signed_bytes,
+)
 from pallas_kernels.decode_step.ptx.formats import FORMATS, Format
 from pallas_kernels.decode_step.ptx.thread import V
 
@@ -163,7 +168,7 @@ class Blocks(Storage):
         table = [t.integer(int(x)) for x in entries.view(np.int32)]
         for word in words:
             index = word & 0x7777_7777
-            upper = ((word >> 1) & 0x4444_4444) | 0x3210_3210
+            upper = placed(word >> 1, 0x4444_4444, 0x3210_3210)
             looked = []
             for half in (0, 16):
                 at, pick = index >> half, upper >> half
@@ -171,7 +176,7 @@ class Blocks(Storage):
                 looked.append(permuted(low, high, pick))
             for pair in range(4):
                 both = permuted(looked[0], looked[1], pair | (4 + pair) << 8)
-                yield scaled_halves((both & 0x00FF_00FF) | 0x6400_6400, 1, -1024 - 128)
+                yield scaled_halves(placed(both, 0x00FF_00FF, 0x6400_6400), 1, -1024 - 128)
 
     def expands_to(self, dtype: str) -> bool:
         return dtype in FORMATS

@@ -21,8 +21,8 @@ from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx.formats import Format
 
-LONGEST_STAGE = 4
-"""Tiles that are fetched at once, at most; of blocks, which have fewer bytes, twice as many."""
+LONGEST_STAGE = 17 * 1024
+"""Bytes that are fetched at once, at most: four tiles of 16 bits, or eight of Q8_0."""
 
 QKV, O_PROJ, GATE_UP, DOWN, HEAD = range(5)
 """The phases: four products a layer, then the head."""
@@ -139,8 +139,15 @@ class Phase:
     @property
     def stages(self) -> int:
         """Stages of the ring that an M-tile fills."""
-        most = LONGEST_STAGE * min(storage.spread for storage in self.storages)
-        return -(-self.longest // most)
+        bytes_ = max(storage.tile_bytes for storage in self.storages)
+        units, most = -(-self.longest // self.unit), LONGEST_STAGE // bytes_ // self.unit
+        fewest = -(-units // most)
+
+        def cost(stages: int) -> float:
+            """In units, of which all stages take as many; to wait for one takes half of one."""
+            return stages * (-(-units // stages) + 0.5)
+
+        return fewest if self.unit == 1 else min(range(fewest, units + 1), key=cost)
 
     @property
     def stage_tiles(self) -> int:

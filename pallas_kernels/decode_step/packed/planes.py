@@ -14,7 +14,8 @@ from jaxtyping import Array, Int, UInt8, UInt32
 
 from pallas_kernels.decode_step.packed.storage import Read
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
-from pallas_kernels.decode_step.ptx.arithmetic import scaled_halves
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.arithmetic import placed, scaled_halves
 from pallas_kernels.decode_step.ptx.thread import V
 
 GROUP = 32
@@ -120,13 +121,13 @@ def pairs(planes: list[tuple[Plane, list[V]]], offset: int) -> list[V]:
         return [_alone(*planes[0], pair, offset) for pair in range(8)]
     made = []
     for pair in range(8):
-        value, low = None, 0
+        value: int | V = _MAGIC
+        low = 0
         for plane, words in planes:
             word, at = plane.at(pair)
-            moved = _moved(words[word], at - low) & _both(((1 << plane.bits) - 1) << low)
-            value, low = moved if value is None else value | moved, low + plane.bits
-        assert value is not None
-        made.append(scaled_halves(value | _MAGIC, 1, -1024 - offset))
+            mask = _both(((1 << plane.bits) - 1) << low)
+            value, low = placed(_moved(words[word], at - low), mask, value), low + plane.bits
+        made.append(scaled_halves(t.integer(value), 1, -1024 - offset))
     return made
 
 
@@ -136,7 +137,7 @@ def _alone(plane: Plane, words: list[V], pair: int, offset: int) -> V:
     far = at + plane.bits > 10
     here = _moved(words[word], 8) if far else words[word]
     place = at - 8 * far
-    value = (here & _both(((1 << plane.bits) - 1) << place)) | _MAGIC
+    value = placed(here, _both(((1 << plane.bits) - 1) << place), _MAGIC)
     return scaled_halves(value, 2.0**-place, -1024 * 2.0**-place - offset)
 
 

@@ -104,7 +104,7 @@ class Integers(Scales):
     """Whole numbers of 16 or 32 inputs, times d of a row; and others times dmin, the minima.
 
     In the order [group, g] first the whole numbers, a byte each and with `offset` added; then, in
-    the order [g], d of outputs g and g + 8 in a word, and dmin likewise. The bytes of a group are,
+    the order [g], d of outputs g and g + 8 in a word, and -dmin likewise. The bytes of a group are,
     first g then g + 8, its scales and then its minima, if all are of 32 inputs; of 16 inputs those
     of the first and then of the second; half bytes have the scale low, the minimum high. Without
     minima and of 32 inputs they are half a word, and groups 2 n and 2 n + 1 share one.
@@ -148,7 +148,9 @@ class Integers(Scales):
             kinds = kinds.reshape(len(scales), GROUPS // 2, 2, 8, 2).swapaxes(2, 3)
         bytes_ = kinds.reshape(len(scales), -1, 4)
         words = jnp.sum(bytes_ << np.arange(0, 32, 8, dtype=np.uint32), -1, dtype=jnp.uint32)
-        rows = [_both(fields[n][..., None])[..., 0] for n in ("d", "dmin") if n in self.names]
+        signs = {"d": 0, "dmin": 0x8000} if self.minimum else {"d": 0}
+        halves = [fields[name] ^ np.uint16(sign) for name, sign in signs.items()]
+        rows = [_both(each[..., None])[..., 0] for each in halves]
         return jnp.concatenate([words, jnp.stack(rows, axis=-1).reshape(len(words), -1)], axis=1)
 
     def numbers(
@@ -172,10 +174,10 @@ class Integers(Scales):
 
         if not self.minimum:
             return times((grid - np.uint8(self.offset)).view(jnp.int8), d), None
-        dmin = -_floats(tail[..., 1:])
+        negative = _floats(tail[..., 1:])
         if self.each == 16:
-            return times(grid & 0x0F, d), times(grid >> 4, dmin)
-        return times(grid[..., :1], d), times(grid[..., 1:], dmin)
+            return times(grid & 0x0F, d), times(grid >> 4, negative)
+        return times(grid[..., :1], d), times(grid[..., 1:], negative)
 
     def load(self, read: Read, begin: int, group: V, g: V) -> list[V]:
         count = 2 if self.minimum else 1
@@ -196,11 +198,11 @@ class Integers(Scales):
         if not self.minimum:
             firsts = range(0, 32 // self.each * 2, 2)
             return [Scale(two(word, first, d, self.offset), None) for first in firsts]
-        dmin = others[0][0] * -1.0, others[0][1] * -1.0
+        (negative,) = others
         if self.each == 32:
-            return [Scale(two(word, 0, d), two(word, 2, dmin))]
+            return [Scale(two(word, 0, d), two(word, 2, negative))]
         scales, mins = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
-        return [Scale(two(scales, n, d), two(mins, n, dmin)) for n in (0, 2)]
+        return [Scale(two(scales, n, d), two(mins, n, negative)) for n in (0, 2)]
 
 
 def _both(halves: Shaped[Array, "n 16 m"]) -> UInt32[Array, "n 8 m"]:

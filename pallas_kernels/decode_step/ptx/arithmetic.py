@@ -15,6 +15,12 @@ def permuted(a: V, b: V, selector: int | V) -> V:
     return asm("prmt.b32 $0, $1, $2, $3;", [i32()], "=r,r,r,r", a, b, integer(selector))[0]
 
 
+def placed(word: V, mask: int, bits: int | V) -> V:
+    """Some bits of a word among others: (word & mask) | bits, in one instruction."""
+    text = "lop3.b32 $0, $1, $2, $3, 0xEA;"
+    return asm(text, [i32()], "=r,r,r,r", word, integer(mask), integer(bits))[0]
+
+
 def scaled_halves(pair: V, factor: float, addend: float) -> V:
     """Two float16 times a power of two and a number added, rounded once."""
     if factor == 1:

@@ -92,9 +92,11 @@ def load(
             several, which add up: directories that peft saved, LoRA GGUF files, or `hf:`.
         dtype: of the parameters: "float32", "bfloat16", "float16", or "auto": float32 on a
             CPU, where it is fastest, bfloat16 elsewhere.
-        weights: on a CPU: "packed" keeps matrices as the file has them, in blocks or 16 bits, and
-            decodes them as they are used; "expanded" makes numbers of them once. "auto" packs
-            where these would take more than three quarters of the free memory.
+        weights: "packed" keeps matrices as the file has them, "expanded" makes numbers of them
+            once. A CPU decodes blocks, or 16 bits, as it uses them; a Hopper GPU multiplies GGUF's
+            blocks as they are, up to 16 texts at a time. "auto" packs where numbers would take more
+            than three quarters of the free memory, and on a GPU for up to 8 texts that are
+            expected.
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.
         matmul_precision: of float32 products: "highest" never uses TF32, "high" and
             "default" may.

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 
-from qwen_jax.engine.blocks import held_bytes, load_blocks
+from qwen_jax.engine.blocks import load_blocks
 from qwen_jax.engine.compiling import Expected, compile_ahead
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.form import form_of, load_packed, packed_shapes
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
@@ -25,7 +26,7 @@ from qwen_jax.weights.loader import iter_parameters
 def load_engine(
     checkpoint: Checkpoint,
     dtype: jnp.dtype,
-    form: str,
+    asked: str,
     options: EngineOptions,
     expected: Expected | None,
     progress: Progress | None,
@@ -34,7 +35,7 @@ def load_engine(
 
     Args:
         dtype: of the parameters.
-        form: of the weights, as `api.load` says.
+        asked: the weights' form, as `api.load` says.
         options: without what a tokenizer knows.
         expected: what will be asked for, or None where nothing is to be compiled ahead.
         progress: called with bytes read and bytes in all.
@@ -46,15 +47,22 @@ def load_engine(
     """
     config, platform = checkpoint.config, device().platform
     implementation = options.get("implementation", "auto")
-    packed, held = held_bytes(form, checkpoint, dtype)
-    check_weights_fit(config, dtype, held if packed else None)
-    options = options | EngineOptions(texts=None if expected is None else expected.texts)
-    layout = Layout.of(config, dtype, platform, loaded=False, held=held, **options)
+    texts = None if expected is None else expected.texts
+    slots = options.get("slots")
+    form = form_of(
+        asked, checkpoint, dtype, implementation=implementation, slots=slots, texts=texts
+    )
+    check_weights_fit(config, dtype, form.held if form.blocks else None)
+    options = options | EngineOptions(texts=texts, slots=slots or form.rows)
+    layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
     options |= EngineOptions(cache_tokens=layout.cache_tokens)
     programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
     if programs is not None and platform != "cpu":  # whose cores are busy with the weights
-        shapes = prepared_shapes(config, checkpoint.parameters, dtype, implementation)
+        if form.plan is not None:
+            shapes = packed_shapes(checkpoint, form.plan, dtype, implementation)
+        else:
+            shapes = prepared_shapes(config, checkpoint.parameters, dtype, implementation)
         compile_ahead(layout, shapes, programs._replace(rows=()))
 
     def read() -> tuple[Tokenizer, EngineOptions]:
@@ -80,8 +88,11 @@ def load_engine(
                 progress(done, total)
 
         try:
-            if packed:
-                weights: Weights = load_blocks(checkpoint, watched)
+            weights: Weights
+            if form.plan is not None:
+                weights = load_packed(checkpoint, form.plan, dtype, implementation, watched)
+            elif form.blocks:
+                weights = load_blocks(checkpoint, watched)
             else:
                 parameters = iter_parameters(checkpoint, dtype, progress=watched)
                 weights = prepare(config, parameters, dtype, implementation)

@@ -177,7 +177,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     ),
     "sha256": ("sha256", "What the GGUF file's SHA-256 must be."),
     "dtype": ("dtype", "auto, float32, bfloat16 or float16."),
-    "weights": ("weights", "auto, packed (blocks stay blocks, on a CPU) or expanded."),
+    "weights": ("weights", "auto, packed (blocks of the file stay blocks) or expanded."),
     "implementation": ("implementation", "auto, mosaic_gpu or xla, for every operation."),
     "prompt": ("prompt", "The user's message; - reads it from stdin."),
     "prompt_file": ("prompt_file", "Prompts, one a line; .jsonl for one object a line."),

@@ -11,8 +11,9 @@ from gguf.constants import GGMLQuantizationType as Type
 from jax import lax
 
 from qwen_jax.engine import blocks, memory
-from qwen_jax.engine.blocks import BlockWeights, Stacked, held_bytes, load_blocks, packed_bytes
+from qwen_jax.engine.blocks import BlockWeights, Stacked, load_blocks, packed_bytes
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.form import Form, form_of
 from qwen_jax.errors import UserError
 from qwen_jax.model.decoder import matmul
 from qwen_jax.weights.blocks import FORMATS, decode_into
@@ -129,22 +130,24 @@ def test_damaged_blocks(tmp_path: Path) -> None:
 
 def test_rule_of_auto(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers, unless they take more than three quarters of what is free."""
-    _, expanded = held_bytes("expanded", mixed, FLOAT32)
-    packed = packed_bytes(mixed)
-    for free, form in ((expanded * 4 // 3 + 4, False), (expanded * 4 // 3 - 4, True)):
+    numbers = form_of("expanded", mixed, FLOAT32)
+    expanded, packed = numbers.held, packed_bytes(mixed)
+    assert packed is not None
+    blocks = Form(packed, blocks=True)
+    for free, form in ((expanded * 4 // 3 + 4, numbers), (expanded * 4 // 3 - 4, blocks)):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
-        assert held_bytes("auto", mixed, FLOAT32) == (form, packed if form else expanded)
-    assert held_bytes("packed", mixed, FLOAT32) == (True, packed)
-    assert not held_bytes("auto", mixed, jnp.dtype(jnp.bfloat16))[0]
+        assert form_of("auto", mixed, FLOAT32, texts=1) == form
+    assert form_of("packed", mixed, FLOAT32) == blocks
+    assert not form_of("auto", mixed, jnp.dtype(jnp.bfloat16)).blocks
 
 
 def test_refusals(mixed: Checkpoint, tmp_path: Path) -> None:
     plain = open_checkpoint(write_hf(tmp_path / "hf", CONFIG, random_parameters(CONFIG)).path)
     with pytest.raises(UserError, match="has no matrices in blocks or in 16 bits"):
-        held_bytes("packed", plain, FLOAT32)
-    assert not held_bytes("auto", plain, FLOAT32)[0]
+        form_of("packed", plain, FLOAT32)
+    assert not form_of("auto", plain, FLOAT32).blocks
     with pytest.raises(UserError, match="blocks are decoded to float32, and dtype is bfloat16"):
-        held_bytes("packed", mixed, jnp.dtype(jnp.bfloat16))
+        form_of("packed", mixed, jnp.dtype(jnp.bfloat16))
 
 
 def test_what_does_not_fit(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
-from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.weights import PlainWeights
-from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.blocks import FORMATS, decoded
 from qwen_jax.weights.checkpoint import Checkpoint
@@ -318,30 +316,3 @@ def _split(blocks: Any, rows: int) -> Any:
     host = aligned((rows, len(blocks) // rows, *blocks.shape[1:]), blocks.dtype)
     host[...] = blocks.reshape(host.shape)
     return jax.device_put(host)
-
-
-def held_bytes(weights: str, checkpoint: Checkpoint, dtype: jnp.dtype) -> tuple[bool, int]:
-    """Whether the weights stay in blocks, and what they take then, or else in `dtype`.
-
-    Args:
-        weights: "auto", "packed" or "expanded". `memory.packs` has the rule of "auto".
-
-    Raises:
-        UserError: they can't stay in blocks, and it was asked for.
-    """
-    budget = Budget.of(checkpoint.config, dtype)
-    packed = packed_bytes(checkpoint)
-    why_not = None
-    if (platform := device().platform) != "cpu":
-        why_not = f"on a {platform.upper()} matrices are in {dtype.name}"
-    elif dtype != FLOAT32:
-        why_not = f"blocks are decoded to float32, and dtype is {dtype.name}"
-    elif packed is None:
-        why_not = f"{checkpoint.path} has no matrices in blocks or in 16 bits that could stay so"
-    if weights == "packed" and why_not is not None:
-        raise UserError(f"weights is 'packed', but {why_not}; choose auto or expanded.")
-    if weights == "expanded" or why_not is not None or packed is None:
-        return False, budget.weights
-    if weights == "packed" or packs(budget, packed):
-        return True, packed
-    return False, budget.weights

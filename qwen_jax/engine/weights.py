@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from gguf.constants import GGMLQuantizationType
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 import pallas_kernels
 from pallas_kernels.decode_step import (
@@ -36,6 +37,7 @@ from qwen_jax.executables.kept import Kept
 from qwen_jax.model.cache import Cache
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.weights import names
+from qwen_jax.weights.on_device import Raw, decoded
 
 if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
     from qwen_jax.model.decoder import Parameters, Qwen2
@@ -126,24 +128,35 @@ def _step(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """A matrix whose rows are looked up, in a file's blocks."""
+
+    raw: UInt8[Array, "V bytes"]
+    kind: GGMLQuantizationType = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, rows: Any) -> Float[Array, "*T D"]:
+        found = self.raw[rows]
+        return decoded(found.reshape(-1), self.kind).reshape(*found.shape[:-1], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PackedWeights:
     """A model's parameters as the decode-step kernel reads them.
 
     Attributes:
         packed: the stream of weight tiles, biases and norms.
         embed: the embedding where the head is not tied to it; else it is the stream's head.
+        dtype: of matrices where they are put together, and of the cache.
         implementation: of the step, as asked for; "xla" runs the kernel's reference.
     """
 
     packed: Packed
-    embed: Float[Array, "V D"] | None
+    embed: "Float[Array, 'V D'] | Rows | None"
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     plan: StepPlan = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     implementation: str = dataclasses.field(metadata={"static": True})
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.plan.phases[HEAD].storages[0].dtype
 
     def devices(self) -> set[jax.Device]:
         return self.packed.stream.devices()
@@ -202,7 +215,7 @@ class PackedWeights:
         head = self._matrix(HEAD)
         if self.embed is None:
             return params | {"embed": head}
-        return params | {"embed": self.embed, "lm_head": head}
+        return params | {"embed": self.embed[...].astype(self.dtype), "lm_head": head}
 
     def look_up(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T D"]:
         """Rows of the embedding, without all of it where it is the head."""
@@ -276,28 +289,36 @@ def prepared_shapes(
 
 def pack(
     config: ModelConfig,
-    parameters: Iterable[tuple[str, jax.Array]],
+    parameters: Iterable[tuple[str, jax.Array | Raw]],
     dtype: jnp.dtype,
     implementation: str,
+    plan: StepPlan | None = None,
+    embed: GGMLQuantizationType | None = None,
 ) -> PackedWeights:
     """Packs each parameter as it comes and lets it go.
 
     So the device never holds more than the packed weights and two parameters.
+
+    Args:
+        plan: how matrices are stored, all in `dtype` by default. Of those that stay in blocks the
+            parameter is the bytes of each of its sources.
+        embed: the type of an embedding that is not the head and comes as bytes.
     """
-    plan = plan_for(config, dtype.name)
+    plan = plan or plan_for(config, dtype.name)
     stream, offsets = empty_stream(plan), tile_offsets(plan)
-    small: dict[str, jax.Array] = {}
+    small: dict[str, Any] = {}
     head = "embed" if config.tied else "lm_head"
     for name, value in parameters:
         parts = name.split(".")
         if name == head:
-            stream = _put_matrix(stream, plan.at(HEAD, 0), value, False, dtype.name)
+            stream = _put(plan, stream, value, HEAD, 0)
         elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
-            phase = MATRICES.index(parts[2])
-            at = plan.at(phase, int(parts[1]))
-            stream = _put_matrix(stream, at, value, phase == GATE_UP, dtype.name)
+            stream = _put(plan, stream, value, MATRICES.index(parts[2]), int(parts[1]))
         else:
             small[name] = value
+    if embed is not None:
+        (raw,) = small["embed"]
+        small["embed"] = Rows(raw, embed)
     layers = range(config.num_layers)
     bias = [small[f"layers.{i}.qkv_proj.bias"] for i in layers]
     norms = [small[f"layers.{i}.{n}"] for i in layers for n in ("attn_norm", "ffn_norm")]
@@ -307,4 +328,18 @@ def pack(
         jnp.stack([*norms, small["final_norm"]]).astype(jnp.float32),
         offsets,
     )
-    return PackedWeights(packed, small.get("embed"), config, plan, implementation)
+    return PackedWeights(packed, small.get("embed"), config, plan, dtype, implementation)
+
+
+def _put(
+    plan: StepPlan, stream: UInt32[Array, "n words"], value: Any, phase: int, layer: int
+) -> UInt32[Array, "n words"]:
+    """A phase's matrix, as numbers or as the bytes of its sources, put into the stream."""
+    if isinstance(value, tuple) and phase == GATE_UP:
+        value = jnp.concatenate(value)
+    stored = plan.stored(phase, layer)
+    if not isinstance(value, tuple):
+        return _put_matrix(stream, plan.at(phase, layer), value, phase == GATE_UP, stored[0])
+    for segment, (raw, name) in enumerate(zip(value, stored, strict=True)):
+        stream = _put_matrix(stream, plan.at(phase, layer, segment), raw, False, name)
+    return stream

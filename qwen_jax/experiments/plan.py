@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import api
-from qwen_jax.engine.blocks import held_bytes
+from qwen_jax.engine.form import form_of
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.errors import UserError
@@ -94,8 +94,10 @@ def _size(choice: Choice) -> Checkpoint | None:
 def _memory(point: Point, size: Checkpoint | None) -> int | None:
     if size is None:
         return None
-    dtype, slots = api.dtype_of(point.config.dtype), point.config.slots
-    _, held = held_bytes(point.config.weights, size, dtype)
+    config = point.config
+    dtype, slots = api.dtype_of(config.dtype), config.slots
+    form = form_of(config.weights, size, dtype, implementation=config.implementation, slots=slots)
+    held, slots = form.held, slots or form.rows
     budget = Budget.of(size.config, dtype, held)
     try:
         layout = Layout.of(

@@ -16,7 +16,7 @@ from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import api, pins, recommended
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
-from qwen_jax.engine.blocks import held_bytes
+from qwen_jax.engine.form import Form, form_of
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.loading import read_tokenizer
@@ -41,7 +41,14 @@ def run(command: Command) -> int:
     api.check_slots(config.slots)
     pins.pin_and_tell(config, pins.OF_RUN)
     checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
-    packed, held = held_bytes(config.weights, checkpoint, dtype)
+    form = form_of(
+        config.weights,
+        checkpoint,
+        dtype,
+        implementation=config.implementation,
+        slots=config.slots,
+        texts=1,
+    )
     tokenizer = read_tokenizer(checkpoint)
     sections = (
         ("file", file_lines(checkpoint, config.model)),
@@ -50,7 +57,7 @@ def run(command: Command) -> int:
         ("tensors", tensor_lines(checkpoint)),
         ("text", text_lines(tokenizer, recommended.read(checkpoint))),
         ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
-        ("memory", memory_lines(checkpoint.config, dtype, config.slots, held if packed else None)),
+        ("memory", memory_lines(checkpoint.config, dtype, config.slots, form)),
     )
     print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
     return 0
@@ -169,18 +176,21 @@ def implementation_lines(
 
 
 def memory_lines(
-    config: ModelConfig, dtype: jnp.dtype, slots: int | None = None, held: int | None = None
+    config: ModelConfig, dtype: jnp.dtype, slots: int | None = None, form: Form | None = None
 ) -> Iterator[str]:
     """The budget: weights, cache per 1k tokens, and the cache that the slots would share.
 
     Args:
-        held: what the weights take where they stay in blocks.
+        form: of the weights; of none, all are numbers.
     """
+    form = form or Form(Budget.of(config, dtype).weights)
+    held, slots = form.held, slots or form.rows
     budget = Budget.of(config, dtype, held)
     weights, each, free = budget.weights, budget.cache_per_token, budget.free
     yield f"{device().device_kind}: {show_bytes(free)} free; parameters and cache in {dtype.name}"
     all_numbers = show_bytes(Budget.of(config, dtype).weights)
-    expanded = f"  (in blocks, decoded as they are used; expanded {all_numbers})" if held else ""
+    how = "multiplied as they are" if form.plan else "decoded as they are used"
+    expanded = f"  (in blocks, {how}; expanded {all_numbers})" if form.blocks else ""
     yield f"weights                 {show_bytes(weights):>9}{expanded}"
     yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
     context = config.context_length

@@ -5,6 +5,8 @@ file, in pieces of some megabytes that several threads send at a time. The compi
 piece decodes it and puts it into its rows of the parameter. Its sizes are those of the piece and
 the parameter, so a model of any number of layers takes about a dozen programs.
 
+Matrices that are multiplied in their blocks stay bytes; their values are looked at all the same.
+
 A block format has one definition, in `simple_quants`, `kquants` and `iquants`: its decoder is
 given JAX's arrays here. Weights in other forms (GPTQ, AWQ, FP8, float64, adapters' changes) are
 rarer; the threads decode them a piece at a time, and the numbers travel.
@@ -14,7 +16,7 @@ import collections
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
+from jaxtyping import Array, Float32, Int32, Shaped, UInt8
 
 from qwen_jax.executables.kept import Kept
 from qwen_jax.weights.blocks import FORMATS
@@ -42,6 +44,10 @@ GPU's bus takes several times that."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+Raw = tuple[UInt8[Array, "rows bytes"], ...]
+"""The bytes of a parameter's weights, of each one's rows."""
 
 
 class Piece(NamedTuple):
@@ -75,10 +81,14 @@ def iter_decoded(
     dtype: np.dtype,
     device: jax.Device | jax.sharding.Sharding | None,
     progress: Progress | None,
-) -> Iterator[tuple[str, jax.Array]]:
+    keep: Collection[str] = (),
+) -> Iterator[tuple[str, Any]]:
     """As `loader.iter_parameters`, which says more; the values are looked at when all are there.
 
     The host holds no more than the pieces on their way.
+
+    Args:
+        keep: parameters that stay as the file has them, each all in blocks: a `Raw`.
     """
     names = [name for parameter in checkpoint.parameters for name in parameter.sources]
     sizes = [sum(info.nbytes for info in checkpoint.stored[name].infos) for name in names]
@@ -92,18 +102,25 @@ def iter_decoded(
 
     def send(item: tuple[Parameter, Piece]) -> jax.Array:
         parameter, piece = item
-        return jax.device_put(piece.read(dtype_of(parameter)), device).block_until_ready()
+        data = piece.read(dtype_of(parameter))
+        if parameter.name in keep:
+            data = data.reshape(piece.stop - piece.start, -1)
+        return jax.device_put(data, device).block_until_ready()
 
     with ThreadPoolExecutor(SENDERS, thread_name_prefix="send") as pool:
         arrived = _ahead(pool, send, ((p, piece) for p, pieces in plan for piece in pieces))
         for parameter, pieces in plan:
-            out = _empty(parameter.shape, dtype_of(parameter), device)
+            raw = parameter.name in keep
+            arrays = _arrays(parameter, checkpoint, dtype_of, raw)
+            outs, first = [_empty(*array, device) for array in arrays], pieces[0].number
             for piece, data in zip(pieces, arrived, strict=False):
-                place = np.array([piece.row, piece.number], np.int32)
-                out, first_bad = _insert(out, first_bad, data, place, block_type(piece.stored))
+                at = piece.number - first if raw else 0
+                place = np.array([piece.start if raw else piece.row, piece.number], np.int32)
+                kind = block_type(piece.stored)
+                outs[at], first_bad = _insert(outs[at], first_bad, data, place, kind, raw)
                 if progress:
                     progress(before[piece.number] + piece.sent, before[-1])
-            yield parameter.name, out
+            yield parameter.name, tuple(outs) if raw else outs[0]
     if (bad := int(first_bad)) < len(names):
         (parameter,) = (p for p in checkpoint.parameters if names[bad] in p.sources)
         raise not_finite(names[bad], checkpoint.stored[names[bad]], dtype_of(parameter))
@@ -148,14 +165,34 @@ def block_type(stored: Stored) -> GGMLQuantizationType | None:
     return GGMLQuantizationType(kind) if isinstance(stored, Plain) and kind in FORMATS else None
 
 
-@functools.partial(jax.jit, static_argnames="kind", donate_argnums=(0, 1))
+def _arrays(
+    parameter: Parameter,
+    checkpoint: Checkpoint,
+    dtype_of: Callable[[Parameter], np.dtype],
+    raw: bool,
+) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of a parameter on the device, or of each of its sources' bytes."""
+    if not raw:
+        return [(parameter.shape, dtype_of(parameter))]
+    byte = np.dtype(np.uint8)
+    return [(raw_shape(checkpoint, name), byte) for name in parameter.sources]
+
+
+def raw_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """Rows of a weight, and bytes of one."""
+    stored = checkpoint.stored[name]
+    return stored.shape[0], sum(info.nbytes for info in stored.infos) // stored.shape[0]
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "raw"), donate_argnums=(0, 1))
 def insert(
-    out: Float[Array, "rows ..."],
+    out: Shaped[Array, "rows ..."],
     first_bad: Int32[Array, ""],
     data: Shaped[Array, "..."],
     place: Int32[Array, "2"],
     kind: GGMLQuantizationType | None,
-) -> tuple[Float[Array, "rows ..."], Int32[Array, ""]]:
+    raw: bool = False,
+) -> tuple[Shaped[Array, "rows ..."], Int32[Array, ""]]:
     """The piece's values in their rows of `out`, rounded to nearest even as `blocks.fill` does.
 
     Args:
@@ -163,12 +200,15 @@ def insert(
         first_bad: the lowest number of a weight with a value that is not finite in `out`'s dtype.
         data: blocks of the type `kind`, or numbers where it is None.
         place: where the piece's rows begin, and its weight's number.
+        raw: whether `out` takes the piece's bytes, rows of blocks.
     """
     values = data if kind is None else decoded(data, kind)
-    values = values.astype(jnp.float32).astype(out.dtype).reshape(-1, *out.shape[1:])
+    values = values.astype(jnp.float32)
+    if not raw:
+        values = values.astype(out.dtype).reshape(-1, *out.shape[1:])
     row, number = place
     bad = jnp.where(jnp.isfinite(values).all(), first_bad, jnp.minimum(first_bad, number))
-    return lax.dynamic_update_slice_in_dim(out, values, row, 0), bad
+    return lax.dynamic_update_slice_in_dim(out, data if raw else values, row, 0), bad
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -177,7 +217,7 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[Array, "..."]:
     return jnp.zeros(shape, dtype)
 
 
-_insert = Kept(sys.modules[__name__], "insert", static=(4,))
+_insert = Kept(sys.modules[__name__], "insert", static=(4, 5))
 _zeros = Kept(sys.modules[__name__], "zeros", static=(0, 1))
 
 

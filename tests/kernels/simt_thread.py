@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.few_rows import products
-from pallas_kernels.decode_step.packed import blocks, planes
+from pallas_kernels.decode_step.packed import blocks, planes, scales
 from pallas_kernels.decode_step.ptx import arithmetic, barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
@@ -291,7 +291,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         (arithmetic, "permuted", permuted), (blocks, "permuted", permuted),
         (arithmetic, "scaled_halves", scaled_halves), (blocks, "scaled_halves", scaled_halves),
         (planes, "scaled_halves", scaled_halves), (planes, "placed", placed),
-        (blocks, "placed", placed),
+        (blocks, "placed", placed), (scales, "permuted", permuted),
+        (scales, "scaled_halves", scaled_halves),
     ]:  # fmt: skip
         patch.setattr(module, name, code)
     for name, code in {"pair": pair, "floats": apart, "multiply": multiply}.items():

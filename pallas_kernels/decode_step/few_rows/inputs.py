@@ -1,13 +1,17 @@
 """A product's whole input in shared memory, as the tensor cores take it.
 
 An input is float32; it enters as two 16-bit numbers, rounded and the rest. Of every 16 columns each
-row has four quads, four rounded numbers and their four rests.
+row has four quads, four rounded numbers and their four rests. Where weights have addends, sums of
+every 16 inputs are kept as well: of a tile and row eight rounded sums, then their rests.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 from pallas_kernels.decode_step.common.exchange import poll
 from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
@@ -21,9 +25,16 @@ EIGHT = 8
 """Rows that a tensor-core product takes at most: it has eight columns."""
 
 
-def input_bytes(tiles: int, rows: int) -> int:
-    """Shared memory for an input of so many tiles' columns."""
+def operand_bytes(tiles: int, rows: int) -> int:
+    """Shared memory for the operands of so many tiles' columns."""
     return tiles * WARPS * rows * 64
+
+
+def input_bytes(plan: StepPlan, rows: int) -> int:
+    """Shared memory for a product's input: its operands, then its sums if any takes them."""
+    tiles = max(phase.longest for phase in plan.phases)
+    adds = any(storage.addends for storage in plan.storages)
+    return operand_bytes(tiles, rows) + (tiles * rows * 32 if adds else 0)
 
 
 class Inputs:
@@ -32,14 +43,16 @@ class Inputs:
     Attributes:
         rows: 1 to 16.
         memory: in shared memory, for the operands.
+        sums: the same, for sums of 16 inputs.
         squares: the same, for the warps' sums of squares.
         narrow: a row's rounded numbers and their rests are two of a product's columns; where not,
             they are one column of two products.
         eights: how many times eight rows there are, rounded up.
     """
 
-    def __init__(self, rows: int, memory: V, squares: V):
+    def __init__(self, rows: int, longest: int, memory: V, squares: V):
         self.rows, self.memory, self.squares = rows, memory, squares
+        self.sums = memory + operand_bytes(longest, rows)
         self.warps_each = max(1, WARPS // rows)
         self.narrow = rows <= 4
         self.eights = -(-rows // EIGHT)
@@ -52,6 +65,7 @@ class Inputs:
         most_quads: int,
         flag: V,
         format: Format,
+        summed: bool,
         norm: V | None = None,
     ) -> None:
         """Polls for an input and puts it into shared memory.
@@ -62,6 +76,7 @@ class Inputs:
             quads: a quarter of the input's length, `most_quads` of them on any block.
             flag: of the words.
             format: in which the product is taken.
+            summed: whether sums are kept.
             norm: address of weights to multiply with; the sum of squares of what they are
                 multiplied with is kept as well.
         """
@@ -92,6 +107,8 @@ class Inputs:
                 at = (q // QUAD) * (64 * self.rows) + row * 64 + (q % QUAD) * 16
                 target = self.memory + at
                 t.when(there[n], functools.partial(t.store_shared, target, operand))
+                if summed:
+                    self._sum(row, q, values, format, there[n])
             return [total]
 
         def all_of(row: V) -> None:
@@ -114,6 +131,18 @@ class Inputs:
         t.loop(-(-self.rows // WARPS), [], every)
         t.block_barrier(THREADS)
 
+    def _sum(self, row: V, quad: V, values: list[V], format: Format, there: V) -> None:
+        """Of four quads, which are 16 inputs: of each eight, one lane keeps both sums."""
+        mine = t.warp_sum(sum(values[1:], start=values[0]), masks=(1, 2))
+        rounded, rest = format.split(mine, t.from_lane(mine, 4))
+        at = self.sums + ((quad // 32) * self.rows + row) * 32 + quad % 32 // 8 * 4
+
+        def both() -> None:
+            t.store_shared(at, [rounded])
+            t.store_shared(at + 16, [rest])
+
+        t.when(there & (quad % 8).equals(0), both)
+
     def mean_square(self, row: V, length: int) -> V:
         """Of the input absorbed with weights."""
         at = self.squares + row * (4 * self.warps_each)
@@ -134,4 +163,17 @@ class Inputs:
             else:
                 words, own = 4, (column if last == EIGHT - 1 else t.smaller(column, last)) * 64
             loaded += t.load_shared(at + (own + quarter * 16 + first * 64), words, there)
+        return loaded
+
+    def summed(self, tile: V, lane: V, there: Sequence[V]) -> list[V]:
+        """This lane's operands of two tiles' sums, if they are there, as `operands` has them."""
+        column, quarter = lane // 4, lane % 4
+        at, loaded = tile * (32 * self.rows) + self.sums + quarter * 4, []
+        for first in range(0, self.rows, EIGHT):
+            last = min(self.rows - first, EIGHT) - 1
+            own, parts = t.smaller(column, last) * 32 + first * 32, [0, 16]
+            if self.narrow:
+                own, parts = t.smaller(column // 2, last) * 32 + column % 2 * 16, [0]
+            for part, (n, each) in itertools.product(parts, enumerate(there)):
+                loaded += t.load_shared(at + own + (part + n * 32 * self.rows), 1, each)
         return loaded

@@ -93,9 +93,8 @@ def memory(plan: StepPlan, rows: int) -> Memory:
 
 
 def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
-    longest = max(phase.longest for phase in plan.phases)
     others = (
-        max(input_bytes(longest, rows), attention.found_bytes(plan)),
+        max(input_bytes(plan, rows), attention.found_bytes(plan)),
         sums_bytes(m_tiles, rows),
         own_bytes(plan, rows),
         attention.heads_bytes(plan),
@@ -174,7 +173,8 @@ def build(
         given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         base = t.address(smem, shared=True)
         _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
-        inputs = Inputs(rows, operands, squares)
+        longest = max(phase.longest for phase in plan.phases)
+        inputs = Inputs(rows, longest, operands, squares)
         words = Exchange(given.exchange, layout)
 
         def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:

@@ -28,6 +28,10 @@ MOST_KEPT = 8
 """Tiles up to which an input is kept in registers for all M-tiles."""
 
 
+Taken = tuple[list[V], list[list[V]]]
+"""A lane's words of some weights, and its operands of their inputs, for each product in turn."""
+
+
 def sums_bytes(m_tiles: int, rows: int) -> int:
     """Shared memory for the warps' sums of so many M-tiles, twice."""
     return 2 * m_tiles * WARPS * rows * M_TILE * 4
@@ -39,12 +43,7 @@ def _added(format: Format, group: Group, b: list[list[V]], sums: list[V]) -> lis
         return _chained(format, group.operands, b, sums)
     zeroes = [t.number(0)] * 4
     products = _chained(format, group.operands, b, zeroes)
-    sums = [multiply_add(*three) for three in zip(products, group.scales, sums, strict=True)]
-    if group.addends is None:
-        return sums
-    ones = [[t.integer(format.ones)] * 4] * len(b)
-    inputs = _chained(format, ones, b, zeroes)
-    return [multiply_add(*three) for three in zip(inputs, group.addends, sums, strict=True)]
+    return [multiply_add(*three) for three in zip(products, group.scales, sums, strict=True)]
 
 
 def _chained(format: Format, a: list[list[V]], b: list[list[V]], sums: list[V]) -> list[V]:
@@ -179,10 +178,10 @@ class Products:
         return [self.inputs.operands(first + n, thread.lane, there) for n in range(thread.spread)]
 
     def _weights(
-        self, state: RingState, storage: Storage, thread: Thread, there: Sequence[V | None]
+        self, tiles: V, storage: Storage, thread: Thread, there: Sequence[V | None]
     ) -> list[list[V]]:
-        """This lane's words of a stage's tiles, `spread` at a time, once the stage is full."""
-        lane, warp, tiles = thread.lane, thread.warp, self.weights.wait(state)
+        """This lane's words of a stage's tiles, which begin there, `spread` at a time."""
+        lane, warp = thread.lane, thread.warp
         size, spread = storage.tile_bytes, storage.spread
         own = thread.tile * size
 
@@ -194,25 +193,50 @@ class Products:
 
         return [load(n, each) for n, each in enumerate(there)]
 
+    def _addends(
+        self, tiles: V, storage: Storage, thread: Thread, begin: int | V, end: int | V, count: int
+    ) -> list[Taken]:
+        """Of the addends of a stage's tiles, which are `begin` to `end` of an M-tile and `count` at
+        most, what this warp takes: those of every eighth two tiles.
+        """
+        if not storage.addends:
+            return []
+        found = []
+        for first in range(0, count, 2 * WARPS):
+            at = thread.warp * 2 + first
+            there = [at + (begin + n) < end for n in (0, 1)]
+
+            def read(n: int, byte: V, words: int, at: V = at, there: list[V] = there) -> list[V]:
+                address = tiles + at * storage.tile_bytes + byte + n * storage.tile_bytes
+                return t.load_shared(address, words, there[n])
+
+            reads = [functools.partial(read, n) for n in (0, 1)]
+            words = storage.load_addends(reads, thread.lane)
+            found.append((words, [self.inputs.summed(at + begin, thread.lane, there)]))
+        return found
+
     def _multiplied(
         self,
         phase: Phase,
         storage: Storage,
         totals: Sequence[V],
-        weights: list[list[V]],
-        inputs: list[list[list[V]]],
+        weights: Sequence[Taken],
+        addends: Sequence[Taken],
     ) -> list[V]:
         """Running sums with some tiles added; of every eight rows in turn, a share of them."""
         totals, each = list(totals), SUMS // self.inputs.eights
         turns = [itertools.cycle(range(i, i + each, 4)) for i in range(0, SUMS, each)]
-        for words, taken in zip(weights, inputs, strict=True):
+        parts: list[tuple[Group, list[list[V]]]] = []
+        for words, taken in weights:
             rest = iter(taken)
             for group in storage.groups(words):
-                x = list(itertools.islice(rest, len(group.operands)))
-                for half in range(0, len(x[0]), 2):
-                    at = next(turns[half // 4])
-                    b, sums = [each[half : half + 2] for each in x], totals[at : at + 4]
-                    totals[at : at + 4] = _added(phase.format, group, b, sums)
+                parts.append((group, list(itertools.islice(rest, len(group.operands)))))
+        parts += [(storage.addend_group(words), taken) for words, taken in addends]
+        for group, x in parts:
+            for half in range(0, len(x[0]), 2):
+                at = next(turns[half // 4])
+                b, sums = [each[half : half + 2] for each in x], totals[at : at + 4]
+                totals[at : at + 4] = _added(phase.format, group, b, sums)
         return totals
 
     def _m_tile(
@@ -236,11 +260,14 @@ class Products:
             begin, end = (stage_begin(phase, tiles, i + n) for n in (0, 1))
             firsts = range(0, count, spread)
             there = [None if n + spread <= least else thread.has(begin + n, end) for n in firsts]
-            weights = self._weights(state, storage, thread, there)
+            filled = self.weights.wait(state)
+            weights = self._weights(filled, storage, thread, there)
+            addends = self._addends(filled, storage, thread, begin, end, count)
             inputs = [
                 self._inputs(begin + n, thread, c) for n, c in zip(firsts, there, strict=True)
             ]
-            totals = self._multiplied(phase, storage, totals, weights, inputs)
+            taken = list(zip(weights, inputs, strict=True))
+            totals = self._multiplied(phase, storage, totals, taken, addends)
             self.weights.release(state)
             return [*self.weights.next(state), *totals]
 
@@ -260,17 +287,22 @@ class Products:
         inputs: list[list[list[V]]],
     ) -> RingState:
         """The same with an input in registers, all stages at once."""
-        spread, weights = storage.spread, []
+        spread = storage.spread
+        weights: list[list[V]] = []
+        addends: list[Taken] = []
         for i in range(phase.stages):
             begin, end = (
                 min(phase.across, phase.unit * (-(-phase.across // phase.unit) * n // phase.stages))
                 for n in (i, i + 1)
             )
             there = [thread.has(at, end) for at in range(begin, end, spread)]
-            weights += self._weights(state, storage, thread, there)
+            filled = self.weights.wait(state)
+            weights += self._weights(filled, storage, thread, there)
+            addends += self._addends(filled, storage, thread, begin, end, end - begin)
             self.weights.release(state)
             state = self.weights.next(state)
-        totals = self._multiplied(phase, storage, [t.number(0)] * SUMS, weights, inputs)
+        taken = list(zip(weights, inputs, strict=True))
+        totals = self._multiplied(phase, storage, [t.number(0)] * SUMS, taken, addends)
         self._store(phase.format, totals, number, sums)
         return state
 

@@ -81,6 +81,10 @@ class Blocks(Storage):
     def tile_bytes(self) -> int:  # type: ignore[override]
         return self._code_bytes + self.scales.tile_bytes
 
+    @property
+    def addends(self) -> bool:  # type: ignore[override]
+        return self.scales.adds
+
     def words(self, pieces: UInt8[Array, "n 16 piece"]) -> UInt32[Array, "n words"]:
         blocks = pieces.reshape(len(pieces) * M_TILE, -1, self.block_bytes)
         fields = self.parse(blocks)  # [n 16, blocks, ...]
@@ -130,31 +134,37 @@ class Blocks(Storage):
         return words + self.scales.load(read, begin, group, lane // 4)
 
     def groups(self, words: list[V]) -> list[Group]:
-        halves, scales = self._halves(words)
-        each = 2 // len(scales)
-        found = []
-        for n, scale in enumerate(scales):
-            four = (halves[4 * j : 4 * j + 4] for j in range(n * each, (n + 1) * each))
-            (a, b), addends = scale.factor, None
-            if scale.addend:
-                low, high = scale.addend
-                addends = [low, low, high, high]
-            found.append(Group(list(four), [a, a, b, b], addends))
-        return found
+        codes, rest = self._codes(words)
+        factors = self.scales.factors(rest)
+        each = 2 // len(factors)
+        operands = [codes[:4], codes[4:]]
+        return [
+            Group(operands[n * each : (n + 1) * each], [a, a, b, b])
+            for n, (a, b) in enumerate(factors)
+        ]
 
-    def _halves(self, words: list[V]) -> tuple[list[V], Any]:
-        """The eight pairs of codes less the offset in float16, and the scales."""
+    def load_addends(self, reads: Sequence[Read], lane: V) -> list[V]:
+        return self.scales.load_addends(reads, self._code_bytes, lane)
+
+    def addend_group(self, words: list[V]) -> Group:
+        operand, factor = self.scales.addend_operand(words)
+        if factor is None:
+            return Group([operand])
+        a, b = factor
+        return Group([operand], [a, a, b, b])
+
+    def _codes(self, words: list[V]) -> tuple[list[V], list[V]]:
+        """The eight pairs of codes less the offset in float16, and the words of scales."""
         planes, rest = [], words
         for plane in self.planes:
             count = max(1, plane.words // 4)
             planes.append((plane, rest[:count]))
             rest = rest[count:]
-        scales = self.scales.made(rest)
         if self.bits == (8,):
-            return [*self._of_bytes(planes[0][1])], scales
+            return [*self._of_bytes(planes[0][1])], rest
         if self.table is not None:
-            return [*self._looked_up(planes[0][1])], scales
-        return pairs(planes, self.offset), scales
+            return [*self._looked_up(planes[0][1])], rest
+        return pairs(planes, self.offset), rest
 
     def _of_bytes(self, words: list[V]) -> Iterator[V]:
         for first, second in zip(words[::2], words[1::2], strict=True):
@@ -182,18 +192,15 @@ class Blocks(Storage):
         return dtype in FORMATS
 
     def expanded(self, words: list[V], format: Format) -> list[V]:
+        codes, rest = self._codes(words)
+        factors = self.scales.factors(rest)
+        addends = self.scales.addends(rest) if self.addends else None
         found = []
-        for group in self.groups(words):
-            for operand in group.operands:
-                for pair, (factor, addend) in zip(operand, self._of_operand(group), strict=True):
-                    both = [x * factor for x in FLOAT16.floats(pair)]
-                    if addend is not None:
-                        both = [x + addend for x in both]
-                    found.append(format.pair(*both))
+        for n, pair in enumerate(codes):
+            # Of each operand four words: outputs g, g + 8, g, g + 8.
+            which, half = n // 4 * len(factors) // 2, n % 2
+            both = [x * factors[which][half] for x in FLOAT16.floats(pair)]
+            if addends is not None:
+                both = [x + addends[which][half] for x in both]
+            found.append(format.pair(*both))
         return found
-
-    def _of_operand(self, group: Group) -> list[tuple[V, V | None]]:
-        """Scale and addend of an operand's four words: outputs g, g + 8, g, g + 8."""
-        assert group.scales is not None
-        addends: Sequence[V | None] = group.addends or [None] * 4
-        return [(group.scales[at], addends[at]) for at in (0, 2, 0, 2)]

@@ -2,8 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,8 @@ from jaxtyping import Array, Float32, Shaped, UInt32
 from pallas_kernels.decode_step.packed.planes import GROUPS
 from pallas_kernels.decode_step.packed.storage import Read
 from pallas_kernels.decode_step.packed.tile import M_TILE
-from pallas_kernels.decode_step.ptx.arithmetic import byte_number
+from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx.arithmetic import byte_number, permuted, scaled_halves
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.decode_step.ptx.thread import V
 
@@ -23,11 +23,8 @@ Fields = Mapping[str, Shaped[Array, "n 16 ..."]]
 """A tile's numbers by name, of each output: `codes` [n, 16, 128], and what scales are made of."""
 
 
-class Scale(NamedTuple):
-    """A weight is `factor` times its code, and `addend` if there is one; of outputs g and g + 8."""
-
-    factor: tuple[V, V]
-    addend: tuple[V, V] | None
+Two = tuple[V, V]
+"""Of outputs g and g + 8."""
 
 
 class Scales(abc.ABC):
@@ -56,8 +53,27 @@ class Scales(abc.ABC):
         """What a lane needs, of a tile whose scales begin at that byte."""
 
     @abc.abstractmethod
-    def made(self, words: list[V]) -> list[Scale]:
-        """One for a group's 32 inputs, or one for each half of them."""
+    def factors(self, words: list[V]) -> list[Two]:
+        """What codes are multiplied with: one for 32 inputs, or one for each half of them."""
+
+    @property
+    def adds(self) -> bool:
+        """Whether there are addends."""
+        return {"m", "mins"} & {*self.names} != set()
+
+    def addends(self, words: list[V]) -> list[Two]:
+        """What is added then, of as many inputs, where there are addends."""
+        raise NotImplementedError
+
+    def load_addends(self, reads: Sequence[Read], begin: int, lane: V) -> list[V]:
+        """Of a lane 4 g + t, of both tiles, what the addends of group t are made of."""
+        raise NotImplementedError
+
+    def addend_operand(self, words: list[V]) -> tuple[list[V], Two | None]:
+        """From them: of each tile outputs g and g + 8, as two float16 of 16 inputs each; and what
+        products of them are multiplied with, if anything.
+        """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +108,18 @@ class Halves(Scales):
         count = len(self.names)
         return read((group * 8 + g) * (4 * count) + begin, count)
 
-    def made(self, words: list[V]) -> list[Scale]:
-        factor = FLOAT16.floats(words[0])
-        if not self.minimum:
-            return [Scale(factor, None)]
-        return [Scale(factor, FLOAT16.floats(words[1]))]
+    def factors(self, words: list[V]) -> list[Two]:
+        return [FLOAT16.floats(words[0])]
+
+    def addends(self, words: list[V]) -> list[Two]:
+        return [FLOAT16.floats(words[1])]
+
+    def load_addends(self, reads: Sequence[Read], begin: int, lane: V) -> list[V]:
+        at = (lane % 4 * 8 + lane // 4) * 8 + (begin + 4)
+        return [word for read in reads for word in read(at, 1)]
+
+    def addend_operand(self, words: list[V]) -> tuple[list[V], Two | None]:
+        return [permuted(w, w, half) for w in words for half in (0x1010, 0x3232)], None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,22 +210,37 @@ class Integers(Scales):
             return [word >> ((group & 1) << 4), *rows]
         return [*read((group * 8 + g) * 4 + begin, 1), *rows]
 
-    def made(self, words: list[V]) -> list[Scale]:
-        d, *others = (FLOAT16.floats(word) for word in words[1:])
-        word = words[0]
+    def factors(self, words: list[V]) -> list[Two]:
+        word = words[0] & 0x0F0F0F0F if self.each == 16 and self.minimum else words[0]
+        return self._times(word, range(0, 32 // self.each * 2, 2), words[1], self.offset)
 
-        def two(word: V, first: int, by: tuple[V, V], offset: int = 0) -> tuple[V, V]:
-            low, high = (byte_number(word, first + i, offset) for i in range(2))
-            return low * by[0], high * by[1]
-
-        if not self.minimum:
-            firsts = range(0, 32 // self.each * 2, 2)
-            return [Scale(two(word, first, d, self.offset), None) for first in firsts]
-        (negative,) = others
+    def addends(self, words: list[V]) -> list[Two]:
         if self.each == 32:
-            return [Scale(two(word, 0, d), two(word, 2, negative))]
-        scales, mins = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
-        return [Scale(two(scales, n, d), two(mins, n, negative)) for n in (0, 2)]
+            return self._times(words[0], [2], words[2])
+        return self._times((words[0] >> 4) & 0x0F0F0F0F, [0, 2], words[2])
+
+    def _times(self, word: V, firsts: Iterable[int], by: V, offset: int = 0) -> list[Two]:
+        """The bytes from each of `firsts` on, less the offset, times a float16 each."""
+        low, high = FLOAT16.floats(by)
+        return [
+            (byte_number(word, n, offset) * low, byte_number(word, n + 1, offset) * high)
+            for n in firsts
+        ]
+
+    def load_addends(self, reads: Sequence[Read], begin: int, lane: V) -> list[V]:
+        g, group = lane // 4, lane % 4
+        words = [word for read in reads for word in read((group * 8 + g) * 4 + begin, 1)]
+        # Both tiles are of one block, whose dmin each has.
+        return words + reads[0](g * 8 + (begin + self._integer_bytes + 4), 1)
+
+    def addend_operand(self, words: list[V]) -> tuple[list[V], Two | None]:
+        *tiles, rows = words
+        if self.each == 16:
+            tiles = [(word >> 4) & 0x0F0F0F0F for word in tiles]
+        # A byte is the last of a float16 of 1024.
+        selectors, above = (0x4240, 0x4341) if self.each == 16 else (0x4242, 0x4343), 0x6464_6464
+        pairs = (permuted(word, t.integer(above), at) for word in tiles for at in selectors)
+        return [scaled_halves(pair, 1, -1024) for pair in pairs], FLOAT16.floats(rows)
 
 
 def _both(halves: Shaped[Array, "n 16 m"]) -> UInt32[Array, "n 8 m"]:

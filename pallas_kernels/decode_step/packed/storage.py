@@ -5,7 +5,7 @@ with it are taken, and how a lane finds its operands. Which matrix has which, th
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -25,12 +25,10 @@ class Group(NamedTuple):
         operands: the first one of `Format.multiply`, of each product in turn. Of its 16 inputs, the
             columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 are the inputs 4 t to 4 t + 3.
         scales: what the four numbers of the products' sum are multiplied with, if anything.
-        addends: what the sums of the inputs are multiplied with and then added, if anything.
     """
 
     operands: list[list[V]]
     scales: list[V] | None = None
-    addends: list[V] | None = None
 
 
 class Storage(abc.ABC):
@@ -43,6 +41,8 @@ class Storage(abc.ABC):
         tiles: that come together where a matrix is put into the stream.
         spread: tiles that a block's eight warps take together; so many times 16 inputs are a
             warp's.
+        addends: whether numbers are added to its weights, the same for 16 or 32 inputs. They are
+            multiplied with sums of inputs.
         dtype: of the numbers that are read back, which has every one of them exactly.
         inputs: what the definition of correct rounds a product's input to.
         format: in which the kernels take products; without one they don't.
@@ -52,6 +52,7 @@ class Storage(abc.ABC):
     tile_bytes: int
     tiles: int = 1
     spread: int = 1
+    addends: bool = False
     dtype: jnp.dtype
     inputs: jnp.dtype
     format: Format | None
@@ -73,6 +74,14 @@ class Storage(abc.ABC):
     @abc.abstractmethod
     def groups(self, words: list[V]) -> list[Group]:
         """A lane's weights from them; `spread` operands in all."""
+
+    def load_addends(self, reads: Sequence[Read], lane: V) -> list[V]:
+        """A lane's words of the addends of two tiles, next to each other in an M-tile."""
+        raise NotImplementedError
+
+    def addend_group(self, words: list[V]) -> Group:
+        """From them the operand whose inputs are sums of 16: of the first tile, then the second."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def expands_to(self, dtype: str) -> bool:

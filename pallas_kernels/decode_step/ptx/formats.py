@@ -12,7 +12,6 @@ class Format:
 
     Attributes:
         name: as PTX has it.
-        ones: the bits of two of 1.
         scale: what an input is multiplied with before that. Large activations of Qwen2.5 overflow
             float16, which ends at 65504; with 1/64 they may be four million.
         rest: what the rest is multiplied with besides, so that float16, which has no number below
@@ -20,7 +19,6 @@ class Format:
     """
 
     name: str
-    ones: int
     scale: float = 1.0
     rest: float = 1.0
 
@@ -61,8 +59,8 @@ class Format:
 
 
 FORMATS = {
-    "bfloat16": Format("bf16", 0x3F80_3F80),
-    "float16": Format("f16", 0x3C00_3C00, 1 / 64, 2**11),
+    "bfloat16": Format("bf16"),
+    "float16": Format("f16", 1 / 64, 2**11),
 }
 """By dtype."""
 

@@ -197,7 +197,7 @@ def test_weights_that_no_kernel_takes_are_refused_by_name() -> None:
     )
     mixed = StepPlan.alike(SMALL, 132, "float16", *["bfloat16"] * 4)
     assert few_rows.refusal(mixed, 1, "bfloat16") is None
-    assert "all stored alike, not float16 and bfloat16" in str(
+    assert "all stored alike, not bfloat16 and float16" in str(
         many_rows.refusal(mixed, 17, "bfloat16")
     )
 

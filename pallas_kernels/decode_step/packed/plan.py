@@ -21,8 +21,9 @@ from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx.formats import Format
 
-LONGEST_STAGE = 17 * 1024
-"""Bytes that are fetched at once, at most: four tiles of 16 bits, or eight of Q8_0."""
+LONGEST_STAGE = {1: 16 * 1024, 2: 26 * 1024}
+"""Bytes that are fetched at once, at most, by `Storage.spread`. Each stage is waited for; blocks
+take longer to multiply than to fetch, so that fewer waits count for more."""
 
 QKV, O_PROJ, GATE_UP, DOWN, HEAD = range(5)
 """The phases: four products a layer, then the head."""
@@ -140,7 +141,7 @@ class Phase:
     def stages(self) -> int:
         """Stages of the ring that an M-tile fills."""
         bytes_ = max(storage.tile_bytes for storage in self.storages)
-        units, most = -(-self.longest // self.unit), LONGEST_STAGE // bytes_ // self.unit
+        units, most = -(-self.longest // self.unit), LONGEST_STAGE[self.unit] // bytes_ // self.unit
         fewest = -(-units // most)
 
         def cost(stages: int) -> float:

@@ -27,6 +27,7 @@ from tests.kernels.emulated_step import (
 )
 from tests.kernels.simt import Deadlock, Machine, Race, Role
 from tests.kernels.simt_thread import install
+from tests.kernels.streams import matrices
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_matrices_are_put_together(
     blocks = unpack.BLOCKS_EACH * plan.blocks
     machine = Machine(blocks, 64, (0, 0), SEED)
     layer = 0 if phase == 4 else 1
-    right = np.asarray(packed.matrix(plan, phase, layer).astype(jnp.bfloat16))
+    right = np.asarray(matrices(packed, plan)[phase, layer]).astype(jnp.bfloat16)
     refs = [
         machine.array(np.asarray(x))
         for x in (packed.stream, packed.at(phase, layer), np.zeros_like(right))

@@ -179,7 +179,8 @@ class TestTraining:
         }
         rows = demo_rows.build_shard(vocabulary, 0, 101, 0)
         tokens, answer = rows.tokens[0].astype(np.int32), rows.answer[0]
-        loss = train_demo.answer_loss(config, params, (tokens[None], answer[None]))
+        batch = tokens[None], answer[None]
+        loss = jax.jit(lambda p: train_demo.answer_loss(config, p, batch))(params)
 
         logits = Engine(config, params).logits(tokens[:-1].tolist()).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -196,7 +197,7 @@ class TestTraining:
         rows = demo_rows.build_shard(vocabulary, 0, 151, 0)
         batch = rows.tokens[:1].astype(np.int32), rows.answer[:1]
         loss = jax.jit(lambda p: train_demo.answer_loss(config, p, batch))
-        gradient = jax.grad(lambda p: train_demo.answer_loss(config, p, batch))(params)
+        gradient = jax.jit(jax.grad(loss))(params)
         length = np.sqrt(sum(float((g * g).sum()) for g in gradient.values()))
         step = 1e-2 / length
         there, back = (

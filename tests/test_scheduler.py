@@ -372,7 +372,7 @@ def test_texts_larger_than_the_cache_are_refused_with_sums() -> None:
     assert len(Outcome.of(text, run_to_end(engine, [text])).tokens) == 57
     with pytest.raises(UserError) as caught:
         engine.room(tokens, 58)
-    each = 2 * 2 * 1 * 32 * 4  # K and V, layers, heads, dimensions, bytes
+    each = 2 * 2 * 1 * CONFIG.head_dim * 4  # K and V, layers, heads, dimensions, bytes
     assert f"needs {257 * each / 1000:.1f} kB for keys and values" in str(caught.value)
     assert f"room for 256 tokens, {256 * each / 1000:.1f} kB" in str(caught.value)
     assert "lower max_tokens, or shorten the prompt" in str(caught.value)

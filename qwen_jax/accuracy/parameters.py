@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import read_back
 from qwen_jax.model.decoder import Parameters
 from qwen_jax.weights.loader import Checkpoint, decode, open_checkpoint
 
@@ -82,7 +83,7 @@ class EngineSource:
 
     @functools.cached_property
     def _weights(self) -> Parameters:
-        return self.engine.weights.parameters()
+        return read_back(self.engine.weights)
 
     def get(self, name: str) -> Float[np.ndarray, "..."]:
         return np.asarray(self._weights[name]).astype(np.float64)

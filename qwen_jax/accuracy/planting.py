@@ -20,6 +20,7 @@ from qwen_jax.accuracy.parameters import FUSED, LAYER, OUTER, EngineSource, Weig
 from qwen_jax.accuracy.trace import split_name
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import read_back
 from qwen_jax.model.tap import intervening
 
 ATTENTION = ("attn_scores", "attn_probs", "attn_out")
@@ -46,7 +47,7 @@ def planted(engine: Engine, faults: str | Sequence[Planted]) -> Iterator[Engine]
 
 def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
     """A new engine, whose weights are the old ones where no fault changes them."""
-    new = dict(engine.weights.parameters())
+    new = dict(read_back(engine.weights))
     config, source = engine.config, EngineSource(engine)
     layers: list[int | None] = [None, *range(config.num_layers)]
     for layer in layers:

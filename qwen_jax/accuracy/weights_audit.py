@@ -20,7 +20,7 @@ from qwen_jax.accuracy.weights_bytes import BLOCK_FAULTS
 from qwen_jax.accuracy.weights_faults import WHOLE_VALUES, Fault, Role, Tensor
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.weights import Weights
+from qwen_jax.engine.weights import Weights, read_back
 from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
@@ -96,7 +96,7 @@ def audit_weights(
 def _arrays(held: Engine | Weights | Held) -> Held:
     if isinstance(held, Engine):
         held = held.weights
-    return held if isinstance(held, Mapping) else cast(Held, held.parameters())
+    return held if isinstance(held, Mapping) else cast(Held, read_back(held))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -230,6 +230,15 @@ class PackedWeights:
         )
 
 
+def read_back(weights: Weights) -> "Parameters":
+    """Every parameter outside of a program. Packed ones come out of one program: each operation by
+    itself would be compiled for every matrix."""
+    return _read_back(weights) if isinstance(weights, PackedWeights) else weights.parameters()
+
+
+_read_back = jax.jit(PackedWeights.parameters)
+
+
 def plan_for(config: ModelConfig, stored: str) -> StepPlan:
     """How the model, its matrices all stored so, is dealt out to the multiprocessors of the default
     device, or a GPU's where that is none.

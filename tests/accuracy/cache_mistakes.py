@@ -315,3 +315,11 @@ AMONG_ROWS = {
         "page-shared-too-far",
     ),
 }
+
+# Programs are given something else and are right themselves, so that they need not be traced anew.
+OF_CALLS = {
+    "the table that the slot's last text had",
+    "the count that the slot's last text had",
+    "behind the prompt's padding",
+    "a page shared that is not the same",
+}

@@ -166,9 +166,9 @@ def test_a_prompt_that_is_wrong_further_on(run: Run, tmp_path: Path) -> None:
 def test_prompts_stream(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
-    """The first answer doesn't wait for hundreds of prompts to become ids."""
+    """The first answer doesn't wait for a hundred prompts to become ids."""
     path, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
-    path.write_text("".join(f"rain {i}\n" for i in range(300)))
+    path.write_text("".join(f"rain {i}\n" for i in range(100)))
     made: list[int] = []
     real = api.Model.request
 
@@ -179,12 +179,12 @@ def test_prompts_stream(
     monkeypatch.setattr(api.Model, "request", request)
     argv = [f"--prompt_file={path}", f"--output={output}", "--max_tokens=2", "--slots=3"]
     result = run(*argv, *(["--ordered"] if ordered else []))
-    assert result.code == 0 and "finished    length 300" in result.err
-    assert len(made) == 300 and sum(answers == 0 for answers in made) < 10
+    assert result.code == 0 and "finished    length 100" in result.err
+    assert len(made) == 100 and sum(answers == 0 for answers in made) < 10
     # Never more of them than the slots and the line before them have room for.
     assert all(i - answers < 10 for i, answers in enumerate(made))
     ids = [answer["id"] for answer in answers_in(output.read_text())]
-    assert sorted(ids) == list(range(1, 301)) and (not ordered or ids == sorted(ids))
+    assert sorted(ids) == list(range(1, 101)) and (not ordered or ids == sorted(ids))
 
 
 @pytest.mark.usefixtures("loaded")
@@ -255,7 +255,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("loaded")
 def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> None:
-    # 33 to 64 tokens each, so that three programs serve all: one for each batch size.
+    # 33 to 64 tokens each, so that a program for each batch size serves all.
     chat = [{"role": "user", "content": "Write a haiku about the moon."}]
     lines = [
         {"prompt": "Write a haiku about rivers.", "id": "é\ud800"},
@@ -271,7 +271,7 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
     path = tmp_path / "prompts.jsonl"
     path.write_text("\ufeff" + "\r\n\n".join(map(json.dumps, lines)))
     written = []
-    for slots in (1, 2, 3):
+    for slots in (1, 3):
         output = tmp_path / f"{slots}.jsonl"
         flags = [f"--prompt_file={path}", f"--slots={slots}", f"--output={output}"]
         result = run(*flags, "--temperature=0.9", "--seed=5")
@@ -280,7 +280,7 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
         assert summed in result.err
         written.append(output.read_text(encoding="utf-8").splitlines())
     # Slots decide in which order the answers finish, and nothing else.
-    assert sorted(written[0]) == sorted(written[1]) == sorted(written[2])
+    assert sorted(written[0]) == sorted(written[1])
     answers = [json.loads(line) for line in written[0]]
     assert [a["id"] for a in answers] == ["é\ud800", 3, 5, 7, 3]
     assert [len(a["tokens"]) for a in answers[1:4:2]] == [5, 3]

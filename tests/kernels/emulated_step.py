@@ -25,6 +25,7 @@ from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
+from tests.kernels.float64_step import exact_step
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
 from tests.kernels.streams import put_numbers, stored_again
@@ -84,27 +85,40 @@ def drawn(
         stored = (stored,) * (HEAD + 1)
     if isinstance(stored, tuple):
         stored = StepPlan.alike(shape, blocks, *stored)
-    plan, rng = stored, np.random.default_rng(SEED)
+    plan, packed = stored, _drawn_weights(stored)
+    rng = np.random.default_rng([SEED, 1])
 
     def normal(*dims: int) -> np.ndarray:
         return rng.standard_normal(dims, np.float32)
 
-    stream, offsets = empty_stream(plan), tile_offsets(plan)
-    for phase, matrix in enumerate(shape.matrices):
-        for layer in range(1 if phase == 4 else shape.layers):
-            stream = put_numbers(plan, stream, 0.08 * normal(*matrix), phase, layer)
-    norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
     rows, h = len(positions), shape.head_dim
     pool, tables = drawn_tables(rng, positions, table, slots, shared)
     return Case(
         plan,
-        Packed(np.asarray(stream), normal(shape.layers, shape.qkv), norms, offsets),
+        packed,
         normal(rows, shape.hidden),
         normal(2 * shape.layers, pool, shape.kv_heads, slots, h).astype(cache or plan.head),
         tables,
         np.asarray(positions, np.int32),
         np.float32(1e6) ** (-np.arange(0, h, 2, np.float32) / h),
     )
+
+
+@functools.cache
+def _drawn_weights(plan: StepPlan) -> Packed:
+    """Made once for all cases of a plan, since what fills a stream is compiled for each."""
+    shape, rng = plan.shape, np.random.default_rng(SEED)
+
+    def normal(*dims: int) -> np.ndarray:
+        return rng.standard_normal(dims, np.float32)
+
+    stream = empty_stream(plan)
+    for phase, matrix in enumerate(shape.matrices):
+        for layer in range(1 if phase == HEAD else shape.layers):
+            stream = put_numbers(plan, stream, 0.08 * normal(*matrix), phase, layer)
+    norms = 1 + 0.1 * normal(2 * shape.layers + 1, shape.hidden)
+    bias = normal(shape.layers, shape.qkv)
+    return Packed(np.asarray(stream), bias, norms, tile_offsets(plan))
 
 
 def drawn_tables(
@@ -251,7 +265,7 @@ def check(patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType) -> No
     the middle rows are compared, and none may be far from all of XLA's. The kernel of few rows
     rounds less than XLA, so that its whole error is smaller in spite of those.
     """
-    truth, xla = expected(case, exact=True), expected(case)
+    truth, xla = exact_step(case), expected(case)
     orders = 2 if case.plan.blocks <= 10 else 1
     found = [run(patch, case, SEED + n, kernel=kernel) for n in range(orders)]
     for mine, theirs, right, rows in zip(found[0], xla, truth, (0, 1), strict=True):
@@ -274,7 +288,7 @@ def check_size(
     """Float16's error beside XLA's, with embeddings of that size."""
     case = drawn(SMALL, 11, positions, 1, "float16")
     case = case._replace(hidden=case.hidden * size)
-    truth, xla = expected(case, exact=True), expected(case)
+    truth, xla = exact_step(case), expected(case)
     found = run(patch, case, SEED, kernel=kernel)
     for mine, theirs, right in zip(found, xla, truth, strict=True):
         assert relative(mine, right) <= 1.5 * relative(theirs, right)

@@ -6,6 +6,7 @@ import numpy as np
 
 from pallas_kernels.decode_step import HEAD
 from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, O_PROJ, QKV
+from tests.kernels.streams import matrices
 
 
 def exact_step(case: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -13,10 +14,11 @@ def exact_step(case: Any) -> tuple[np.ndarray, np.ndarray]:
     plan, packed = case.plan, case.packed
     shape, rows, h = plan.shape, len(case.position), plan.shape.head_dim
     pages, slots = case.pages.astype(np.float64), case.pages.shape[3]
+    held = matrices(packed, plan)
     angles = (case.position[:, None].astype(np.float32) * case.inv_freq).astype(np.float64)
 
     def product(x: np.ndarray, phase: int, layer: int = 0) -> np.ndarray:
-        return x @ np.asarray(packed.matrix(plan, phase, layer), np.float64).T
+        return x @ np.asarray(held[phase, layer], np.float64).T
 
     def norm(x: np.ndarray, index: int) -> np.ndarray:
         return x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + shape.eps) * packed.norms[index]

@@ -1,8 +1,10 @@
 """Weights as storages take them, and weight streams stored in another way."""
 
+import functools
 from typing import Any
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,13 +74,22 @@ def put_numbers(plan: StepPlan, stream: Any, matrix: np.ndarray, phase: int, lay
     return stream
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def matrices(packed: Packed, plan: StepPlan) -> dict[tuple[int, int], jax.Array]:
+    """Of every phase and layer, read back by one program instead of one for each operation."""
+    return {
+        (phase, layer): packed.matrix(plan, phase, layer)
+        for phase in range(HEAD + 1)
+        for layer in range(1 if phase == HEAD else plan.shape.layers)
+    }
+
+
 def stored_again(packed: Packed, plan: StepPlan, stored: str) -> tuple[Packed, StepPlan]:
     """The same weights as numbers of one dtype; with float32, in which nothing is lost, the
     reference rounds no input of a product.
     """
     other = StepPlan.uniform(plan.shape, plan.blocks, stored)
     stream = empty_stream(other)
-    for phase in range(HEAD + 1):
-        for layer in range(1 if phase == HEAD else plan.shape.layers):
-            stream = put(other, stream, packed.matrix(plan, phase, layer), phase, layer)
+    for (phase, layer), matrix in matrices(packed, plan).items():
+        stream = put(other, stream, matrix, phase, layer)
     return packed._replace(stream=stream, tile_offsets=tile_offsets(other)), other

@@ -189,7 +189,7 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
 
 def test_more_layers_take_no_more_programs(tmp_path: Path) -> None:
     def programs(layers: int) -> int:
-        jax.clear_caches()
+        on_device.insert.clear_cache()
         config = tiny_config(num_layers=layers)
         path = tmp_path / f"{layers}.gguf"
         written = write_gguf(path, config, random_parameters(config), types="Q8_0")

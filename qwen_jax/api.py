@@ -18,10 +18,10 @@ from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineOptions
 from qwen_jax.engine.memory import device
-from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
+from qwen_jax.engine.sampling import Sampling, is_whole
 from qwen_jax.errors import UserError
 from qwen_jax.executables.per_user import use_compilation_cache
-from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
+from qwen_jax.generation import Completion, Generation, Request, check_fits
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.loading import load_engine
 from qwen_jax.recommended import Recommended
@@ -42,6 +42,9 @@ WEIGHTS = ("auto", "packed", "expanded")
 PRECISIONS = ("highest", "high", "default")
 MOST_SLOTS = 4096
 """Far more than any device has room for texts."""
+
+MOST_SAMPLES = 1_000_000
+"""Of one prompt: days of a GPU's work, and a number that was mistyped."""
 
 
 def locate(model: str | Path = BUNDLED) -> Path:
@@ -168,6 +171,12 @@ def check_slots(slots: int | None) -> None:
         raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
 
 
+def check_samples(n: int) -> None:
+    """Raises UserError for a number of samples of a prompt that nobody can want."""
+    if not (is_whole(n) and 1 <= n <= MOST_SAMPLES):
+        raise UserError(f"n is {n!r:.60}, but it must be from 1 to {MOST_SAMPLES}.")
+
+
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise UserError(f"{name} is {value!r}, but it must be one of {', '.join(allowed)}.")
@@ -181,12 +190,14 @@ class Options(PromptOptions, total=False):
         sampling: how tokens are chosen; greedy by default.
         stop: strings that end the text, control tokens included; they are cut off.
         stop_ids: ids of tokens that end the text, besides the model's own; they are not shown.
+        top_logprobs: None for no log-probabilities, else how many of the likeliest to report.
     """
 
     max_tokens: int
     sampling: Sampling
     stop: Sequence[str]
     stop_ids: Sequence[int]
+    top_logprobs: int | None
 
 
 PROMPT_OPTIONS = tuple(PromptOptions.__annotations__)
@@ -237,9 +248,9 @@ class Model:
             )
         return prompt_ids(self.tokenizer, prompt, source=source, **options)
 
-    def run(self, requests: Iterable[Request], top_logprobs: int | None = None) -> Generation:
+    def run(self, requests: Iterable[Request]) -> Generation:
         """Requests through the engine's slots; iterate over it for the texts as they come."""
-        return Generation(self.engine, self.tokenizer, requests, top_logprobs=top_logprobs)
+        return Generation(self.engine, self.tokenizer, requests)
 
     def request(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Request:
         """A prompt's work, for `run`.
@@ -260,8 +271,7 @@ class Model:
         given = {name: value for name, value in options.items() if value is not None}
         answer = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
         request = Request(tokens, **cast(Any, answer))
-        row_stop_ids(request, self.tokenizer)
-        check_bias(request.sampling, self.config.vocab_size)
+        check_fits(request, self.engine, self.tokenizer)
         return request
 
     @overload
@@ -270,7 +280,6 @@ class Model:
         prompt: str | Sequence[Message],
         *,
         n: Literal[1] = 1,
-        top_logprobs: int | None = None,
         **options: Unpack[Options],
     ) -> Completion: ...
 
@@ -280,7 +289,6 @@ class Model:
         prompt: list[str],
         *,
         n: int = 1,
-        top_logprobs: int | None = None,
         **options: Unpack[Options],
     ) -> list[Completion]: ...
 
@@ -290,7 +298,6 @@ class Model:
         prompt: str | Sequence[Message] | Sequence[str],
         *,
         n: int,
-        top_logprobs: int | None = None,
         **options: Unpack[Options],
     ) -> Completion | list[Completion]: ...
 
@@ -299,7 +306,6 @@ class Model:
         prompt: str | Sequence[Message] | Sequence[str],
         *,
         n: int = 1,
-        top_logprobs: int | None = None,
         **options: Unpack[Options],
     ) -> Completion | list[Completion]:
         """Answers a message, a chat, or several messages, as many at a time as there are slots.
@@ -307,7 +313,6 @@ class Model:
         Args:
             prompt: a user's message, chat messages, or a list of users' messages.
             n: samples of each prompt. Sample i of all uses the sampling's seed + i.
-            top_logprobs: None for no log-probabilities, else how many of the likeliest.
             options: see `Options`.
 
         Returns:
@@ -318,8 +323,7 @@ class Model:
             UserError: a prompt is empty, malformed or longer than the context, or `n` is not
                 positive.
         """
-        if not is_whole(n) or n < 1:
-            raise UserError(f"n is {n!r:.60}, but it must be a whole number, at least 1.")
+        check_samples(n)
         if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
             raise UserError(
                 f"prompt is a {type(prompt).__name__}, but it must be a text, a list of texts or a "
@@ -335,7 +339,7 @@ class Model:
         if not requests:
             return []
         self._warn_of_idle(firsts[0].sampling, n)
-        pieces = self.run(reseeded(requests), top_logprobs)
+        pieces = self.run(reseeded(requests))
         ended = {piece.number: piece.completion for piece in pieces if piece.completion}
         completions = [ended[index] for index in range(len(requests))]
         return completions if several or n > 1 else completions[0]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from qwen_jax import interrupts, settings, startup, task_fields
+from qwen_jax import hints, interrupts, settings, startup, task_fields
 from qwen_jax.errors import UserError
 from qwen_jax.versions import version
 
@@ -45,28 +45,6 @@ Every field of the config that it reads can be set as --config.FIELD=VALUE:
 {config}
 """
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
-ELSEWHERE = {
-    "temp": "temperature",
-    "max_new_tokens": "max_tokens",
-    "max_length": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_return_sequences": "n",
-    "num_samples": "n",
-    "batch_size": "slots",
-    "parallel": "slots",
-    "input": "prompt_file",
-    "file": "prompt_file",
-    "system_prompt": "system",
-    "lora": "adapter",
-    "logprobs": "top_logprobs",
-    "repeat_penalty": "config.sampling.repetition_penalty",
-    "repetition_penalty": "config.sampling.repetition_penalty",
-    "presence_penalty": "config.sampling.presence_penalty",
-    "frequency_penalty": "config.sampling.frequency_penalty",
-    "logit_bias": "config.sampling.logit_bias",
-    "ctx_size": "context",
-}
-"""What other engines call a flag of ours."""
 
 
 def entry() -> NoReturn:
@@ -219,9 +197,8 @@ def _explain(error: flags.Error, meaning: dict[str, str]) -> str:
     """One sentence of what absl raised."""
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
-        same = ELSEWHERE.get(name.replace("-", "_").lower(), name.replace("-", "_"))
-        near = [same] if same in meaning else difflib.get_close_matches(name, meaning, n=1)
-        hint = f"did you mean --{near[0]}?" if near else f"see {settings.program()} --help."
+        meant = hints.meant(name, meaning)
+        hint = f"did you mean --{meant}?" if meant else f"see {settings.program()} --help."
         return f"There is no flag --{name}; {hint}"
     wrong = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)
     if isinstance(error, flags.IllegalFlagValueError) and wrong:

@@ -27,6 +27,7 @@ class Request:
         sampling: how tokens are chosen.
         stop: strings that end the text, control tokens included; they are cut off.
         stop_ids: ids that end the text, besides those of the model; they are not shown.
+        top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
     """
 
     tokens: Sequence[int]
@@ -34,6 +35,7 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not is_whole(self.max_tokens):
@@ -134,27 +136,14 @@ class Generation:
 
     Args:
         requests: what to answer; their places in it are the pieces' numbers.
-        top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
 
     Raises:
         UserError: while iterating: a prompt is empty or too long, a setting doesn't fit the
             vocabulary, or one text doesn't fit the device.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        requests: Iterable[Request],
-        *,
-        top_logprobs: int | None = None,
-    ):
-        if top_logprobs is not None and not 0 <= top_logprobs <= tokenizer.vocab_size:
-            raise UserError(
-                f"top_logprobs is {top_logprobs}, but it must be from 0 to the "
-                f"{tokenizer.vocab_size} tokens of {engine.config.source}."
-            )
-        self._engine, self._tokenizer, self._top = engine, tokenizer, top_logprobs
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]):
+        self._engine, self._tokenizer = engine, tokenizer
         self._requests = enumerate(requests)
         self._rows: dict[Text, _Row] = {}
         self._start = self._compiled = 0.0
@@ -184,7 +173,7 @@ class Generation:
             while more and scheduler.wants_more:
                 number, request = next(self._requests, (0, None))
                 if more := request is not None:
-                    row = _Row(number, request, self._engine, self._tokenizer, self._top)
+                    row = _Row(number, request, self._engine, self._tokenizer)
                     if row.text.limit == 0:
                         yield Piece(number, "", row.completion())
                         continue
@@ -222,22 +211,19 @@ class Generation:
 class _Row:
     """A request's text while it grows."""
 
-    def __init__(
-        self,
-        number: int,
-        request: Request,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        top_logprobs: int | None,
-    ):
+    def __init__(self, number: int, request: Request, engine: Engine, tokenizer: Tokenizer):
         self.number, self.request = number, request
-        check_bias(request.sampling, engine.config.vocab_size)
+        check_fits(request, engine, tokenizer)
         limit = engine.room(request.tokens, request.max_tokens)
-        self.text = Text(request.tokens, limit, request.sampling, top_logprobs)
+        self.text = Text(request.tokens, limit, request.sampling, request.top_logprobs)
         self.tokens: list[int] = []
         self.finish_reason: str | None = None if limit > 0 else "length"
-        self._logprobs: list[TokenLogprob] | None = [] if top_logprobs is not None else None
-        self._stop_ids = {*engine.spec.stop_ids, *row_stop_ids(request, tokenizer)}
+        self._logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
+        self._stop_ids = {
+            *engine.spec.stop_ids,
+            *request.stop_ids,
+            *own_stop_ids(tokenizer, request.tokens),
+        }
         self._stream = TextStream(tokenizer, request.stop, hidden=self._stop_ids)
         self._pieces: list[str] = []
 
@@ -275,11 +261,18 @@ class _Row:
         )
 
 
-def row_stop_ids(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end this text besides the model's. Raises UserError where one is no token."""
+def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
+    """Raises UserError where a stop id or a biased one is no token of the model, or more
+    log-probabilities are asked for than it has tokens."""
+    vocabulary, source = tokenizer.vocab_size, engine.config.source
     for token in request.stop_ids:
-        if not is_whole(token) or not 0 <= token < tokenizer.vocab_size:
+        if not is_whole(token) or not 0 <= token < vocabulary:
             raise UserError(
-                f"stop_ids holds {token!r:.40}, but token ids are 0 to {tokenizer.vocab_size - 1}."
+                f"stop_ids holds {token!r:.40}, but token ids are 0 to {vocabulary - 1}."
             )
-    return (*request.stop_ids, *own_stop_ids(tokenizer, request.tokens))
+    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= vocabulary:
+        raise UserError(
+            f"top_logprobs is {request.top_logprobs!r:.40}, but it must be from 0 to the "
+            f"{vocabulary} tokens of {source}."
+        )
+    check_bias(request.sampling, engine.config.vocab_size)

@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from qwen_jax import regular_files
 from qwen_jax.errors import UserError
 
 
@@ -36,7 +37,8 @@ def get_config() -> ConfigDict:
             "weights": "auto",
             "implementation": "auto",
             "matmul_precision": "highest",
-            # One prompt, or a file of them: one a line, or .jsonl with one object a line.
+            # One prompt, or a file of them: one a line, .jsonl with one object a line, or a .json
+            # array; - is stdin.
             "prompt": placeholder(str),
             "prompt_file": placeholder(str),
             "system": placeholder(str),
@@ -180,7 +182,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "weights": ("weights", "auto, packed (blocks stay blocks, on a CPU) or expanded."),
     "implementation": ("implementation", "auto, mosaic_gpu or xla, for every operation."),
     "prompt": ("prompt", "The user's message; - reads it from stdin."),
-    "prompt_file": ("prompt_file", "Prompts, one a line; .jsonl for one object a line."),
+    "prompt_file": (
+        "prompt_file",
+        "Prompts: one a line, .jsonl with one object a line, a .json array; - is stdin.",
+    ),
     "system": ("system", "The system prompt; without it the chat template decides."),
     "raw": ("raw", "Continue the prompt, without a chat around it."),
     "suffix": ("suffix", "Write what stands between --prompt and this text (Coder models)."),
@@ -318,7 +323,7 @@ def call(where: str, function: str, example: str) -> Any:
     """
     path, _, variant = where.partition(":")
     try:
-        Path(path).open("rb").close()
+        regular_files.opened(path).close()
     except OSError as error:
         raise UserError(f"--config={path} can't be read: {error.strerror}.") from error
     try:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, pins, prompts, recommended, settings, startup
+from qwen_jax import api, in_force, pins, prompts, recommended, settings, startup
 from qwen_jax.api import Model
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
@@ -44,13 +44,14 @@ def run(command: Command) -> int:
             if single
             else prompts.read(config, options)
         )
+        _tell_of_carried(_right(items))
         if config.resume:
             answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        written.settle(answers.made_with(config))
+        written.settle(answers.made_with(config, model))
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0
@@ -78,6 +79,20 @@ def run(command: Command) -> int:
 
 def _right(items: Sequence[Item | Wrong]) -> list[Item]:
     return [item for item in items if isinstance(item, Item)]
+
+
+def _tell_of_carried(items: Sequence[Item]) -> None:
+    """Names fields that are no settings: a misspelt one would do nothing in silence."""
+    names = {name: None for item in items for name in item.carried}
+    if names:
+        shown = ", ".join(f"{name!r:.40}" for name in itertools.islice(names, 10))
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        print(f"carried from prompts into their answers: {shown}{more}", file=sys.stderr)
+
+
+def _samples(items: Sequence[Item | Wrong], n: int) -> int:
+    """How many answers are asked for, a line for what is wrong included."""
+    return sum(1 if isinstance(item, Wrong) else item.samples(n) for item in items)
 
 
 def _as_recommended(
@@ -111,10 +126,9 @@ def _check_trace(config: ConfigDict) -> None:
 
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
     """What the model will be asked for, as far as that is known before it is there."""
-    given = [item.options["sampling"] for item in _right(items)]
-    samplings = {repr(sampling): sampling for sampling in given}
-    choices = [(sampling, config.top_logprobs) for sampling in samplings.values()]
-    return Expected(len(items) * config.n, choices)
+    options = [item.options for item in _right(items)]
+    choices = {repr(c): c for c in ((o["sampling"], o["top_logprobs"]) for o in options)}
+    return Expected(_samples(items, config.n), [*choices.values()])
 
 
 def load(config: ConfigDict, expected: Expected | None = None) -> Model:
@@ -143,34 +157,40 @@ def load(config: ConfigDict, expected: Expected | None = None) -> Model:
 
 
 def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) -> None:
-    """Streams one sample as it comes; several samples are printed one after another."""
+    """Streams one sample as it comes; of several each is printed when it and all before it are
+    complete."""
     request = model.request(item.prompt, **item.options)
-    requests = api.reseeded(itertools.repeat(request, config.n))
-    generation = model.run(requests, config.top_logprobs)
+    generation = model.run(api.reseeded(itertools.repeat(request, config.n)))
     ended: dict[int, Completion] = {}
+    printed = 0
+
+    def put(number: int, completion: Completion) -> None:
+        if config.n > 1:
+            print(f"--- sample {number + 1}\n{completion.text}", end="")
+        if completion.tokens:  # none where Ctrl-C came first
+            print(flush=True)
+        _print_logprobs(model, completion)
+
     try:
-        for piece in summary.follow(generation):
+        for number, text, completion in summary.follow(generation):
             if config.n == 1:
-                print(piece.text, end="", flush=True)
-            if piece.completion is not None:
-                ended[piece.number] = piece.completion
+                print(text, end="", flush=True)
+            if completion is not None:
+                ended[number] = completion
+            while printed in ended:
+                put(printed, ended[printed])
+                printed += 1
     finally:
-        completions = [c for _, c in sorted((ended | generation.unfinished).items())]
-        for number, completion in enumerate(completions, start=1):
-            if config.n > 1:
-                print(f"--- sample {number}\n{completion.text}", end="")
-            if completion.tokens:  # none where Ctrl-C came first
-                print()
-    if config.top_logprobs is not None:
-        for completion in completions:
-            _print_logprobs(model, completion)
+        for number, completion in sorted((ended | generation.unfinished).items()):
+            if number >= printed:
+                put(number, completion)
     if config.trace.file is not None:
         # Needed for nothing else, and heavy.
         from qwen_jax.accuracy.recording import trace_generation
 
         names = config.trace.names.split(",")
         trace_generation(
-            model, request, completions[0], names=names, positions=config.trace.positions
+            model, request, ended[0], names=names, positions=config.trace.positions
         ).save(config.trace.file)
         print(f"wrote {config.trace.file}", file=sys.stderr)
 
@@ -198,7 +218,7 @@ def _run_file(
     Returns:
         How many prompts were refused.
     """
-    asked: dict[int, tuple[Item, int, int]] = {}
+    asked: dict[int, tuple[dict[str, Any], int]] = {}
     held: dict[int, str] = {}
     numbers, places, written = itertools.count(), itertools.count(), 0
     refused = sum(map(answered.refused, items))
@@ -211,13 +231,18 @@ def _run_file(
         told = None if config.strict else refuse
         for item, sample, made in prompts.rows(left, config.n, request, told):
             if (item.id, sample) not in answered.done:
-                asked[next(numbers)] = item, sample, next(places)
+                line = {"id": item.id, "sample": sample, **item.carried, **made_by(made)}
+                asked[next(numbers)] = line, next(places)
                 yield made
+
+    def made_by(request: Request) -> dict[str, str]:
+        dtype, used = str(model.engine.spec.weights), in_force.describe(request.sampling)
+        return {"model": config.model, "dtype": dtype, "sampling": used}
 
     def refuse(wrong: Wrong) -> None:
         nonlocal refused
         refused += 1
-        put(next(places), {"id": wrong.id, "error": wrong.error})
+        put(next(places), {"id": wrong.id, "error": wrong.error, **wrong.carried})
 
     def put(place: int, line: Mapping[str, Any]) -> None:
         nonlocal written
@@ -229,18 +254,20 @@ def _run_file(
             written += 1
 
     def write(place: int) -> None:
-        print(held.pop(place), file=answered.out, flush=True)
+        # Around the bar, where both are on one terminal.
+        tqdm.write(held.pop(place), answered.out)
+        answered.out.flush()
         bar.update()
 
-    total = len(items) * config.n - len(answered.done)
-    generation = model.run(requests(), config.top_logprobs)
+    total = _samples(items, config.n) - len(answered.done)
+    generation = model.run(requests())
     with tqdm(total=total, desc="answers", disable=not sys.stderr.isatty()) as bar:
         try:
             for number, _, completion in summary.follow(generation):
                 if completion is None:
                     continue
-                item, sample, place = asked.pop(number)
-                put(place, {"id": item.id, "sample": sample} | prompts.answer(completion))
+                line, place = asked.pop(number)
+                put(place, line | prompts.answer(completion))
         finally:
             for place in sorted(held):
                 write(place)

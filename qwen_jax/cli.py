@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from qwen_jax import hints, interrupts, settings, startup, task_fields
+from qwen_jax import config_program, hints, interrupts, ready_made, settings, startup, task_fields
 from qwen_jax.errors import UserError
 from qwen_jax.versions import version
 
@@ -26,12 +26,13 @@ TASKS = {
     "inspect": "show what is in a model file, and what running it would take",
     "compare": "find what is wrong in an engine, and why; or compare two settings",
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
+    "configs": "list the ready-made configs",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
     "report": "show an experiment, or several side by side: report WORKDIR [WORKDIR ...]",
 }
 WITH_ARGUMENTS = ("merge", "report")
 USAGE = """\
-Usage: {program} [TASK] [--config=FILE.py] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
+Usage: {program} [TASK] [--config=FILE.py or NAME] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 
 Tasks:
 {tasks}
@@ -162,7 +163,7 @@ def parse(argv: list[str]) -> settings.Command:
         hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}."
         raise UserError(f"{task!r} is not a task; {hint}")
     given = [(name, field) for name, field in meaning.items() if values[name].present]
-    task_fields.check(task, given)
+    task_fields.check(task, ((f"--{name}", field) for name, field in given))
     overrides = {}
     for name, field in given:
         value = values[name].value
@@ -172,7 +173,12 @@ def parse(argv: list[str]) -> settings.Command:
     if rest and task not in WITH_ARGUMENTS:
         raise UserError(f"The argument {rest[0]!r} belongs to no flag; write --flag=value.")
     where = values["config"].value
-    config = settings.get_config() if where is None else settings.load(where)
+    config = settings.get_config()
+    if where is not None:
+        where = ready_made.program(where)
+        config = config_program.load(where)
+        changed = sorted(settings.asked(config))
+        task_fields.check(task, ((f"{field}, which {where} sets,", field) for field in changed))
     config.update_from_flattened_dict(overrides)
     return settings.Command(task, config, where, overrides, tuple(rest))
 

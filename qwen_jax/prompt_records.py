@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from qwen_jax import regular_files, strict_json, utf8
+from qwen_jax import ready_made, regular_files, strict_json, utf8
 from qwen_jax.errors import UserError
 
 Record = tuple[int, str, str | dict[str, Any] | UserError]
@@ -36,7 +36,7 @@ def read(name: str) -> Iterator[Record]:
     suffix = Path(name).suffix.lower()
     kind: Kind = "lines" if suffix == ".jsonl" else "array" if suffix == ".json" else "text"
     try:
-        with regular_files.opened(name) as file:
+        with regular_files.opened(ready_made.path(name)) as file:
             yield from _records(file, name, kind)
     except OSError as error:
         why = error.strerror or error

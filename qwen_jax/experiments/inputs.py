@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from qwen_jax import ready_made
 from qwen_jax.api import locate, locate_adapter
 from qwen_jax.errors import UserError
 from qwen_jax.weights.hub_names import is_hub_name
@@ -53,7 +54,7 @@ def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
         _add(found, locate, (config.model, experiment.reference.model))
         _add(found, locate_adapter, config.adapter)
         texts = (config.prompt_file, config.tools, experiment.text, experiment.eval.include)
-        _add(found, Path, texts)
+        _add(found, ready_made.path, texts)
     return found
 
 
@@ -62,7 +63,7 @@ def of_answers(config: ConfigDict) -> dict[str, str]:
     found: dict[str, str] = {}
     _add(found, locate, (config.model,))
     _add(found, locate_adapter, config.adapter)
-    _add(found, Path, (config.tools,))
+    _add(found, ready_made.path, (config.tools,))
     return found
 
 
@@ -70,6 +71,6 @@ def _add(
     found: dict[str, str], path_of: Callable[[str], Path], names: Iterable[str | None]
 ) -> None:
     for name in names:
-        if name is None or name in found or (path_of is not Path and is_hub_name(name)):
+        if name is None or name in found or (path_of is not ready_made.path and is_hub_name(name)):
             continue
         found[name] = fingerprint(path_of(name))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import ready_made
 from qwen_jax.errors import UserError
-from qwen_jax.experiments.declaration import label, title
+from qwen_jax.experiments.declaration import label
 from qwen_jax.experiments.records import ENVIRONMENTS, Contents
 
 STATES = {"finished": "ok", "failed": "failed", None: "missing"}
@@ -70,7 +71,7 @@ class Results:
 
     @property
     def title(self) -> str:
-        titles = [title(c.source, c.config["config_file"]) for c in self.contents]
+        titles = [ready_made.title(c.source, c.config["config_file"]) for c in self.contents]
         return " / ".join(dict.fromkeys(titles))
 
     @property

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Collection, Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -34,8 +33,6 @@ class Generate(Task):
         self.scores = [scores.score(name) for name in config.experiment.scores]
         if "-" in (config.prompt, config.prompt_file):
             raise UserError("An experiment can't read stdin, which a resumed one would lack.")
-        if config.prompt_file is not None and not Path(config.prompt_file).is_file():
-            raise UserError(f"--prompt_file={config.prompt_file} is no file that can be read.")
         if config.prompt_file is None:
             prompts.single(config, self.options)
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_jax import hints, settings
-from qwen_jax.api import Message, Options, check_samples
+from qwen_jax.api import Message, Options, check_samples, prompt_options
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
+from qwen_jax.text.prompt import check
 from qwen_jax.text.streaming import StopStrings
 
 SAMPLING: dict[str, type] = {
@@ -63,6 +64,10 @@ class Item:
     def __post_init__(self) -> None:
         if self.prompt == "" and self.options.get("suffix") is None:
             raise UserError(f"{self.where}: the prompt is empty; ask something.")
+        try:
+            check(self.prompt, **prompt_options(self.options))
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from error
 
     @property
     def carried(self) -> dict[str, Any]:

@@ -118,10 +118,15 @@ def _check_trace(config: ConfigDict) -> None:
         return
     if config.prompt_file is not None or config.n != 1:
         raise UserError("--trace records one text; leave out --prompt_file and --n.")
-    if Path(config.trace.file).exists():
-        raise UserError(
-            f"--trace={config.trace.file} exists already; move it or choose another name."
-        )
+    # Needed for nothing else, and heavy.
+    from qwen_jax.accuracy.recording import bounds
+
+    bounds(config.trace.positions)
+    path = Path(config.trace.file)
+    if path.exists():
+        raise UserError(f"--trace={path} exists already; move it or choose another name.")
+    if not path.parent.is_dir():
+        raise UserError(f"--trace={path} can't be written: {path.parent} is no directory.")
 
 
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
@@ -160,6 +165,10 @@ def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) 
     """Streams one sample as it comes; of several each is printed when it and all before it are
     complete."""
     request = model.request(item.prompt, **item.options)
+    if config.trace.file is not None:
+        from qwen_jax.accuracy.trace import select
+
+        select(model.config, config.trace.names)  # Refuses what matches nothing.
     generation = model.run(api.reseeded(itertools.repeat(request, config.n)))
     ended: dict[int, Completion] = {}
     printed = 0
@@ -185,7 +194,6 @@ def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) 
             if number >= printed:
                 put(number, completion)
     if config.trace.file is not None:
-        # Needed for nothing else, and heavy.
         from qwen_jax.accuracy.recording import trace_generation
 
         names = config.trace.names.split(",")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from qwen_jax.errors import UserError
 from qwen_jax.text.chat import render_chat
@@ -51,28 +51,21 @@ def prompt_ids(
     Raises:
         UserError: the chat is malformed, or arguments don't fit one another or the model.
     """
-    of_chat = not isinstance(prompt, str) or system is not None or bool(tools)
+    check(
+        prompt,
+        system=system,
+        raw=raw,
+        suffix=suffix,
+        tools=tools,
+        continue_final_message=continue_final_message,
+    )
     if suffix is not None:
-        if of_chat or continue_final_message or not isinstance(suffix, str):
-            raise UserError(
-                "A suffix is a text that follows one other text, without messages, a system "
-                "prompt or tools."
-            )
         return _infill(tokenizer, str(prompt), suffix, source)
     if raw:
-        if of_chat or continue_final_message:
-            raise UserError("A raw prompt is one text, without messages, a system prompt or tools.")
         return tokenizer.encode(str(prompt), add_special_tokens=True)
     if isinstance(prompt, str):
-        if continue_final_message:
-            raise UserError(
-                "continue_final_message needs a chat, whose last message it continues; give "
-                "messages, or continue a text with raw."
-            )
         prompt = [{"role": "user", "content": prompt}]
     if system is not None:
-        if any(isinstance(m, Mapping) and m.get("role") == "system" for m in prompt):
-            raise UserError("The chat has a system message of its own; leave out the other.")
         prompt = [{"role": "system", "content": system}, *prompt]
     text = render_chat(
         tokenizer.template_for(tools),
@@ -83,6 +76,35 @@ def prompt_ids(
         source=source,
     )
     return tokenizer.encode(text)
+
+
+def check(prompt: str | Sequence[Message], **options: Unpack[PromptOptions]) -> None:
+    """Raises UserError for options that don't fit one another or the prompt, whatever the model."""
+    continued = options.get("continue_final_message")
+    of_chat = (
+        not isinstance(prompt, str)
+        or options.get("system") is not None
+        or bool(options.get("tools"))
+        or continued
+    )
+    suffix = options.get("suffix")
+    if suffix is not None and (of_chat or not isinstance(suffix, str)):
+        raise UserError(
+            "A suffix is a text that follows one other text, without messages, a system prompt or "
+            "tools."
+        )
+    if suffix is None and options.get("raw") and of_chat:
+        raise UserError("A raw prompt is one text, without messages, a system prompt or tools.")
+    if isinstance(prompt, str):
+        if continued:
+            raise UserError(
+                "continue_final_message needs a chat, whose last message it continues; give "
+                "messages, or continue a text with raw."
+            )
+    elif options.get("system") is not None and any(
+        isinstance(message, Mapping) and message.get("role") == "system" for message in prompt
+    ):
+        raise UserError("The chat has a system message of its own; leave out the other.")
 
 
 def own_stop_ids(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[int, ...]:

@@ -62,6 +62,15 @@ FILES = {
     '{"prompt": "a", "logit_bias": {"٣": 1}}\n'.encode(): "line 1: logit_bias has '٣': 1, but it",
     b'{"messages": [{"role": "user", "content": "a", "role": "b"}]}\n': "the key 'role' appears tw",
     b"[" * 100000: "line 1: its JSON is nested too deeply",
+    b'{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}], "raw": true}\n': (
+        "line 2: A raw prompt is one text"
+    ),
+    b'{"messages": [{"role": "system", "content": "a"}], "system": "b"}\n': (
+        "line 1: The chat has a system message"
+    ),
+    b'{"prompt": "a", "continue_final_message": true}\n': (
+        "line 1: continue_final_message needs a chat"
+    ),
 }
 # Known only with the tokenizer, but, so near to the file's beginning, before anything is run.
 LATE = {
@@ -73,20 +82,11 @@ LATE = {
         "line 2: sampling.logit_bias names token 2048, but the vocabulary has 2048 tokens"
     ),
     b'{"prompt": "a"}\n{"prompt": "' + b"word " * 3000 + b'"}\n': "line 2: The prompt has 3029",
-    b'{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}], "raw": true}\n': (
-        "line 2: A raw prompt is one text"
-    ),
-    b'{"messages": [{"role": "system", "content": "a"}], "system": "b"}\n': (
-        "line 1: The chat has a system message"
-    ),
     b'{"prompt": "a"}\n{"prompt": "a", "stop_ids": [5, 2048]}\n': (
         "line 2: stop_ids holds 2048, but token ids are 0 to 2047"
     ),
     b'{"prompt": "", "suffix": ""}\n': "line 1: ",
     b'{"prompt": "a", "top_logprobs": 2049}\n': "line 1: top_logprobs is 2049, but it must be from",
-    b'{"prompt": "a", "continue_final_message": true}\n': (
-        "line 1: continue_final_message needs a chat"
-    ),
     b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n': (
         "line 1: message 0 (user) has a part of type 'image_url'"
     ),
@@ -339,7 +339,8 @@ def test_a_lines_own_settings_win_over_the_configs(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     (tmp_path / "tools.json").write_text(json.dumps(tools))
     config = {"stop": ("c",), "stop_ids": "3,4", "sampling.top_k": 5, "max_tokens": 7}
-    own = {"stop": "x", "stop_ids": [9], "temperature": 1, "logit_bias": {"7": -1}, "suffix": ""}
+    own = {"stop": "x", "stop_ids": [9], "temperature": 1, "logit_bias": {"7": -1}}
+    own |= {"suffix": "", "tools": []}  # which exclude each other
     plain, line, listed = items_of(
         tmp_path,
         {"prompt": "a", "stop": None},

@@ -92,6 +92,18 @@ class Results:
         names = dict.fromkeys(name for row in self.rows for name in row.metrics)
         return [name for name in names if not name.endswith("_error")]
 
+    def check_comparable(self) -> None:
+        """Raises UserError where experiments that have ended measure nothing in common."""
+        measured: dict[str, set[str]] = {}
+        for row in self.rows:
+            if row.metrics:
+                measured.setdefault(row.run, set()).update(row.metrics)
+        if measured and not set.intersection(*measured.values()):
+            has = "; ".join(f"{run} has {', '.join(sorted(m))}" for run, m in measured.items())
+            raise UserError(
+                f"These experiments measure nothing in common ({has}); report each by itself."
+            )
+
     def environments(self) -> list[tuple[str, dict[str, Any]]]:
         """Of each run, every environment it ran in."""
         found = []

@@ -70,7 +70,12 @@ def _parsed(shard: str | None) -> tuple[int, int]:
     if shard is None:
         return 1, 1
     number, _, count = shard.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    if not (
+        shard.isascii()
+        and number.isdecimal()
+        and count.isdecimal()
+        and 1 <= int(number) <= int(count)
+    ):
         raise UserError(f"--shard is {shard!r}, but it must be i/n, from 1/n to n/n.")
     return int(number), int(count)
 

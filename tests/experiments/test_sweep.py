@@ -73,7 +73,8 @@ def test_what_a_command_must_have(
     refuses(["experiment"], "needs --config=FILE.py")
     refuses(argv[:2], "needs --workdir")
     refuses([*argv, "--seed=3"], "sampling.seed is given by a flag", "sweeps it")
-    refuses([*argv, "--shard=0/2"], "--shard is '0/2'")
+    for shard in ("0/2", "1/", "\u0661/\u0662"):
+        refuses([*argv, f"--shard={shard}"], f"--shard is '{shard}', but it must be i/n")
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.txt").write_text("all of it")
     refuses(argv, "holds thesis.txt and no experiment")

@@ -35,6 +35,6 @@ def show(workdirs: Sequence[Path], out: Path, names: tuple[str, str] | None = No
 
 def _write(path: Path, text: str) -> None:
     """An older one goes, but not in silence."""
-    if path.exists() and path.read_bytes() != text.encode("utf-8", "backslashreplace"):
+    if path.is_file() and path.read_bytes() != text.encode("utf-8", "backslashreplace"):
         print(f"{path} is replaced by a newer one", file=sys.stderr)
     write_atomically(path, text)

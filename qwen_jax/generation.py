@@ -6,9 +6,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
+from qwen_jax.arguments import check_fields
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
-from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
+from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
@@ -38,22 +39,14 @@ class Request:
     top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.max_tokens):
-            raise UserError(f"max_tokens is {self.max_tokens!r:.60}, but it must be whole.")
-        if self.max_tokens < 0:
-            raise UserError(f"max_tokens is {self.max_tokens}, but it must not be negative.")
-        if not isinstance(self.sampling, Sampling):
-            raise UserError(
-                f"sampling is {self.sampling!r:.60}, but it must be a Sampling, as "
-                "qwen_jax.Sampling(temperature=0.8)."
-            )
-        if not isinstance(self.stop_ids, Iterable):
-            raise UserError(f"stop_ids is {self.stop_ids!r:.60}, but it must be a list of ids.")
         # What can be gone through once would stop nobody after it was checked.
         for name in ("stop", "stop_ids"):
             value = getattr(self, name)
             if isinstance(value, Iterator):
                 object.__setattr__(self, name, tuple(value))
+        check_fields(self)
+        if self.max_tokens < 0:
+            raise UserError(f"max_tokens is {self.max_tokens}, but it must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +113,26 @@ class Timings:
         return Timings(**sums | {"first_token_seconds": first})
 
 
+class StreamedText(str):
+    """A piece of a text as it comes.
+
+    Attributes:
+        tokens: the ids it was made of. Those of a character that is not complete, or of what may
+            become a stop string, come with the piece that shows it.
+        logprobs: of these, where asked for.
+        finish_reason: of the last piece, whose text may be empty: see `Completion`.
+    """
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: str | None = None
+
+
 class Piece(NamedTuple):
     """New text of the request of this number, from 0; its completion with the last piece."""
 
     number: int
-    text: str
+    text: StreamedText
     completion: Completion | None
 
 
@@ -175,7 +183,7 @@ class Generation:
                 if more := request is not None:
                     row = _Row(number, request, self._engine, self._tokenizer)
                     if row.text.limit == 0:
-                        yield Piece(number, "", row.completion())
+                        yield Piece(number, row.streamed(""), row.completion())
                         continue
                     self._rows[row.text] = row
                     scheduler.add(row.text)
@@ -191,7 +199,8 @@ class Generation:
                 self._count(row, before)
                 over = row.finish_reason is not None
                 if piece or over:
-                    yield Piece(row.number, piece, row.completion() if over else None)
+                    completion = row.completion() if over else None
+                    yield Piece(row.number, row.streamed(piece), completion)
 
     def _count(self, row: "_Row", before: int) -> None:
         """Adds what a row has grown by, from so many tokens on."""
@@ -226,6 +235,15 @@ class _Row:
         }
         self._stream = TextStream(tokenizer, request.stop, hidden=self._stop_ids)
         self._pieces: list[str] = []
+        self._told = 0
+
+    def streamed(self, piece: str) -> StreamedText:
+        """New text, with what has come since the last of it."""
+        text, new = StreamedText(piece), slice(self._told, None)
+        self._told = len(self.tokens)
+        text.tokens, text.finish_reason = tuple(self.tokens[new]), self.finish_reason
+        text.logprobs = None if self._logprobs is None else tuple(self._logprobs[new])
+        return text
 
     def feed(self, news: News) -> str:
         """Takes the new tokens; returns text safe to show."""
@@ -266,7 +284,7 @@ def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
     log-probabilities are asked for than it has tokens."""
     vocabulary, source = tokenizer.vocab_size, engine.config.source
     for token in request.stop_ids:
-        if not is_whole(token) or not 0 <= token < vocabulary:
+        if not 0 <= token < vocabulary:
             raise UserError(
                 f"stop_ids holds {token!r:.40}, but token ids are 0 to {vocabulary - 1}."
             )

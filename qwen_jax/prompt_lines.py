@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_jax import hints, settings
-from qwen_jax.api import Message, Options, check_samples, prompt_options
+from qwen_jax.choices import check_samples
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.text.prompt import check
+from qwen_jax.options import Options, prompt_options
+from qwen_jax.text.prompt import Message, check
 from qwen_jax.text.streaming import StopStrings
 
 SAMPLING: dict[str, type] = {

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from qwen_jax import (
     api,
+    choices,
     in_force,
     prompt_lines,
     prompt_records,
@@ -20,11 +21,12 @@ from qwen_jax import (
     strict_json,
     utf8,
 )
-from qwen_jax.api import BUNDLED, Options
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.in_force import DRAWS
+from qwen_jax.opening import BUNDLED
+from qwen_jax.options import Options
 from qwen_jax.prompt_lines import Item, Wrong
 from qwen_jax.text.messages import plain_tools
 from qwen_jax.text.streaming import StopStrings
@@ -43,8 +45,8 @@ def options_of(config: ConfigDict) -> Options:
     """The config's answer settings, checked."""
     if config.max_tokens < 1:
         raise UserError(f"max_tokens is {config.max_tokens}, but it must be at least 1.")
-    api.check_samples(config.n)
-    api.check_slots(config.slots)
+    choices.check_samples(config.n)
+    choices.check_slots(config.slots)
     recommended.check_choice(config.generation_config)
     StopStrings(config.stop)  # Refuses an empty one.
     return Options(

@@ -13,8 +13,8 @@ from qwen_jax.accuracy.operations import forward
 from qwen_jax.accuracy.parameters import CheckpointSource, Source
 from qwen_jax.accuracy.recording import model_hash
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
-from qwen_jax.api import locate
 from qwen_jax.errors import UserError
+from qwen_jax.opening import locate
 from qwen_jax.versions import version
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from qwen_jax import ready_made
-from qwen_jax.api import locate, locate_adapter
 from qwen_jax.errors import UserError
+from qwen_jax.opening import locate, locate_adapter
 from qwen_jax.weights.hub_names import is_hub_name
 
 _WHOLE = 64 << 20

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import api
+from qwen_jax import choices, opening
 from qwen_jax.engine.blocks import held_bytes
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
@@ -84,7 +84,7 @@ def _task(point: Point) -> Task:
     config = point.config
     try:
         Choice.of(config).check()
-        api.check_slots(config.slots)
+        choices.check_slots(config.slots)
         return task_class(config.experiment.task)(config)
     except UserError as error:
         raise UserError(f"The point {point.label}: {error}") from error
@@ -93,13 +93,13 @@ def _task(point: Point) -> Task:
 def _size(choice: Choice) -> Checkpoint | None:
     if any(map(is_hub_name, (choice.model, *choice.adapter))):
         return None
-    return api.open_model(choice.model, choice.adapter)
+    return opening.open_model(choice.model, choice.adapter)
 
 
 def _memory(point: Point, size: Checkpoint | None) -> int | None:
     if size is None:
         return None
-    dtype, slots = api.dtype_of(point.config.dtype), point.config.slots
+    dtype, slots = choices.dtype_of(point.config.dtype), point.config.slots
     _, held = held_bytes(point.config.weights, size, dtype)
     budget = Budget.of(size.config, dtype, held)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, pins, prompts
+from qwen_jax import api, opening, pins, prompts
 from qwen_jax.accuracy import distribution, gates, report
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.cache_audit import audit_cache
@@ -97,7 +97,7 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
         )
     if settings.parts is not None and "text" in parts and config.prompt is None:
         raise UserError("The part text needs --prompt, the message whose token ids the trace has.")
-    checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
+    checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
     trace = open_trace(settings.candidate, checkpoint.config, tokens=_ids(settings.tokens))
     found = Report(candidate=trace.header)
     if "tensors" in parts:
@@ -125,7 +125,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     ids = _ids(settings.tokens)
     item = prompts.single(config, options) if ids is None and "tensors" in parts else None
     model = load(config)
-    checkpoint = api.open_model(config.model, config.adapter)
+    checkpoint = opening.open_model(config.model, config.adapter)
     tokens = ids or (model.tokens(item.prompt, **api.prompt_options(options)) if item else None)
     faults = parse_faults(settings.plant or "", model.config)
     found = Report(planted=tuple(map(str, faults)))

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
-from qwen_jax import api, regular_files, settings
+from qwen_jax import choices, regular_files, settings
 from qwen_jax.accuracy import distribution, gates, references
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.precision_search import DTYPES
@@ -106,10 +106,10 @@ def _check_base(base: ConfigDict) -> None:
             "--base_weights or --base_implementation."
         )
     for name, check_value in (
-        ("dtype", api.dtype_of),
-        ("weights", api.check_weights),
-        ("implementation", api.check_implementation),
-        ("matmul_precision", api.check_precision),
+        ("dtype", choices.dtype_of),
+        ("weights", choices.check_weights),
+        ("implementation", choices.check_implementation),
+        ("matmul_precision", choices.check_precision),
     ):
         if base[name] is not None:
             check_value(base[name])

@@ -11,13 +11,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from logging import Formatter
+from logging import Formatter, LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from qwen_jax import config_program, hints, interrupts, ready_made, settings, startup, task_fields
+from qwen_jax import (
+    config_program,
+    hints,
+    interrupts,
+    ready_made,
+    settings,
+    startup,
+    task_fields,
+    terminal,
+)
 from qwen_jax.errors import UserError
 from qwen_jax.versions import version
 
@@ -80,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.FLAGS.mark_as_parsed()  # absl's logging asks for its own flags, which stay as they are.
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
+    logging.get_absl_handler().setFormatter(_Formatter("%(levelname)s: %(message)s"))
     try:
         code = _run(["run.py", *(sys.argv[1:] if argv is None else argv)])
         sys.stdout.flush()  # Here a failure is still ours to report.
@@ -99,6 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0  # Its reader has seen enough, as `| head` does.
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+class _Formatter(Formatter):
+    """Messages that quote files."""
+
+    def format(self, record: LogRecord) -> str:
+        return terminal.message(super().format(record))
 
 
 def _open_streams() -> None:

@@ -33,6 +33,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.settings import Command
 from qwen_jax.tasks.compare_checks import BASE, PARTS, check
 from qwen_jax.tasks.generate import load
+from qwen_jax.terminal import visible
 from qwen_jax.weights.loader import Checkpoint
 
 ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
@@ -56,7 +57,7 @@ def run(command: Command) -> int:
     found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
     outcomes = gates.check(limits, report.values(found))
     found = dataclasses.replace(found, gates=outcomes)
-    print(report.text(found), end="")
+    print(visible(report.text(found)), end="")
     if config.workdir is not None:
         for path in report.write(config.workdir, found):
             print(f"wrote {path}", file=sys.stderr)

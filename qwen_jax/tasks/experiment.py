@@ -11,6 +11,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
 from qwen_jax.experiments.runner import Runner, devices_line
 from qwen_jax.settings import Command
+from qwen_jax.terminal import visible
 
 
 def run(command: Command) -> int:
@@ -22,7 +23,7 @@ def run(command: Command) -> int:
     planned = plan.part_of(plan.plan(declared.points), config.runner.shard)
     _warn_of_idle(declared.points)
     if config.runner.dry_run:
-        print(plan.listed(planned))
+        print(visible(plan.listed(planned)))
         return 0
     if config.workdir is None:
         raise UserError("An experiment needs --workdir=DIRECTORY for its records.")

@@ -3,7 +3,7 @@
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qwen_jax.settings import Command
 from qwen_jax.tasks import answers
 from qwen_jax.tasks.answers import Answers
 from qwen_jax.tasks.summary import Summary
+from qwen_jax.terminal import json_visible, visible
 
 SOME_REFUSED = 3
 """Exit code of a run that answered a file, but for some of its prompts."""
@@ -107,7 +108,7 @@ def _as_recommended(
     options = prompts.options_of(config)
     items = [item.over(options) if isinstance(item, Item) else item for item in items]
     if said := recommended.line(model.recommended, config, options["sampling"]):
-        print(said, file=sys.stderr)
+        print(visible(said), file=sys.stderr)
     prompts.warn_of_idle(_right(items), asked, config.n)
     return config, items
 
@@ -172,10 +173,12 @@ def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) 
     generation = model.run(api.reseeded(itertools.repeat(request, config.n)))
     ended: dict[int, Completion] = {}
     printed = 0
+    # A terminal obeys what a model may write; a file gets the text as it is.
+    shown: Callable[[str], str] = visible if sys.stdout.isatty() else str
 
     def put(number: int, completion: Completion) -> None:
         if config.n > 1:
-            print(f"--- sample {number + 1}\n{completion.text}", end="")
+            print(f"--- sample {number + 1}\n{shown(completion.text)}", end="")
         if completion.tokens:  # none where Ctrl-C came first
             print(flush=True)
         _print_logprobs(model, completion)
@@ -183,7 +186,7 @@ def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) 
     try:
         for number, text, completion in summary.follow(generation):
             if config.n == 1:
-                print(text, end="", flush=True)
+                print(shown(text), end="", flush=True)
             if completion is not None:
                 ended[number] = completion
             while printed in ended:
@@ -254,7 +257,7 @@ def _run_file(
 
     def put(place: int, line: Mapping[str, Any]) -> None:
         nonlocal written
-        held[place] = json.dumps(line, ensure_ascii=False)
+        held[place] = json_visible(json.dumps(line, ensure_ascii=False))
         if not config.ordered:
             write(place)
         while written in held:

@@ -24,6 +24,7 @@ from qwen_jax.model.cache import PAGE
 from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
 from qwen_jax.settings import Command
+from qwen_jax.terminal import visible
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.hub_names import is_hub_name
 from qwen_jax.weights.loader import Checkpoint
@@ -52,7 +53,7 @@ def run(command: Command) -> int:
         ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
         ("memory", memory_lines(checkpoint.config, dtype, config.slots, held if packed else None)),
     )
-    print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
+    print(visible("\n\n".join("\n  ".join([title, *lines]) for title, lines in sections)))
     return 0
 
 

@@ -10,6 +10,7 @@ from absl import logging
 from qwen_jax.experiments.lines import write_atomically
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.report.tables import csv_text, terminal_table
+from qwen_jax.terminal import visible
 
 
 def show(workdirs: Sequence[Path], out: Path, names: tuple[str, str] | None = None) -> Results:
@@ -20,7 +21,7 @@ def show(workdirs: Sequence[Path], out: Path, names: tuple[str, str] | None = No
     """
     results = Results.read(workdirs)
     results.check_comparable()
-    print(terminal_table(results))
+    print(visible(terminal_table(results)))
     csv, page = names or ("results.csv", "report.html")
     _write(out / csv, csv_text(results))
     try:

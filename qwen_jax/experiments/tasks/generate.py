@@ -19,6 +19,7 @@ from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
+from qwen_jax.terminal import visible
 
 
 class Generate(Task):
@@ -82,7 +83,7 @@ class Generate(Task):
 @functools.cache
 def _say(line: str) -> None:
     """Once a process, since points share models and settings."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(visible(line), file=sys.stderr)
 
 
 class Recorded:

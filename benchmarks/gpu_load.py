@@ -42,7 +42,7 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
         now = time.perf_counter()
         seconds[stage], last = round(now - last, 3), now
 
-    from qwen_jax import api
+    from qwen_jax import choices, opening
     from qwen_jax.engine import memory, weights
     from qwen_jax.executables.per_user import use_compilation_cache
     from qwen_jax.loading import read_tokenizer
@@ -54,11 +54,11 @@ def measure(path: Path, on_host: bool) -> dict[str, Any]:
     memory.device()
     lap("device")
     use_compilation_cache()
-    checkpoint = api.open_model(path)
+    checkpoint = opening.open_model(path)
     lap("file")
     read_tokenizer(checkpoint)
     lap("tokenizer")
-    dtype = api.dtype_of("auto")
+    dtype = choices.dtype_of("auto")
     if on_host:
         loader.decodes_there = lambda device: False
 

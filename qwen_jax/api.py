@@ -1,73 +1,60 @@
 """The Python face: `load` a checkpoint, then `generate`, `stream` or read `logits`."""
 
+import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import resources
+import itertools
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack, cast, get_args, overload
+from typing import Any, Literal, Unpack, cast, overload
 
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax import lax
 from jaxtyping import Float
 
 import pallas_kernels
+from qwen_jax.arguments import checked
+from qwen_jax.choices import (
+    check_implementation,
+    check_precision,
+    check_samples,
+    check_slots,
+    check_weights,
+    dtype_of,
+)
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineOptions
-from qwen_jax.engine.memory import device
-from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.executables.per_user import use_compilation_cache
-from qwen_jax.generation import Completion, Generation, Request, row_stop_ids
+from qwen_jax.generation import (
+    Completion,
+    Generation,
+    Piece,
+    Request,
+    StreamedText,
+    check_fits,
+)
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
+from qwen_jax.in_thread import in_thread
 from qwen_jax.loading import load_engine
+from qwen_jax.opening import BUNDLED, open_model
+from qwen_jax.options import PROMPT_OPTIONS, Options, prompt_options
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
 from qwen_jax.scoring import Pair, Score, scored
 from qwen_jax.text.chat import DEFAULT_SYSTEM
-from qwen_jax.text.prompt import Message, PromptOptions, prompt_ids
+from qwen_jax.text.prompt import Message, Prompt, PromptOptions, prompt_ids, prompts_in
 from qwen_jax.text.tokenizer import Tokenizer
-from qwen_jax.weights.adapters import with_adapters
-from qwen_jax.weights.hub import resolve
-from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
-BUNDLED = "haiku"
-"""The name of the model that ships with the package."""
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = ("auto", "packed", "expanded")
-PRECISIONS = ("highest", "high", "default")
-MOST_SLOTS = 4096
-"""Far more than any device has room for texts."""
+Progress = Callable[[int, int], None]
+"""Called with what is done, and what there is to do."""
 
 
-def locate(model: str | Path = BUNDLED) -> Path:
-    """The path of a model: the bundled one, a file, a directory, or what `load` says of `hf:`."""
-    if str(model) == BUNDLED:
-        return Path(str(resources.files("qwen_jax") / "data" / f"{BUNDLED}.gguf"))
-    return resolve(str(model))
-
-
-def locate_adapter(adapter: str | Path) -> Path:
-    """The path of an adapter: a PEFT directory, a LoRA GGUF file, or one of the Hub as `hf:`."""
-    return resolve(str(adapter), adapter=True)
-
-
-def open_model(
-    model: str | Path = BUNDLED,
-    adapter: str | Path | Sequence[str | Path] = (),
-    *,
-    sha256: str | None = None,
-) -> Checkpoint:
-    """The checkpoint that `load` would read, open and checked, with its adapters."""
-    adapters = [adapter] if isinstance(adapter, str | Path) else adapter
-    checkpoint = open_checkpoint(locate(model), sha256=sha256)
-    return with_adapters(checkpoint, [locate_adapter(path) for path in adapters])
-
-
+@checked
 def load(
     model: str | Path = BUNDLED,
     *,
@@ -80,7 +67,7 @@ def load(
     batch_invariant: bool = False,
     expected: Expected | None = None,
     sha256: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> "Model":
     """Reads a checkpoint and puts it on the device.
 
@@ -135,71 +122,6 @@ def load(
     return Model(engine, tokenizer, read_recommended(checkpoint))
 
 
-def dtype_of(name: str) -> jnp.dtype:
-    """The parameters' dtype; "auto" is float32 on a CPU and bfloat16 elsewhere."""
-    _one_of("dtype", name, DTYPES)
-    if name == "auto":
-        name = "float32" if device().platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def check_implementation(name: str) -> None:
-    """Raises UserError where no such implementation serves every operation."""
-    _one_of("implementation", name, get_args(pallas_kernels.Implementation))
-    for operation in pallas_kernels.OPERATIONS:
-        try:
-            pallas_kernels.choose(operation, name)
-        except pallas_kernels.UnsupportedError as error:
-            reason = str(error).rstrip(".")
-            raise UserError(f"{reason}; use implementation 'auto' or 'xla'.") from error
-
-
-def check_precision(name: str) -> None:
-    """Raises UserError for a matmul precision that there is not."""
-    _one_of("matmul_precision", name, PRECISIONS)
-
-
-def check_weights(name: str) -> None:
-    """Raises UserError for a form of weights that there is not."""
-    _one_of("weights", name, WEIGHTS)
-
-
-def check_slots(slots: int | None) -> None:
-    """Raises UserError for a number of slots that there can't be."""
-    if slots is not None and not (is_whole(slots) and 1 <= slots <= MOST_SLOTS):
-        raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} is {value!r}, but it must be one of {', '.join(allowed)}.")
-
-
-class Options(PromptOptions, total=False):
-    """How to answer a prompt, besides how it is put.
-
-    Attributes:
-        max_tokens: the most tokens to generate (256); the context may end the text earlier.
-        sampling: how tokens are chosen; greedy by default.
-        stop: strings that end the text, control tokens included; they are cut off.
-        stop_ids: ids of tokens that end the text, besides the model's own; they are not shown.
-    """
-
-    max_tokens: int
-    sampling: Sampling
-    stop: Sequence[str]
-    stop_ids: Sequence[int]
-
-
-PROMPT_OPTIONS = tuple(PromptOptions.__annotations__)
-"""Names of those options that decide the prompt's ids."""
-
-
-def prompt_options(options: Options) -> PromptOptions:
-    """Those of the options that decide the prompt's ids."""
-    return cast(PromptOptions, {k: v for k, v in options.items() if k in PROMPT_OPTIONS})
-
-
 class Model:
     """A loaded model: an engine and the tokenizer that belongs to it.
 
@@ -218,10 +140,9 @@ class Model:
     def config(self) -> ModelConfig:
         return self.engine.config
 
-    def tokens(
-        self, prompt: str | Sequence[Message], **options: Unpack[PromptOptions]
-    ) -> list[int]:
-        """The ids of a prompt, a user's message or a whole chat, as the model will see them.
+    @checked
+    def tokens(self, prompt: Prompt, **options: Unpack[PromptOptions]) -> list[int]:
+        """The ids of a prompt, a user's message, a whole chat or ids, as the model will see them.
 
         Raises:
             UserError: the chat is malformed, or options don't fit one another or the model.
@@ -239,11 +160,13 @@ class Model:
             )
         return prompt_ids(self.tokenizer, prompt, source=source, **options)
 
-    def run(self, requests: Iterable[Request], top_logprobs: int | None = None) -> Generation:
+    @checked
+    def run(self, requests: Iterable[Request]) -> Generation:
         """Requests through the engine's slots; iterate over it for the texts as they come."""
-        return Generation(self.engine, self.tokenizer, requests, top_logprobs=top_logprobs)
+        return Generation(self.engine, self.tokenizer, requests)
 
-    def request(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Request:
+    @checked
+    def request(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
         """A prompt's work, for `run`.
 
         Raises:
@@ -262,54 +185,60 @@ class Model:
         given = {name: value for name, value in options.items() if value is not None}
         answer = {name: value for name, value in given.items() if name not in PROMPT_OPTIONS}
         request = Request(tokens, **cast(Any, answer))
-        row_stop_ids(request, self.tokenizer)
-        check_bias(request.sampling, self.config.vocab_size)
+        check_fits(request, self.engine, self.tokenizer)
         return request
 
     @overload
     def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Sequence[Message] | Sequence[int],
         *,
         n: Literal[1] = 1,
-        top_logprobs: int | None = None,
+        samplings: Sequence[Sampling] | None = None,
+        progress: Progress | None = None,
         **options: Unpack[Options],
     ) -> Completion: ...
 
     @overload
     def generate(
         self,
-        prompt: list[str],
+        prompt: list[str] | Sequence[Sequence[int]] | Sequence[Sequence[Message]],
         *,
         n: int = 1,
-        top_logprobs: int | None = None,
+        samplings: Sequence[Sampling] | None = None,
+        progress: Progress | None = None,
         **options: Unpack[Options],
     ) -> list[Completion]: ...
 
     @overload
     def generate(
         self,
-        prompt: str | Sequence[Message] | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],
         *,
         n: int,
-        top_logprobs: int | None = None,
+        samplings: Sequence[Sampling] | None = None,
+        progress: Progress | None = None,
         **options: Unpack[Options],
     ) -> Completion | list[Completion]: ...
 
+    @checked
     def generate(
         self,
-        prompt: str | Sequence[Message] | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],
         *,
         n: int = 1,
-        top_logprobs: int | None = None,
+        samplings: Sequence[Sampling] | None = None,
+        progress: Progress | None = None,
         **options: Unpack[Options],
     ) -> Completion | list[Completion]:
-        """Answers a message, a chat, or several messages, as many at a time as there are slots.
+        """Answers one prompt, or several, as many at a time as there are slots.
 
         Args:
-            prompt: a user's message, chat messages, or a list of users' messages.
+            prompt: a user's message, a chat or token ids; or a list of these.
             n: samples of each prompt. Sample i of all uses the sampling's seed + i.
-            top_logprobs: None for no log-probabilities, else how many of the likeliest.
+            samplings: one for each prompt, in place of `sampling`; sample i of a prompt then uses
+                its own seed + i.
+            progress: called with answers that are complete, and answers in all.
             options: see `Options`.
 
         Returns:
@@ -317,42 +246,91 @@ class Model:
             prompt first.
 
         Raises:
-            UserError: a prompt is empty, malformed or longer than the context, or `n` is not
-                positive.
+            UserError: a prompt is empty, malformed or longer than the context, or an argument is
+                not what it must be.
         """
-        if not is_whole(n) or n < 1:
-            raise UserError(f"n is {n!r:.60}, but it must be a whole number, at least 1.")
-        if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
-            raise UserError(
-                f"prompt is a {type(prompt).__name__}, but it must be a text, a list of texts or a "
-                "list of messages."
-            )
+        requests, alone = self._requests(prompt, n, samplings, options)
+        ended: dict[int, Completion] = {}
+        for piece in self.run(requests):
+            _take(piece, ended, len(requests), progress)
+        return _completions(ended, alone)
+
+    @checked
+    async def agenerate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        n: int = 1,
+        samplings: Sequence[Sampling] | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[Options],
+    ) -> Completion | list[Completion]:
+        """`generate` for asyncio, whose other tasks go on meanwhile; cancelled, it ends soon."""
+        requests, alone = await asyncio.to_thread(self._requests, prompt, n, samplings, options)
+        ended: dict[int, Completion] = {}
+        async with contextlib.aclosing(in_thread(self.run(requests).__iter__)) as pieces:
+            async for piece in pieces:
+                _take(piece, ended, len(requests), progress)
+        return _completions(ended, alone)
+
+    @checked
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[StreamedText]:
+        """Answers one prompt and yields the text as it comes, in whole characters; the last piece
+        says why it ended.
+
+        Raises:
+            UserError: at the first piece: the prompt is empty, malformed or longer than the
+                context.
+        """
+        return self._streamed(prompt, options)
+
+    @checked
+    async def astream(
+        self, prompt: Prompt, **options: Unpack[Options]
+    ) -> AsyncIterator[StreamedText]:
+        """`stream` for asyncio: `async for piece in model.astream(...)`."""
+        async with contextlib.aclosing(
+            in_thread(lambda: self._streamed(prompt, options))
+        ) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _streamed(self, prompt: Prompt, options: Options) -> Generator[StreamedText, None, None]:
+        request = self.request(prompt, **options)
+        self._warn_of_idle(request.sampling, 1)
+        with contextlib.closing(iter(self.run([request]))) as pieces:
+            for piece in pieces:
+                yield piece.text
+
+    def _requests(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        n: int,
+        samplings: Sequence[Sampling] | None,
+        options: Options,
+    ) -> tuple[list[Request], bool]:
+        """The samples of each prompt; and whether one completion is the answer, and no list."""
+        check_samples(n)
         for name in ("stop", "stop_ids"):
             if isinstance(value := options.get(name), Iterator):
                 options[name] = tuple(value)  # for every prompt, not the first alone
-        several = not isinstance(prompt, str) and all(isinstance(p, str) for p in prompt)
-        prompts = cast(list[str | Sequence[Message]], prompt if several else [prompt])
-        firsts = [self.request(p, **options) for p in prompts]
-        requests = [request for request in firsts for _ in range(n)]
-        if not requests:
-            return []
-        self._warn_of_idle(firsts[0].sampling, n)
-        pieces = self.run(reseeded(requests), top_logprobs)
-        ended = {piece.number: piece.completion for piece in pieces if piece.completion}
-        completions = [ended[index] for index in range(len(requests))]
-        return completions if several or n > 1 else completions[0]
-
-    def stream(self, prompt: str | Sequence[Message], **options: Unpack[Options]) -> Iterator[str]:
-        """Answers one prompt and yields the text as it comes, in whole characters.
-
-        Raises:
-            UserError: the prompt is empty, malformed or longer than the context.
-        """
-        request = self.request(prompt, **options)
-        self._warn_of_idle(request.sampling, 1)
-        for piece in self.run([request]):
-            if piece.text:
-                yield piece.text
+        prompts, several = prompts_in(prompt)
+        firsts = [self.request(one, **options) for one in prompts]
+        if samplings is None:
+            for first in firsts[:1]:
+                self._warn_of_idle(first.sampling, n)
+            samples = itertools.chain.from_iterable([first] * n for first in firsts)
+            return [*reseeded(samples)], not several and n == 1
+        if len(samplings) != len(prompts) or "sampling" in options:
+            raise UserError(
+                f"samplings has {len(samplings)} entries for {len(prompts)} prompts; give one for "
+                "each, and no sampling."
+            )
+        requests: list[Request] = []
+        for first, sampling in zip(firsts, samplings, strict=True):
+            self._warn_of_idle(sampling, n)
+            requests += reseeded([dataclasses.replace(first, sampling=sampling)] * n)
+        return requests, not several and n == 1
 
     def _warn_of_idle(self, sampling: Sampling, n: int) -> None:
         """Tells once of what does nothing, as in `Sampling(top_p=0.9)` without a temperature."""
@@ -361,6 +339,7 @@ class Model:
             self._warned.add((idle, n))
             warn_of_greedy(idle, n)
 
+    @checked
     def score(self, pairs: Iterable[Pair]) -> Iterator[Score]:
         """How likely continuations are after contexts, both as ids, in the order of the pairs.
 
@@ -369,6 +348,7 @@ class Model:
         """
         return scored(self.engine, pairs)
 
+    @checked
     def logits(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T V"]:
         """Logits after each of the tokens, float32 `[T, V]`.
 
@@ -380,6 +360,20 @@ class Model:
             if not 0 <= token < vocab:
                 raise UserError(f"Token {token} is not in the vocabulary of {vocab} tokens.")
         return self.engine.logits(token_ids)
+
+
+def _take(
+    piece: Piece, ended: dict[int, Completion], total: int, progress: Progress | None
+) -> None:
+    """Notes a completion, if the piece has one, and tells of it."""
+    if piece.completion is not None:
+        ended[piece.number] = piece.completion
+        if progress is not None:
+            progress(len(ended), total)
+
+
+def _completions(ended: dict[int, Completion], alone: bool) -> Completion | list[Completion]:
+    return ended[0] if alone else [ended[number] for number in range(len(ended))]
 
 
 def reseeded(requests: Iterable[Request], first: int = 0) -> Iterator[Request]:

@@ -11,13 +11,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from logging import Formatter
+from logging import Formatter, LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 
-from qwen_jax import interrupts, settings, startup, task_fields
+from qwen_jax import (
+    config_program,
+    hints,
+    interrupts,
+    ready_made,
+    settings,
+    startup,
+    task_fields,
+    terminal,
+)
 from qwen_jax.errors import UserError
 from qwen_jax.versions import version
 
@@ -26,12 +35,13 @@ TASKS = {
     "inspect": "show what is in a model file, and what running it would take",
     "compare": "find what is wrong in an engine, and why; or compare two settings",
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
+    "configs": "list the ready-made configs",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
     "report": "show an experiment, or several side by side: report WORKDIR [WORKDIR ...]",
 }
 WITH_ARGUMENTS = ("merge", "report")
 USAGE = """\
-Usage: {program} [TASK] [--config=FILE.py] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
+Usage: {program} [TASK] [--config=FILE.py or NAME] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 
 Tasks:
 {tasks}
@@ -45,28 +55,6 @@ Every field of the config that it reads can be set as --config.FIELD=VALUE:
 {config}
 """
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
-ELSEWHERE = {
-    "temp": "temperature",
-    "max_new_tokens": "max_tokens",
-    "max_length": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_return_sequences": "n",
-    "num_samples": "n",
-    "batch_size": "slots",
-    "parallel": "slots",
-    "input": "prompt_file",
-    "file": "prompt_file",
-    "system_prompt": "system",
-    "lora": "adapter",
-    "logprobs": "top_logprobs",
-    "repeat_penalty": "config.sampling.repetition_penalty",
-    "repetition_penalty": "config.sampling.repetition_penalty",
-    "presence_penalty": "config.sampling.presence_penalty",
-    "frequency_penalty": "config.sampling.frequency_penalty",
-    "logit_bias": "config.sampling.logit_bias",
-    "ctx_size": "context",
-}
-"""What other engines call a flag of ours."""
 
 
 def entry() -> NoReturn:
@@ -101,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.FLAGS.mark_as_parsed()  # absl's logging asks for its own flags, which stay as they are.
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_handler().setFormatter(Formatter("%(levelname)s: %(message)s"))
+    logging.get_absl_handler().setFormatter(_Formatter("%(levelname)s: %(message)s"))
     try:
         code = _run(["run.py", *(sys.argv[1:] if argv is None else argv)])
         sys.stdout.flush()  # Here a failure is still ours to report.
@@ -120,6 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0  # Its reader has seen enough, as `| head` does.
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+class _Formatter(Formatter):
+    """Messages that quote files."""
+
+    def format(self, record: LogRecord) -> str:
+        return terminal.message(super().format(record))
 
 
 def _open_streams() -> None:
@@ -184,7 +179,7 @@ def parse(argv: list[str]) -> settings.Command:
         hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}."
         raise UserError(f"{task!r} is not a task; {hint}")
     given = [(name, field) for name, field in meaning.items() if values[name].present]
-    task_fields.check(task, given)
+    task_fields.check(task, ((f"--{name}", field) for name, field in given))
     overrides = {}
     for name, field in given:
         value = values[name].value
@@ -194,7 +189,12 @@ def parse(argv: list[str]) -> settings.Command:
     if rest and task not in WITH_ARGUMENTS:
         raise UserError(f"The argument {rest[0]!r} belongs to no flag; write --flag=value.")
     where = values["config"].value
-    config = settings.get_config() if where is None else settings.load(where)
+    config = settings.get_config()
+    if where is not None:
+        where = ready_made.program(where)
+        config = config_program.load(where)
+        changed = sorted(settings.asked(config))
+        task_fields.check(task, ((f"{field}, which {where} sets,", field) for field in changed))
     config.update_from_flattened_dict(overrides)
     return settings.Command(task, config, where, overrides, tuple(rest))
 
@@ -219,9 +219,8 @@ def _explain(error: flags.Error, meaning: dict[str, str]) -> str:
     """One sentence of what absl raised."""
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
-        same = ELSEWHERE.get(name.replace("-", "_").lower(), name.replace("-", "_"))
-        near = [same] if same in meaning else difflib.get_close_matches(name, meaning, n=1)
-        hint = f"did you mean --{near[0]}?" if near else f"see {settings.program()} --help."
+        meant = hints.meant(name, meaning)
+        hint = f"did you mean --{meant}?" if meant else f"see {settings.program()} --help."
         return f"There is no flag --{name}; {hint}"
     wrong = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)
     if isinstance(error, flags.IllegalFlagValueError) and wrong:

@@ -10,6 +10,15 @@ import math
 
 from qwen_jax.errors import UserError
 
+MOST_LAYERS = 10_000
+"""Many times those of any model: names of all layers' tensors are made before one is looked for."""
+
+MOST_STRETCHED = 1e6
+"""How far positions may be scaled. A context of 2^31 from one of 2,048 is that far."""
+
+LARGEST = 1e30
+"""Numbers beyond overflow float32 where they are multiplied."""
+
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
@@ -69,7 +78,10 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type is int and value < 1:
                 self._refuse(field.name, value, "must be at least 1")
-        if not (self.rope_theta > 1 and math.isfinite(self.rope_theta)):
+            most = MOST_LAYERS if field.name == "num_layers" else 2**31 - 1
+            if field.type is int and value > most:
+                self._refuse(field.name, value, f"must be at most {most}")
+        if not 1 < self.rope_theta <= LARGEST:
             self._refuse("rope_theta", self.rope_theta, "must be a finite number above 1")
         if not 0 < self.rms_eps < 1:
             self._refuse("rms_eps", self.rms_eps, "must lie between 0 and 1")
@@ -82,12 +94,18 @@ class ModelConfig:
         if self.rope_dim % 2 or self.rope_dim > self.head_dim:
             why = f"must be even and at most the head dimension, {self.head_dim}"
             self._refuse("rope_dim (the rotated part of a head)", self.rope_dim, why)
-        if not (self.linear_factor > 0 and math.isfinite(self.linear_factor)):
-            self._refuse("the rope scaling's factor", self.linear_factor, "must be above 0")
+        if not 1 / MOST_STRETCHED <= self.linear_factor <= MOST_STRETCHED:
+            within = f"must be above 0, and from {1 / MOST_STRETCHED:g} to {MOST_STRETCHED:g}"
+            self._refuse("the rope scaling's factor", self.linear_factor, within)
         yarn = self.yarn
-        if yarn and not (yarn.factor >= 1 and yarn.original_context >= 1):
-            self._refuse("rope_scaling", yarn, "needs a factor and a context of at least 1")
-        if yarn and not (yarn.attention_factor > 0 and 0 < yarn.beta_slow <= yarn.beta_fast):
+        if yarn and not (1 <= yarn.factor <= MOST_STRETCHED and 1 <= yarn.original_context < 2**31):
+            within = (
+                f"needs a factor and a context of at least 1, a factor up to {MOST_STRETCHED:g}"
+            )
+            self._refuse("rope_scaling", yarn, f"{within} and a context up to {2**31 - 1}")
+        if yarn and not (
+            0 < yarn.attention_factor <= LARGEST and 0 < yarn.beta_slow <= yarn.beta_fast <= LARGEST
+        ):
             self._refuse("rope_scaling", yarn, "needs a positive attention_factor and betas")
         if yarn and self.linear_factor != 1:
             self._refuse("linear_factor", self.linear_factor, "must be 1 beside YaRN")

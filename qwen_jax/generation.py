@@ -6,9 +6,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
+from qwen_jax.arguments import check_fields
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
-from qwen_jax.engine.sampling import Sampling, check_bias, is_whole
+from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
@@ -27,6 +28,7 @@ class Request:
         sampling: how tokens are chosen.
         stop: strings that end the text, control tokens included; they are cut off.
         stop_ids: ids that end the text, besides those of the model; they are not shown.
+        top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
     """
 
     tokens: Sequence[int]
@@ -34,24 +36,17 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.max_tokens):
-            raise UserError(f"max_tokens is {self.max_tokens!r:.60}, but it must be whole.")
-        if self.max_tokens < 0:
-            raise UserError(f"max_tokens is {self.max_tokens}, but it must not be negative.")
-        if not isinstance(self.sampling, Sampling):
-            raise UserError(
-                f"sampling is {self.sampling!r:.60}, but it must be a Sampling, as "
-                "qwen_jax.Sampling(temperature=0.8)."
-            )
-        if not isinstance(self.stop_ids, Iterable):
-            raise UserError(f"stop_ids is {self.stop_ids!r:.60}, but it must be a list of ids.")
         # What can be gone through once would stop nobody after it was checked.
         for name in ("stop", "stop_ids"):
             value = getattr(self, name)
             if isinstance(value, Iterator):
                 object.__setattr__(self, name, tuple(value))
+        check_fields(self)
+        if self.max_tokens < 0:
+            raise UserError(f"max_tokens is {self.max_tokens}, but it must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +113,26 @@ class Timings:
         return Timings(**sums | {"first_token_seconds": first})
 
 
+class StreamedText(str):
+    """A piece of a text as it comes.
+
+    Attributes:
+        tokens: the ids it was made of. Those of a character that is not complete, or of what may
+            become a stop string, come with the piece that shows it.
+        logprobs: of these, where asked for.
+        finish_reason: of the last piece, whose text may be empty: see `Completion`.
+    """
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: str | None = None
+
+
 class Piece(NamedTuple):
     """New text of the request of this number, from 0; its completion with the last piece."""
 
     number: int
-    text: str
+    text: StreamedText
     completion: Completion | None
 
 
@@ -134,27 +144,14 @@ class Generation:
 
     Args:
         requests: what to answer; their places in it are the pieces' numbers.
-        top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
 
     Raises:
         UserError: while iterating: a prompt is empty or too long, a setting doesn't fit the
             vocabulary, or one text doesn't fit the device.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        requests: Iterable[Request],
-        *,
-        top_logprobs: int | None = None,
-    ):
-        if top_logprobs is not None and not 0 <= top_logprobs <= tokenizer.vocab_size:
-            raise UserError(
-                f"top_logprobs is {top_logprobs}, but it must be from 0 to the "
-                f"{tokenizer.vocab_size} tokens of {engine.config.source}."
-            )
-        self._engine, self._tokenizer, self._top = engine, tokenizer, top_logprobs
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]):
+        self._engine, self._tokenizer = engine, tokenizer
         self._requests = enumerate(requests)
         self._rows: dict[Text, _Row] = {}
         self._start = self._compiled = 0.0
@@ -184,9 +181,9 @@ class Generation:
             while more and scheduler.wants_more:
                 number, request = next(self._requests, (0, None))
                 if more := request is not None:
-                    row = _Row(number, request, self._engine, self._tokenizer, self._top)
+                    row = _Row(number, request, self._engine, self._tokenizer)
                     if row.text.limit == 0:
-                        yield Piece(number, "", row.completion())
+                        yield Piece(number, row.streamed(""), row.completion())
                         continue
                     self._rows[row.text] = row
                     scheduler.add(row.text)
@@ -202,7 +199,8 @@ class Generation:
                 self._count(row, before)
                 over = row.finish_reason is not None
                 if piece or over:
-                    yield Piece(row.number, piece, row.completion() if over else None)
+                    completion = row.completion() if over else None
+                    yield Piece(row.number, row.streamed(piece), completion)
 
     def _count(self, row: "_Row", before: int) -> None:
         """Adds what a row has grown by, from so many tokens on."""
@@ -222,24 +220,30 @@ class Generation:
 class _Row:
     """A request's text while it grows."""
 
-    def __init__(
-        self,
-        number: int,
-        request: Request,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        top_logprobs: int | None,
-    ):
+    def __init__(self, number: int, request: Request, engine: Engine, tokenizer: Tokenizer):
         self.number, self.request = number, request
-        check_bias(request.sampling, engine.config.vocab_size)
+        check_fits(request, engine, tokenizer)
         limit = engine.room(request.tokens, request.max_tokens)
-        self.text = Text(request.tokens, limit, request.sampling, top_logprobs)
+        self.text = Text(request.tokens, limit, request.sampling, request.top_logprobs)
         self.tokens: list[int] = []
         self.finish_reason: str | None = None if limit > 0 else "length"
-        self._logprobs: list[TokenLogprob] | None = [] if top_logprobs is not None else None
-        self._stop_ids = {*engine.spec.stop_ids, *row_stop_ids(request, tokenizer)}
+        self._logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
+        self._stop_ids = {
+            *engine.spec.stop_ids,
+            *request.stop_ids,
+            *own_stop_ids(tokenizer, request.tokens),
+        }
         self._stream = TextStream(tokenizer, request.stop, hidden=self._stop_ids)
         self._pieces: list[str] = []
+        self._told = 0
+
+    def streamed(self, piece: str) -> StreamedText:
+        """New text, with what has come since the last of it."""
+        text, new = StreamedText(piece), slice(self._told, None)
+        self._told = len(self.tokens)
+        text.tokens, text.finish_reason = tuple(self.tokens[new]), self.finish_reason
+        text.logprobs = None if self._logprobs is None else tuple(self._logprobs[new])
+        return text
 
     def feed(self, news: News) -> str:
         """Takes the new tokens; returns text safe to show."""
@@ -275,11 +279,18 @@ class _Row:
         )
 
 
-def row_stop_ids(request: Request, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end this text besides the model's. Raises UserError where one is no token."""
+def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
+    """Raises UserError where a stop id or a biased one is no token of the model, or more
+    log-probabilities are asked for than it has tokens."""
+    vocabulary, source = tokenizer.vocab_size, engine.config.source
     for token in request.stop_ids:
-        if not is_whole(token) or not 0 <= token < tokenizer.vocab_size:
+        if not 0 <= token < vocabulary:
             raise UserError(
-                f"stop_ids holds {token!r:.40}, but token ids are 0 to {tokenizer.vocab_size - 1}."
+                f"stop_ids holds {token!r:.40}, but token ids are 0 to {vocabulary - 1}."
             )
-    return (*request.stop_ids, *own_stop_ids(tokenizer, request.tokens))
+    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= vocabulary:
+        raise UserError(
+            f"top_logprobs is {request.top_logprobs!r:.40}, but it must be from 0 to the "
+            f"{vocabulary} tokens of {source}."
+        )
+    check_bias(request.sampling, engine.config.vocab_size)

@@ -1,18 +1,18 @@
-"""One prompt and how it is to be answered; and the line of JSON that asks for it."""
+"""One prompt and how it is to be answered; and the JSON that asks for it."""
 
 import dataclasses
-import difflib
 import json
 import re
 import string
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_jax import settings
-from qwen_jax.api import Message, Options
+from qwen_jax import hints, settings
+from qwen_jax.choices import check_samples
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.strict_json import parse_object
+from qwen_jax.options import Options, prompt_options
+from qwen_jax.text.prompt import Message, check
 from qwen_jax.text.streaming import StopStrings
 
 SAMPLING: dict[str, type] = {
@@ -33,8 +33,16 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "max_tokens": (int,),
     "stop": (str, list),
     "stop_ids": (list,),
+    "n": (int,),
+    "top_logprobs": (int,),
 } | {name: (kind,) for name, kind in SAMPLING.items()}
-"""Fields of a line of JSON, and their types."""
+"""Fields of a line of JSON, and their types; others are carried into its answers."""
+
+ANSWER = (
+    *("id", "sample", "text", "finish_reason", "prompt_tokens", "tokens", "logprobs"),
+    *("model", "dtype", "sampling", "error"),
+)
+"""Fields of an answer's line, whose names what is carried can't have."""
 
 _OF_ITEM = ("prompt", "messages", "id")
 
@@ -43,8 +51,8 @@ _OF_ITEM = ("prompt", "messages", "id")
 class Item:
     """One prompt: what to answer, how, where it stood and the caller's name for it.
 
-    `own` are the settings of its line of JSON, and `fields` the line that a template made the
-    prompt from.
+    `own` are the settings of its line of JSON, and `fields` are all of the line, from which a
+    template may have made the prompt.
     """
 
     prompt: str | list[Message]
@@ -57,6 +65,19 @@ class Item:
     def __post_init__(self) -> None:
         if self.prompt == "" and self.options.get("suffix") is None:
             raise UserError(f"{self.where}: the prompt is empty; ask something.")
+        try:
+            check(self.prompt, **prompt_options(self.options))
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from error
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """The line's fields that say nothing to us, and go on into its answers."""
+        return carried(self.fields)
+
+    def samples(self, n: int) -> int:
+        """How many are asked for, where the config asks for n of each prompt."""
+        return self.own.get("n", n)
 
     def over(self, options: Options) -> "Item":
         """The item with its own settings over these. Raises UserError where one makes no sense."""
@@ -65,67 +86,98 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Wrong:
-    """A line that holds no prompt: its id, as far as there is one, and why."""
+    """A line that holds no prompt: its id, as far as there is one, why, and what is carried."""
 
     id: str | int
     error: str
+    carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def id_of(line: str, number: int) -> str | int:
-    """The id of a line of JSON that something is wrong with, or its number."""
-    try:
-        found = json.loads(line).get("id")
-    except (ValueError, AttributeError, RecursionError):
-        found = None
-    return found if type(found) in (str, int) else number
+def carried(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a line's fields that say nothing to us."""
+    return {name: value for name, value in fields.items() if name not in FIELDS}
 
 
-def parse(line: str, *, template: str | None, options: Options, where: str, number: int) -> Item:
+def wrong(error: UserError, given: Mapping[str, Any], number: int) -> Wrong:
+    """What is known of a line, of whose fields something is wrong."""
+    name: Any = given.get("id")
+    kept = {k: v for k, v in carried(given).items() if k not in ANSWER and _is_json(v)}
+    return Wrong(name if type(name) in (str, int) else number, str(error), kept)
+
+
+def parse(
+    given: Mapping[str, Any], *, template: str | None, options: Options, where: str, number: int
+) -> Item:
     """The prompt of one line of JSON.
 
     Args:
+        given: the line's fields.
         template: makes the prompt from the line's fields, which may then have any other names.
         options: the settings of all lines, over which the line's own win.
         where: the file and the line, for messages.
         number: the line's, its id where it has none.
 
     Raises:
-        UserError: the line is no object, or has a field that is unknown or makes no sense.
+        UserError: a field makes no sense, or can't be told from one that would do something.
     """
-    # An id may hold half a character, as JavaScript writes some; a prompt that does is refused
-    # by the tokenizer.
-    given = parse_object(line, where, allow_nan=True, allow_halves=True)
     fields = {name: value for name, value in given.items() if value is not None}
     record = fields if template is None else _filled(template, fields, where)
     if ("prompt" in record) == ("messages" in record):
         raise UserError(f"{where} must have either 'prompt' or 'messages'.")
-    for name, value in record.items():
-        _check(name, value, where)
-    own = {name: value for name, value in record.items() if name not in _OF_ITEM}
+    if template is None:
+        fields |= {name: value for name, value in given.items() if name not in FIELDS}
+        _check_carried(carried(fields), where)
+    for name in record.keys() & FIELDS.keys():
+        _check(name, record[name], where)
+    own = {k: v for k, v in record.items() if k in FIELDS and k not in _OF_ITEM}
     asked = record["prompt"] if "prompt" in record else record["messages"]
     merged = _merged(options, own, where)
     return Item(asked, merged, where, record.get("id", number), own, fields)
 
 
 def _check(name: str, value: Any, where: str) -> None:
-    kinds = FIELDS.get(name)
-    if kinds is None:
-        near = difflib.get_close_matches(name, FIELDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(FIELDS)}."
-        raise UserError(f"{where} has the field {name!r}; {hint}")
+    kinds = FIELDS[name]
     if type(value) not in kinds and not (float in kinds and type(value) is int):
         words = " or ".join(settings.KINDS[kind] for kind in kinds)
         raise UserError(f"{where}: {name} is {value!r:.60}, but it must be {words}.")
     if name == "max_tokens" and value < 1:
         raise UserError(f"{where}: max_tokens is {value}, but it must be positive.")
+    if name == "top_logprobs" and value < 0:
+        raise UserError(f"{where}: top_logprobs is {value}, but it must not be negative.")
     if name == "stop_ids" and not all(type(token) is int for token in value):
         raise UserError(f"{where}: stop_ids is {value!r:.60}, but it must be a list of token ids.")
 
 
+def _check_carried(fields: Mapping[str, Any], where: str) -> None:
+    for name, value in fields.items():
+        # What is nearly a field, or another engine's word for one, was meant to do something.
+        if meant := hints.meant(name, FIELDS, 0.85):
+            raise UserError(f"{where} has the field {name!r:.60}; did you mean {meant!r}?")
+        if name in ANSWER:
+            raise UserError(
+                f"{where} has the field {name!r}, which its answer has, too; call it otherwise."
+            )
+        if not _is_json(value):
+            raise UserError(
+                f"{where}: {name!r:.60} holds a number that is not finite, which the JSON of its "
+                "answer can't; write null."
+            )
+
+
+def _is_json(value: Any) -> bool:
+    """Whether what was read leniently, or from digits beyond float's range, can be written."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
 def _merged(options: Options, own: Mapping[str, Any], where: str) -> Options:
-    merged: Any = options | {name: own[name] for name in own if name not in SAMPLING}
+    merged: Any = options | {k: v for k, v in own.items() if k not in SAMPLING and k != "n"}
     sampling = {name: own[name] for name in own if name in SAMPLING}
     try:
+        check_samples(own.get("n", 1))
         if "stop" in own:
             merged["stop"] = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
             StopStrings(merged["stop"])  # Refuses an empty one.

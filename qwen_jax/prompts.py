@@ -6,17 +6,27 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import api, in_force, prompt_lines, recommended, strict_json, utf8
-from qwen_jax.api import BUNDLED, Options
+from qwen_jax import (
+    api,
+    choices,
+    in_force,
+    prompt_lines,
+    prompt_records,
+    recommended,
+    regular_files,
+    strict_json,
+    utf8,
+)
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.in_force import DRAWS
+from qwen_jax.opening import BUNDLED
+from qwen_jax.options import Options
 from qwen_jax.prompt_lines import Item, Wrong
 from qwen_jax.text.messages import plain_tools
 from qwen_jax.text.streaming import StopStrings
@@ -33,10 +43,10 @@ def sampling_of(config: ConfigDict) -> Sampling:
 
 def options_of(config: ConfigDict) -> Options:
     """The config's answer settings, checked."""
-    for name in ("max_tokens", "n"):
-        if config[name] < 1:
-            raise UserError(f"{name} is {config[name]}, but it must be at least 1.")
-    api.check_slots(config.slots)
+    if config.max_tokens < 1:
+        raise UserError(f"max_tokens is {config.max_tokens}, but it must be at least 1.")
+    choices.check_samples(config.n)
+    choices.check_slots(config.slots)
     recommended.check_choice(config.generation_config)
     StopStrings(config.stop)  # Refuses an empty one.
     return Options(
@@ -44,6 +54,7 @@ def options_of(config: ConfigDict) -> Options:
         sampling=sampling_of(config),
         stop=tuple(config.stop),
         stop_ids=_stop_ids(config.stop_ids),
+        top_logprobs=config.top_logprobs,
         system=config.system,
         raw=config.raw,
         suffix=config.suffix,
@@ -101,11 +112,8 @@ def read(config: ConfigDict, options: Options) -> list[Item | Wrong]:
 def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
     """The prompts of a file, in order, each checked when its turn comes.
 
-    A `.jsonl` file holds one object a line with `prompt` or `messages`, and optionally an `id` and
-    settings of its own, which `prompt_lines.FIELDS` lists; any other file holds one prompt a line.
-    Lines end with LF or CR LF, and with nothing else; empty ones are skipped. Where an experiment
-    has a template, the prompt is made from it and the line's fields, which may then have any other
-    names.
+    `prompt_records` says how a file holds prompts. Where an experiment has a template, the prompt
+    is made from it and the fields of the line, which may then have any names.
 
     Raises:
         UserError: the file can't be read, or a line is not what it should be.
@@ -119,28 +127,21 @@ def stream(config: ConfigDict, options: Options) -> Iterator[Item]:
 def _lines(config: ConfigDict, options: Options) -> Iterator[Item | Wrong]:
     if config.prompt is not None:
         raise UserError("--prompt and --prompt_file exclude each other; give one of them.")
-    path = Path(config.prompt_file)
-    is_json = path.suffix.lower() == ".jsonl"
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                where, text = f"{path}, line {number}", ""
-                try:
-                    text = utf8.decoded(line, where, from_start=number == 1)
-                    text = utf8.without_line_break(text)
-                    if not text.strip():
-                        continue
-                    if is_json:
-                        template = config.experiment.template
-                        yield prompt_lines.parse(
-                            text, template=template, options=options, where=where, number=number
-                        )
-                    else:
-                        yield Item(text, options, where, number)
-                except UserError as error:
-                    yield Wrong(prompt_lines.id_of(text, number), str(error))
-    except OSError as error:
-        raise UserError(f"--prompt_file={path} can't be read: {error.strerror}.") from error
+    template = config.experiment.template
+    for number, where, given in prompt_records.read(config.prompt_file):
+        fields: Mapping[str, Any] = {}
+        try:
+            if isinstance(given, UserError):
+                raise given
+            if isinstance(given, str):
+                yield Item(given, options, where, number)
+                continue
+            fields = given
+            yield prompt_lines.parse(
+                fields, template=template, options=options, where=where, number=number
+            )
+        except UserError as error:
+            yield prompt_lines.wrong(error, fields, number)
 
 
 def rows(
@@ -154,6 +155,7 @@ def rows(
     (i - 1) n; of a prompt that names a seed of its own, that seed + j.
 
     Args:
+        n: samples of a prompt that asks for no number of its own.
         refuse: told of what can't be asked, which ends it all where nobody is to be told.
     """
     for item in items:
@@ -162,13 +164,18 @@ def rows(
                 raise UserError(item.error)
             request = request_of(item)
         except UserError as error:
-            wrong = item if isinstance(item, Wrong) else Wrong(item.id, f"{item.where}: {error}")
+            wrong = (
+                item
+                if isinstance(item, Wrong)
+                else Wrong(item.id, f"{item.where}: {error}", item.carried)
+            )
             if refuse is None:
                 raise UserError(wrong.error) from error
             refuse(wrong)
             continue
-        seed = 0 if "seed" in item.own else _place(item.id, n)
-        for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, n), seed)):
+        samples = item.samples(n)
+        seed = 0 if "seed" in item.own else _place(item.id, samples)
+        for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, samples), seed)):
             yield item, sample, seeded
 
 
@@ -186,7 +193,7 @@ def warn_of_idle(items: Sequence[Item], asked: Collection[str], n: int) -> None:
     Args:
         items: all of the run's.
         asked: fields of the config that somebody set.
-        n: samples of each.
+        n: samples of each that asks for no number of its own.
     """
     greedy = [item for item in items if item.options["sampling"].temperature == 0]
     idle = {name for item in greedy for name in DRAWS if name in item.own}
@@ -224,7 +231,7 @@ def _tools(path: str | None) -> list[Mapping[str, Any]] | None:
     if path is None:
         return None
     try:
-        tools = strict_json.parse(Path(path).read_bytes(), path)
+        tools = strict_json.parse(regular_files.read(path), path)
         return plain_tools(tools)
     except OSError as error:
         raise UserError(f"--tools={path} can't be read: {error.strerror}.") from error

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from qwen_jax.arguments import check
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import Text
@@ -45,6 +46,7 @@ def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
         while more or line:
             while more and scheduler.wants_more:
                 if more := (pair := next(left, None)) is not None:
+                    check("a pair to be scored", pair, Pair)
                     line.append(_text(engine, *pair))
                     scheduler.add(line[-1])
             for news in scheduler.turn():

@@ -6,10 +6,7 @@ Light on purpose: `--help` and a refused flag must not wait for JAX.
 import dataclasses
 import difflib
 import functools
-import inspect
-import runpy
 import sys
-import traceback
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,8 @@ def get_config() -> ConfigDict:
             "weights": "auto",
             "implementation": "auto",
             "matmul_precision": "highest",
-            # One prompt, or a file of them: one a line, or .jsonl with one object a line.
+            # One prompt, or a file of them: one a line, .jsonl with one object a line, or a .json
+            # array; - is stdin.
             "prompt": placeholder(str),
             "prompt_file": placeholder(str),
             "system": placeholder(str),
@@ -180,7 +178,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "weights": ("weights", "auto, packed (blocks of the file stay blocks) or expanded."),
     "implementation": ("implementation", "auto, mosaic_gpu or xla, for every operation."),
     "prompt": ("prompt", "The user's message; - reads it from stdin."),
-    "prompt_file": ("prompt_file", "Prompts, one a line; .jsonl for one object a line."),
+    "prompt_file": (
+        "prompt_file",
+        "Prompts: one a line, .jsonl with one object a line, a .json array; - is stdin.",
+    ),
     "system": ("system", "The system prompt; without it the chat template decides."),
     "raw": ("raw", "Continue the prompt, without a chat around it."),
     "suffix": ("suffix", "Write what stands between --prompt and this text (Coder models)."),
@@ -299,60 +300,6 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def load(where: str) -> ConfigDict:
-    """The config that the program `file.py`, or `file.py:variant`, makes in `get_config`.
-
-    Raises:
-        UserError: the program can't be read or fails, or what it returns is no config.
-    """
-    return _checked(call(where, "get_config", "configs/haiku.py"), where.partition(":")[0])
-
-
-def call(where: str, function: str, example: str) -> Any:
-    """What a function of the program `file.py` returns, asked for the variant of `file.py:variant`.
-
-    Raises:
-        UserError: the program can't be read, lacks the function (`example` has one), or fails.
-    """
-    path, _, variant = where.partition(":")
-    try:
-        Path(path).open("rb").close()
-    except OSError as error:
-        raise UserError(f"--config={path} can't be read: {error.strerror}.") from error
-    try:
-        get = runpy.run_path(path).get(function)
-        if not callable(get):
-            raise UserError(f"{path} defines no {function}(); see {example} for one.")
-        # A sweep that is the same for all variants takes no argument.
-        takes_variant = function == "get_config" or inspect.signature(get).parameters
-        return get(variant) if variant and takes_variant else get()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        # It is the user's program and may fail in any way.
-        raise UserError(_where_it_failed(error, path)) from error
-
-
-def _where_it_failed(error: BaseException, path: str) -> str:
-    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path]
-    text = str(error)
-    if isinstance(error, SyntaxError):
-        lines, text = [error.lineno], error.msg
-    at = f", line {lines[-1]}" if lines and lines[-1] else ""
-    return f"{path}{at}: {type(error).__name__}: {' '.join(text.split())}"
-
-
-def _checked(config: Any, path: str) -> ConfigDict:
-    """The default config with the fields of `config`, each of which must be known and fit."""
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"{path}: get_config() must return a ConfigDict, but returned {type(config).__name__}."
-        )
-    result = get_config()
-    update(result, dict(flatten(config)), f"{path}: the config")
-    return result
 
 
 @functools.cache

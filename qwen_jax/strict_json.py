@@ -10,24 +10,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import utf8
+from qwen_jax import regular_files, utf8
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import told_by_kind
-
-# The bound of the safetensors header in its own reader. A Qwen2.5 tokenizer.json has 7 MB.
-MAX_BYTES = 100_000_000
 
 
 def read_object(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
     """The JSON object in the file. Raises UserError for anything else, or where there is none."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise UserError(
-                f"{path}: the file has {size} bytes, and such a file may have {MAX_BYTES}; "
-                "choose another."
-            )
-        text = path.read_bytes()
+        text = regular_files.read(path)
     except OSError as error:
         raise UserError(
             f"{path}: the file cannot be read ({error.strerror}); check that it is there and "

@@ -18,6 +18,7 @@ FIELDS = {
     "inspect": _MODEL,
     "compare": (*_MODEL, *_PROMPT, "batch_invariant", "compare", "workdir"),
     "experiment": (*_MODEL, *_PROMPT, *_ANSWER, "experiment", "runner", "workdir"),
+    "configs": (),
     "merge": ("workdir",),
     "report": ("workdir",),
 }
@@ -30,8 +31,9 @@ def reads(task: str, field: str) -> bool:
 
 
 def check(task: str, given: Iterable[tuple[str, str]]) -> None:
-    """Raises UserError where one of the flags and their fields does nothing for the task."""
-    for flag, field in given:
+    """Raises UserError where one of the fields, each after what is said of it, does nothing for
+    the task."""
+    for said, field in given:
         if not reads(task, field):
             others = " or ".join(other for other in FIELDS if reads(other, field))
-            raise UserError(f"--{flag} does nothing for {task}; it belongs to {others}.")
+            raise UserError(f"{said} does nothing for {task}; it belongs to {others}.")

@@ -5,6 +5,7 @@ Python's text mode would make "\\n" of "\\r\\n" and "\\r", which are other token
 
 from pathlib import Path
 
+from qwen_jax import regular_files
 from qwen_jax.errors import UserError
 
 _MARK = b"\xef\xbb\xbf"
@@ -33,7 +34,7 @@ def decoded(data: bytes, where: str, *, from_start: bool = True) -> str:
 def read(path: str | Path) -> str:
     """A file's text. Raises UserError where it can't be read, or is no UTF-8."""
     try:
-        data = Path(path).read_bytes()
+        data = regular_files.read(path)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from error
     return decoded(data, str(path))

@@ -110,10 +110,10 @@ class Scripted:
             logprobs = Logprobs(-1.0 - token, np.where(there, ids, -1), top)
         return pages, state, extras, steps.Emitted(token, logprobs)
 
-    def run(self, requests: Any, top_logprobs: int | None = None) -> "Run":
+    def run(self, requests: Any) -> "Run":
         """A run of requests, whose prompts get their numbers as last tokens."""
         numbered = (numbered_request(i, request) for i, request in enumerate(requests))
-        generation = Generation(self.engine, self.tokenizer, numbered, top_logprobs=top_logprobs)
+        generation = Generation(self.engine, self.tokenizer, numbered)
         return Run(self, generation)
 
 

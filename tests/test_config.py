@@ -237,6 +237,8 @@ def test_fractions_of_a_size_are_refused() -> None:
     ("changes", "says"),
     [
         ({"num_hidden_layers": 0}, "num_layers is 0, but it must be at least 1"),
+        ({"num_hidden_layers": 10**9}, "num_layers is 1000000000, but it must be at most 10000"),
+        ({"max_position_embeddings": 2**31}, "is 2147483648, but it must be at most 2147483647"),
         ({"vocab_size": -1}, "vocab_size is -1, but it must be at least 1"),
         ({"num_attention_heads": 0}, "num_heads is 0, but it must be at least 1"),
         ({"num_key_value_heads": 0}, "num_kv_heads is 0, but it must be at least 1"),

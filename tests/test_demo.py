@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from qwen_jax import api
+from qwen_jax import api, opening
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.loading import read_tokenizer
@@ -22,7 +22,7 @@ from tools import demo_corpus, demo_gguf, demo_rows, demo_tokenizer
 from tools.demo_words import TEXT_DIR, heldout_words, read_lines
 from tools.eval_demo import evaluate, score
 
-SHIPPED = api.locate()
+SHIPPED = opening.locate()
 
 
 @pytest.fixture(scope="module")

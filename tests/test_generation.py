@@ -191,8 +191,10 @@ class TestWork:
 
 
 def test_logprobs_are_those_of_the_chosen_tokens() -> None:
-    run = scripted([[5, 6, STOP]]).run([Request([1], 9)], top_logprobs=2)
-    _, (completion,) = run.collect()
+    requests = [Request([1], 9, top_logprobs=top) for top in (2, None, 1)]
+    _, (completion, without, one) = scripted([[5, 6, STOP]] * 3).run(requests).collect()
+    assert without.logprobs is None and one.logprobs is not None
+    assert [e.top for e in one.logprobs] == [((t, -1.0 - t),) for t in one.tokens]
     entries = completion.logprobs
     assert entries is not None and [e.token for e in entries] == [5, 6, STOP]
     for entry in entries:
@@ -235,7 +237,7 @@ def test_a_generation_runs_once() -> None:
 @pytest.mark.parametrize("top", [-1, TOKENIZER.vocab_size + 1])
 def test_top_logprobs_out_of_range(top: int) -> None:
     with pytest.raises(UserError, match=f"top_logprobs is {top}, .* 2048 tokens"):
-        scripted([[1]]).run([Request([1])], top_logprobs=top)
+        scripted([[1]]).run([Request([1], top_logprobs=top)]).collect()
 
 
 def test_wrong_requests() -> None:
@@ -248,9 +250,12 @@ def test_wrong_requests() -> None:
         run(stop="abc")
     with pytest.raises(UserError, match=r"stop is .*not valid Unicode"):
         run(stop=["a\ud800"])
-    for wrong in (-1, TOKENIZER.vocab_size, True, "13"):
+    for wrong in (-1, TOKENIZER.vocab_size):
         with pytest.raises(UserError, match=f"stop_ids holds {wrong!r}, but .* 0 to 2047"):
             run(stop_ids=[wrong])
+    for other in (True, "13"):
+        with pytest.raises(UserError, match=r"stop_ids is \[.*\], but it must be a list of whole"):
+            run(stop_ids=[other])
     run(stop_ids=[np.int32(13)])
     with pytest.raises(UserError, match="names token 2048"):
         run(sampling=Sampling(logit_bias={2048: 1.0}))
@@ -282,10 +287,10 @@ def model() -> api.Model:
 def asked(model: api.Model) -> list[Request]:
     hot = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.1, seed=4)
     return [
-        model.request("Write a haiku about rivers."),
-        model.request("Write a haiku about the moon.", sampling=hot),
+        model.request("Write a haiku about rivers.", top_logprobs=2),
+        model.request("Write a haiku about the moon.", sampling=hot, top_logprobs=0),
         model.request("haiku: snow", max_tokens=7),
-        model.request("Write a haiku about a fern.", stop=["n a", "\n"]),
+        model.request("Write a haiku about a fern.", stop=["n a", "\n"], top_logprobs=3),
     ]
 
 
@@ -308,7 +313,7 @@ def test_calls_and_looking_ahead_change_nothing(
         layout = model.engine.layout
         shapes = dataclasses.replace(layout.shapes, rows=(8,), steps=steps, ahead=ahead)
         monkeypatch.setattr(model.engine, "layout", layout._replace(shapes=shapes))
-        return completions(model.run(asked, 2))
+        return completions(model.run(asked))
 
     got = run(steps, ahead)
     assert got == run(4, False)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from qwen_jax import api, cli
+from qwen_jax import cli, opening
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.engine import memory
 from qwen_jax.tasks import inspect
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
 
-BUNDLED = api.locate()
+BUNDLED = opening.locate()
 TITLES = ["file", "model", "metadata", "tensors", "text", "implementations", "memory"]
 
 

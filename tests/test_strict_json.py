@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax import strict_json
+from qwen_jax import regular_files, strict_json
 from qwen_jax.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -72,6 +72,6 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"x.json: .* \(Is a directory"):
         strict_json.read_object(tmp_path / "x.json")
     with (tmp_path / "large.json").open("wb") as file:
-        file.truncate(strict_json.MAX_BYTES + 1)
-    with pytest.raises(UserError, match=r"has 100000001 bytes"):
+        file.truncate(regular_files.MOST_BYTES + 1)
+    with pytest.raises(UserError, match=r"it has more than 100000000 bytes"):
         strict_json.read_object(tmp_path / "large.json")

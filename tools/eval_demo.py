@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from qwen_jax import api
+from qwen_jax import api, opening
 from tools.demo_corpus import DEFAULT_PROMPT
 from tools.demo_words import heldout_words
 
-_MODEL = flags.DEFINE_string("model", api.BUNDLED, "The model to evaluate.")
+_MODEL = flags.DEFINE_string("model", opening.BUNDLED, "The model to evaluate.")
 _DTYPE = flags.DEFINE_string("dtype", "auto", "Of its parameters.")
 _RECORD = flags.DEFINE_string("record", None, "A Markdown file to write the result to.")
 

@@ -29,8 +29,9 @@ from qwen_jax import utf8
 from qwen_jax.accuracy import base_file
 from qwen_jax.accuracy.base_file import SavedBase, scored
 from qwen_jax.accuracy.metrics import first_not_finite, kl_divergence, log_softmax
-from qwen_jax.api import BUNDLED, Model, locate
+from qwen_jax.api import Model
 from qwen_jax.errors import UserError
+from qwen_jax.opening import BUNDLED, locate
 
 CONTEXT = 512
 SMALLEST_CONTEXT = 4

@@ -34,6 +34,23 @@ METRICS = {
 }
 """What a gate can be set on."""
 
+_OF_LOGITS = ("mean_kld", "max_kld", "top1")
+MEASURED: dict[str, tuple[str, ...]] = {
+    "tensors": (
+        *("faults", "unknown", "of_bound", "logits_rms", "nans", "infs", "topk"),
+        *_OF_LOGITS,
+    ),
+    "weights": ("weights_faults",),
+    "text": ("text_faults",),
+    "cache": ("cache_faults",),
+    "distribution": (
+        *("kld_99_9", "kld_99", "kld_median", "ppl", "ppl_ratio", "ppl_difference", "dp_rms"),
+        *_OF_LOGITS,
+    ),
+    "precision": ("kept_float32",),
+}
+"""What each part of a comparison may measure."""
+
 _OPERATORS = {
     ">=": operator.ge,
     "<=": operator.le,

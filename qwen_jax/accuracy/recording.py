@@ -248,19 +248,25 @@ def parse_positions(text: str, length: int) -> tuple[int, int]:
     Raises:
         UserError: it is no slice, or holds no position.
     """
-    parts = text.split(":")
-    try:
-        bounds = [int(part) if part.strip() else None for part in parts]
-    except ValueError:
-        bounds = []
-    if len(bounds) != 2:
-        raise UserError(f"The positions are {text!r}, but must be start:stop, such as 0:16 or 8:.")
-    start, stop, _ = slice(*bounds).indices(length)
+    start, stop, _ = bounds(text).indices(length)
     if start >= stop:
         raise UserError(
             f"The positions {text!r} hold none of the text's {length}; choose others, such as 0:16."
         )
     return start, stop
+
+
+def bounds(text: str) -> slice:
+    """`a:b` as a slice. Raises UserError where it is none."""
+    try:
+        found = [int(part) if part.strip() else None for part in text.split(":")]
+    except ValueError:
+        found = []
+    if len(found) != 2:
+        raise UserError(
+            f"The positions are {text!r:.60}, but must be start:stop, such as 0:16 or 8:."
+        )
+    return slice(*found)
 
 
 def model_hash(source: str) -> str | None:

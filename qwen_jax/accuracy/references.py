@@ -1,6 +1,7 @@
 """What a candidate is held against: float64, transformers, llama.cpp, or a recorded trace."""
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +13,22 @@ from qwen_jax.accuracy.operations import forward
 from qwen_jax.accuracy.parameters import CheckpointSource, Source
 from qwen_jax.accuracy.recording import model_hash
 from qwen_jax.accuracy.trace import Header, Trace, config_to_json, select
-from qwen_jax.api import locate
 from qwen_jax.errors import UserError
+from qwen_jax.opening import locate
 from qwen_jax.versions import version
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 
 KINDS = ("float64", "hf", "llamacpp")
+
+
+def check(kind: str) -> None:
+    """Raises UserError where there is no such reference, or its extra is not installed."""
+    if kind in ("hf", "llamacpp"):
+        importlib.import_module(f"qwen_jax.accuracy.{kind}")
+    elif kind not in KINDS and not Path(kind).exists():
+        raise UserError(
+            f"The reference is {kind!r}, which is neither a file nor one of {', '.join(KINDS)}."
+        )
 
 
 def reference(
@@ -50,6 +61,7 @@ def reference(
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(locate(model))
     last = len(tokens) if stop is None else stop
+    check(kind)
     if kind == "float64":
         source = CheckpointSource(checkpoint, dtype)
         return float64(
@@ -66,10 +78,6 @@ def reference(
 
         return llamacpp.trace(
             checkpoint, tokens, chunks=chunks, names=names, start=start, stop=stop
-        )
-    if not Path(kind).exists():
-        raise UserError(
-            f"The reference is {kind!r}, which is neither a file nor one of {', '.join(KINDS)}."
         )
     recorded = open_trace(kind, checkpoint.config, tokens=tokens)
     return cut(recorded, names, start, last)

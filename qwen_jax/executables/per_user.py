@@ -1,8 +1,12 @@
 """Where compiled programs are kept between processes."""
 
+import contextlib
+import glob
 import os
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -24,6 +28,9 @@ def use_compilation_cache() -> None:
         return
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if not home.is_absolute():  # Invalid by XDG's specification: caches would lie about.
+            logging.warning("XDG_CACHE_HOME=%s is left out: it must be an absolute path.", home)
+            home = Path.home() / ".cache"
         cache = home / "qwen_jax" / "xla"
         cache.mkdir(parents=True, exist_ok=True)
         if not os.access(cache, os.R_OK | os.W_OK | os.X_OK):
@@ -32,8 +39,35 @@ def use_compilation_cache() -> None:
         logging.warning("Compiled programs are not kept: %s; set XDG_CACHE_HOME.", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    # A damaged entry is one that isn't there: its program is compiled.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache")
+    _repair(cache)
     keep_in(cache / "executables")
     # All of them: even a copy takes XLA 50 ms for a GPU, and loading has dozens of small programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _repair(cache: Path) -> None:
+    """Has entries removed that JAX can't read. It compiles their programs and keeps what it has,
+    so that a file that was cut would cost every process the time to compile.
+
+    JAX tells of one in a warning alone, which names the program; other entries of that program go,
+    too, and come back.
+    """
+    shown = warnings.showwarning
+
+    def remove(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        found = _DAMAGED.match(str(message))
+        if found is None:
+            shown(message, *args, **kwargs)
+            return
+        for entry in cache.glob(f"{glob.escape(found[1])}-*-cache"):
+            logging.debug("%s is damaged: %s", entry, message)
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+    if getattr(shown, "__qualname__", "") != remove.__qualname__:
+        warnings.filterwarnings("always", _DAMAGED.pattern)
+        warnings.showwarning = remove
+
+
+_DAMAGED = re.compile("Error reading persistent compilation cache entry for '(.*?)'")

@@ -1,6 +1,5 @@
 """From a config file and flags to the points of an experiment, every value checked."""
 
-import ast
 import dataclasses
 import hashlib
 import json
@@ -9,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import pins, settings, utf8
+from qwen_jax import config_program, pins, settings, task_fields, utf8
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs
 from qwen_jax.weights.hub_names import abbreviated
@@ -107,12 +106,14 @@ def declare(command: settings.Command) -> Declaration:
     if command.config_file is None:
         raise UserError(f"An experiment needs --config=FILE.py; {EXAMPLE} is one.")
     path = command.config_file.partition(":")[0]
-    sweep = _swept(settings.call(command.config_file, "get_sweep", EXAMPLE), path)
+    sweep = _swept(config_program.call(command.config_file, "get_sweep", EXAMPLE), path)
     points: list[tuple[dict[str, Any], ConfigDict]] = []
     commits: dict[str, str] = {}
     for number, overrides in enumerate(sweep, start=1):
         config = command.config.copy_and_resolve_references()
         settings.update(config, overrides, f"{path}: point {number} of the sweep")
+        fields = ((f"{name}, which {path} sweeps,", name) for name in overrides)
+        task_fields.check("experiment", fields)
         for name in overrides:
             if name.startswith(NOT_HASHED):
                 raise UserError(f"{path}: a sweep can't set {name}, which changes no result.")
@@ -176,12 +177,3 @@ def _identified(
 def _texts(value: Any) -> Sequence[str]:
     """What may name an input, in a field of any type."""
     return [value] if isinstance(value, str) else value if isinstance(value, list) else []
-
-
-def title(source: str, name: str) -> str:
-    """The first line of a config file's docstring, or its name."""
-    try:
-        text = ast.get_docstring(ast.parse(source))
-    except SyntaxError:  # written for a newer Python, or changed by hand
-        return name
-    return text.splitlines()[0] if text else name

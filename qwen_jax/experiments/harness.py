@@ -23,7 +23,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from qwen_jax import api
+from qwen_jax import api, opening
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
 from qwen_jax.generation import Completion, Request
@@ -102,7 +102,7 @@ class Harness(TemplateLM):
                 raise UserError(f"{', '.join(given)} is of a model already loaded; leave it out.")
             self._model = model
         else:
-            name = api.BUNDLED if model is None else model
+            name = opening.BUNDLED if model is None else model
             self._model = api.load(name, slots=slots, **options)
         most = self._model.config.context_length
         length = most if max_length is None else max_length

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qwen_jax import api, recommended
+from qwen_jax import api, choices, recommended
 from qwen_jax.engine import memory
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.shapes import shapes_for
@@ -269,7 +269,7 @@ def slots(batch_size: int | str, max_batch_size: int | str | None) -> int | None
             raise UserError(
                 f"max_batch_size={max_batch_size} needs batch_size=auto, but it is {batch_size}."
             )
-        return positive("batch_size", batch_size, api.MOST_SLOTS)
+        return positive("batch_size", batch_size, choices.MOST_SLOTS)
     if max_batch_size is None:
         return None
     usual = shapes_for(memory.device().platform).slots

@@ -1,13 +1,14 @@
 """What an experiment reads besides its config, and by which contents it is known."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qwen_jax.api import locate, locate_adapter
+from qwen_jax import ready_made
 from qwen_jax.errors import UserError
+from qwen_jax.opening import locate, locate_adapter
 from qwen_jax.weights.hub_names import is_hub_name
 
 _WHOLE = 64 << 20
@@ -50,13 +51,26 @@ def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
     found: dict[str, str] = {}
     for config in configs:
         experiment = config.experiment
-        for model in (config.model, experiment.reference.model):
-            if model is not None and model not in found and not is_hub_name(model):
-                found[model] = fingerprint(locate(model))
-        for adapter in config.adapter:
-            if adapter not in found and not is_hub_name(adapter):
-                found[adapter] = fingerprint(locate_adapter(adapter))
-        for name in (config.prompt_file, config.tools, experiment.text, experiment.eval.include):
-            if name is not None and name not in found:
-                found[name] = fingerprint(Path(name))
+        _add(found, locate, (config.model, experiment.reference.model))
+        _add(found, locate_adapter, config.adapter)
+        texts = (config.prompt_file, config.tools, experiment.text, experiment.eval.include)
+        _add(found, ready_made.path, texts)
     return found
+
+
+def of_answers(config: ConfigDict) -> dict[str, str]:
+    """The same of what decides an answer to a prompt."""
+    found: dict[str, str] = {}
+    _add(found, locate, (config.model,))
+    _add(found, locate_adapter, config.adapter)
+    _add(found, ready_made.path, (config.tools,))
+    return found
+
+
+def _add(
+    found: dict[str, str], path_of: Callable[[str], Path], names: Iterable[str | None]
+) -> None:
+    for name in names:
+        if name is None or name in found or (path_of is not ready_made.path and is_hub_name(name)):
+            continue
+        found[name] = fingerprint(path_of(name))

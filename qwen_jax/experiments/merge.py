@@ -45,7 +45,7 @@ def merge(shards: Sequence[Path], out: Path) -> list[str]:
     """
     if len(shards) < 2:
         raise UserError(
-            f"There are {len(shards)} shards to merge in {out}, but merging takes two or more."
+            f"Merging takes two or more shards, but {out} has {len(shards)}; name them all."
         )
     if (out / CONFIG).exists():
         raise UserError(f"{out} holds an experiment already; give --workdir=DIRECTORY, a new one.")

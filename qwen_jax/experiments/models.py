@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from qwen_jax import api
+from qwen_jax import api, choices, opening
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.shapes import shapes_for
 from qwen_jax.experiments import quantize
@@ -46,10 +46,10 @@ class Choice:
 
     def check(self) -> None:
         """Raises UserError for a setting that there is not, or not on this device."""
-        api.dtype_of(self.dtype)
-        api.check_implementation(self.implementation)
-        api.check_weights(self.weights)
-        api.check_precision(self.matmul_precision)
+        choices.dtype_of(self.dtype)
+        choices.check_implementation(self.implementation)
+        choices.check_weights(self.weights)
+        choices.check_precision(self.matmul_precision)
         if self.quantization is not None:
             quantize.check(self.quantization)
 
@@ -108,7 +108,7 @@ class Models:
     def _load(self, choice: Choice, sizes: Sizes) -> api.Model:
         path: str | Path = choice.model
         if choice.quantization is not None:
-            path = quantize.made(api.locate(choice.model), choice.quantization, self._directory)
+            path = quantize.made(opening.locate(choice.model), choice.quantization, self._directory)
         return api.load(
             path,
             adapter=choice.adapter,

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import api
+from qwen_jax import choices, opening
 from qwen_jax.engine.form import form_of
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
@@ -70,7 +70,12 @@ def _parsed(shard: str | None) -> tuple[int, int]:
     if shard is None:
         return 1, 1
     number, _, count = shard.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    if not (
+        shard.isascii()
+        and number.isdecimal()
+        and count.isdecimal()
+        and 1 <= int(number) <= int(count)
+    ):
         raise UserError(f"--shard is {shard!r}, but it must be i/n, from 1/n to n/n.")
     return int(number), int(count)
 
@@ -79,7 +84,7 @@ def _task(point: Point) -> Task:
     config = point.config
     try:
         Choice.of(config).check()
-        api.check_slots(config.slots)
+        choices.check_slots(config.slots)
         return task_class(config.experiment.task)(config)
     except UserError as error:
         raise UserError(f"The point {point.label}: {error}") from error
@@ -88,14 +93,14 @@ def _task(point: Point) -> Task:
 def _size(choice: Choice) -> Checkpoint | None:
     if any(map(is_hub_name, (choice.model, *choice.adapter))):
         return None
-    return api.open_model(choice.model, choice.adapter)
+    return opening.open_model(choice.model, choice.adapter)
 
 
 def _memory(point: Point, size: Checkpoint | None) -> int | None:
     if size is None:
         return None
     config = point.config
-    dtype, slots = api.dtype_of(config.dtype), config.slots
+    dtype, slots = choices.dtype_of(config.dtype), config.slots
     form = form_of(config.weights, size, dtype, implementation=config.implementation, slots=slots)
     held, slots = form.held, slots or form.rows
     budget = Budget.of(size.config, dtype, held)

@@ -60,7 +60,9 @@ class Contents:
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"{path} holds no experiment: it has no {CONFIG}.") from None
+            shards = sorted(p.name for p in path.glob("*") if SHARD.fullmatch(p.name))
+            hint = f"; {program()} merge {path} puts {', '.join(shards)} together" * bool(shards)
+            raise UserError(f"{path} holds no experiment: it has no {CONFIG}{hint}.") from None
         except NotADirectoryError:
             raise UserError(f"{path} is no directory; name an experiment's workdir.") from None
         except (OSError, ValueError) as error:

@@ -63,10 +63,7 @@ def match(item: Item, samples: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _field(item: Item, name: str) -> Any:
     if name not in item.fields:
-        raise UserError(
-            f"{item.where} has no field {name!r}, which the score asks for; add it, and make the "
-            "prompt from a template (experiment.template)."
-        )
+        raise UserError(f"{item.where} has no field {name!r}, which the score asks for; add it.")
     return item.fields[name]
 
 

@@ -93,9 +93,10 @@ def imported(where: str, field: str, known: dict[str, Any]) -> Any:
     module, _, name = where.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # It is the user's module and may fail in any way.
+        why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"{field} names {where!r}, which is none of {', '.join(known)} and can't be imported "
-            f"as module:name: {type(error).__name__}: {error}."
+            f"as module:name: {why}."
         ) from error

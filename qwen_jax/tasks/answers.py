@@ -5,6 +5,7 @@ Beside it lies a file of the settings it was made with, so that nobody goes on w
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from qwen_jax import settings, strict_json, task_fields
+from qwen_jax.api import Model
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import lines
+from qwen_jax.experiments import inputs, lines
 from qwen_jax.prompt_lines import Item, Wrong
 
 Key = tuple[str | int, int | None]
@@ -46,12 +48,14 @@ class Answers:
         return (item.id, None) in self.done
 
     def left(self, items: Sequence[Item | Wrong], n: int) -> list[Item | Wrong]:
-        """Those of which a sample has no line yet."""
+        """Those of which a sample has no line yet, where n are asked for."""
         return [
             item
             for item in items
-            if not (
-                self.refused(item) or all((item.id, sample) in self.done for sample in range(n))
+            if not self.refused(item)
+            and (
+                isinstance(item, Wrong)
+                or any((item.id, sample) not in self.done for sample in range(item.samples(n)))
             )
         ]
 
@@ -75,12 +79,16 @@ class Answers:
                 )
 
 
-def made_with(config: ConfigDict) -> dict[str, Any]:
-    """What decides the answers, by field."""
+def made_with(config: ConfigDict, model: Model) -> dict[str, Any]:
+    """What decides the answers, by field: what it was, where the config leaves it open, and of
+    files their contents."""
     return {
         field: value
         for field, value in settings.flatten(config)
         if task_fields.reads("generate", field) and field.partition(".")[0] not in _NO_MATTER
+    } | {
+        "dtype": str(model.engine.spec.weights),
+        "contents": inputs.of_answers(config),
     }
 
 
@@ -101,7 +109,6 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
     path = Path(config.output)
     resumed = config.resume and path.exists()
     try:
-        done = _written(path) if resumed else frozenset()
         # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
         mode = "a" if resumed else "x"
         file = path.open(mode, -1, "utf-8", errors="backslashreplace", newline="\n")
@@ -113,7 +120,8 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         raise UserError(f"--output={path} can't be written: {error.strerror}.") from error
     try:
         with file:
-            yield Answers(file, path, resumed, done)
+            _hold(file, path)
+            yield Answers(file, path, resumed, _written(path) if resumed else frozenset())
     finally:
         if path.stat().st_size == 0:
             path.unlink()
@@ -130,6 +138,17 @@ def check_ids(items: Sequence[Item | Wrong], prompt_file: str) -> None:
                 "--resume goes by ids; give each one of its own."
             )
         seen.add(item.id)
+
+
+def _hold(file: IO[str], path: Path) -> None:
+    """Keeps other runs out for as long as the file is open: two would answer each prompt twice."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"--output={path} can't be held for this run ({error.strerror}); wait until no other "
+            "run writes it, or choose another name."
+        ) from error
 
 
 def _settings_file(path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, pins, prompts
+from qwen_jax import api, opening, pins, prompts
 from qwen_jax.accuracy import distribution, gates, report
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.cache_audit import audit_cache
@@ -31,23 +31,24 @@ from qwen_jax.accuracy.weights_audit import audit_weights
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.settings import Command
+from qwen_jax.tasks.compare_checks import BASE, PARTS, check
 from qwen_jax.tasks.generate import load
+from qwen_jax.terminal import visible
 from qwen_jax.weights.loader import Checkpoint
 
-PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
 ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
 NOT_AUDITED = "The part weights is left out: adapters change what it would hold against the file."
-BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
 
 
 def run(command: Command) -> int:
     """Prints the report and writes it into the workdir; 1 where a gate fails."""
     config, settings = command.config, command.config.compare
+    limits = gates.parse(settings.fail_if or "")
+    parts = () if settings.save_base or settings.list_faults else _parts(config)
+    check(config, command.overrides, parts)
     if settings.list_faults:
         _list_faults()
         return 0
-    limits = gates.parse(settings.fail_if or "")
-    parts = _parts(config)
     pins.pin_and_tell(config, pins.OF_COMPARE)
     if settings.save_base is not None:
         return _save_base(config)
@@ -56,7 +57,7 @@ def run(command: Command) -> int:
     found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
     outcomes = gates.check(limits, report.values(found))
     found = dataclasses.replace(found, gates=outcomes)
-    print(report.text(found), end="")
+    print(visible(report.text(found)), end="")
     if config.workdir is not None:
         for path in report.write(config.workdir, found):
             print(f"wrote {path}", file=sys.stderr)
@@ -90,10 +91,6 @@ def _parts(config: ConfigDict) -> tuple[str, ...]:
 def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     """A trace or a dump that is there already; nothing is run but the references."""
     settings = config.compare
-    if settings.plant:
-        raise UserError(
-            "--plant puts faults into this engine, and --candidate is another's; leave out one."
-        )
     if beside := set(parts) - {"tensors", "text"}:
         raise UserError(
             f"The candidate {settings.candidate} is a trace, which has no {min(beside)}; the parts "
@@ -101,7 +98,7 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
         )
     if settings.parts is not None and "text" in parts and config.prompt is None:
         raise UserError("The part text needs --prompt, the message whose token ids the trace has.")
-    checkpoint = api.open_model(config.model, config.adapter)
+    checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
     trace = open_trace(settings.candidate, checkpoint.config, tokens=_ids(settings.tokens))
     found = Report(candidate=trace.header)
     if "tensors" in parts:
@@ -129,7 +126,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     ids = _ids(settings.tokens)
     item = prompts.single(config, options) if ids is None and "tensors" in parts else None
     model = load(config)
-    checkpoint = api.open_model(config.model, config.adapter)
+    checkpoint = opening.open_model(config.model, config.adapter)
     tokens = ids or (model.tokens(item.prompt, **api.prompt_options(options)) if item else None)
     faults = parse_faults(settings.plant or "", model.config)
     found = Report(planted=tuple(map(str, faults)))
@@ -198,18 +195,9 @@ def _distribution(config: ConfigDict, model: Model) -> distribution.Distribution
     settings = config.compare
     changes = {name: settings.base[name] for name in BASE if settings.base[name] is not None}
     if settings.base.file is not None:
-        if changes:
-            raise UserError(
-                f"The base is the file {settings.base.file}; leave out its {min(changes)}."
-            )
         base: Model | SavedBase = SavedBase(settings.base.file)
         tokens = None if settings.text is None else distribution.read_text(model, settings.text)
         return distribution.compare_distributions(model, base, tokens)
-    if not changes:
-        raise UserError(
-            "There is no base to compare with; give --base=FILE, or --base_dtype, --base_model, "
-            "--base_weights or --base_implementation."
-        )
     other = ConfigDict(config)
     other.update_from_flattened_dict(changes)
     if "model" in changes:  # adapters are for one model

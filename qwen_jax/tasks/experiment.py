@@ -6,21 +6,24 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qwen_jax import in_force
+from qwen_jax import in_force, ready_made, regular_files
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
 from qwen_jax.experiments.runner import Runner, devices_line
 from qwen_jax.settings import Command
+from qwen_jax.terminal import visible
 
 
 def run(command: Command) -> int:
     """Runs what the workdir does not have yet; returns 1 where a point has failed, else 0."""
     config = command.config
+    if "" not in sys.path:
+        sys.path.append("")  # The working directory, where scores and tasks of one's own may be.
     declared = declaration.declare(command)
     planned = plan.part_of(plan.plan(declared.points), config.runner.shard)
     _warn_of_idle(declared.points)
     if config.runner.dry_run:
-        print(plan.listed(planned))
+        print(visible(plan.listed(planned)))
         return 0
     if config.workdir is None:
         raise UserError("An experiment needs --workdir=DIRECTORY for its records.")
@@ -61,13 +64,13 @@ def _may_draw(config: ConfigDict) -> bool:
         return True
     if config.sampling.temperature > 0 or config.prompt_file is None:
         return config.sampling.temperature > 0
-    with Path(config.prompt_file).open("rb") as file:
+    with regular_files.opened(ready_made.path(config.prompt_file)) as file:
         return any(b'"temperature"' in line for line in file)
 
 
 def _announce(declared: declaration.Declaration, opened: records.Records, count: int) -> None:
     """Says on stderr what is about to run, and where."""
-    print(declaration.title(declared.source, declared.name), file=sys.stderr)
+    print(ready_made.title(declared.source, declared.name), file=sys.stderr)
     for name, value in declared.changed.items():
         print(f"  {name} = {value!r}", file=sys.stderr)
     state = f"{len(opened.ends)} of {count} points have been run" if opened.resumed else "a new one"

@@ -3,7 +3,7 @@
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, pins, prompts, recommended, settings, startup
+from qwen_jax import api, in_force, pins, prompts, recommended, settings, startup
 from qwen_jax.api import Model
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
@@ -22,6 +22,7 @@ from qwen_jax.settings import Command
 from qwen_jax.tasks import answers
 from qwen_jax.tasks.answers import Answers
 from qwen_jax.tasks.summary import Summary
+from qwen_jax.terminal import json_visible, visible
 
 SOME_REFUSED = 3
 """Exit code of a run that answered a file, but for some of its prompts."""
@@ -44,13 +45,14 @@ def run(command: Command) -> int:
             if single
             else prompts.read(config, options)
         )
+        _tell_of_carried(_right(items))
         if config.resume:
             answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        written.settle(answers.made_with(config))
+        written.settle(answers.made_with(config, model))
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0
@@ -80,6 +82,20 @@ def _right(items: Sequence[Item | Wrong]) -> list[Item]:
     return [item for item in items if isinstance(item, Item)]
 
 
+def _tell_of_carried(items: Sequence[Item]) -> None:
+    """Names fields that are no settings: a misspelt one would do nothing in silence."""
+    names = {name: None for item in items for name in item.carried}
+    if names:
+        shown = ", ".join(f"{name!r:.40}" for name in itertools.islice(names, 10))
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        print(f"carried from prompts into their answers: {shown}{more}", file=sys.stderr)
+
+
+def _samples(items: Sequence[Item | Wrong], n: int) -> int:
+    """How many answers are asked for, a line for what is wrong included."""
+    return sum(1 if isinstance(item, Wrong) else item.samples(n) for item in items)
+
+
 def _as_recommended(
     model: Model, command: Command, items: list[Item | Wrong]
 ) -> tuple[ConfigDict, list[Item | Wrong]]:
@@ -92,7 +108,7 @@ def _as_recommended(
     options = prompts.options_of(config)
     items = [item.over(options) if isinstance(item, Item) else item for item in items]
     if said := recommended.line(model.recommended, config, options["sampling"]):
-        print(said, file=sys.stderr)
+        print(visible(said), file=sys.stderr)
     prompts.warn_of_idle(_right(items), asked, config.n)
     return config, items
 
@@ -103,18 +119,22 @@ def _check_trace(config: ConfigDict) -> None:
         return
     if config.prompt_file is not None or config.n != 1:
         raise UserError("--trace records one text; leave out --prompt_file and --n.")
-    if Path(config.trace.file).exists():
-        raise UserError(
-            f"--trace={config.trace.file} exists already; move it or choose another name."
-        )
+    # Needed for nothing else, and heavy.
+    from qwen_jax.accuracy.recording import bounds
+
+    bounds(config.trace.positions)
+    path = Path(config.trace.file)
+    if path.exists():
+        raise UserError(f"--trace={path} exists already; move it or choose another name.")
+    if not path.parent.is_dir():
+        raise UserError(f"--trace={path} can't be written: {path.parent} is no directory.")
 
 
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
     """What the model will be asked for, as far as that is known before it is there."""
-    given = [item.options["sampling"] for item in _right(items)]
-    samplings = {repr(sampling): sampling for sampling in given}
-    choices = [(sampling, config.top_logprobs) for sampling in samplings.values()]
-    return Expected(len(items) * config.n, choices)
+    options = [item.options for item in _right(items)]
+    choices = {repr(c): c for c in ((o["sampling"], o["top_logprobs"]) for o in options)}
+    return Expected(_samples(items, config.n), [*choices.values()])
 
 
 def load(config: ConfigDict, expected: Expected | None = None) -> Model:
@@ -143,34 +163,45 @@ def load(config: ConfigDict, expected: Expected | None = None) -> Model:
 
 
 def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) -> None:
-    """Streams one sample as it comes; several samples are printed one after another."""
+    """Streams one sample as it comes; of several each is printed when it and all before it are
+    complete."""
     request = model.request(item.prompt, **item.options)
-    requests = api.reseeded(itertools.repeat(request, config.n))
-    generation = model.run(requests, config.top_logprobs)
-    ended: dict[int, Completion] = {}
-    try:
-        for piece in summary.follow(generation):
-            if config.n == 1:
-                print(piece.text, end="", flush=True)
-            if piece.completion is not None:
-                ended[piece.number] = piece.completion
-    finally:
-        completions = [c for _, c in sorted((ended | generation.unfinished).items())]
-        for number, completion in enumerate(completions, start=1):
-            if config.n > 1:
-                print(f"--- sample {number}\n{completion.text}", end="")
-            if completion.tokens:  # none where Ctrl-C came first
-                print()
-    if config.top_logprobs is not None:
-        for completion in completions:
-            _print_logprobs(model, completion)
     if config.trace.file is not None:
-        # Needed for nothing else, and heavy.
+        from qwen_jax.accuracy.trace import select
+
+        select(model.config, config.trace.names)  # Refuses what matches nothing.
+    generation = model.run(api.reseeded(itertools.repeat(request, config.n)))
+    ended: dict[int, Completion] = {}
+    printed = 0
+    # A terminal obeys what a model may write; a file gets the text as it is.
+    shown: Callable[[str], str] = visible if sys.stdout.isatty() else str
+
+    def put(number: int, completion: Completion) -> None:
+        if config.n > 1:
+            print(f"--- sample {number + 1}\n{shown(completion.text)}", end="")
+        if completion.tokens:  # none where Ctrl-C came first
+            print(flush=True)
+        _print_logprobs(model, completion)
+
+    try:
+        for number, text, completion in summary.follow(generation):
+            if config.n == 1:
+                print(shown(text), end="", flush=True)
+            if completion is not None:
+                ended[number] = completion
+            while printed in ended:
+                put(printed, ended[printed])
+                printed += 1
+    finally:
+        for number, completion in sorted((ended | generation.unfinished).items()):
+            if number >= printed:
+                put(number, completion)
+    if config.trace.file is not None:
         from qwen_jax.accuracy.recording import trace_generation
 
         names = config.trace.names.split(",")
         trace_generation(
-            model, request, completions[0], names=names, positions=config.trace.positions
+            model, request, ended[0], names=names, positions=config.trace.positions
         ).save(config.trace.file)
         print(f"wrote {config.trace.file}", file=sys.stderr)
 
@@ -198,7 +229,7 @@ def _run_file(
     Returns:
         How many prompts were refused.
     """
-    asked: dict[int, tuple[Item, int, int]] = {}
+    asked: dict[int, tuple[dict[str, Any], int]] = {}
     held: dict[int, str] = {}
     numbers, places, written = itertools.count(), itertools.count(), 0
     refused = sum(map(answered.refused, items))
@@ -211,17 +242,22 @@ def _run_file(
         told = None if config.strict else refuse
         for item, sample, made in prompts.rows(left, config.n, request, told):
             if (item.id, sample) not in answered.done:
-                asked[next(numbers)] = item, sample, next(places)
+                line = {"id": item.id, "sample": sample, **item.carried, **made_by(made)}
+                asked[next(numbers)] = line, next(places)
                 yield made
+
+    def made_by(request: Request) -> dict[str, str]:
+        dtype, used = str(model.engine.spec.weights), in_force.describe(request.sampling)
+        return {"model": config.model, "dtype": dtype, "sampling": used}
 
     def refuse(wrong: Wrong) -> None:
         nonlocal refused
         refused += 1
-        put(next(places), {"id": wrong.id, "error": wrong.error})
+        put(next(places), {"id": wrong.id, "error": wrong.error, **wrong.carried})
 
     def put(place: int, line: Mapping[str, Any]) -> None:
         nonlocal written
-        held[place] = json.dumps(line, ensure_ascii=False)
+        held[place] = json_visible(json.dumps(line, ensure_ascii=False))
         if not config.ordered:
             write(place)
         while written in held:
@@ -229,18 +265,20 @@ def _run_file(
             written += 1
 
     def write(place: int) -> None:
-        print(held.pop(place), file=answered.out, flush=True)
+        # Around the bar, where both are on one terminal.
+        tqdm.write(held.pop(place), answered.out)
+        answered.out.flush()
         bar.update()
 
-    total = len(items) * config.n - len(answered.done)
-    generation = model.run(requests(), config.top_logprobs)
+    total = _samples(items, config.n) - len(answered.done)
+    generation = model.run(requests())
     with tqdm(total=total, desc="answers", disable=not sys.stderr.isatty()) as bar:
         try:
             for number, _, completion in summary.follow(generation):
                 if completion is None:
                     continue
-                item, sample, place = asked.pop(number)
-                put(place, {"id": item.id, "sample": sample} | prompts.answer(completion))
+                line, place = asked.pop(number)
+                put(place, line | prompts.answer(completion))
         finally:
             for place in sorted(held):
                 write(place)

@@ -13,7 +13,7 @@ from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_atten
 from pallas_kernels.rope import mosaic_gpu as rope
 from pallas_kernels.sample_tokens import MOST_LOGPROBS
 from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
-from qwen_jax import api, pins, recommended
+from qwen_jax import choices, opening, pins, recommended
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
 from qwen_jax.engine.form import Form, form_of
@@ -24,6 +24,7 @@ from qwen_jax.model.cache import PAGE
 from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
 from qwen_jax.settings import Command
+from qwen_jax.terminal import visible
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.hub_names import is_hub_name
 from qwen_jax.weights.loader import Checkpoint
@@ -35,12 +36,12 @@ MAX_VALUE = 100
 def run(command: Command) -> int:
     """Prints the report; returns the exit code."""
     config = command.config
-    dtype = api.dtype_of(config.dtype)
-    api.check_implementation(config.implementation)
-    api.check_weights(config.weights)
-    api.check_slots(config.slots)
+    dtype = choices.dtype_of(config.dtype)
+    choices.check_implementation(config.implementation)
+    choices.check_weights(config.weights)
+    choices.check_slots(config.slots)
     pins.pin_and_tell(config, pins.OF_RUN)
-    checkpoint = api.open_model(config.model, config.adapter, sha256=config.sha256)
+    checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
     form = form_of(
         config.weights,
         checkpoint,
@@ -59,7 +60,7 @@ def run(command: Command) -> int:
         ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
         ("memory", memory_lines(checkpoint.config, dtype, config.slots, form)),
     )
-    print(*("\n  ".join([title, *lines]) for title, lines in sections), sep="\n\n")
+    print(visible("\n\n".join("\n  ".join([title, *lines]) for title, lines in sections)))
     return 0
 
 

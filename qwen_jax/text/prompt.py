@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard, Unpack, cast
 
 from qwen_jax.errors import UserError
 from qwen_jax.text.chat import render_chat
@@ -10,6 +10,23 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 """One chat message: {"role": "user", "content": "..."}."""
+
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A user's message, a whole chat, or token ids, which are put to the model as they are."""
+
+
+def prompts_in(given: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts that somebody gave, and whether they are a list of them. A list of messages is a
+    chat, and one of whole numbers a prompt's ids."""
+    if isinstance(given, str) or not all(map(_is_prompt, given)):
+        return [cast(Prompt, given)], False
+    return [*cast(Sequence[Prompt], given)], True
+
+
+def _is_prompt(part: Any) -> bool:
+    """And no message, and no id, which an array gives as one of no axis."""
+    return isinstance(part, Sequence) or getattr(part, "ndim", 0) == 1
 
 
 class PromptOptions(TypedDict, total=False):
@@ -33,7 +50,7 @@ class PromptOptions(TypedDict, total=False):
 
 def prompt_ids(
     tokenizer: Tokenizer,
-    prompt: str | Sequence[Message],
+    prompt: Prompt,
     *,
     system: str | None = None,
     raw: bool = False,
@@ -45,44 +62,79 @@ def prompt_ids(
     """The ids of a prompt as the model will see them.
 
     Args:
-        prompt: a user's message, or a whole chat; the others are those of `PromptOptions`.
+        prompt: the others are those of `PromptOptions`.
         source: the model's name, for messages.
 
     Raises:
         UserError: the chat is malformed, or arguments don't fit one another or the model.
     """
-    of_chat = not isinstance(prompt, str) or system is not None or bool(tools)
+    check(
+        prompt,
+        system=system,
+        raw=raw,
+        suffix=suffix,
+        tools=tools,
+        continue_final_message=continue_final_message,
+    )
+    if _are_ids(prompt):
+        return [int(token) for token in prompt]
     if suffix is not None:
-        if of_chat or continue_final_message or not isinstance(suffix, str):
-            raise UserError(
-                "A suffix is a text that follows one other text, without messages, a system "
-                "prompt or tools."
-            )
         return _infill(tokenizer, str(prompt), suffix, source)
     if raw:
-        if of_chat or continue_final_message:
-            raise UserError("A raw prompt is one text, without messages, a system prompt or tools.")
         return tokenizer.encode(str(prompt), add_special_tokens=True)
-    if isinstance(prompt, str):
-        if continue_final_message:
-            raise UserError(
-                "continue_final_message needs a chat, whose last message it continues; give "
-                "messages, or continue a text with raw."
-            )
-        prompt = [{"role": "user", "content": prompt}]
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system is not None:
-        if any(isinstance(m, Mapping) and m.get("role") == "system" for m in prompt):
-            raise UserError("The chat has a system message of its own; leave out the other.")
-        prompt = [{"role": "system", "content": system}, *prompt]
+        chat = [{"role": "system", "content": system}, *chat]
     text = render_chat(
         tokenizer.template_for(tools),
-        prompt,
+        cast(Sequence[Message], chat),
         continue_final_message=continue_final_message,
         tools=tools,
         special_tokens=tokenizer.special_tokens,
         source=source,
     )
     return tokenizer.encode(text)
+
+
+def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
+    several = not isinstance(prompt, str) and len(prompt) > 0
+    return several and not isinstance(prompt[0], str | Mapping)
+
+
+def check(prompt: Prompt, **options: Unpack[PromptOptions]) -> None:
+    """Raises UserError for options that don't fit one another or the prompt, whatever the model."""
+    if _are_ids(prompt):
+        if given := [name for name, value in options.items() if value not in (None, False)]:
+            raise UserError(
+                f"Token ids are put to the model as they are; leave out {' and '.join(given)}, or "
+                "give a text or messages."
+            )
+        return
+    continued = options.get("continue_final_message")
+    of_chat = (
+        not isinstance(prompt, str)
+        or options.get("system") is not None
+        or bool(options.get("tools"))
+        or continued
+    )
+    suffix = options.get("suffix")
+    if suffix is not None and (of_chat or not isinstance(suffix, str)):
+        raise UserError(
+            "A suffix is a text that follows one other text, without messages, a system prompt or "
+            "tools."
+        )
+    if suffix is None and options.get("raw") and of_chat:
+        raise UserError("A raw prompt is one text, without messages, a system prompt or tools.")
+    if isinstance(prompt, str):
+        if continued:
+            raise UserError(
+                "continue_final_message needs a chat, whose last message it continues; give "
+                "messages, or continue a text with raw."
+            )
+    elif options.get("system") is not None and any(
+        isinstance(message, Mapping) and message.get("role") == "system" for message in prompt
+    ):
+        raise UserError("The chat has a system message of its own; leave out the other.")
 
 
 def own_stop_ids(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[int, ...]:

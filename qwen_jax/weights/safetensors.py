@@ -112,13 +112,14 @@ def _tensor(name: str, entry: Any, path: Path) -> TensorInfo:
     if not _naturals(extent) or len(extent) != 2:
         _fail(path, f"the tensor {name!r} has the data_offsets {extent!r:.60}, not two integers")
     info = TensorInfo(name, tuple(shape), kind, path, extent[0])
-    # Sizes are 64-bit integers on the way to the product, even where a later 0 makes it 0.
-    fits = max(itertools.accumulate(shape, operator.mul), default=1) < 1 << 64
-    whole = info.elements % block_size(kind)[0] == 0
-    if not (fits and whole and info.nbytes == extent[1] - extent[0]):
+    # Sizes are 64-bit integers on the way to the product, even where a later 0 makes it 0; a long
+    # shape ends at the first that is too large, since products of thousands of digits take minutes.
+    fits = all(product < 1 << 64 for product in itertools.accumulate(shape, operator.mul))
+    whole = fits and info.elements % block_size(kind)[0] == 0
+    if not (whole and info.nbytes == extent[1] - extent[0]):
         _fail(
             path,
-            f"the tensor {name!r} of shape {shape} in {dtype} has the data_offsets {extent}, "
+            f"the tensor {name!r} of shape {shape!r:.60} in {dtype} has the data_offsets {extent}, "
             "which do not fit it",
         )
     return info

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qwen_jax import api
+from qwen_jax import opening
 from qwen_jax.accuracy.parameters import CheckpointSource
 from qwen_jax.accuracy.weights_audit import audit_weights
 from qwen_jax.errors import UserError
@@ -50,6 +50,6 @@ def test_the_truth_of_a_quantised_checkpoint(tmp_path):
 
 def test_adapters_are_not_audited(tmp_path):
     base = write_quantised(tmp_path / "base", CONFIG, PARAMS, gptq(), GPTQ)
-    checkpoint = api.open_model(base.path, write_peft(tmp_path / "a", random_pairs(PARAMS)))
+    checkpoint = opening.open_model(base.path, write_peft(tmp_path / "a", random_pairs(PARAMS)))
     with pytest.raises(UserError, match="which an adapter changes; leave out one of the two"):
         audit_weights(checkpoint, load_parameters(checkpoint, "float32"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import api
+from qwen_jax import opening
 from qwen_jax.accuracy.recording import record
 from qwen_jax.accuracy.references import cut, reference
 from qwen_jax.accuracy.trace import Trace, names
@@ -147,7 +147,7 @@ def float32_copy(path: Path) -> Path:
     """The bundled model with its quantised matrices decoded."""
     import gguf
 
-    reader = gguf.GGUFReader(qwen_jax.api.locate())
+    reader = gguf.GGUFReader(opening.locate())
     writer = gguf.GGUFWriter(path, "qwen2")
     for field in reader.fields.values():
         if not field.name.startswith(("GGUF.", "general.architecture")):
@@ -178,7 +178,7 @@ def test_transformers_has_the_weights_that_the_engine_has(tmp_path: Path, kind: 
         path = write_hf(tmp_path / "hf", config, {prefix + k: v for k, v in params.items()}).path
     if kind == "adapter":
         adapters = [str(write_peft(tmp_path / "lora", random_pairs(params)))]
-    checkpoint = api.open_model(path, *adapters)
+    checkpoint = opening.open_model(path, *adapters)
     ids = list(range(10))
     theirs = reference("hf", checkpoint, ids)
     ours = Engine(checkpoint.config, load_parameters(checkpoint, "float32")).logits(np.array(ids))

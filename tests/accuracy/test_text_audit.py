@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from qwen_jax import api
+from qwen_jax import api, opening
 from qwen_jax.accuracy.text_audit import CASES, FAULTS, audit_text, text_table
 from qwen_jax.accuracy.text_pipeline import Pipeline, Settings
 from qwen_jax.errors import UserError
@@ -76,7 +76,7 @@ def causes(findings):
 
 class TestNoAlarm:
     def test_the_bundled_model(self):
-        findings = audit_text(api.locate(), api.load())
+        findings = audit_text(opening.locate(), api.load())
         assert {f.verdict for f in findings} == {"same"}
         assert [f.field for f in findings] == [*CASES, "stop ids"]
 

@@ -140,6 +140,7 @@ def test_a_config_from_before_there_were_other_rotations_is_read() -> None:
         ({"cache_dtype": "q8"}, "cache_dtype is 'q8'"),
         ({"config": {}}, "config does not describe a model"),
         ({"config": config_to_json(CONFIG) | {"num_layers": "two"}}, "does not describe a model"),
+        ({"config": config_to_json(CONFIG) | {"num_layers": 10**9}}, "must be at most 10000"),
         ({"config": config_to_json(CONFIG) | {"num_kv_heads": 4}}, "num_kv_heads is 4"),
     ],
 )

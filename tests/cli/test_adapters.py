@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_jax import api, cli, settings
+from qwen_jax import api, cli, opening, settings
 from qwen_jax.experiments import declaration
 from qwen_jax.experiments.models import Choice, Models
 from qwen_jax.experiments.plan import plan
@@ -16,7 +16,7 @@ from tests.tiny_adapters import write_gguf_lora, write_peft
 
 __all__ = ["experiment"]
 
-SIZES = api.open_model().config
+SIZES = opening.open_model().config
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 

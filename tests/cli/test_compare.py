@@ -144,20 +144,47 @@ def test_the_catalogue_is_printed(run: Run) -> None:
         (["--fail_if=mean_kl > 1"], ["mean_kl", "mean_kld"]),
         (["--fail_if=mean_kld"], ["mean_kld > 0.01"]),
         (["--candidate=nowhere"], ["nowhere", "no such file"]),
-        (["--candidate=nowhere", "--plant=zero_qkv_bias"], ["--plant", "--candidate"]),
+        (["--candidate=nowhere", "--plant=zero_qkv_bias"], ["--plant does nothing"]),
         (["--candidate=nowhere", "--parts=cache"], ["cache", "tensors and text"]),
         (["--candidate=nowhere", "--parts=text"], ["text", "--prompt"]),
         (["--workdir=/dev/null/report"], ["/dev/null/report", "can't be written"]),
-        (["--parts=distribution"], ["--base"]),
-        (["--base=nowhere"], ["nowhere"]),
-        (["--reference=nowhere", TOKENS], ["nowhere", "float64, hf, llamacpp"]),
-        (["--base_dtype=float64"], ["float64", "bfloat16"]),
         (["--parts=precision", "--dtype=bfloat16"], ["float32"]),
-        (["--text=nowhere", "--base_dtype=bfloat16"], ["nowhere"]),
     ],
 )
 def test_refused(refuses: Callable[..., None], argv: list[str], words: list[str]) -> None:
     refuses(["compare", *argv], *words)
+
+
+KNOWN_AT_ONCE = {
+    "--text=nowhere --base_dtype=bfloat16": "--text=nowhere can't be read: No such file",
+    "--text=/dev/zero --base_dtype=bfloat16": "--text=/dev/zero can't be read: it is a device",
+    "--context=3 --base_dtype=bfloat16": "context is 3, but it must be at least",
+    "--parts=distribution": "There is no base to compare with; give --base=FILE",
+    "--base=nowhere": "nowhere: the base can't be read",
+    "--base_dtype=float64": "dtype is 'float64', but it must be one of",
+    "--base_weights=small": "weights is 'small', but it must be one of",
+    "--base=nowhere --base_dtype=float32": "The base is the file nowhere; leave out its dtype",
+    "--reference=nowhere": "The reference is 'nowhere', which is neither a file nor one of",
+    "--parts=precision --config.compare.precision_dtype=x": "precision_dtype is 'x', but it must",
+    "--fail_if=ppl>1": "needs ppl, which the part distribution measures, but the parts are tensors",
+    "--fail_if=top1<1 --parts=text": "needs top1, which the part tensors and distribution measures",
+    "--parts=text --tokens=1,2": "--tokens does nothing for the parts text; leave it out.",
+    "--parts=cache --prompt=x": "--prompt does nothing for the parts cache; leave it out.",
+    "--parts=tensors --base_dtype=float32": "--base_dtype does nothing for the parts tensors",
+    "--text=x": "--text does nothing for the parts tensors, weights, text, cache; leave it out.",
+    "--candidate=x --dtype=float32": "--dtype does nothing for the parts tensors, text of a --can",
+    "--save_base=x --fail_if=ppl>1": "--fail_if does nothing for --save_base; leave it out.",
+    "--save_base=x --plant=zero_qkv_bias": "--plant does nothing for --save_base; leave it out.",
+    "--list_faults --model=x": "--model does nothing for --list_faults; leave it out.",
+}
+
+
+@pytest.mark.parametrize("argv", KNOWN_AT_ONCE)
+def test_what_is_known_at_once_loads_nothing(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch, argv: str
+) -> None:
+    monkeypatch.setattr("qwen_jax.tasks.compare.load", lambda _: pytest.fail("it was loaded"))
+    refuses(["compare", *argv.split(" ")], KNOWN_AT_ONCE[argv])
 
 
 def test_nothing_is_overwritten(refuses: Callable[..., None], tmp_path: Path) -> None:
@@ -166,3 +193,17 @@ def test_nothing_is_overwritten(refuses: Callable[..., None], tmp_path: Path) ->
     refuses(["generate", f"--trace={path}"], str(path), "exists already")
     refuses(["compare", f"--save_base={path}"], str(path), "exists already")
     assert path.read_bytes() == b"old"
+    for name in ("report.json", "report.txt", "report.html"):
+        (tmp_path / name).write_text("old")
+        words = f"holds a {name} already; move it, or choose another directory."
+        refuses(["compare", f"--workdir={tmp_path}"], words)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_trace_that_cannot_be_is_refused_at_once(
+    refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    trace = f"--trace={tmp_path / 'run.safetensors'}"
+    refuses([trace, "--trace_positions=a:b"], "The positions are 'a:b', but must be start:stop")
+    refuses([f"--trace={tmp_path}/nowhere/x"], "can't be written", "nowhere is no directory")

@@ -1,5 +1,7 @@
 """Config files that fail, and what their fields may be."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,9 +81,43 @@ def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
     assert dict(settings.flatten(config)) == expected
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.py")), ids=str)
-def test_shipped(refuses: Callable[..., None], path: Path) -> None:
-    settings.load(str(path))
-    if path.name == "haiku.py":
-        assert settings.load(f"{path}:greedy").sampling.temperature == 0
-        refuses([f"--config={path}:hot"], "no variant 'hot', only 'greedy'")
+OF_OTHER_TASKS = {
+    ("", "{'experiment': {'task': 'bench'}}"): "experiment.task, which {} sets, does nothing for "
+    "generate; it belongs to experiment.",
+    ("inspect", "{'max_tokens': 3}"): "max_tokens, which {} sets, does nothing for inspect; it bel",
+    ("experiment", "{'output': 'x'}"): "output, which {} sets, does nothing for experiment; it bel",
+    ("compare", "{'n': 2}"): "n, which {} sets, does nothing for compare; it belongs to generate",
+}
+
+
+@pytest.mark.parametrize("task_and_fields", OF_OTHER_TASKS)
+def test_fields_of_other_tasks(
+    refuses: Callable[..., None], tmp_path: Path, task_and_fields: tuple[str, str]
+) -> None:
+    task, fields = task_and_fields
+    path = tmp_path / "config.py"
+    path.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({fields})"
+    )
+    words = OF_OTHER_TASKS[task_and_fields].format(path)
+    refuses([*[task] * bool(task), f"--config={path}"], words)
+
+
+def test_neighbours_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of each config are its own, even where they have one name, from any directory."""
+    program = (
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n  from neighbour import PROMPT\n"
+        "  return ConfigDict({'prompt': PROMPT})"
+    )
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "neighbour.py").write_text(f"PROMPT = {name!r}")
+        (tmp_path / name / "config.py").write_text(program)
+    before = [*sys.path]
+    for directory in (tmp_path, tmp_path / "b", REPOSITORY):
+        monkeypatch.chdir(directory)
+        for name in ("a", "b"):
+            where = os.path.relpath(tmp_path / name / "config.py")
+            assert cli.parse(["run.py", f"--config={where}"]).config.prompt == name
+    assert sys.path == before

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax import api
+from qwen_jax import opening
 from tests.cli.conftest import HAIKU
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -26,6 +26,6 @@ def test_the_first_haiku() -> None:
 
 
 def test_sizes_of_the_bundled_model() -> None:
-    config = api.open_model().config
+    config = opening.open_model().config
     assert f"{config.num_parameters:,} parameters" in README
     assert f"{config.num_layers} layers, hidden size {config.hidden_size}, feed-forward" in README

@@ -1,6 +1,9 @@
 """A file of answers that was cut short is gone on with, and a prompt's seeds follow its id."""
 
+import fcntl
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ def file_of(tmp_path: Path, count: int = 8) -> Path:
     path = tmp_path / "prompts.jsonl"
     lines = [{"id": f"p{i}", "prompt": f"rain {i}", "max_tokens": 4 + i} for i in range(count)]
     lines[3] = {"id": "p3", "messages": []}
+    lines[5] |= {"n": 3, "top_logprobs": 1, "label": "x"}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -48,12 +52,53 @@ def test_resumed_it_comes_out_as_if_it_had_not_been_cut(
 def test_resuming_what_is_not_there_begins_it(run: Run, tmp_path: Path) -> None:
     path, output = file_of(tmp_path), tmp_path / "out.jsonl"
     assert run(f"--prompt_file={path}", f"--output={output}", "--resume").code == 3
-    assert len(answers_in(output.read_text())) == 8
+    assert len(answers_in(output.read_text())) == 10
     noted = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
-    assert noted["model"] == "haiku" and noted["sampling.temperature"] == 0
+    assert (noted["model"], noted["dtype"], noted["sampling.temperature"]) == (
+        "haiku",
+        "float32",
+        0,
+    )
+    assert noted["sampling.seed"] == 0 and noted["contents"].keys() == {"haiku"}
     # What lies beside a file that is gone says nothing of the next one.
     output.unlink()
     assert run(f"--prompt_file={path}", f"--output={output}", "--temperature=1").code == 3
+
+
+@pytest.mark.usefixtures("loaded")
+def test_killed_before_its_first_answer(run: Run, tmp_path: Path) -> None:
+    """What is left is a file without a line, and perhaps none of settings."""
+    path, output = file_of(tmp_path), tmp_path / "out.jsonl"
+    output.touch()
+    assert run(f"--prompt_file={path}", f"--output={output}", "--resume").code == 3
+    assert len(answers_in(output.read_text())) == 10
+
+
+@pytest.mark.usefixtures("loaded")
+def test_an_array_and_stdin_are_gone_on_with(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = file_of(tmp_path).read_text()
+    array, output = tmp_path / "prompts.json", tmp_path / "out.jsonl"
+    array.write_text(f"[{','.join(lines.splitlines())}]")
+    run(f"--prompt_file={array}", f"--output={output}")
+    whole = output.read_text()
+    output.write_text(whole[: len(whole) // 2])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert run("--prompt_file=-", f"--output={output}", "--resume").code == 3
+    without = [
+        [a for a in answers_in(content) if "error" not in a]
+        for content in (whole, output.read_text())
+    ]
+    assert sorted(map(str, without[0])) == sorted(map(str, without[1]))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_two_runs_do_not_share_an_output(refuses: Callable[..., None], tmp_path: Path) -> None:
+    path, output = file_of(tmp_path), tmp_path / "out.jsonl"
+    with output.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refuses([f"--prompt_file={path}", f"--output={output}", "--resume"], "no other run writes")
 
 
 @pytest.mark.usefixtures("loaded")
@@ -69,7 +114,7 @@ def test_what_cannot_be_resumed(run: Run, refuses: Callable[..., None], tmp_path
     path.write_text('{"id": 1, "prompt": "a"}\n{"prompt": "b"}\n{"id": 2, "prompt": "c"}\n')
     refuses([*argv, "--resume"], "prompts.jsonl has two prompts with the id 2, and --resume goes")
     output.write_text(kept + "[]\n")
-    refuses([*argv, "--resume"], "out.jsonl, line 9 is no answer of a run")
+    refuses([*argv, "--resume"], "out.jsonl, line 11 is no answer of a run")
     (tmp_path / "out.jsonl.settings.json").unlink()
     refuses([*argv, "--resume"], "has no out.jsonl.settings.json beside it")
     assert output.read_text() == kept + "[]\n"
@@ -88,4 +133,4 @@ def test_a_seed_follows_the_id(run: Run, tmp_path: Path) -> None:
         for result in (first, second)
     ]
     assert all(found[0][key] == text for key, text in found[1].items() if key[0] != "new")
-    assert len(set(found[1].values())) == 8
+    assert len(set(found[1].values())) == 9

@@ -132,7 +132,7 @@ def tally(n: int = 1, score: scores.Score = scores.diversity) -> Tally:
 def test_speeds_are_those_of_stretches_that_compile_nothing() -> None:
     sums = tally()
     answer = {"tokens": [1, 2], "text": "a b", "finish_reason": "stop"}
-    sums.add(0, Item("x", {}, "here"), answer)
+    sums.add(0, 0, Item("x", {}, "here"), answer)
     sums.time(Timings(generated_tokens=5, seconds=1.001, compile_seconds=2.0))
     assert "tokens_per_s" not in sums.metrics()
     sums.time(Timings(generated_tokens=55, seconds=6.001, compile_seconds=2.0))
@@ -153,7 +153,7 @@ def test_the_order_of_answers_changes_no_metric() -> None:
         sums, rows = tally(n), list(enumerate(answers))
         rng.shuffle(rows)
         for row, answer in rows:
-            sums.add(row, item, answer)
+            sums.add(row, row % n, item, answer)
         found.append(sums.metrics())
     assert all(metrics == found[0] for metrics in found)
     each = [scores.diversity(item, answers[i : i + n]) for i in range(0, 60, n)]
@@ -166,7 +166,18 @@ def test_the_order_of_answers_changes_no_metric() -> None:
 def test_a_score_that_is_no_number(caplog: pytest.LogCaptureFixture) -> None:
     sums = tally(score=lambda item, samples: {"odd": float("nan")})
     with pytest.raises(UserError, match="here: the score odd is nan, not finite"):
-        sums.add(0, Item("x", {}, "here"), {"tokens": [], "finish_reason": "stop", "text": ""})
+        sums.add(0, 0, Item("x", {}, "here"), {"tokens": [], "finish_reason": "stop", "text": ""})
+
+
+def test_samples_of_a_lines_own_are_judged_together() -> None:
+    """Each prompt counts once, however many samples it has."""
+    sums = tally(n=2, score=lambda item, samples: {"samples": len(samples)})
+    answer = {"tokens": [], "finish_reason": "stop", "text": ""}
+    for row, (sample, own) in enumerate([(0, {}), (1, {}), (0, {"n": 3}), (1, {"n": 3})]):
+        sums.add(row, sample, Item("x", {}, "here", own=own), answer)
+    sums.add(4, 2, Item("x", {}, "here", own={"n": 3}), answer)
+    metrics = sums.metrics()
+    assert (metrics["samples"], metrics["prompts"]) == (2.5, 2)
 
 
 def test_answers_are_the_same_whatever_the_slots(

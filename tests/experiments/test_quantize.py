@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from qwen_jax import api
+from qwen_jax import opening
 from qwen_jax.experiments import kquants, quantize
 from qwen_jax.weights.loader import open_checkpoint
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
@@ -44,7 +44,7 @@ def test_what_lies_on_the_grid_stays(kind: Type) -> None:
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q5_K"])
 def test_files(tmp_path: Path, kind: str) -> None:
-    source = api.locate()
+    source = opening.locate()
     path = quantize.made(source, kind, tmp_path)
     assert quantize.made(source, kind, tmp_path) == path
     old, new = gguf.GGUFReader(source), gguf.GGUFReader(path)

@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from qwen_jax.experiments.report import plots, tables
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.task import Work
+from tests.experiments.conftest import lines
 from tests.experiments.fake import Count
 
 pytest.importorskip("matplotlib")
@@ -68,6 +70,34 @@ def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_p
         rows = list(csv.DictReader(file))
     assert {(row["run"], row["max_tokens"]) for row in rows} == {("a", "256"), ("b", "9")}
     assert (tmp_path / "a+b.html").exists()
+    # An older one goes, but not in silence.
+    (tmp_path / "a+b.csv").write_text("old")
+    again = run("report", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert f"{tmp_path / 'a+b.csv'} is replaced by a newer one\n" in again.err
+    assert "a+b.html is" not in again.err
+
+
+def test_of_different_experiments(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    refuses: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    """Those that measure nothing in common are refused; else each is drawn where it has values."""
+    for name, measured in (("a", ("x", "y")), ("b", ("z",)), ("c", ("y", "w"))):
+        run(*experiment('axis("max_tokens", [6, 7])', workdir=name))
+        metrics = tmp_path / name / "metrics.jsonl"
+        events = lines(metrics)
+        for event in events:
+            if event["event"] == "finished":
+                event["metrics"] = {
+                    metric: float(len(event["point"]) + len(name)) for metric in measured
+                }
+        metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    refuses(["report", a, b], "nothing in common (a has x, y; b has z); report each by itself.")
+    assert not (tmp_path / "a+b.csv").exists()
+    assert run("report", a, c).code == 0 and (tmp_path / "a+c.html").exists()
 
 
 def test_error_bars_are_deviations_over_seeds(

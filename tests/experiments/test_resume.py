@@ -170,7 +170,7 @@ def test_merge_notices_missing_and_doubled_points(
 def test_directories_without_an_experiment(refuses: Callable, tmp_path: Path, task: str) -> None:
     refuses([task], "There is nothing to")
     refuses(["report", str(tmp_path)], "holds no experiment")
-    refuses(["merge", str(tmp_path)], "There are 0 shards")
+    refuses(["merge", str(tmp_path)], "two or more shards, but")
 
 
 def test_points_that_two_shards_have_begun_are_not_merged(
@@ -206,6 +206,7 @@ def test_shards_and_the_whole_do_not_share_a_directory(
     argv, w = experiment(), tmp_path / "w"
     part(run, argv, w, "1/2")
     refuses(argv, "holds shard-1-of-2; run.py merge")
+    refuses(["report", str(w)], f"config.json; run.py merge {w} puts shard-1-of-2 together.")
     part(run, argv, w, "2/2")
     assert run("merge", str(w)).code == 0
     refuses([*argv, "--shard=1/3"], "holds the whole experiment")

@@ -1,6 +1,7 @@
 """How sweeps combine, and how a config file's declaration is checked."""
 
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def test_what_a_command_must_have(
     refuses(["experiment"], "needs --config=FILE.py")
     refuses(argv[:2], "needs --workdir")
     refuses([*argv, "--seed=3"], "sampling.seed is given by a flag", "sweeps it")
-    refuses([*argv, "--shard=0/2"], "--shard is '0/2'")
+    for shard in ("0/2", "1/", "\u0661/\u0662"):
+        refuses([*argv, f"--shard={shard}"], f"--shard is '{shard}', but it must be i/n")
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "thesis.txt").write_text("all of it")
     refuses(argv, "holds thesis.txt and no experiment")
@@ -123,7 +125,10 @@ def test_dry_run_lists_points_groups_and_memory(
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/experiments").glob("*.py")), ids=str)
-def test_shipped(run: Callable, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+def test_shipped(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path
+) -> None:
+    """The same points wherever they are asked for, so that machines may share an experiment."""
     monkeypatch.setattr("qwen_jax.experiments.harness_settings.check_installed", lambda: None)
     monkeypatch.chdir(REPOSITORY)
     name = path.relative_to(REPOSITORY)
@@ -131,3 +136,30 @@ def test_shipped(run: Callable, monkeypatch: pytest.MonkeyPatch, path: Path) -> 
     assert result.code == 0, result.err
     # The docstring gives the command that runs it.
     assert f"run.py experiment --config={name}" in path.read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    for elsewhere in (name, f"experiments/{path.stem}"):
+        assert run("experiment", f"--config={elsewhere}", "--dry_run").out == result.out
+
+
+def test_scores_and_tasks_of_the_working_directory(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The installed command has no such place among Python's."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_scores_of_cwd.py").write_text("def score(item, samples): return {}")
+    fields = "config.prompt, config.experiment.task = 'x', 'generate'; config.experiment.scores = "
+    asked = experiment('axis("n", [1])', f"{fields}('my_scores_of_cwd:score',)")
+    assert run(*asked, "--dry_run").code == 0
+    asked = experiment('axis("n", [1])', f"{fields}('my_scores_of_nowhere:score',)")
+    assert "No module named 'my_scores_of_nowhere'" in run(*asked, "--dry_run").err
+
+
+def test_a_sweep_of_what_is_another_tasks(
+    experiment: Callable[..., list[str]], refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    words = f"output, which {tmp_path}/config.py sweeps, does nothing for experiment; it belongs"
+    refuses(experiment('axis("output", ["a", "b"])'), words)

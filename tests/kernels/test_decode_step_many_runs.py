@@ -64,7 +64,7 @@ def test_float16_takes_hidden_states_that_grow_a_millionfold(
 ) -> None:
     """A layer's down projection makes numbers of which 16 bits have none so large."""
     case = drawn(SMALL, 5, [3, 20, 7], 1, "float16")
-    down = case.packed.at(3, 0)
+    down = case.plan.at(3, 0)
     stream = case.packed.stream.copy()
     larger = np.clip(stream[down].view(np.float16).astype(np.float32) * 2e5, -6e4, 6e4)
     stream[down] = larger.astype(np.float16).view(np.uint32)

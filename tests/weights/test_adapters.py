@@ -13,7 +13,7 @@ import pytest
 from absl import logging
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax import api
+from qwen_jax import opening
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import load_parameters
 from tests.quantised_checkpoints import gptq, write_quantised
@@ -52,7 +52,7 @@ def assert_merged(
                 size = size + scale(name) * (np.abs(left) @ np.abs(low))
                 terms += left.shape[1] + 2
         right[name], bound[name] = total, UNIT * terms * size
-    loaded = load_parameters(api.open_model(written.path, adapters), "float32")
+    loaded = load_parameters(opening.open_model(written.path, adapters), "float32")
     expected, limit = canonical(right), canonical(bound)
     assert loaded.keys() == expected.keys()
     for name, values in expected.items():
@@ -122,7 +122,7 @@ def test_a_gguf_adapter_without_alpha_is_added_as_it_is(tmp_path):
 def test_rounding_comes_after_the_merge(tmp_path):
     base = write_hf(tmp_path / "base", CONFIG, PARAMS)
     adapter = write_peft(tmp_path / "a", PAIRS)
-    checkpoint = api.open_model(base.path, adapter)
+    checkpoint = opening.open_model(base.path, adapter)
     wide, narrow = (load_parameters(checkpoint, dtype) for dtype in ("float32", "bfloat16"))
     for name, values in wide.items():
         rounded = np.asarray(values).astype(narrow[name].dtype)
@@ -139,11 +139,11 @@ def test_a_tied_head_becomes_a_weight_of_its_own(tmp_path, changed, suffix):
     base = write(tmp_path / f"base{suffix}", config, params)
     pairs = {changed: ENDS[changed]}
     adapter = write_peft(tmp_path / "a", pairs)
-    checkpoint = api.open_model(base.path, adapter)
+    checkpoint = opening.open_model(base.path, adapter)
     assert not checkpoint.config.tied
-    assert checkpoint.config.num_parameters - api.open_model(base.path).config.num_parameters == (
-        48 * 64
-    )
+    assert checkpoint.config.num_parameters - opening.open_model(
+        base.path
+    ).config.num_parameters == (48 * 64)
     untied = Written(base.path, base.parameters | {HEAD: base.parameters[EMBED]})
     assert_merged(untied, adapter, [(pairs, lambda name: 2.0)])
 
@@ -181,7 +181,7 @@ def test_values_that_are_not_finite(tmp_path):
     left, right = PAIRS[Q_PROJ]
     adapter = write_peft(tmp_path / "a", {Q_PROJ: (np.where(left > 0, np.inf, left), right)})
     with pytest.raises(UserError) as caught:
-        load_parameters(api.open_model(base, adapter), "float32")
+        load_parameters(opening.open_model(base, adapter), "float32")
     assert str(caught.value).startswith(
         f"{base / 'model.safetensors'} and {adapter / 'adapter_model.safetensors'}: the weight "
         f"{Q_PROJ!r} has values that are not finite"
@@ -190,7 +190,7 @@ def test_values_that_are_not_finite(tmp_path):
 
 def test_nothing_of_the_model_is_copied(tmp_path):
     """The update of a row takes no more than these rows and the update's own matrices."""
-    checkpoint = api.open_model(
+    checkpoint = opening.open_model(
         write_hf(tmp_path / "base", CONFIG, PARAMS).path, write_peft(tmp_path / "a", PAIRS)
     )
     weight = checkpoint.stored[Q_PROJ]
@@ -201,7 +201,7 @@ def test_nothing_of_the_model_is_copied(tmp_path):
 
 def refusal(model: Path, adapters: Any, path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        api.open_model(model, adapters)
+        opening.open_model(model, adapters)
     message = str(caught.value)
     assert message.startswith(str(path)) and message.endswith(".") and "\n" not in message
     return message
@@ -242,7 +242,7 @@ def test_configs_that_are_refused(base, tmp_path, config, problem):
 def test_fields_that_nobody_knows_are_told(base, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
-    api.open_model(base, write_peft(tmp_path, PAIRS, use_next_lora=True, other=None))
+    opening.open_model(base, write_peft(tmp_path, PAIRS, use_next_lora=True, other=None))
     assert said == [f"{tmp_path / 'adapter_config.json'}: use_next_lora is not known here and was "
                     "not used"]  # fmt: skip
 
@@ -293,7 +293,7 @@ def test_what_is_no_adapter(base, tmp_path):
     )
     missing = tmp_path / "missing"
     with pytest.raises(UserError, match="missing"):
-        api.open_model(base, missing)
+        opening.open_model(base, missing)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_tying_that_was_trained_is_refused(tmp_path):
     adapter = write_peft(tmp_path / "a", {EMBED: ENDS[EMBED]}, ensure_weight_tying=True)
     assert "ensure_weight_tying is true" in refusal(base, adapter, adapter)
     write_peft(adapter, PAIRS, ensure_weight_tying=True)
-    assert api.open_model(base, adapter).config.tied
+    assert opening.open_model(base, adapter).config.tied
 
 
 def test_config_is_read_once_and_strictly(base, tmp_path):

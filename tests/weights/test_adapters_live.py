@@ -13,7 +13,7 @@ pytest.importorskip("peft", reason="live parity needs pip install '.[parity]'")
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from qwen_jax import api
+from qwen_jax import opening
 from qwen_jax.engine.engine import Engine
 from qwen_jax.weights.loader import load_parameters
 from tests import transformers_reference
@@ -83,7 +83,7 @@ def test_merged_weights_and_logits(tmp_path: Path, case: str, seed: int) -> None
         write_gguf(tmp_path / "base.gguf", config, params).path,
         write_hf(tmp_path / "base", config, params).path,
     ):
-        checkpoint = api.open_model(path, adapters)
+        checkpoint = opening.open_model(path, adapters)
         ours = load_parameters(checkpoint, "float32")
         for name, theirs in canonical(state).items():
             assert relative(np.asarray(ours[name]), theirs) <= 1e-6, name
@@ -113,6 +113,6 @@ def test_ends_of_a_tied_model(tmp_path: Path, changes: dict[str, Any], seed: int
     )
     model = PeftModel.from_pretrained(transformers_reference.model(config, params), str(adapter))
     path = write_hf(tmp_path / "base", config, params).path
-    checkpoint = api.open_model(path, adapter)
+    checkpoint = opening.open_model(path, adapter)
     logits = Engine(checkpoint.config, load_parameters(checkpoint, "float32")).logits(TEXT)
     assert relative(logits, transformers_reference.logits(model, TEXT)) <= FLOAT32_BOUND

@@ -15,7 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax import api
+from qwen_jax import opening
 from qwen_jax.errors import UserError
 from qwen_jax.weights import loader, on_device
 from qwen_jax.weights.blocks import FORMATS, decode_into
@@ -116,7 +116,7 @@ def four_bits(path: Path) -> Checkpoint:
 
 def with_an_adapter(path: Path) -> Checkpoint:
     base = write_gguf(path / "a.gguf", CONFIG, PARAMS, types="Q8_0")
-    return api.open_model(base.path, write_peft(path / "b", random_pairs(PARAMS)))
+    return opening.open_model(base.path, write_peft(path / "b", random_pairs(PARAMS)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -118,6 +118,8 @@ BAD = {
     "half a byte": (shard(entry(dtype="F4", shape=[3], data_offsets=[0, 1])), "do not fit"),
     "reversed": (shard(entry(data_offsets=[16, 0])), "which do not fit"),
     "overflow": (shard(entry(shape=[2**40] * 3)), "which do not fit"),
+    # The product of all has 180,000 digits, and takes minutes.
+    "overflow of many": (shard(entry(shape=[2] * 600_000)), "which do not fit"),
     "overflow of nothing": (shard(empty(0, (2**40, 2**40, 0)), b""), "which do not fit"),
     "truncated": (shard(entry(), bytes(15)), "'t', ends at byte 16 of the data, but the file has"),
     "bytes after the last": (shard(entry(), bytes(18)), "2 bytes follow the last tensor"),

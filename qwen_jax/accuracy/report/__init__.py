@@ -10,6 +10,8 @@ from qwen_jax.accuracy.report.contents import Report, values
 from qwen_jax.accuracy.report.tables import text
 from qwen_jax.errors import UserError
 
+NAMES = ("report.json", "report.txt", "report.html")
+
 __all__ = ["Report", "prepare", "text", "to_json", "values", "write"]
 
 
@@ -17,8 +19,13 @@ def prepare(workdir: str | Path) -> None:
     """Makes the directory, so that a long run need not end with one that can't be made.
 
     Raises:
-        UserError: it can't be made or written.
+        UserError: it can't be made or written, or holds a report.
     """
+    for name in NAMES:
+        if (Path(workdir) / name).exists():
+            raise UserError(
+                f"--workdir={workdir} holds a {name} already; move it, or choose another directory."
+            )
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -28,7 +35,7 @@ def prepare(workdir: str | Path) -> None:
 
 
 def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
-    """Writes report.json, report.txt and report.html into a directory, over older ones.
+    """Writes report.json, report.txt and report.html into a directory.
 
     Without matplotlib the last is left out, with a warning.
 

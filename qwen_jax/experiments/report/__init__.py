@@ -1,6 +1,7 @@
 """What came out of one experiment, or of several side by side: a table, a CSV, a page."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,23 +10,32 @@ from absl import logging
 from qwen_jax.experiments.lines import write_atomically
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.report.tables import csv_text, terminal_table
+from qwen_jax.terminal import visible
 
 
 def show(workdirs: Sequence[Path], out: Path, names: tuple[str, str] | None = None) -> Results:
     """Prints the table, and writes `results.csv` and, with matplotlib, `report.html` into `out`.
 
     Raises:
-        UserError: a directory holds no experiment.
+        UserError: a directory holds no experiment, or several measure nothing in common.
     """
     results = Results.read(workdirs)
-    print(terminal_table(results))
+    results.check_comparable()
+    print(visible(terminal_table(results)))
     csv, page = names or ("results.csv", "report.html")
-    write_atomically(out / csv, csv_text(results))
+    _write(out / csv, csv_text(results))
     try:
         from qwen_jax.experiments.report.page import html
     except ImportError:
         logging.warning("%s needs matplotlib: pip install 'qwen_jax[report]'.", page)
         return results
-    write_atomically(out / page, html(results))
+    _write(out / page, html(results))
     print(f"{os.path.relpath(out / page)}, {os.path.relpath(out / csv)}")
     return results
+
+
+def _write(path: Path, text: str) -> None:
+    """An older one goes, but not in silence."""
+    if path.is_file() and path.read_bytes() != text.encode("utf-8", "backslashreplace"):
+        print(f"{path} is replaced by a newer one", file=sys.stderr)
+    write_atomically(path, text)

@@ -113,5 +113,5 @@ def _operations(found: list[dict[str, Any]]) -> list[list[str]]:
 
 def _svg(figure: Figure) -> str:
     out = io.BytesIO()
-    figure.savefig(out, format="svg")
+    figure.savefig(out, format="svg", metadata={"Date": None})
     return base64.b64encode(out.getvalue()).decode()

@@ -55,6 +55,7 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#888888",
     "svg.fonttype": "path",
+    "svg.hashsalt": "qwen_jax",  # so that equal results are equal files
     "legend.frameon": False,
 }
 
@@ -90,18 +91,20 @@ def _against_axes(results: Results) -> Iterator[Picture]:
         lines = _lines(results, axis, others)
         # Where lines meet the axis more than once, single points beside them show no trend.
         lines = {key: points for key, points in lines.items() if len(points) > 1}
-        if not metrics or not lines:
+        rows_drawn = [row for line in lines.values() for at in line.values() for row in at]
+        present = [name for name in metrics if any(name in row.metrics for row in rows_drawn)]
+        if not present:
             continue
-        columns = min(3, len(metrics))
-        rows = -(-len(metrics) // columns)
+        columns = min(3, len(present))
+        rows = -(-len(present) // columns)
         # Names go down the side, and want a line each.
         names = 0 if _numeric(results, axis) else len({r.overrides.get(axis) for r in results.rows})
         height = max(2.9, 0.22 * names + 1)
         figure = Figure(figsize=(3.7 * columns, height * rows + 0.5), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for panel, metric in zip(panels, metrics, strict=False):
+        for panel, metric in zip(panels, present, strict=False):
             _draw(panel, lines, axis, metric)
-        for panel in panels[len(metrics) :]:
+        for panel in panels[len(present) :]:
             panel.set_visible(False)
         if len(lines) > 1:
             handles, labels = panels[0].get_legend_handles_labels()

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import ready_made
 from qwen_jax.errors import UserError
-from qwen_jax.experiments.declaration import label, title
+from qwen_jax.experiments.declaration import label
 from qwen_jax.experiments.records import ENVIRONMENTS, Contents
 
 STATES = {"finished": "ok", "failed": "failed", None: "missing"}
@@ -70,7 +71,7 @@ class Results:
 
     @property
     def title(self) -> str:
-        titles = [title(c.source, c.config["config_file"]) for c in self.contents]
+        titles = [ready_made.title(c.source, c.config["config_file"]) for c in self.contents]
         return " / ".join(dict.fromkeys(titles))
 
     @property
@@ -90,6 +91,18 @@ class Results:
         """Names of metrics without those of errors, in the order of their first appearance."""
         names = dict.fromkeys(name for row in self.rows for name in row.metrics)
         return [name for name in names if not name.endswith("_error")]
+
+    def check_comparable(self) -> None:
+        """Raises UserError where experiments that have ended measure nothing in common."""
+        measured: dict[str, set[str]] = {}
+        for row in self.rows:
+            if row.metrics:
+                measured.setdefault(row.run, set()).update(row.metrics)
+        if measured and not set.intersection(*measured.values()):
+            has = "; ".join(f"{run} has {', '.join(sorted(m))}" for run, m in measured.items())
+            raise UserError(
+                f"These experiments measure nothing in common ({has}); report each by itself."
+            )
 
     def environments(self) -> list[tuple[str, dict[str, Any]]]:
         """Of each run, every environment it ran in."""

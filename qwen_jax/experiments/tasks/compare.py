@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from qwen_jax import api
+from qwen_jax import opening
 from qwen_jax.accuracy import base_file, distribution
 from qwen_jax.accuracy.base_file import SavedBase, scored
 from qwen_jax.accuracy.distribution import Scores
@@ -102,11 +102,11 @@ class Compare(Task):
         # Only for its tokenizer: the truth reads the parameters by itself.
         tokens = text_tokens(work.model(), self.config)
         windows = distribution.cut(tokens, experiment.context)
-        location = api.locate(self.reference.model)
+        location = opening.locate(self.reference.model)
         if self.reference.experiment.quantization is not None:
             kind = self.reference.experiment.quantization
             location = quantize.made(location, kind, work.directory)
-        source = CheckpointSource(api.open_model(location, self.reference.adapter))
+        source = CheckpointSource(opening.open_model(location, self.reference.adapter))
 
         def logits() -> Iterator[np.ndarray]:
             for window in windows:

@@ -5,12 +5,11 @@ import functools
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import prompts
+from qwen_jax import prompts, ready_made
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
 from qwen_jax.experiments.task import Metrics, Task, Work
@@ -31,7 +30,7 @@ class Evaluate(Task):
         settings = config.experiment.eval
         if not settings.tasks:
             raise UserError("experiment.eval.tasks is empty; name tasks of lm-evaluation-harness.")
-        if settings.include is not None and not Path(settings.include).is_dir():
+        if settings.include is not None and not ready_made.path(settings.include).is_dir():
             raise UserError(f"experiment.eval.include={settings.include} is no directory.")
         if settings.fewshot_as_multiturn and not settings.apply_chat_template:
             raise UserError(
@@ -51,7 +50,8 @@ class Evaluate(Task):
         from qwen_jax.experiments.harness import Harness
 
         settings, seed = self.config.experiment.eval, self.config.sampling.seed
-        where = (settings.tasks, settings.include)
+        include = settings.include and str(ready_made.path(settings.include))
+        where = (settings.tasks, include)
         overrides = self._overrides(work.asked)
         if changed := self._changed():  # The tasks' data is read for it.
             _check_effect(changed, _configs(*where), overrides, settings.shots)

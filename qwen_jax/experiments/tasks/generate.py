@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Collection, Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,6 +19,7 @@ from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
+from qwen_jax.terminal import visible
 
 
 class Generate(Task):
@@ -32,10 +32,8 @@ class Generate(Task):
         super().__init__(config)
         self.options = prompts.options_of(config)
         self.scores = [scores.score(name) for name in config.experiment.scores]
-        if config.prompt == "-":
+        if "-" in (config.prompt, config.prompt_file):
             raise UserError("An experiment can't read stdin, which a resumed one would lack.")
-        if config.prompt_file is not None and not Path(config.prompt_file).is_file():
-            raise UserError(f"--prompt_file={config.prompt_file} is no file that can be read.")
         if config.prompt_file is None:
             prompts.single(config, self.options)
 
@@ -44,14 +42,8 @@ class Generate(Task):
             return iter([prompts.single(self.config, self.options)])
         return prompts.stream(self.config, self.options)
 
-    def _prompts(self) -> int:
-        if self.config.prompt_file is None:
-            return 1
-        with Path(self.config.prompt_file).open("rb") as file:
-            return sum(1 for line in file if line.strip())
-
     def run(self, work: Work) -> Metrics:
-        if (total := self._prompts() * self.config.n) == 0:
+        if (total := sum(item.samples(self.config.n) for item in self._items())) == 0:
             raise UserError(f"--prompt_file={self.config.prompt_file} holds no prompts.")
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
@@ -63,12 +55,12 @@ class Generate(Task):
             rows = prompts.rows(self._items(), self.config.n, work.request)
             for row, (item, sample, request) in enumerate(rows):
                 if row in recorded:
-                    tally.add(row, item, recorded.answer(row))
+                    tally.add(row, sample, item, recorded.answer(row))
                 else:
                     asked[next(numbers)] = row, item, sample
                     yield request
 
-        generation = work.model().run(requests(), self.config.top_logprobs)
+        generation = work.model().run(requests())
         with contextlib.closing(iter(generation)) as pieces:
             for number, _, completion in pieces:
                 tally.time(generation.timings)
@@ -76,7 +68,7 @@ class Generate(Task):
                     row, item, sample = asked.pop(number)
                     answer = prompts.answer(completion)
                     work.record(row=row, id=item.id, sample=sample, **answer)
-                    tally.add(row, item, answer)
+                    tally.add(row, sample, item, answer)
                     work.progress(tally.answers, total)
         return tally.metrics()
 
@@ -91,7 +83,7 @@ class Generate(Task):
 @functools.cache
 def _say(line: str) -> None:
     """Once a process, since points share models and settings."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(visible(line), file=sys.stderr)
 
 
 class Recorded:
@@ -127,15 +119,15 @@ class Tally:
         self.answers = self._prompts = self._tokens = self._stopped = 0
         self._last = self._timed = Timings()
 
-    def add(self, row: int, item: Item, answer: dict[str, Any]) -> None:
-        """The answer of a row, which is one of a prompt's samples."""
+    def add(self, row: int, sample: int, item: Item, answer: dict[str, Any]) -> None:
+        """The answer of a row, which is this sample of a prompt."""
         self.answers += 1
-        prompt, sample = divmod(row, self._n)
-        samples = self._samples.setdefault(prompt, {})
+        first, n = row - sample, item.samples(self._n)
+        samples = self._samples.setdefault(first, {})
         samples[sample] = answer
-        if len(samples) == self._n:
-            del self._samples[prompt]
-            self._judge(item, [samples[i] for i in range(self._n)])
+        if len(samples) == n:
+            del self._samples[first]
+            self._judge(item, [samples[i] for i in range(n)])
 
     def _judge(self, item: Item, samples: list[dict[str, Any]]) -> None:
         self._prompts += 1

@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 from qwen_jax.accuracy import distribution
 from qwen_jax.accuracy.base_file import scored
 from qwen_jax.accuracy.metrics import log_softmax
-from qwen_jax.api import BUNDLED, Model
+from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.task import Metrics, Task, Work
+from qwen_jax.opening import BUNDLED
 from qwen_jax.weights.loader import open_checkpoint
 
 

@@ -1,0 +1,133 @@
+"""What Python callers give, held against the types that a function or a dataclass declares.
+
+A wrong one is told in a sentence where it is given; without this it would surface as a TypeError of
+NumPy or JAX far inside, or, as `batch_invariant="no"`, do the opposite in silence. Contents of
+iterables that may be gone through but once, and values of mappings, are left to whoever reads them.
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import reprlib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin
+
+import jax
+import numpy as np
+
+from qwen_jax.engine.sampling import is_whole
+from qwen_jax.errors import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_WORDS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("True or False", "True or False"),
+    str: ("a text", "texts"),
+    Path: ("a Path", "Paths"),
+    type(None): ("None", "None"),
+}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, which raises UserError where an argument is not of its declared type."""
+    signature = inspect.signature(function)
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, value in given.items():
+            if get_origin(kinds[name]) is Unpack:
+                (options,) = get_args(kinds[name])
+                for option in value.keys() & options.__annotations__.keys():
+                    check(option, value[option], options.__annotations__[option])
+            elif kinds[name] is not inspect.Parameter.empty:
+                check(name, value, kinds[name])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check_fields(instance: Any) -> None:
+    """Raises UserError where a field of a dataclass is not of its declared type."""
+    for field in dataclasses.fields(instance):
+        check(field.name, getattr(instance, field.name), field.type)
+
+
+def check(name: str, value: Any, kind: Any) -> None:
+    """Raises UserError where a value is not of a type, which may be any annotation used here."""
+    if not fits(value, kind):
+        shown = " ".join(_SHORT.repr(value).split())
+        raise UserError(f"{name} is {shown}, but it must be {words(kind)}.")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type: numbers of NumPy are numbers, arrays of one axis are lists of
+    them, True is none, and a text is no list of texts."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any or isinstance(kind, TypeVar | str):
+        return True
+    if origin in (Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if kind is int:
+        return is_whole(value)
+    if kind is float:
+        return is_whole(value) or isinstance(value, float | np.floating)
+    if kind is bool:
+        return isinstance(value, bool | np.bool_)
+    if isinstance(value, str | bytes) and origin in _LISTS:
+        return False
+    if isinstance(value, np.ndarray | jax.Array) and origin in _LISTS:
+        return value.ndim == 1 and parts[0] in (int, float) and fits(value.dtype.type(0), parts[0])
+    if origin is tuple and parts[1:] != (...,):
+        whole = isinstance(value, tuple | list) and len(value) == len(parts)
+        return whole and all(map(fits, value, parts))
+    if not isinstance(value, origin or kind):
+        return False
+    if origin not in _LISTS or not isinstance(value, collections.abc.Sequence):
+        return True
+    return all(fits(item, parts[0]) for item in _telling(value))
+
+
+_LISTS = (collections.abc.Sequence, collections.abc.Iterable, list)
+
+
+def _telling(items: typing.Sequence[Any]) -> typing.Iterable[Any]:
+    """One item of each type, where the type tells all: a prompt may have 100,000 ids."""
+    ones = {type(item): item for item in items}
+    containers = (collections.abc.Sequence, np.ndarray)
+    nested = any(issubclass(kind, containers) and kind is not str for kind in ones)
+    return items if nested else ones.values()
+
+
+def words(kind: Any, plural: bool = False) -> str:
+    """A type in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        said = [words(part, plural) for part in parts]
+        return " or ".join((", ".join(said[:-1]), said[-1]))
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if kind in _WORDS:
+        return _WORDS[kind][plural]
+    if origin in _LISTS:
+        return f"{'lists' if plural else 'a list'} of {words(parts[0], plural=True)}"
+    if origin is tuple:
+        return f"({', '.join(words(part) for part in parts)})"
+    if origin is collections.abc.Mapping:
+        return "dicts" if plural else "a dict"
+    if origin is collections.abc.Callable:
+        return "a function"
+    return f"{getattr(kind, '__name__', kind)}s" if plural else f"a {kind.__name__}"

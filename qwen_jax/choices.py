@@ -1,0 +1,66 @@
+"""What a model may be loaded as, and how much may be asked of it: by name and by number."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import jax.numpy as jnp
+
+import pallas_kernels
+from qwen_jax.engine.memory import device
+from qwen_jax.engine.sampling import is_whole
+from qwen_jax.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("auto", "packed", "expanded")
+PRECISIONS = ("highest", "high", "default")
+MOST_SLOTS = 4096
+"""Far more than any device has room for texts."""
+
+MOST_SAMPLES = 1_000_000
+"""Of one prompt: days of a GPU's work, and a number that was mistyped."""
+
+
+def dtype_of(name: str) -> jnp.dtype:
+    """The parameters' dtype; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    _one_of("dtype", name, DTYPES)
+    if name == "auto":
+        name = "float32" if device().platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def check_implementation(name: str) -> None:
+    """Raises UserError where no such implementation serves every operation."""
+    _one_of("implementation", name, get_args(pallas_kernels.Implementation))
+    for operation in pallas_kernels.OPERATIONS:
+        try:
+            pallas_kernels.choose(operation, name)
+        except pallas_kernels.UnsupportedError as error:
+            reason = str(error).rstrip(".")
+            raise UserError(f"{reason}; use implementation 'auto' or 'xla'.") from error
+
+
+def check_precision(name: str) -> None:
+    """Raises UserError for a matmul precision that there is not."""
+    _one_of("matmul_precision", name, PRECISIONS)
+
+
+def check_weights(name: str) -> None:
+    """Raises UserError for a form of weights that there is not."""
+    _one_of("weights", name, WEIGHTS)
+
+
+def check_slots(slots: int | None) -> None:
+    """Raises UserError for a number of slots that there can't be."""
+    if slots is not None and not (is_whole(slots) and 1 <= slots <= MOST_SLOTS):
+        raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
+
+
+def check_samples(n: int) -> None:
+    """Raises UserError for a number of samples of a prompt that nobody can want."""
+    if not (is_whole(n) and 1 <= n <= MOST_SAMPLES):
+        raise UserError(f"n is {n!r:.60}, but it must be from 1 to {MOST_SAMPLES}.")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}, but it must be one of {', '.join(allowed)}.")

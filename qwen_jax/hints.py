@@ -1,0 +1,35 @@
+"""What somebody meant who wrote a name that there is not."""
+
+import difflib
+from collections.abc import Collection
+
+ELSEWHERE = {
+    "temp": "temperature",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_return_sequences": "n",
+    "num_samples": "n",
+    "batch_size": "slots",
+    "parallel": "slots",
+    "input": "prompt_file",
+    "file": "prompt_file",
+    "system_prompt": "system",
+    "lora": "adapter",
+    "logprobs": "top_logprobs",
+    "repeat_penalty": "repetition_penalty",
+    "ctx_size": "context",
+}
+"""What other engines call a flag or a field of ours."""
+
+
+def meant(name: str, known: Collection[str], likeness: float = 0.6) -> str:
+    """Which of the known names was meant by another one, else "": what other engines call it, its
+    last part, or a word that is as much like it as that, from 0 to 1."""
+    plain = name.replace("-", "_")
+    word = ELSEWHERE.get(plain.lower(), plain)
+    if word in known:
+        return word
+    ends = {place.rpartition(".")[2]: place for place in known}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
+    return ends.get(word) or next(iter(near), "")

@@ -1,0 +1,89 @@
+"""Files of prompts, record by record: lines of text or of JSON, or an array of JSON.
+
+A `.jsonl` file holds one object a line with `prompt` or `messages`, and optionally an `id`,
+settings of its own, which `prompt_lines.FIELDS` lists, and what is to be carried into its answers;
+a `.json` file holds an array of such objects, or of texts; any other file holds one prompt a line.
+Lines end with LF or CR LF, and with nothing else; empty ones are skipped. What standard input, `-`,
+begins with decides which of these it is.
+"""
+
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from qwen_jax import ready_made, regular_files, strict_json, utf8
+from qwen_jax.errors import UserError
+
+Record = tuple[int, str, str | dict[str, Any] | UserError]
+"""A record's number, its place for messages, and its text, or its fields, or what is wrong."""
+
+STDIN = "-"
+
+
+def read(name: str) -> Iterator[Record]:
+    """The records of a file, or of standard input, one by one.
+
+    Raises:
+        UserError: while iterating: it can't be read, or is no array of JSON where it should be one.
+    """
+    if name == STDIN:
+        data = sys.stdin.buffer.read()
+        yield from _records(io.BytesIO(data), "stdin", _begins_as(data))
+        return
+    suffix = Path(name).suffix.lower()
+    kind: Kind = "lines" if suffix == ".jsonl" else "array" if suffix == ".json" else "text"
+    try:
+        with regular_files.opened(ready_made.path(name)) as file:
+            yield from _records(file, name, kind)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"--prompt_file={name} can't be read: {why}.") from error
+
+
+Kind = Literal["text", "lines", "array"]
+
+
+def _begins_as(data: bytes) -> Kind:
+    """What standard input holds. A prompt that begins as an object or an array of objects or texts
+    does is JSON itself, and no prompt."""
+    head = re.match(rb'(?:\xef\xbb\xbf)?\s*(?:(\{\s*["}])|(\[\s*[{"\]]))', data)
+    return "text" if head is None else "lines" if head[1] else "array"
+
+
+def _records(file: IO[bytes], name: str, kind: Kind) -> Iterator[Record]:
+    if kind == "array":
+        yield from _of_array(file.read(), name)
+        return
+    for number, line in enumerate(file, start=1):
+        where = f"{name}, line {number}"
+        try:
+            text = utf8.without_line_break(utf8.decoded(line, where, from_start=number == 1))
+            if text.strip():
+                yield number, where, text if kind == "text" else _object(text, where)
+        except UserError as error:
+            yield number, where, error
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    # An id may hold half a character, as JavaScript writes some; a prompt that does is refused
+    # by the tokenizer.
+    return strict_json.parse_object(text, where, allow_nan=True, allow_halves=True)
+
+
+def _of_array(data: bytes, name: str) -> Iterator[Record]:
+    array = strict_json.parse(data, name, allow_nan=True, allow_halves=True)
+    if not isinstance(array, list):
+        raise UserError(
+            f"{name} holds {array!r:.60}, but a .json file of prompts must be an array, "
+            "[{...}, ...]; name it .jsonl if it has one object a line."
+        )
+    for number, value in enumerate(array, start=1):
+        where = f"{name}, item {number}"
+        if isinstance(value, str | dict):
+            yield number, where, value
+        else:
+            why = f"{where}: it is {value!r:.60}, but it must be an object, {{...}}, or a text."
+            yield number, where, UserError(why)

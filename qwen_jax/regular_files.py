@@ -1,0 +1,40 @@
+"""Opening what a user named: a pipe would be waited for, and a device never ends."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+MOST_BYTES = 100_000_000
+"""What is read whole: the bound of the safetensors header in its own reader. A Qwen2.5
+tokenizer.json has 7 MB."""
+
+_OTHERS = {
+    stat.S_IFIFO: "it is a pipe, and no file",
+    stat.S_IFCHR: "it is a device, and no file",
+    stat.S_IFBLK: "it is a device, and no file",
+}
+
+
+def opened(path: str | Path) -> BinaryIO:
+    """A file open to be read. Raises OSError where it can't be, or is no regular file."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+    if kind != stat.S_IFREG:
+        file.close()
+        raise OSError(errno.EINVAL, _OTHERS.get(kind, "it is no file"), str(path))
+    return file
+
+
+def read(path: str | Path) -> bytes:
+    """All of a file. Raises OSError where it is none, can't be read or is too large."""
+    with opened(path) as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes", str(path))
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

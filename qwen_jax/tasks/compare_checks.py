@@ -1,0 +1,115 @@
+"""What can be known to be wrong with a comparison before a model is loaded for it."""
+
+from collections.abc import Collection
+
+from ml_collections import ConfigDict
+
+from qwen_jax import choices, regular_files, settings
+from qwen_jax.accuracy import distribution, gates, references
+from qwen_jax.accuracy.base_file import SavedBase
+from qwen_jax.accuracy.precision_search import DTYPES
+from qwen_jax.errors import UserError
+
+PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
+BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
+
+_FILE = ("model", "adapter", "sha256")
+_ENGINE = (
+    *("dtype", "weights", "implementation", "matmul_precision", "slots", "batch_invariant"),
+    *("compare.plant", "compare.fail_if", "compare.parts", "workdir"),
+)
+_DUMP = ("compare.candidate", "compare.tokens", "compare.fail_if", "compare.parts", "workdir")
+_PROMPT = ("prompt", "system", "raw", "suffix", "tools", "continue_final_message")
+_WINDOWS = ("compare.text", "compare.context")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "tensors": (*_PROMPT, "compare.tokens", "compare.decode_tokens", "compare.reference"),
+    "weights": (),
+    "text": (),
+    "cache": (),
+    "distribution": (*_WINDOWS, "compare.base"),
+    "precision": (*_WINDOWS, "compare.precision_kld", "compare.precision_dtype"),
+}
+"""Fields that a part alone reads, or groups of them."""
+
+
+def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]) -> None:
+    """Raises UserError for settings that contradict one another or that nothing reads, gates on
+    what no part measures, and files that can't be read.
+
+    Args:
+        overrides: fields that flags set, perhaps to their defaults.
+        parts: what is to be compared.
+    """
+    _check_effect(settings.asked(config, overrides), config, parts)
+    compare = config.compare
+    measured = {name for part in parts for name in gates.MEASURED[part]}
+    for gate in gates.parse(compare.fail_if or ""):
+        if gate.metric not in measured:
+            of = " and ".join(part for part in PARTS if gate.metric in gates.MEASURED[part])
+            raise UserError(
+                f"--fail_if={compare.fail_if!r:.80} needs {gate.metric}, which the part {of} "
+                f"measures, but the parts are {', '.join(parts)}; set --parts."
+            )
+    if "tensors" in parts:
+        references.check(compare.reference)
+    if "precision" in parts and compare.precision_dtype not in DTYPES:
+        raise UserError(
+            f"precision_dtype is {compare.precision_dtype!r:.40}, but it must be one of "
+            f"{', '.join(DTYPES)}."
+        )
+    if "precision" in parts or "distribution" in parts or compare.save_base is not None:
+        distribution.check_context(compare.context)
+        if compare.text is not None:
+            _check_text(compare.text)
+    if "distribution" in parts:
+        _check_base(compare.base)
+
+
+def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, ...]) -> None:
+    compare = config.compare
+    read: tuple[str, ...]
+    if compare.list_faults:
+        read, doing = ("compare.list_faults",), "--list_faults"
+    elif compare.save_base is not None:
+        read, doing = (*_FILE, *_ENGINE[:6], *_WINDOWS, "compare.save_base"), "--save_base"
+    else:
+        doing = f"the parts {', '.join(parts)}"
+        read = (*_FILE, *(_DUMP if compare.candidate else _ENGINE))
+        read += tuple(field for part in parts for field in _READ_BY[part])
+        if compare.candidate:
+            read += _PROMPT * ("text" in parts)
+            doing += " of a --candidate"
+    flags = {field: flag for flag, (field, _) in settings.FLAGS.items()}
+    for field in sorted(asked):
+        if {field, field.rpartition(".")[0]}.isdisjoint(read):
+            said = f"--{flags[field]}" if field in flags else field
+            raise UserError(f"{said} does nothing for {doing}; leave it out.")
+
+
+def _check_text(path: str) -> None:
+    try:
+        regular_files.opened(path).close()
+    except OSError as error:
+        raise UserError(f"--text={path} can't be read: {error.strerror}.") from error
+
+
+def _check_base(base: ConfigDict) -> None:
+    changes = [name for name in BASE if base[name] is not None]
+    if base.file is not None:
+        if changes:
+            raise UserError(f"The base is the file {base.file}; leave out its {min(changes)}.")
+        SavedBase(base.file)  # Refuses what is none.
+        return
+    if not changes:
+        raise UserError(
+            "There is no base to compare with; give --base=FILE, or --base_dtype, --base_model, "
+            "--base_weights or --base_implementation."
+        )
+    for name, check_value in (
+        ("dtype", choices.dtype_of),
+        ("weights", choices.check_weights),
+        ("implementation", choices.check_implementation),
+        ("matmul_precision", choices.check_precision),
+    ):
+        if base[name] is not None:
+            check_value(base[name])

@@ -66,20 +66,21 @@ def form_of(
     Raises:
         UserError: they can't stay in blocks, and it was asked for.
     """
-    numbers = Form(Budget.of(checkpoint.config, dtype).weights)
-    if asked == "expanded":
+    budget, on_cpu = Budget.of(checkpoint.config, dtype), device().platform == "cpu"
+    numbers = Form(budget.weights)
+    few = not on_cpu and texts is not None and texts <= FEW_TEXTS
+    if asked == "expanded" or (asked == "auto" and not few and not packs(budget, 0)):
         return numbers
-    found = _on_cpu(checkpoint, dtype) if device().platform == "cpu" else None
-    if found is None:
+    if on_cpu:
+        found = _on_cpu(checkpoint, dtype)
+    else:
         found = _in_stream(checkpoint, dtype, implementation, slots)
     if isinstance(found, str):
         if asked == "packed":
             raise UserError(f"weights is 'packed', but {found}; choose auto or expanded.")
         return numbers
-    few = found.plan is not None and texts is not None and texts <= min(FEW_TEXTS, found.rows or 0)
-    if asked == "packed" or few or packs(Budget.of(checkpoint.config, dtype), found.held):
-        return found
-    return numbers
+    few = few and (texts or 0) <= (found.rows or 0)
+    return found if asked == "packed" or few or packs(budget, found.held) else numbers
 
 
 def _on_cpu(checkpoint: Checkpoint, dtype: jnp.dtype) -> Form | str:

@@ -258,8 +258,11 @@ def relative(x: np.ndarray, truth: np.ndarray) -> float:
     return float(np.linalg.norm(x - truth) / np.linalg.norm(truth))
 
 
-def check(patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType) -> None:
+def check(
+    patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType
+) -> tuple[np.ndarray, np.ndarray]:
     """Errors of rows beside XLA's in the same dtype; of few blocks, the same bits in two orders.
+    Returns what the kernel found.
 
     A row whose best scores are nearly tied has several times the error of others, in either: so
     the middle rows are compared, and none may be far from all of XLA's. The kernel of few rows
@@ -280,6 +283,7 @@ def check(patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType) -> No
             assert relative(mine, right) <= 1.5 * relative(theirs, right)
     for again in found[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found[0], again, strict=True))
+    return found[0]
 
 
 def check_size(

@@ -45,7 +45,7 @@ from tests.kernels.streams import kind_of, matrices, put, stored_again
 from tests.kernels.test_decode_step import SIZES, lower, plan_of
 
 SHAPE = ModelShape(3, 256, 4, 2, 64, 384, 320, 1e-6)
-HEAD_ONLY = ModelShape(0, 1024, 2, 1, 64, 256, 512, 1e-6)
+HEAD_ONLY = ModelShape(0, 1024, 4, 1, 64, 256, 512, 1e-6)
 """No layers: embeddings, a norm and a product."""
 
 

@@ -125,7 +125,7 @@ def test_n_and_log_probabilities_of_a_lines_own(run: Run, tmp_path: Path) -> Non
             continue
         for entry, other in zip(answer["logprobs"], wanted["logprobs"], strict=True):
             # Other rows side by side, other last bits.
-            assert entry["logprob"] == pytest.approx(other["logprob"], rel=1e-5)
+            assert entry["logprob"] == pytest.approx(other["logprob"], rel=1e-5, abs=1e-5)
             assert len(entry["top"]) == 1 and entry["token"] == other["token"]
 
 

@@ -144,6 +144,8 @@ def _check(name: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: max_tokens is {value}, but it must be positive.")
     if name == "top_logprobs" and value < 0:
         raise UserError(f"{where}: top_logprobs is {value}, but it must not be negative.")
+    if name == "messages" and not all(isinstance(message, dict) for message in value):
+        raise UserError(f"{where}: messages is {value!r:.60}, but it must be a list of objects.")
     if name == "stop_ids" and not all(type(token) is int for token in value):
         raise UserError(f"{where}: stop_ids is {value!r:.60}, but it must be a list of token ids.")
 

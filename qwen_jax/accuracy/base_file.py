@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
+from qwen_jax import regular_files
 from qwen_jax.accuracy.metrics import first_not_finite, log_softmax
 from qwen_jax.errors import UserError
 
@@ -53,7 +54,7 @@ class SavedBase:
         """Raises UserError where the file is missing, truncated or no base."""
         self.path = Path(path)
         try:
-            with self.path.open("rb") as file:
+            with regular_files.opened(self.path) as file:
                 self.exact = file.read(len(MAGIC)) != MAGIC
             self._open_ours() if self.exact else self._open_theirs()
         except OSError as error:

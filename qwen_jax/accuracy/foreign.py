@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from qwen_jax import regular_files
 from qwen_jax.accuracy.collecting import Collector
 from qwen_jax.accuracy.layout import rearrange
 from qwen_jax.accuracy.trace import (
@@ -135,7 +136,7 @@ def _read_foreign(
     path: Path, mapping: Path, config: ModelConfig, tokens: Sequence[int] | None
 ) -> Trace:
     try:
-        fields = json.loads(mapping.read_bytes())
+        fields = json.loads(regular_files.read(mapping))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{mapping}: the mapping cannot be read ({error}).") from None
     arrays = _arrays(path)
@@ -294,6 +295,7 @@ def _arrays(path: Path) -> Arrays:
 
 def _read_npy(path: Path) -> Shaped[np.ndarray, "..."]:
     try:
+        regular_files.opened(path).close()
         array = np.load(path, allow_pickle=False)
     except _DAMAGED as error:
         raise UserError(f"{path}: the file is no .npy file, or truncated ({error}).") from None

@@ -25,7 +25,7 @@ def check(kind: str) -> None:
     """Raises UserError where there is no such reference, or its extra is not installed."""
     if kind in ("hf", "llamacpp"):
         importlib.import_module(f"qwen_jax.accuracy.{kind}")
-    elif kind not in KINDS and not Path(kind).exists():
+    elif kind not in KINDS and not (Path(kind).is_file() or Path(kind).is_dir()):
         raise UserError(
             f"The reference is {kind!r}, which is neither a file nor one of {', '.join(KINDS)}."
         )

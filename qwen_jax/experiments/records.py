@@ -57,6 +57,7 @@ class Contents:
     @classmethod
     def read(cls, path: Path) -> "Contents":
         """Raises UserError where the directory holds no experiment."""
+        _refuse_others(path)
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -167,6 +168,7 @@ def hold(directory: Path) -> int:
     """Makes a directory, if need be, and keeps others from writing into it while the file that is
     returned is open. Raises UserError where that can't be."""
     make(directory)
+    _refuse_others(directory)
     with _written(directory):
         file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -180,12 +182,21 @@ def hold(directory: Path) -> int:
 @contextlib.contextmanager
 def unused(directory: Path) -> Iterator[None]:
     """Nobody writes into an experiment's directory meanwhile. Raises UserError where one does."""
+    _refuse_others(directory)
     if not (directory / LOCK).exists():  # A copy may lack it.
         yield
         return
     with (directory / LOCK).open("rb") as file:
         _lock(file.fileno(), directory)
         yield
+
+
+def _refuse_others(directory: Path) -> None:
+    """Raises UserError where a pipe or a device has a record's name: reading it would never end."""
+    for name in (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG):
+        path = directory / name
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no file; remove it, or choose another directory.")
 
 
 def foreign_in(directory: Path, ours: set[str]) -> set[str]:

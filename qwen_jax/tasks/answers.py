@@ -108,6 +108,8 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         raise UserError("--output needs --prompt_file; a single prompt's text goes to stdout.")
     path = Path(config.output)
     resumed = config.resume and path.exists()
+    if resumed and not path.is_file():
+        raise UserError(f"--output={path} is no file, which --resume could go on with.")
     try:
         # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
         mode = "a" if resumed else "x"

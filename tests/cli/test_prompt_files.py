@@ -71,12 +71,12 @@ FILES = {
     b'{"prompt": "a", "continue_final_message": true}\n': (
         "line 1: continue_final_message needs a chat"
     ),
+    b'{"messages": ["x"]}\n': "line 1: messages is ['x'], but it must be a list of objects.",
 }
 # Known only with the tokenizer, but, so near to the file's beginning, before anything is run.
 LATE = {
     b'{"prompt": "a"}\n{"messages": []}\n': "line 2: the conversation has no messages",
     b'{"prompt": "a"}\n{"messages": [{"role": "x"}]}\n': "line 2: message 0 has the role 'x'",
-    b'{"prompt": "a"}\n{"messages": ["x"]}\n': "line 2: message 0 is 'x'",
     b'{"prompt": "a"}\n{"prompt": "a\\ud800"}\n': r"line 2: the text holds '\ud800', which is not",
     b'{"prompt": "a"}\n{"prompt": "a", "logit_bias": {"2048": 1}}\n': (
         "line 2: sampling.logit_bias names token 2048, but the vocabulary has 2048 tokens"

@@ -73,6 +73,16 @@ def test_only_files_are_read(refuses: Callable[..., None], tmp_path: Path) -> No
         refuses([f"--{flag}={tmp_path / 'fifo'}"], f"--{flag}", "can't be read: it is a pipe")
         refuses([f"--{flag}=/dev/zero"], f"--{flag}", "can't be read: it is a device, and no file")
         refuses([f"--{flag}={tmp_path}"], f"--{flag}", "can't be read: Is a directory")
+    base = f"--base={tmp_path / 'fifo'}"
+    refuses(["compare", base], "fifo: the base can't be read (it is a pipe, and no file)")
+    refuses(["compare", f"--reference={tmp_path / 'fifo'}"], "which is neither a file nor one of")
+    (tmp_path / "prompts.txt").write_text("snow")
+    output = [f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'fifo'}"]
+    refuses([*output, "--resume"], "fifo is no file, which --resume could go on with.")
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    os.mkfifo(dump / "mapping.json")
+    refuses(["compare", f"--candidate={dump}", "--tokens=1"], "cannot be read", "it is a pipe")
     refuses(["--config=/dev/zero"], "--config=/dev/zero can't be read: it is a device, and no file")
 
 
@@ -115,7 +125,7 @@ def test_n_and_log_probabilities_of_a_lines_own(run: Run, tmp_path: Path) -> Non
             continue
         for entry, other in zip(answer["logprobs"], wanted["logprobs"], strict=True):
             # Other rows side by side, other last bits.
-            assert entry["logprob"] == pytest.approx(other["logprob"], rel=1e-5)
+            assert entry["logprob"] == pytest.approx(other["logprob"], rel=1e-5, abs=1e-5)
             assert len(entry["top"]) == 1 and entry["token"] == other["token"]
 
 

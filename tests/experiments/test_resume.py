@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -334,3 +335,17 @@ def test_metrics_of_other_types(
     assert event.get("kind", event["event"]) == outcome
     if outcome == "finished":
         assert event["metrics"]["value"] == float(value)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "outputs.jsonl", "lock", "log.txt"]
+)
+def test_records_that_are_pipes(
+    experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path, name: str
+) -> None:
+    argv, w = experiment('axis("n", [1])'), tmp_path / "w"
+    run(*argv)
+    (w / name).unlink()
+    os.mkfifo(w / name)
+    for task in (argv, ["report", str(w)], ["merge", str(w), str(tmp_path), f"--workdir={w}2"]):
+        refuses(task, f"{w / name} is no file; remove it" if task[0] != "merge" else "error")

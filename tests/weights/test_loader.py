@@ -284,7 +284,8 @@ def test_undecodable_type(path):
     [
         ({"qwen2.block_count": 1}, "no part of a Qwen2.5 model"),
         ({"qwen2.block_count": 3}, "'blk.2.attn_norm.weight'"),
-        ({"qwen2.block_count": 2**31}, "2147483648 layers, but the checkpoint only 26 tensors"),
+        ({"qwen2.block_count": 9999}, "9999 layers, but the checkpoint only 26 tensors"),
+        ({"qwen2.block_count": 2**31}, "num_layers is 2147483648, but it must be at most 10000"),
         ({"qwen2.embedding_length": 128}, "'token_embd.weight' has the shape (320, 256)"),
         ({"qwen2.feed_forward_length": 511}, "'blk.0.ffn_gate.weight' has the shape (512, 256)"),
         ({"qwen2.attention.head_count_kv": 3}, "'blk.0.attn_k.weight' has the shape (64, 256)"),

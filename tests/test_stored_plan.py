@@ -11,9 +11,10 @@ import pytest
 from pallas_kernels.decode_step import Stored
 from qwen_jax.engine import form as form_module
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.form import Form, form_of, load_packed, packed_shapes, stored_plan
+from qwen_jax.engine.form import Form, expanded_in, form_of, load_packed, packed_shapes, stored_plan
 from qwen_jax.engine.weights import PackedWeights, Rows
 from qwen_jax.errors import UserError
+from qwen_jax.tasks import inspect
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.engines import Prompt, generate, random_tokens, relative
@@ -99,6 +100,11 @@ def test_a_phase_is_expanded_where_one_matrix_has_no_blocks_of_ours(tmp_path: Pa
     assert plan is not None
     number = "float32"
     assert plan.layers[0] == Stored(number, number, number, "iq4_xs", number, "q8_0")
+    assert expanded_in(plan) == ("qkv_proj", "gate_up_proj")
+    lines = inspect.memory_lines(CONFIG, FLOAT32, form=Form(10**6, blocks=True, plan=plan, rows=16))
+    told = [" ".join(line.split()) for line in lines]
+    assert told[1].startswith("weights 1.0 MB (in blocks, multiplied as they are; expanded ")
+    assert told[2] == "all but qkv_proj, gate_up_proj, which are expanded to float32"
     weights = load_packed(checkpoint, plan, FLOAT32, "xla")
     assert isinstance(weights, PackedWeights) and isinstance(weights.embed, jax.Array)
     for name, value in load_parameters(checkpoint, jnp.float32).items():

@@ -152,6 +152,15 @@ def _storages(checkpoint: Checkpoint, parameter: Parameter) -> tuple[str | None,
     return tuple(of(name, shape[-1]) for name, shape in parameter.sources.items())
 
 
+def expanded_in(plan: StepPlan) -> tuple[str, ...]:
+    """The matrices that a plan doesn't keep in blocks, by their parameters' names."""
+    return tuple(name for name in (*MATRICES, "lm_head") if not _any_of(name, _blocks_of(plan)))
+
+
+def _any_of(name: str, parameters: frozenset[str]) -> bool:
+    return any(name in parameter.split(".") for parameter in parameters)
+
+
 @functools.cache
 def _blocks_of(plan: StepPlan) -> frozenset[str]:
     """Parameters whose matrices the plan keeps in blocks; the head as "lm_head"."""

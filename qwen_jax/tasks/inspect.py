@@ -16,7 +16,7 @@ from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import choices, opening, pins, recommended
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
-from qwen_jax.engine.form import Form, form_of
+from qwen_jax.engine.form import Form, expanded_in, form_of
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.loading import read_tokenizer
@@ -193,6 +193,8 @@ def memory_lines(
     how = "multiplied as they are" if form.plan else "decoded as they are used"
     expanded = f"  (in blocks, {how}; expanded {all_numbers})" if form.blocks else ""
     yield f"weights                 {show_bytes(weights):>9}{expanded}"
+    if form.plan and (numbers := expanded_in(form.plan)):
+        yield f"  all but {', '.join(numbers)}, which are expanded to {dtype.name}"
     yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
     context = config.context_length
     yield f"cache, whole context    {show_bytes(context * each):>9}  ({context} tokens)"

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Float
 
 import pallas_kernels
+from qwen_jax import strict_switches
 from qwen_jax.arguments import checked
 from qwen_jax.choices import (
     check_implementation,
@@ -100,6 +101,7 @@ def load(
             argument isn't one of the values above.
     """
     check_slots(slots)
+    strict_switches.check()
     use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
     # From here on the device is asked, which `run.py` may still be waking up.

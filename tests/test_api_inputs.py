@@ -5,6 +5,7 @@ import contextlib
 import threading
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,6 +108,26 @@ def test_ids_of_other_types(model: Model) -> None:
 def test_what_cannot_be_loaded(argument: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         qwen_jax.load(**argument)
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_transfer_guard", "disallow"),
+        ("jax_debug_nans", True),
+        ("jax_enable_x64", True),
+    ],
+)
+def test_strict_switches_of_jax(switch: str, value: object) -> None:
+    before = jax.config.values[switch]
+    jax.config.update(switch, value)
+    try:
+        with pytest.raises(UserError, match=f"switch {switch.upper()} is {value!r}, under which"):
+            qwen_jax.load()
+    finally:
+        jax.config.update(switch, before)
 
 
 def test_types_in_words() -> None:

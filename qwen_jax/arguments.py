@@ -12,14 +12,15 @@ import inspect
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin
 
 import jax
 import numpy as np
 
-from qwen_jax.engine.sampling import is_whole
+from qwen_jax import hints
+from qwen_jax.engine.sampling import Sampling, is_whole
 from qwen_jax.errors import UserError
 
 P = ParamSpec("P")
@@ -34,6 +35,8 @@ _WORDS: dict[Any, tuple[str, str]] = {
     type(None): ("None", "None"),
 }
 
+_SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -45,10 +48,14 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        given = signature.bind(*args, **kwargs).arguments
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise UserError(f"{function.__name__}: {error}.") from error
         for name, value in given.items():
             if get_origin(kinds[name]) is Unpack:
                 (options,) = get_args(kinds[name])
+                _check_known(function.__name__, value, [*options.__annotations__, *kinds])
                 for option in value.keys() & options.__annotations__.keys():
                     check(option, value[option], options.__annotations__[option])
             elif kinds[name] is not inspect.Parameter.empty:
@@ -56,6 +63,18 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return call
+
+
+def _check_known(function: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises UserError for a name that is no argument's."""
+    for name in given:
+        if name in known:
+            continue
+        hint = hints.meant(name, known)
+        if (field := hints.meant(name, _SAMPLING, 0.8)) and not hint:
+            hint = f"sampling=Sampling({field}=…)"
+        meant = f"; did you mean {hint}?" if hint else f": it takes {', '.join(known)}."
+        raise UserError(f"{function} takes no argument {name!r:.60}{meant}")
 
 
 def check_fields(instance: Any) -> None:

@@ -195,6 +195,9 @@ def parse(argv: list[str]) -> settings.Command:
         config = config_program.load(where)
         changed = sorted(settings.asked(config))
         task_fields.check(task, ((f"{field}, which {where} sets,", field) for field in changed))
+    for one, other in (("prompt", "prompt_file"), ("prompt_file", "prompt")):
+        if one in overrides and other not in overrides:
+            config[other] = None  # what a config names goes where a flag names what excludes it
     config.update_from_flattened_dict(overrides)
     return settings.Command(task, config, where, overrides, tuple(rest))
 

@@ -23,6 +23,10 @@ Record = tuple[int, str, str | dict[str, Any] | UserError]
 STDIN = "-"
 
 
+LINES = (".jsonl", ".ndjson")
+"""How the name of a file ends that has one object a line."""
+
+
 def read(name: str) -> Iterator[Record]:
     """The records of a file, or of standard input, one by one.
 
@@ -34,7 +38,7 @@ def read(name: str) -> Iterator[Record]:
         yield from _records(io.BytesIO(data), "stdin", _begins_as(data))
         return
     suffix = Path(name).suffix.lower()
-    kind: Kind = "lines" if suffix == ".jsonl" else "array" if suffix == ".json" else "text"
+    kind: Kind = "lines" if suffix in LINES else "array" if suffix == ".json" else "text"
     try:
         with regular_files.opened(ready_made.path(name)) as file:
             yield from _records(file, name, kind)

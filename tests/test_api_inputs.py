@@ -213,3 +213,17 @@ class TestAsyncio:
                 asyncio.run(model.agenerate(prompt))  # type: ignore[arg-type]
             with pytest.raises(UserError, match=words):
                 asyncio.run(first(prompt))
+
+
+def test_arguments_that_there_are_not(model: Model) -> None:
+    """What was meant is named: a setting of sampling, a near word, another engine's."""
+    for call, words in (
+        (lambda: model.generate("x", temperature=0.8), "mean sampling=Sampling(temperature=…)?"),
+        (lambda: model.generate("x", max_new_tokens=3), "did you mean max_tokens?"),
+        (lambda: model.generate("x", zzz=1), "generate takes no argument 'zzz': it takes "),
+        (lambda: next(iter(model.stream("x", n=2))), "stream takes no argument 'n'"),
+        (lambda: qwen_jax.load("haiku", nope=1), "load: got an unexpected keyword argument 'nope'"),
+    ):
+        with pytest.raises(UserError) as told:
+            call()  # type: ignore[no-untyped-call]
+        assert words in str(told.value)

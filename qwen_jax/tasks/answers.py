@@ -6,6 +6,7 @@ Beside it lies a file of the settings it was made with, so that nobody goes on w
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs, lines
 from qwen_jax.prompt_lines import Item, Wrong
 
-Key = tuple[str | int, int | None]
-"""A prompt's id and the sample, or None where the prompt was refused."""
+Key = tuple[str | int, int]
+"""A prompt's id and the sample."""
 
 _NO_MATTER = ("prompt", "prompt_file", "output", "ordered", "strict", "resume", "slots", "trace")
 """Fields that decide which prompts are answered and where answers go, but no answer."""
@@ -35,7 +36,7 @@ class Answers:
         out: the open file.
         path: its name; None where it is stdout.
         resumed: whether it was there before.
-        done: what has a line already.
+        done: what has an answer already.
     """
 
     out: IO[str]
@@ -43,39 +44,45 @@ class Answers:
     resumed: bool = False
     done: frozenset[Key] = frozenset()
 
-    def refused(self, item: Item | Wrong) -> bool:
-        """Whether a line says why the prompt was not answered."""
-        return (item.id, None) in self.done
-
     def left(self, items: Sequence[Item | Wrong], n: int) -> list[Item | Wrong]:
-        """Those of which a sample has no line yet, where n are asked for."""
+        """Those of which a sample has no answer yet, where n are asked for."""
         return [
             item
             for item in items
-            if not self.refused(item)
-            and (
-                isinstance(item, Wrong)
-                or any((item.id, sample) not in self.done for sample in range(item.samples(n)))
-            )
+            if isinstance(item, Wrong)
+            or any((item.id, sample) not in self.done for sample in range(item.samples(n)))
         ]
 
-    def settle(self, made_with: Mapping[str, Any]) -> None:
-        """Notes what the answers are made with, or holds it against what was noted.
+    def settle(self, made_with: Mapping[str, Any], items: Sequence[Item | Wrong]) -> None:
+        """Notes what the answers are made with and of, or holds it against what was noted.
 
         Raises UserError where they differ: half of the answers would be others.
         """
         if self.path is None:
             return
         beside = _settings_file(self.path)
-        if not (self.resumed and beside.exists()):
-            lines.write_atomically(beside, json.dumps(made_with, indent=1) + "\n")
-            return
-        noted = strict_json.read_object(beside)
-        for field, value in json.loads(json.dumps(made_with)).items():
-            if noted.get(field, value) != value:
+        prompts = {json.dumps(item.id): _digest(item) for item in items if isinstance(item, Item)}
+        if self.resumed and beside.exists():
+            noted = strict_json.read_object(beside)
+            for field, value in json.loads(json.dumps(made_with)).items():
+                if noted.get(field, value) != value:
+                    raise UserError(
+                        f"--output={self.path} was begun with {field} {noted[field]!r:.60}, which "
+                        f"is {value!r:.60} now; go on with the same settings, or choose another "
+                        "name."
+                    )
+            self._check_prompts(noted.get("prompts", {}), prompts)
+        content = {**made_with, "prompts": prompts}
+        lines.write_atomically(beside, json.dumps(content, indent=1) + "\n")
+
+    def _check_prompts(self, noted: Mapping[str, str], prompts: Mapping[str, str]) -> None:
+        for name in dict.fromkeys(json.dumps(name) for name, _ in self.done):
+            if prompts.get(name, noted.get(name)) != noted.get(name):
                 raise UserError(
-                    f"--output={self.path} was begun with {field} {noted[field]!r:.60}, which is "
-                    f"{value!r:.60} now; go on with the same settings, or choose another name."
+                    f"--output={self.path} has an answer to the prompt with the id {name:.60}, "
+                    "which is another prompt now, or asks for it otherwise; give what is new an id "
+                    "of its own (a line's number is its id where it has none), or choose another "
+                    "name."
                 )
 
 
@@ -106,14 +113,14 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         return
     if config.prompt_file is None:
         raise UserError("--output needs --prompt_file; a single prompt's text goes to stdout.")
+    if config.output == "-":
+        raise UserError("--output=- is no file; leave --output out, and answers go to stdout.")
     path = Path(config.output)
     resumed = config.resume and path.exists()
     if resumed and not path.is_file():
         raise UserError(f"--output={path} is no file, which --resume could go on with.")
     try:
-        # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
-        mode = "a" if resumed else "x"
-        file = path.open(mode, -1, "utf-8", errors="backslashreplace", newline="\n")
+        file = _opened(path, "a" if resumed else "x")
     except FileExistsError:
         raise UserError(
             f"--output={path} exists already; go on with it by --resume, or choose another name."
@@ -121,23 +128,40 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
     except OSError as error:
         raise UserError(f"--output={path} can't be written: {error.strerror}.") from error
     try:
-        with file:
-            _hold(file, path)
-            yield Answers(file, path, resumed, _written(path) if resumed else frozenset())
+        with contextlib.ExitStack() as files:
+            _hold(files.enter_context(file), path)
+            done, kept = _written(path) if resumed else (frozenset[Key](), None)
+            if kept is not None:
+                lines.write_atomically(path, kept)
+                file = files.enter_context(_opened(path, "a"))
+                _hold(file, path)
+            yield Answers(file, path, resumed, done)
     finally:
         if path.stat().st_size == 0:
             path.unlink()
             _settings_file(path).unlink(missing_ok=True)
 
 
+def _opened(path: Path, mode: str) -> IO[str]:
+    # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
+    return path.open(mode, -1, "utf-8", errors="backslashreplace", newline="\n")
+
+
+def _digest(item: Item) -> str:
+    """Of what a prompt asks."""
+    asked = json.dumps([item.prompt, dict(item.own)], sort_keys=True, default=repr)
+    return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def check_ids(items: Sequence[Item | Wrong], prompt_file: str) -> None:
-    """Raises UserError where two prompts have one id, by which `resume` goes."""
+    """Raises UserError where two prompts have one id, by which a file of answers goes."""
     seen: set[str | int] = set()
     for item in items:
         if item.id in seen:
             raise UserError(
-                f"--prompt_file={prompt_file} has two prompts with the id {item.id!r:.60}, and "
-                "--resume goes by ids; give each one of its own."
+                f"--prompt_file={prompt_file} has two prompts with the id {item.id!r:.60}, by "
+                "which --output and --resume tell them apart; give each one of its own (a line's "
+                "number is its id where it has none)."
             )
         seen.add(item.id)
 
@@ -157,25 +181,28 @@ def _settings_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
-def _written(path: Path) -> frozenset[Key]:
-    """What a file has lines of; a last line that was cut off is removed."""
+def _written(path: Path) -> tuple[frozenset[Key], str | None]:
+    """What a file has answers of, and these alone where it has something else as well: a last line
+    that was cut off, or why a prompt was refused, which may be right now.
+    """
     if path.stat().st_size and not _settings_file(path).exists():
         raise UserError(
             f"--output={path} has no {_settings_file(path).name} beside it, which says what it was "
             "made with, so that --resume can't go on with it; choose another name."
         )
     done: set[Key] = set()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                done.add((record["id"], None if "error" in record else record["sample"]))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f"--output={path}, line {number} is no answer of a run, so that --resume can't "
-                    "go on with it; choose another name."
-                ) from error
-    lines.Lines(path).close()  # which cuts off what a killed process left of a line
-    return frozenset(done)
+    kept: list[bytes] = []
+    for number, line in enumerate(content := path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+            if "error" not in record:
+                done.add((record["id"], record["sample"]))
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"--output={path}, line {number} is no answer of a run, so that --resume can't "
+                "go on with it; choose another name."
+            ) from error
+    return frozenset(done), b"".join(kept).decode() if len(kept) < len(content) else None

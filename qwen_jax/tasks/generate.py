@@ -46,13 +46,13 @@ def run(command: Command) -> int:
             else prompts.read(config, options)
         )
         _tell_of_carried(_right(items))
-        if config.resume:
+        if config.output is not None:
             answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        written.settle(answers.made_with(config, model))
+        written.settle(answers.made_with(config, model), items)
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0
@@ -231,9 +231,13 @@ def _run_file(
     """
     asked: dict[int, tuple[dict[str, Any], int]] = {}
     held: dict[int, str] = {}
-    numbers, places, written = itertools.count(), itertools.count(), 0
-    refused = sum(map(answered.refused, items))
+    numbers, places, written, refused = itertools.count(), itertools.count(), 0, 0
     left = answered.left(items, config.n)
+    if answered.done:
+        print(
+            f"{len(items) - len(left)} of {len(items)} prompts are answered already.",
+            file=sys.stderr,
+        )
 
     def requests() -> Iterator[Request]:
         def request(item: Item) -> Request:

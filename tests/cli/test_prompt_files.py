@@ -277,7 +277,7 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
         {
             "prompt": "Write a haiku about snow.",
             "system": "You write short poems about anything that you are asked for.",
-            "id": 3,
+            "id": 33,
         },
     ]
     path = tmp_path / "prompts.jsonl"
@@ -294,7 +294,7 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
     # Slots decide in which order the answers finish, and nothing else.
     assert sorted(written[0]) == sorted(written[1])
     answers = [json.loads(line) for line in written[0]]
-    assert [a["id"] for a in answers] == ["é\ud800", 3, 5, 7, 3]
+    assert [a["id"] for a in answers] == ["é\ud800", 3, 5, 7, 33]
     assert [len(a["tokens"]) for a in answers[1:4:2]] == [5, 3]
     # A seed of the line's own wins over its place in the file.
     (tmp_path / "one.jsonl").write_text(json.dumps({"messages": chat}))

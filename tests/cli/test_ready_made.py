@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import cli, config_program, ready_made
-from tests.cli.conftest import REPOSITORY, Run
+from tests.cli.conftest import REPOSITORY, Run, answers_in
 
 NAMES = ["haiku", "qwen25_instruct"]
 
@@ -74,3 +74,11 @@ def test_a_wheel_has_them(tmp_path: Path) -> None:
     done = subprocess.run(listing, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and str(installed / "qwen_jax" / "configs") in done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ready_made.names()
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_flag_wins_over_what_a_config_names_in_its_place(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("rain\n")
+    result = run("--config=haiku", f"--prompt_file={path}", "--max_tokens=2", "--n=1")
+    assert result.code == 0 and len(answers_in(result.out)) == 1

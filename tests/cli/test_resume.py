@@ -45,7 +45,8 @@ def test_resumed_it_comes_out_as_if_it_had_not_been_cut(
     assert (result.code, result.out) == (3, "")
     assert "1 of 8 prompts were refused" in result.err
     assert sorted(part.read_text().splitlines()) == sorted(content.decode().splitlines())
-    assert (len(made) == 8) == (cut == 0) and bool(made) == (cut < 1)
+    # What was refused is tried again.
+    assert (len(made) == 8) == (cut == 0) and (made == [[]]) == (cut == 1)
 
 
 @pytest.mark.usefixtures("loaded")
@@ -112,7 +113,7 @@ def test_what_cannot_be_resumed(run: Run, refuses: Callable[..., None], tmp_path
     assert changed.code == 2
     assert "was begun with sampling.temperature 0.0, which is 0.5 now" in changed.err
     path.write_text('{"id": 1, "prompt": "a"}\n{"prompt": "b"}\n{"id": 2, "prompt": "c"}\n')
-    refuses([*argv, "--resume"], "prompts.jsonl has two prompts with the id 2, and --resume goes")
+    refuses([*argv, "--resume"], "prompts.jsonl has two prompts with the id 2, by which")
     output.write_text(kept + "[]\n")
     refuses([*argv, "--resume"], "out.jsonl, line 11 is no answer of a run")
     (tmp_path / "out.jsonl.settings.json").unlink()
@@ -134,3 +135,55 @@ def test_a_seed_follows_the_id(run: Run, tmp_path: Path) -> None:
     ]
     assert all(found[0][key] == text for key, text in found[1].items() if key[0] != "new")
     assert len(set(found[1].values())) == 9
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_prompt_that_was_wrong_is_answered_once_it_is_right(run: Run, tmp_path: Path) -> None:
+    path, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    argv = [f"--prompt_file={path}", f"--output={output}", "--max_tokens=2"]
+    right = json.dumps({"id": "a", "prompt": "rain"})
+    path.write_text(f"{right}\n{json.dumps({'id': 'b', 'prompt': 3})}\n")
+    assert run(*argv).code == 3
+    (answered,) = [line for line in answers_in(output.read_text()) if "error" not in line]
+    path.write_text(f"{right}\n{json.dumps({'id': 'b', 'prompt': 'snow'})}\n")
+    result = run(*argv, "--resume")
+    assert result.code == 0 and "1 of 2 prompts are answered already." in result.err
+    first, second = answers_in(output.read_text())
+    assert first == answered
+    assert second["id"] == "b" and len(second["tokens"]) == 2
+    assert "2 of 2 prompts are answered already." in run(*argv, "--resume").err
+
+
+@pytest.mark.usefixtures("loaded")
+def test_answers_are_of_the_prompts_that_are_asked(
+    run: Run, refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    """Lines moved, another prompt under an id, other settings of its own; new ones are welcome."""
+    text, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    argv = [f"--prompt_file={text}", f"--output={output}", "--max_tokens=2"]
+    text.write_text("rain\nsnow\n")
+    assert run(*argv).code == 0
+    before = output.read_bytes()
+    text.write_text("wind\nrain\nsnow\n")
+    refuses([*argv, "--resume"], "has an answer to the prompt with the id ")
+    assert output.read_bytes() == before
+    text.write_text("rain\nsnow\nwind\n")
+    assert run(*argv, "--resume").code == 0
+    assert len(answers_in(output.read_text())) == 3
+
+    lines = tmp_path / "p.ndjson"
+    argv = [f"--prompt_file={lines}", f"--output={tmp_path / 'own.jsonl'}", "--max_tokens=2"]
+    lines.write_text(json.dumps({"id": "a", "prompt": "rain"}) + "\n")
+    assert run(*argv).code == 0
+    lines.write_text(json.dumps({"id": "a", "prompt": "rain", "temperature": 1}) + "\n")
+    refuses([*argv, "--resume"], "which is another prompt now, or asks for it otherwise")
+
+
+def test_ids_that_clash_are_refused_at_the_start(
+    refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "rain"}\n{"id": 1, "prompt": "snow"}\n')
+    argv = [f"--prompt_file={path}", f"--output={tmp_path / 'out.jsonl'}"]
+    refuses(argv, "has two prompts with the id 1, by which --output and --resume tell")
+    refuses([f"--prompt_file={path}", "--output=-"], "--output=- is no file")

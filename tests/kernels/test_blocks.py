@@ -177,10 +177,10 @@ def in_bfloat16(case: Case) -> Case:
         (TINY, 16, [*range(16)], "q8_0"),
         # Queries, keys and values as the head; a granule of the stream is 128 bytes.
         (SMALL, 7, [5, 40], ("bfloat16", "q8_0", "float16", "q8_0", "bfloat16")),
-        (ODD, 6, [40], ("q5_1", "iq4_nl", "q4_1", "q4_0", "q5_0")),
+        (ODD, 6, [40, 0, 9], ("q5_1", "iq4_nl", "q4_1", "q4_0", "q5_0")),
         (SMALL, 11, [9, 11, 130, 7, 6], ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
-        (SMALL, 5, [0], ("q6_k", "q4_k", "iq4_xs", "q2_k", "q3_k")),
-        (SHAPE, 7, [3], MIXED),
+        (SMALL, 5, [0, 21], ("q6_k", "q4_k", "iq4_xs", "q2_k", "q3_k")),
+        (SHAPE, 7, [3, 40, 17], MIXED),
     ],
 )
 def test_whole_steps(

@@ -21,7 +21,8 @@ lower: VENV = .venv-lower
 lower:
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet -e . pytest pytest-xdist hypothesis 'jax$(JAX)'
-	$(BIN)/python -m pytest -n 2 tests/kernels/test_lowering.py tests/kernels/test_decode_step.py
+	$(BIN)/python -m pytest -n 2 tests/kernels/test_lowering.py tests/kernels/test_decode_step.py \
+		tests/kernels/test_blocks.py::test_mixed_files_lower
 
 # Every kernel compiled to machine code for Hopper, without a GPU; downloads 190 MB.
 # JAX's CUDA plugin stays out of the virtual environment, where every run would look for a GPU.
@@ -33,7 +34,7 @@ compile: $(VENV)/installed-test
 	PYTHONPATH=.cuda JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
 		XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 2 \
 		tests/kernels/test_lowering.py tests/kernels/test_decode_step.py \
-		tests/kernels/test_prefill_memory.py
+		tests/kernels/test_prefill_memory.py tests/kernels/test_blocks.py::test_mixed_files_lower
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qwen_jax.engine.blocks import load_blocks
 from qwen_jax.engine.compiling import Expected, compile_ahead
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.form import form_of, load_packed, packed_shapes
+from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
@@ -59,10 +59,9 @@ def load_engine(
     programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
     if programs is not None and platform != "cpu":  # whose cores are busy with the weights
-        if form.plan is not None:
-            shapes = packed_shapes(checkpoint, form.plan, dtype, implementation)
-        else:
-            shapes = prepared_shapes(config, checkpoint.parameters, dtype, implementation)
+        shapes = form.shapes or prepared_shapes(
+            config, checkpoint.parameters, dtype, implementation
+        )
         compile_ahead(layout, shapes, programs._replace(rows=()))
 
     def read() -> tuple[Tokenizer, EngineOptions]:

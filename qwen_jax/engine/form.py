@@ -38,12 +38,14 @@ class Form(NamedTuple):
         held: bytes of all of them on the device.
         blocks: whether any stay in blocks.
         plan: on a GPU, how those lie in the weight stream.
+        shapes: of the weights then, for programs that are compiled before they are there.
         rows: texts that run at the same time, at most, where that has a bound.
     """
 
     held: int
     blocks: bool = False
     plan: StepPlan | None = None
+    shapes: Weights | None = None
     rows: int | None = None
 
 
@@ -114,7 +116,7 @@ def _in_stream(
         return f"blocks of this model run in at most {rows} slots, and slots is {slots}"
     shapes = packed_shapes(checkpoint, plan, dtype, implementation)
     held = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-    return Form(held, blocks=True, plan=plan, rows=rows)
+    return Form(held, blocks=True, plan=plan, shapes=shapes, rows=rows)
 
 
 def stored_plan(checkpoint: Checkpoint, dtype: jnp.dtype) -> StepPlan | None:

@@ -291,10 +291,7 @@ class Products:
         weights: list[list[V]] = []
         addends: list[Taken] = []
         for i in range(phase.stages):
-            begin, end = (
-                min(phase.across, phase.unit * (-(-phase.across // phase.unit) * n // phase.stages))
-                for n in (i, i + 1)
-            )
+            begin, end = (stage_begin(phase, phase.across, n) for n in (i, i + 1))
             there = [thread.has(at, end) for at in range(begin, end, spread)]
             filled = self.weights.wait(state)
             weights += self._weights(filled, storage, thread, there)

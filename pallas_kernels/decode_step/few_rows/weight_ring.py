@@ -5,6 +5,7 @@ weights of the next phases arrive while the blocks wait for each other.
 """
 
 import functools
+from typing import Any
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
@@ -25,12 +26,13 @@ def in_flight(stage_bytes: int) -> int:
     return -(-IN_FLIGHT_BYTES // stage_bytes)
 
 
-def stage_begin(phase: Phase, tiles: int | V, number: V) -> V:
-    """The first tile of a stage, of so many in an M-tile."""
+def stage_begin(phase: Phase, tiles: Any, number: Any) -> Any:
+    """The first tile of a stage, of so many in an M-tile; a number where both are known."""
     if phase.unit == 1:
         return (number * tiles) // phase.stages
     units = (tiles + (phase.unit - 1)) // phase.unit
-    return t.smaller((number * units) // phase.stages * phase.unit, tiles)
+    smaller = min if isinstance(tiles, int) and isinstance(number, int) else t.smaller
+    return smaller((number * units) // phase.stages * phase.unit, tiles)
 
 
 class WeightRing(Ring):

@@ -41,7 +41,7 @@ def load(path: Path, form: str, **how: Any) -> tuple[Engine, float]:
     """The engine, and seconds until its weights are there, with the programs of a load compiled."""
     for turn in range(2):
         start = time.perf_counter()
-        engine = api.load(path, weights=form, slots=16, **how).engine
+        engine = api.load(path, weights=form, **how).engine
         jax.block_until_ready(engine.weights)
         seconds = time.perf_counter() - start
         if turn == 0:
@@ -69,6 +69,7 @@ def main() -> None:
           + "".join(f"{f'{rows} rows':>9}" for rows in args.rows))  # fmt: skip
     for model in args.models:
         size, kind = model.split(":")
+        args.folder.mkdir(parents=True, exist_ok=True)
         path = args.folder / f"{size}-{kind}.gguf"
         if not path.exists():
             write(path, SIZES[size], time.time_ns() % 2**31, kind)
@@ -77,7 +78,7 @@ def main() -> None:
         truth = exact.logits(tokens)[-64:].astype(np.float64)
         del exact
         for form in FORMS:
-            engine, seconds = load(path, form)
+            engine, seconds = load(path, form, slots=max(args.rows))
             held = sum(x.nbytes for x in jax.tree.leaves(engine.weights))
             off = error(engine, tokens, truth)
             taken = {}

@@ -42,8 +42,15 @@ SIZES = {
 
 MIXED = "Q4_K_M"
 PLAIN = (Type.F32, Type.F16, Type.BF16)
-# Where the float16 scales of a block lie; random ones would overflow.
-SCALES = {Type.Q5_0: (0,), Type.Q8_0: (0,), Type.Q4_K: (0, 2), Type.Q6_K: (208,)}
+# Where the float16 scales of a block lie, and how large they are beside each other: random ones would
+# overflow. Minima are as large as half of the largest code, so that weights are 0 on the average;
+# else each layer's outputs would be many times its inputs.
+SCALES = {
+    Type.Q5_0: {0: 1.0},
+    Type.Q8_0: {0: 1.0},
+    Type.Q4_K: {0: 1.0, 2: 7.5},
+    Type.Q6_K: {208: 1.0},
+}
 TYPES = (*(kind.name for kind in (*PLAIN, *SCALES)), MIXED)
 
 
@@ -55,8 +62,9 @@ def random_matrix(rng: np.random.Generator, shape: tuple[int, ...], kind: Type) 
     raw = rng.integers(0, 256, (int(np.prod(shape)) // block, size), dtype=np.uint8)
 
     def set_scales(value: float) -> None:
-        for offset in SCALES[kind]:
-            raw[:, offset : offset + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+        for offset, times in SCALES[kind].items():
+            half = np.float16(value * times)
+            raw[:, offset : offset + 2] = np.frombuffer(half.tobytes(), np.uint8)
 
     set_scales(1)
     some = raw[:1024]

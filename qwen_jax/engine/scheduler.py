@@ -302,8 +302,8 @@ class Scheduler:
             if steps.NOT_FINITE in chosen:
                 raise UserError(
                     f"{config.source}: the logits are not finite in {self.engine.spec.cache}: a "
-                    "value has overflowed; choose --dtype=bfloat16 or float32, and check the "
-                    "model's file."
+                    "value has overflowed. Check the model's file; --dtype=float32 "
+                    "--weights=expanded holds the largest values."
                 )
             if steps.BANNED in chosen:
                 raise UserError(

@@ -40,13 +40,14 @@ def plan_of(name: str, mix: str) -> StepPlan:
     return StepPlan(shape, blocks, (usual, more)[: shape.layers], "q6_k")
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5, 11])
 @pytest.mark.parametrize(
-    ("name", "mix"),
+    ("name", "mix", "rows"),
     [
-        *itertools.product(["small", "1.5b"], ["q8_0", "k", "simple", "others", "layers"]),
-        *itertools.product(["0.5b"], ["q8_0", "simple", "0.5b"]),
-        *itertools.product(["7b"], ["q8_0", "q4_k"]),
+        *itertools.product(["small"], ["q8_0", "k", "simple", "others", "layers"], [1, 3, 5, 11]),
+        *itertools.product(["1.5b"], ["q8_0", "k", "simple", "others", "layers"], [1, 3, 5, 11]),
+        *itertools.product(["0.5b"], ["q8_0", "simple", "0.5b"], [1, 3, 5, 11]),
+        # More than 9 rows of its inputs leave no room for weights.
+        *itertools.product(["7b"], ["q8_0", "q4_k", "layers"], [1, 3, 5, 9]),
     ],
 )
 def test_less_wrong_than_bfloat16(name: str, mix: str, rows: int) -> None:

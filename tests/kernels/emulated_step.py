@@ -287,12 +287,18 @@ def check(
 
 
 def check_size(
-    patch: pytest.MonkeyPatch, size: float, positions: list[int], kernel: types.ModuleType
+    patch: pytest.MonkeyPatch,
+    size: float,
+    positions: list[int],
+    kernel: types.ModuleType,
+    stored: str | tuple[str, ...] = "float16",
 ) -> None:
-    """Float16's error beside XLA's, with embeddings of that size."""
-    case = drawn(SMALL, 11, positions, 1, "float16")
-    case = case._replace(hidden=case.hidden * size)
-    truth, xla = exact_step(case), expected(case)
+    """The error of products in float16 beside XLA's of weights in float16, with positive embeddings
+    of that size, so that sums of them are large too."""
+    case = drawn(SMALL, 11, positions, 1, stored, cache="float16")
+    case = case._replace(hidden=np.abs(case.hidden) * np.float32(size))
+    packed, plan = stored_again(case.packed, case.plan, "float16")
+    truth, xla = exact_step(case), expected(case._replace(packed=packed, plan=plan))
     found = run(patch, case, SEED, kernel=kernel)
     for mine, theirs, right in zip(found, xla, truth, strict=True):
         assert relative(mine, right) <= 1.5 * relative(theirs, right)

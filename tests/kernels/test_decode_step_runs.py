@@ -64,12 +64,16 @@ def test_the_cache_has_a_dtype_of_its_own(
     check(monkeypatch, drawn(SMALL, 5, [100, 3], 1, dtype, cache=cache), few_rows)
 
 
-@pytest.mark.parametrize(("size", "rows"), [(1e5, 1), (1e-4, 5)])
+MINIMA = ("q4_k", "q4_1", "q2_k", "q5_1", "q5_k")
+
+
+@pytest.mark.parametrize("stored", ["float16", MINIMA], ids=["float16", "minima"])
+@pytest.mark.parametrize(("size", "rows"), [(5e5, 1), (1e-4, 5)])
 def test_float16_takes_hidden_states_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, size: float, rows: int
+    monkeypatch: pytest.MonkeyPatch, size: float, rows: int, stored: str | tuple[str, ...]
 ) -> None:
-    """It ends at 65504 and has nothing below 6e-8."""
-    check_size(monkeypatch, size, [20, 3, 1, 0, 7][:rows], few_rows)
+    """It ends at 65504 and has nothing below 6e-8; weights' minima are multiplied with sums."""
+    check_size(monkeypatch, size, [20, 3, 1, 0, 7][:rows], few_rows, stored)
 
 
 @pytest.mark.parametrize("phase", range(5))

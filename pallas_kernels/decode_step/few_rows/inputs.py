@@ -1,8 +1,9 @@
 """A product's whole input in shared memory, as the tensor cores take it.
 
 An input is float32; it enters as two 16-bit numbers, rounded and the rest. Of every 16 columns each
-row has four quads, four rounded numbers and their four rests. Where weights have addends, sums of
-every 16 inputs are kept as well: of a tile and row eight rounded sums, then their rests.
+row has four quads, four rounded numbers and their four rests. Where weights have addends, means of
+every 16 inputs are kept as well: of a tile and row eight rounded means, then their rests. The sums
+of inputs that float16 still holds would overflow it.
 """
 
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pallas_kernels.decode_step.common.exchange import poll
 from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.packed.plan import StepPlan
+from pallas_kernels.decode_step.packed.scales import AVERAGED
 from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
@@ -31,7 +33,7 @@ def operand_bytes(tiles: int, rows: int) -> int:
 
 
 def input_bytes(plan: StepPlan, rows: int) -> int:
-    """Shared memory for a product's input: its operands, then its sums if any takes them."""
+    """Shared memory for a product's input: its operands, then its means if any takes them."""
     tiles = max(phase.longest for phase in plan.phases)
     adds = any(storage.addends for storage in plan.storages)
     return operand_bytes(tiles, rows) + (tiles * rows * 32 if adds else 0)
@@ -43,7 +45,7 @@ class Inputs:
     Attributes:
         rows: 1 to 16.
         memory: in shared memory, for the operands.
-        sums: the same, for sums of 16 inputs.
+        means: the same, for means of 16 inputs.
         squares: the same, for the warps' sums of squares.
         narrow: a row's rounded numbers and their rests are two of a product's columns; where not,
             they are one column of two products.
@@ -52,7 +54,7 @@ class Inputs:
 
     def __init__(self, rows: int, longest: int, memory: V, squares: V):
         self.rows, self.memory, self.squares = rows, memory, squares
-        self.sums = memory + operand_bytes(longest, rows)
+        self.means = memory + operand_bytes(longest, rows)
         self.warps_each = max(1, WARPS // rows)
         self.narrow = rows <= 4
         self.eights = -(-rows // EIGHT)
@@ -65,7 +67,7 @@ class Inputs:
         most_quads: int,
         flag: V,
         format: Format,
-        summed: bool,
+        averaged: bool,
         norm: V | None = None,
     ) -> None:
         """Polls for an input and puts it into shared memory.
@@ -76,7 +78,7 @@ class Inputs:
             quads: a quarter of the input's length, `most_quads` of them on any block.
             flag: of the words.
             format: in which the product is taken.
-            summed: whether sums are kept.
+            averaged: whether means are kept.
             norm: address of weights to multiply with; the sum of squares of what they are
                 multiplied with is kept as well.
         """
@@ -107,8 +109,8 @@ class Inputs:
                 at = (q // QUAD) * (64 * self.rows) + row * 64 + (q % QUAD) * 16
                 target = self.memory + at
                 t.when(there[n], functools.partial(t.store_shared, target, operand))
-                if summed:
-                    self._sum(row, q, values, format, there[n])
+                if averaged:
+                    self._average(row, q, values, format, there[n])
             return [total]
 
         def all_of(row: V) -> None:
@@ -131,11 +133,11 @@ class Inputs:
         t.loop(-(-self.rows // WARPS), [], every)
         t.block_barrier(THREADS)
 
-    def _sum(self, row: V, quad: V, values: list[V], format: Format, there: V) -> None:
-        """Of four quads, which are 16 inputs: of each eight, one lane keeps both sums."""
-        mine = t.warp_sum(sum(values[1:], start=values[0]), masks=(1, 2))
+    def _average(self, row: V, quad: V, values: list[V], format: Format, there: V) -> None:
+        """Over four quads, which are 16 inputs: of each eight, one lane keeps both means."""
+        mine = t.warp_sum(sum(values[1:], start=values[0]), masks=(1, 2)) * (1 / AVERAGED)
         rounded, rest = format.split(mine, t.from_lane(mine, 4))
-        at = self.sums + ((quad // 32) * self.rows + row) * 32 + quad % 32 // 8 * 4
+        at = self.means + ((quad // 32) * self.rows + row) * 32 + quad % 32 // 8 * 4
 
         def both() -> None:
             t.store_shared(at, [rounded])
@@ -165,10 +167,10 @@ class Inputs:
             loaded += t.load_shared(at + (own + quarter * 16 + first * 64), words, there)
         return loaded
 
-    def summed(self, tile: V, lane: V, there: Sequence[V]) -> list[V]:
-        """This lane's operands of two tiles' sums, if they are there, as `operands` has them."""
+    def averages(self, tile: V, lane: V, there: Sequence[V]) -> list[V]:
+        """This lane's operands of two tiles' means, if they are there, as `operands` has them."""
         column, quarter = lane // 4, lane % 4
-        at, loaded = tile * (32 * self.rows) + self.sums + quarter * 4, []
+        at, loaded = tile * (32 * self.rows) + self.means + quarter * 4, []
         for first in range(0, self.rows, EIGHT):
             last = min(self.rows - first, EIGHT) - 1
             own, parts = t.smaller(column, last) * 32 + first * 32, [0, 16]

@@ -212,7 +212,7 @@ class Products:
 
             reads = [functools.partial(read, n) for n in (0, 1)]
             words = storage.load_addends(reads, thread.lane)
-            found.append((words, [self.inputs.summed(at + begin, thread.lane, there)]))
+            found.append((words, [self.inputs.averages(at + begin, thread.lane, there)]))
         return found
 
     def _multiplied(

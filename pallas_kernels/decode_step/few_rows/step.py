@@ -62,11 +62,11 @@ class Step(Phases):
             weights = self.given.norms + norm.wide() * (4 * self.plan.shape.hidden)
         flag = layer.before if phase in (QKV, HEAD) else layer.flag
         most, format = p.longest * K_TILE // 4, p.format
-        summed = any(storage.addends for storage in p.storages)
+        averaged = any(storage.addends for storage in p.storages)
         t.when(
             self.work.count[phase] > 0,
             lambda: self.inputs.absorb(
-                begin, p.columns, quads, most, flag, format, summed, weights
+                begin, p.columns, quads, most, flag, format, averaged, weights
             ),
         )
 

@@ -43,7 +43,7 @@ class Blocks(Storage):
     entry for it, and an addend where the format has one.
 
     Since codes are exact in float16, no weight is rounded: products of codes are added up in
-    float32, then multiplied by their scale; the addend is multiplied with the inputs' sum.
+    float32, then multiplied by their scale; the addend is multiplied with the inputs' mean.
 
     Attributes:
         block_bytes: of a block in the file.
@@ -147,10 +147,7 @@ class Blocks(Storage):
         return self.scales.load_addends(reads, self._code_bytes, lane)
 
     def addend_group(self, words: list[V]) -> Group:
-        operand, factor = self.scales.addend_operand(words)
-        if factor is None:
-            return Group([operand])
-        a, b = factor
+        operand, (a, b) = self.scales.addend_operand(words)
         return Group([operand], [a, a, b, b])
 
     def _codes(self, words: list[V]) -> tuple[list[V], list[V]]:

@@ -19,6 +19,9 @@ from pallas_kernels.decode_step.ptx.thread import V
 
 FLOAT16 = FORMATS["float16"]
 
+AVERAGED = 16
+"""Inputs whose mean an addend is multiplied with, so many times."""
+
 Fields = Mapping[str, Shaped[Array, "n 16 ..."]]
 """A tile's numbers by name, of each output: `codes` [n, 16, 128], and what scales are made of."""
 
@@ -69,9 +72,9 @@ class Scales(abc.ABC):
         """Of a lane 4 g + t, of both tiles, what the addends of group t are made of."""
         raise NotImplementedError
 
-    def addend_operand(self, words: list[V]) -> tuple[list[V], Two | None]:
-        """From them: of each tile outputs g and g + 8, as two float16 of 16 inputs each; and what
-        products of them are multiplied with, if anything.
+    def addend_operand(self, words: list[V]) -> tuple[list[V], Two]:
+        """From them: of each tile outputs g and g + 8, as two float16, each to be multiplied with
+        the mean of 16 inputs; and what products of them are multiplied with then.
         """
         raise NotImplementedError
 
@@ -118,8 +121,9 @@ class Halves(Scales):
         at = (lane % 4 * 8 + lane // 4) * 8 + (begin + 4)
         return [word for read in reads for word in read(at, 1)]
 
-    def addend_operand(self, words: list[V]) -> tuple[list[V], Two | None]:
-        return [permuted(w, w, half) for w in words for half in (0x1010, 0x3232)], None
+    def addend_operand(self, words: list[V]) -> tuple[list[V], Two]:
+        operand = [permuted(w, w, half) for w in words for half in (0x1010, 0x3232)]
+        return operand, (t.number(AVERAGED), t.number(AVERAGED))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +237,15 @@ class Integers(Scales):
         # Both tiles are of one block, whose dmin each has.
         return words + reads[0](g * 8 + (begin + self._integer_bytes + 4), 1)
 
-    def addend_operand(self, words: list[V]) -> tuple[list[V], Two | None]:
+    def addend_operand(self, words: list[V]) -> tuple[list[V], Two]:
         *tiles, rows = words
         if self.each == 16:
             tiles = [(word >> 4) & 0x0F0F0F0F for word in tiles]
         # A byte is the last of a float16 of 1024.
         selectors, above = (0x4240, 0x4341) if self.each == 16 else (0x4242, 0x4343), 0x6464_6464
         pairs = (permuted(word, t.integer(above), at) for word in tiles for at in selectors)
-        return [scaled_halves(pair, 1, -1024) for pair in pairs], FLOAT16.floats(rows)
+        whole = [scaled_halves(pair, AVERAGED, -1024 * AVERAGED) for pair in pairs]
+        return whole, FLOAT16.floats(rows)
 
 
 def _both(halves: Shaped[Array, "n 16 m"]) -> UInt32[Array, "n 8 m"]:

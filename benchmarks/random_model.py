@@ -42,9 +42,9 @@ SIZES = {
 
 MIXED = "Q4_K_M"
 PLAIN = (Type.F32, Type.F16, Type.BF16)
-# Where the float16 scales of a block lie, and how large they are beside each other: random ones would
-# overflow. Minima are as large as half of the largest code, so that weights are 0 on the average;
-# else each layer's outputs would be many times its inputs.
+# Where the float16 scales of a block lie, and how large they are beside each other: random ones
+# would overflow. Minima are as large as half of the largest code, so that weights are 0 on the
+# average; else each layer's outputs would be many times its inputs.
 SCALES = {
     Type.Q5_0: {0: 1.0},
     Type.Q8_0: {0: 1.0},

@@ -162,8 +162,10 @@ class PackedWeights:
         return self.packed.stream.devices()
 
     def model(self, spec: Spec) -> "Qwen2":
-        """Its matrices are put together inside the program."""
-        return _decoder(spec, self.parameters(), look_up=self.look_up)
+        """Its matrices are put together inside the program, in its dtype like all it works with."""
+        return _decoder(
+            spec, self.parameters(), look_up=lambda tokens: self.look_up(tokens).astype(self.dtype)
+        )
 
     def forward(self, spec: Spec, rows: int) -> Forward:
         if self.serves(rows):

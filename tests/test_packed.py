@@ -130,7 +130,6 @@ def plain_and_packed(config: ModelConfig) -> tuple[dict[str, jax.Array], PackedW
 @pytest.mark.parametrize(
     ("tied", "sizes", "pieces"),
     [
-        (True, [(530, 40)], (1,)),
         # The second ends first, the third in the middle of a call.
         (True, [(530, 40), (3, 5), (70, 21)], (1,)),
         (False, [(3, 5), (530, 40), (70, 21)], (1, 4)),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sample_tokens import Logprobs, pack, words
@@ -41,6 +42,14 @@ class _Scoring(NamedTuple):
 
     pieces: list[tuple[Text, Piece]]
     scored: steps.Scored
+
+
+def overflow(source: str, dtype: jnp.dtype) -> str:
+    """What to say of logits that are not finite."""
+    way_out = "check the model's file, and try --weights=expanded if its weights stay in blocks."
+    if dtype == jnp.float16:
+        way_out = "choose --dtype=bfloat16 or float32, and check the model's file."
+    return f"{source}: the logits are not finite in {dtype}: a value has overflowed; {way_out}"
 
 
 class Scheduler:
@@ -300,11 +309,7 @@ class Scheduler:
             if steps.NOT_LIVE in chosen:
                 chosen = chosen[: chosen.index(steps.NOT_LIVE)]
             if steps.NOT_FINITE in chosen:
-                raise UserError(
-                    f"{config.source}: the logits are not finite in {self.engine.spec.cache}: a "
-                    "value has overflowed. Check the model's file; --dtype=float32 "
-                    "--weights=expanded holds the largest values."
-                )
+                raise UserError(overflow(config.source, self.engine.spec.cache))
             if steps.BANNED in chosen:
                 raise UserError(
                     "sampling.logit_bias bans every token there is, so that nothing is left to "

@@ -282,10 +282,10 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
     ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\ufeff" + "\r\n\n".join(map(json.dumps, lines)))
-    written = []
+    written, most = [], "--max_tokens=16"
     for slots in (1, 3):
         output = tmp_path / f"{slots}.jsonl"
-        flags = [f"--prompt_file={path}", f"--slots={slots}", f"--output={output}"]
+        flags = [f"--prompt_file={path}", f"--slots={slots}", f"--output={output}", most]
         result = run(*flags, "--temperature=0.9", "--seed=5")
         assert (result.code, result.out) == (0, "")
         summed = "sampling    temperature 0.9, seed 5; prompts with settings of their own: 1\n"
@@ -298,7 +298,7 @@ def test_answers_are_those_of_the_prompts_alone(run: Run, tmp_path: Path) -> Non
     assert [len(a["tokens"]) for a in answers[1:4:2]] == [5, 3]
     # A seed of the line's own wins over its place in the file.
     (tmp_path / "one.jsonl").write_text(json.dumps({"messages": chat}))
-    alone = run(f"--prompt_file={tmp_path / 'one.jsonl'}", "--temperature=0.9", "--seed=7")
+    alone = run(f"--prompt_file={tmp_path / 'one.jsonl'}", "--temperature=0.9", "--seed=7", most)
     assert json.loads(alone.out)["text"] == answers[2]["text"]
 
 

@@ -36,11 +36,14 @@ def test_too_long_or_out_of_range(refuses: Callable[..., None]) -> None:
 def test_the_context_ends_what_max_tokens_does_not(run: Run, loaded: api.Model, most: str) -> None:
     bans = ",".join(f"{i}:-inf" for i in loaded.tokenizer.stop_ids)
     flags = [f"--max_tokens={most}", f"--config.sampling.logit_bias={bans}"]
-    result = run("--prompt=Write a haiku about rivers.", *flags)
+    long = "An old silent pond\n" * 70
+    result = run("--raw", f"--prompt={long}", *flags)
     assert result.code == 0
     assert "finished    length" in result.err
-    assert "prompt      35 tokens" in result.err
-    assert f"generation  {512 - 35} tokens" in result.err
+    given = len(loaded.tokenizer.encode(long))
+    assert 450 < given < 500
+    assert f"prompt      {given} tokens" in result.err
+    assert f"generation  {512 - given} tokens" in result.err
 
 
 @pytest.mark.parametrize(

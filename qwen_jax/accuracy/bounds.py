@@ -27,6 +27,7 @@ from qwen_jax.accuracy import operations
 from qwen_jax.accuracy.operations import Context
 from qwen_jax.accuracy.rounding import UNIT
 from qwen_jax.accuracy.trace import Header
+from qwen_jax.config import ModelConfig
 
 Array = np.ndarray
 Error = Float[np.ndarray, "..."] | float
@@ -131,17 +132,40 @@ def _linear(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unty
     return own.reshape(y.shape)
 
 
+def angle_units(config: ModelConfig, half: int) -> Float[np.ndarray, "R2"]:
+    """How far float32 angles of so many pairs may be from each other, as a part of themselves, in
+    unit roundoffs.
+
+    Engines make the frequency theta^(-i / R2) of pair i in three ways. By a power: what the power
+    is off by. As exp(-(i / R2) log theta): log theta and the product are rounded, and each of the
+    two roundings counts i / R2 log theta times. Pair after pair, as llama.cpp does: i roundings,
+    and i times those of the factor, of which a good power leaves two. A power or exponential is off
+    by 4 ulps at most (CUDA's powf), 8 units. Then there are a reciprocal, the product with the
+    position, the reduction to one turn (a multiple of 2 pi is rounded, and subtracted), and our own
+    frequency and product. The first pair's frequency is 1 in each of these ways, and its angle the
+    position: only the reduction is left. A scaled frequency (linear, YaRN) is a weighted sum of two
+    quotients besides.
+    """
+    pair = np.arange(half)
+    made = np.maximum(2 * pair / half * np.log(config.rope_theta), 3 * pair)
+    power, reciprocal_and_product, reduction, ours, scaling = 8, 2, 2, 2, 8
+    units = np.where(pair > 0, made + power + reciprocal_and_product + ours, 0) + reduction
+    plain = config.yarn is None and config.linear_factor == 1
+    return units if plain else units + scaling
+
+
 def _rope(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
-    """cos, sin, each product and the sum are rounded; the angle is off by some float32 units."""
+    """cos, sin, each product and the sum are rounded; the angle is off by `angle_units`."""
     (x,) = inputs
     cos, sin = (np.abs(v) for v in operations.rotation(ctx, x))
     angle = np.abs(operations.angles(ctx).astype(np.float64))
+    angle *= angle_units(ctx.config, angle.shape[-1])
     first, second, rest = (np.abs(v) for v in operations.pairs(ctx, x, cos.shape[-1]))
 
     def member(one: Array, other: Array) -> Array:
         own = (one * cos + other * sin) * (3 * a.storage + 2 * U32)
         own = own + (one + other) * 2 * U32
-        return own + (one * sin + other * cos) * 3 * U32 * angle
+        return own + (one * sin + other * cos) * U32 * angle
 
     own = operations.unpair(ctx, (member(first, second), member(second, first)), 0 * rest)
     own = own + a.storage * np.abs(y)

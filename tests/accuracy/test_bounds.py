@@ -1,5 +1,10 @@
 """Bounds: never passed by honest arithmetic, and close enough to it to see what is not."""
 
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
@@ -21,12 +26,13 @@ def ratio(
     inputs: list[np.ndarray],
     params: list[np.ndarray],
     arithmetic: Arithmetic = F32,
+    ctx: Context = CTX,
 ) -> float:
     """The largest error over its bound."""
     wide = [x.astype(np.float64) for x in inputs]
     weights = [p.astype(np.float64) for p in params]
-    value = OPERATIONS[name](CTX, wide, weights)
-    limit = bound(name, CTX, arithmetic, value, wide, [0.0] * len(wide), weights)
+    value = OPERATIONS[name](ctx, wide, weights)
+    limit = bound(name, ctx, arithmetic, value, wide, [0.0] * len(wide), weights)
     return float((np.abs(candidate.astype(np.float64) - value) / limit).max())
 
 
@@ -132,3 +138,87 @@ def test_errors_of_inputs_are_propagated_as_independent_ones() -> None:
         [(x + sigma * rng.normal(size=x.shape)) @ weight.T - value for _ in range(400)]
     )
     np.testing.assert_allclose(3 * draws.std(axis=0), limit, rtol=0.25)
+
+
+Angles = Callable[[np.ndarray, int, float], np.ndarray]
+
+
+def by_power(position: np.ndarray, half: int, theta: float) -> np.ndarray:
+    """transformers, vLLM, SGLang: 1 / theta ** (2 i / H), all in float32."""
+    exponent = np.arange(half, dtype=np.float32) / np.float32(half)
+    return position[:, None] * (np.float32(1) / np.float32(theta) ** exponent)
+
+
+def by_negative_power(position: np.ndarray, half: int, theta: float) -> np.ndarray:
+    """What JAX ports write: theta ** -(2 i / H), as exp2 of a product with log2."""
+    exponent = np.arange(half, dtype=np.float32) / np.float32(half)
+    return position[:, None] * np.exp2(-exponent * np.log2(np.float32(theta)))
+
+
+def by_exponential(position: np.ndarray, half: int, theta: float) -> np.ndarray:
+    """The first transformers': exp(2 i (-log theta / H))."""
+    each = np.float32(-np.log(np.float32(theta)) / np.float32(2 * half))
+    return position[:, None] * np.exp(np.arange(0, 2 * half, 2, dtype=np.float32) * each)
+
+
+def pair_after_pair(position: np.ndarray, half: int, theta: float) -> np.ndarray:
+    """llama.cpp on a CPU: the angle times theta ** (-2 / H), again and again."""
+    scale = np.float32(theta) ** np.float32(-1 / half)
+    found = [position]
+    for _ in range(half - 1):
+        found.append(found[-1] * scale)
+    return np.stack(found, axis=1)
+
+
+def by_power_of_the_step(position: np.ndarray, half: int, theta: float) -> np.ndarray:
+    """llama.cpp on a GPU: the position times (theta ** (-2 / H)) ** i."""
+    scale = np.float32(theta) ** np.float32(-1 / half)
+    return position[:, None] * scale ** np.arange(half, dtype=np.float32)
+
+
+WAYS = [by_power, by_negative_power, by_exponential, pair_after_pair, by_power_of_the_step]
+POSITIONS = np.concatenate([np.arange(64), [73, 500, 4095, 9001, 20011, 32767]])
+
+
+def rotated_by(angles: Angles, dtype: Any, head_dim: int, theta: float) -> float:
+    """How far heads that are rotated so are off, of the bound."""
+    config = dataclasses.replace(
+        odd_config(), head_dim=head_dim, rope_dim=head_dim, rope_theta=theta
+    )
+    calls = Calls(POSITIONS, POSITIONS, POSITIONS + 1)
+    ctx = Context(config, calls, np.zeros_like(POSITIONS))
+    rng = np.random.default_rng()
+    x = rng.normal(0, 3, (len(POSITIONS), 4, head_dim)).astype(dtype).astype(np.float32)
+    phase = angles(POSITIONS.astype(np.float32), head_dim // 2, theta)[:, None]
+    cos, sin = (f(phase).astype(dtype).astype(np.float32) for f in (np.cos, np.sin))
+    a, b = np.split(x, 2, axis=-1)
+    turned = [(u * cos).astype(dtype) + (v * sin).astype(dtype) for u, v in ((a, -b), (b, a))]
+    found = np.concatenate(turned, axis=-1).astype(np.float32)
+    unit = {"bfloat16": UNIT["bfloat16"], "float16": UNIT["float16"]}.get(np.dtype(dtype).name)
+    arithmetic = Arithmetic(storage=unit, cache=unit) if unit else F32
+    return ratio("q_rope", found, [x], [], arithmetic, ctx)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_however_angles_are_made_in_float32(way: Angles, dtype: Any) -> None:
+    """Engines' own ways, at any position, of every size of head and theta."""
+    for head_dim, theta in itertools.product((64, 128), (1e4, 5e5, 1e6)):
+        assert rotated_by(way, dtype, head_dim, theta) <= 1
+
+
+def off(theta_times: float = 1.0, narrow: str | None = None) -> Angles:
+    def angles(position: np.ndarray, half: int, theta: float) -> np.ndarray:
+        return round_to(by_power(position, half, theta * theta_times), narrow, np)
+
+    return angles
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "wrong",
+    [off(0.999), off(narrow="float16"), off(narrow="bfloat16"), off(narrow="tf32")],
+    ids=["theta", "float16", "bfloat16", "tf32"],
+)
+def test_angles_that_are_none_of_those(wrong: Angles, head_dim: int) -> None:
+    assert rotated_by(wrong, np.float32, head_dim, 1e6) > 3

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from qwen_jax.accuracy import transforms
 from qwen_jax.accuracy.faults import Fault, area, turn
 from qwen_jax.accuracy.parameters import BIASED, LAYER, Arrays, Weights
 from qwen_jax.config import ModelConfig
@@ -25,7 +26,7 @@ def transposed(weights: Weights, name: str) -> Arrays:
 def first_block(weights: Weights, name: str) -> Arrays:
     """Past each row's first block there are zeros."""
     weight, *rest = weights[name]
-    return (np.where(np.arange(weight.shape[1]) < BLOCK, weight, 0), *rest)
+    return (transforms.first_block(weight, BLOCK), *rest)
 
 
 def without_bias(weights: Weights, name: str) -> Arrays:
@@ -44,33 +45,21 @@ def heads_of(config: ModelConfig, name: str) -> int:
     return config.num_heads if name == "q_proj" else config.num_kv_heads
 
 
-def unpermuted(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (2, H/2) of each head to (H/2, 2): what undoes llama's conversion."""
-    rows = array.reshape(heads, 2, -1, *array.shape[1:])
-    return rows.swapaxes(1, 2).reshape(array.shape)
-
-
-def permuted(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (H/2, 2) of each head to (2, H/2): llama's conversion."""
-    rows = array.reshape(heads, -1, 2, *array.shape[1:])
-    return rows.swapaxes(1, 2).reshape(array.shape)
-
-
 def all_unpermuted(weights: Weights, name: str) -> Arrays:
-    return tuple(unpermuted(a, heads_of(weights.config, name)) for a in weights[name])
+    return tuple(transforms.unpermuted(a, heads_of(weights.config, name)) for a in weights[name])
 
 
 def all_permuted(weights: Weights, name: str) -> Arrays:
-    return tuple(permuted(a, heads_of(weights.config, name)) for a in weights[name])
+    return tuple(transforms.permuted(a, heads_of(weights.config, name)) for a in weights[name])
 
 
 def weight_unpermuted(weights: Weights, name: str) -> Arrays:
     weight, bias = weights[name]
-    return unpermuted(weight, heads_of(weights.config, name)), bias
+    return transforms.unpermuted(weight, heads_of(weights.config, name)), bias
 
 
 def k_permuted_by_query_heads(weights: Weights, name: str) -> Arrays:
-    return tuple(unpermuted(a, weights.config.num_heads) for a in weights[name])
+    return tuple(transforms.permuted(a, weights.config.num_heads) for a in weights[name])
 
 
 def grouped_rows(weights: Weights, name: str) -> Arrays:
@@ -170,7 +159,7 @@ WEIGHTS = area(
         Fault(
             "k_permuted_by_query_heads",
             ("k_proj",),
-            "rows of k are un-permuted by the number of query heads",
+            "rows of k are permuted by the number of query heads",
             "ggml-org/llama.cpp#3364",
             parameters=k_permuted_by_query_heads,
             possible=lambda c: (

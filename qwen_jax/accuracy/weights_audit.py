@@ -359,7 +359,9 @@ def _kind(place: _Place) -> str:
 def _orders(
     parts: Mapping[str, np.ndarray], config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Other ways to fuse tensors by rows: any order, and interleaved by key/value head or row."""
+    """Other ways to fuse tensors by rows: any order, interleaved by key/value head or row, and what
+    is left of the right order where it was taken to be interleaved so.
+    """
     right = tuple(parts)
     for order in itertools.permutations(parts):
         if order != right:
@@ -369,5 +371,12 @@ def _orders(
     split = [x.reshape(groups, -1, *x.shape[1:]) for x in arrays]
     what = "key/value head" if len(arrays) == 3 else "row"
     if groups > 1:
-        wrong = np.concatenate(split, axis=1)
-        yield f"{', '.join(right)} for each {what}", wrong.reshape(-1, *arrays[0].shape[1:])
+        inner, each = arrays[0].shape[1:], f"{', '.join(right)} for each {what}"
+        yield each, np.concatenate(split, axis=1).reshape(-1, *inner)
+        ends = np.cumsum([x.shape[1] for x in split])
+        fused = np.concatenate(arrays).reshape(groups, ends[-1], *inner)
+        apart = np.split(fused, ends[:-1], axis=1)
+        yield (
+            f"as if {each} had been stored",
+            np.concatenate([x.reshape(-1, *inner) for x in apart]),
+        )

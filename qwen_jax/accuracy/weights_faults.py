@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from qwen_jax.accuracy import transforms
 from qwen_jax.accuracy.checkpoint_values import CheckpointValues
 from qwen_jax.accuracy.residuals import rounding
 from qwen_jax.config import ModelConfig
@@ -82,8 +83,7 @@ def _first_block(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
     first = np.zeros_like(blocks)
     first[0, 0] = blocks[0, 0]
     yield "of the tensor, the rest is zero", first.reshape(values.shape)
-    first[:, 0] = blocks[:, 0]
-    yield "of each row, the rest is zero", first.reshape(values.shape)
+    yield "of each row, the rest is zero", transforms.first_block(values, block)
     yield (
         "of the tensor, repeated",
         np.broadcast_to(blocks[:1, :1], blocks.shape).reshape(values.shape),
@@ -180,16 +180,12 @@ def _heads(tensor: Tensor) -> dict[str, int]:
 
 def _unpermuted(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
     for detail, heads in _heads(tensor).items():
-        values = tensor.values()
-        pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-        yield detail, pairs.swapaxes(1, 2).reshape(values.shape)
+        yield detail, transforms.unpermuted(tensor.values(), heads)
 
 
 def _permuted(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
     for detail, heads in _heads(tensor).items():
-        values = tensor.values()
-        halves = values.reshape(heads, 2, -1, *values.shape[1:])
-        yield detail, halves.swapaxes(1, 2).reshape(values.shape)
+        yield detail, transforms.permuted(tensor.values(), heads)
 
 
 def _tiled_heads(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
@@ -199,6 +195,12 @@ def _tiled_heads(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
         values = tensor.values()
         heads = values.reshape(config.num_kv_heads, config.group_size, config.head_dim, -1)
         yield "", heads.swapaxes(0, 1).reshape(values.shape)
+
+
+def _one_off(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
+    if tensor.role in ("embed", "head") and tensor.whole:
+        for step, which in ((-1, "next"), (1, "previous")):
+            yield f"a token has the row of the {which} id", np.roll(tensor.values(), step, axis=0)
 
 
 WHOLE_VALUES = (
@@ -232,6 +234,7 @@ WHOLE_VALUES = (
         False,
         "9, 10",
     ),
+    Fault("rows-one-off", "all rows stand one place off:", _one_off, False),
     Fault("heads-tiled", "query heads stand in the order n % K", _tiled_heads, False, "20"),
 )
 """Faults in the values as a whole, whatever the file's format, likeliest first."""

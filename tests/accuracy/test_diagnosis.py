@@ -88,7 +88,7 @@ def test_candidates_that_fit_equally_well_are_all_listed() -> None:
     tensors = {"layers.0.attn_norm": normed}
     for name in ("q_proj", "k_proj"):
         (weight, _), dim = Weights(bare, 0)[name], CASE.config.head_dim
-        pairs = weight.reshape(-1, 2, dim // 2, weight.shape[1]).transpose(0, 2, 1, 3)
+        pairs = weight.reshape(-1, dim // 2, 2, weight.shape[1]).transpose(0, 2, 1, 3)
         y = normed.astype(np.float64) @ pairs.reshape(weight.shape).T
         tensors[f"layers.0.{name}"] = y.reshape(len(y), -1, dim).astype(np.float32)
     (cause,) = diagnose(Trace(trace().header, tensors), bare).causes

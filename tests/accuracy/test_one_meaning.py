@@ -71,7 +71,7 @@ def test_planted_weights_are_called_the_same(
     engines: dict[int, tuple[Path, Engine]], name: str
 ) -> None:
     fault, config = FAULTS[name], OTHERS.get(name, CONFIG)
-    kind = CALLED.get(name) or MEANT[name.removesuffix("_lm_head").rsplit("_", 2)[0]]
+    kind = CALLED.get(name) or next(k for begins, k in MEANT.items() if name.startswith(begins))
     path, engine = engines[config.num_heads]
     with planted(engine, name) as wrong:
         found = [f for f in audit_weights(path, wrong) if f.verdict == "fault"]

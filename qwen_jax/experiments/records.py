@@ -62,8 +62,10 @@ class Contents:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
             shards = sorted(p.name for p in path.glob("*") if SHARD.fullmatch(p.name))
-            hint = f"; {program()} merge {path} puts {', '.join(shards)} together" * bool(shards)
-            raise UserError(f"{path} holds no experiment: it has no {CONFIG}{hint}.") from None
+            hint = "name the --workdir of one"
+            if shards:
+                hint = f"{program()} merge {path} puts {', '.join(shards)} together"
+            raise UserError(f"{path} holds no experiment: it has no {CONFIG}; {hint}.") from None
         except NotADirectoryError:
             raise UserError(f"{path} is no directory; name an experiment's workdir.") from None
         except (OSError, ValueError) as error:

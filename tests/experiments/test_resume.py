@@ -171,7 +171,7 @@ def test_merge_notices_missing_and_doubled_points(
 def test_directories_without_an_experiment(refuses: Callable, tmp_path: Path, task: str) -> None:
     refuses([task], "There is nothing to")
     refuses(["report", str(tmp_path)], "holds no experiment")
-    refuses(["merge", str(tmp_path)], "two or more shards, but")
+    refuses(["merge", str(tmp_path)], "holds no experiment: it has no config.json; name the")
 
 
 def test_points_that_two_shards_have_begun_are_not_merged(

@@ -34,11 +34,11 @@ def call(where: str, function: str, example: str) -> Any:
     try:
         regular_files.opened(path).close()
     except OSError as error:
-        hint = hints.meant(path, ready_made.names())
-        raise UserError(
-            f"--config={path} can't be read: {error.strerror}"
-            + (f"; did you mean {hint}?" if hint else ".")
-        ) from error
+        if hint := hints.meant(path, ready_made.names()):
+            why = f"{error.strerror}; did you mean {hint}?"
+        else:
+            why = f"{regular_files.why_not(error)[:-1]}, or see {settings.program()} configs."
+        raise UserError(f"--config={path} can't be read: {why}") from error
     try:
         with _neighbours_of(path):
             get = runpy.run_path(path).get(function)

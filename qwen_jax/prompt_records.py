@@ -43,8 +43,8 @@ def read(name: str) -> Iterator[Record]:
         with regular_files.opened(ready_made.path(name)) as file:
             yield from _records(file, name, kind)
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"--prompt_file={name} can't be read: {why}.") from error
+        why = regular_files.why_not(error)
+        raise UserError(f"--prompt_file={name} can't be read: {why}") from error
 
 
 Kind = Literal["text", "lines", "array"]

@@ -134,6 +134,11 @@ def _lines(config: ConfigDict, options: Options) -> Iterator[Item | Wrong]:
             if isinstance(given, UserError):
                 raise given
             if isinstance(given, str):
+                if template is not None:
+                    raise UserError(
+                        f"{where} is a text without fields, of which experiment.template could "
+                        "make a prompt; give JSON lines (.jsonl), or leave the template out."
+                    )
                 yield Item(given, options, where, number)
                 continue
             fields = given
@@ -234,7 +239,7 @@ def _tools(path: str | None) -> list[Mapping[str, Any]] | None:
         tools = strict_json.parse(regular_files.read(path), path)
         return plain_tools(tools)
     except OSError as error:
-        raise UserError(f"--tools={path} can't be read: {error.strerror}.") from error
+        raise UserError(f"--tools={path} can't be read: {regular_files.why_not(error)}") from error
     except UserError as error:
         raise UserError(f"--tools: {error}") from error
 

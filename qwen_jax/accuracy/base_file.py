@@ -58,7 +58,9 @@ class SavedBase:
                 self.exact = file.read(len(MAGIC)) != MAGIC
             self._open_ours() if self.exact else self._open_theirs()
         except OSError as error:
-            raise UserError(f"{path}: the base can't be read ({error.strerror}).") from None
+            raise UserError(
+                f"{path}: the base can't be read: {regular_files.why_not(error)}"
+            ) from None
 
     def _open_ours(self) -> None:
         try:

@@ -173,6 +173,10 @@ def parse(argv: list[str]) -> settings.Command:
         rest = values(argv)[1:]
     except flags.Error as error:
         raise UserError(_explain(error, meaning)) from error
+    for name in values:
+        # The last would win, and the others do nothing.
+        if values[name].present > 1 and not isinstance(values[name], flags.MultiFlag):
+            raise UserError(f"--{name} is given {values[name].present} times; keep one of them.")
     task = rest.pop(0) if rest else "generate"
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)

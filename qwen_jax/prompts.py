@@ -203,9 +203,8 @@ def warn_of_idle(items: Sequence[Item], asked: Collection[str], n: int) -> None:
     greedy = [item for item in items if item.options["sampling"].temperature == 0]
     idle = {name for item in greedy for name in DRAWS if name in item.own}
     if len(greedy) == len(items):
-        in_force.warn_of_greedy(idle | {f.removeprefix("sampling.") for f in asked}, n)
-    else:
-        in_force.warn_of_greedy(idle)
+        idle |= {field.removeprefix("sampling.") for field in asked}
+    in_force.warn_of_greedy(idle, max((item.samples(n) for item in greedy), default=1))
 
 
 def answer(completion: Completion) -> dict[str, Any]:

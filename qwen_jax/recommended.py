@@ -187,15 +187,25 @@ def check_choice(name: Any) -> None:
         )
 
 
+def nothing(recommended: Recommended) -> str:
+    """What to tell somebody who wants to follow a model that recommends nothing."""
+    return (
+        f"{recommended.source or 'The model'} recommends no settings, so that "
+        "generation_config=model changes nothing; leave it out."
+    )
+
+
 def resolved(config: ConfigDict, recommended: Recommended, asked: Collection[str]) -> ConfigDict:
     """The config with what the model recommends, where it is to be followed, in all fields that
-    nobody asked for. Warns of settings that can't be followed.
+    nobody asked for. Warns of settings that can't be followed, and where there are none.
 
     Raises:
         UserError: a recommended value makes no sense.
     """
     if config.generation_config == "none":
         return config
+    if not recommended.values:
+        logging.warning("%s", nothing(recommended))
     if recommended.unknown:
         named = ", ".join(f"{word} {value!r:.40}" for word, value in recommended.unknown.items())
         logging.warning("%s: %s can't be followed and is left out.", recommended.source, named)

@@ -107,12 +107,8 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         UserError: it is there already, can't be written or is not what a run wrote.
     """
     if config.output is None:
-        if config.resume:
-            raise UserError("--resume needs --output, the file to go on with.")
         yield Answers(sys.stdout)
         return
-    if config.prompt_file is None:
-        raise UserError("--output needs --prompt_file; a single prompt's text goes to stdout.")
     if config.output == "-":
         raise UserError("--output=- is no file; leave --output out, and answers go to stdout.")
     path = Path(config.output)

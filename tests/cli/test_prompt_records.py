@@ -74,7 +74,7 @@ def test_only_files_are_read(refuses: Callable[..., None], tmp_path: Path) -> No
         refuses([f"--{flag}=/dev/zero"], f"--{flag}", "can't be read: it is a device, and no file")
         refuses([f"--{flag}={tmp_path}"], f"--{flag}", "can't be read: Is a directory")
     base = f"--base={tmp_path / 'fifo'}"
-    refuses(["compare", base], "fifo: the base can't be read (it is a pipe, and no file)")
+    refuses(["compare", base], "fifo: the base can't be read: it is a pipe, and no file; give")
     refuses(["compare", f"--reference={tmp_path / 'fifo'}"], "which is neither a file nor one of")
     (tmp_path / "prompts.txt").write_text("snow")
     output = [f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'fifo'}"]

@@ -222,7 +222,7 @@ def test_a_strange_directory_stays_as_it_is(
     strange.mkdir()
     (strange / name).write_text("all of it")
     argv = experiment()
-    refuses([*argv, f"--workdir={strange}"], f"holds {name} and no experiment")
+    refuses([*argv[:2], f"--workdir={strange}"], f"holds {name} and no experiment")
     shards = [str(part(run, argv, tmp_path / "w", shard)) for shard in ("1/2", "02/2")]
     refuses(["merge", *shards, f"--workdir={strange}"], f"holds {name} and no experiment")
     assert [path.name for path in strange.iterdir()] == [name]
@@ -260,7 +260,7 @@ def test_files_that_cannot_be_written(
 ) -> None:
     argv, w, file = experiment(), tmp_path / "w", tmp_path / "file"
     file.touch()
-    refuses([*argv, f"--workdir={file}"], f"--workdir={file} can't be written")
+    refuses([*argv[:2], f"--workdir={file}"], f"--workdir={file} can't be written")
     run(*argv)
     refuses(["report", str(w), f"--workdir={file}"], f"--workdir={file} can't be written")
     (w / "results.csv").unlink()

@@ -29,7 +29,7 @@ from qwen_jax.opening import BUNDLED
 from qwen_jax.options import Options
 from qwen_jax.prompt_lines import Item, Wrong
 from qwen_jax.text.messages import plain_tools
-from qwen_jax.text.streaming import StopStrings
+from qwen_jax.text.streaming import stops_of
 
 HAIKU = "Write a haiku that contains the word lantern."
 """What the bundled model is asked where nobody asks anything."""
@@ -43,16 +43,15 @@ def sampling_of(config: ConfigDict) -> Sampling:
 
 def options_of(config: ConfigDict) -> Options:
     """The config's answer settings, checked."""
-    if config.max_tokens < 1:
-        raise UserError(f"max_tokens is {config.max_tokens}, but it must be at least 1.")
+    choices.check_max_tokens(config.max_tokens)
+    choices.check_top_logprobs(config.top_logprobs)
     choices.check_samples(config.n)
     choices.check_slots(config.slots)
     recommended.check_choice(config.generation_config)
-    StopStrings(config.stop)  # Refuses an empty one.
     return Options(
         max_tokens=config.max_tokens,
         sampling=sampling_of(config),
-        stop=tuple(config.stop),
+        stop=stops_of(config.stop),
         stop_ids=_stop_ids(config.stop_ids),
         top_logprobs=config.top_logprobs,
         system=config.system,
@@ -73,10 +72,12 @@ def single(config: ConfigDict, options: Options, *, piped: bool = False) -> Item
     """
     prompt = config.prompt
     if prompt == "-" or (prompt is None and piped and _is_piped()):
-        given = sys.stdin.buffer.read()
-        if given or prompt == "-":
-            text = utf8.decoded(given, "stdin")
-            return Item(utf8.without_line_break(text), options, "stdin")
+        text = utf8.without_line_break(utf8.decoded(sys.stdin.buffer.read(), "stdin"))
+        if not text and prompt is None:
+            raise UserError(
+                "What is piped in is the prompt, but it is empty; pipe in a text, or give --prompt."
+            )
+        return Item(text, options, "stdin")
     if prompt is not None:
         return Item(prompt, options, "--prompt")
     if config.model != BUNDLED:

@@ -141,7 +141,7 @@ class TestGenerate:
 
     def test_limits(self, model: Model) -> None:
         whole = one(model, PROMPTS[0])
-        for most in (0, 1, 2, 5):
+        for most in (1, 2, 5):
             part = one(model, PROMPTS[0], max_tokens=most)
             assert part.tokens == whole.tokens[:most] and part.finish_reason == "length"
         # The prompt and what is generated fill the context, and no more.
@@ -208,8 +208,7 @@ class TestGenerate:
                 "max_tokens is 2.0, but it must be a whole",
             ),
             ({"prompt": "x", "max_tokens": "2"}, "max_tokens is '2'"),
-            ({"prompt": "x", "stop": "abc"}, "stop is 'abc'"),
-            ({"prompt": "x", "stop": 3}, "stop is 3, but it must be a list"),
+            ({"prompt": "x", "stop": 3}, "stop is 3, but it must be a text or a list"),
             ({"prompt": "x", "stop_ids": 3}, "stop_ids is 3, but it must be a list"),
             ({"prompt": "x", "sampling": {"top_k": 3}}, "sampling is {'top_k': 3}, but it must"),
             ({"prompt": "x", "sampling": Sampling(logit_bias={2048: 1})}, "names token 2048"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import Model, Sampling, UserError, arguments
+from qwen_jax import Model, Sampling, UserError, arguments, cli, prompt_lines, prompts
 from tests.test_api import PROMPTS, many, one
 
 WRONG_PROMPTS = (
@@ -32,7 +32,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
     "raw": [("no", "True or False"), (1, "True or False")],
     "system": [(3, "a text or None"), (["x"], "a text or None")],
     "tools": [({}, "a list of dicts or None"), (["x"], "a list of dicts or None")],
-    "stop": [([3], "a list of texts"), ("x", "a list of texts"), (b"x", "a list of texts")],
+    "stop": [([3], "a text or a list of texts"), (b"x", "a text or a list of texts")],
     "stop_ids": [([1.5], "a list of whole numbers"), ("13", "a list of whole numbers")],
     "max_tokens": [(True, "a whole number"), (2.0, "a whole number"), (None, "a whole number")],
     "sampling": [(None, "a Sampling"), ({"top_k": 3}, "a Sampling"), ([Sampling()], "a Sampling")],
@@ -227,3 +227,43 @@ def test_arguments_that_there_are_not(model: Model) -> None:
         with pytest.raises(UserError) as told:
             call()  # type: ignore[no-untyped-call]
         assert words in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "prompt", "options", "words"),
+    [
+        ("--prompt=", "", {}, "The prompt is empty; ask something."),
+        ("--raw --prompt=", "", {"raw": True}, "The prompt is empty; ask something."),
+        ("--max_tokens=0", "x", {"max_tokens": 0}, "max_tokens is 0, but it must be at least 1."),
+        ("--top_logprobs=-1", "x", {"top_logprobs": -1}, "top_logprobs is -1, but it must not be "),
+        ("--stop=", "x", {"stop": ""}, "but it must be a text that is not empty, or"),
+        (
+            "--stop=a --stop=",
+            "x",
+            {"stop": ["a", ""]},
+            "must be a text that is not empty, or",
+        ),
+    ],
+)
+def test_one_rule_for_python_flags_and_lines(
+    model: Model, flag: str, prompt: str, options: dict[str, Any], words: str
+) -> None:
+    config = cli.parse(["run.py", *flag.split(" ")]).config
+    given = {"prompt": prompt} | options
+    asked = (
+        lambda: prompts.single(config, prompts.options_of(config)),
+        lambda: model.generate(prompt, **options),
+        lambda: prompt_lines.parse(
+            given, template=None, options=qwen_jax.Options(sampling=Sampling()), where="x", number=1
+        ),
+    )
+    for ask in asked:
+        with pytest.raises(UserError) as told:
+            ask()  # type: ignore[no-untyped-call]
+        assert words in str(told.value)
+
+
+def test_a_stop_string_alone(model: Model) -> None:
+    """As in a line of JSON, and in the API of OpenAI."""
+    for stop in ("\n", ["\n"], iter(["\n"]), {"\n"}):
+        assert one(model, PROMPTS[0], stop=stop) == one(model, PROMPTS[0], stop=("\n",))

@@ -40,8 +40,8 @@ FILES = {
     b'{"prompt": "a", "top_p": 0}\n': "line 1: sampling.top_p is 0, but it must be above 0",
     b'{"prompt": "a", "logit_bias": {"x": 1}}\n': "line 1: logit_bias has 'x': 1, but it must map",
     b'{"prompt": "a", "logit_bias": {"1": "2"}}\n': "line 1: logit_bias has '1': '2', but it must",
-    b'{"prompt": "a", "stop": ""}\n': "line 1: stop is [''], but it must be a list of texts",
-    b'{"prompt": "a", "stop": ["b", 3]}\n': "line 1: stop is ['b', 3], but it must be a list",
+    b'{"prompt": "a", "stop": ""}\n': "line 1: stop is '', but it must be a text that is not empty",
+    b'{"prompt": "a", "stop": ["b", 3]}\n': "line 1: stop is ['b', 3], but it must be a text",
     b'{"prompt": "a", "stop": 3}\n': "line 1: stop is 3, but it must be text or a list",
     b'{"prompt": "a", "stop_ids": [1, "2"]}\n': "line 1: stop_ids is [1, '2'], but it must be a",
     b'{"prompt": "a", "stop_ids": 13}\n': "line 1: stop_ids is 13, but it must be a list",
@@ -50,7 +50,7 @@ FILES = {
     b'{"messages": [], "continue_final_message": 1}\n': "message is 1, but it must be true or f",
     b'{"prompt": "a", "prompt": "b"}\n': "line 1: the key 'prompt' appears twice",
     b'{"prompt": 3}\n': "line 1: prompt is 3, but it must be text",
-    b'{"prompt": ""}\n': "line 1: the prompt is empty",
+    b'{"prompt": ""}\n': "line 1: The prompt is empty",
     b'{"prompt": "a", "max_tokens": 0}\n': "line 1: max_tokens is 0",
     b'{"prompt": "a", "max_tokens": true}\n': "line 1: max_tokens is True",
     b'{"prompt": "a", "seed": -1}\n': "line 1: sampling.seed is -1",
@@ -351,10 +351,10 @@ def test_a_lines_own_settings_win_over_the_configs(tmp_path: Path) -> None:
     )
     assert (plain.options["stop"], plain.options["stop_ids"]) == (("c",), (3, 4))
     assert plain.options["tools"] == tools and plain.options["suffix"] is None
-    assert (line.options["stop"], line.options["stop_ids"]) == (["x"], [9])
+    assert (line.options["stop"], line.options["stop_ids"]) == (("x",), [9])
     assert line.options["sampling"] == Sampling(temperature=1, top_k=5, logit_bias={7: -1.0})
     assert (line.options["suffix"], line.options["max_tokens"]) == ("", 7)
-    assert (listed.options["stop"], listed.options["tools"]) == (["x", "y"], [])
+    assert (listed.options["stop"], listed.options["tools"]) == (("x", "y"), [])
     assert listed.options["continue_final_message"]
     # What all lines share may be known only with the model; a line's own still wins.
     shared = plain.options | {"sampling": Sampling(temperature=0.3, top_p=0.5), "stop": ("m",)}
@@ -363,7 +363,7 @@ def test_a_lines_own_settings_win_over_the_configs(tmp_path: Path) -> None:
     )
     assert (plain.over(shared).options["stop"], line.over(shared).options["stop"]) == (
         ("m",),
-        ["x"],
+        ("x",),
     )
 
 

@@ -50,7 +50,7 @@ ARRAYS = {
     "[]": "holds no prompts",
     "[3]": "item 1: it is 3, but it must be an object, {...}, or a text.",
     '[{"prompt": "a"}, {"prompt": 3}]': "item 2: prompt is 3, but it must be text",
-    '["a", ""]': "item 2: the prompt is empty",
+    '["a", ""]': "item 2: The prompt is empty",
     '[{"prompt": "a", "prompt": "b"}]': "the key 'prompt' appears twice",
     "[" * 100000: "its JSON is nested too deeply",
 }

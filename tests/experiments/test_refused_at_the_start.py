@@ -89,7 +89,7 @@ def test_a_file_of_prompts_is_read_once_for_all_points(
     monkeypatch.setattr(prompt_lines, "parse", counted)
     assert run(*argv).code == 0 and len(parsed) == 1
     Path("x.jsonl").write_text('{"prompt": ""}\n')
-    refuses(argv, "line 1: the prompt is empty")
+    refuses(argv, "line 1: The prompt is empty")
 
 
 SLOTS = {"slots": [1, 2]}

@@ -7,7 +7,10 @@ Lines end with LF or CR LF, and with nothing else; empty ones are skipped. What 
 begins with decides which of these it is.
 """
 
+import collections
+import dataclasses
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +20,16 @@ from typing import IO, Any, Literal
 from qwen_jax import ready_made, regular_files, strict_json, utf8
 from qwen_jax.errors import UserError
 
-Record = tuple[int, str, str | dict[str, Any] | UserError]
+
+@dataclasses.dataclass(frozen=True)
+class Damaged:
+    """A record that can't be read: why, and those of its fields that are plain all the same."""
+
+    error: UserError
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Record = tuple[int, str, str | dict[str, Any] | Damaged]
 """A record's number, its place for messages, and its text, or its fields, or what is wrong."""
 
 STDIN = "-"
@@ -68,7 +80,21 @@ def _records(file: IO[bytes], name: str, kind: Kind) -> Iterator[Record]:
             if text.strip():
                 yield number, where, text if kind == "text" else _object(text, where)
         except UserError as error:
-            yield number, where, error
+            yield number, where, Damaged(error, _plain_fields(line) if kind == "lines" else {})
+
+
+def _plain_fields(line: bytes) -> dict[str, Any]:
+    """Of an object with a key twice, what it names once; its id may be among that."""
+    try:
+        found = json.loads(line, object_pairs_hook=_named_once)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    times = collections.Counter(name for name, _ in pairs)
+    return {name: value for name, value in pairs if times[name] == 1}
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -90,4 +116,4 @@ def _of_array(data: bytes, name: str) -> Iterator[Record]:
             yield number, where, value
         else:
             why = f"{where}: it is {value!r:.60}, but it must be an object, {{...}}, or a text."
-            yield number, where, UserError(why)
+            yield number, where, Damaged(UserError(why))

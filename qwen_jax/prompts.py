@@ -132,8 +132,9 @@ def _lines(config: ConfigDict, options: Options) -> Iterator[Item | Wrong]:
     for number, where, given in prompt_records.read(config.prompt_file):
         fields: Mapping[str, Any] = {}
         try:
-            if isinstance(given, UserError):
-                raise given
+            if isinstance(given, prompt_records.Damaged):
+                fields = given.fields
+                raise given.error
             if isinstance(given, str):
                 if template is not None:
                     raise UserError(

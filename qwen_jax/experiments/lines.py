@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,15 @@ def _damaged(path: Path, number: int, why: str) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Puts a whole file in its place at once. Raises NotWritten where that fails."""
+    write_pieces(path, [text.encode("utf-8", "backslashreplace")])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """The same of a file that needn't be in memory as a whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", -1, "utf-8", "backslashreplace", newline="") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
         put(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -121,6 +121,8 @@ WRONG = [
     (b'{"prompt": "' + b"word " * 3000 + b'"}\n', 2, "line 2: The prompt has 3029 tokens"),
     (b"\xff\n", 2, "line 2 is not UTF-8"),
     (b"[" * 100000 + b"\n", 2, "line 2: its JSON is nested too deeply"),
+    (b'{"id": "b", "prompt": "x", "prompt": "y"}\n', "b", "line 2: the key 'prompt' appears twice"),
+    (b'{"id": "b", "prompt": "x", "id": "d"}\n', 2, "line 2: the key 'id' appears twice; keep one"),
 ]
 
 

@@ -22,6 +22,14 @@ def test_the_default_is_a_haiku(run: Run) -> None:
     for word in ("prompt ", "generation ", "imports ", "load ", "first token ", "compilation "):
         assert word in result.err
     assert "finished    stop\nsampling    greedy\n" in result.err
+    assert "\nran on      cpu, float32, JAX " in result.err
+
+
+def test_the_summary_tells_of_weights_in_blocks(
+    run: Run, monkeypatch: pytest.MonkeyPatch, loaded: api.Model
+) -> None:
+    monkeypatch.setattr(type(loaded.engine.weights), "in_blocks", True)
+    assert "\nran on      cpu, float32, weights in blocks, JAX " in run("--max_tokens=1").err
 
 
 def test_too_long_or_out_of_range(refuses: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 import runpy
 import sys
 import traceback
@@ -54,6 +55,14 @@ def call(where: str, function: str, example: str) -> Any:
         raise UserError(_where_it_failed(error, path)) from error
 
 
+_OTHER_TYPE = re.compile(
+    r"^Could not override field '([^']+)' \(reference\)\. (.*) is of original type .* and cannot "
+    r"be casted to type <class '(?:.*\.)?(\w+)'>$",
+    re.DOTALL,
+)
+"""What ml_collections says of a value of another type: the field, the value, the type's name."""
+
+
 @contextlib.contextmanager
 def _neighbours_of(path: str) -> Iterator[None]:
     """Lets a program import the modules beside it, as Python does for the one that it is given;
@@ -75,8 +84,13 @@ def _where_it_failed(error: BaseException, path: str) -> str:
     text = str(error)
     if isinstance(error, SyntaxError):
         lines, text = [error.lineno], error.msg
-    at = f", line {lines[-1]}" if lines and lines[-1] else ""
-    return f"{path}{at}: {type(error).__name__}: {' '.join(text.split())}"
+    at = f"{path}, line {lines[-1]}" if lines and lines[-1] else path
+    if isinstance(error, TypeError) and (wrong := _OTHER_TYPE.search(text)):
+        field, value, kind = wrong.groups()
+        kinds = {kind.__name__: said for kind, said in settings.KINDS.items()}
+        must = kinds.get(kind, "a group of fields")
+        return f"{at} sets {field} to {' '.join(value.split()):.80}, but it must be {must}."
+    return f"{at}: {type(error).__name__}: {' '.join(text.split())}"
 
 
 def _checked(config: Any, path: str) -> ConfigDict:

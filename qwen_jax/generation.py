@@ -181,7 +181,10 @@ class Generation:
             while more and scheduler.wants_more:
                 number, request = next(self._requests, (0, None))
                 if more := request is not None:
-                    row = _Row(number, request, self._engine, self._tokenizer)
+                    try:
+                        row = _Row(number, request, self._engine, self._tokenizer)
+                    except UserError as error:
+                        raise UserError(f"request {number}: {error}") from error
                     self._rows[row.text] = row
                     scheduler.add(row.text)
             for news in scheduler.turn():

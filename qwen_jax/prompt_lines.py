@@ -120,11 +120,15 @@ def parse(
     """
     fields = {name: value for name, value in given.items() if value is not None}
     record = fields if template is None else _filled(template, fields, where)
-    if ("prompt" in record) == ("messages" in record):
-        raise UserError(f"{where} must have either 'prompt' or 'messages'.")
     if template is None:
         fields |= {name: value for name, value in given.items() if name not in FIELDS}
         _check_carried(carried(fields), where)
+    if "prompt" in record and "messages" in record:
+        raise UserError(f"{where} has both 'prompt' and 'messages'; drop one of them.")
+    if "prompt" not in record and "messages" not in record:
+        raise UserError(
+            f"{where} has neither 'prompt' nor 'messages'; give one of them, text or a chat."
+        )
     for name in record.keys() & FIELDS.keys():
         _check(name, record[name], where)
     own = {k: v for k, v in record.items() if k in FIELDS and k not in _OF_ITEM}

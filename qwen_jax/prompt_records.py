@@ -73,6 +73,8 @@ def _records(file: IO[bytes], name: str, kind: Kind) -> Iterator[Record]:
     if kind == "array":
         yield from _of_array(file.read(), name)
         return
+    if kind == "lines":
+        _refuse_array(file, name)
     for number, line in enumerate(file, start=1):
         where = f"{name}, line {number}"
         try:
@@ -81,6 +83,26 @@ def _records(file: IO[bytes], name: str, kind: Kind) -> Iterator[Record]:
                 yield number, where, text if kind == "text" else _object(text, where)
         except UserError as error:
             yield number, where, Damaged(error, _plain_fields(line) if kind == "lines" else {})
+
+
+def _refuse_array(file: IO[bytes], name: str) -> None:
+    """Raises UserError where lines of JSON are an array: all but one of its lines might be none."""
+    filled = (line for line in file if line.strip())
+    first, second = next(filled, b""), next(filled, b"")
+    file.seek(0)
+    if _begins_as(first + second) == "array" and not (second and _is_json(first)):
+        raise UserError(
+            f"{name} is an array of JSON, but a file of this name has one object a line; name it "
+            ".json."
+        )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _plain_fields(line: bytes) -> dict[str, Any]:
@@ -104,11 +126,16 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def _of_array(data: bytes, name: str) -> Iterator[Record]:
+    if _begins_as(data) == "lines":
+        raise UserError(
+            f"{name} begins with an object, but a .json file of prompts must be an array, "
+            "[{...}, ...]; name it .jsonl if it has one object a line."
+        )
     array = strict_json.parse(data, name, allow_nan=True, allow_halves=True)
     if not isinstance(array, list):
         raise UserError(
             f"{name} holds {array!r:.60}, but a .json file of prompts must be an array, "
-            "[{...}, ...]; name it .jsonl if it has one object a line."
+            "[{...}, ...]."
         )
     for number, value in enumerate(array, start=1):
         where = f"{name}, item {number}"

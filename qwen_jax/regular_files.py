@@ -49,5 +49,11 @@ def why_not(error: OSError) -> str:
     return f"{error.strerror or error}; {way}."
 
 
+def why_not_written(error: OSError) -> str:
+    """The same of a file or a directory, to follow "can't be written: "."""
+    way = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+    return f"{error.strerror or error}; {way}."
+
+
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

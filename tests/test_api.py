@@ -88,8 +88,8 @@ class TestLogits:
         for tokens, words in (
             ([], "1 to 512 tokens"),
             ([1] * (context + 1), "but got 513"),
-            ([2048], "Token 2048 is not in the vocabulary of 2048"),
-            ([-1], "Token -1 is not"),
+            ([2048], "token_ids has the token 2048 at index 0, but .* has tokens 0 to 2047"),
+            ([5, -1], "the token -1 at index 1"),
         ):
             with pytest.raises(UserError, match=words):
                 model.logits(tokens)
@@ -362,9 +362,9 @@ class TestBothFormats:
             api.load(tmp_path / "small")
 
     def test_ids_outside_the_vocabulary_are_refused(self, gguf: Model) -> None:
-        for tokens in ([5, 999_999], [-1]):
-            with pytest.raises(UserError, match="has tokens from"):
-                list(gguf.run([Request(tokens, 3)]))
+        for tokens, words in (([5, 999_999], "999999 at index 1"), ([-1], "-1 at index 0")):
+            with pytest.raises(UserError, match=f"request 1: The prompt has the token {words}, "):
+                list(gguf.run([Request([5], 1), Request(tokens, 3)]))
         assert list(gguf.run([])) == []
 
     def test_what_is_no_prompt_is_refused(self, gguf: Model) -> None:

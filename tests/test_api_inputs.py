@@ -267,3 +267,45 @@ def test_a_stop_string_alone(model: Model) -> None:
     """As in a line of JSON, and in the API of OpenAI."""
     for stop in ("\n", ["\n"], iter(["\n"]), {"\n"}):
         assert one(model, PROMPTS[0], stop=stop) == one(model, PROMPTS[0], stop=("\n",))
+
+
+def test_which_item_of_a_list_is_wrong(model: Model) -> None:
+    biased = Sampling(logit_bias={2048: 1.0})
+    for call, words in (
+        (lambda: model.generate(["a", ""]), "prompt 1: The prompt is empty; ask something."),
+        (lambda: model.generate([[5], [7, 2048]]), "prompt 1: The prompt has the token 2048 at in"),
+        (lambda: model.generate(["a", [{"role": "user"}]]), "prompt 1: message 0 (user) has"),
+        (lambda: model.generate(["a", "b"], samplings=[Sampling(), biased]), "prompt 1: sampling."),
+        (lambda: model.generate(["a"], samplings=["b"]), "but it must be a list of Samplings or N"),
+        (
+            lambda: model.generate("a", stop_ids=[1, 2, "x"]),
+            "a list of whole numbers; item 2 is 'x",
+        ),
+        (lambda: model.generate(["a", "b", 3]), "lists of whole numbers; item 2 is 3."),
+        (lambda: [*model.score([([1], [2]), 3])], "a list of whole numbers); item 1 is 3."),
+    ):
+        with pytest.raises(UserError) as told:
+            call()  # type: ignore[no-untyped-call]
+        assert words in str(told.value)
+    assert str(told.value).count("item") == 1
+    with pytest.raises(UserError, match=r"^The prompt is empty"):
+        model.generate("")
+
+
+def test_a_tokenizer_takes_texts_and_ids(model: Model) -> None:
+    tokenizer: Any = model.tokenizer
+    for text in (3, None, b"x", ["x"]):
+        with pytest.raises(UserError, match=r"encode takes a text, but got .*; give it as str"):
+            tokenizer.encode(text)
+    for ids in ("abc", 5, None):
+        with pytest.raises(UserError, match=r"decode takes token ids, but got .*; give a list"):
+            tokenizer.decode(ids)
+    for token in (1.5, "a", None, -1):
+        for method in (
+            lambda t: tokenizer.decode([t]),
+            tokenizer.token_bytes,
+            tokenizer.token_name,
+        ):
+            with pytest.raises(UserError, match=f"there is no token {token!r}, only 0 to 2047"):
+                method(token)
+    assert tokenizer.decode(np.array([120])) == tokenizer.decode(iter([120])) == "x"

@@ -176,7 +176,9 @@ def save(
     except FileExistsError:
         raise UserError(f"{path} exists already; move it or choose another name.") from None
     except OSError as error:
-        raise UserError(f"{path}: the base can't be written ({error.strerror}).") from None
+        raise UserError(
+            f"{path}: the base can't be written: {regular_files.why_not_written(error)}"
+        ) from None
 
 
 def _write_ours(

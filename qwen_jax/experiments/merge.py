@@ -27,6 +27,7 @@ from qwen_jax.experiments.records import (
     refuse_foreign,
     unused,
 )
+from qwen_jax.regular_files import why_not_written
 from qwen_jax.settings import program
 
 
@@ -99,7 +100,9 @@ def _merged(contents: Sequence[Contents], out: Path) -> list[str]:
     try:
         _write(contents, out, ids)
     except OSError as error:
-        raise UserError(f"{error.filename or out} can't be written: {error.strerror}.") from error
+        raise UserError(
+            f"{error.filename or out} can't be written: {why_not_written(error)}"
+        ) from error
     return [point for point in ids if point not in ended]
 
 

@@ -24,6 +24,7 @@ from qwen_jax.experiments import lines
 from qwen_jax.experiments.declaration import Declaration, Point, label
 from qwen_jax.experiments.lines import Lines
 from qwen_jax.experiments.moved import moved
+from qwen_jax.regular_files import why_not_written
 from qwen_jax.settings import program
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
@@ -157,7 +158,9 @@ def _written(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
+        raise UserError(
+            f"--workdir={directory} can't be written: {why_not_written(error)}"
+        ) from error
 
 
 def make(directory: Path) -> None:

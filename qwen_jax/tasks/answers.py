@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import settings, strict_json, task_fields
+from qwen_jax import regular_files, settings, strict_json, task_fields
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs, lines
@@ -124,17 +124,26 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
     if config.output == "-":
         raise UserError("--output=- is no file; leave --output out, and answers go to stdout.")
     path = Path(config.output)
-    resumed = config.resume and path.exists()
-    if resumed and not path.is_file():
-        raise UserError(f"--output={path} is no file, which --resume could go on with.")
     try:
+        if path.is_dir():
+            raise UserError(
+                f"--output={config.output} is a directory; name a file in it, as in "
+                f"--output={path / 'answers.jsonl'}."
+            )
+        if path.exists() and not path.is_file():
+            raise UserError(
+                f"--output={path} is no file; name one, or leave it out, and answers go to stdout."
+            )
+        resumed = config.resume and path.exists()
         file = _opened(path, "a" if resumed else "x")
     except FileExistsError:
         raise UserError(
             f"--output={path} exists already; go on with it by --resume, or choose another name."
         ) from None
     except OSError as error:
-        raise UserError(f"--output={path} can't be written: {error.strerror}.") from error
+        raise UserError(
+            f"--output={path} can't be written: {regular_files.why_not_written(error)}"
+        ) from error
     try:
         with contextlib.ExitStack() as files:
             _hold(files.enter_context(file), path)

@@ -21,8 +21,8 @@ FILES = {
     b'{"prompt": "a"}\n{"prompt": \n': "line 2: it is not JSON (Expecting value at column 12)",
     b'{"prompt": "a"}\n\xff\n': "line 2 is not UTF-8 at byte 0",
     b"[1]\n": "line 1: it is [1], but it must be a JSON object",
-    b'{"id": 3}\n': "line 1 must have either 'prompt' or 'messages'",
-    b'{"prompt": "a", "messages": []}\n': "line 1 must have either 'prompt' or 'messages'",
+    b'{"id": 3}\n': "line 1 has neither 'prompt' nor 'messages'; give one of",
+    b'{"prompt": "a", "messages": []}\n': "line 1 has both 'prompt' and 'messages'; drop one",
     b'{"prompt": "a", "temprature": 1}\n': "field 'temprature'; did you mean 'temperature'?",
     b'{"prompt": "a", "temp": 1}\n': "field 'temp'; did you mean 'temperature'?",
     b'{"prompt": "a", "top-k": 1}\n': "field 'top-k'; did you mean 'top_k'?",
@@ -222,8 +222,14 @@ def test_output_is_checked_before_the_model_is_loaded(
     kept.write_text("old")
     for output, words in (
         (kept, "kept.jsonl exists already; go on with it by --resume, or choose another name"),
-        (tmp_path, "exists already"),
-        (tmp_path / "nowhere" / "out.jsonl", "can't be written: No such file or directory"),
+        (tmp_path, f"is a directory; name a file in it, as in --output={tmp_path}/answers.jsonl."),
+        ("", "--output= is a directory; name a file in it, as in --output=answers.jsonl."),
+        (".", "--output=. is a directory; name a file in it"),
+        ("/dev/null", "/dev/null is no file; name one, or leave it out, and answers go to stdout"),
+        (
+            tmp_path / "nowhere" / "out.jsonl",
+            "can't be written: No such file or directory; choose an",
+        ),
         (path / "out.jsonl", "can't be written: Not a directory"),
         ("x" * 5000, "can't be written: File name too long"),
     ):
@@ -376,23 +382,3 @@ def test_what_a_template_takes_is_no_setting(tmp_path: Path) -> None:
         **{"experiment.template": "{word}{suffix} {temperature} {id} {stop[0]}"},
     )
     assert (item.prompt, item.id, item.own) == ("ab 2 d c", "d", {"max_tokens": 3})
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "can't be read: No such file"),
-        (b"[", "it is not JSON (Expecting value at column 2)"),
-        (b"{}", "tools is {}, but it must be a list of JSON schemas"),
-        (b'[{"type": "function"}]', "tool 0 is"),
-        (b'[{"name": "f", "name": "g"}]', "the key 'name' appears twice"),
-    ],
-)
-@pytest.mark.usefixtures("nothing_loads")
-def test_files_of_tools(
-    refuses: Callable[..., None], tmp_path: Path, content: bytes | None, words: str
-) -> None:
-    path = tmp_path / "tools.json"
-    if content is not None:
-        path.write_bytes(content)
-    refuses([f"--tools={path}"], "--tools", str(path) if content is None else "", words)

@@ -45,7 +45,9 @@ def test_an_array_and_stdin_are_answered_as_lines_are(
 
 
 ARRAYS = {
-    "{}": "holds {}, but a .json file of prompts must be an array, [{...}, ...]; name it .jsonl",
+    "{}": "begins with an object, but a .json file of prompts must be an array, [{...}, ...]; nam",
+    '{"prompt": "a"}\n{"prompt": "b"}': "[{...}, ...]; name it .jsonl if it has one object a line",
+    "3": "holds 3, but a .json file of prompts must be an array, [{...}, ...].",
     "[": "it is not JSON (Expecting value at column 2)",
     "[]": "holds no prompts",
     "[3]": "item 1: it is 3, but it must be an object, {...}, or a text.",
@@ -78,7 +80,7 @@ def test_only_files_are_read(refuses: Callable[..., None], tmp_path: Path) -> No
     refuses(["compare", f"--reference={tmp_path / 'fifo'}"], "which is neither a file nor one of")
     (tmp_path / "prompts.txt").write_text("snow")
     output = [f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'fifo'}"]
-    refuses([*output, "--resume"], "fifo is no file, which --resume could go on with.")
+    refuses([*output, "--resume"], "fifo is no file; name one, or leave it out")
     dump = tmp_path / "dump"
     dump.mkdir()
     os.mkfifo(dump / "mapping.json")

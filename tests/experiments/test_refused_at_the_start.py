@@ -36,7 +36,7 @@ WORD = {"word": "x"}
 PROMPTS: list[tuple[str, list[Any] | None, Fields, str]] = [
     ("x.jsonl", None, {}, "x.jsonl can't be read: No such file or directory; check the path."),
     ("x.jsonl", [], {}, "x.jsonl holds no prompts; add some."),
-    ("x.jsonl", [{"prompt": "a"}, {"promt": "b"}], {}, "line 2 must have either 'prompt' or"),
+    ("x.jsonl", [{"prompt": "a"}, {"promt": "b"}], {}, "line 2 has the field 'promt'; did you"),
     ("x.jsonl", [{"prompt": "a", "temperature": -1}], {}, "line 1: sampling.temperature is -1"),
     ("x.jsonl", [{"prompt": "a"}], {"prompt": "b"}, "exclude each other"),
     ("x.jsonl", [WORD], made("{wrd}"), "has no 'wrd', which the template asks for"),

@@ -6,6 +6,7 @@ without settings is greedy, and can be checked against any other engine.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
@@ -187,6 +188,12 @@ def check_choice(name: Any) -> None:
         )
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Since points of an experiment share models and settings."""
+    logging.warning("%s", text)
+
+
 def nothing(recommended: Recommended) -> str:
     """What to tell somebody who wants to follow a model that recommends nothing."""
     return (
@@ -205,7 +212,7 @@ def resolved(config: ConfigDict, recommended: Recommended, asked: Collection[str
     if config.generation_config == "none":
         return config
     if not recommended.values:
-        logging.warning("%s", nothing(recommended))
+        _warn_once(nothing(recommended))
     if recommended.unknown:
         named = ", ".join(f"{word} {value!r:.40}" for word, value in recommended.unknown.items())
         logging.warning("%s: %s can't be followed and is left out.", recommended.source, named)

@@ -62,6 +62,8 @@ def merge(named: Sequence[Path], out: Path | None) -> list[str]:
 
 def _shards_in(path: Path) -> list[Path]:
     """The shards in a workdir; any other directory is to be one itself."""
+    if not os.path.isdir(path):  # noqa: PTH112 - which answers for names that are too long, too
+        return [path]
     found = (shard for shard in path.glob("shard-*-of-*") if (shard / CONFIG).exists())
     return sorted(found) or [path]
 

@@ -24,7 +24,7 @@ from qwen_jax.experiments import lines
 from qwen_jax.experiments.declaration import Declaration, Point, label
 from qwen_jax.experiments.lines import Lines
 from qwen_jax.experiments.moved import moved
-from qwen_jax.regular_files import why_not_written
+from qwen_jax.regular_files import why_not, why_not_written
 from qwen_jax.settings import program
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
@@ -198,10 +198,13 @@ def unused(directory: Path) -> Iterator[None]:
 
 def _refuse_others(directory: Path) -> None:
     """Raises UserError where a pipe or a device has a record's name: reading it would never end."""
-    for name in (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG):
-        path = directory / name
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is no file; remove it, or choose another directory.")
+    try:
+        for name in (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG):
+            path = directory / name
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is no file; remove it, or choose another directory.")
+    except OSError as error:  # as of a name that is too long
+        raise UserError(f"{directory} can't be read: {why_not(error)}") from error
 
 
 def foreign_in(directory: Path, ours: set[str]) -> set[str]:

@@ -214,6 +214,10 @@ def test_a_trace_that_cannot_be_is_refused_at_once(
     ("flag", "words"),
     [
         ("--reference=nowhere", "The reference is 'nowhere', which is neither a file nor one of"),
+        (
+            f"--reference={'x' * 5000}",
+            "which is neither a file nor one of float64, hf",
+        ),
         (f"--reference={BUNDLED}", "haiku.gguf: the file is no safetensors file"),
         (f"--reference={BUNDLED.parent}", "this is no trace of qwen_jax, and"),
         ("--plant=nope", "nope"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax import api
+from qwen_jax import api, recommended
 from qwen_jax.recommended import Recommended
 from tests.cli.conftest import HAIKU, Run
 
@@ -40,7 +40,9 @@ def test_a_recommendation_is_told_and_followed_where_asked(run: Run) -> None:
 def test_a_model_that_recommends_nothing(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     """It is told only to who would follow it."""
     assert "recommend" not in run("--max_tokens=1").err and not caplog.messages
-    run("--max_tokens=1", "--generation_config=model")
+    recommended._warn_once.cache_clear()
+    for _ in range(2):
+        run("--max_tokens=1", "--generation_config=model")
     (message,) = caplog.messages
     assert "haiku.gguf recommends no settings, so that generation_config=model changes" in message
 

@@ -35,6 +35,7 @@ def made(template: str) -> Fields:
 WORD = {"word": "x"}
 PROMPTS: list[tuple[str, list[Any] | None, Fields, str]] = [
     ("x.jsonl", None, {}, "x.jsonl can't be read: No such file or directory; check the path."),
+    ("x" * 5000, None, {}, "can't be read: File name too long; check the path."),
     ("x.jsonl", [], {}, "x.jsonl holds no prompts; add some."),
     ("x.jsonl", [{"prompt": "a"}, {"promt": "b"}], {}, "line 2 has the field 'promt'; did you"),
     ("x.jsonl", [{"prompt": "a", "temperature": -1}], {}, "line 1: sampling.temperature is -1"),

@@ -171,6 +171,7 @@ def test_merge_notices_missing_and_doubled_points(
 def test_directories_without_an_experiment(refuses: Callable, tmp_path: Path, task: str) -> None:
     refuses([task], "There is nothing to")
     refuses(["report", str(tmp_path)], "holds no experiment")
+    refuses([task, "x" * 5000], "can't be read: File name too long; check the path.")
     refuses(["merge", str(tmp_path)], "holds no experiment: it has no config.json; name the")
 
 

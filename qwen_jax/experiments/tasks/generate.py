@@ -58,8 +58,9 @@ class Generate(Task):
             scores.check_fields(config.experiment.scores, next(self._items()))
             return
         path, put = ready_made.path(config.prompt_file), prompt_options(self.options)
-        stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else ()
-        experiment = config.experiment
+        experiment, stamp = config.experiment, (0, 0)
+        with contextlib.suppress(OSError):  # told of by whoever opens it
+            stamp = (path.stat().st_mtime_ns, path.stat().st_size)
         key = repr((path, stamp, config.prompt, put, experiment.template, experiment.scores))
         if key in _RIGHT:
             return

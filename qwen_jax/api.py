@@ -317,21 +317,28 @@ class Model:
             if isinstance(value := options.get(name), Iterator):
                 options[name] = tuple(value)  # for every prompt, not the first alone
         prompts, several = prompts_in(prompt)
-        firsts = [self.request(one, **options) for one in prompts]
+        if samplings is not None and (len(samplings) != len(prompts) or "sampling" in options):
+            raise UserError(
+                f"samplings has {len(samplings)} entries for {len(prompts)} prompts; give one for "
+                "each, and no sampling."
+            )
+        firsts: list[Request] = []
+        for index, one in enumerate(prompts):
+            if samplings is not None:
+                options["sampling"] = samplings[index]
+            try:
+                firsts.append(self.request(one, **options))
+            except UserError as error:
+                raise UserError(f"prompt {index}: {error}" if several else str(error)) from error
         if samplings is None:
             for first in firsts[:1]:
                 self._warn_of_idle(first.sampling, n)
             samples = itertools.chain.from_iterable([first] * n for first in firsts)
             return [*reseeded(samples)], not several and n == 1
-        if len(samplings) != len(prompts) or "sampling" in options:
-            raise UserError(
-                f"samplings has {len(samplings)} entries for {len(prompts)} prompts; give one for "
-                "each, and no sampling."
-            )
         requests: list[Request] = []
-        for first, sampling in zip(firsts, samplings, strict=True):
-            self._warn_of_idle(sampling, n)
-            requests += reseeded([dataclasses.replace(first, sampling=sampling)] * n)
+        for first in firsts:
+            self._warn_of_idle(first.sampling, n)
+            requests += reseeded([first] * n)
         return requests, not several and n == 1
 
     def _warn_of_idle(self, sampling: Sampling, n: int) -> None:
@@ -357,10 +364,7 @@ class Model:
         Raises:
             UserError: there are no tokens, more than the context holds, or one is not an id.
         """
-        vocab = self.config.vocab_size
-        for token in token_ids:
-            if not 0 <= token < vocab:
-                raise UserError(f"Token {token} is not in the vocabulary of {vocab} tokens.")
+        self.engine.check_ids(token_ids, "token_ids")
         return self.engine.logits(token_ids)
 
 

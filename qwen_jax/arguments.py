@@ -87,7 +87,18 @@ def check(name: str, value: Any, kind: Any) -> None:
     """Raises UserError where a value is not of a type, which may be any annotation used here."""
     if not fits(value, kind):
         shown = " ".join(_SHORT.repr(value).split())
-        raise UserError(f"{name} is {shown}, but it must be {words(kind)}.")
+        raise UserError(f"{name} is {shown}, but it must be {words(kind)}{_item(value, kind)}.")
+
+
+def _item(value: Any, kind: Any) -> str:
+    """Of a list, the first item that is of no type that it might be, in words."""
+    if isinstance(value, str | bytes) or not isinstance(value, collections.abc.Sequence):
+        return ""
+    of = [get_args(part)[0] for part in (kind, *get_args(kind)) if get_origin(part) in _LISTS]
+    wrong = [[i for i, item in enumerate(value) if not fits(item, part)][:1] for part in of]
+    if not (found := max(wrong, default=[])):
+        return ""
+    return f"; item {found[0]} is {' '.join(_SHORT.repr(value[found[0]]).split())}"
 
 
 def fits(value: Any, kind: Any) -> bool:

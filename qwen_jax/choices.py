@@ -61,6 +61,18 @@ def check_samples(n: int) -> None:
         raise UserError(f"n is {n!r:.60}, but it must be from 1 to {MOST_SAMPLES}.")
 
 
+def check_max_tokens(most: int) -> None:
+    """Raises UserError for a number of new tokens that is no answer."""
+    if not (is_whole(most) and most >= 1):
+        raise UserError(f"max_tokens is {most!r:.60}, but it must be at least 1.")
+
+
+def check_top_logprobs(top: int | None) -> None:
+    """Raises UserError for fewer than no log-probabilities."""
+    if top is not None and not (is_whole(top) and top >= 0):
+        raise UserError(f"top_logprobs is {top!r:.60}, but it must not be negative.")
+
+
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise UserError(f"{name} is {value!r}, but it must be one of {', '.join(allowed)}.")

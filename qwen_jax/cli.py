@@ -7,6 +7,7 @@ import gc
 import importlib
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -173,10 +174,16 @@ def parse(argv: list[str]) -> settings.Command:
         rest = values(argv)[1:]
     except flags.Error as error:
         raise UserError(_explain(error, meaning)) from error
+    for name in values:
+        # The last would win, and the others do nothing.
+        if values[name].present > 1 and not isinstance(values[name], flags.MultiFlag):
+            raise UserError(f"--{name} is given {values[name].present} times; keep one of them.")
     task = rest.pop(0) if rest else "generate"
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}."
+        hint = f"the tasks are {', '.join(TASKS)}; a prompt is given as --prompt='...'."
+        if near:
+            hint = f"did you mean {near[0]!r}?"
         raise UserError(f"{task!r} is not a task; {hint}")
     given = [(name, field) for name, field in meaning.items() if values[name].present]
     task_fields.check(task, ((f"--{name}", field) for name, field in given))
@@ -187,7 +194,8 @@ def parse(argv: list[str]) -> settings.Command:
     if task == "inspect" and rest and "model" not in overrides:
         overrides["model"] = rest.pop(0)
     if rest and task not in WITH_ARGUMENTS:
-        raise UserError(f"The argument {rest[0]!r} belongs to no flag; write --flag=value.")
+        way = f"--prompt={shlex.quote(rest[0])}" if task == "generate" else "--flag=value"
+        raise UserError(f"The argument {rest[0]!r} belongs to no flag; write {way}.")
     where = values["config"].value
     config = settings.get_config()
     if where is not None:

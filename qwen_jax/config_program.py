@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 import runpy
 import sys
 import traceback
@@ -34,11 +35,11 @@ def call(where: str, function: str, example: str) -> Any:
     try:
         regular_files.opened(path).close()
     except OSError as error:
-        hint = hints.meant(path, ready_made.names())
-        raise UserError(
-            f"--config={path} can't be read: {error.strerror}"
-            + (f"; did you mean {hint}?" if hint else ".")
-        ) from error
+        if hint := hints.meant(path, ready_made.names()):
+            why = f"{error.strerror}; did you mean {hint}?"
+        else:
+            why = f"{regular_files.why_not(error)[:-1]}, or see {settings.program()} configs."
+        raise UserError(f"--config={path} can't be read: {why}") from error
     try:
         with _neighbours_of(path):
             get = runpy.run_path(path).get(function)
@@ -52,6 +53,14 @@ def call(where: str, function: str, example: str) -> Any:
     except (Exception, SystemExit) as error:
         # It is the user's program and may fail in any way.
         raise UserError(_where_it_failed(error, path)) from error
+
+
+_OTHER_TYPE = re.compile(
+    r"^Could not override field '([^']+)' \(reference\)\. (.*) is of original type .* and cannot "
+    r"be casted to type <class '(?:.*\.)?(\w+)'>$",
+    re.DOTALL,
+)
+"""What ml_collections says of a value of another type: the field, the value, the type's name."""
 
 
 @contextlib.contextmanager
@@ -75,8 +84,13 @@ def _where_it_failed(error: BaseException, path: str) -> str:
     text = str(error)
     if isinstance(error, SyntaxError):
         lines, text = [error.lineno], error.msg
-    at = f", line {lines[-1]}" if lines and lines[-1] else ""
-    return f"{path}{at}: {type(error).__name__}: {' '.join(text.split())}"
+    at = f"{path}, line {lines[-1]}" if lines and lines[-1] else path
+    if isinstance(error, TypeError) and (wrong := _OTHER_TYPE.search(text)):
+        field, value, kind = wrong.groups()
+        kinds = {kind.__name__: said for kind, said in settings.KINDS.items()}
+        must = kinds.get(kind, "a group of fields")
+        return f"{at} sets {field} to {' '.join(value.split()):.80}, but it must be {must}."
+    return f"{at}: {type(error).__name__}: {' '.join(text.split())}"
 
 
 def _checked(config: Any, path: str) -> ConfigDict:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from qwen_jax.arguments import check_fields
+from qwen_jax.choices import check_max_tokens, check_top_logprobs
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
 from qwen_jax.engine.sampling import Sampling, check_bias
@@ -14,7 +15,7 @@ from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from qwen_jax.text.prompt import own_stop_ids
-from qwen_jax.text.streaming import TextStream
+from qwen_jax.text.streaming import TextStream, stops_of
 from qwen_jax.text.tokenizer import Tokenizer
 
 
@@ -26,7 +27,7 @@ class Request:
         tokens: the prompt's ids.
         max_tokens: the most tokens to generate.
         sampling: how tokens are chosen.
-        stop: strings that end the text, control tokens included; they are cut off.
+        stop: a string that ends the text, or several, control tokens included; they are cut off.
         stop_ids: ids that end the text, besides those of the model; they are not shown.
         top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
     """
@@ -40,13 +41,12 @@ class Request:
 
     def __post_init__(self) -> None:
         # What can be gone through once would stop nobody after it was checked.
-        for name in ("stop", "stop_ids"):
-            value = getattr(self, name)
-            if isinstance(value, Iterator):
-                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.stop_ids, Iterator):
+            object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        object.__setattr__(self, "stop", stops_of(self.stop))
         check_fields(self)
-        if self.max_tokens < 0:
-            raise UserError(f"max_tokens is {self.max_tokens}, but it must not be negative.")
+        check_max_tokens(self.max_tokens)
+        check_top_logprobs(self.top_logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +181,10 @@ class Generation:
             while more and scheduler.wants_more:
                 number, request = next(self._requests, (0, None))
                 if more := request is not None:
-                    row = _Row(number, request, self._engine, self._tokenizer)
-                    if row.text.limit == 0:
-                        yield Piece(number, row.streamed(""), row.completion())
-                        continue
+                    try:
+                        row = _Row(number, request, self._engine, self._tokenizer)
+                    except UserError as error:
+                        raise UserError(f"request {number}: {error}") from error
                     self._rows[row.text] = row
                     scheduler.add(row.text)
             for news in scheduler.turn():
@@ -226,7 +226,7 @@ class _Row:
         limit = engine.room(request.tokens, request.max_tokens)
         self.text = Text(request.tokens, limit, request.sampling, request.top_logprobs)
         self.tokens: list[int] = []
-        self.finish_reason: str | None = None if limit > 0 else "length"
+        self.finish_reason: str | None = None
         self._logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
         self._stop_ids = {
             *engine.spec.stop_ids,
@@ -288,7 +288,7 @@ def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
             raise UserError(
                 f"stop_ids holds {token!r:.40}, but token ids are 0 to {vocabulary - 1}."
             )
-    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= vocabulary:
+    if request.top_logprobs is not None and request.top_logprobs > vocabulary:
         raise UserError(
             f"top_logprobs is {request.top_logprobs!r:.40}, but it must be from 0 to the "
             f"{vocabulary} tokens of {source}."

@@ -24,12 +24,16 @@ ELSEWHERE = {
 
 
 def meant(name: str, known: Collection[str], likeness: float = 0.6) -> str:
-    """Which of the known names was meant by another one, else "": what other engines call it, its
-    last part, or a word that is as much like it as that, from 0 to 1."""
-    plain = name.replace("-", "_")
-    word = ELSEWHERE.get(plain.lower(), plain)
+    """Which of the known names was meant by another one, else "": what other engines call it, the
+    same but for capitals and underscores, its last part, or a word that is as much like it as that,
+    from 0 to 1."""
+    plain = name.replace("-", "_").lower()
+    word = ELSEWHERE.get(plain, plain)
     if word in known:
         return word
+    joined = {place.replace("_", "").lower(): place for place in known}
+    if written := joined.get(word.replace("_", "")):  # as in topP and Max_Tokens
+        return written
     ends = {place.rpartition(".")[2]: place for place in known}
     near = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
     return ends.get(word) or next(iter(near), "")

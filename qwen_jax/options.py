@@ -13,14 +13,14 @@ class Options(PromptOptions, total=False):
     Attributes:
         max_tokens: the most tokens to generate (256); the context may end the text earlier.
         sampling: how tokens are chosen; greedy by default.
-        stop: strings that end the text, control tokens included; they are cut off.
+        stop: a string that ends the text, or several, control tokens included; they are cut off.
         stop_ids: ids of tokens that end the text, besides the model's own; they are not shown.
         top_logprobs: None for no log-probabilities, else how many of the likeliest to report.
     """
 
     max_tokens: int
     sampling: Sampling
-    stop: Iterable[str]
+    stop: str | Iterable[str]
     stop_ids: Iterable[int]
     top_logprobs: int | None
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_jax import hints, settings
-from qwen_jax.choices import check_samples
+from qwen_jax.choices import check_max_tokens, check_samples, check_top_logprobs
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.options import Options, prompt_options
 from qwen_jax.text.prompt import Message, check
-from qwen_jax.text.streaming import StopStrings
+from qwen_jax.text.streaming import stops_of
 
 SAMPLING: dict[str, type] = {
     field.name: dict if field.name == "logit_bias" else field.type  # type: ignore[misc]
@@ -63,8 +63,6 @@ class Item:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.prompt == "" and self.options.get("suffix") is None:
-            raise UserError(f"{self.where}: the prompt is empty; ask something.")
         try:
             check(self.prompt, **prompt_options(self.options))
         except UserError as error:
@@ -122,11 +120,15 @@ def parse(
     """
     fields = {name: value for name, value in given.items() if value is not None}
     record = fields if template is None else _filled(template, fields, where)
-    if ("prompt" in record) == ("messages" in record):
-        raise UserError(f"{where} must have either 'prompt' or 'messages'.")
     if template is None:
         fields |= {name: value for name, value in given.items() if name not in FIELDS}
         _check_carried(carried(fields), where)
+    if "prompt" in record and "messages" in record:
+        raise UserError(f"{where} has both 'prompt' and 'messages'; drop one of them.")
+    if "prompt" not in record and "messages" not in record:
+        raise UserError(
+            f"{where} has neither 'prompt' nor 'messages'; give one of them, text or a chat."
+        )
     for name in record.keys() & FIELDS.keys():
         _check(name, record[name], where)
     own = {k: v for k, v in record.items() if k in FIELDS and k not in _OF_ITEM}
@@ -140,10 +142,6 @@ def _check(name: str, value: Any, where: str) -> None:
     if type(value) not in kinds and not (float in kinds and type(value) is int):
         words = " or ".join(settings.KINDS[kind] for kind in kinds)
         raise UserError(f"{where}: {name} is {value!r:.60}, but it must be {words}.")
-    if name == "max_tokens" and value < 1:
-        raise UserError(f"{where}: max_tokens is {value}, but it must be positive.")
-    if name == "top_logprobs" and value < 0:
-        raise UserError(f"{where}: top_logprobs is {value}, but it must not be negative.")
     if name == "messages" and not all(isinstance(message, dict) for message in value):
         raise UserError(f"{where}: messages is {value!r:.60}, but it must be a list of objects.")
     if name == "stop_ids" and not all(type(token) is int for token in value):
@@ -180,9 +178,9 @@ def _merged(options: Options, own: Mapping[str, Any], where: str) -> Options:
     sampling = {name: own[name] for name in own if name in SAMPLING}
     try:
         check_samples(own.get("n", 1))
-        if "stop" in own:
-            merged["stop"] = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
-            StopStrings(merged["stop"])  # Refuses an empty one.
+        check_max_tokens(merged.get("max_tokens", 1))
+        check_top_logprobs(merged.get("top_logprobs"))
+        merged["stop"] = stops_of(merged.get("stop", ()))
         if "logit_bias" in sampling:
             sampling["logit_bias"] = _bias(sampling["logit_bias"])
         if sampling:

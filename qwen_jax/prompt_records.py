@@ -7,7 +7,10 @@ Lines end with LF or CR LF, and with nothing else; empty ones are skipped. What 
 begins with decides which of these it is.
 """
 
+import collections
+import dataclasses
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +20,16 @@ from typing import IO, Any, Literal
 from qwen_jax import ready_made, regular_files, strict_json, utf8
 from qwen_jax.errors import UserError
 
-Record = tuple[int, str, str | dict[str, Any] | UserError]
+
+@dataclasses.dataclass(frozen=True)
+class Damaged:
+    """A record that can't be read: why, and those of its fields that are plain all the same."""
+
+    error: UserError
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Record = tuple[int, str, str | dict[str, Any] | Damaged]
 """A record's number, its place for messages, and its text, or its fields, or what is wrong."""
 
 STDIN = "-"
@@ -43,8 +55,8 @@ def read(name: str) -> Iterator[Record]:
         with regular_files.opened(ready_made.path(name)) as file:
             yield from _records(file, name, kind)
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"--prompt_file={name} can't be read: {why}.") from error
+        why = regular_files.why_not(error)
+        raise UserError(f"--prompt_file={name} can't be read: {why}") from error
 
 
 Kind = Literal["text", "lines", "array"]
@@ -61,6 +73,8 @@ def _records(file: IO[bytes], name: str, kind: Kind) -> Iterator[Record]:
     if kind == "array":
         yield from _of_array(file.read(), name)
         return
+    if kind == "lines":
+        _refuse_array(file, name)
     for number, line in enumerate(file, start=1):
         where = f"{name}, line {number}"
         try:
@@ -68,7 +82,41 @@ def _records(file: IO[bytes], name: str, kind: Kind) -> Iterator[Record]:
             if text.strip():
                 yield number, where, text if kind == "text" else _object(text, where)
         except UserError as error:
-            yield number, where, error
+            yield number, where, Damaged(error, _plain_fields(line) if kind == "lines" else {})
+
+
+def _refuse_array(file: IO[bytes], name: str) -> None:
+    """Raises UserError where lines of JSON are an array: all but one of its lines might be none."""
+    filled = (line for line in file if line.strip())
+    first, second = next(filled, b""), next(filled, b"")
+    file.seek(0)
+    if _begins_as(first + second) == "array" and not (second and _is_json(first)):
+        raise UserError(
+            f"{name} is an array of JSON, but a file of this name has one object a line; name it "
+            ".json."
+        )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _plain_fields(line: bytes) -> dict[str, Any]:
+    """Of an object with a key twice, what it names once; its id may be among that."""
+    try:
+        found = json.loads(line, object_pairs_hook=_named_once)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    times = collections.Counter(name for name, _ in pairs)
+    return {name: value for name, value in pairs if times[name] == 1}
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -78,11 +126,16 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def _of_array(data: bytes, name: str) -> Iterator[Record]:
+    if _begins_as(data) == "lines":
+        raise UserError(
+            f"{name} begins with an object, but a .json file of prompts must be an array, "
+            "[{...}, ...]; name it .jsonl if it has one object a line."
+        )
     array = strict_json.parse(data, name, allow_nan=True, allow_halves=True)
     if not isinstance(array, list):
         raise UserError(
             f"{name} holds {array!r:.60}, but a .json file of prompts must be an array, "
-            "[{...}, ...]; name it .jsonl if it has one object a line."
+            "[{...}, ...]."
         )
     for number, value in enumerate(array, start=1):
         where = f"{name}, item {number}"
@@ -90,4 +143,4 @@ def _of_array(data: bytes, name: str) -> Iterator[Record]:
             yield number, where, value
         else:
             why = f"{where}: it is {value!r:.60}, but it must be an object, {{...}}, or a text."
-            yield number, where, UserError(why)
+            yield number, where, Damaged(UserError(why))

@@ -29,7 +29,7 @@ from qwen_jax.opening import BUNDLED
 from qwen_jax.options import Options
 from qwen_jax.prompt_lines import Item, Wrong
 from qwen_jax.text.messages import plain_tools
-from qwen_jax.text.streaming import StopStrings
+from qwen_jax.text.streaming import stops_of
 
 HAIKU = "Write a haiku that contains the word lantern."
 """What the bundled model is asked where nobody asks anything."""
@@ -43,16 +43,15 @@ def sampling_of(config: ConfigDict) -> Sampling:
 
 def options_of(config: ConfigDict) -> Options:
     """The config's answer settings, checked."""
-    if config.max_tokens < 1:
-        raise UserError(f"max_tokens is {config.max_tokens}, but it must be at least 1.")
+    choices.check_max_tokens(config.max_tokens)
+    choices.check_top_logprobs(config.top_logprobs)
     choices.check_samples(config.n)
     choices.check_slots(config.slots)
     recommended.check_choice(config.generation_config)
-    StopStrings(config.stop)  # Refuses an empty one.
     return Options(
         max_tokens=config.max_tokens,
         sampling=sampling_of(config),
-        stop=tuple(config.stop),
+        stop=stops_of(config.stop),
         stop_ids=_stop_ids(config.stop_ids),
         top_logprobs=config.top_logprobs,
         system=config.system,
@@ -73,10 +72,12 @@ def single(config: ConfigDict, options: Options, *, piped: bool = False) -> Item
     """
     prompt = config.prompt
     if prompt == "-" or (prompt is None and piped and _is_piped()):
-        given = sys.stdin.buffer.read()
-        if given or prompt == "-":
-            text = utf8.decoded(given, "stdin")
-            return Item(utf8.without_line_break(text), options, "stdin")
+        text = utf8.without_line_break(utf8.decoded(sys.stdin.buffer.read(), "stdin"))
+        if not text and prompt is None:
+            raise UserError(
+                "What is piped in is the prompt, but it is empty; pipe in a text, or give --prompt."
+            )
+        return Item(text, options, "stdin")
     if prompt is not None:
         return Item(prompt, options, "--prompt")
     if config.model != BUNDLED:
@@ -131,9 +132,15 @@ def _lines(config: ConfigDict, options: Options) -> Iterator[Item | Wrong]:
     for number, where, given in prompt_records.read(config.prompt_file):
         fields: Mapping[str, Any] = {}
         try:
-            if isinstance(given, UserError):
-                raise given
+            if isinstance(given, prompt_records.Damaged):
+                fields = given.fields
+                raise given.error
             if isinstance(given, str):
+                if template is not None:
+                    raise UserError(
+                        f"{where} is a text without fields, of which experiment.template could "
+                        "make a prompt; give JSON lines (.jsonl), or leave the template out."
+                    )
                 yield Item(given, options, where, number)
                 continue
             fields = given
@@ -198,9 +205,8 @@ def warn_of_idle(items: Sequence[Item], asked: Collection[str], n: int) -> None:
     greedy = [item for item in items if item.options["sampling"].temperature == 0]
     idle = {name for item in greedy for name in DRAWS if name in item.own}
     if len(greedy) == len(items):
-        in_force.warn_of_greedy(idle | {f.removeprefix("sampling.") for f in asked}, n)
-    else:
-        in_force.warn_of_greedy(idle)
+        idle |= {field.removeprefix("sampling.") for field in asked}
+    in_force.warn_of_greedy(idle, max((item.samples(n) for item in greedy), default=1))
 
 
 def answer(completion: Completion) -> dict[str, Any]:
@@ -234,7 +240,7 @@ def _tools(path: str | None) -> list[Mapping[str, Any]] | None:
         tools = strict_json.parse(regular_files.read(path), path)
         return plain_tools(tools)
     except OSError as error:
-        raise UserError(f"--tools={path} can't be read: {error.strerror}.") from error
+        raise UserError(f"--tools={path} can't be read: {regular_files.why_not(error)}") from error
     except UserError as error:
         raise UserError(f"--tools: {error}") from error
 

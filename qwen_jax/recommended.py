@@ -6,6 +6,7 @@ without settings is greedy, and can be checked against any other engine.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
@@ -187,15 +188,31 @@ def check_choice(name: Any) -> None:
         )
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Since points of an experiment share models and settings."""
+    logging.warning("%s", text)
+
+
+def nothing(recommended: Recommended) -> str:
+    """What to tell somebody who wants to follow a model that recommends nothing."""
+    return (
+        f"{recommended.source or 'The model'} recommends no settings, so that "
+        "generation_config=model changes nothing; leave it out."
+    )
+
+
 def resolved(config: ConfigDict, recommended: Recommended, asked: Collection[str]) -> ConfigDict:
     """The config with what the model recommends, where it is to be followed, in all fields that
-    nobody asked for. Warns of settings that can't be followed.
+    nobody asked for. Warns of settings that can't be followed, and where there are none.
 
     Raises:
         UserError: a recommended value makes no sense.
     """
     if config.generation_config == "none":
         return config
+    if not recommended.values:
+        _warn_once(nothing(recommended))
     if recommended.unknown:
         named = ", ".join(f"{word} {value!r:.40}" for word, value in recommended.unknown.items())
         logging.warning("%s: %s can't be followed and is left out.", recommended.source, named)

@@ -16,6 +16,13 @@ _OTHERS = {
     stat.S_IFBLK: "it is a device, and no file",
 }
 
+_WAYS = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EACCES: "change its permissions",
+    errno.ENAMETOOLONG: "check the path",
+}
+
 
 def opened(path: str | Path) -> BinaryIO:
     """A file open to be read. Raises OSError where it can't be, or is no regular file."""
@@ -34,6 +41,18 @@ def read(path: str | Path) -> bytes:
     if len(data) > MOST_BYTES:
         raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes", str(path))
     return data
+
+
+def why_not(error: OSError) -> str:
+    """What keeps a file from being read, and the way out, to follow "can't be read: "."""
+    way = _WAYS.get(error.errno or 0, "give another file")
+    return f"{error.strerror or error}; {way}."
+
+
+def why_not_written(error: OSError) -> str:
+    """The same of a file or a directory, to follow "can't be written: "."""
+    way = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+    return f"{error.strerror or error}; {way}."
 
 
 def _without_waiting(path: str, flags: int) -> int:

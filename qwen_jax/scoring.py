@@ -39,15 +39,14 @@ def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
         UserError: while iterating: a context or a continuation is empty, they hold no ids of this
             vocabulary, or together they are longer than the model's context or the whole cache.
     """
-    scheduler, left, more = Scheduler(engine), iter(pairs), True
+    scheduler, left, more = Scheduler(engine), enumerate(pairs), True
     line: deque[Text] = deque()
     found: dict[Text, Score] = {}
     try:
         while more or line:
             while more and scheduler.wants_more:
-                if more := (pair := next(left, None)) is not None:
-                    check("a pair to be scored", pair, Pair)
-                    line.append(_text(engine, *pair))
+                if more := (numbered := next(left, None)) is not None:
+                    line.append(_text(engine, *numbered))
                     scheduler.add(line[-1])
             for news in scheduler.turn():
                 assert news.scores is not None
@@ -58,7 +57,15 @@ def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
         scheduler.close()
 
 
-def _text(engine: Engine, context: Sequence[int], continuation: Sequence[int]) -> Text:
+def _text(engine: Engine, index: int, pair: Pair) -> Text:
+    try:
+        check("a pair to be scored", pair, Pair)
+        return _checked(engine, *pair)
+    except UserError as error:
+        raise UserError(f"pair {index}: {error}") from error
+
+
+def _checked(engine: Engine, context: Sequence[int], continuation: Sequence[int]) -> Text:
     tokens, config = [*context, *continuation], engine.config
     if not (len(context) and len(continuation)):
         raise UserError("A context and its continuation need at least one token each.")
@@ -68,10 +75,7 @@ def _text(engine: Engine, context: Sequence[int], continuation: Sequence[int]) -
             f"A context of {len(context)} tokens with a continuation of {len(continuation)} is "
             f"longer than the {config.context_length} of {config.source}; shorten the context."
         )
-    if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
-        raise UserError(
-            f"A text to be scored has tokens from {min(tokens)} to {max(tokens)}, but "
-            f"{config.source} has tokens 0 to {config.vocab_size - 1}."
-        )
+    engine.check_ids(context, "The context")
+    engine.check_ids(continuation, "The continuation")
     engine.check_fits(len(tokens) - 1)
     return Text(tokens, score_from=len(context))

@@ -4,20 +4,20 @@ from collections.abc import Iterable
 
 from qwen_jax.errors import UserError
 
-_MODEL = (
+MODEL = (
     "model", "adapter", "sha256", "dtype", "weights", "implementation", "matmul_precision", "slots",
 )  # fmt: skip
-_PROMPT = ("prompt", "system", "raw", "suffix", "tools", "continue_final_message")
-_ANSWER = (
+PROMPT = ("prompt", "system", "raw", "suffix", "tools", "continue_final_message")
+ANSWER = (
     "prompt_file", "max_tokens", "stop", "stop_ids", "n", "batch_invariant", "top_logprobs",
     "generation_config", "sampling",
 )  # fmt: skip
 
 FIELDS = {
-    "generate": (*_MODEL, *_PROMPT, *_ANSWER, "output", "ordered", "resume", "strict", "trace"),
-    "inspect": _MODEL,
-    "compare": (*_MODEL, *_PROMPT, "batch_invariant", "compare", "workdir"),
-    "experiment": (*_MODEL, *_PROMPT, *_ANSWER, "experiment", "runner", "workdir"),
+    "generate": (*MODEL, *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
+    "inspect": MODEL,
+    "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
+    "experiment": (*MODEL, *PROMPT, *ANSWER, "experiment", "runner", "workdir"),
     "configs": (),
     "merge": ("workdir",),
     "report": ("workdir",),
@@ -25,9 +25,14 @@ FIELDS = {
 """Fields, or groups of them, by task."""
 
 
+def among(field: str, groups: Iterable[str]) -> bool:
+    """Whether a field, given by its dotted name, or a group that it is in, is one of these."""
+    return any(field == group or field.startswith(f"{group}.") for group in groups)
+
+
 def reads(task: str, field: str) -> bool:
-    """Whether a task looks at a field, given by its dotted name."""
-    return not {field, field.partition(".")[0]}.isdisjoint(FIELDS[task])
+    """Whether a task looks at a field."""
+    return among(field, FIELDS[task])
 
 
 def check(task: str, given: Iterable[tuple[str, str]]) -> None:

@@ -36,7 +36,7 @@ def read(path: str | Path) -> str:
     try:
         data = regular_files.read(path)
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+        raise UserError(f"{path} can't be read: {regular_files.why_not(error)}") from error
     return decoded(data, str(path))
 
 

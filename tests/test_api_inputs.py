@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax import Model, Sampling, UserError, arguments
+from qwen_jax import Model, Sampling, UserError, arguments, cli, prompt_lines, prompts
 from tests.test_api import PROMPTS, many, one
 
 WRONG_PROMPTS = (
@@ -32,7 +32,7 @@ WRONG: dict[str, list[tuple[Any, str]]] = {
     "raw": [("no", "True or False"), (1, "True or False")],
     "system": [(3, "a text or None"), (["x"], "a text or None")],
     "tools": [({}, "a list of dicts or None"), (["x"], "a list of dicts or None")],
-    "stop": [([3], "a list of texts"), ("x", "a list of texts"), (b"x", "a list of texts")],
+    "stop": [([3], "a text or a list of texts"), (b"x", "a text or a list of texts")],
     "stop_ids": [([1.5], "a list of whole numbers"), ("13", "a list of whole numbers")],
     "max_tokens": [(True, "a whole number"), (2.0, "a whole number"), (None, "a whole number")],
     "sampling": [(None, "a Sampling"), ({"top_k": 3}, "a Sampling"), ([Sampling()], "a Sampling")],
@@ -227,3 +227,85 @@ def test_arguments_that_there_are_not(model: Model) -> None:
         with pytest.raises(UserError) as told:
             call()  # type: ignore[no-untyped-call]
         assert words in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "prompt", "options", "words"),
+    [
+        ("--prompt=", "", {}, "The prompt is empty; ask something."),
+        ("--raw --prompt=", "", {"raw": True}, "The prompt is empty; ask something."),
+        ("--max_tokens=0", "x", {"max_tokens": 0}, "max_tokens is 0, but it must be at least 1."),
+        ("--top_logprobs=-1", "x", {"top_logprobs": -1}, "top_logprobs is -1, but it must not be "),
+        ("--stop=", "x", {"stop": ""}, "but it must be a text that is not empty, or"),
+        (
+            "--stop=a --stop=",
+            "x",
+            {"stop": ["a", ""]},
+            "must be a text that is not empty, or",
+        ),
+    ],
+)
+def test_one_rule_for_python_flags_and_lines(
+    model: Model, flag: str, prompt: str, options: dict[str, Any], words: str
+) -> None:
+    config = cli.parse(["run.py", *flag.split(" ")]).config
+    given = {"prompt": prompt} | options
+    asked = (
+        lambda: prompts.single(config, prompts.options_of(config)),
+        lambda: model.generate(prompt, **options),
+        lambda: prompt_lines.parse(
+            given, template=None, options=qwen_jax.Options(sampling=Sampling()), where="x", number=1
+        ),
+    )
+    for ask in asked:
+        with pytest.raises(UserError) as told:
+            ask()  # type: ignore[no-untyped-call]
+        assert words in str(told.value)
+
+
+def test_a_stop_string_alone(model: Model) -> None:
+    """As in a line of JSON, and in the API of OpenAI."""
+    for stop in ("\n", ["\n"], iter(["\n"]), {"\n"}):
+        assert one(model, PROMPTS[0], stop=stop) == one(model, PROMPTS[0], stop=("\n",))
+
+
+def test_which_item_of_a_list_is_wrong(model: Model) -> None:
+    biased = Sampling(logit_bias={2048: 1.0})
+    for call, words in (
+        (lambda: model.generate(["a", ""]), "prompt 1: The prompt is empty; ask something."),
+        (lambda: model.generate([[5], [7, 2048]]), "prompt 1: The prompt has the token 2048 at in"),
+        (lambda: model.generate(["a", [{"role": "user"}]]), "prompt 1: message 0 (user) has"),
+        (lambda: model.generate(["a", "b"], samplings=[Sampling(), biased]), "prompt 1: sampling."),
+        (lambda: model.generate(["a"], samplings=["b"]), "but it must be a list of Samplings or N"),
+        (
+            lambda: model.generate("a", stop_ids=[1, 2, "x"]),
+            "a list of whole numbers; item 2 is 'x",
+        ),
+        (lambda: model.generate(["a", "b", 3]), "lists of whole numbers; item 2 is 3."),
+        (lambda: [*model.score([([1], [2]), 3])], "a list of whole numbers); item 1 is 3."),
+    ):
+        with pytest.raises(UserError) as told:
+            call()  # type: ignore[no-untyped-call]
+        assert words in str(told.value)
+    assert str(told.value).count("item") == 1
+    with pytest.raises(UserError, match=r"^The prompt is empty"):
+        model.generate("")
+
+
+def test_a_tokenizer_takes_texts_and_ids(model: Model) -> None:
+    tokenizer: Any = model.tokenizer
+    for text in (3, None, b"x", ["x"]):
+        with pytest.raises(UserError, match=r"encode takes a text, but got .*; give it as str"):
+            tokenizer.encode(text)
+    for ids in ("abc", 5, None):
+        with pytest.raises(UserError, match=r"decode takes token ids, but got .*; give a list"):
+            tokenizer.decode(ids)
+    for token in (1.5, "a", None, -1):
+        for method in (
+            lambda t: tokenizer.decode([t]),
+            tokenizer.token_bytes,
+            tokenizer.token_name,
+        ):
+            with pytest.raises(UserError, match=f"there is no token {token!r}, only 0 to 2047"):
+                method(token)
+    assert tokenizer.decode(np.array([120])) == tokenizer.decode(iter([120])) == "x"

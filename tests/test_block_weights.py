@@ -109,6 +109,7 @@ def test_parameters_are_the_expanded_ones(both: tuple[Engine, Engine], mixed: Ch
 def test_fused_matrices_keep_their_types(both: tuple[Engine, Engine]) -> None:
     weights = both[1].weights
     assert isinstance(weights, BlockWeights)
+    assert weights.in_blocks and not both[0].weights.in_blocks
     fused = weights.named["layers.0.qkv_proj.weight"]
     assert isinstance(fused, Stacked)
     kinds = [source.kind for source in fused.sources if isinstance(source, blocks.Blocks)]

@@ -67,7 +67,7 @@ def packed(mixed: Checkpoint) -> PackedWeights:
 
 def test_matrices_stay_as_the_file_has_them(mixed: Checkpoint, packed: PackedWeights) -> None:
     layer = Stored("q4_k", "q5_0", "q6_k", "iq4_xs", "q3_k", "q8_0")
-    assert packed.plan.layers == (layer, layer)
+    assert packed.plan.layers == (layer, layer) and packed.in_blocks
     assert packed.plan.head == "q6_k"
     assert isinstance(packed.embed, Rows)
     expanded = load_parameters(mixed, jnp.float32)

@@ -58,7 +58,9 @@ class SavedBase:
                 self.exact = file.read(len(MAGIC)) != MAGIC
             self._open_ours() if self.exact else self._open_theirs()
         except OSError as error:
-            raise UserError(f"{path}: the base can't be read ({error.strerror}).") from None
+            raise UserError(
+                f"{path}: the base can't be read: {regular_files.why_not(error)}"
+            ) from None
 
     def _open_ours(self) -> None:
         try:
@@ -174,7 +176,9 @@ def save(
     except FileExistsError:
         raise UserError(f"{path} exists already; move it or choose another name.") from None
     except OSError as error:
-        raise UserError(f"{path}: the base can't be written ({error.strerror}).") from None
+        raise UserError(
+            f"{path}: the base can't be written: {regular_files.why_not_written(error)}"
+        ) from None
 
 
 def _write_ours(

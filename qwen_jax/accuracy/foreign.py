@@ -88,12 +88,8 @@ def open_trace(
         UserError: the trace is missing, truncated, or of another model or text.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file or directory; check the path.")
-    if mapping is None and path.is_file() and METADATA in read_safetensors(path)[0]:
-        trace = load(path)
-    else:
-        trace = _read_foreign(path, _find_mapping(path, mapping), config, tokens)
+    found = mapping_of(path, mapping)
+    trace = load(path) if found is None else _read_foreign(path, found, config, tokens)
     _check_same_model(trace.header.model_config, config, path)
     if tokens is not None and trace.header.tokens != tuple(tokens):
         theirs, ours = trace.header.tokens, tuple(tokens)
@@ -104,6 +100,18 @@ def open_trace(
             f"given from position {first} on; trace the same text."
         )
     return trace
+
+
+def mapping_of(path: Path, mapping: str | Path | None = None) -> Path | None:
+    """What says what the names in a dump mean; None for a trace of ours, which needs nothing.
+
+    Raises UserError where there is no trace, or nothing that says it.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or directory; check the path.")
+    if mapping is None and path.is_file() and METADATA in read_safetensors(path)[0]:
+        return None
+    return _find_mapping(path, mapping)
 
 
 def _check_same_model(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:

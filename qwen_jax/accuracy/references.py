@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qwen_jax.accuracy.collecting import Collector
-from qwen_jax.accuracy.foreign import open_trace
+from qwen_jax.accuracy.foreign import mapping_of, open_trace
 from qwen_jax.accuracy.operations import forward
 from qwen_jax.accuracy.parameters import CheckpointSource, Source
 from qwen_jax.accuracy.recording import model_hash
@@ -22,13 +23,18 @@ KINDS = ("float64", "hf", "llamacpp")
 
 
 def check(kind: str) -> None:
-    """Raises UserError where there is no such reference, or its extra is not installed."""
+    """Raises UserError where there is no such reference, its extra is not installed, or it is a
+    file and no trace."""
     if kind in ("hf", "llamacpp"):
         importlib.import_module(f"qwen_jax.accuracy.{kind}")
-    elif kind not in KINDS and not (Path(kind).is_file() or Path(kind).is_dir()):
-        raise UserError(
-            f"The reference is {kind!r}, which is neither a file nor one of {', '.join(KINDS)}."
-        )
+    elif kind not in KINDS:
+        # os.path answers for names that are too long, too.
+        if not (os.path.isfile(kind) or os.path.isdir(kind)):  # noqa: PTH112, PTH113
+            raise UserError(
+                f"The reference is {kind!r:.80}, which is neither a file nor one of "
+                f"{', '.join(KINDS)}; check the path."
+            )
+        mapping_of(Path(kind))
 
 
 def reference(

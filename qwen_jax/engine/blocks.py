@@ -201,6 +201,10 @@ class BlockWeights(PlainWeights):
     def dtype(self) -> jnp.dtype:
         return FLOAT32
 
+    @property
+    def in_blocks(self) -> bool:
+        return True
+
     def parameters(self) -> "Parameters":
         """Every one in float32, decoded when it is asked for."""
         return _Expanded(self.named)

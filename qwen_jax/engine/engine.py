@@ -123,7 +123,7 @@ class Engine:
             UserError: the prompt is empty, not of this vocabulary, leaves no room in the model's
                 context, or is with its answer more than the whole cache.
         """
-        context, vocab = self.config.context_length, self.config.vocab_size
+        context = self.config.context_length
         if not tokens:
             raise UserError("The prompt is empty; give at least one token.")
         if len(tokens) >= context:
@@ -131,14 +131,22 @@ class Engine:
                 f"The prompt has {len(tokens)} tokens, but {self.config.source} has a "
                 f"context of {context} and the answer needs at least one; shorten the prompt."
             )
-        if not 0 <= min(tokens) <= max(tokens) < vocab:
-            raise UserError(
-                f"The prompt has tokens from {min(tokens)} to {max(tokens)}, but "
-                f"{self.config.source} has tokens 0 to {vocab - 1}."
-            )
+        self.check_ids(tokens, "The prompt")
         room = min(max_tokens, context - len(tokens))
         self.check_fits(len(tokens) + room - 1)  # the last one never enters
         return room
+
+    def check_ids(self, tokens: Sequence[int], said: str) -> None:
+        """Raises UserError where one of some tokens, of which that is said, is not of this
+        vocabulary."""
+        vocab = self.config.vocab_size
+        if len(tokens) == 0 or 0 <= min(tokens) <= max(tokens) < vocab:
+            return
+        at = next(i for i, token in enumerate(tokens) if not 0 <= token < vocab)
+        raise UserError(
+            f"{said} has the token {tokens[at]} at index {at}, but {self.config.source} has tokens "
+            f"0 to {vocab - 1}."
+        )
 
     def check_fits(self, positions: int) -> None:
         """Raises UserError where so many tokens of one text are more than the whole cache."""

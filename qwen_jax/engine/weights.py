@@ -61,6 +61,10 @@ class Weights(Protocol):
     def dtype(self) -> jnp.dtype:
         """Of the matrices."""
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether matrices are as a quantised file has them, and made numbers as they are used."""
+
     def parameters(self) -> "Parameters":
         """Every parameter by its canonical name."""
 
@@ -88,6 +92,10 @@ class PlainWeights:
     @property
     def dtype(self) -> jnp.dtype:
         return self.named["embed"].dtype
+
+    @property
+    def in_blocks(self) -> bool:
+        return False
 
     def parameters(self) -> "Parameters":
         return self.named
@@ -157,6 +165,10 @@ class PackedWeights:
     plan: StepPlan = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     implementation: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def in_blocks(self) -> bool:
+        return any(storage.name != self.dtype.name for storage in self.plan.storages)
 
     def devices(self) -> set[jax.Device]:
         return self.packed.stream.devices()

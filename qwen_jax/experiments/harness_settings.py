@@ -226,6 +226,8 @@ def followed(said: Recommended, choice: str, warn: Callable[[str], None]) -> Map
         warn(f"{said}, which {what} (generation_config={choice}).")
     if choice != "model":
         return {}
+    if not said.values:
+        warn(recommended.nothing(said))
     if said.unknown:
         warn(f"{said.source}: {', '.join(said.unknown)} can't be followed and is left out.")
     return said.settings

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qwen_jax import ready_made
+from qwen_jax import ready_made, regular_files
 from qwen_jax.errors import UserError
 from qwen_jax.opening import locate, locate_adapter
 from qwen_jax.weights.hub_names import is_hub_name
@@ -39,7 +39,7 @@ def fingerprint(path: Path) -> str:
                     opened.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
                     digest.update(opened.read(_SAMPLE))
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+        raise UserError(f"{path} can't be read: {regular_files.why_not(error)}") from error
     return digest.hexdigest()[:16]
 
 

@@ -3,11 +3,12 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
+from qwen_jax.regular_files import why_not_written
 
 _BLOCK = 1 << 16
 
@@ -25,7 +26,7 @@ class Lines:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             _sync_directory(path.parent)
         except OSError as error:
-            raise NotWritten(f"{path} can't be written: {error.strerror}.") from error
+            raise NotWritten(f"{path} can't be written: {why_not_written(error)}") from error
         size = os.fstat(self._file).st_size
         if (end := self._end_of_last_line(size)) < size:
             os.ftruncate(self._file, end)
@@ -54,7 +55,7 @@ class Lines:
         except OSError as error:
             # A full disk takes half a line, on which the next one would continue.
             os.ftruncate(self._file, end)
-            raise NotWritten(f"{self.path} can't be written: {error.strerror}.") from error
+            raise NotWritten(f"{self.path} can't be written: {why_not_written(error)}") from error
 
     def check_in_place(self) -> None:
         """Raises NotWritten where the file was deleted or replaced: what is added would be lost."""
@@ -108,15 +109,20 @@ def _damaged(path: Path, number: int, why: str) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Puts a whole file in its place at once. Raises NotWritten where that fails."""
+    write_pieces(path, [text.encode("utf-8", "backslashreplace")])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """The same of a file that needn't be in memory as a whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", -1, "utf-8", "backslashreplace", newline="") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
         put(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise NotWritten(f"{path} can't be written: {error.strerror}.") from error
+        raise NotWritten(f"{path} can't be written: {why_not_written(error)}") from error
 
 
 def put(temporary: Path, path: Path) -> None:

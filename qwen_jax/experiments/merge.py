@@ -27,39 +27,73 @@ from qwen_jax.experiments.records import (
     refuse_foreign,
     unused,
 )
+from qwen_jax.regular_files import why_not_written
+from qwen_jax.settings import program
 
 
-def shards_in(workdir: Path) -> list[Path]:
-    """The shards' own directories in a workdir."""
-    return sorted(path for path in workdir.glob("shard-*-of-*") if (path / CONFIG).exists())
+def merge(named: Sequence[Path], out: Path | None) -> list[str]:
+    """Writes shards' records into one directory; returns the ids of points that none has ended.
 
+    It is then an experiment that the command without --shard goes on with.
 
-def merge(shards: Sequence[Path], out: Path) -> list[str]:
-    """Writes the shards' records into `out`; returns the ids of points that none has ended.
-
-    `out` is then an experiment that the command without --shard goes on with.
+    Args:
+        named: shards' own directories, and workdirs, which stand for the shards in them.
+        out: where it goes; by default into the one workdir that is named.
 
     Raises:
         UserError: there is nothing to merge, a shard is in use, shards are of different
             experiments, a point is in two of them, or `out` holds an experiment already.
     """
-    if len(shards) < 2:
-        raise UserError(
-            f"Merging takes two or more shards, but {out} has {len(shards)}; name them all."
-        )
-    if (out / CONFIG).exists():
-        raise UserError(f"{out} holds an experiment already; give --workdir=DIRECTORY, a new one.")
+    refuse_named_twice(named)
+    shards = [shard for path in named for shard in _shards_in(path)]
     refuse_named_twice(shards)
-    foreign = foreign_in(out, {LOCK, CONFIG_FILE, METRICS, OUTPUTS, LOG, ENVIRONMENTS})
-    refuse_foreign(out, {name for name in foreign if not SHARD.fullmatch(name)})
     with contextlib.ExitStack() as stack:
         for path in shards:
             stack.enter_context(unused(path))
         contents = [Contents.read(path) for path in shards]
         _refuse_others(contents)
         _refuse_doubled(contents)
+        if out is None:
+            out = _only(named, contents)
+        _refuse_used(out)
         stack.callback(os.close, hold(out))
         return _merged(contents, out)
+
+
+def _shards_in(path: Path) -> list[Path]:
+    """The shards in a workdir; any other directory is to be one itself."""
+    if not os.path.isdir(path):  # noqa: PTH112 - which answers for names that are too long, too
+        return [path]
+    found = (shard for shard in path.glob("shard-*-of-*") if (shard / CONFIG).exists())
+    return sorted(found) or [path]
+
+
+def _only(named: Sequence[Path], contents: Sequence[Contents]) -> Path:
+    """The one workdir that is named, whose shards are put together in it."""
+    if len(named) > 1:
+        raise UserError("--workdir=DIRECTORY must say where the merged experiment goes.")
+    path, shard = named[0], contents[0].config["shard"]
+    if contents[0].path != path:
+        return path
+    if shard is None:
+        raise UserError(
+            f"{path} is a whole experiment, with nothing to merge; {program()} report {path} "
+            "shows it."
+        )
+    raise UserError(
+        f"{path} is the shard {shard} by itself; name the workdir in which it and the others lie, "
+        f"as in {program()} merge {path.parent}, or all of them."
+    )
+
+
+def _refuse_used(out: Path) -> None:
+    if (out / CONFIG).exists():
+        raise UserError(
+            f"{out} holds an experiment already, which {program()} report {out} shows; to merge "
+            "once more, give --workdir=DIRECTORY, a new one."
+        )
+    foreign = foreign_in(out, {LOCK, CONFIG_FILE, METRICS, OUTPUTS, LOG, ENVIRONMENTS})
+    refuse_foreign(out, {name for name in foreign if not SHARD.fullmatch(name)})
 
 
 def _merged(contents: Sequence[Contents], out: Path) -> list[str]:
@@ -68,7 +102,9 @@ def _merged(contents: Sequence[Contents], out: Path) -> list[str]:
     try:
         _write(contents, out, ids)
     except OSError as error:
-        raise UserError(f"{error.filename or out} can't be written: {error.strerror}.") from error
+        raise UserError(
+            f"{error.filename or out} can't be written: {why_not_written(error)}"
+        ) from error
     return [point for point in ids if point not in ended]
 
 
@@ -82,9 +118,15 @@ def _refuse_others(contents: Sequence[Contents]) -> None:
                 for m in moved(contents[0].config, other.config)
             ]
             lines_of = "\n".join([*hints, changes])
+            first = contents[0].path
             raise UserError(
-                f"{contents[0].path} and {other.path} are of different experiments:\n{lines_of}"
+                f"{first} and {other.path} are of different experiments, which "
+                f"{_side_by_side(first, other.path)}:\n{lines_of}"
             )
+
+
+def _side_by_side(*paths: Path) -> str:
+    return f"{program()} report {' '.join(map(str, paths))} lays side by side"
 
 
 def refuse_named_twice(workdirs: Sequence[Path]) -> None:
@@ -98,15 +140,20 @@ def refuse_named_twice(workdirs: Sequence[Path]) -> None:
 
 def _refuse_doubled(contents: Sequence[Contents]) -> None:
     """A point that was only begun counts: its outputs would be doubled, too."""
-    holder: dict[str, Path] = {}
+    holder: dict[str, Contents] = {}
     for content in contents:
-        for point in content.begun:
-            if point in holder:
+        for point in content.begun & holder.keys():
+            one, other = holder[point], content
+            if one.config["shard"] is None is other.config["shard"]:
                 raise UserError(
-                    f"The point {point} is in {holder[point]} and in {content.path}; each point "
-                    "may be in one shard only, so leave one of them out."
+                    f"{one.path} and {other.path} are no shards: both have the point {point}; "
+                    f"{_side_by_side(one.path, other.path)}."
                 )
-            holder[point] = content.path
+            raise UserError(
+                f"The point {point} is in {one.path} and in {other.path}; each point may be in one "
+                "shard only, so leave one of them out."
+            )
+        holder |= dict.fromkeys(content.begun, content)
 
 
 def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:

@@ -5,6 +5,7 @@ model is loaded once and each program compiled once.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,15 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
+from qwen_jax.task_fields import MODEL, among
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.hub_names import is_hub_name
+
+_OF_ALL = (
+    *(*MODEL, "batch_invariant", "experiment.task", "experiment.quantization"),
+    *("runner", "workdir"),
+)
+"""Fields, or groups of them, that matter whatever a point's task is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +65,35 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
         group = groups.setdefault(key, len(groups))
         order = (weights.setdefault(choice, len(weights)), group)
         planned.append((order, Planned(point, task, group + 1, _memory(point, size))))
-    return [item for _, item in sorted(planned, key=lambda pair: pair[0])]
+    found = [item for _, item in sorted(planned, key=lambda pair: pair[0])]
+    _check_effect(found)
+    return found
+
+
+def _check_effect(planned: Sequence[Planned]) -> None:
+    """Raises UserError where the sweep sets what a point's task doesn't read, or all points share
+    what none does."""
+    idle = [_idle(item) for item in planned]
+    for item, fields in zip(planned, idle, strict=True):
+        if swept := [field for field in item.point.overrides if field in fields]:
+            raise UserError(
+                f"The sweep sets {swept[0]}, which does nothing for the task "
+                f"{item.point.config.experiment.task}; sweep what the task reads."
+            )
+    if shared := frozenset.intersection(*idle):
+        tasks = dict.fromkeys(item.point.config.experiment.task for item in planned)
+        raise UserError(
+            f"{min(shared)} does nothing for an experiment of the task {' or '.join(tasks)}; leave "
+            "it out."
+        )
+
+
+def _idle(item: Planned) -> frozenset[str]:
+    """Of what is asked for, the fields that the point's task doesn't read."""
+    if item.task.reads is None:
+        return frozenset()
+    read = (*_OF_ALL, *item.task.reads)
+    return frozenset(field for field in item.point.asked if not among(field, read))
 
 
 def part_of(planned: list[Planned], shard: str | None) -> list[Planned]:

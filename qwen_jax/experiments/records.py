@@ -24,6 +24,7 @@ from qwen_jax.experiments import lines
 from qwen_jax.experiments.declaration import Declaration, Point, label
 from qwen_jax.experiments.lines import Lines
 from qwen_jax.experiments.moved import moved
+from qwen_jax.regular_files import why_not, why_not_written
 from qwen_jax.settings import program
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
@@ -62,8 +63,10 @@ class Contents:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
             shards = sorted(p.name for p in path.glob("*") if SHARD.fullmatch(p.name))
-            hint = f"; {program()} merge {path} puts {', '.join(shards)} together" * bool(shards)
-            raise UserError(f"{path} holds no experiment: it has no {CONFIG}{hint}.") from None
+            hint = "name the --workdir of one"
+            if shards:
+                hint = f"{program()} merge {path} puts {', '.join(shards)} together"
+            raise UserError(f"{path} holds no experiment: it has no {CONFIG}; {hint}.") from None
         except NotADirectoryError:
             raise UserError(f"{path} is no directory; name an experiment's workdir.") from None
         except (OSError, ValueError) as error:
@@ -155,7 +158,9 @@ def _written(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--workdir={directory} can't be written: {error.strerror}.") from error
+        raise UserError(
+            f"--workdir={directory} can't be written: {why_not_written(error)}"
+        ) from error
 
 
 def make(directory: Path) -> None:
@@ -193,10 +198,13 @@ def unused(directory: Path) -> Iterator[None]:
 
 def _refuse_others(directory: Path) -> None:
     """Raises UserError where a pipe or a device has a record's name: reading it would never end."""
-    for name in (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG):
-        path = directory / name
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is no file; remove it, or choose another directory.")
+    try:
+        for name in (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG):
+            path = directory / name
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is no file; remove it, or choose another directory.")
+    except OSError as error:  # as of a name that is too long
+        raise UserError(f"{directory} can't be read: {why_not(error)}") from error
 
 
 def foreign_in(directory: Path, ours: set[str]) -> set[str]:

@@ -8,7 +8,7 @@ A sample has `text`, `finish_reason` and `tokens`; `item.fields` are those of th
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from qwen_jax.errors import UserError
@@ -68,6 +68,15 @@ def _field(item: Item, name: str) -> Any:
 
 
 SCORES: dict[str, Score] = {"diversity": diversity, "haiku": haiku, "match": match}
+_ASKED = {"haiku": "word", "match": "answer"}
+"""The field of a prompt's line that a score asks for."""
+
+
+def check_fields(names: Iterable[str], item: Item) -> None:
+    """Raises UserError where a score of these names asks for a field that the item lacks."""
+    for name in names:
+        if name in _ASKED:
+            _field(item, _ASKED[name])
 
 
 def score(name: str) -> Score:

@@ -8,7 +8,7 @@ import abc
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
@@ -65,9 +65,15 @@ class Work(abc.ABC):
 class Task(abc.ABC):
     """What a point does. Made from the point's config before anything runs.
 
+    Attributes:
+        reads: fields of the config, or groups of them, that it reads besides the model's; None
+            where it may read any.
+
     Raises:
         UserError: (when made) the config asks for what can't be done.
     """
+
+    reads: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, config: ConfigDict):
         self.config = config

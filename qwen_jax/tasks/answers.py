@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import settings, strict_json, task_fields
+from qwen_jax import regular_files, settings, strict_json, task_fields
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs, lines
@@ -64,14 +64,26 @@ class Answers:
         prompts = {json.dumps(item.id): _digest(item) for item in items if isinstance(item, Item)}
         if self.resumed and beside.exists():
             noted = strict_json.read_object(beside)
-            for field, value in json.loads(json.dumps(made_with)).items():
-                if noted.get(field, value) != value:
+            wanted = json.loads(json.dumps(made_with))
+            if lacking := [name for name in (*wanted, "prompts") if name not in noted]:
+                raise UserError(
+                    f"{beside} doesn't say with which {lacking[0]} --output={self.path} was begun, "
+                    "so that --resume can't go on with it; restore the file, or choose another "
+                    "name."
+                )
+            if not isinstance(noted["prompts"], dict):
+                raise UserError(
+                    f"{beside}: prompts is {noted['prompts']!r:.60}, but it must be an object, "
+                    "{...}; restore the file, or choose another name."
+                )
+            for field, value in wanted.items():
+                if noted[field] != value:
                     raise UserError(
                         f"--output={self.path} was begun with {field} {noted[field]!r:.60}, which "
                         f"is {value!r:.60} now; go on with the same settings, or choose another "
                         "name."
                     )
-            self._check_prompts(noted.get("prompts", {}), prompts)
+            self._check_prompts(noted["prompts"], prompts)
         content = {**made_with, "prompts": prompts}
         lines.write_atomically(beside, json.dumps(content, indent=1) + "\n")
 
@@ -107,32 +119,37 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         UserError: it is there already, can't be written or is not what a run wrote.
     """
     if config.output is None:
-        if config.resume:
-            raise UserError("--resume needs --output, the file to go on with.")
         yield Answers(sys.stdout)
         return
-    if config.prompt_file is None:
-        raise UserError("--output needs --prompt_file; a single prompt's text goes to stdout.")
     if config.output == "-":
         raise UserError("--output=- is no file; leave --output out, and answers go to stdout.")
     path = Path(config.output)
-    resumed = config.resume and path.exists()
-    if resumed and not path.is_file():
-        raise UserError(f"--output={path} is no file, which --resume could go on with.")
     try:
+        if path.is_dir():
+            raise UserError(
+                f"--output={config.output} is a directory; name a file in it, as in "
+                f"--output={path / 'answers.jsonl'}."
+            )
+        if path.exists() and not path.is_file():
+            raise UserError(
+                f"--output={path} is no file; name one, or leave it out, and answers go to stdout."
+            )
+        resumed = config.resume and path.exists()
         file = _opened(path, "a" if resumed else "x")
     except FileExistsError:
         raise UserError(
             f"--output={path} exists already; go on with it by --resume, or choose another name."
         ) from None
     except OSError as error:
-        raise UserError(f"--output={path} can't be written: {error.strerror}.") from error
+        raise UserError(
+            f"--output={path} can't be written: {regular_files.why_not_written(error)}"
+        ) from error
     try:
         with contextlib.ExitStack() as files:
             _hold(files.enter_context(file), path)
-            done, kept = _written(path) if resumed else (frozenset[Key](), None)
-            if kept is not None:
-                lines.write_atomically(path, kept)
+            done, cut = _written(path) if resumed else (frozenset[Key](), False)
+            if cut:
+                lines.write_pieces(path, (line for line, key in _lines(path) if key))
                 file = files.enter_context(_opened(path, "a"))
                 _hold(file, path)
             yield Answers(file, path, resumed, done)
@@ -181,9 +198,9 @@ def _settings_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
-def _written(path: Path) -> tuple[frozenset[Key], str | None]:
-    """What a file has answers of, and these alone where it has something else as well: a last line
-    that was cut off, or why a prompt was refused, which may be right now.
+def _written(path: Path) -> tuple[frozenset[Key], bool]:
+    """What a file has answers of, and whether it has something else as well, that is to be cut: a
+    last line that was cut off, or why a prompt was refused, which may be right now.
     """
     if path.stat().st_size and not _settings_file(path).exists():
         raise UserError(
@@ -191,18 +208,32 @@ def _written(path: Path) -> tuple[frozenset[Key], str | None]:
             "made with, so that --resume can't go on with it; choose another name."
         )
     done: set[Key] = set()
-    kept: list[bytes] = []
-    for number, line in enumerate(content := path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            record = json.loads(line)
-            if "error" not in record:
-                done.add((record["id"], record["sample"]))
-                kept.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"--output={path}, line {number} is no answer of a run, so that --resume can't "
-                "go on with it; choose another name."
-            ) from error
-    return frozenset(done), b"".join(kept).decode() if len(kept) < len(content) else None
+    cut = False
+    for _, key in _lines(path):
+        if key is None:
+            cut = True
+        else:
+            done.add(key)
+    return frozenset(done), cut
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, Key | None]]:
+    """The file's lines one by one, and what they answer, if anything.
+
+    Raises UserError for a line that no run has written.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                yield line, None
+                return
+            try:
+                record = json.loads(line)
+                key = None if "error" in record else (record["id"], record["sample"])
+                hash(key)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(
+                    f"--output={path}, line {number} is no answer of a run, so that --resume can't "
+                    "go on with it; choose another name."
+                ) from error
+            yield line, key

@@ -125,10 +125,10 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     options = prompts.options_of(config)
     ids = _ids(settings.tokens)
     item = prompts.single(config, options) if ids is None and "tensors" in parts else None
-    model = load(config)
     checkpoint = opening.open_model(config.model, config.adapter)
+    faults = parse_faults(settings.plant or "", checkpoint.config)
+    model = load(config)
     tokens = ids or (model.tokens(item.prompt, **api.prompt_options(options)) if item else None)
-    faults = parse_faults(settings.plant or "", model.config)
     found = Report(planted=tuple(map(str, faults)))
     with (
         planted(model.engine, faults) if faults else contextlib.nullcontext(model.engine) as engine

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
-from qwen_jax import choices, regular_files, settings
+from qwen_jax import choices, regular_files, settings, task_fields
 from qwen_jax.accuracy import distribution, gates, references
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.precision_search import DTYPES
@@ -81,7 +81,7 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
             doing += " of a --candidate"
     flags = {field: flag for flag, (field, _) in settings.FLAGS.items()}
     for field in sorted(asked):
-        if {field, field.rpartition(".")[0]}.isdisjoint(read):
+        if not task_fields.among(field, read):
             said = f"--{flags[field]}" if field in flags else field
             raise UserError(f"{said} does nothing for {doing}; leave it out.")
 
@@ -90,7 +90,7 @@ def _check_text(path: str) -> None:
     try:
         regular_files.opened(path).close()
     except OSError as error:
-        raise UserError(f"--text={path} can't be read: {error.strerror}.") from error
+        raise UserError(f"--text={path} can't be read: {regular_files.why_not(error)}") from error
 
 
 def _check_base(base: ConfigDict) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ from qwen_jax.terminal import json_visible, visible
 SOME_REFUSED = 3
 """Exit code of a run that answered a file, but for some of its prompts."""
 
+_NEEDS = {
+    "output": ("prompt_file", "a single prompt's text goes to stdout"),
+    "ordered": ("prompt_file", "it is about the order of many answers"),
+    "strict": ("prompt_file", "it is about one of many prompts"),
+    "resume": ("output", "it is the file to go on with"),
+    "trace.names": ("trace.file", "it is the file that tensors are recorded in"),
+    "trace.positions": ("trace.file", "it is the file that tensors are recorded in"),
+}
+"""Fields that do nothing without another one, and why."""
+
 
 def run(command: Command) -> int:
     """Answers what the config asks for; returns the exit code.
@@ -35,9 +45,8 @@ def run(command: Command) -> int:
     """
     config = command.config
     options = prompts.options_of(config)
+    _check_needs(config, settings.asked(config, command.overrides))
     _check_trace(config)
-    if config.ordered and config.prompt_file is None:
-        raise UserError("--ordered needs --prompt_file: it is about the order of many answers.")
     with answers.opened(config) as written:
         single = config.prompt_file is None
         items: list[Item | Wrong] = (
@@ -111,6 +120,15 @@ def _as_recommended(
         print(visible(said), file=sys.stderr)
     prompts.warn_of_idle(_right(items), asked, config.n)
     return config, items
+
+
+def _check_needs(config: ConfigDict, asked: Collection[str]) -> None:
+    """Raises UserError where what somebody asks for does nothing without something else."""
+    values = dict(settings.flatten(config))
+    flags = {field: flag for flag, (field, _) in settings.FLAGS.items()}
+    for field, (needed, why) in _NEEDS.items():
+        if field in asked and values[field] is not False and values[needed] is None:
+            raise UserError(f"--{flags[field]} needs --{flags[needed]}: {why}.")
 
 
 def _check_trace(config: ConfigDict) -> None:

@@ -14,10 +14,9 @@ def run(command: Command) -> int:
     paths = [Path(argument) for argument in command.arguments]
     if not paths:
         raise UserError("There is nothing to merge; name a workdir, or the shards' directories.")
-    if len(paths) > 1 and command.config.workdir is None:
-        raise UserError("--workdir=DIRECTORY must say where the merged experiment goes.")
-    out = Path(command.config.workdir or paths[0])
-    missing = merge.merge(merge.shards_in(paths[0]) if len(paths) == 1 else paths, out)
+    out = None if command.config.workdir is None else Path(command.config.workdir)
+    missing = merge.merge(paths, out)
+    out = out or paths[0]
     results = report.show([out], out)
     if missing:
         print(

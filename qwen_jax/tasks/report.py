@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import merge, records, report
+from qwen_jax.experiments import merge, report
 from qwen_jax.settings import Command
 
 
@@ -22,6 +22,5 @@ def run(command: Command) -> int:
         names = (f"{stem}.csv", f"{stem}.html")
     if command.config.workdir is not None:
         out = Path(command.config.workdir)
-        records.make(out)
     report.show(paths, out, names)
     return 0

@@ -52,6 +52,7 @@ class Summary:
             reason if count == 1 == self._reasons.total() else f"{reason} {count}"
             for reason, count in self._reasons.items()
         )
+        form = ", weights in blocks" if self._model.engine.weights.in_blocks else ""
         own = f"; prompts with settings of their own: {self._others}" if self._others else ""
         return "\n".join(
             (
@@ -64,7 +65,7 @@ class Summary:
                 f"memory      {peak / 1e6:,.0f} MB peak ({where})",
                 f"finished    {reasons}",
                 f"sampling    {describe(self._sampling)}{own}",
-                f"ran on      {jax.local_devices()[0].device_kind}, {spec.weights}, "
+                f"ran on      {jax.local_devices()[0].device_kind}, {spec.weights}{form}, "
                 f"JAX {jax.__version__}",
             )
         )

@@ -102,7 +102,8 @@ def _are_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
 
 
 def check(prompt: Prompt, **options: Unpack[PromptOptions]) -> None:
-    """Raises UserError for options that don't fit one another or the prompt, whatever the model."""
+    """Raises UserError for an empty text, and for options that don't fit one another or the prompt,
+    whatever the model."""
     if _are_ids(prompt):
         if given := [name for name, value in options.items() if value not in (None, False)]:
             raise UserError(
@@ -110,6 +111,8 @@ def check(prompt: Prompt, **options: Unpack[PromptOptions]) -> None:
                 "give a text or messages."
             )
         return
+    if isinstance(prompt, str) and not prompt and options.get("suffix") is None:
+        raise UserError("The prompt is empty; ask something.")
     continued = options.get("continue_final_message")
     of_chat = (
         not isinstance(prompt, str)

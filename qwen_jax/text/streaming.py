@@ -71,6 +71,24 @@ class TextStream:
         return self._decoder.decode(visible)
 
 
+def stops_of(given: str | Iterable[str]) -> tuple[str, ...]:
+    """The stop strings that somebody gives, one or several.
+
+    Raises UserError for an empty one, and for what is no text.
+    """
+    stops = (given,) if isinstance(given, str) else given
+    listed = tuple(stops) if isinstance(stops, Iterable) else (None,)
+    if not all(isinstance(stop, str) and stop for stop in listed):
+        raise UserError(
+            f"stop is {given!r:.80}, but it must be a text that is not empty, or a list of such."
+        )
+    try:
+        "".join(listed).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"stop is {given!r:.80}, which is not valid Unicode.") from error
+    return listed
+
+
 class StopStrings:
     """Lets UTF-8 through up to the first stop string, wherever the pieces are cut.
 
@@ -80,15 +98,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        listed = isinstance(stops, Iterable) and not isinstance(stops, str)
-        if not listed or not all(isinstance(s, str) and s for s in stops):
-            raise UserError(
-                f"stop is {stops!r:.80}, but it must be a list of texts that are not empty."
-            )
-        try:
-            self._stops = tuple(s.encode() for s in stops)
-        except UnicodeEncodeError as error:
-            raise UserError(f"stop is {stops!r:.80}, which is not valid Unicode.") from error
+        self._stops = tuple(stop.encode() for stop in stops_of(stops))
         self._held = b""
         self.found: str | None = None
 

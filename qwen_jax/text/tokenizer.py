@@ -119,8 +119,10 @@ class Tokenizer:
                 text that is no chat; a chat template writes its own.
 
         Raises:
-            UserError: the text holds half of a surrogate pair, so it is not Unicode.
+            UserError: it is no text, or holds half of a surrogate pair, so that it is not Unicode.
         """
+        if not isinstance(text, str):
+            raise UserError(f"encode takes a text, but got {text!r:.60}; give it as str.")
         front_end = self._chat if parse_special else self._plain
         prefix = self._vocabulary.prefix_ids if add_special_tokens else ()
         try:
@@ -137,7 +139,11 @@ class Tokenizer:
         Args:
             ids: token ids, each below `vocab_size`.
             skip_special: leave out control tokens such as `<|im_end|>`.
+
+        Raises UserError for what is no list of ids, or an id from `vocab_size` on.
         """
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise UserError(f"decode takes token ids, but got {ids!r:.60}; give a list of them.")
         text = b"".join(map(self.token_bytes, self.visible(ids) if skip_special else ids))
         return text.decode("utf-8", errors="replace")
 
@@ -149,11 +155,11 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for: part of a character, or none for an unused id.
 
-        Raises UserError for an id from `vocab_size` on.
+        Raises UserError for what is no id, or one from `vocab_size` on.
         """
-        if not 0 <= token < self.vocab_size:
+        if not hasattr(token, "__index__") or not 0 <= token < self.vocab_size:
             raise UserError(
-                f"{self._vocabulary.source}: there is no token {token}, only 0 to "
+                f"{self._vocabulary.source}: there is no token {token!r:.60}, only 0 to "
                 f"{self.vocab_size - 1}."
             )
         text = self._vocabulary.tokens[token] or ""
@@ -163,7 +169,8 @@ class Tokenizer:
 
     def token_name(self, token: int) -> str:
         """How to show one id to a person: quoted text, bytes where it is part of a character."""
-        if token >= self.vocab_size or self._vocabulary.tokens[token] is None:
+        tokens = self._vocabulary.tokens
+        if hasattr(token, "__index__") and (token >= len(tokens) or tokens[token] is None):
             return f"[PAD{token}]"
         content = self.token_bytes(token)
         try:

@@ -78,7 +78,7 @@ def open_checkpoint(
     try:
         return _open(given, sha256, progress)
     except OSError as error:  # a directory that may be listed and not entered
-        raise UserError(f"{given}: it cannot be read ({error.strerror}).") from None
+        raise UserError(f"{given}: it cannot be read: {regular_files.why_not(error)}") from None
 
 
 def _open(given: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:

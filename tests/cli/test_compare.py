@@ -207,3 +207,24 @@ def test_a_trace_that_cannot_be_is_refused_at_once(
     trace = f"--trace={tmp_path / 'run.safetensors'}"
     refuses([trace, "--trace_positions=a:b"], "The positions are 'a:b', but must be start:stop")
     refuses([f"--trace={tmp_path}/nowhere/x"], "can't be written", "nowhere is no directory")
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--reference=nowhere", "The reference is 'nowhere', which is neither a file nor one of"),
+        (
+            f"--reference={'x' * 5000}",
+            "which is neither a file nor one of float64, hf",
+        ),
+        (f"--reference={BUNDLED}", "haiku.gguf: the file is no safetensors file"),
+        (f"--reference={BUNDLED.parent}", "this is no trace of qwen_jax, and"),
+        ("--plant=nope", "nope"),
+        ("--plant=zero_qkv_bias@99", "99"),
+    ],
+)
+def test_what_is_known_at_the_start_needs_no_model(
+    refuses: Callable[..., None], flag: str, words: str
+) -> None:
+    refuses(["compare", flag], words)

@@ -10,6 +10,7 @@ import pytest
 from qwen_jax import cli, settings
 from tests.cli.conftest import REPOSITORY
 
+DEFAULTS = "from qwen_jax import settings\ndef get_config():\n  config = settings.get_config()\n"
 CONFIGS = {
     "def get_config(:\n  pass\n": "config.py, line 1: SyntaxError: invalid syntax",
     "x = 1\n\n  y = 2\n": "config.py, line 3: IndentationError",
@@ -25,6 +26,11 @@ CONFIGS = {
     "def get_config():\n  pass\n": "must return a ConfigDict, but returned NoneType",
     "def get_config():\n  return {}\n": "must return a ConfigDict, but returned dict",
     "def get_config(a, b): pass\n": "TypeError: get_config() missing 2 required",
+    f"{DEFAULTS}  config.max_tokens = 'x'\n": "config.py, line 4 sets max_tokens to x, but it must "
+    "be a whole number.",
+    f"{DEFAULTS}  config.sampling.top_p = 'x'\n": "line 4 sets top_p to x, but it must be a num",
+    f"{DEFAULTS}  config.update({{'stop': 'x\\ny'}})\n": "line 4 sets stop to x y, but it must",
+    f"{DEFAULTS}  config.sampling = 3\n": "line 4 sets sampling to 3, but it must be a group of",
 }
 FIELDS = {
     "{'promt': 'x'}": "sets promt, which is no field; did you mean prompt?",

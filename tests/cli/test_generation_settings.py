@@ -1,10 +1,12 @@
 """What a model recommends and what is used; settings that do nothing; stops, gaps and tools."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from qwen_jax import api
+from qwen_jax import api, recommended
 from qwen_jax.recommended import Recommended
 from tests.cli.conftest import HAIKU, Run
 
@@ -35,8 +37,37 @@ def test_a_recommendation_is_told_and_followed_where_asked(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("loaded")
-def test_nothing_is_told_where_nothing_is_recommended(run: Run) -> None:
-    assert "recommend" not in run("--generation_config=model").err
+def test_a_model_that_recommends_nothing(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told only to who would follow it."""
+    assert "recommend" not in run("--max_tokens=1").err and not caplog.messages
+    recommended._warn_once.cache_clear()
+    for _ in range(2):
+        run("--max_tokens=1", "--generation_config=model")
+    (message,) = caplog.messages
+    assert "haiku.gguf recommends no settings, so that generation_config=model changes" in message
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([{}, {"n": 3}], ["all 3 samples of a prompt are equal"]),
+        ([{"temperature": 1}, {"n": 2, "seed": 5}], ["seed does nothing, and all 2 samples of a"]),
+        ([{"temperature": 1, "n": 2}, {}], []),
+    ],
+)
+def test_prompts_own_samples_that_are_equal_are_told_once(
+    run: Run,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    lines: list[dict[str, float]],
+    words: list[str],
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a"} | line) + "\n" for line in lines))
+    assert run(f"--prompt_file={path}", "--max_tokens=1").code == 0
+    assert len(caplog.messages) == len(words)
+    assert all(word in text for word, text in zip(words, caplog.messages, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ FILES = {
     b'{"prompt": "a"}\n{"prompt": \n': "line 2: it is not JSON (Expecting value at column 12)",
     b'{"prompt": "a"}\n\xff\n': "line 2 is not UTF-8 at byte 0",
     b"[1]\n": "line 1: it is [1], but it must be a JSON object",
-    b'{"id": 3}\n': "line 1 must have either 'prompt' or 'messages'",
-    b'{"prompt": "a", "messages": []}\n': "line 1 must have either 'prompt' or 'messages'",
+    b'{"id": 3}\n': "line 1 has neither 'prompt' nor 'messages'; give one of",
+    b'{"prompt": "a", "messages": []}\n': "line 1 has both 'prompt' and 'messages'; drop one",
     b'{"prompt": "a", "temprature": 1}\n': "field 'temprature'; did you mean 'temperature'?",
     b'{"prompt": "a", "temp": 1}\n': "field 'temp'; did you mean 'temperature'?",
     b'{"prompt": "a", "top-k": 1}\n': "field 'top-k'; did you mean 'top_k'?",
@@ -40,8 +40,8 @@ FILES = {
     b'{"prompt": "a", "top_p": 0}\n': "line 1: sampling.top_p is 0, but it must be above 0",
     b'{"prompt": "a", "logit_bias": {"x": 1}}\n': "line 1: logit_bias has 'x': 1, but it must map",
     b'{"prompt": "a", "logit_bias": {"1": "2"}}\n': "line 1: logit_bias has '1': '2', but it must",
-    b'{"prompt": "a", "stop": ""}\n': "line 1: stop is [''], but it must be a list of texts",
-    b'{"prompt": "a", "stop": ["b", 3]}\n': "line 1: stop is ['b', 3], but it must be a list",
+    b'{"prompt": "a", "stop": ""}\n': "line 1: stop is '', but it must be a text that is not empty",
+    b'{"prompt": "a", "stop": ["b", 3]}\n': "line 1: stop is ['b', 3], but it must be a text",
     b'{"prompt": "a", "stop": 3}\n': "line 1: stop is 3, but it must be text or a list",
     b'{"prompt": "a", "stop_ids": [1, "2"]}\n': "line 1: stop_ids is [1, '2'], but it must be a",
     b'{"prompt": "a", "stop_ids": 13}\n': "line 1: stop_ids is 13, but it must be a list",
@@ -50,7 +50,7 @@ FILES = {
     b'{"messages": [], "continue_final_message": 1}\n': "message is 1, but it must be true or f",
     b'{"prompt": "a", "prompt": "b"}\n': "line 1: the key 'prompt' appears twice",
     b'{"prompt": 3}\n': "line 1: prompt is 3, but it must be text",
-    b'{"prompt": ""}\n': "line 1: the prompt is empty",
+    b'{"prompt": ""}\n': "line 1: The prompt is empty",
     b'{"prompt": "a", "max_tokens": 0}\n': "line 1: max_tokens is 0",
     b'{"prompt": "a", "max_tokens": true}\n': "line 1: max_tokens is True",
     b'{"prompt": "a", "seed": -1}\n': "line 1: sampling.seed is -1",
@@ -121,6 +121,8 @@ WRONG = [
     (b'{"prompt": "' + b"word " * 3000 + b'"}\n', 2, "line 2: The prompt has 3029 tokens"),
     (b"\xff\n", 2, "line 2 is not UTF-8"),
     (b"[" * 100000 + b"\n", 2, "line 2: its JSON is nested too deeply"),
+    (b'{"id": "b", "prompt": "x", "prompt": "y"}\n', "b", "line 2: the key 'prompt' appears twice"),
+    (b'{"id": "b", "prompt": "x", "id": "d"}\n', 2, "line 2: the key 'id' appears twice; keep one"),
 ]
 
 
@@ -220,8 +222,14 @@ def test_output_is_checked_before_the_model_is_loaded(
     kept.write_text("old")
     for output, words in (
         (kept, "kept.jsonl exists already; go on with it by --resume, or choose another name"),
-        (tmp_path, "exists already"),
-        (tmp_path / "nowhere" / "out.jsonl", "can't be written: No such file or directory"),
+        (tmp_path, f"is a directory; name a file in it, as in --output={tmp_path}/answers.jsonl."),
+        ("", "--output= is a directory; name a file in it, as in --output=answers.jsonl."),
+        (".", "--output=. is a directory; name a file in it"),
+        ("/dev/null", "/dev/null is no file; name one, or leave it out, and answers go to stdout"),
+        (
+            tmp_path / "nowhere" / "out.jsonl",
+            "can't be written: No such file or directory; choose an",
+        ),
         (path / "out.jsonl", "can't be written: Not a directory"),
         ("x" * 5000, "can't be written: File name too long"),
     ):
@@ -351,10 +359,10 @@ def test_a_lines_own_settings_win_over_the_configs(tmp_path: Path) -> None:
     )
     assert (plain.options["stop"], plain.options["stop_ids"]) == (("c",), (3, 4))
     assert plain.options["tools"] == tools and plain.options["suffix"] is None
-    assert (line.options["stop"], line.options["stop_ids"]) == (["x"], [9])
+    assert (line.options["stop"], line.options["stop_ids"]) == (("x",), [9])
     assert line.options["sampling"] == Sampling(temperature=1, top_k=5, logit_bias={7: -1.0})
     assert (line.options["suffix"], line.options["max_tokens"]) == ("", 7)
-    assert (listed.options["stop"], listed.options["tools"]) == (["x", "y"], [])
+    assert (listed.options["stop"], listed.options["tools"]) == (("x", "y"), [])
     assert listed.options["continue_final_message"]
     # What all lines share may be known only with the model; a line's own still wins.
     shared = plain.options | {"sampling": Sampling(temperature=0.3, top_p=0.5), "stop": ("m",)}
@@ -363,7 +371,7 @@ def test_a_lines_own_settings_win_over_the_configs(tmp_path: Path) -> None:
     )
     assert (plain.over(shared).options["stop"], line.over(shared).options["stop"]) == (
         ("m",),
-        ["x"],
+        ("x",),
     )
 
 
@@ -374,23 +382,3 @@ def test_what_a_template_takes_is_no_setting(tmp_path: Path) -> None:
         **{"experiment.template": "{word}{suffix} {temperature} {id} {stop[0]}"},
     )
     assert (item.prompt, item.id, item.own) == ("ab 2 d c", "d", {"max_tokens": 3})
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "can't be read: No such file"),
-        (b"[", "it is not JSON (Expecting value at column 2)"),
-        (b"{}", "tools is {}, but it must be a list of JSON schemas"),
-        (b'[{"type": "function"}]', "tool 0 is"),
-        (b'[{"name": "f", "name": "g"}]', "the key 'name' appears twice"),
-    ],
-)
-@pytest.mark.usefixtures("nothing_loads")
-def test_files_of_tools(
-    refuses: Callable[..., None], tmp_path: Path, content: bytes | None, words: str
-) -> None:
-    path = tmp_path / "tools.json"
-    if content is not None:
-        path.write_bytes(content)
-    refuses([f"--tools={path}"], "--tools", str(path) if content is None else "", words)

@@ -45,12 +45,14 @@ def test_an_array_and_stdin_are_answered_as_lines_are(
 
 
 ARRAYS = {
-    "{}": "holds {}, but a .json file of prompts must be an array, [{...}, ...]; name it .jsonl",
+    "{}": "begins with an object, but a .json file of prompts must be an array, [{...}, ...]; nam",
+    '{"prompt": "a"}\n{"prompt": "b"}': "[{...}, ...]; name it .jsonl if it has one object a line",
+    "3": "holds 3, but a .json file of prompts must be an array, [{...}, ...].",
     "[": "it is not JSON (Expecting value at column 2)",
     "[]": "holds no prompts",
     "[3]": "item 1: it is 3, but it must be an object, {...}, or a text.",
     '[{"prompt": "a"}, {"prompt": 3}]': "item 2: prompt is 3, but it must be text",
-    '["a", ""]': "item 2: the prompt is empty",
+    '["a", ""]': "item 2: The prompt is empty",
     '[{"prompt": "a", "prompt": "b"}]': "the key 'prompt' appears twice",
     "[" * 100000: "its JSON is nested too deeply",
 }
@@ -74,11 +76,11 @@ def test_only_files_are_read(refuses: Callable[..., None], tmp_path: Path) -> No
         refuses([f"--{flag}=/dev/zero"], f"--{flag}", "can't be read: it is a device, and no file")
         refuses([f"--{flag}={tmp_path}"], f"--{flag}", "can't be read: Is a directory")
     base = f"--base={tmp_path / 'fifo'}"
-    refuses(["compare", base], "fifo: the base can't be read (it is a pipe, and no file)")
+    refuses(["compare", base], "fifo: the base can't be read: it is a pipe, and no file; give")
     refuses(["compare", f"--reference={tmp_path / 'fifo'}"], "which is neither a file nor one of")
     (tmp_path / "prompts.txt").write_text("snow")
     output = [f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'fifo'}"]
-    refuses([*output, "--resume"], "fifo is no file, which --resume could go on with.")
+    refuses([*output, "--resume"], "fifo is no file; name one, or leave it out")
     dump = tmp_path / "dump"
     dump.mkdir()
     os.mkfifo(dump / "mapping.json")

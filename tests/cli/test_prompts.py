@@ -4,6 +4,8 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -20,14 +22,21 @@ def test_the_default_is_a_haiku(run: Run) -> None:
     for word in ("prompt ", "generation ", "imports ", "load ", "first token ", "compilation "):
         assert word in result.err
     assert "finished    stop\nsampling    greedy\n" in result.err
+    assert "\nran on      cpu, float32, JAX " in result.err
+
+
+def test_the_summary_tells_of_weights_in_blocks(
+    run: Run, monkeypatch: pytest.MonkeyPatch, loaded: api.Model
+) -> None:
+    monkeypatch.setattr(type(loaded.engine.weights), "in_blocks", True)
+    assert "\nran on      cpu, float32, weights in blocks, JAX " in run("--max_tokens=1").err
 
 
 def test_too_long_or_out_of_range(refuses: Callable[..., None]) -> None:
     refuses(["--prompt=" + "word " * 3000], "The prompt has 3029 tokens", "context of 512")
     refuses(["--prompt=x", "--system=y", "--raw"], "A raw prompt is one text")
     refuses(["--prompt=a\udcffb"], "not valid Unicode")
-    for top in ("2049", "-1"):
-        refuses([f"--top_logprobs={top}"], f"top_logprobs is {top}", "2048 tokens")
+    refuses(["--top_logprobs=2049"], "top_logprobs is 2049", "2048 tokens")
     for token in ("-1", "2048"):
         refuses([f"--config.sampling.logit_bias={token}:1"], f"token {token}")
 
@@ -49,8 +58,8 @@ def test_the_context_ends_what_max_tokens_does_not(run: Run, loaded: api.Model, 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (b"", "stdin: the prompt is empty"),
-        (b"\n", "stdin: the prompt is empty"),
+        (b"", "stdin: The prompt is empty"),
+        (b"\n", "stdin: The prompt is empty"),
         (b"a\xffb", "stdin is not UTF-8 at byte 1"),
     ],
 )
@@ -75,18 +84,31 @@ def test_stdin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_piped_in_is_the_prompt(
     run: Run, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
-    def piped(given: bytes) -> str:
-        reading, writing = os.pipe()
-        os.write(writing, given)
-        os.close(writing)
-        with os.fdopen(reading) as stdin:
-            monkeypatch.setattr(sys, "stdin", stdin)
-            return run(*flags).out
-
-    asked = piped(b"haiku: river\n")
+    with pipe_of(b"haiku: river\n") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        asked = run(*flags).out
     assert "river" in asked and asked != HAIKU + "\n"
-    if not flags:  # an empty pipe, as a scheduler leaves one, is no prompt
-        assert piped(b"") == HAIKU + "\n"
+
+
+def pipe_of(given: bytes) -> TextIO:
+    reading, writing = os.pipe()
+    os.write(writing, given)
+    os.close(writing)
+    return os.fdopen(reading)
+
+
+def test_nothing_is_piped_in(
+    run: Run, refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An empty pipe or file is a prompt that failed to be made; no input at all asks for none."""
+    (tmp_path / "empty").touch()
+    for opened in (pipe_of(b""), pipe_of(b"\n"), (tmp_path / "empty").open()):
+        with opened as stdin, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", stdin)
+            refuses([], "What is piped in is the prompt, but it is empty; pipe in a text, or give")
+    with Path(os.devnull).open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert run().out == HAIKU + "\n"
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ import fcntl
 import io
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qwen_jax import api
+from qwen_jax.experiments import lines
+from qwen_jax.tasks import answers
 from tests.cli.conftest import Run, answers_in
 
 
@@ -116,7 +119,22 @@ def test_what_cannot_be_resumed(run: Run, refuses: Callable[..., None], tmp_path
     refuses([*argv, "--resume"], "prompts.jsonl has two prompts with the id 2, by which")
     output.write_text(kept + "[]\n")
     refuses([*argv, "--resume"], "out.jsonl, line 11 is no answer of a run")
-    (tmp_path / "out.jsonl.settings.json").unlink()
+    beside = tmp_path / "out.jsonl.settings.json"
+    noted = json.loads(beside.read_text())
+    output.write_text(kept)
+    file_of(tmp_path)
+    for other, words in (
+        ({}, "settings.json doesn't say with which adapter --output="),
+        (noted.keys() - {"prompts"}, "settings.json doesn't say with which prompts --output="),
+        (noted.keys() - {"sampling.seed"}, "doesn't say with which sampling.seed --output="),
+        (noted | {"prompts": []}, "settings.json: prompts is [], but it must be an object, {...};"),
+    ):
+        left = other if isinstance(other, dict) else {name: noted[name] for name in other}
+        beside.write_text(json.dumps(left))
+        told = run(*argv, "--resume")
+        assert told.code == 2 and words in told.err.splitlines()[-1]
+    output.write_text(kept + "[]\n")
+    beside.unlink()
     refuses([*argv, "--resume"], "has no out.jsonl.settings.json beside it")
     assert output.read_text() == kept + "[]\n"
 
@@ -187,3 +205,25 @@ def test_ids_that_clash_are_refused_at_the_start(
     argv = [f"--prompt_file={path}", f"--output={tmp_path / 'out.jsonl'}"]
     refuses(argv, "has two prompts with the id 1, by which --output and --resume tell")
     refuses([f"--prompt_file={path}", "--output=-"], "--output=- is no file")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_answers_are_not_read_into_memory(run: Run, tmp_path: Path) -> None:
+    """Neither to see what is there nor to cut it."""
+    path, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    path.write_text("rain\n")
+    argv = [f"--prompt_file={path}", f"--output={output}", "--max_tokens=1"]
+    assert run(*argv).code == 0
+    line = output.read_text()
+    pads = ({"id": f"x{i}", "sample": 0, "text": "x" * 100_000} for i in range(99))
+    with output.open("w") as file:
+        file.writelines(json.dumps(pad) + "\n" for pad in pads)
+        file.write(line + line[:20])
+    tracemalloc.start()
+    done, cut = answers._written(output)
+    assert cut and len(done) == 100
+    lines.write_pieces(output, (line for line, key in answers._lines(output) if key))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000 < output.stat().st_size
+    assert output.read_text().endswith(f"\n{line}")

@@ -85,46 +85,6 @@ def test_cut_anywhere_it_goes_on_with_the_same_answers(
         assert [now[name] for name in steady] == [metrics[name] for name in steady]
 
 
-def test_a_bad_prompt_fails_its_point_alone(
-    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
-) -> None:
-    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    good.write_text('{"prompt": "haiku: snow"}\n')
-    bad.write_text('{"prompt": "haiku: snow"}\n{"promt": "haiku: rain"}\n')
-    sweep = f'axis("prompt_file", [{str(bad)!r}, {str(good)!r}])'
-    setting = "config.experiment.task = 'generate'; config.max_tokens = 2; config.slots = 1"
-    result = run(*experiment(sweep, setting))
-    assert result.code == 1 and "1 finished, 1 failed." in result.out
-    assert "bad.jsonl, line 2 must have either 'prompt' or 'messages'" in result.out
-
-
-@pytest.mark.parametrize(
-    ("line", "template", "words"),
-    [
-        ('{"wrd": "x"}', "haiku: {word}", "has no 'word', which the template asks for"),
-        ('{"word": "x"}', "haiku: {word", "can't be filled"),
-        ('{"word": "x"}', "haiku: {word.shape}", "can't be filled"),
-        ('{"messages": []}', "haiku: {word}", "has 'messages', which a template can't fill"),
-    ],
-)
-def test_templates_that_cannot_be_filled(
-    experiment: Callable[..., list[str]],
-    run: Callable,
-    tmp_path: Path,
-    line: str,
-    template: str,
-    words: str,
-) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text(line + "\n")
-    argv = experiment(
-        f'axis("prompt_file", [{str(path)!r}])',
-        f"config.experiment.task = 'generate'; config.experiment.template = {template!r}",
-    )
-    result = run(*argv)
-    assert result.code == 1 and words in result.out
-
-
 def tally(n: int = 1, score: scores.Score = scores.diversity) -> Tally:
     return Tally(SimpleNamespace(config=SimpleNamespace(n=n), scores=[score]))  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ from qwen_jax import lm_eval
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
+from qwen_jax.recommended import Recommended
 
 
 def fails(message: str) -> None:
@@ -63,6 +64,14 @@ def test_what_the_model_recommends(options: dict[str, Any], expected: Sampling) 
     usual = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 2048}
     found = harness_settings.generation(options, usual=usual)
     assert found == harness_settings.Settings(256, expected, ())
+
+
+def test_a_model_that_recommends_nothing() -> None:
+    told: list[str] = []
+    for choice in ("none", "model"):
+        assert harness_settings.followed(Recommended("x.gguf"), choice, told.append) == {}
+    (message,) = told
+    assert message.startswith("x.gguf recommends no settings, so that generation_config=model")
 
 
 @pytest.mark.parametrize(

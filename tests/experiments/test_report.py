@@ -97,6 +97,9 @@ def test_of_different_experiments(
     a, b, c = (str(tmp_path / name) for name in "abc")
     refuses(["report", a, b], "nothing in common (a has x, y; b has z); report each by itself.")
     assert not (tmp_path / "a+b.csv").exists()
+    refuses(["report", a, b, f"--workdir={tmp_path / 'out'}"], "nothing in common")
+    refuses(["report", str(tmp_path), f"--workdir={tmp_path / 'out'}"], "holds no experiment")
+    assert not (tmp_path / "out").exists()  # What fails leaves nothing behind.
     assert run("report", a, c).code == 0 and (tmp_path / "a+c.html").exists()
 
 

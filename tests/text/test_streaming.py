@@ -174,7 +174,7 @@ def test_by_hand() -> None:
     assert matcher.feed(b"ignored") == b"" and matcher.finish() == b""
 
 
-@pytest.mark.parametrize("stops", ["text", [""], ["a", 5], [None]])
+@pytest.mark.parametrize("stops", ["", [""], ["a", 5], [None], 5, b"ab"])
 def test_bad_stop_strings(stops: object) -> None:
-    with pytest.raises(UserError, match=r"stop is .* must be a list of texts"):
+    with pytest.raises(UserError, match=r"stop is .* must be a text that is not empty"):
         StopStrings(stops)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from qwen_jax.accuracy.report.as_json import to_json
 from qwen_jax.accuracy.report.contents import Report, values
 from qwen_jax.accuracy.report.tables import text
 from qwen_jax.errors import UserError
+from qwen_jax.regular_files import why_not_written
 
 NAMES = ("report.json", "report.txt", "report.html")
 
@@ -31,7 +32,9 @@ def prepare(workdir: str | Path) -> None:
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise UserError(f"{workdir}: the report can't be written ({error.strerror}).") from None
+        raise UserError(
+            f"{workdir}: the report can't be written: {why_not_written(error)}"
+        ) from None
 
 
 def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
@@ -55,5 +58,7 @@ def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
         for name, make in makers.items():
             (directory / name).write_text(make(report), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{directory}: the report can't be written ({error.strerror}).") from None
+        raise UserError(
+            f"{directory}: the report can't be written: {why_not_written(error)}"
+        ) from None
     return tuple(directory / name for name in makers)

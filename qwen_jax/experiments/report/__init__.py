@@ -7,6 +7,7 @@ from pathlib import Path
 
 from absl import logging
 
+from qwen_jax.experiments import records
 from qwen_jax.experiments.lines import write_atomically
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.report.tables import csv_text, terminal_table
@@ -14,13 +15,16 @@ from qwen_jax.terminal import visible
 
 
 def show(workdirs: Sequence[Path], out: Path, names: tuple[str, str] | None = None) -> Results:
-    """Prints the table, and writes `results.csv` and, with matplotlib, `report.html` into `out`.
+    """Prints the table, and writes `results.csv` and, with matplotlib, `report.html` into `out`,
+    which is made when there is something to write.
 
     Raises:
-        UserError: a directory holds no experiment, or several measure nothing in common.
+        UserError: a directory holds no experiment, several measure nothing in common, or `out`
+            can't be written.
     """
     results = Results.read(workdirs)
     results.check_comparable()
+    records.make(out)
     print(visible(terminal_table(results)))
     csv, page = names or ("results.csv", "report.html")
     _write(out / csv, csv_text(results))

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwen_jax.experiments.declaration import clipped, one_line, short
@@ -62,23 +62,12 @@ def shown(value: Any) -> str:
 
 
 def terminal_table(results: Results) -> str:
-    """The table, a line on what failed, and how many points there are."""
+    """The table, in pieces that fit, a line on what failed, and how many points there are."""
     if not results.rows:
         return "No points."
     table = cells(results, results.rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    # Metrics that don't fit are in the CSV and on the page.
-    keep, used = 0, 0
-    while keep < len(widths) and used + widths[keep] <= WIDTH:
-        used += widths[keep] + 2
-        keep += 1
-    lines = [
-        "  ".join(f"{c:>{w}}" for c, w in zip(line[:keep], widths[:keep], strict=True))
-        for line in table
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    if left := table[0][keep:]:
-        lines.append(f"also: {', '.join(left)}")
+    given = (len(results.names) > 1) + len(results.swept)
+    lines = "\n\n".join(_blocks(table, given)).split("\n")
     lines += [
         f"failed: {row.label}: {row.end['kind']}: {row.end['reason']}"
         for row in results.rows
@@ -87,6 +76,27 @@ def terminal_table(results: Results) -> str:
     counts = {state: sum(row.state == state for row in results.rows) for state in STATES}
     lines.append(", ".join(f"{n} {STATES[state]}" for state, n in counts.items() if n) + ".")
     return "\n".join(lines)
+
+
+def _blocks(table: list[list[str]], given: int) -> Iterator[str]:
+    """The table, cut into as many as it takes for each to fit.
+
+    All have the columns that say which point it is, the first ones; where these leave too little
+    room, they are tables of their own, and the point's number stands for them.
+    """
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    named, left = list(range(given)), list(range(given, len(widths)))
+    if sum(widths) + 2 * (len(widths) - 1) > WIDTH < 2 * sum(widths[i] + 2 for i in named):
+        numbers = ["#", *map(str, range(1, len(table)))]
+        table = [[number, *line] for number, line in zip(numbers, table, strict=True)]
+        widths = [len(numbers[-1]), *widths]
+        named, left = [0], list(range(1, len(widths)))
+    while left:
+        columns = [*named, left.pop(0)]
+        while left and sum(widths[i] + 2 for i in (*columns, left[0])) - 2 <= WIDTH:
+            columns.append(left.pop(0))
+        lines = ["  ".join(f"{line[i]:>{widths[i]}}" for i in columns) for line in table]
+        yield "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}

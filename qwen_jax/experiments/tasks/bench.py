@@ -30,6 +30,8 @@ class Bench(Task):
     that the scheduler makes when it is full, greedily, with nothing of the host between them.
     """
 
+    reads = ("experiment.bench", "sampling.seed")
+
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         for name, value in config.experiment.bench.items():

@@ -31,6 +31,8 @@ TRUTH = "float64"
 class Compare(Task):
     """One item a window: what `distribution.Scores` keeps of its tokens."""
 
+    reads = ("experiment.text", "experiment.context", "experiment.reference")
+
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         check_text(config)

@@ -24,6 +24,11 @@ class Evaluate(Task):
     run answers its requests without the model.
     """
 
+    reads = (
+        *("experiment.eval", "system", "max_tokens", "stop", "stop_ids", "n", "sampling"),
+        "generation_config",
+    )
+
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         self.options = prompts.options_of(config)

@@ -12,14 +12,19 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import prompts, recommended
+from qwen_jax import prompts, ready_made, recommended
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import scores
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
+from qwen_jax.options import prompt_options
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
+from qwen_jax.task_fields import ANSWER, PROMPT
 from qwen_jax.terminal import visible
+
+_RIGHT: set[str] = set()
+"""Files of prompts that were found right, with all that decides it."""
 
 
 class Generate(Task):
@@ -28,14 +33,44 @@ class Generate(Task):
     A text follows from its prompt and its row alone, so that resuming changes no answer.
     """
 
+    reads = (*PROMPT, *ANSWER, "experiment.template", "experiment.scores")
+
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         self.options = prompts.options_of(config)
         self.scores = [scores.score(name) for name in config.experiment.scores]
         if "-" in (config.prompt, config.prompt_file):
             raise UserError("An experiment can't read stdin, which a resumed one would lack.")
+        self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        """Raises UserError where a prompt makes no sense, or there are none.
+
+        A file is read once for all points that put its prompts alike.
+        """
+        config = self.config
         if config.prompt_file is None:
-            prompts.single(config, self.options)
+            if config.experiment.template is not None:
+                raise UserError(
+                    "experiment.template does nothing without prompt_file, from whose fields it "
+                    "makes prompts; set that, or leave the template out."
+                )
+            scores.check_fields(config.experiment.scores, next(self._items()))
+            return
+        path, put = ready_made.path(config.prompt_file), prompt_options(self.options)
+        experiment, stamp = config.experiment, (0, 0)
+        with contextlib.suppress(OSError):  # told of by whoever opens it
+            stamp = (path.stat().st_mtime_ns, path.stat().st_size)
+        key = repr((path, stamp, config.prompt, put, experiment.template, experiment.scores))
+        if key in _RIGHT:
+            return
+        some = False
+        for item in self._items():
+            scores.check_fields(experiment.scores, item)
+            some = True
+        if not some:
+            raise UserError(f"--prompt_file={config.prompt_file} holds no prompts; add some.")
+        _RIGHT.add(key)
 
     def _items(self) -> Iterator[Item]:
         if self.config.prompt_file is None:
@@ -43,8 +78,7 @@ class Generate(Task):
         return prompts.stream(self.config, self.options)
 
     def run(self, work: Work) -> Metrics:
-        if (total := sum(item.samples(self.config.n) for item in self._items())) == 0:
-            raise UserError(f"--prompt_file={self.config.prompt_file} holds no prompts.")
+        total = sum(item.samples(self.config.n) for item in self._items())
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
         recorded, tally = Recorded(work), Tally(self)

@@ -12,7 +12,7 @@ from qwen_jax.accuracy.metrics import log_softmax
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.task import Metrics, Task, Work
-from qwen_jax.opening import BUNDLED
+from qwen_jax.opening import BUNDLED, locate
 from qwen_jax.weights.loader import open_checkpoint
 
 
@@ -21,7 +21,12 @@ def check_text(config: ConfigDict) -> None:
     distribution.check_context(config.experiment.context, "experiment.context")
     text = config.experiment.text
     if text is not None and not Path(text).is_file():
-        raise UserError(f"experiment.text={text} is no file that can be read.")
+        raise UserError(f"experiment.text={text} is no file that can be read; check the path.")
+    if text is None and Path(config.model) not in (Path(BUNDLED), locate(BUNDLED)):
+        raise UserError(
+            f"{config.model} has no text of its own; set experiment.text to a text file, such as "
+            "WikiText-2's wiki.test.raw."
+        )
 
 
 def text_tokens(model: Model, config: ConfigDict) -> list[int]:
@@ -43,6 +48,8 @@ def sizes(model: Model) -> Metrics:
 
 class Perplexity(Task):
     """One item a window: the negative log-probabilities of its scored tokens."""
+
+    reads = ("experiment.text", "experiment.context")
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)

@@ -1,0 +1,135 @@
+"""What is known to be wrong with an experiment is, before any point runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_jax import prompt_lines
+from tests.cli.conftest import BUNDLED
+
+Fields = dict[str, Any]
+
+
+@pytest.fixture
+def declared(
+    experiment: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
+    """The arguments for an experiment with these fields, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def declared(sweep: Fields, fields: Fields) -> list[str]:
+        axes = ", ".join(f"axis({field!r}, {values!r})" for field, values in sweep.items())
+        config = "; ".join(f"config.{field} = {value!r}" for field, value in fields.items())
+        return experiment(f"product({axes})", config)
+
+    return declared
+
+
+def made(template: str) -> Fields:
+    return {"experiment.template": template}
+
+
+WORD = {"word": "x"}
+PROMPTS: list[tuple[str, list[Any] | None, Fields, str]] = [
+    ("x.jsonl", None, {}, "x.jsonl can't be read: No such file or directory; check the path."),
+    ("x" * 5000, None, {}, "can't be read: File name too long; check the path."),
+    ("x.jsonl", [], {}, "x.jsonl holds no prompts; add some."),
+    ("x.jsonl", [{"prompt": "a"}, {"promt": "b"}], {}, "line 2 has the field 'promt'; did you"),
+    ("x.jsonl", [{"prompt": "a", "temperature": -1}], {}, "line 1: sampling.temperature is -1"),
+    ("x.jsonl", [{"prompt": "a"}], {"prompt": "b"}, "exclude each other"),
+    ("x.jsonl", [WORD], made("{wrd}"), "has no 'wrd', which the template asks for"),
+    ("x.jsonl", [WORD], made("{word"), "can't be filled"),
+    ("x.jsonl", [WORD], made("{word.shape}"), "can't be filled"),
+    ("x.jsonl", [{"messages": []}], made("{word}"), "which a template can't fill"),
+    ("x.txt", ["snow"], made("{word}"), "x.txt, line 1 is a text without fields, of which"),
+    ("x.json", ["snow"], made("{word}"), "x.json, item 1 is a text without fields, of which"),
+    ("x.jsonl", [{"prompt": "a"}], {"experiment.scores": ("haiku",)}, "has no field 'word', which"),
+    ("x.jsonl", [{"prompt": "a"}], {"experiment.scores": ("match",)}, "has no field 'answer', wh"),
+    ("-", None, {}, "An experiment can't read stdin"),
+]
+
+
+@pytest.mark.parametrize(("file", "lines", "fields", "words"), PROMPTS, ids=range(len(PROMPTS)))
+def test_prompts(
+    declared: Callable[..., list[str]],
+    refuses: Callable[..., None],
+    file: str,
+    lines: list[Any] | None,
+    fields: Fields,
+    words: str,
+) -> None:
+    if lines is not None:
+        texts = [json.dumps(lines)] if file == "x.json" else map(json.dumps, lines)
+        Path(file).write_text("\n".join(texts))
+    fields = {"experiment.task": "generate", "prompt_file": file, **fields}
+    argv = declared({"max_tokens": [1, 2]}, fields)
+    for more in ([], ["--dry_run"]):
+        refuses([*argv, *more], words)
+    assert not Path("w").exists()
+
+
+def test_a_file_of_prompts_is_read_once_for_all_points(
+    declared: Callable[..., list[str]],
+    run: Callable,
+    refuses: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And once more when it is another."""
+    Path("x.jsonl").write_text('{"prompt": "snow"}\n')
+    fields = {"experiment.task": "generate", "prompt_file": "x.jsonl"}
+    argv = [*declared({"max_tokens": [1, 2, 3]}, fields), "--dry_run"]
+    parsed, parse = [], prompt_lines.parse
+
+    def counted(*args: Any, **options: Any) -> Any:
+        parsed.append(args)
+        return parse(*args, **options)
+
+    monkeypatch.setattr(prompt_lines, "parse", counted)
+    assert run(*argv).code == 0 and len(parsed) == 1
+    Path("x.jsonl").write_text('{"prompt": ""}\n')
+    refuses(argv, "line 1: The prompt is empty")
+
+
+SLOTS = {"slots": [1, 2]}
+FIELDS: list[tuple[str, Fields, Fields, str]] = [
+    ("bench", {"sampling.top_p": [0.5]}, {}, "The sweep sets sampling.top_p, which does nothing"),
+    ("generate", {"experiment.text": ["x"]}, {}, "The sweep sets experiment.text, which does not"),
+    ("bench", SLOTS, {"stop": ("x",)}, "stop does nothing for an experiment of the task bench;"),
+    ("perplexity", SLOTS, {"prompt": "a"}, "prompt does nothing for an experiment of the task p"),
+    ("generate", SLOTS, made("{word}"), "experiment.template does nothing without prompt_file"),
+    ("perplexity", SLOTS, {"experiment.text": "nowhere"}, "nowhere is no file that can be read; c"),
+]
+
+
+@pytest.mark.parametrize(("task", "sweep", "fields", "words"), FIELDS, ids=range(len(FIELDS)))
+def test_fields_that_a_task_does_not_read(
+    declared: Callable[..., list[str]],
+    refuses: Callable[..., None],
+    task: str,
+    sweep: Fields,
+    fields: Fields,
+    words: str,
+) -> None:
+    refuses(declared(sweep, {"experiment.task": task, **fields}), words)
+
+
+def test_a_model_without_a_text_of_its_own(
+    declared: Callable[..., list[str]], refuses: Callable[..., None]
+) -> None:
+    Path("other.gguf").symlink_to(BUNDLED)
+    argv = declared(SLOTS, {"experiment.task": "perplexity", "model": "other.gguf"})
+    refuses(argv, "has no text of its own; set experiment.text to a text file")
+
+
+def test_what_one_of_several_tasks_reads(
+    declared: Callable[..., list[str]], run: Callable, refuses: Callable[..., None]
+) -> None:
+    """What points share is of use where one of their tasks reads it; what is swept, to all."""
+    sweep = {"experiment.task": ["perplexity", "bench"]}
+    assert run(*declared(sweep, {"experiment.context": 64}), "--dry_run").code == 0
+    argv = declared(sweep | {"experiment.context": [64, 128]}, {})
+    refuses(argv, "The sweep sets experiment.context, which does nothing for the task bench")
+    refuses([*declared(sweep, {}), "--temperature=1"], "sampling.temperature does nothing for an")

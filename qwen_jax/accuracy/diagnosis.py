@@ -279,8 +279,6 @@ def _rounded(
     low, middle, high = (round_to(v, dtype, np) for v in (value - limit, value, value + limit))
     with np.errstate(invalid="ignore"):
         width = np.maximum(high - middle, middle - low)
-        if arithmetic.storage > UNIT[dtype]:
-            width = width + arithmetic.storage * np.abs(middle)
     return middle, np.where(np.isnan(width), 0, width)
 
 

@@ -15,8 +15,11 @@ from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import told_by_kind
 
 
-def read_object(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
-    """The JSON object in the file. Raises UserError for anything else, or where there is none."""
+def read_object(
+    path: Path, *, allow_nan: bool = False, allow_halves: bool = False
+) -> dict[str, Any]:
+    """The JSON object in the file; see `parse_object`. Raises UserError for anything else, or where
+    there is none."""
     try:
         text = regular_files.read(path)
     except OSError as error:
@@ -25,7 +28,7 @@ def read_object(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
             "yours to read."
         ) from None
     with told_by_kind(path, "JSON"):
-        return parse_object(text, str(path), allow_nan=allow_nan)
+        return parse_object(text, str(path), allow_nan=allow_nan, allow_halves=allow_halves)
 
 
 def parse_object(

@@ -136,6 +136,12 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
                 file = files.enter_context(_opened(path, "a"))
                 _hold(file, path)
             yield Answers(file, path, resumed, done)
+    except BrokenPipeError:  # stderr's
+        raise
+    except OSError as error:  # A full disk's doesn't know the file, and closing it tries again.
+        raise UserError(
+            f"--output={path} can't be written: {error.strerror}; make room, and --resume goes on."
+        ) from error
     finally:
         if path.stat().st_size == 0:
             path.unlink()

@@ -14,12 +14,20 @@ from tqdm import tqdm
 
 from qwen_jax import prompts, recommended
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import scores
+from qwen_jax.experiments import kinds, scores
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
 from qwen_jax.terminal import visible
+
+_ANSWER = {
+    "row": kinds.NATURAL,
+    "sample": kinds.NATURAL,
+    "text": kinds.TEXT,
+    "finish_reason": kinds.TEXT,
+    "tokens": kinds.list_of(kinds.NATURAL),
+}
 
 
 class Generate(Task):
@@ -41,6 +49,9 @@ class Generate(Task):
         if self.config.prompt_file is None:
             return iter([prompts.single(self.config, self.options)])
         return prompts.stream(self.config, self.options)
+
+    def fault_of(self, item: dict[str, Any]) -> str:
+        return kinds.fault(item, _ANSWER)
 
     def run(self, work: Work) -> Metrics:
         if (total := sum(item.samples(self.config.n) for item in self._items())) == 0:

@@ -9,6 +9,7 @@ from absl import logging
 from qwen_jax.errors import UserError
 from qwen_jax.strict_json import read_object
 from qwen_jax.weights import recognition
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
@@ -30,15 +31,16 @@ def open_directory(directory: Path) -> TensorFiles:
     Raises:
         UserError: naming file and field, for anything else.
     """
-    config = read_object(directory / "config.json", allow_nan=True)
+    config, opened = read_object(directory / "config.json", allow_nan=True), OpenFiles()
     single, index = directory / SINGLE, directory / INDEX
     if single.is_file():
         if _sets(directory):
             logging.warning("%s: read alone, since it is there; no shards are read", single)
-        return TensorFiles((single,), config, read_safetensors(single))
+        return TensorFiles((single,), config, read_safetensors(single, opened), opened=opened)
     weight_map = _weight_map(index) if index.is_file() else {}
     shards = _shards(directory, weight_map)
-    return TensorFiles(tuple(shards), config, _merge(shards, weight_map, index))
+    tensors = _merge(shards, weight_map, index, opened)
+    return TensorFiles(tuple(shards), config, tensors, opened=opened)
 
 
 def _weight_map(index: Path) -> dict[str, Path | None]:
@@ -116,12 +118,12 @@ def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
 
 
 def _merge(
-    shards: list[Path], weight_map: dict[str, Path | None], index: Path
+    shards: list[Path], weight_map: dict[str, Path | None], index: Path, opened: OpenFiles
 ) -> dict[str, TensorInfo]:
     """All shards' tensors; one that is in several is taken from where the index says."""
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        for name, info in read_safetensors(shard).items():
+        for name, info in read_safetensors(shard, opened).items():
             if name not in tensors or weight_map.get(name) == shard:
                 tensors[name] = info
             elif weight_map.get(name) != tensors[name].path:

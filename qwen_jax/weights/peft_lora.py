@@ -18,6 +18,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.strict_json import read_object
 from qwen_jax.weights import names
 from qwen_jax.weights.low_rank import Factor, LowRank
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.prefixes import unwrapped
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.stored import Plain
@@ -99,11 +100,13 @@ class Adapter:
         return {*self.updates, *self.replaced}
 
 
-def open_adapter(directory: Path) -> Adapter:
-    """Raises UserError, naming file, field and value, for what is not plain LoRA."""
+def open_adapter(directory: Path, opened: OpenFiles) -> Adapter:
+    """An adapter, whose weights are read in `opened`.
+
+    Raises UserError, naming file, field and value, for what is not plain LoRA."""
     config = _Config.read(directory)
     path = directory / WEIGHTS
-    files = TensorFiles((path,), {}, read_safetensors(path))
+    files = TensorFiles((path,), {}, read_safetensors(path, opened), opened=opened)
     factors: dict[str, dict[str, Factor]] = {}
     replaced: dict[str, Plain] = {}
     for name, info in files.tensors.items():

@@ -25,6 +25,7 @@ from qwen_jax.experiments.kinds import (
     objects,
     optional,
 )
+from qwen_jax.regular_files import MOST_BYTES
 from qwen_jax.settings import program
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
@@ -63,7 +64,7 @@ class Contents:
             shards = sorted(p.name for p in path.glob("*") if SHARD.fullmatch(p.name))
             hint = f"; {program()} merge {path} puts {', '.join(shards)} together" * bool(shards)
             raise UserError(f"{path} holds no experiment: it has no {CONFIG}{hint}.")
-        config = strict_json.read_object(file, allow_nan=True, allow_halves=True)
+        config = strict_json.read_object(file, most=MOST_BYTES, allow_nan=True, allow_halves=True)
         if config.get("format") != FORMAT:
             raise UserError(f"{file} has a format that this version does not know.")
         if wrong := fault(config, _FIELDS):

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import settings, strict_json, task_fields
+from qwen_jax import regular_files, settings, strict_json, task_fields
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs, lines
@@ -63,7 +63,7 @@ class Answers:
         beside = _settings_file(self.path)
         prompts = {json.dumps(item.id): _digest(item) for item in items if isinstance(item, Item)}
         if self.resumed and beside.exists():
-            noted = strict_json.read_object(beside)
+            noted = strict_json.read_object(beside, most=regular_files.MOST_BYTES)
             for field, value in json.loads(json.dumps(made_with)).items():
                 if noted.get(field, value) != value:
                     raise UserError(

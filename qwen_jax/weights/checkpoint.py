@@ -13,6 +13,7 @@ from qwen_jax import config_gguf, config_hf
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import kind_of
+from qwen_jax.regular_files import is_there
 from qwen_jax.weights import names, recognition
 from qwen_jax.weights.checksum import check_sha256
 from qwen_jax.weights.gguf_file import open_gguf, split_paths
@@ -113,7 +114,7 @@ def _stands_for_directory(path: Path) -> bool:
     """Whether it is a file that means the Hugging Face checkpoint, or adapter, in which it lies."""
     configs = ("config.json", "adapter_config.json")
     if path.suffix != ".safetensors" or not path.is_file():
-        return path.name in (*configs, INDEX) and path.is_file()
+        return path.name in (*configs, INDEX) and is_there(path)
     beside = any((path.parent / config).is_file() for config in configs)
     return beside and kind_of(path, "safetensors") is None
 
@@ -121,9 +122,7 @@ def _stands_for_directory(path: Path) -> bool:
 def _is_hf(directory: Path) -> bool:
     """Repositories of GGUF files may have a config.json too, but no safetensors."""
     kinds = {file.suffix.lower() for file in directory.glob("*") if file.is_file()}
-    return (directory / "config.json").is_file() and (
-        ".safetensors" in kinds or ".gguf" not in kinds
-    )
+    return is_there(directory / "config.json") and (".safetensors" in kinds or ".gguf" not in kinds)
 
 
 def _only_gguf(directory: Path) -> Path:

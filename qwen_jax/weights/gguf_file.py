@@ -16,6 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import told_by_kind
+from qwen_jax.regular_files import is_there
 from qwen_jax.weights.gguf_cursor import NOT_WELL_FORMED, Cursor
 from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
@@ -76,7 +77,7 @@ def open_gguf(path: str | Path, opened: OpenFiles | None = None) -> GGUFFile:
 
 
 def _check_all_there(path: Path, parts: list[Path]) -> None:
-    missing = [part.name for part in parts if not part.is_file()]
+    missing = [part.name for part in parts if not is_there(part)]
     if 0 < len(missing) < len(parts):
         raise UserError(
             f"{path}: of the {len(parts)} parts of this split checkpoint, {len(missing)} "

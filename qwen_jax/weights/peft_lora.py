@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 
 from qwen_jax.errors import UserError
+from qwen_jax.regular_files import is_there
 from qwen_jax.strict_json import read_object
 from qwen_jax.weights import names
 from qwen_jax.weights.low_rank import Factor, LowRank
@@ -164,7 +165,7 @@ class _Config:
     @classmethod
     def read(cls, directory: Path) -> "_Config":
         path = directory / CONFIG
-        if not path.is_file():
+        if not is_there(path):
             if below := sorted(file.parent for file in directory.glob(f"*/{CONFIG}")):
                 raise UserError(
                     f"{directory}: the directory has no {CONFIG}, but {below[0]} has; give that."
@@ -178,7 +179,7 @@ class _Config:
                 f"{directory}: it has no {CONFIG}, so it {has}; give a directory that peft saved, "
                 "or a LoRA GGUF file."
             )
-        if not (directory / WEIGHTS).is_file():
+        if not is_there(directory / WEIGHTS):
             others = [text for name, text in _OTHERS.items() if (directory / name).is_file()]
             instead = others[0] if others else "; get it from where the adapter is from"
             raise UserError(f"{directory}: it has no {WEIGHTS}{instead}.")

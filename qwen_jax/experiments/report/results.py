@@ -12,6 +12,7 @@ from qwen_jax import ready_made, strict_json
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.contents import Contents
 from qwen_jax.experiments.declaration import label
+from qwen_jax.regular_files import MOST_BYTES
 
 STATES = {"finished": "ok", "failed": "failed", None: "missing"}
 
@@ -112,7 +113,7 @@ class Results:
     def environments(self) -> list[tuple[str, dict[str, Any]]]:
         """Of each run, every environment it ran in."""
         return [
-            (run, strict_json.read_object(path, allow_nan=True, allow_halves=True))
+            (run, strict_json.read_object(path, most=MOST_BYTES, allow_nan=True, allow_halves=True))
             for run, content in zip(self.names, self.contents, strict=True)
             for path in content.environments
         ]

@@ -4,6 +4,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from qwen_jax import xla_flags
+
 if TYPE_CHECKING:
     from qwen_jax.api import Model, Options, load
     from qwen_jax.config import ModelConfig
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 # JAX would take three quarters of a GPU's memory when it wakes: on an H200 2 s, and 3.3 GB of the
 # host to keep the books of it. Weights and cache are few large arrays, which take what they need.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+xla_flags.set_before_jax()
 
 __all__ = [
     "Completion",

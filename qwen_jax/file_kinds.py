@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from qwen_jax import regular_files
 from qwen_jax.errors import UserError
 
 Expected = Literal["GGUF", "safetensors", "JSON", "text"]
@@ -90,7 +91,7 @@ def kind_of(path: Path, expected: Expected) -> str | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file:
+        with regular_files.opened(path) as file:
             head = file.read(HEAD_BYTES)
     except OSError:
         return None

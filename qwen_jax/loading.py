@@ -19,8 +19,8 @@ from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.checkpoint import Checkpoint
-from qwen_jax.weights.checksum import Progress
 from qwen_jax.weights.loader import iter_parameters
+from qwen_jax.weights.open_files import Progress
 
 
 def load_engine(
@@ -95,6 +95,7 @@ def load_engine(
             else:
                 parameters = iter_parameters(checkpoint, dtype, progress=watched)
                 weights = prepare(config, parameters, dtype, implementation)
+            checkpoint.check_unchanged()
         finally:
             tokenizer, whole = reading.result()
     engine = Engine(config, weights, **whole)

@@ -237,7 +237,7 @@ def _tools(path: str | None) -> list[Mapping[str, Any]] | None:
     if path is None:
         return None
     try:
-        tools = strict_json.parse(regular_files.read(path), path)
+        tools = strict_json.parse(regular_files.read(path, regular_files.MOST_OF_CONFIG), path)
         return plain_tools(tools)
     except OSError as error:
         raise UserError(f"--tools={path} can't be read: {regular_files.why_not(error)}") from error

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.in_force import describe
-from qwen_jax.strict_json import read_object
+from qwen_jax.strict_json import read_object_if_there
 from qwen_jax.weights.checkpoint import Checkpoint
 
 CHOICES = ("none", "model")
@@ -245,7 +245,7 @@ def read(checkpoint: Checkpoint) -> Recommended:
     if checkpoint.format == "gguf":
         return _of_gguf(checkpoint.metadata, str(checkpoint.path))
     path = checkpoint.path / "generation_config.json"
-    values = read_object(path, allow_nan=True) if path.is_file() else {}
+    values = read_object_if_there(path, allow_nan=True)
     return Recommended(str(path), _telling(values))
 
 

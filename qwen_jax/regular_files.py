@@ -10,6 +10,10 @@ MOST_BYTES = 100_000_000
 """What is read whole: the bound of the safetensors header in its own reader. A Qwen2.5
 tokenizer.json has 7 MB."""
 
+MOST_OF_CONFIG = 16_000_000
+"""What only describes something: 100 MB of empty lists would become 2 GB. A Qwen2.5
+tokenizer_config.json, the largest of them, has 7 kB, and an index of 72B's shards 80 kB."""
+
 _OTHERS = {
     stat.S_IFIFO: "it is a pipe, and no file",
     stat.S_IFCHR: "it is a device, and no file",
@@ -24,6 +28,12 @@ _WAYS = {
 }
 
 
+def is_there(path: Path) -> bool:
+    """Whether something of that name is to be read. A pipe or a device is, and will be refused:
+    what it might have said is not passed over in silence. A directory is something else."""
+    return path.exists() and not path.is_dir()
+
+
 def opened(path: str | Path) -> BinaryIO:
     """A file open to be read. Raises OSError where it can't be, or is no regular file."""
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
@@ -34,12 +44,12 @@ def opened(path: str | Path) -> BinaryIO:
     return file
 
 
-def read(path: str | Path) -> bytes:
-    """All of a file. Raises OSError where it is none, can't be read or is too large."""
+def read(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """All of a file. Raises OSError where it is none, can't be read or has more bytes."""
     with opened(path) as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
     return data
 
 

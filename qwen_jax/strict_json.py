@@ -15,17 +15,30 @@ from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import told_by_kind
 
 
-def read_object(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
-    """The JSON object in the file. Raises UserError for anything else, or where there is none."""
+def read_object(
+    path: Path,
+    *,
+    most: int = regular_files.MOST_OF_CONFIG,
+    allow_nan: bool = False,
+    allow_halves: bool = False,
+) -> dict[str, Any]:
+    """The JSON object in the file of `most` bytes at most; the other arguments are
+    `parse_object`'s. Raises UserError for anything else, or where there is none."""
     try:
-        text = regular_files.read(path)
+        text = regular_files.read(path, most)
     except OSError as error:
         raise UserError(
             f"{path}: the file cannot be read ({error.strerror}); check that it is there and "
             "yours to read."
         ) from None
     with told_by_kind(path, "JSON"):
-        return parse_object(text, str(path), allow_nan=allow_nan)
+        return parse_object(text, str(path), allow_nan=allow_nan, allow_halves=allow_halves)
+
+
+def read_object_if_there(path: Path, *, allow_nan: bool = False) -> dict[str, Any]:
+    """The same of a file that need not be there: then {}. One that is there and can't be read, such
+    as a pipe, is not passed over in silence."""
+    return read_object(path, allow_nan=allow_nan) if regular_files.is_there(path) else {}
 
 
 def parse_object(

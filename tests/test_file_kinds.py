@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from qwen_jax import strict_json
 from qwen_jax.errors import UserError
 from qwen_jax.weights.gguf_file import open_gguf
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.safetensors import read_safetensors
 from tests.weights.gguf_bytes import Bytes, tensor
 
@@ -70,7 +71,7 @@ KINDS = {
 }
 READERS = {
     "model.gguf": ("GGUF", open_gguf),
-    "model.safetensors": ("safetensors", read_safetensors),
+    "model.safetensors": ("safetensors", lambda path: read_safetensors(path, OpenFiles())),
     "tokenizer.json": ("JSON", strict_json.read_object),
 }
 

@@ -4,7 +4,6 @@ Only where a tensor lies is taken from our own parser, which has checked it agai
 """
 
 import functools
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +29,6 @@ class CheckpointValues:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.quantised = checkpoint.format == "gguf"
-        self._map = functools.cache(lambda path: np.memmap(path, np.uint8, "r"))
         self._open = functools.cache(lambda path: safe_open(path, "np"))
 
     def info(self, name: str) -> TensorInfo:
@@ -78,10 +76,10 @@ class CheckpointValues:
         """The file's bytes, counted from the tensor's first; zero where the file has none."""
         info = self.info(name)
         stop = info.nbytes if stop is None else stop
-        file = self._map(Path(info.path))
-        first, last = info.offset + start, info.offset + stop
-        inside = np.array(file[max(first, 0) : max(min(last, file.size), 0)])
-        return np.pad(inside, (max(-first, 0), max(last - file.size, 0)))
+        file = self.checkpoint.files.opened[info.path]
+        first, last, size = info.offset + start, info.offset + stop, len(file.map)
+        inside = np.array(file.bytes(max(first, 0), max(min(last, size), 0)))
+        return np.pad(inside, (max(-first, 0), max(last - size, 0)))
 
     def block(self, name: str) -> int:
         """Values in one block of the tensor's type; 1 for plain numbers."""

@@ -20,7 +20,7 @@ from qwen_jax.accuracy.faults import Change, Fault, Overlay
 from qwen_jax.accuracy.operations import OPERATIONS, PARAMETRIC
 from qwen_jax.accuracy.parameters import Source
 from qwen_jax.accuracy.replay import Finding, Progress, Replay, Replayed, Residual, compare
-from qwen_jax.accuracy.rounding import UNIT, round_to
+from qwen_jax.accuracy.rounding import round_to
 from qwen_jax.accuracy.trace import Trace
 from qwen_jax.config import ModelConfig
 

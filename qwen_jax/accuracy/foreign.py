@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import tokenize
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from qwen_jax import regular_files
+from qwen_jax import regular_files, strict_json
 from qwen_jax.accuracy.collecting import Collector
 from qwen_jax.accuracy.layout import rearrange
 from qwen_jax.accuracy.trace import (
@@ -52,6 +51,9 @@ HEADER_KEYS = {
 """Keys of a mapping that are a header's fields, and their JSON types."""
 
 TENSOR_KEYS = {"from": (str, list), "axes": str, "join": int, "dtype": str, "masked": (int, float)}
+
+MOST_PIECES, LONGEST_NAME = 256, 1000
+"""Of one tensor: a mapping must not become much larger than its file."""
 
 _DAMAGED = (
     OSError,
@@ -143,17 +145,14 @@ def _find_mapping(path: Path, mapping: str | Path | None) -> Path:
 def _read_foreign(
     path: Path, mapping: Path, config: ModelConfig, tokens: Sequence[int] | None
 ) -> Trace:
-    try:
-        fields = json.loads(regular_files.read(mapping))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{mapping}: the mapping cannot be read ({error}).") from None
+    fields = strict_json.read_object(mapping)
     arrays = _arrays(path)
     try:
-        if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
+        if fields.pop("version", None) != VERSION:
             raise UserError(f'it is no JSON object with "version": {VERSION}.')
         _check_keys(fields, HEADER_KEYS | {"layers": list, "tensors": dict}, "")
         header = _header(fields, config, tokens)
-        layers = fields.get("layers", list(range(config.num_layers)))
+        layers = _layers(fields, config)
         wanted = fields.get("tensors") or {name: name for name in arrays}
         specs = _expand(wanted, layers, config)
         tensors = {name: _tensor(name, spec, arrays, header, path) for name, spec in specs.items()}
@@ -198,8 +197,16 @@ def _header(fields: Mapping[str, Any], config: ModelConfig, tokens: Sequence[int
     )
 
 
+def _layers(fields: Mapping[str, Any], config: ModelConfig) -> list[int]:
+    """The numbers that "{i}" stands for, each once."""
+    layers: list[int] = fields.get("layers", list(range(config.num_layers)))
+    if any(type(layer) is not int or not 0 <= layer < config.num_layers for layer in layers):
+        raise UserError(f'the key "layers" must hold numbers from 0 to {config.num_layers - 1}.')
+    return list(dict.fromkeys(layers))
+
+
 def _expand(
-    wanted: Mapping[str, Any], layers: Sequence[Any], config: ModelConfig
+    wanted: Mapping[str, Any], layers: Sequence[int], config: ModelConfig
 ) -> dict[str, dict[str, Any]]:
     """One entry for every canonical name, with the layer's number filled in."""
     every = set(names(config))
@@ -212,6 +219,12 @@ def _expand(
         sources = spec["from"] if isinstance(spec["from"], list) else [spec["from"]]
         if not sources or any(not isinstance(source, str) for source in sources):
             raise UserError(f'"from" of the tensor {pattern!r} must be names.')
+        if len(sources) > MOST_PIECES or max(map(len, sources)) > LONGEST_NAME:
+            raise UserError(
+                f'"from" of the tensor {pattern!r} has {len(sources)} names, the longest of '
+                f"{max(map(len, sources))} letters, but it may have {MOST_PIECES} of "
+                f"{LONGEST_NAME}; join pieces before they are dumped."
+            )
         for layer in layers if "{i}" in pattern else (None,):
             name = pattern.replace("{i}", str(layer))
             if name not in every:
@@ -303,8 +316,8 @@ def _arrays(path: Path) -> Arrays:
 
 def _read_npy(path: Path) -> Shaped[np.ndarray, "..."]:
     try:
-        regular_files.opened(path).close()
-        array = np.load(path, allow_pickle=False)
+        with regular_files.opened(path) as file:
+            array = np.load(file, allow_pickle=False)
     except _DAMAGED as error:
         raise UserError(f"{path}: the file is no .npy file, or truncated ({error}).") from None
     if not isinstance(array, np.ndarray):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from qwen_jax.errors import UserError
 
 METRICS = {
+    "compiler_faults": "reductions of known results that the compiler under all of it gets wrong",
     "faults": "operations with an error of their own past its bound",
     "unknown": "of these, the ones no fault of the catalogue explains",
     "of_bound": "the largest own error over its bound",
@@ -33,6 +34,9 @@ METRICS = {
     "kept_float32": "operations that the precision search keeps in float32",
 }
 """What a gate can be set on."""
+
+ALWAYS = ("compiler_faults",)
+"""What is measured whatever the parts are."""
 
 _OF_LOGITS = ("mean_kld", "max_kld", "top1")
 MEASURED: dict[str, tuple[str, ...]] = {

@@ -8,6 +8,7 @@ Shape letters as in `trace.AXES`; besides, R2 is the number of rotated pairs.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class Knobs:
         centered: subtract the mean first, as LayerNorm does.
         identity: the norm does nothing.
         statistics: dtype the norm's scale is rounded to.
+        left_out: the share of a row, at its end, whose squares the norm doesn't sum.
         bias: factor of a projection's bias.
         frequencies: radians per position of each pair.
         interleaved: dimensions 2i and 2i + 1 are a pair, not i and i + R2.
@@ -89,6 +91,7 @@ class Knobs:
     centered: bool = False
     identity: bool = False
     statistics: str | None = None
+    left_out: float = 0.0
     bias: float = 1.0
     frequencies: Callable[[ModelConfig], np.ndarray] = inverse_frequencies
     interleaved: bool = False
@@ -150,7 +153,10 @@ def norm(ctx: Context, inputs: Inputs, params: Sequence[Array]) -> Float[Array, 
 
 def norm_scale(ctx: Context, x: Float[Array, "T D"]) -> Float[Array, "T 1"]:
     eps = ctx.config.rms_eps if ctx.knobs.eps is None else ctx.knobs.eps
-    mean = round_to((x * x).mean(axis=-1, keepdims=True), ctx.knobs.statistics, ctx.xp)
+    width = x.shape[-1]
+    summed = x[..., : width - math.ceil(ctx.knobs.left_out * width)]
+    mean = (summed * summed).sum(axis=-1, keepdims=True) / width
+    mean = round_to(mean, ctx.knobs.statistics, ctx.xp)
     return round_to(1 / ctx.xp.sqrt(mean + eps), ctx.knobs.statistics, ctx.xp)
 
 

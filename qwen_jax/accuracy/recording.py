@@ -25,7 +25,7 @@ from qwen_jax.generation import Completion, Request
 from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.tap import recording
 from qwen_jax.versions import version
-from qwen_jax.weights.checksum import sha256
+from qwen_jax.weights.open_files import OpenFile
 
 LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
 
@@ -281,7 +281,7 @@ def model_hash(source: str) -> str | None:
 @functools.lru_cache
 def _hash(path: Path, mtime: int, size: int) -> str:
     """Hashing reads the whole file, so once for each that has not changed."""
-    return sha256(path)
+    return OpenFile(path).sha256()
 
 
 def _plain_call(

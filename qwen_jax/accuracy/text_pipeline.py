@@ -17,6 +17,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
+from qwen_jax import regular_files
 from qwen_jax.errors import UserError
 from qwen_jax.text.chat import render_chat
 from qwen_jax.weights.checkpoint import Checkpoint
@@ -166,7 +167,7 @@ class Pipeline:
         if isinstance(template, list):
             template = {t["name"]: t["template"] for t in template}.get("default")
         if template_file.is_file():
-            template = template_file.read_text(encoding="utf-8")
+            template = regular_files.read(template_file).decode()
         special = {
             name: token if isinstance(token, str) else token["content"]
             for name in ("bos_token", "eos_token", "pad_token")
@@ -271,4 +272,4 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(regular_files.read(path)) if path.is_file() else {}

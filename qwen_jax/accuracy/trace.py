@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qwen_jax import regular_files
 from qwen_jax.accuracy.layout import flat_shape
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.errors import UserError
@@ -238,8 +239,12 @@ def load(path: str | Path) -> Trace:
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """A safetensors file's metadata and tensors. Raises UserError where it is damaged."""
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; check the path.")
+    try:
+        regular_files.opened(path).close()
+    except OSError as error:
+        raise UserError(
+            f"{path}: the file cannot be read ({error.strerror}); check the path."
+        ) from None
     try:
         with safe_open(path, "np") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -22,8 +22,8 @@ from qwen_jax.engine.weights import PlainWeights
 from qwen_jax.weights import names
 from qwen_jax.weights.blocks import FORMATS, decoded
 from qwen_jax.weights.checkpoint import Checkpoint
-from qwen_jax.weights.checksum import Progress
 from qwen_jax.weights.loader import aligned, decode
+from qwen_jax.weights.open_files import Progress
 from qwen_jax.weights.simple_quants import Parts
 from qwen_jax.weights.stored import Plain, Stored, not_finite
 from qwen_jax.weights.tensors import OtherType

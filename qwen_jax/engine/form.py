@@ -23,9 +23,9 @@ from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
 from qwen_jax.errors import UserError
 from qwen_jax.weights.checkpoint import Checkpoint
-from qwen_jax.weights.checksum import Progress
 from qwen_jax.weights.names import Parameter
 from qwen_jax.weights.on_device import block_type, iter_decoded, raw_shape
+from qwen_jax.weights.open_files import Progress
 
 FEW_TEXTS = 8
 """Up to which blocks are the faster form on a GPU; more texts share what numbers take to read."""

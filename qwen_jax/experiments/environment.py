@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from qwen_jax.experiments.lines import write_atomically
-from qwen_jax.experiments.records import ENVIRONMENTS
+from qwen_jax.experiments.contents import ENVIRONMENTS
+from qwen_jax.experiments.lines import write_atomically, written
 from qwen_jax.versions import version
 
 PACKAGES = (
@@ -53,7 +53,8 @@ def save(directory: Path) -> str:
     text = json.dumps(found, indent=1, ensure_ascii=False)
     name = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = directory / ENVIRONMENTS
-    folder.mkdir(exist_ok=True)
+    with written(folder):
+        folder.mkdir(exist_ok=True)
     if not (folder / f"{name}.json").exists():
         write_atomically(folder / f"{name}.json", text)
     return name

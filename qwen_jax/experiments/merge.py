@@ -1,17 +1,17 @@
 """Shards into one directory, which is then as if one machine had run all points."""
 
+import collections
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import utf8
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
-from qwen_jax.experiments.moved import moved
-from qwen_jax.experiments.records import (
+from qwen_jax.experiments.contents import (
     CONFIG,
     CONFIG_FILE,
     ENVIRONMENTS,
@@ -21,13 +21,9 @@ from qwen_jax.experiments.records import (
     OUTPUTS,
     SHARD,
     Contents,
-    difference,
-    foreign_in,
-    hold,
-    refuse_foreign,
-    unused,
 )
-from qwen_jax.regular_files import why_not_written
+from qwen_jax.experiments.moved import moved
+from qwen_jax.experiments.records import difference, foreign_in, hold, refuse_foreign, unused
 from qwen_jax.settings import program
 
 
@@ -42,7 +38,8 @@ def merge(named: Sequence[Path], out: Path | None) -> list[str]:
 
     Raises:
         UserError: there is nothing to merge, a shard is in use, shards are of different
-            experiments, a point is in two of them, or `out` holds an experiment already.
+            experiments, a point is in two of them, a line of one is damaged or a file of it gone,
+            or `out` holds an experiment already.
     """
     refuse_named_twice(named)
     shards = [shard for path in named for shard in _shards_in(path)]
@@ -53,6 +50,8 @@ def merge(named: Sequence[Path], out: Path | None) -> list[str]:
         contents = [Contents.read(path) for path in shards]
         _refuse_others(contents)
         _refuse_doubled(contents)
+        for content in contents:
+            collections.deque(content.outputs(), maxlen=0)  # Raises where a line is damaged.
         if out is None:
             out = _only(named, contents)
         _refuse_used(out)
@@ -99,12 +98,7 @@ def _refuse_used(out: Path) -> None:
 def _merged(contents: Sequence[Contents], out: Path) -> list[str]:
     ended = {point for content in contents for point in content.ends}
     ids = [point["id"] for point in contents[0].config["points"]]
-    try:
-        _write(contents, out, ids)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out} can't be written: {why_not_written(error)}"
-        ) from error
+    _write(contents, out, ids)
     return [point for point in ids if point not in ended]
 
 
@@ -158,18 +152,16 @@ def _refuse_doubled(contents: Sequence[Contents]) -> None:
 
 def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
     """The config goes last: without it, a merge that was cut short can be repeated."""
-    (out / ENVIRONMENTS).mkdir(exist_ok=True)
     for name in (METRICS, OUTPUTS, LOG):
-        with (out / f".{name}").open("wb") as merged:
+        with lines.placed(out / name) as temporary, temporary.open("wb") as merged:
             for content in contents:
-                if (content.path / name).exists():
-                    # Line by line: a killed process may have left half of one.
-                    with (content.path / name).open("rb") as file:
-                        merged.writelines(line for line in file if line.endswith(b"\n"))
-        lines.put(out / f".{name}", out / name)
-    for content in contents:
-        for path in (content.path / ENVIRONMENTS).glob("*.json"):
-            shutil.copy(path, out / ENVIRONMENTS / path.name)
+                # Line by line: a killed process may have left half of one.
+                merged.writelines(lines.whole(content.path / name))
+    environments = {path.name: path for content in contents for path in content.environments}
+    with lines.written(out / ENVIRONMENTS):
+        (out / ENVIRONMENTS).mkdir(exist_ok=True)
+    for name, path in environments.items():
+        lines.write_atomically(out / ENVIRONMENTS / name, utf8.read(path))
     lines.write_atomically(out / CONFIG_FILE, contents[0].source)
     config = contents[0].config | {"shard": None, "assigned": ids}
     text = json.dumps(config, indent=1, ensure_ascii=False)

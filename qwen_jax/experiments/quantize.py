@@ -7,7 +7,6 @@ better scales, so their numbers are an upper bound of the error of llama.cpp's f
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import kquants
+from qwen_jax.experiments import kquants, lines
 from qwen_jax.weights.blocks import decode_into
 from qwen_jax.weights.loader import open_checkpoint
 
@@ -42,10 +41,10 @@ def made(source: Path, kind: str, directory: Path) -> Path:
     name = hashlib.sha256(str(source).encode()).hexdigest()[:6]
     path = directory / "models" / f"{source.stem}-{name}-{kind}.gguf"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        write(source, Type[kind], temporary)
-        temporary.replace(path)
+        with lines.written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with lines.placed(path) as temporary:
+            write(source, Type[kind], temporary)
     return path
 
 

@@ -9,94 +9,35 @@ log.txt          what happened, with tracebacks
 """
 
 import contextlib
-import dataclasses
 import difflib
 import fcntl
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
+from qwen_jax.experiments.contents import (
+    CONFIG,
+    CONFIG_FILE,
+    FORMAT,
+    LOCK,
+    METRICS,
+    OUTPUTS,
+    SHARD,
+    Contents,
+    refuse_others,
+)
 from qwen_jax.experiments.declaration import Declaration, Point, label
 from qwen_jax.experiments.lines import Lines
 from qwen_jax.experiments.moved import moved
-from qwen_jax.regular_files import why_not, why_not_written
+from qwen_jax.regular_files import why_not_written
 from qwen_jax.settings import program
 
-CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
-CONFIG_FILE, ENVIRONMENTS, LOCK = "config.py", "environments", "lock"
-SHARD = re.compile(r"shard-\d+-of-\d+")
-FORMAT = 1
 _SHOWN = 40
 """Lines of a difference that are shown."""
-_FIELDS = {"config_file", "changed", "config", "inputs", "points", "shard", "assigned"}
-_NEEDED: dict[Any, tuple[str, ...]] = {
-    "session": ("environment",),
-    "started": ("point",),
-    "finished": ("point", "metrics"),
-    "failed": ("point", "kind", "reason"),
-}
-"""What must be in an event, besides its name."""
-
-
-def _needs(event: dict[str, Any]) -> tuple[str, ...]:
-    return ("event", *_NEEDED.get(event.get("event"), ()))
-
-
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """What stands in a workdir, for reports and for merging."""
-
-    path: Path
-    config: dict[str, Any]
-    events: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, path: Path) -> "Contents":
-        """Raises UserError where the directory holds no experiment."""
-        _refuse_others(path)
-        try:
-            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            shards = sorted(p.name for p in path.glob("*") if SHARD.fullmatch(p.name))
-            hint = "name the --workdir of one"
-            if shards:
-                hint = f"{program()} merge {path} puts {', '.join(shards)} together"
-            raise UserError(f"{path} holds no experiment: it has no {CONFIG}; {hint}.") from None
-        except NotADirectoryError:
-            raise UserError(f"{path} is no directory; name an experiment's workdir.") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path / CONFIG} can't be read: {error}.") from error
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise UserError(f"{path / CONFIG} has a format that this version does not know.")
-        if lacking := _FIELDS - config.keys():
-            raise UserError(f"{path / CONFIG} has no {min(lacking)}; restore the file.")
-        return cls(path, config, list(lines.read(path / METRICS, needs=_needs)))
-
-    @property
-    def source(self) -> str:
-        """The config file as it was, or nothing where it is gone."""
-        path = self.path / CONFIG_FILE
-        return path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-
-    @property
-    def ends(self) -> dict[str, dict[str, Any]]:
-        """Each point's last `finished` or `failed` event, by its id."""
-        return {e["point"]: e for e in self.events if e["event"] in ("finished", "failed")}
-
-    @property
-    def begun(self) -> set[str]:
-        """Ids of the points that may have outputs."""
-        return {e["point"] for e in self.events if e["event"] == "started"}
-
-    @property
-    def assigned(self) -> list[str]:
-        """Ids of the points that this directory is to have: all, or a shard's."""
-        return self.config["assigned"]
 
 
 def described(declaration: Declaration, assigned: list[Point], shard: str | None) -> dict[str, Any]:
@@ -173,7 +114,7 @@ def hold(directory: Path) -> int:
     """Makes a directory, if need be, and keeps others from writing into it while the file that is
     returned is open. Raises UserError where that can't be."""
     make(directory)
-    _refuse_others(directory)
+    refuse_others(directory)
     with _written(directory):
         file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -187,24 +128,13 @@ def hold(directory: Path) -> int:
 @contextlib.contextmanager
 def unused(directory: Path) -> Iterator[None]:
     """Nobody writes into an experiment's directory meanwhile. Raises UserError where one does."""
-    _refuse_others(directory)
+    refuse_others(directory)
     if not (directory / LOCK).exists():  # A copy may lack it.
         yield
         return
     with (directory / LOCK).open("rb") as file:
         _lock(file.fileno(), directory)
         yield
-
-
-def _refuse_others(directory: Path) -> None:
-    """Raises UserError where a pipe or a device has a record's name: reading it would never end."""
-    try:
-        for name in (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG):
-            path = directory / name
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise UserError(f"{path} is no file; remove it, or choose another directory.")
-    except OSError as error:  # as of a name that is too long
-        raise UserError(f"{directory} can't be read: {why_not(error)}") from error
 
 
 def foreign_in(directory: Path, ours: set[str]) -> set[str]:
@@ -239,11 +169,11 @@ class Records:
         self._lock = hold(directory)
         try:
             self.resumed = self._claim(description, source)
+            contents = Contents.read(directory)
+            self._with_outputs = {item["point"] for item in contents.outputs()}
             self._metrics = Lines(directory / METRICS)
             self._outputs = Lines(directory / OUTPUTS)
-            self.ends = Contents.read(directory).ends
-            recorded = lines.read(directory / OUTPUTS, needs=lambda item: ("point",))
-            self._with_outputs = {item["point"] for item in recorded}
+            self.ends = contents.ends
         except BaseException:
             os.close(self._lock)
             raise
@@ -301,11 +231,13 @@ class Records:
     def output(self, point: Point, item: dict[str, Any]) -> None:
         self._outputs.append({"point": point.id, **item})
 
-    def outputs(self, point: Point) -> Iterator[dict[str, Any]]:
-        """The items of a point that earlier sessions recorded."""
+    def outputs(
+        self, point: Point, fault: Callable[[dict[str, Any]], str]
+    ) -> Iterator[dict[str, Any]]:
+        """The items of a point that earlier sessions recorded, without a fault."""
         if point.id in self._with_outputs:
             start = f'{{"point": "{point.id}"'.encode()
-            yield from lines.read(self.directory / OUTPUTS, start)
+            yield from lines.read(self.directory / OUTPUTS, start, fault=fault)
 
     def close(self) -> None:
         self._metrics.close()

@@ -18,10 +18,11 @@ from qwen_jax.api import Model
 from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import environment, profiling
-from qwen_jax.experiments.lines import NotWritten
+from qwen_jax.experiments.contents import LOG
+from qwen_jax.experiments.lines import NotWritten, written
 from qwen_jax.experiments.models import Models
 from qwen_jax.experiments.plan import Planned
-from qwen_jax.experiments.records import LOG, Records
+from qwen_jax.experiments.records import Records
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
@@ -103,6 +104,7 @@ class PointWork(Work):
         self.config, self.asked = item.point.config, item.point.asked
         self.directory = records.directory
         self._point, self._records, self._models = item.point, records, models
+        self._task = item.task
         self._bar = tqdm(
             desc="  this point", leave=False, position=1, disable=not sys.stderr.isatty()
         )
@@ -120,7 +122,7 @@ class PointWork(Work):
         return self._models.request(self.config, item)
 
     def recorded(self) -> Iterator[dict[str, Any]]:
-        return self._records.outputs(self._point)
+        return self._records.outputs(self._point, self._task.fault_of)
 
     def record(self, **item: Any) -> None:
         self._records.output(self._point, item)
@@ -159,10 +161,21 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
+class _LogFile(logging.FileHandler):
+    """A log that is a record: where it can't be written, nothing else is."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):  # a message that can't be put together
+            return super().handleError(record)
+        with written(Path(self.baseFilename)):
+            raise
+
+
 @contextlib.contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
     """Adds this module's messages to a file, and the warnings that the terminal gets."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    with written(path):
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = (_log, logging.getLogger("absl"))
     for logger in loggers:
@@ -172,7 +185,8 @@ def _logged_to(path: Path) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # What is left in it was refused before.
+            handler.close()
 
 
 def devices_line() -> str:

@@ -78,6 +78,10 @@ class Task(abc.ABC):
     def __init__(self, config: ConfigDict):
         self.config = config
 
+    def fault_of(self, item: dict[str, Any]) -> str:
+        """What is wrong with an item that `work.recorded()` reads, in words; nothing by default."""
+        return ""
+
     @abc.abstractmethod
     def run(self, work: Work) -> Metrics:
         """Does the work, records its items and returns the point's metrics.

@@ -63,7 +63,7 @@ class Answers:
         beside = _settings_file(self.path)
         prompts = {json.dumps(item.id): _digest(item) for item in items if isinstance(item, Item)}
         if self.resumed and beside.exists():
-            noted = strict_json.read_object(beside)
+            noted = strict_json.read_object(beside, most=regular_files.MOST_BYTES)
             wanted = json.loads(json.dumps(made_with))
             if lacking := [name for name in (*wanted, "prompts") if name not in noted]:
                 raise UserError(
@@ -153,6 +153,12 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
                 file = files.enter_context(_opened(path, "a"))
                 _hold(file, path)
             yield Answers(file, path, resumed, done)
+    except BrokenPipeError:  # stderr's
+        raise
+    except OSError as error:  # A full disk's doesn't know the file, and closing it tries again.
+        raise UserError(
+            f"--output={path} can't be written: {error.strerror}; make room, and --resume goes on."
+        ) from error
     finally:
         if path.stat().st_size == 0:
             path.unlink()

@@ -2,20 +2,23 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, opening, pins, prompts
+from qwen_jax import api, opening, pins, prompts, xla_flags
 from qwen_jax.accuracy import distribution, gates, report
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.cache_audit import audit_cache
 from qwen_jax.accuracy.catalogue import FAULTS
 from qwen_jax.accuracy.comparison import compare
+from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.diagnosis import diagnose
 from qwen_jax.accuracy.faults import parse as parse_faults
 from qwen_jax.accuracy.foreign import open_trace
@@ -50,11 +53,15 @@ def run(command: Command) -> int:
         _list_faults()
         return 0
     pins.pin_and_tell(config, pins.OF_COMPARE)
+    compiler = probe()
+    if compiler.wrong:
+        logging.warning("The compiler can't be trusted here: %s.%s", compiler, _way_out())
     if settings.save_base is not None:
         return _save_base(config)
     if config.workdir is not None:
         report.prepare(config.workdir)
     found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
+    found = dataclasses.replace(found, compiler=compiler)
     outcomes = gates.check(limits, report.values(found))
     found = dataclasses.replace(found, gates=outcomes)
     print(visible(report.text(found)), end="")
@@ -62,6 +69,13 @@ def run(command: Command) -> int:
         for path in report.write(config.workdir, found):
             print(f"wrote {path}", file=sys.stderr)
     return int(any(outcome.failed for outcome in outcomes))
+
+
+def _way_out() -> str:
+    """What to do about the flag that is known to help, where it is not in force."""
+    if f"{xla_flags.REDUCTIONS}=-reduce" in os.environ.get("XLA_FLAGS", ""):
+        return " Take another version of JAX."
+    return f" Start with XLA_FLAGS={xla_flags.REDUCTIONS}=-reduce, or take another version of JAX."
 
 
 def _list_faults() -> None:

@@ -42,7 +42,7 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
     """
     _check_effect(settings.asked(config, overrides), config, parts)
     compare = config.compare
-    measured = {name for part in parts for name in gates.MEASURED[part]}
+    measured = {name for part in parts for name in gates.MEASURED[part]} | {*gates.ALWAYS}
     for gate in gates.parse(compare.fail_if or ""):
         if gate.metric not in measured:
             of = " and ".join(part for part in PARTS if gate.metric in gates.MEASURED[part])

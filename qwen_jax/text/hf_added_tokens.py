@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from qwen_jax.errors import UserError
-from qwen_jax.strict_json import read_object
+from qwen_jax.strict_json import read_object_if_there
 from qwen_jax.text.vocabulary import is_control
 
 # In the order in which transformers gives ids to those that have none.
@@ -116,12 +116,12 @@ def read(
     if decoder is None:
         # Only where the newer entry is absent does transformers read the older files.
         path = source.with_name("special_tokens_map.json")
-        older = read_object(path) if path.is_file() else {}
+        older = read_object_if_there(path)
         roles |= _roles(older, path)
         lists |= _lists(older, path)
         named = {*roles.values(), *lists}
         path = source.with_name("added_tokens.json")
-        for text, token in (read_object(path) if path.is_file() else {}).items():
+        for text, token in read_object_if_there(path).items():
             found.add(text, _id(token, text, path), {"special": text in named}, path)
     elif not isinstance(decoder, dict):
         raise UserError(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
+from qwen_jax.regular_files import is_there
 from qwen_jax.text.text_file import read_text
 
 DEFAULT = "default"
@@ -20,7 +21,7 @@ def read(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     templates = _in_config(config.get("chat_template"), directory / "tokenizer_config.json")
     named = sorted(directory.glob("additional_chat_templates/*.jinja"))
     paths = {DEFAULT: directory / "chat_template.jinja"} | {path.stem: path for path in named}
-    return templates | {name: read_text(path) for name, path in paths.items() if path.is_file()}
+    return templates | {name: read_text(path) for name, path in paths.items() if is_there(path)}
 
 
 def _in_config(value: object, path: Path) -> dict[str, str]:

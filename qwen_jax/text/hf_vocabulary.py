@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from absl import logging
 
 from qwen_jax.errors import UserError
-from qwen_jax.strict_json import read_object
+from qwen_jax.regular_files import MOST_BYTES, is_there
+from qwen_jax.strict_json import read_object, read_object_if_there
 from qwen_jax.text import hf_added_tokens, hf_templates
 from qwen_jax.text.hf_added_tokens import AddedTokens
 from qwen_jax.text.hf_post_processor import around
@@ -50,9 +51,9 @@ def read(directory: Path) -> Vocabulary:
     Raises UserError where a file is missing, malformed or contradicts another.
     """
     path, slow = directory / "tokenizer.json", directory / "vocab.json"
-    config = _read_if_there(directory / "tokenizer_config.json")
-    if path.is_file():
-        content = read_object(path)
+    config = read_object_if_there(directory / "tokenizer_config.json")
+    if is_there(path):
+        content = read_object(path, most=MOST_BYTES)
         model = _field(content, "model", dict, path)
         _check_is_qwen2(content, model, path)
         listed = content.get("added_tokens") or []
@@ -61,9 +62,9 @@ def read(directory: Path) -> Vocabulary:
         tokens = hf_added_tokens.read(_field(model, "vocab", dict, path), listed, path, config)
         merges = _merges(model, path)
         before, after = around(content.get("post_processor"), path)
-    elif slow.is_file():
+    elif is_there(slow):
         path = slow
-        tokens = hf_added_tokens.read(read_object(path), [], path, config)
+        tokens = hf_added_tokens.read(read_object(path, most=MOST_BYTES), [], path, config)
         merges = _merge_lines(directory / "merges.txt")
         before, after = (
             [tokens.ids[tokens.roles[f"{name}_token"]]]
@@ -160,7 +161,7 @@ def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
 
 def _merge_lines(path: Path) -> list[tuple[str, str]]:
     """merges.txt: "left right" a line, after a first line with the format's version."""
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(
             f"{path} is missing, and vocab.json beside it is no tokenizer without its merges; "
             "download it from the checkpoint's repository."
@@ -181,7 +182,7 @@ def _merge_lines(path: Path) -> list[tuple[str, str]]:
 
 def _generation_ends(path: Path, tokens: dict[int, str]) -> list[int]:
     """Ends of generation_config.json, without those that no token has."""
-    value = _read_if_there(path).get("eos_token_id")
+    value = read_object_if_there(path).get("eos_token_id")
     ends = value if isinstance(value, list) else [] if value is None else [value]
     for end in ends:
         if type(end) is not int:
@@ -202,8 +203,3 @@ def _field(where: dict[str, Any], key: str, kind: type[T], path: Path) -> T:
             "where the model is from."
         )
     return value
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is no such file."""
-    return read_object(path) if path.is_file() else {}

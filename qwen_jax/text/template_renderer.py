@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,9 +15,17 @@ from qwen_jax.errors import UserError
 WORKER = Path(__file__).with_name("template_worker.py")
 # Importing jinja2 takes 0.1 s; a cold disk may need far longer, and that is not the template's.
 START_SECONDS = 60.0
+# For a child that has hung up to end, which takes a few milliseconds.
+_LAST_SECONDS = 5.0
 # JSON writes a control character in six bytes, and the reply has a few of its own.
 _REPLY_BYTES_PER_BYTE = 6
 _REPLY_OVERHEAD = 1 << 16
+_ENVIRONMENT = (
+    *("PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "HOME"),  # finds jinja2
+    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ"),
+)
+"""Variables that the child needs. Any other may be a secret, which a template that escapes its
+sandbox could write into a text."""
 # For each byte of a long conversation as JSON. Templates write a message once or twice; short
 # messages took 14 bytes of memory and 0.4 us a byte on a busy core with Qwen2.5's template.
 _TEXT_PER_BYTE = 4
@@ -91,10 +100,17 @@ class TemplateRenderer:
                     f"{source}: its chat template {reply['error']}; correct the conversation or "
                     "the template, or use the model without a chat."
                 )
+            code, said = self._ended() if in_time and not reply else (0, "")
             self.close()
         breach = reply.get("limit", "needed too much memory or crashed")
         if not in_time:
             breach = f"took longer than {limits.seconds:g} s"
+        elif code > 0 and not said.startswith("MemoryError"):
+            # What a template does to its process ends it by a signal.
+            raise UserError(
+                f"the process that renders chat templates ended with the code {code} ({said}), "
+                f"which is no fault of {source}; try again, and report it if it happens again."
+            )
         raise UserError(
             f"{source}: its chat template {breach} and was stopped; shorten the conversation, or "
             "if it is short, do not trust this file."
@@ -105,12 +121,24 @@ class TemplateRenderer:
         child, self._child = self._child, None
         if child is None:
             return
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
         child.kill()
         child.wait()
         child.stdout.close()
+        child.stderr.close()
         with contextlib.suppress(BrokenPipeError):  # a request that it never read
             child.stdin.close()
+
+    def _ended(self) -> tuple[int, str]:
+        """The exit code of a child that has hung up, and the last line of its complaint."""
+        child = self._child
+        assert child is not None
+        try:
+            _, complaint = child.communicate(timeout=_LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            _, complaint = child.communicate()
+        return child.returncode, complaint.decode(errors="replace").strip().rpartition("\n")[2]
 
     def _start(self, limits: _Limits) -> None:
         self._childs_limits = limits
@@ -121,15 +149,20 @@ class TemplateRenderer:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             )
-            started, _ = self._exchange(b"", START_SECONDS)
-        except OSError:
-            started = {}
+            started, in_time = self._exchange(b"", START_SECONDS)
+            why = f"it took longer than {START_SECONDS:g} s"
+            if in_time and not started:
+                code, said = self._ended()
+                why = said or f"it ended with the code {code}"
+        except OSError as error:
+            started, why = {}, f"{error.strerror}"
         if not started:
             self.close()
             raise UserError(
-                "the process that renders chat templates did not start; see what "
+                f"the process that renders chat templates did not start ({why}); see what "
                 f"`{' '.join(command)}` says."
             )
 

@@ -2,7 +2,8 @@
 
 A template is a program from the internet: it can loop for years or ask for all memory in one
 expression, and no sandbox inside a process stops that. This one gives itself limits, reads one
-JSON request per line and answers with one JSON reply per line, {"text": …} or {"error": …}.
+JSON request per line and answers with one JSON reply per line: {"text": …}, {"error": …} of the
+template or {"limit": …}. Where it fails by itself it ends with a traceback.
 
 It runs as a file, not as a module of the package, so that it imports jinja2 and nothing else.
 """
@@ -26,20 +27,8 @@ try:
 except ImportError:  # Windows: time and output are bounded there, memory is not
     resource = None  # type: ignore[assignment]
 
-# What a template can raise besides jinja2's own errors; anything else ends the process.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
 MAX_ERROR_CHARS = 300
+OUT_OF_MEMORY = "needed too much memory"
 # What jinja2 imports only when a template needs it, which is too late here.
 LATE_IMPORTS = (
     "encodings.unicode_escape",
@@ -111,12 +100,12 @@ def render(template: str, context: dict[str, Any], max_bytes: int) -> dict[str, 
                 return {"limit": f"wrote more than {max_bytes} bytes"}
             pieces.append(piece)
     except MemoryError:
-        return {"limit": "needed too much memory"}
+        return {"limit": OUT_OF_MEMORY}
     except RefusedByTemplate as error:
         return {"error": f"refuses the conversation: {_short(error)}"}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"has a syntax error in line {error.lineno}: {_short(error.message)}"}
-    except TEMPLATE_ERRORS as error:
+    except Exception as error:  # Whatever it is, the template has led to it.
         return {"error": f"failed with {type(error).__name__}: {_short(error)}"}
     return {"text": "".join(pieces)}
 
@@ -161,15 +150,19 @@ def main(seconds: float, max_bytes: int, memory_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _environment()
     _limit(memory_bytes)
-    _reply({"ready": True})
+    _write('{"ready": true}')
     for line in sys.stdin.buffer:
-        request = json.loads(line)
         _limit_cpu(seconds)
-        _reply(render(request["template"], request["context"], max_bytes))
+        try:
+            request = json.loads(line)
+            reply = json.dumps(render(request["template"], request["context"], max_bytes))
+        except MemoryError:
+            reply = json.dumps({"limit": OUT_OF_MEMORY})
+        _write(reply)
 
 
-def _reply(content: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(json.dumps(content).encode("ascii") + b"\n")
+def _write(reply: str) -> None:
+    sys.stdout.buffer.write(reply.encode("ascii") + b"\n")
     sys.stdout.buffer.flush()
 
 

@@ -11,20 +11,21 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights import gguf_lora, names, peft_lora
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.low_rank import LowRank, Merged
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.peft_lora import Adapter
 from qwen_jax.weights.stored import Plain, Stored
 
 
-def open_adapter(path: Path) -> Adapter:
-    """A PEFT LoRA directory, or a LoRA GGUF file.
+def open_adapter(path: Path, opened: OpenFiles) -> Adapter:
+    """A PEFT LoRA directory, or a LoRA GGUF file, whose weights are read in `opened`.
 
     Raises UserError for what is no adapter, or one that is more than plain LoRA.
     """
     if path.is_dir():
-        return peft_lora.open_adapter(path)
+        return peft_lora.open_adapter(path, opened)
     if path.suffix in (".safetensors", ".json", ".bin"):
         raise UserError(f"{path}: give the adapter's directory {path.parent}, not a file in it.")
-    return gguf_lora.open_adapter(path)
+    return gguf_lora.open_adapter(path, opened)
 
 
 def with_adapters(checkpoint: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
@@ -33,7 +34,7 @@ def with_adapters(checkpoint: Checkpoint, paths: Sequence[Path]) -> Checkpoint:
     Raises UserError where an adapter is no plain LoRA, or for another model.
     """
     for path in paths:
-        checkpoint = _with(checkpoint, open_adapter(path))
+        checkpoint = _with(checkpoint, open_adapter(path, checkpoint.files.opened))
     return checkpoint
 
 

@@ -13,10 +13,12 @@ from qwen_jax import config_gguf, config_hf
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import kind_of
+from qwen_jax.regular_files import is_there
 from qwen_jax.weights import names, recognition
-from qwen_jax.weights.checksum import Progress, check_sha256
+from qwen_jax.weights.checksum import check_sha256
 from qwen_jax.weights.gguf_file import open_gguf, split_paths
 from qwen_jax.weights.hf_directory import INDEX, open_directory
+from qwen_jax.weights.open_files import OpenFiles, Progress
 from qwen_jax.weights.prefixes import Naming
 from qwen_jax.weights.quantization import Quantization, Unquantised, read_quantization
 from qwen_jax.weights.stored import Stored
@@ -54,6 +56,13 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         return self.files.tensors
 
+    def check_unchanged(self) -> None:
+        """Raises UserError where a file, an adapter's too, was written to since it was opened.
+
+        To be called when the weights are read: what came last may be of the new file.
+        """
+        self.files.opened.check()
+
     @property
     def quantization(self) -> dict[str, int]:
         """How many weights are stored in which way (Q4_K, GPTQ-Int4), the most frequent first."""
@@ -84,11 +93,12 @@ def open_checkpoint(
 def _open(given: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:
     path = given.parent if _stands_for_directory(given) else given
     if not _is_hf(path):
+        opened = OpenFiles()
         if path.is_dir():
             path = _only_gguf(path)
         if sha256 is not None:
-            check_sha256(split_paths(path), sha256, progress)
-        return _open_gguf(path)
+            check_sha256(opened, split_paths(path), sha256, progress)
+        return _open_gguf(path, opened)
     if sha256 is not None:
         raise UserError(f"{given}: sha256 is for GGUF files, and this is none; drop it.")
     checkpoint = _open_directory(path)
@@ -104,7 +114,7 @@ def _stands_for_directory(path: Path) -> bool:
     """Whether it is a file that means the Hugging Face checkpoint, or adapter, in which it lies."""
     configs = ("config.json", "adapter_config.json")
     if path.suffix != ".safetensors" or not path.is_file():
-        return path.name in (*configs, INDEX) and path.is_file()
+        return path.name in (*configs, INDEX) and is_there(path)
     beside = any((path.parent / config).is_file() for config in configs)
     return beside and kind_of(path, "safetensors") is None
 
@@ -112,9 +122,7 @@ def _stands_for_directory(path: Path) -> bool:
 def _is_hf(directory: Path) -> bool:
     """Repositories of GGUF files may have a config.json too, but no safetensors."""
     kinds = {file.suffix.lower() for file in directory.glob("*") if file.is_file()}
-    return (directory / "config.json").is_file() and (
-        ".safetensors" in kinds or ".gguf" not in kinds
-    )
+    return is_there(directory / "config.json") and (".safetensors" in kinds or ".gguf" not in kinds)
 
 
 def _only_gguf(directory: Path) -> Path:
@@ -132,8 +140,8 @@ def _only_gguf(directory: Path) -> Path:
     )
 
 
-def _open_gguf(path: Path) -> Checkpoint:
-    files = open_gguf(path)
+def _open_gguf(path: Path, opened: OpenFiles) -> Checkpoint:
+    files = open_gguf(path, opened)
     recognition.check_gguf(path, files.metadata, files.tensors)
     if not files.tensors:
         raise UserError(f"{path}: the file holds a vocabulary and no weights; choose a model file.")

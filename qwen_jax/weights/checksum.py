@@ -1,38 +1,20 @@
 """SHA-256 of the files a checkpoint is made of, against what its publisher says."""
 
-import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax.errors import UserError
-
-_CHUNK = 8 << 20
-
-Progress = Callable[[int, int], None]
+from qwen_jax.weights.open_files import OpenFiles, Progress
 
 
-def sha256(path: Path, progress: Progress | None = None) -> str:
-    """The SHA-256 of one file, in hexadecimal; `progress` hears bytes done and in all."""
-    digest = hashlib.sha256()
-    try:
-        total = path.stat().st_size
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                if progress:
-                    progress(file.tell(), total)
-    except OSError as error:
-        raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check the path."
-        ) from None
-    return digest.hexdigest()
-
-
-def check_sha256(paths: Sequence[Path], expected: str, progress: Progress | None = None) -> None:
+def check_sha256(
+    opened: OpenFiles, paths: Sequence[Path], expected: str, progress: Progress | None = None
+) -> None:
     """Raises UserError unless every file has its hash.
 
     Args:
+        opened: where they are read, now and afterwards.
         paths: all files of the checkpoint; a hash covers exactly one of them.
         expected: one hash per file, in their order, with commas between.
     """
@@ -47,7 +29,7 @@ def check_sha256(paths: Sequence[Path], expected: str, progress: Progress | None
             "this order, with commas between."
         )
     for path, word in zip(paths, hashes, strict=True):
-        found = sha256(path, progress)
+        found = opened[path].sha256(progress)
         if found != word:
             raise UserError(
                 f"{path}: the SHA-256 is {found}, not {word} as asked; the file is damaged or "

@@ -8,7 +8,6 @@ in a `GGUFFile` or in one UserError, within memory bounded by `MAX_HEADER_BYTES`
 
 import dataclasses
 import math
-import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import told_by_kind
+from qwen_jax.regular_files import is_there
 from qwen_jax.weights.gguf_cursor import NOT_WELL_FORMED, Cursor
-from qwen_jax.weights.tensors import TensorFiles, TensorInfo, map_file
+from qwen_jax.weights.open_files import OpenFiles
+from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 63  # GGML's GGML_MAX_NAME counts the null at its end
@@ -52,17 +53,17 @@ class GGUFFile(TensorFiles):
     version: int
 
 
-def open_gguf(path: str | Path) -> GGUFFile:
-    """Opens a GGUF file, or a split checkpoint by any of its parts.
+def open_gguf(path: str | Path, opened: OpenFiles | None = None) -> GGUFFile:
+    """Opens a GGUF file, or a split checkpoint by any of its parts, in `opened` if that is given.
 
     Raises UserError, naming file and field, for anything but well-formed little-endian GGUF
     version 2 or 3.
     """
-    path = Path(path)
+    path, opened = Path(path), OpenFiles() if opened is None else opened
     paths = split_paths(path)
     if not path.is_file():
         _check_all_there(path, paths)
-    part = _read_part(path)
+    part = _read_part(path, opened)
     count = _integer(path, part.metadata, "split.count", default=1)
     if count <= 1:
         return part
@@ -72,11 +73,11 @@ def open_gguf(path: str | Path) -> GGUFFile:
             f"-0000N-of-{count:05d}.gguf; give the parts the names they were published under."
         )
     _check_all_there(path, paths)
-    return _join([part if other == path else _read_part(other) for other in paths])
+    return _join([part if other == path else _read_part(other, opened) for other in paths])
 
 
 def _check_all_there(path: Path, parts: list[Path]) -> None:
-    missing = [part.name for part in parts if not part.is_file()]
+    missing = [part.name for part in parts if not is_there(part)]
     if 0 < len(missing) < len(parts):
         raise UserError(
             f"{path}: of the {len(parts)} parts of this split checkpoint, {len(missing)} "
@@ -124,15 +125,16 @@ def _join(parts: list[GGUFFile]) -> GGUFFile:
             f"{len(tensors)} tensors; they are not of one checkpoint, so take all from one place."
         )
     paths = tuple(path for part in parts for path in part.paths)
-    return GGUFFile(paths, parts[0].metadata, tensors, parts[0].version)
+    return dataclasses.replace(parts[0], paths=paths, tensors=tensors)
 
 
-def _read_part(path: Path) -> GGUFFile:
+def _read_part(path: Path, opened: OpenFiles) -> GGUFFile:
     with told_by_kind(path, "GGUF"):
-        return _parse(path, map_file(path))
+        return _parse(path, opened)
 
 
-def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
+def _parse(path: Path, opened: OpenFiles) -> GGUFFile:
+    data = opened[path].map
     cursor = Cursor(path, data)
     version, num_tensors, num_pairs = _read_header(cursor)
     metadata: dict[str, Any] = {}
@@ -165,7 +167,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
                 f"the file has only {len(data)}; finish the download, or compare the size with the "
                 "published one."
             )
-    return GGUFFile((path,), metadata, tensors, version)
+    return GGUFFile((path,), metadata, tensors, version, opened=opened)
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -11,15 +11,18 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.gguf_file import open_gguf
 from qwen_jax.weights.low_rank import Factor, LowRank
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.peft_lora import Adapter
 from qwen_jax.weights.stored import Plain
 
 _EMBED = names.EMBED.sources[0].gguf
 
 
-def open_adapter(path: Path) -> Adapter:
-    """Raises UserError, naming key and value, for a GGUF file that is not plain LoRA for Qwen2."""
-    files = open_gguf(path)
+def open_adapter(path: Path, opened: OpenFiles) -> Adapter:
+    """An adapter, whose weights are read in `opened`.
+
+    Raises UserError, naming key and value, for a GGUF file that is not plain LoRA for Qwen2."""
+    files = open_gguf(path, opened)
 
     def need(key: str, wanted: str, why: str) -> None:
         if (given := files.metadata.get(key)) != wanted:

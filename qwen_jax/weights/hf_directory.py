@@ -7,8 +7,10 @@ from typing import Any
 from absl import logging
 
 from qwen_jax.errors import UserError
+from qwen_jax.regular_files import is_there
 from qwen_jax.strict_json import read_object
 from qwen_jax.weights import recognition
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
@@ -30,15 +32,16 @@ def open_directory(directory: Path) -> TensorFiles:
     Raises:
         UserError: naming file and field, for anything else.
     """
-    config = read_object(directory / "config.json", allow_nan=True)
+    config, opened = read_object(directory / "config.json", allow_nan=True), OpenFiles()
     single, index = directory / SINGLE, directory / INDEX
-    if single.is_file():
+    if is_there(single):
         if _sets(directory):
             logging.warning("%s: read alone, since it is there; no shards are read", single)
-        return TensorFiles((single,), config, read_safetensors(single))
-    weight_map = _weight_map(index) if index.is_file() else {}
+        return TensorFiles((single,), config, read_safetensors(single, opened), opened=opened)
+    weight_map = _weight_map(index) if is_there(index) else {}
     shards = _shards(directory, weight_map)
-    return TensorFiles(tuple(shards), config, _merge(shards, weight_map, index))
+    tensors = _merge(shards, weight_map, index, opened)
+    return TensorFiles(tuple(shards), config, tensors, opened=opened)
 
 
 def _weight_map(index: Path) -> dict[str, Path | None]:
@@ -58,12 +61,12 @@ def _shards(directory: Path, weight_map: dict[str, Path | None]) -> list[Path]:
     """The files to read: those of the index and, by their names, the others of the same set."""
     listed = {path for path in weight_map.values() if path}
     sets = _sets(directory)
-    missing = {path for path in listed if not path.is_file()}
+    missing = {path for path in listed if not is_there(path)}
     if listed and not missing:
         same = (paths for paths in sets.values() if listed & set(paths))
-        return sorted(listed.union(*(filter(Path.is_file, paths) for paths in same)))
+        return sorted(listed.union(*(filter(is_there, paths) for paths in same)))
     # The files may have been converted again, and the index be of before.
-    whole = [paths for paths in sets.values() if all(path.is_file() for path in paths)]
+    whole = [paths for paths in sets.values() if all(is_there(path) for path in paths)]
     if len(whole) == 1:
         return whole[0]
     if listed:
@@ -92,7 +95,7 @@ def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
     """Why the directory has no set of weights: parts of one, several, or other files."""
     if len(sets) == 1:
         (paths,) = sets.values()
-        missing = {path for path in paths if not path.is_file()}
+        missing = {path for path in paths if not is_there(path)}
         return (
             f"{directory}: of the {len(paths)} shards, {_absent(missing)}; download all of "
             "them into this directory."
@@ -116,12 +119,12 @@ def _none(directory: Path, sets: dict[tuple[str, str], list[Path]]) -> str:
 
 
 def _merge(
-    shards: list[Path], weight_map: dict[str, Path | None], index: Path
+    shards: list[Path], weight_map: dict[str, Path | None], index: Path, opened: OpenFiles
 ) -> dict[str, TensorInfo]:
     """All shards' tensors; one that is in several is taken from where the index says."""
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        for name, info in read_safetensors(shard).items():
+        for name, info in read_safetensors(shard, opened).items():
             if name not in tensors or weight_map.get(name) == shard:
                 tensors[name] = info
             elif weight_map.get(name) != tensors[name].path:

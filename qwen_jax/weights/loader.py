@@ -16,8 +16,8 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.blocks import BFLOAT16, fill
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
-from qwen_jax.weights.checksum import Progress
 from qwen_jax.weights.on_device import iter_decoded
+from qwen_jax.weights.open_files import Progress
 from qwen_jax.weights.stored import not_finite
 
 __all__ = ["Checkpoint", "decode", "iter_parameters", "load_parameters", "open_checkpoint"]
@@ -36,7 +36,9 @@ def load_parameters(
 ) -> dict[str, jax.Array]:
     """All of `iter_parameters`, by name, once they have arrived."""
     loaded = dict(iter_parameters(checkpoint, dtype, device=device, progress=progress))
-    return jax.block_until_ready(loaded)
+    jax.block_until_ready(loaded)
+    checkpoint.check_unchanged()
+    return loaded
 
 
 def iter_parameters(

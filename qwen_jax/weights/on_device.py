@@ -30,8 +30,8 @@ from jaxtyping import Array, Float32, Int32, Shaped, UInt8
 from qwen_jax.executables.kept import Kept
 from qwen_jax.weights.blocks import FORMATS
 from qwen_jax.weights.checkpoint import Checkpoint
-from qwen_jax.weights.checksum import Progress
 from qwen_jax.weights.names import Parameter
+from qwen_jax.weights.open_files import Progress
 from qwen_jax.weights.stored import Plain, Stored, not_finite
 
 PIECE = 32 << 20

@@ -15,9 +15,11 @@ from typing import Any
 from absl import logging
 
 from qwen_jax.errors import UserError
+from qwen_jax.regular_files import is_there
 from qwen_jax.strict_json import read_object
 from qwen_jax.weights import names
 from qwen_jax.weights.low_rank import Factor, LowRank
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.prefixes import unwrapped
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.stored import Plain
@@ -99,11 +101,13 @@ class Adapter:
         return {*self.updates, *self.replaced}
 
 
-def open_adapter(directory: Path) -> Adapter:
-    """Raises UserError, naming file, field and value, for what is not plain LoRA."""
+def open_adapter(directory: Path, opened: OpenFiles) -> Adapter:
+    """An adapter, whose weights are read in `opened`.
+
+    Raises UserError, naming file, field and value, for what is not plain LoRA."""
     config = _Config.read(directory)
     path = directory / WEIGHTS
-    files = TensorFiles((path,), {}, read_safetensors(path))
+    files = TensorFiles((path,), {}, read_safetensors(path, opened), opened=opened)
     factors: dict[str, dict[str, Factor]] = {}
     replaced: dict[str, Plain] = {}
     for name, info in files.tensors.items():
@@ -161,7 +165,7 @@ class _Config:
     @classmethod
     def read(cls, directory: Path) -> "_Config":
         path = directory / CONFIG
-        if not path.is_file():
+        if not is_there(path):
             if below := sorted(file.parent for file in directory.glob(f"*/{CONFIG}")):
                 raise UserError(
                     f"{directory}: the directory has no {CONFIG}, but {below[0]} has; give that."
@@ -175,7 +179,7 @@ class _Config:
                 f"{directory}: it has no {CONFIG}, so it {has}; give a directory that peft saved, "
                 "or a LoRA GGUF file."
             )
-        if not (directory / WEIGHTS).is_file():
+        if not is_there(directory / WEIGHTS):
             others = [text for name, text in _OTHERS.items() if (directory / name).is_file()]
             instead = others[0] if others else "; get it from where the adapter is from"
             raise UserError(f"{directory}: it has no {WEIGHTS}{instead}.")

@@ -17,7 +17,8 @@ from gguf.constants import GGMLQuantizationType
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import told_by_kind
 from qwen_jax.strict_json import parse_object
-from qwen_jax.weights.tensors import OtherType, TensorInfo, TensorType, block_size, map_file
+from qwen_jax.weights.open_files import OpenFiles
+from qwen_jax.weights.tensors import OtherType, TensorInfo, TensorType, block_size
 
 # The header of a 72B shard has 100 kB; the bound, the reference reader's, also caps what parsing
 # it can take.
@@ -30,13 +31,14 @@ _TYPES: dict[str, TensorType] = {
 }
 
 
-def read_safetensors(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file, by name. Raises UserError for anything but well-formed safetensors.
+def read_safetensors(path: Path, opened: OpenFiles) -> dict[str, TensorInfo]:
+    """The tensors of one file, by name; it is read in `opened`.
 
-    A type that cannot be computed with is no fault of the file: who needs the tensor will say so.
+    Raises UserError for anything but well-formed safetensors. A type that cannot be computed with
+    is no fault of the file: who needs the tensor will say so.
     """
     with told_by_kind(path, "safetensors"):
-        data = map_file(path)
+        data = opened[path].map
         if len(data) < 8:
             _fail(path, f"the file has {len(data)} bytes, and its header's length alone takes 8")
         (length,) = struct.unpack_from("<Q", data)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import functools
 import math
 import mmap
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from jaxtyping import UInt8
 
-from qwen_jax.errors import UserError
+from qwen_jax.weights.open_files import OpenFiles
 
 
 class OtherType(enum.Enum):
@@ -82,25 +81,21 @@ class TensorFiles:
     """One checkpoint's files: its metadata, and its tensors by name.
 
     `paths` lists the files in order; `metadata` holds plain values, lists of strings and NumPy
-    arrays.
+    arrays; `opened` has the files, from which all of it comes.
     """
 
     paths: tuple[Path, ...]
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
-
-    @functools.cached_property
-    def _files(self) -> dict[Path, mmap.mmap]:
-        return {path: map_file(path) for path in self.paths}
-
-    @functools.cached_property
-    def _maps(self) -> dict[Path, UInt8[np.ndarray, "n"]]:
-        return {path: np.frombuffer(file, np.uint8) for path, file in self._files.items()}
+    opened: OpenFiles = dataclasses.field(default_factory=OpenFiles, kw_only=True, repr=False)
 
     def raw(self, name: str) -> UInt8[np.ndarray, "n"]:
-        """The tensor's bytes, a flat read-only view of the memory-mapped file."""
+        """The tensor's bytes, a flat read-only view of the memory-mapped file.
+
+        Raises UserError where the file has changed since it was opened.
+        """
         info = self.tensors[name]
-        return self._maps[info.path][info.offset : info.offset + info.nbytes]
+        return self.opened[info.path].bytes(info.offset, info.offset + info.nbytes)
 
     def forget(self, name: str) -> None:
         """Gives back the memory that a tensor's bytes take since they were read, where the system
@@ -110,22 +105,4 @@ class TensorFiles:
             start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
             length = info.offset + info.nbytes - start
             if length > 0:
-                self._files[info.path].madvise(mmap.MADV_DONTNEED, start, length)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """The file, memory-mapped read-only. Raises UserError where it cannot be read or is empty."""
-    if path.is_fifo() or path.is_char_device():
-        raise UserError(
-            f"{path}: the file cannot be read, as it is a pipe or a device; save the model to a "
-            "file."
-        )
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise UserError(f"{path}: the file is empty; download or copy it again.") from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check the path."
-        ) from None
+                self.opened[info.path].map.madvise(mmap.MADV_DONTNEED, start, length)

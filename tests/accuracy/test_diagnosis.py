@@ -43,11 +43,14 @@ def test_clean_runs_have_no_causes() -> None:
 
 
 def test_two_faults_of_one_operation_in_one_layer_alone() -> None:
-    found = diagnosis("rope_theta_1e4@1,rope_from_one@1,relu")
-    assert set(found.named) == {"rope_theta_1e4", "rope_from_one", "relu"}
+    found = diagnosis("rope_theta_1e4@1,rope_from_one@1,relu,compiler@0")
+    assert set(found.named) == {"rope_theta_1e4", "rope_from_one", "relu", "compiler"}
     theta = next(c for c in found.causes if c.fault.name == "rope_theta_1e4")
     assert theta.layers == (1,) and theta.together == ("rope_from_one",)
     assert next(c for c in found.causes if c.fault.name == "relu").layers == (0, 1)
+    compiler = next(c for c in found.causes if c.fault.name == "compiler")
+    assert compiler.operations == ("attn_norm", "ffn_norm") and compiler.layers == (0,)
+    assert not found.unknown and not compiler.ties
 
 
 def test_cache_and_mask_faults_are_planted_for_real() -> None:

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +218,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no .npy or safetensors file"):
         open_trace(folder, CONFIG)
     (folder / "mapping.json").write_text("{")
-    with pytest.raises(UserError, match="the mapping cannot be read"):
+    with pytest.raises(UserError, match=r"mapping\.json: it is not JSON"):
         open_trace(folder, CONFIG)
     with pytest.raises(UserError, match="no such file or directory"):
         open_trace(folder / "none", CONFIG)
@@ -238,7 +240,7 @@ def test_files_that_are_no_arrays_are_refused(content: bytes, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"x\.npy: the file is no \.npy file, or truncated"):
         open_trace(tmp_path, CONFIG)
     (tmp_path / "mapping.json").write_bytes(b"[" * 100_000)
-    with pytest.raises(UserError, match=r"mapping\.json: the mapping cannot be read"):
+    with pytest.raises(UserError, match=r"mapping\.json: its JSON is nested too deeply"):
         open_trace(tmp_path, CONFIG)
 
 
@@ -294,3 +296,42 @@ def test_any_order_flattening_and_padding(order: list[str], cut: int, pad: int, 
 def test_layouts_that_do_not_fit_are_refused(layout: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         rearrange(np.zeros((4, N, H)), layout, "T N H", SIZES)
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "layers many times": ({"layers": [0] * 3_000_000, "tensors": {}}, ""),
+    "layers there are not": ({"layers": [2]}, 'the key "layers" must hold numbers from 0 to 1'),
+    "layers of text": ({"layers": ["0"]}, 'the key "layers" must hold numbers from 0 to 1'),
+    "pieces": ({"tensors": {"embed": ["x"] * 1_000_000}}, "has 1000000 names"),
+    "long": ({"tensors": {"layers.{i}.q_proj": "{i}" * 1_000_000}}, "the longest of 3000000"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_mapping_becomes_no_larger_than_it_is(case: str, tmp_path: Path) -> None:
+    fields, words = HOSTILE[case]
+    path = dump(tmp_path, {"embed": ours().tensors["embed"]}, **fields)
+    if words:
+        with pytest.raises(UserError, match=re.escape(words)):
+            open_trace(path, CONFIG)
+    else:
+        assert list(open_trace(path, CONFIG).tensors) == ["embed"]
+
+
+def test_dumps_are_files_of_a_bounded_size(tmp_path: Path) -> None:
+    mapping, folder = tmp_path / "m.json", tmp_path / "dump"
+    folder.mkdir()
+    with mapping.open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(UserError, match=r"m\.json: .*it has more than 16000000 bytes"):
+        open_trace(folder, CONFIG, mapping=mapping)
+    mapping.write_text('{"version": 1, "version": 2}')
+    with pytest.raises(UserError, match=r"m\.json: the key 'version' appears twice"):
+        open_trace(folder, CONFIG, mapping=mapping)
+    for name in ("embed.npy", "x.safetensors"):
+        for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            make(folder / name)
+            dump(folder, {}, tensors={"embed": "embed"})
+            with pytest.raises(UserError, match=rf"dump/{name}.*it is a (pipe|device), and no"):
+                open_trace(folder, CONFIG)
+            (folder / name).unlink()

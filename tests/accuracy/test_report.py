@@ -13,6 +13,7 @@ import pytest
 
 from qwen_jax.accuracy import gates, report
 from qwen_jax.accuracy.comparison import compare
+from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.diagnosis import diagnose
 from qwen_jax.accuracy.distribution import Scores, statistics
 from qwen_jax.accuracy.gates import METRICS
@@ -56,6 +57,7 @@ def full() -> Report:
     klds = {frozenset(): 3.0, frozenset({"embed"}): 2.0, frozenset({"logits"}): 0.5}
     found = dataclasses.replace(
         traced(FAULTS),
+        compiler=Probe("JAX 9 on a cpu", 6, ("a sum is 5, but exactly 6",)),
         distribution=statistics(scores, ("bf16", "f32"), np.zeros((3, 202), np.int32)),
         precision=search_greedily(("embed", "logits"), klds.__getitem__, 1.0),
         weights=[WeightFinding("output.weight", "lm_head", "missing", 1, 1, float("inf"))],
@@ -88,7 +90,14 @@ def test_planted_faults_come_first_with_their_causes() -> None:
 def test_text_fits_100_columns_and_holds_every_part() -> None:
     text = report.text(full())
     assert max(map(len, text.splitlines())) <= 100
-    for part in ("A note.", "1 missing", "1 the same", "PPL / PPL base", "stay in float32"):
+    for part in (
+        "A note.",
+        "JAX 9 on a cpu: WRONG, a sum is 5",
+        "1 missing",
+        "1 the same",
+        "PPL / PPL base",
+        "stay in float32",
+    ):
         assert part in text, part
     assert re.search(r"^mean_kld > 0.001 .* FAILED$", text, re.MULTILINE)
     assert re.search(r"^dp_rms < 0 .* passed$", text, re.MULTILINE)

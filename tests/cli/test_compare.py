@@ -100,7 +100,8 @@ def test_a_base_and_what_rounding_costs(run: Run, tmp_path: Path) -> None:
     base, text = tmp_path / "base.safetensors", part_of_the_sample(tmp_path)
     argv = [f"--text={text}", "--context=128", f"--save_base={base}"]
     assert run("compare", *argv).code == 0
-    same = run("compare", f"--base={base}", "--fail_if=mean_kld > 1e-9, top1 < 1")
+    same = run("compare", f"--base={base}", "--fail_if=mean_kld > 1e-8, top1 < 1")
+    # The base holds ln p in float32: of 8 to 16 within 5e-7, the mean over 819 tokens.
     assert same.code == 0, same.err + same.out
     rounded = run("compare", f"--base={base}", "--dtype=bfloat16", "--fail_if=mean_kld > 1e-9")
     assert rounded.code == 1, rounded.err

@@ -84,7 +84,7 @@ def test_only_files_are_read(refuses: Callable[..., None], tmp_path: Path) -> No
     dump = tmp_path / "dump"
     dump.mkdir()
     os.mkfifo(dump / "mapping.json")
-    refuses(["compare", f"--candidate={dump}", "--tokens=1"], "cannot be read", "it is a pipe")
+    refuses(["compare", f"--candidate={dump}", "--tokens=1"], "mapping.json", "it is a pipe")
     refuses(["--config=/dev/zero"], "--config=/dev/zero can't be read: it is a device, and no file")
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import resource
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -50,6 +51,21 @@ def test_resumed_it_comes_out_as_if_it_had_not_been_cut(
     assert sorted(part.read_text().splitlines()) == sorted(content.decode().splitlines())
     # What was refused is tried again.
     assert (len(made) == 8) == (cut == 0) and (made == [[]]) == (cut == 1)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_full_disk_names_the_file_and_is_gone_on_from(run: Run, tmp_path: Path) -> None:
+    path, output = file_of(tmp_path), tmp_path / "out.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # more than the settings beside it
+    try:
+        result = run(f"--prompt_file={path}", f"--output={output}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = f"error: --output={output} can't be written: File too large; make room, and --resume"
+    assert result.code == 2 and said in result.err and "Traceback" not in result.err
+    assert run(f"--prompt_file={path}", f"--output={output}", "--resume").code == 3
+    assert len(answers_in(output.read_text())) == 10
 
 
 @pytest.mark.usefixtures("loaded")

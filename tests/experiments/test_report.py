@@ -221,10 +221,10 @@ def test_a_shard_without_points(experiment: Callable[..., list[str]], run: Calla
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[]", "has a format"),
-        ("{", "can't be read"),
+        ("[]", "config.json: it is [], but it must be a JSON object"),
+        ("{", "config.json: it is not JSON"),
         ('{"format": 99}', "has a format"),
-        ('{"format": 1}', "has no assigned"),
+        ('{"format": 1}', "it has no 'config_file'; restore the file"),
     ],
 )
 def test_damaged_configs(
@@ -248,4 +248,4 @@ def test_what_a_page_can_do_without(
     (environment,) = (w / "environments").iterdir()
     environment.write_text("{")
     result = run("report", str(w))
-    assert result.code == 2 and f"{environment.name} is damaged" in result.err
+    assert result.code == 2 and f"{environment.name}: it is not JSON" in result.err

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -14,10 +15,11 @@ import jinja2.sandbox
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.text.template_renderer import WORKER, TemplateRenderer
+from qwen_jax.text.template_renderer import _ENVIRONMENT, WORKER, TemplateRenderer
 
 CONTEXT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}] * 50}
 BIG = 10**10
+MODULE = "qwen_jax.text.template_renderer"
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +160,81 @@ def test_a_dead_child_is_replaced(renderer: TemplateRenderer) -> None:
 
 
 def test_a_child_that_cannot_start(
-    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Nobody's template is to blame, and what is has a name."""
     renderer.close()
-    for executable in ("/nowhere/python", sys.executable):
+    nothing, silent = tmp_path / "nothing_worker.py", tmp_path / "silent_worker.py"
+    nothing.write_text("import no_such_module")
+    silent.write_text("raise SystemExit(3)")
+    for executable, worker, why in (
+        ("/nowhere/python", WORKER, "No such file or directory"),
+        (sys.executable, "/nowhere/worker.py", "No such file or directory"),
+        (sys.executable, nothing, "ModuleNotFoundError: No module named 'no_such_module'"),
+        (sys.executable, silent, "it ended with the code 3"),
+    ):
         monkeypatch.setattr(sys, "executable", executable)
-        monkeypatch.setattr("qwen_jax.text.template_renderer.WORKER", "/nowhere/worker.py")
-        with pytest.raises(UserError, match=r"did not start; see what `.*worker\.py"):
+        monkeypatch.setattr(f"{MODULE}.WORKER", worker)
+        with pytest.raises(UserError, match=rf"did not start \(.*{why}\); see what `.*worker\.py"):
             renderer.render("hi", {}, "x")
+    monkeypatch.setattr(f"{MODULE}.START_SECONDS", 0.1)
+    silent.write_text("import time; time.sleep(60)")
+    with pytest.raises(UserError, match=r"did not start \(it took longer than 0\.1 s\)"):
+        renderer.render("hi", {}, "x")
     monkeypatch.undo()
     assert renderer.render("hi", {}, "x") == "hi"
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ("raise KeyError('x')", r"ended with the code 1 \(KeyError: 'x'\), which is no fault of x"),
+        ("raise SystemExit(3)", r"ended with the code 3 \(\), which is no fault of x"),
+        ("raise MemoryError", "x: its chat template needed too much memory or crashed"),
+        ("import os; os.abort()", "x: its chat template needed too much memory or crashed"),
+    ],
+)
+def test_a_child_that_fails_by_itself(
+    fails: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own mistake is told from what a template has done to it."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"print('{{\"ready\": 1}}', flush=True)\ninput()\n{fails}")
+    monkeypatch.setattr(f"{MODULE}.WORKER", worker)
+    renderer = TemplateRenderer(seconds=30)
+    with pytest.raises(UserError, match=said):
+        renderer.render("hi", {}, "x")
+    assert renderer._child is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_child_knows_no_secrets(
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("TZ", "UTC")
+    renderer.close()
+    renderer.render("hi", {}, "x")
+    child = renderer._child
+    assert child is not None
+    names = {
+        entry.partition("=")[0]
+        for entry in Path(f"/proc/{child.pid}/environ").read_text().split("\0")
+        if entry
+    }
+    assert names <= set(_ENVIRONMENT) and "TZ" in names
+    # Its three streams, and no file of this process.
+    assert {path.name for path in Path(f"/proc/{child.pid}/fd").iterdir()} <= {"0", "1", "2"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces RLIMIT_AS")
+def test_a_reply_that_fits_no_memory(renderer: TemplateRenderer) -> None:
+    """Outside of the template's own code, on the way back."""
+    small = TemplateRenderer(seconds=10, max_bytes=200 << 20, memory_bytes=128 << 20)
+    with pytest.raises(UserError, match="x: its chat template needed too much memory"):
+        small.render("{{ '\x01' * (60 * 1024 * 1024) }}", {}, "x")
+    small.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of a terminal are a Unix thing")

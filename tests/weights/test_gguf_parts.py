@@ -12,6 +12,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights import checksum
 from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.gguf_file import open_gguf
+from qwen_jax.weights.open_files import OpenFiles
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
 from tests.weights.gguf_bytes import TOKENIZER, Bytes, pair, refusal, tensor
 
@@ -97,14 +98,15 @@ def test_too_few_tensors_in_all_parts(tmp_path):
 def test_sha256_of_one_file(path):
     path.write_bytes(b"x" * 1000)
     heard = []
-    digest = checksum.sha256(path, lambda done, total: heard.append((done, total)))
+    opened = OpenFiles()
+    digest = opened[path].sha256(lambda done, total: heard.append((done, total)))
     assert digest == hashlib.sha256(b"x" * 1000).hexdigest()
     assert heard == [(1000, 1000)]
-    checksum.check_sha256([path], digest.upper())
+    checksum.check_sha256(opened, [path], digest.upper())
     with pytest.raises(UserError, match=f"the SHA-256 is {digest}, not {'0' * 64}"):
-        checksum.check_sha256([path], "0" * 64)
+        checksum.check_sha256(opened, [path], "0" * 64)
     with pytest.raises(UserError, match="'abc' is not 64 hexadecimal digits"):
-        checksum.check_sha256([path], "abc")
+        checksum.check_sha256(opened, [path], "abc")
 
 
 def test_sha256_of_split_files_is_one_for_each(split):

@@ -165,7 +165,7 @@ def test_gguf_files_are_known_by_their_content(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "m.gguf")
-    assert "it is a pipe or a device" in refusal(tmp_path / "m.gguf")
+    assert "it is a pipe, and no file" in refusal(tmp_path / "m.gguf")
 
 
 # Contradictions

@@ -17,6 +17,7 @@ from qwen_jax.tasks import inspect
 from qwen_jax.weights import blocks
 from qwen_jax.weights.integers import Awq, Gptq, unpack
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.safetensors import read_safetensors
 from qwen_jax.weights.tensors import TensorFiles
 from tests.quantised_checkpoints import (
@@ -280,7 +281,7 @@ def test_a_matrix_is_expanded_in_pieces(tmp_path):
     }
     save_file(tensors, tmp_path / "x.safetensors")
     files = TensorFiles(
-        (tmp_path / "x.safetensors",), {}, read_safetensors(tmp_path / "x.safetensors")
+        (tmp_path / "x.safetensors",), {}, read_safetensors(tmp_path / "x.safetensors", OpenFiles())
     )
     weight = Gptq(files, "x", (size, size), 4, 128, zeros_less_one=True, ordered=True)
     out = np.empty(weight.shape, ml_dtypes.bfloat16)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
+from qwen_jax.weights.open_files import OpenFiles
 from qwen_jax.weights.safetensors import read_safetensors
 
 
@@ -22,7 +23,7 @@ def file(tmp_path: Path) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        read_safetensors(path)
+        read_safetensors(path, OpenFiles())
     message = str(caught.value)
     assert (
         message.startswith((f"{path}: ", f"{path}, its header: "))
@@ -145,7 +146,7 @@ BAD = {
 @pytest.mark.parametrize("case", GOOD, ids=lambda case: case.replace(" ", "_"))
 def test_what_the_library_accepts(file, case):
     file.write_bytes(GOOD[case])
-    read_safetensors(file)
+    read_safetensors(file, OpenFiles())
     assert library_accepts(file)
 
 
@@ -186,7 +187,7 @@ def test_random_damage_is_judged_as_by_the_library(file, data):
         content[position : position + data.draw(st.integers(0, 2))] = data.draw(DAMAGE)
     file.write_bytes(content)
     try:
-        accepted = read_safetensors(file) is not None
+        accepted = read_safetensors(file, OpenFiles()) is not None
     except UserError as error:
         assert "\n" not in str(error)
         assume("appears twice" not in str(error))

@@ -53,12 +53,14 @@ def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
         makers["report.html"] = page.to_html
     else:
         logging.warning("report.html needs matplotlib: pip install 'qwen_jax[report]'.")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, make in makers.items():
-            (directory / name).write_text(make(report), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{directory}: the report can't be written: {why_not_written(error)}"
-        ) from None
-    return tuple(directory / name for name in makers)
+    paths = tuple(directory / name for name in makers)
+    for path, make in zip(paths, makers.values(), strict=True):
+        content = make(report)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path}: the report can't be written: {why_not_written(error)}"
+            ) from None
+    return paths

@@ -7,6 +7,7 @@ import numpy as np
 
 from qwen_jax.accuracy.cache_audit import CacheFinding
 from qwen_jax.accuracy.comparison import Comparison
+from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.diagnosis import Diagnosis
 from qwen_jax.accuracy.distribution import Distribution
 from qwen_jax.accuracy.gates import Outcome
@@ -25,6 +26,7 @@ class Report:
         candidate: of the trace, where one was recorded.
         notes: what a reader should know besides.
         planted: faults that were planted on purpose, by name.
+        compiler: what was found of the compiler under all of it.
     """
 
     candidate: Header | None = None
@@ -38,6 +40,7 @@ class Report:
     gates: tuple[Outcome, ...] = ()
     planted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    compiler: Probe | None = None
 
     @property
     def header(self) -> Header | None:
@@ -58,6 +61,8 @@ def values(report: Report) -> dict[str, float]:
 
 
 def _values(report: Report) -> Iterator[tuple[str, float]]:
+    if report.compiler:
+        yield "compiler_faults", len(report.compiler.wrong)
     if report.findings:
         yield "faults", sum(f.faulty for f in report.findings)
         yield "of_bound", float(np.max([f.residual.ratio for f in report.findings]))

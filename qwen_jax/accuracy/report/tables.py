@@ -101,6 +101,8 @@ def header_rows(report: Report) -> list[tuple[str, str]]:
         if report.comparison:
             rows.append(("reference", describe(report.comparison.reference)))
         rows.append(("text", describe_text(header)))
+    if report.compiler:
+        rows.append(("compiler", str(report.compiler)))
     if report.planted:
         rows.append(("planted", ", ".join(report.planted)))
     return rows + [("note", note) for note in report.notes]

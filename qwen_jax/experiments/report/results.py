@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import ready_made
+from absl import logging
+
+from qwen_jax import ready_made, strict_json
 from qwen_jax.errors import UserError
+from qwen_jax.experiments.contents import Contents
 from qwen_jax.experiments.declaration import label
-from qwen_jax.experiments.records import ENVIRONMENTS, Contents
+from qwen_jax.regular_files import MOST_BYTES
 
 STATES = {"finished": "ok", "failed": "failed", None: "missing"}
 
@@ -52,6 +55,9 @@ class Results:
     @classmethod
     def read(cls, workdirs: Sequence[Path]) -> "Results":
         contents = tuple(Contents.read(path) for path in workdirs)
+        for content in contents:
+            if content.lost:
+                logging.warning("%s.", content.lost)
         names = _names(workdirs)
         differing = _differing(contents)
         rows = []
@@ -106,19 +112,11 @@ class Results:
 
     def environments(self) -> list[tuple[str, dict[str, Any]]]:
         """Of each run, every environment it ran in."""
-        found = []
-        for name, content in zip(self.names, self.contents, strict=True):
-            used = dict.fromkeys(
-                e["environment"] for e in content.events if e["event"] == "session"
-            )
-            for environment in used:
-                path = content.path / ENVIRONMENTS / f"{environment}.json"
-                if path.exists():
-                    try:
-                        found.append((name, json.loads(path.read_text("utf-8"))))
-                    except ValueError as error:
-                        raise UserError(f"{path} is damaged ({error}); restore it.") from error
-        return found
+        return [
+            (run, strict_json.read_object(path, most=MOST_BYTES, allow_nan=True, allow_halves=True))
+            for run, content in zip(self.names, self.contents, strict=True)
+            for path in content.environments
+        ]
 
 
 def _names(workdirs: Sequence[Path]) -> tuple[str, ...]:

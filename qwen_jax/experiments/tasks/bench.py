@@ -18,9 +18,12 @@ from qwen_jax.engine.memory import TooLarge
 from qwen_jax.engine.sampling import Plan, Sampling, settings_of
 from qwen_jax.engine.shapes import fitting, pieces_of
 from qwen_jax.errors import UserError
+from qwen_jax.experiments import kinds
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.model.cache import PAGE, pages_for
 from qwen_jax.prompts import sampling_of
+
+_TAKEN = ("prefill_seconds", "decode_seconds")
 
 
 class Bench(Task):
@@ -39,17 +42,19 @@ class Bench(Task):
                 raise UserError(f"experiment.bench.{name} is {value}, but it must be at least 1.")
         sampling_of(config)  # Checks the seed, from which the tokens are drawn.
 
+    def fault_of(self, item: dict[str, Any]) -> str:
+        return kinds.fault(item, dict.fromkeys(_TAKEN, kinds.SECONDS))
+
     def run(self, work: Work) -> Metrics:
         engine, bench = work.model().engine, self.config.experiment.bench
         texts = Texts(engine, bench.prompt_tokens, bench.new_tokens, self.config.sampling.seed)
-        taken = [(item["prefill_seconds"], item["decode_seconds"]) for item in work.recorded()]
+        taken = [tuple(item[name] for name in _TAKEN) for item in work.recorded()]
         try:
             if len(taken) < bench.repeats:
                 texts.run()  # compiles
             for repeat in range(len(taken), bench.repeats):
                 taken.append(texts.run())
-                prefill, decode = taken[-1]
-                work.record(repeat=repeat, prefill_seconds=prefill, decode_seconds=decode)
+                work.record(repeat=repeat, **dict(zip(_TAKEN, taken[-1], strict=True)))
                 work.progress(repeat + 1, bench.repeats)
         finally:
             texts.close()

@@ -5,9 +5,9 @@ The reference's log-probabilities are computed once and kept in `references/`, a
 
 import copy
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -19,13 +19,26 @@ from qwen_jax.accuracy.distribution import Scores
 from qwen_jax.accuracy.operations import forward
 from qwen_jax.accuracy.parameters import CheckpointSource
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import quantize
+from qwen_jax.experiments import kinds, lines, quantize
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
-from qwen_jax.experiments.tasks.perplexity import check_text, sizes, text_tokens
+from qwen_jax.experiments.tasks.perplexity import (
+    check_text,
+    fault_of_window,
+    sizes,
+    text_tokens,
+)
 
 TRUTH = "float64"
 """The reference's dtype that means NumPy in float64, layer by layer, instead of the engine."""
+
+
+_SCORES = {
+    "nll": kinds.NUMBER,
+    "nll_base": kinds.NUMBER,
+    "kld": kinds.NUMBER,
+    "same_top": kinds.TRUTH,
+}
 
 
 class Compare(Task):
@@ -55,6 +68,9 @@ class Compare(Task):
         except UserError as error:
             raise UserError(f"experiment.reference: {error}") from error
 
+    def fault_of(self, item: dict[str, Any]) -> str:
+        return fault_of_window(item, self.config, _SCORES)
+
     def run(self, work: Work) -> Metrics:
         base = SavedBase(self._base(work))
         model, context = work.model(), base.windows.shape[1]
@@ -63,21 +79,22 @@ class Compare(Task):
                 f"The reference has a vocabulary of {base.vocab} tokens, but {model.config.source} "
                 f"has {model.config.vocab_size}; both must be of the same model."
             )
-        parts = [
-            Scores(*(np.array(item[name]) for name in ("nll", "nll_base", "kld", "same_top")))
+        parts = {
+            item["window"]: Scores(*(np.array(item[name]) for name in _SCORES))
             for item in work.recorded()
-        ]
-        for index in range(len(parts), len(base.windows)):
-            window = base.windows[index]
+        }
+        for index, window in enumerate(base.windows):
+            if index in parts:
+                continue
             logits = model.logits(window.tolist())[scored(context)]
             if not np.isfinite(logits).all():
                 raise UserError(f"The logits of window {index} are not finite.")
             part = distribution.score(logits, base.logprobs(index), window, normal=True)
             work.record(window=index, **{k: v.tolist() for k, v in vars(part).items()})
-            work.progress(index + 1, len(base.windows))
-            parts.append(part)
-        names = ("nll", "nll_base", "kld", "same_top")
-        joined = Scores(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+            parts[index] = part
+            work.progress(len(parts), len(base.windows))
+        ordered = [parts[index] for index in range(len(base.windows))]
+        joined = Scores(*(np.concatenate([getattr(p, name) for p in ordered]) for name in _SCORES))
         found = distribution.statistics(joined, ("point", "reference"), base.windows)
         return _metrics(found) | sizes(model)
 
@@ -88,15 +105,15 @@ class Compare(Task):
         name = hashlib.sha256(key.encode()).hexdigest()[:12]
         path = work.directory / "references" / f"{name}.safetensors"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_name(f"{os.getpid()}-{path.name}")
-            if self.exact:
-                self._save_truth(work, temporary)
-            else:
-                model = work.model(self.reference)
-                tokens = text_tokens(model, self.config)
-                distribution.save_base(temporary, model, tokens, context=experiment.context)
-            temporary.replace(path)
+            with lines.written(path):
+                path.parent.mkdir(exist_ok=True)
+            with lines.placed(path) as temporary:
+                if self.exact:
+                    self._save_truth(work, temporary)
+                else:
+                    model = work.model(self.reference)
+                    tokens = text_tokens(model, self.config)
+                    distribution.save_base(temporary, model, tokens, context=experiment.context)
         return path
 
     def _save_truth(self, work: Work, path: Path) -> None:

@@ -11,10 +11,22 @@ from ml_collections import ConfigDict
 
 from qwen_jax import prompts, ready_made
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import harness_settings
+from qwen_jax.experiments import harness_settings, kinds
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.in_force import DRAWS
 from qwen_jax.settings import flatten, get_config
+
+_SCORE = kinds.Kind(
+    "a log-probability, and true or false",
+    lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and kinds.NUMBER.has(value[0])
+        and kinds.TRUTH.has(value[1])
+    ),
+)
+_RESPONSES = {"generate_until": kinds.TEXT, "loglikelihood": _SCORE}
+"""By the type of a request."""
 
 
 class Evaluate(Task):
@@ -47,6 +59,12 @@ class Evaluate(Task):
                 "samples; set `repeats` in the task's file."
             )
         harness_settings.check_installed()
+
+    def fault_of(self, item: dict[str, Any]) -> str:
+        known = kinds.among(_RESPONSES, " or ".join(_RESPONSES))
+        return kinds.fault(item, {"request": kinds.TEXT, "type": known}) or kinds.fault(
+            item, {"response": _RESPONSES[item["type"]]}
+        )
 
     def run(self, work: Work) -> Metrics:
         # Heavy, and of an extra: imported where it is needed.

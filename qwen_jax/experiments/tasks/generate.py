@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qwen_jax import prompts, ready_made, recommended
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import scores
+from qwen_jax.experiments import kinds, scores
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.options import prompt_options
@@ -23,6 +23,13 @@ from qwen_jax.recommended import Recommended
 from qwen_jax.task_fields import ANSWER, PROMPT
 from qwen_jax.terminal import visible
 
+_ANSWER = {
+    "row": kinds.NATURAL,
+    "sample": kinds.NATURAL,
+    "text": kinds.TEXT,
+    "finish_reason": kinds.TEXT,
+    "tokens": kinds.list_of(kinds.NATURAL),
+}
 _RIGHT: set[str] = set()
 """Files of prompts that were found right, with all that decides it."""
 
@@ -76,6 +83,9 @@ class Generate(Task):
         if self.config.prompt_file is None:
             return iter([prompts.single(self.config, self.options)])
         return prompts.stream(self.config, self.options)
+
+    def fault_of(self, item: dict[str, Any]) -> str:
+        return kinds.fault(item, _ANSWER)
 
     def run(self, work: Work) -> Metrics:
         total = sum(item.samples(self.config.n) for item in self._items())

@@ -1,6 +1,8 @@
 """`perplexity`: of a text, with llama-perplexity's conventions (`accuracy.distribution`)."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from qwen_jax.accuracy.base_file import scored
 from qwen_jax.accuracy.metrics import log_softmax
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
+from qwen_jax.experiments import kinds
+from qwen_jax.experiments.kinds import Kind
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.opening import BUNDLED, locate
 from qwen_jax.weights.loader import open_checkpoint
@@ -46,6 +50,14 @@ def sizes(model: Model) -> Metrics:
     }
 
 
+def fault_of_window(item: dict[str, Any], config: ConfigDict, fields: Mapping[str, Kind]) -> str:
+    """What is wrong with a window's item, which has a value of each field for a scored token."""
+    context = config.experiment.context
+    count = len(range(context)[scored(context)])
+    lists = {name: kinds.list_of(kind, count) for name, kind in fields.items()}
+    return kinds.fault(item, {"window": kinds.NATURAL, **lists})
+
+
 class Perplexity(Task):
     """One item a window: the negative log-probabilities of its scored tokens."""
 
@@ -55,21 +67,26 @@ class Perplexity(Task):
         super().__init__(config)
         check_text(config)
 
+    def fault_of(self, item: dict[str, Any]) -> str:
+        return fault_of_window(item, self.config, {"nll": kinds.NUMBER})
+
     def run(self, work: Work) -> Metrics:
         model, experiment = work.model(), self.config.experiment
         tokens = text_tokens(model, self.config)
         windows = distribution.cut(tokens, experiment.context)
         distribution.check(model, windows)
-        nll = [item["nll"] for item in work.recorded()]
-        for index in range(len(nll), len(windows)):
-            window = windows[index]
+        found = {item["window"]: item["nll"] for item in work.recorded()}
+        for index, window in enumerate(windows):
+            if index in found:
+                continue
             logits = model.logits(window.tolist())[scored(experiment.context)]
             came = window[experiment.context // 2 + 1 :, None]
-            nll.append((-np.take_along_axis(log_softmax(logits), came, 1)[:, 0]).tolist())
-            if not np.isfinite(nll[-1]).all():
+            found[index] = (-np.take_along_axis(log_softmax(logits), came, 1)[:, 0]).tolist()
+            if not np.isfinite(found[index]).all():
                 raise UserError(f"The log-probabilities of window {index} are not finite.")
-            work.record(window=index, nll=nll[-1])
-            work.progress(index + 1, len(windows))
+            work.record(window=index, nll=found[index])
+            work.progress(len(found), len(windows))
+        nll = [found[index] for index in range(len(windows))]
         mean = distribution.mean(np.concatenate(nll))
         perplexity = float(np.exp(mean.value))
         return {

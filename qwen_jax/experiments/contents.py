@@ -1,0 +1,174 @@
+"""What stands in an experiment's directory, read back and checked (see `records`)."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import regular_files, strict_json
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import lines
+from qwen_jax.experiments.kinds import (
+    NAME,
+    NATURAL,
+    NUMBER,
+    OBJECT,
+    SETTINGS,
+    TEXT,
+    VALUES,
+    Kind,
+    among,
+    fault,
+    list_of,
+    objects,
+    optional,
+)
+from qwen_jax.regular_files import MOST_BYTES
+from qwen_jax.settings import program
+
+CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
+CONFIG_FILE, ENVIRONMENTS, LOCK = "config.py", "environments", "lock"
+SHARD = re.compile(r"shard-\d+-of-\d+")
+FORMAT = 1
+_NUMBERS = ("seconds", "compile_seconds", "peak_bytes")
+_FIELDS = {
+    "config_file": TEXT,
+    "changed": OBJECT,
+    "config": SETTINGS,
+    "inputs": OBJECT,
+    "points": objects({"id": NAME, "overrides": SETTINGS}),
+    "shard": optional(TEXT),
+    "assigned": list_of(NAME),
+}
+_OPERATIONS = objects({"operation": TEXT, "seconds": NUMBER, "share": NUMBER, "calls": NATURAL})
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What stands in a workdir, for reports and for merging."""
+
+    path: Path
+    config: dict[str, Any]
+    events: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Contents":
+        """Raises UserError where the directory holds no experiment, or a damaged one."""
+        refuse_others(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is no directory; name an experiment's workdir.")
+        file = path / CONFIG
+        if not file.exists():
+            shards = sorted(p.name for p in path.glob("*") if SHARD.fullmatch(p.name))
+            hint = "name the --workdir of one"
+            if shards:
+                hint = f"{program()} merge {path} puts {', '.join(shards)} together"
+            raise UserError(f"{path} holds no experiment: it has no {CONFIG}; {hint}.")
+        config = strict_json.read_object(file, most=MOST_BYTES, allow_nan=True, allow_halves=True)
+        if config.get("format") != FORMAT:
+            raise UserError(f"{file} has a format that this version does not know.")
+        if wrong := fault(config, _FIELDS):
+            raise UserError(f"{file}: {wrong}; restore the file.")
+        ids = frozenset(point["id"] for point in config["points"])
+        if strange := sorted(set(config["assigned"]) - ids):
+            raise UserError(
+                f"{file}: assigned has {strange[0]!r:.60}, which is none of its points; restore "
+                "the file."
+            )
+        found = cls(path, config, [])
+        found.events.extend(lines.read(path / METRICS, fault=found._fault_of_event))
+        return found
+
+    def _fault_of_event(self, event: dict[str, Any]) -> str:
+        point: dict[str, Kind] = {"point": self._point}
+        needed: dict[str, dict[str, Kind]] = {
+            "session": {"environment": NAME},
+            "started": point,
+            "finished": {
+                **point,
+                "metrics": VALUES,
+                **{name: NUMBER for name in _NUMBERS if name in event},
+                **({"operations": _OPERATIONS} if "operations" in event else {}),
+            },
+            "failed": {**point, "kind": TEXT, "reason": TEXT},
+            "interrupted": point,
+        }
+        return fault(event, {"event": TEXT}) or fault(event, needed.get(event["event"], {}))
+
+    @functools.cached_property
+    def _point(self) -> Kind:
+        ids = frozenset(point["id"] for point in self.config["points"])
+        return among(ids, f"a point of {self.path / CONFIG}")
+
+    def fault_of_output(self, item: dict[str, Any]) -> str:
+        """What is wrong with a line of outputs.jsonl, besides what its task alone knows."""
+        return fault(item, {"point": self._point})
+
+    def outputs(self) -> Iterator[dict[str, Any]]:
+        """The items of all points. Raises UserError where a line is damaged or the file is gone."""
+        if lost := self.lost:
+            raise UserError(f"{lost}.")
+        return lines.read(self.path / OUTPUTS, fault=self.fault_of_output)
+
+    @property
+    def lost(self) -> str:
+        """Which file is gone of two that are begun together, in words; else nothing."""
+        for gone, left in ((OUTPUTS, METRICS), (METRICS, OUTPUTS)):
+            there = self.path / left
+            if not (self.path / gone).exists() and there.exists() and there.stat().st_size:
+                return f"{self.path / gone} is gone, which {left} goes with; restore it"
+        return ""
+
+    @property
+    def source(self) -> str:
+        """The config file as it was, or nothing where it is gone."""
+        path = self.path / CONFIG_FILE
+        if not path.exists():
+            return ""
+        try:
+            return regular_files.read(path).decode("utf-8", "replace")
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}.") from error
+
+    @property
+    def environments(self) -> list[Path]:
+        """The file of every environment that sessions ran in, where it is there."""
+        used = dict.fromkeys(e["environment"] for e in self.events if e["event"] == "session")
+        files = (self.path / ENVIRONMENTS / f"{name}.json" for name in used)
+        return [file for file in files if file.exists()]
+
+    @property
+    def ends(self) -> dict[str, dict[str, Any]]:
+        """Each point's last `finished` or `failed` event, by its id."""
+        return {e["point"]: e for e in self.events if e["event"] in ("finished", "failed")}
+
+    @property
+    def begun(self) -> set[str]:
+        """Ids of the points that may have outputs."""
+        return {e["point"] for e in self.events if e["event"] == "started"}
+
+    @property
+    def assigned(self) -> list[str]:
+        """Ids of the points that this directory is to have: all, or a shard's."""
+        return self.config["assigned"]
+
+
+def refuse_others(directory: Path) -> None:
+    """Raises UserError where a record's name is that of a pipe or a device, which never ends, or
+    leads out of the directory: it may be somebody else's, and would be written to."""
+    names = (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG, ENVIRONMENTS)
+    try:
+        paths = [*(directory / name for name in names), *directory.glob(f"{ENVIRONMENTS}/*")]
+        found = [path for path in paths if path.is_symlink() or path.exists()]
+    except OSError as error:  # as of a name that is too long
+        raise UserError(f"{directory} can't be read: {regular_files.why_not(error)}") from error
+    for path in found:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no file; remove it, or choose another directory.")
+        if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of the directory; put a copy of "
+                "the file in its place, or choose another directory."
+            )

@@ -206,6 +206,8 @@ def warn_of_idle(items: Sequence[Item], asked: Collection[str], n: int) -> None:
     idle = {name for item in greedy for name in DRAWS if name in item.own}
     if len(greedy) == len(items):
         idle |= {field.removeprefix("sampling.") for field in asked}
+    else:
+        n = 1  # Of use to those that aren't greedy.
     in_force.warn_of_greedy(idle, max((item.samples(n) for item in greedy), default=1))
 
 

@@ -47,6 +47,7 @@ def test_the_warning(
         # Some answers are drawn: what the config says is of use, a greedy line's own seed is not.
         ([0, 1], {}, []),
         ([0, 1], {"seed": 5}, ["seed does nothing;"]),
+        ([0, 1], {"n": 3}, ["all 3 samples of a prompt are equal;"]),
         ([1, 1], {"seed": 5}, []),
     ],
 )

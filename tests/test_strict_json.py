@@ -73,5 +73,5 @@ def test_files_that_cannot_be_read(tmp_path):
         strict_json.read_object(tmp_path / "x.json")
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(regular_files.MOST_BYTES + 1)
-    with pytest.raises(UserError, match=r"it has more than 100000000 bytes"):
+    with pytest.raises(UserError, match=r"it has more than 16000000 bytes"):
         strict_json.read_object(tmp_path / "large.json")

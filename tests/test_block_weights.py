@@ -95,7 +95,7 @@ def test_logits_and_text(both: tuple[Engine, Engine]) -> None:
     expanded, packed = both
     tokens = random_tokens(CONFIG, 600)
     assert relative(packed.logits(tokens), expanded.logits(tokens)) < 1e-5
-    prompts = [Prompt(tokens[:500], 24), Prompt(tokens[500:517], 24)]
+    prompts = [Prompt(tokens[:500], 10), Prompt(tokens[500:517], 10)]
     assert generate(packed, prompts) == generate(expanded, prompts)
 
 

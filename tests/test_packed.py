@@ -131,8 +131,8 @@ def plain_and_packed(config: ModelConfig) -> tuple[dict[str, jax.Array], PackedW
     ("tied", "sizes", "pieces"),
     [
         # The second ends first, the third in the middle of a call.
-        (True, [(530, 40), (3, 5), (70, 21)], (1,)),
-        (False, [(3, 5), (530, 40), (70, 21)], (1, 4)),
+        (True, [(530, 18), (3, 5), (70, 13)], (1,)),
+        (False, [(3, 5), (530, 18), (70, 13)], (1, 4)),
     ],
 )
 def test_the_engine_decodes_the_same_on_packed_weights(

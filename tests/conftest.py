@@ -18,8 +18,10 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 # Before anything imports NumPy: threads of several workers wait for each other, and the products
 # here are small.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Before a conftest further down imports jax, which reads it once.
+# Before a conftest further down imports jax, which reads these once.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Where in Python an operation stands is written down for each of them, and read by nobody here.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 
 def fast_flags() -> list[str]:

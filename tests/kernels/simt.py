@@ -110,7 +110,7 @@ class Machine:
         self.semaphore, self.copies = 0, []
         self.arrived: dict[tuple[int, int], int] = collections.Counter()
         self.progress, self.failed = 0, None
-        self.batons: list[threading.Semaphore] = []
+        self.batons: list[threading.Lock] = []
         self.alive: set[int] = set()
         self.idle: dict[int, int] = {}
         self.local = threading.local()
@@ -142,7 +142,9 @@ class Machine:
             self._pass_on()
 
         self.alive = set(range(len(workers)))
-        self.batons = [threading.Semaphore(0) for _ in workers]
+        self.batons = [threading.Lock() for _ in workers]
+        for baton in self.batons:
+            baton.acquire()
         threads = [
             threading.Thread(target=work, args=(n, *worker), daemon=True)
             for n, worker in enumerate(workers)
@@ -158,13 +160,16 @@ class Machine:
     def _pass_on(self) -> None:
         if self.failed:
             for number in list(self.alive):
-                self.batons[number].release()
+                if self.batons[number].locked():
+                    self.batons[number].release()
             return
         if self.copies:
             # A copy lands at any time, and those of others before or after.
             self.copies.pop(self.random.randrange(len(self.copies)))()
         if self.alive:
-            self.batons[self.random.choice(sorted(self.alive))].release()
+            # Who looked since the last change would wait again.
+            ready = [n for n in sorted(self.alive) if self.idle.get(n) != self.progress]
+            self.batons[self.random.choice(ready or sorted(self.alive))].release()
 
     def _await_baton(self) -> None:
         self.batons[self.local.number].acquire()

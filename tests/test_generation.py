@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from qwen_jax import api
 from qwen_jax.engine import steps
 from qwen_jax.engine.sampling import Sampling
+from qwen_jax.engine.scheduler import overflow
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Generation, Request, Timings
 from qwen_jax.text.tokenizer import Tokenizer
@@ -275,6 +277,11 @@ def test_what_is_no_token_is_an_error(code: int, words: str, ahead: bool) -> Non
         list(pieces)
     pool = run.scripted.engine.pool
     assert pool.available == pool.size
+
+
+def test_the_way_out_of_an_overflow_is_another_setting() -> None:
+    assert "choose --dtype=bfloat16 or float32" in overflow("m", jnp.dtype("float16"))
+    assert "--dtype" not in overflow("m", jnp.dtype("bfloat16"))
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 import functools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import Scheduler, overflow
+from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from tests.engines import random_tokens, run_to_end
@@ -397,8 +396,3 @@ def test_logits_beside_texts_that_run() -> None:
     while not scheduler.idle:
         told += scheduler.turn()
     assert Outcome.of(text, told).tokens[0] == right[-1].argmax()
-
-
-def test_the_way_out_of_an_overflow_is_another_setting() -> None:
-    assert "choose --dtype=bfloat16 or float32" in overflow("m", jnp.dtype("float16"))
-    assert "--dtype" not in overflow("m", jnp.dtype("bfloat16"))

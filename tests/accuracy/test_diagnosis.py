@@ -199,3 +199,12 @@ def test_wrong_layer_of_the_header_is_no_part_of_the_verdict() -> None:
     header = dataclasses.replace(base.header, config=base.header.config | {"rope_theta": 1e4})
     assert diagnose(Trace(header, base.tensors), source()).named == diagnosis(EXAM).named
     assert len(INNER) == 17
+
+
+@pytest.mark.parametrize("name", ["scores_bf16", "scores_f16"])
+def test_a_rounding_explains_no_more_than_it_is_worth(name: str) -> None:
+    """In an engine whose activations are bfloat16, where float16 is the finer one: scores rounded
+    to either are told from each other."""
+    found = diagnose(trace(name, "bfloat16"), source("bfloat16"))
+    assert found.named == (name,) and not found.unknown
+    assert not any(cause.ties for cause in found.causes)

@@ -59,6 +59,17 @@ def why_not(error: OSError) -> str:
     return f"{error.strerror or error}; {way}."
 
 
+def why_taken(path: Path, example: str) -> str | None:
+    """Why no new file can have that name, to follow "--flag=name "; None where one can.
+
+    Args:
+        example: the name of such a file.
+    """
+    if path.is_dir():
+        return f"is a directory; name a file in it, as in {path / example}."
+    return "exists already; move it or choose another name." if path.exists() else None
+
+
 def why_not_written(error: OSError) -> str:
     """The same of a file or a directory, to follow "can't be written: "."""
     way = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"

@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, opening, pins, prompts, xla_flags
+from qwen_jax import api, opening, pins, prompts, regular_files, xla_flags
 from qwen_jax.accuracy import distribution, gates, report
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.cache_audit import audit_cache
@@ -231,8 +231,8 @@ def _describe(config: ConfigDict) -> str:
 def _save_base(config: ConfigDict) -> int:
     settings = config.compare
     path = Path(settings.save_base)
-    if path.exists():
-        raise UserError(f"--save_base={path} exists already; move it or choose another name.")
+    if why := regular_files.why_taken(path, "base.safetensors"):
+        raise UserError(f"--save_base={path} {why}")
     model = load(config)
     tokens = distribution.read_text(model, settings.text)
     distribution.save_base(path, model, tokens, context=settings.context)

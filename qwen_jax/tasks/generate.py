@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, in_force, pins, prompts, recommended, settings, startup
+from qwen_jax import api, in_force, pins, prompts, recommended, regular_files, settings, startup
 from qwen_jax.api import Model
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
@@ -142,8 +142,8 @@ def _check_trace(config: ConfigDict) -> None:
 
     bounds(config.trace.positions)
     path = Path(config.trace.file)
-    if path.exists():
-        raise UserError(f"--trace={path} exists already; move it or choose another name.")
+    if why := regular_files.why_taken(path, "trace.safetensors"):
+        raise UserError(f"--trace={path} {why}")
     if not path.parent.is_dir():
         raise UserError(f"--trace={path} can't be written: {path.parent} is no directory.")
 

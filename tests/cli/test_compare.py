@@ -193,6 +193,8 @@ def test_nothing_is_overwritten(refuses: Callable[..., None], tmp_path: Path) ->
     path.write_bytes(b"old")
     refuses(["generate", f"--trace={path}"], str(path), "exists already")
     refuses(["compare", f"--save_base={path}"], str(path), "exists already")
+    for flag in (["generate", "--trace=."], ["compare", "--save_base=."]):
+        refuses(flag, f"{flag[1]} is a directory; name a file in it, as in ")
     assert path.read_bytes() == b"old"
     for name in ("report.json", "report.txt", "report.html"):
         (tmp_path / name).write_text("old")

@@ -36,6 +36,8 @@ def is_there(path: Path) -> bool:
 
 def opened(path: str | Path) -> BinaryIO:
     """A file open to be read. Raises OSError where it can't be, or is no regular file."""
+    if "\0" in str(path):  # Python's own words for it are no OSError.
+        raise OSError(errno.EINVAL, "its name has a NUL character", str(path))
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
     if kind != stat.S_IFREG:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen_jax import cli, settings, task_fields
@@ -170,6 +170,7 @@ def test_every_flag_stands_for_a_field_of_its_type() -> None:
         assert dict(settings.flatten(config))[field] == value
 
 
+@example(["--config=", "\0é"])
 @given(st.lists(st.sampled_from(["-", "--", "config", ".", "=", "n", "1", "max_tokens", "\0é"])))
 def test_any_arguments(parts: list[str]) -> None:
     argument = "".join(parts)

@@ -267,14 +267,12 @@ def _planted(
         value = OPERATIONS[name](ctx, inputs, params)
         limit = bound(name, ctx, arithmetic, value, inputs, errors, params)
         if output:
-            value, limit = _rounded(value, limit, output, arithmetic)
+            value, limit = _rounded(value, limit, output)
         values[step.name] = value, limit
     return value, limit
 
 
-def _rounded(
-    value: np.ndarray, limit: np.ndarray, dtype: str, arithmetic: Arithmetic
-) -> tuple[np.ndarray, np.ndarray]:
+def _rounded(value: np.ndarray, limit: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """A rounded result and its bound: rounding is monotonic, so it maps an interval to one."""
     low, middle, high = (round_to(v, dtype, np) for v in (value - limit, value, value + limit))
     with np.errstate(invalid="ignore"):

@@ -78,9 +78,7 @@ def list_of(kind: Kind, count: int | None = None) -> Kind:
     return Kind(
         f"a list{of}, each {kind.said}",
         lambda value: (
-            isinstance(value, list)
-            and len(value) == (len(value) if count is None else count)
-            and all(map(kind.has, value))
+            isinstance(value, list) and count in (None, len(value)) and all(map(kind.has, value))
         ),
     )
 

@@ -45,7 +45,7 @@ class OpenFile:
             raise UserError(
                 f"{path}: the file cannot be read ({error.strerror}); check the path."
             ) from None
-        self._bytes: UInt8[np.ndarray, n] = np.frombuffer(self.map, np.uint8)
+        self._bytes = np.frombuffer(self.map, np.uint8)
 
     def bytes(self, start: int, stop: int) -> UInt8[np.ndarray, "n"]:
         """A read-only view of the map. Raises UserError where the file has changed."""

@@ -240,6 +240,10 @@ FLAGS: dict[str, tuple[str, str]] = {
 """Flags that stand for a config field: name to (field, help). They win over --config."""
 
 
+FLAG_OF = {field: flag for flag, (field, _) in FLAGS.items()}
+"""The flag of each field that has one."""
+
+
 def program() -> str:
     """What the user types to get here, for messages."""
     typed = {"qwen_jax/__main__.py": "python -m qwen_jax", "qwen-jax": "qwen-jax"}

@@ -79,10 +79,9 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
         if compare.candidate:
             read += _PROMPT * ("text" in parts)
             doing += " of a --candidate"
-    flags = {field: flag for flag, (field, _) in settings.FLAGS.items()}
     for field in sorted(asked):
         if not task_fields.among(field, read):
-            said = f"--{flags[field]}" if field in flags else field
+            said = f"--{settings.FLAG_OF[field]}" if field in settings.FLAG_OF else field
             raise UserError(f"{said} does nothing for {doing}; leave it out.")
 
 

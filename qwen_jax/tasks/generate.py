@@ -125,10 +125,10 @@ def _as_recommended(
 def _check_needs(config: ConfigDict, asked: Collection[str]) -> None:
     """Raises UserError where what somebody asks for does nothing without something else."""
     values = dict(settings.flatten(config))
-    flags = {field: flag for flag, (field, _) in settings.FLAGS.items()}
     for field, (needed, why) in _NEEDS.items():
         if field in asked and values[field] is not False and values[needed] is None:
-            raise UserError(f"--{flags[field]} needs --{flags[needed]}: {why}.")
+            flag, other = settings.FLAG_OF[field], settings.FLAG_OF[needed]
+            raise UserError(f"--{flag} needs --{other}: {why}.")
 
 
 def _check_trace(config: ConfigDict) -> None:

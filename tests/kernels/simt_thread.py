@@ -236,6 +236,12 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         rounded = (both * factor + addend).astype(np.float16)
         return v(rounded.view(np.int32)[:, 0], I32)
 
+    def multiplied_halves(pair: t.V, factors: t.V, addends: t.V | None = None) -> t.V:
+        given = [pair, factors, *([] if addends is None else [addends])]
+        halves = [np.ascontiguousarray(m.lanes(x))[:, None].view(np.float16) for x in given]
+        a, b, *c = (each.astype(np.float64) for each in halves)
+        return v((a * b + sum(c)).astype(np.float16).view(np.int32)[:, 0], I32)
+
     def function(code: Callable[[np.ndarray], np.ndarray]) -> Callable[[t.V], t.V]:
         return lambda x: v(code(m.lanes(x)), F32)
 
@@ -293,6 +299,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         (planes, "scaled_halves", scaled_halves), (planes, "placed", placed),
         (blocks, "placed", placed), (scales, "permuted", permuted),
         (scales, "scaled_halves", scaled_halves),
+        (blocks, "multiplied_halves", multiplied_halves),
     ]:  # fmt: skip
         patch.setattr(module, name, code)
     for name, code in {"pair": pair, "floats": apart, "multiply": multiply}.items():

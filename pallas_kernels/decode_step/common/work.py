@@ -1,6 +1,7 @@
 """A block's share of a step's phases, as it reads it from the plan's table."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 from pallas_kernels.decode_step.packed.plan import Phase, StepPlan
@@ -46,12 +47,38 @@ class Work:
         this = plan.phases[phase]
         if len(this.storages) == 1:
             return None
-        (word,) = t.load_global(self.kinds + ((layer * 4 + phase) << 2).wide())
+        kinds = self._kinds(phase, layer)
 
         def of(m_tile: V) -> V:
             shift = t.integer(0)
             for n, begin in enumerate(this.begins[1:], 1):
                 shift = t.select(self.first[phase] + m_tile < begin, shift, t.integer(4 * n))
-            return (word >> shift) & 15
+            return (kinds >> shift) & 15
 
         return of
+
+    def granules(self, plan: StepPlan, phase: int, layer: V) -> Callable[[V], V]:
+        """How many granules a tile of each of so many of the block's M-tiles, its first ones,
+        takes in all in a layer.
+        """
+        this = plan.phases[phase]
+        each = [plan.granules(storage.name) for storage in this.storages]
+        if len(each) == 1:
+            return lambda count: count * each[0]
+        kinds, first = self._kinds(phase, layer), self.first[phase]
+
+        def of(count: V) -> V:
+            total = t.integer(0)
+            for n, (begin, end) in enumerate(itertools.pairwise((*this.begins, this.m_tiles))):
+                inside = t.smaller(first + count, end) - t.larger(first, begin)
+                mine, which = t.integer(each[0]), (kinds >> (4 * n)) & 15
+                for other, size in enumerate(each[1:], 1):
+                    mine = t.select(which.equals(other), t.integer(size), mine)
+                total = total + t.larger(inside, 0) * mine
+            return total
+
+        return of
+
+    def _kinds(self, phase: int, layer: V) -> V:
+        """Which of a phase's storages each segment has in a layer, four bits each."""
+        return t.load_global(self.kinds + ((layer * 4 + phase) << 2).wide())[0]

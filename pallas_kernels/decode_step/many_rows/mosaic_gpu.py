@@ -34,8 +34,7 @@ from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import FLAGGED, GRID_BARRIER, MOST_ROWS, layout_of
 from pallas_kernels.decode_step.many_rows.products import Products
 from pallas_kernels.decode_step.many_rows.step import Step
-from pallas_kernels.decode_step.many_rows.weight_ring import MOST_M_TILES, UNIT_BYTES, WeightRing
-from pallas_kernels.decode_step.packed.plain import TILE_BYTES
+from pallas_kernels.decode_step.many_rows.weight_ring import Group, Unit, WeightRing
 from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
@@ -43,8 +42,6 @@ from pallas_kernels.decode_step.ptx.formats import FORMATS
 
 WEIGHT_STAGES = 16
 """In shared memory, at most."""
-FEWEST_UNITS = 2 * MOST_M_TILES
-"""Of weights: two of the largest stages."""
 INPUT_BYTES = 48 * 1024
 """Shared memory for stages of an input, about."""
 EARLY_BYTES = 128 << 20
@@ -93,23 +90,27 @@ def memory(plan: StepPlan, rows: int) -> Memory:
         16,
     )
     left = SHARED_BYTES - sum(others)
-    return Memory(max(0, left // UNIT_BYTES) * UNIT_BYTES, *others)
+    unit = Unit.of(plan).bytes
+    return Memory(max(0, left // unit) * unit, *others)
 
 
 def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     """Why the kernel can't run a step, or None."""
     if why := unfit(plan, cache):
         return why
-    names = [storage.name for storage in plan.storages]
-    if len(names) > 1:
+    if len({storage.format for storage in plan.storages}) > 1:
         # The hidden state is one input of several products.
-        return f"it takes weights that are all stored alike, not {' and '.join(names)}"
-    if plan.granule_bytes != TILE_BYTES:
-        return f"it takes weights of 16 bits, not {names[0]}"
+        names = " and ".join(storage.name for storage in plan.storages)
+        return f"products with {names} are taken in different formats, of one input"
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
-    if (units := memory(plan, rows).units // UNIT_BYTES) < FEWEST_UNITS:
-        return f"shared memory has room for {units * UNIT_BYTES} bytes of weights"
+    unit, room = Unit.of(plan), memory(plan, rows).units
+    groups = [Group.of(phase, unit) for phase in plan.phases]
+    if room < (least := 2 * max(group.m_tiles * group.units for group in groups) * unit.bytes):
+        return f"shared memory has room for {room} bytes of weights, not the {least} of two stages"
+    for phase, group in zip(plan.phases, groups, strict=True):
+        if len(phase.begins) > 1 and group.each > 1 and len(phase.storages) > 1:
+            return f"a warp has {group.each} M-tiles of a phase whose segments are stored otherwise"
     return None
 
 
@@ -121,7 +122,7 @@ def build(
     shape, blocks = plan.shape, plan.blocks
     divided, inputs = memory(plan, rows), InputLayout(rows, plan.phases[HEAD].format)
     splits = attention.most_splits(plan, rows, pool.capacity)
-    layout = layout_of(plan, inputs, splits)
+    layout, unit = layout_of(plan, inputs, splits), Unit.of(plan)
 
     def own_memory(smem: Any) -> list[t.V]:
         base = t.address(smem, shared=True)
@@ -129,8 +130,8 @@ def build(
 
     def rings(smem: Any) -> tuple[WeightRing, Ring]:
         units, input_memory, *_, sizes, weight_turns, input_turns, _ = own_memory(smem)
-        room = divided.units // UNIT_BYTES
-        weights = WeightRing(units, room, Ring(sizes, weight_turns, WEIGHT_STAGES, 4))
+        room = divided.units // unit.bytes
+        weights = WeightRing(unit, units, room, Ring(sizes, weight_turns, WEIGHT_STAGES, 4))
         stages = divided.input_turns // 16
         return weights, Ring(input_memory, input_turns, stages, inputs.stage_bytes)
 
@@ -154,7 +155,7 @@ def build(
         t.when(warp.equals(first), lambda: weights.fetch(plan, t.address(stream), work))
 
         def fetch_inputs() -> None:
-            side_warps.fetch_inputs(plan, inputs, exchange, work, input_ring, cleared)
+            side_warps.fetch_inputs(plan, inputs, exchange, work, unit, input_ring, cleared)
 
         def make_scales() -> None:
             side_warps.make_scales(plan, exchange, inputs.format, warp - (first + 2), scales)

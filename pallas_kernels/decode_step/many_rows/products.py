@@ -5,6 +5,7 @@ do: once for all M-tiles of a block, as far as registers have room for their sum
 the M-tiles; where there are few, several warps share one and each takes some of the columns.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,13 +14,13 @@ from pallas_kernels.decode_step.common.phases import Total
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.many_rows.inputs import PAIR_BYTES, InputLayout
 from pallas_kernels.decode_step.many_rows.weight_ring import (
-    UNIT_FRAGMENTS,
+    PIECES,
     Group,
     WeightRing,
     WeightState,
 )
-from pallas_kernels.decode_step.packed.plain import FRAGMENT_BYTES
 from pallas_kernels.decode_step.packed.plan import Phase
+from pallas_kernels.decode_step.packed.storage import Storage
 from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.loops import block_stride_loop
@@ -79,6 +80,7 @@ class Products:
         finish: Finish,
         ready: Callable[[], None],
         height: int,
+        kind: Callable[[V], V] | None,
     ) -> StreamStates:
         """Multiplies a block's M-tiles with the input.
 
@@ -87,13 +89,15 @@ class Products:
             finish: called with the block's M-tile, a row, the first of four outputs, below
                 `height`, and their sums.
             ready: waits for what `finish` needs besides; called once, without M-tiles too.
+            kind: `Work.kind`; all M-tiles that a warp has at the same time are stored alike.
         """
-        group = Group.of(phase)
+        group = Group.of(phase, self.weights.unit)
         size = group.each * self.inputs.padded // 2  # of a lane's sums
 
         def turn(i: V, carry: list[V]) -> list[V]:
-            at_hand = group.at_hand(m_tiles, i)
-            busy = t.thread_id() // t.WARP // group.sharers < at_hand
+            at_hand, first = group.at_hand(m_tiles, i), i * group.m_tiles
+            of = t.thread_id() // t.WARP // group.sharers
+            stored = [kind(first + of)] if kind else []
 
             def stage(_: V, carry: list[V]) -> list[V]:
                 states, sums = StreamStates.carried(carry[:5]), carry[5:]
@@ -101,16 +105,21 @@ class Products:
                 some = self.input_ring.wait(states.inputs)
 
                 def multiplied() -> list[V]:
-                    return self._multiplied(phase, group, states.weights, some, sums)
+                    after = sums
+                    for n, storage in enumerate(phase.storages):
+                        how = (storage, group, states.weights, some, sums)
+                        each = functools.partial(self._multiplied, *how)
+                        after = t.either(stored[0].equals(n), each, after) if stored else each()
+                    return after
 
-                sums = multiplied() if group.each > 1 else t.either(busy, multiplied, sums)
+                after = multiplied() if group.each > 1 else t.either(of < at_hand, multiplied, sums)
                 self.weights.ring.release(states.weights.of_ring)
                 self.input_ring.release(states.inputs)
                 following = self.weights.next(states.weights, at_hand * group.units)
-                return [*following, *self.input_ring.next(states.inputs), *sums]
+                return [*following, *self.input_ring.next(states.inputs), *after]
 
             carry = t.loop(group.stages(tiles), [*carry, *[t.number(0)] * size], stage)
-            first, sums = i * group.m_tiles, carry[5:]
+            sums = carry[5:]
             t.when(i.equals(0), ready)
             for n in range(group.each):
                 each = size // group.each
@@ -125,44 +134,58 @@ class Products:
         return StreamStates.carried(after)
 
     def _multiplied(
-        self, phase: Phase, group: Group, state: WeightState, inputs: V, sums: list[V]
+        self, storage: Storage, group: Group, state: WeightState, inputs: V, sums: list[V]
     ) -> list[V]:
         """A lane's sums with a stage added: of its M-tiles in turn, of every eight rows."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         of, share = warp // group.sharers, warp % group.sharers
-        inputs = inputs + share * self.inputs.fragment_bytes + lane * 16
-        own = share % UNIT_FRAGMENTS * FRAGMENT_BYTES + lane * 16
+        sixteens, each = group.unit.sixteens, self.inputs.fragment_bytes
+        inputs = inputs + share * (sixteens * each) + lane * 16
         m_tiles = [of + n * (WARPS // group.sharers) for n in range(group.each)]
         # Eight warps that share an M-tile have no unit in common.
         apart = group.sharers == WARPS
-        units = [share // UNIT_FRAGMENTS] if apart else [*range(group.units)]
+        units = [share // PIECES] if apart else [*range(group.units)]
         weights = [
-            [self.weights.address(state, m_tile * group.units + unit) + own for m_tile in m_tiles]
+            [self.weights.address(state, m_tile * group.units + unit) for m_tile in m_tiles]
             for unit in units
         ]
-        fragments = range(0, group.fragments, group.sharers)
-        at_once = min(AT_ONCE, len(fragments))
+        # Of a warp the first piece of a unit, unless it has all.
+        own = share % PIECES
+        pieces = range(0, group.pieces, group.sharers)
 
-        def operands(fragment: int) -> tuple[list[list[V]], list[list[V]]]:
+        def operands(piece: int) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
             x = [
-                t.load_shared(inputs + (fragment * self.inputs.fragment_bytes + n * PAIR_BYTES), 4)
-                for n in range(self.inputs.pairs)
+                [
+                    t.load_shared(inputs + ((piece * sixteens + n) * each + pair * PAIR_BYTES), 4)
+                    for pair in range(self.inputs.pairs)
+                ]
+                for n in range(sixteens)
             ]
-            offset = fragment % UNIT_FRAGMENTS * FRAGMENT_BYTES
-            return x, [t.load_shared(at + offset, 4) for at in weights[fragment // UNIT_FRAGMENTS]]
+            loaded = []
+            for unit in weights[piece // PIECES]:
 
-        turns = [fragments[n : n + at_once] for n in range(0, len(fragments), at_once)]
-        later = [operands(fragment) for fragment in turns[0]]
+                def read(at: V, count: int, unit: V = unit) -> list[V]:
+                    return t.load_shared(unit + at, count)
+
+                some = range(0, sixteens, storage.spread)
+                numbers = [((own + piece % PIECES) * sixteens + n) // storage.spread for n in some]
+                loaded.append([storage.load(read, number, lane) for number in numbers])
+            return x, loaded
+
+        at_once = max(1, AT_ONCE // sixteens)
+        turns = [pieces[n : n + at_once] for n in range(0, len(pieces), at_once)]
+        later = [operands(piece) for piece in turns[0]]
         sums = list(sums)
         for following in [*turns[1:], ()]:
-            loaded, later = later, [operands(fragment) for fragment in following]
-            for x, ws in loaded:
-                eights = [pair[half : half + 2] for pair in x for half in (0, 2)]
-                for n, w in enumerate(ws):
-                    (a,) = phase.storages[0].groups(w)[0].operands
-                    for eight, b in enumerate(eights):
-                        at = (n * len(eights) + eight) * 4
-                        sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])
+            loaded, later = later, [operands(piece) for piece in following]
+            for x, m_tile_words in loaded:
+                for n, words in enumerate(m_tile_words):
+                    made = [a for some in words for a in storage.operands(some)]
+                    for a, pairs in zip(made, x, strict=True):
+                        eights = [pair[half : half + 2] for pair in pairs for half in (0, 2)]
+                        for eight, b in enumerate(eights):
+                            at = (n * len(eights) + eight) * 4
+                            sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])
         return sums
 
     def _store(self, sums: list[V]) -> None:

@@ -6,7 +6,7 @@ from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, SECTIONS, SQUARES
-from pallas_kernels.decode_step.many_rows.weight_ring import Group
+from pallas_kernels.decode_step.many_rows.weight_ring import Group, Unit
 from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
 from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import barriers
@@ -28,12 +28,14 @@ def fetch_inputs(
     inputs: InputLayout,
     exchange: Exchange,
     work: Work,
+    unit: Unit,
     ring: Ring,
     cleared: V,
 ) -> None:
     """Copies every stage of every input the block needs, in order; for one thread alone.
 
     Args:
+        unit: of the weights, whose stages the input's go with.
         cleared: an mbarrier whose first turn ends when the exchange has been cleared.
     """
     counter = exchange.at(GRID_BARRIER)
@@ -41,7 +43,7 @@ def fetch_inputs(
 
     def copied(phase: int, passed: V, carry: list[V]) -> list[V]:
         p = plan.phases[phase]
-        group = Group.of(p)
+        group = Group.of(p, unit)
         first, tiles = work.part_column if p.parts > 1 else t.integer(0), work.tiles(p)
         begin = exchange.at(SECTIONS[phase])
         barriers.await_count(counter, passed * plan.blocks)
@@ -51,10 +53,10 @@ def fetch_inputs(
             state = RingState(*carry)
             # A stage that was never used is empty: the turn before the first is over.
             barriers.await_turn(ring.empty(state.stage), state.parity ^ 1)
-            fragment = first * WARPS + i * group.fragments
+            fragment = first * WARPS + i * group.sixteens
             source = begin + (fragment * inputs.fragment_bytes).wide()
             target = ring.memory + state.stage * ring.stage_bytes
-            size = t.integer(group.fragments * inputs.fragment_bytes)
+            size = t.integer(group.sixteens * inputs.fragment_bytes)
             barriers.copy_in(target, source, size, ring.full(state.stage))
             return [*ring.next(state)]
 

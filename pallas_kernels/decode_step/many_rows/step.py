@@ -84,7 +84,9 @@ class Step(Phases):
                 t.block_barrier(WITH_SCALERS, SCALED)
 
         states, tiles = StreamStates.carried(streams), self.work.tiles(p)
-        return self.products.product(states, p, m_tiles, tiles, finish, scaled, height).carry()
+        kind = self.work.kind(self.plan, phase, layer.index)
+        product = self.products.product
+        return product(states, p, m_tiles, tiles, finish, scaled, height, kind).carry()
 
     def _input_scale(self, phase: int) -> float:
         """What the phase's input was multiplied with, besides norms.

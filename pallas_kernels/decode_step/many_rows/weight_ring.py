@@ -1,9 +1,9 @@
 """Weights in the order in which many rows need them: some columns of all M-tiles at hand, then
 more.
 
-A stage is 64 or 128 columns of each of a group of M-tiles, so that stages differ in size. Half a
-tile is copied by itself, since the M-tiles lie one after the other in the stream, and takes any
-place in a ring.
+A stage is 64 or 128 columns of each of a group of M-tiles, so that stages differ in size. Of each
+M-tile they are copied by themselves, since the M-tiles lie one after the other in the stream, and
+take any place in a ring.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
-from pallas_kernels.decode_step.packed.plain import TILE_BYTES
 from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
 from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import barriers
@@ -24,9 +23,29 @@ USUAL_M_TILES = 16
 """Where several groups are needed."""
 WHOLE_TILES = 10
 """M-tiles up to which a stage holds whole tiles of them: it should be a third of the ring."""
-UNIT_BYTES = TILE_BYTES // 2
-UNIT_FRAGMENTS = WARPS // 2
-"""Half a tile: four times 16 columns."""
+PIECES = 4
+"""Of a unit: each is one warp's, with 16 or 32 columns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What is copied by itself: half a tile of numbers, or a whole one of blocks.
+
+    Attributes:
+        bytes: room for any.
+        tile: how many a tile has.
+        sixteens: times 16 columns in a piece.
+    """
+
+    bytes: int
+    tile: int
+    sixteens: int
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> "Unit":
+        sixteens = max(storage.spread for storage in plan.storages)
+        tile = WARPS // (PIECES * sixteens)
+        return cls(max(storage.tile_bytes for storage in plan.storages) // tile, tile, sixteens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,34 +53,42 @@ class Group:
     """How a phase's M-tiles are divided among the warps, some at a time.
 
     Attributes:
+        unit: that is copied by itself.
         m_tiles: that are multiplied at the same time, at most.
-        units: halves of a tile in a stage.
+        units: of an M-tile in a stage.
         sharers: warps that share an M-tile, each with some of its columns.
         each: M-tiles of a warp.
     """
 
+    unit: Unit
     m_tiles: int
     units: int
     sharers: int
     each: int
 
     @classmethod
-    def of(cls, phase: Phase) -> "Group":
+    def of(cls, phase: Phase, unit: Unit) -> "Group":
         most = int(phase.count.max())
         turns = 1 if most <= MOST_M_TILES else -(-most // USUAL_M_TILES)
         m_tiles = -(-most // turns)
-        units = 2 if m_tiles <= WHOLE_TILES else 1
-        sharers = next(n for n in (8, 4, 2, 1) if n == 1 or m_tiles <= WARPS // n)
-        return cls(m_tiles, units, sharers, -(-m_tiles // (WARPS // sharers)))
+        units = unit.tile if m_tiles <= WHOLE_TILES else 1
+        possible = [n for n in (8, 4, 2) if n <= PIECES * units and m_tiles <= WARPS // n]
+        sharers = max([*possible, 1])
+        return cls(unit, m_tiles, units, sharers, -(-m_tiles // (WARPS // sharers)))
 
     @property
-    def fragments(self) -> int:
+    def pieces(self) -> int:
+        """Of an M-tile in a stage."""
+        return PIECES * self.units
+
+    @property
+    def sixteens(self) -> int:
         """Times 16 columns in a stage."""
-        return UNIT_FRAGMENTS * self.units
+        return self.pieces * self.unit.sixteens
 
     def stages(self, tiles: int | V) -> int | V:
         """Of a group of M-tiles of so many tiles."""
-        return tiles * (2 // self.units)
+        return tiles * (self.unit.tile // self.units)
 
     def turns(self, m_tiles: V) -> V:
         return (m_tiles + (self.m_tiles - 1)) // self.m_tiles
@@ -90,16 +117,17 @@ class WeightRing:
     """The weights of one block, stage after stage.
 
     Attributes:
+        unit: that is copied by itself.
         units: address of a ring of `room` units in shared memory.
         ring: of stages: their barriers, and in its memory each one's number of units.
     """
 
-    def __init__(self, units: V, room: int, ring: Ring):
-        self.units, self.room, self.ring = units, room, ring
+    def __init__(self, unit: Unit, units: V, room: int, ring: Ring):
+        self.unit, self.units, self.room, self.ring = unit, units, room, ring
 
     def address(self, state: WeightState, unit: V) -> V:
         """Of a stage's unit: all of its first M-tile, then all of the next."""
-        return self.units + self._wrapped(state.unit + unit) * UNIT_BYTES
+        return self.units + self._wrapped(state.unit + unit) * self.unit.bytes
 
     def next(self, state: WeightState, units: V) -> WeightState:
         return WeightState(*self.ring.next(state.of_ring), self._wrapped(state.unit + units))
@@ -111,34 +139,40 @@ class WeightRing:
         """Fetches all weights of the block in order; for one warp, each lane a unit."""
         lane = t.thread_id() % t.WARP
 
-        def m_tiles(phase: int, carry: list[V]) -> list[V]:
+        def m_tiles(phase: int, layer: V, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
-            group, count = Group.of(p), work.count[phase]
-            tiles = t.integer(work.tiles(p))
+            group, count = Group.of(p, self.unit), work.count[phase]
+            tiles, granules = t.integer(work.tiles(p)), work.granules(plan, phase, layer)
             m_tile, unit = lane // group.units, lane % group.units
 
             def turn(i: V, carry: list[V]) -> list[V]:
-                units = group.at_hand(count, i) * group.units
-                first = (carry[0] + (i * group.m_tiles + m_tile) * tiles) * 2 + unit
+                at_hand, first = group.at_hand(count, i), i * group.m_tiles
+                before, after = granules(first + m_tile), granules(first + m_tile + 1)
+                own = (after - before) * (plan.granule_bytes // self.unit.tile)
+                all_ = granules(first + at_hand) - granules(first)
+                size = all_ * (plan.granule_bytes * group.units // self.unit.tile)
+                begin = stream + (carry[0] + before * tiles).wide() * plan.granule_bytes
 
                 def stage(i: V, carry: list[V]) -> list[V]:
-                    return self._fetch_stage(stream, first + i * group.units, units, carry)
+                    source = begin + ((i * group.units + unit) * own).wide()
+                    return self._fetch_stage(source, own, at_hand * group.units, size, carry)
 
                 return [carry[0], *t.loop(group.stages(tiles), carry[1:], stage)]
 
             carry = t.loop(group.turns(count), carry, turn)
-            return [carry[0] + count * tiles, *carry[1:]]
+            return [carry[0] + granules(count) * tiles, *carry[1:]]
 
-        def layer(_: V, carry: list[V]) -> list[V]:
+        def layer(index: V, carry: list[V]) -> list[V]:
             for phase in range(HEAD):
-                carry = m_tiles(phase, carry)
+                carry = m_tiles(phase, index, carry)
             return carry
 
         none = [*WeightState.first(), *RingState.first(), t.integer(self.room), t.integer(0)]
-        m_tiles(HEAD, t.loop(plan.shape.layers, [work.granule, *none], layer))
+        layers = plan.shape.layers
+        m_tiles(HEAD, t.integer(layers), t.loop(layers, [work.granule, *none], layer))
 
-    def _fetch_stage(self, stream: V, unit: V, units: V, carry: list[V]) -> list[V]:
-        """One stage, of which this lane's unit is that one of the stream.
+    def _fetch_stage(self, source: V, own: V, units: V, size: V, carry: list[V]) -> list[V]:
+        """One stage of so many units and bytes, of which this lane's are there.
 
         `carry` is the stage's state, the oldest stage's, free units of the ring, and how many
         stages are in it.
@@ -151,8 +185,8 @@ class WeightRing:
         def let_go(oldest: list[V]) -> list[V]:
             last = RingState(*oldest[:2])
             barriers.await_turn(ring.empty(last.stage), last.parity)
-            (size,) = t.load_shared(ring.memory + last.stage * ring.stage_bytes)
-            return [*ring.next(last), oldest[2] + size, oldest[3] - 1]
+            (freed,) = t.load_shared(ring.memory + last.stage * ring.stage_bytes)
+            return [*ring.next(last), oldest[2] + freed, oldest[3] - 1]
 
         state = WeightState(*carry[:3])
         *oldest, free, stages = t.loop_while(crowded, carry[3:], let_go)
@@ -162,11 +196,10 @@ class WeightRing:
 
         def announce() -> None:
             t.store_shared(ring.memory + state.stage * ring.stage_bytes, [units])
-            barriers.expect(full, units * UNIT_BYTES)
+            barriers.expect(full, size)
 
         t.when(lane.equals(0), announce)
         t.warp_barrier()
-        source = stream + unit.wide() * UNIT_BYTES
         target = self.address(state, lane)
-        t.when(lane < units, lambda: barriers.copy(target, source, UNIT_BYTES, full))
+        t.when(lane < units, lambda: barriers.copy(target, source, own, full))
         return [*self.next(state, units), *oldest, free - units, stages + 1]

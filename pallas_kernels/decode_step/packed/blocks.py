@@ -20,11 +20,12 @@ from pallas_kernels.decode_step.packed.planes import (
     outputs,
     pairs,
 )
-from pallas_kernels.decode_step.packed.scales import FLOAT16, Fields, Scales
+from pallas_kernels.decode_step.packed.scales import FLOAT16, Fields, Scales, Two
 from pallas_kernels.decode_step.packed.storage import Group, Read, Storage
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.arithmetic import (
+    multiplied_halves,
     permuted,
     placed,
     scaled_halves,
@@ -142,6 +143,22 @@ class Blocks(Storage):
             Group(operands[n * each : (n + 1) * each], [a, a, b, b])
             for n, (a, b) in enumerate(factors)
         ]
+
+    def operands(self, words: list[V]) -> list[list[V]]:
+        codes, rest = self._codes(words)
+        factors = self._halves(self.scales.factors(rest))
+        addends = self._halves(self.scales.addends(rest)) if self.addends else None
+        made = []
+        for n, pair in enumerate(codes):
+            # Of each operand four words: outputs g, g + 8, g, g + 8.
+            which, half = n // 4 * len(factors) // 2, n % 2
+            added = addends[which][half] if addends else None
+            made.append(multiplied_halves(pair, factors[which][half], added))
+        return [made[:4], made[4:]]
+
+    def _halves(self, twos: list[Two]) -> list[Two]:
+        """Numbers of outputs g and g + 8 rounded to float16, each twice in a word."""
+        return [(FLOAT16.pair(a, a), FLOAT16.pair(b, b)) for a, b in twos]
 
     def load_addends(self, reads: Sequence[Read], lane: V) -> list[V]:
         return self.scales.load_addends(reads, self._code_bytes, lane)

@@ -33,11 +33,14 @@ class Numbers(Storage):
         return read(warp * FRAGMENT_BYTES + lane * 16, 4)
 
     def groups(self, words: list[V]) -> list[Group]:
+        return [Group(self.operands(words))]
+
+    def operands(self, words: list[V]) -> list[list[V]]:
         # The memory has a lane's output first, the instruction its column.
-        return [Group([[words[0], words[2], words[1], words[3]]])]
+        return [[words[0], words[2], words[1], words[3]]]
 
     def expands_to(self, dtype: str) -> bool:
         return dtype == self.name and self.format is not None
 
     def expanded(self, words: list[V], format: Format) -> list[V]:
-        return [words[0], words[2], words[1], words[3]]
+        return self.operands(words)[0]

@@ -75,6 +75,12 @@ class Storage(abc.ABC):
     def groups(self, words: list[V]) -> list[Group]:
         """A lane's weights from them; `spread` operands in all."""
 
+    @abc.abstractmethod
+    def operands(self, words: list[V]) -> list[list[V]]:
+        """The operands of the lane's weights themselves, scales and addends included, each rounded
+        to `format` as weights of it would be.
+        """
+
     def load_addends(self, reads: Sequence[Read], lane: V) -> list[V]:
         """A lane's words of the addends of two tiles, next to each other in an M-tile."""
         raise NotImplementedError

@@ -29,6 +29,14 @@ def scaled_halves(pair: V, factor: float, addend: float) -> V:
     return asm("fma.rn.f16x2 $0, $1, $2, $3;", [i32()], "=r,r,r,r", pair, *both)[0]
 
 
+def multiplied_halves(pair: V, factors: V, addends: V | None = None) -> V:
+    """Two float16 times two others, and two more added, rounded once."""
+    if addends is None:
+        return asm("mul.rn.f16x2 $0, $1, $2;", [i32()], "=r,r,r", pair, factors)[0]
+    text = "fma.rn.f16x2 $0, $1, $2, $3;"
+    return asm(text, [i32()], "=r,r,r,r", pair, factors, addends)[0]
+
+
 def _twice(number: float) -> V:
     """A float16 twice in a word."""
     (half,) = struct.unpack("<H", struct.pack("<e", number))

@@ -1,0 +1,46 @@
+"""Weights in a file's blocks in the kernel of many rows, run without a GPU."""
+
+import pytest
+
+from pallas_kernels.decode_step import ModelShape, StepPlan
+from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
+from tests.kernels.emulated_step import (
+    GROUPS,
+    ODD,
+    SEED,
+    SMALL,
+    TURNS,
+    check_beside,
+    drawn,
+    run,
+    without_barriers,
+)
+from tests.kernels.simt import Race
+from tests.kernels.test_blocks import HEAD_ONLY, MIXED, SHAPE
+from tests.kernels.test_decode_step import SIZES, lower, plan_of
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "positions", "stored"),
+    [
+        (SMALL, 9, [*range(17)], "q8_0"),
+        # A row is shared by several blocks, and a warp has several M-tiles.
+        (ODD, 20, [300, 17, 200, 3, 129], ("q5_1", "iq4_nl", "q4_1", "q4_0", "q5_0")),
+        # So many M-tiles that they are multiplied in turns, 13 and 12.
+        (TURNS, 2, [7] * 20, "q5_0"),
+        (SMALL, 11, [9, 11, 130, 7, 6], ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
+        (SMALL, 5, [0, 21], ("q6_k", "q4_k", "iq4_xs", "float16", "q3_k")),
+        (GROUPS[8], 11, [*range(64)], ("q4_k", "q6_k", "q5_k", "q4_1", "q2_k")),
+        # Segments and layers that are stored otherwise.
+        (SHAPE, 7, [3, 40, 17], MIXED),
+    ],
+)
+def test_no_worse_than_weights_in_float16(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: ModelShape,
+    blocks: int,
+    positions: list[int],
+    stored: str | tuple[str, ...] | StepPlan,
+) -> None:
+    case = drawn(shape, blocks, positions, 3, stored, cache="float16")
+    check_beside(monkeypatch, case, many_rows, "float16")

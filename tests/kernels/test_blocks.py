@@ -241,21 +241,29 @@ def as_in_files(size: str, quantisation: str) -> StepPlan:
     return StepPlan(shape, 132, layers, "q8_0" if odd else "q6_k")
 
 
-@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
 @pytest.mark.parametrize("size", SIZES)
 def test_mixed_files_lower(size: str, rows: int) -> None:
     plan = as_in_files(size, ["q4_k_m", "q5_k_m", "q3_k_m"][rows % 3])
-    if why := few_rows.refusal(plan, rows, "bfloat16"):
-        assert rows > 1
-        pytest.skip(why)
-    assert "decode_step" in lower(plan, rows, 1024, cache="bfloat16")
+    kernel = many_rows if few_rows.refusal(plan, rows, "bfloat16") else few_rows
+    assert rows > 1 or kernel is few_rows
+    assert "decode_step" in lower(plan, rows, 1024, kernel, cache="bfloat16")
+
+
+def test_a_warp_multiplies_what_is_stored_alike() -> None:
+    """Queries and values of one phase, of which a warp has several M-tiles."""
+    shape = SIZES["7b"]
+    plan = StepPlan(
+        shape, 8, (Stored("q4_k", "q4_k", "q6_k", "q4_k", "q4_k", "q4_k"),) * 28, "q6_k"
+    )
+    why = many_rows.refusal(plan, 64, "bfloat16")
+    assert why == "a warp has 2 M-tiles of a phase whose segments are stored otherwise"
+    assert kernels.refusal(StepPlan(shape, 132, plan.layers, "q6_k"), 64, "bfloat16") is None
 
 
 def test_what_does_not_take_blocks_says_so() -> None:
     plan = plan_of(SIZES["0.5b"], "q8_0")
-    assert many_rows.refusal(plan, 17, "bfloat16") == "it takes weights of 16 bits, not q8_0"
-    assert kernels.refusal(plan, 17, "bfloat16") == "it takes weights of 16 bits, not q8_0"
-    assert kernels.refusal(plan, 16, "bfloat16") is None
+    assert kernels.refusal(plan, 65, "bfloat16") == "it takes at most 64 rows, not 65"
     why = "it makes no float32 of weights stored as q8_0"
     assert unpack.refusal(plan, 0, 0, jnp.dtype(jnp.float32)) == why
     assert unpack.refusal(plan, 0, 0, jnp.dtype(jnp.bfloat16)) is None

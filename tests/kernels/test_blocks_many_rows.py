@@ -7,17 +7,12 @@ from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from tests.kernels.emulated_step import (
     GROUPS,
     ODD,
-    SEED,
     SMALL,
     TURNS,
     check_beside,
     drawn,
-    run,
-    without_barriers,
 )
-from tests.kernels.simt import Race
-from tests.kernels.test_blocks import HEAD_ONLY, MIXED, SHAPE
-from tests.kernels.test_decode_step import SIZES, lower, plan_of
+from tests.kernels.test_blocks import MIXED, SHAPE
 
 
 @pytest.mark.parametrize(
@@ -29,7 +24,7 @@ from tests.kernels.test_decode_step import SIZES, lower, plan_of
         # So many M-tiles that they are multiplied in turns, 13 and 12.
         (TURNS, 2, [7] * 20, "q5_0"),
         (SMALL, 11, [9, 11, 130, 7, 6], ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
-        (SMALL, 5, [0, 21], ("q6_k", "q4_k", "iq4_xs", "float16", "q3_k")),
+        (SMALL, 5, [0, 21, 7, 9, 3], ("q6_k", "q4_k", "iq4_xs", "float16", "q3_k")),
         (GROUPS[8], 11, [*range(64)], ("q4_k", "q6_k", "q5_k", "q4_1", "q2_k")),
         # Segments and layers that are stored otherwise.
         (SHAPE, 7, [3, 40, 17], MIXED),

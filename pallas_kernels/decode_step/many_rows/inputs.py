@@ -23,14 +23,24 @@ class InputLayout:
     format: Format
 
     @property
+    def eights(self) -> int:
+        """Times eight rows, the columns of a product."""
+        return -(-self.rows // 8)
+
+    @property
     def pairs(self) -> int:
         """Pairs of eight rows."""
-        return -(-self.rows // 16)
+        return -(-self.eights // 2)
 
     @property
     def padded(self) -> int:
         """Rows with the ones that aren't there."""
         return 16 * self.pairs
+
+    @property
+    def m_tiles_at_once(self) -> int:
+        """Whose sums a warp keeps at the same time: those of 64 rows are of one."""
+        return 64 // self.padded
 
     @property
     def fragment_bytes(self) -> int:

@@ -105,7 +105,7 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     unit, room = Unit.of(plan), memory(plan, rows).units
-    groups = [Group.of(phase, unit) for phase in plan.phases]
+    groups = [Group.of(phase, unit, rows) for phase in plan.phases]
     if room < (least := 2 * max(group.m_tiles * group.units for group in groups) * unit.bytes):
         return f"shared memory has room for {room} bytes of weights, not the {least} of two stages"
     for phase, group in zip(plan.phases, groups, strict=True):
@@ -131,7 +131,7 @@ def build(
     def rings(smem: Any) -> tuple[WeightRing, Ring]:
         units, input_memory, *_, sizes, weight_turns, input_turns, _ = own_memory(smem)
         room = divided.units // unit.bytes
-        weights = WeightRing(unit, units, room, Ring(sizes, weight_turns, WEIGHT_STAGES, 4))
+        weights = WeightRing(unit, rows, units, room, Ring(sizes, weight_turns, WEIGHT_STAGES, 4))
         stages = divided.input_turns // 16
         return weights, Ring(input_memory, input_turns, stages, inputs.stage_bytes)
 

@@ -33,8 +33,8 @@ AT_ONCE = 2
 
 
 def sums_bytes(inputs: InputLayout) -> int:
-    """Shared memory for the sums of an M-tile of each warp."""
-    return WARPS * inputs.padded * STRIDE * 4
+    """Shared memory for the sums of some M-tiles of each warp."""
+    return inputs.m_tiles_at_once * WARPS * inputs.padded * STRIDE * 4
 
 
 Finish = Callable[[V, V, V, Total], None]
@@ -91,8 +91,8 @@ class Products:
             ready: waits for what `finish` needs besides; called once, without M-tiles too.
             kind: `Work.kind`; all M-tiles that a warp has at the same time are stored alike.
         """
-        group = Group.of(phase, self.weights.unit)
-        size = group.each * self.inputs.padded // 2  # of a lane's sums
+        group = Group.of(phase, self.weights.unit, self.inputs.rows)
+        size = group.each * self.inputs.eights * 4  # of a lane's sums
 
         def turn(i: V, carry: list[V]) -> list[V]:
             at_hand, first = group.at_hand(m_tiles, i), i * group.m_tiles
@@ -121,11 +121,14 @@ class Products:
             carry = t.loop(group.stages(tiles), [*carry, *[t.number(0)] * size], stage)
             sums = carry[5:]
             t.when(i.equals(0), ready)
-            for n in range(group.each):
-                each = size // group.each
-                self._store(sums[n * each : (n + 1) * each])
+            each, at_once = size // group.each, self.inputs.m_tiles_at_once
+            for begin in range(0, group.each, at_once):
+                some = range(begin, min(begin + at_once, group.each))
+                for n in some:
+                    self._store(sums[n * each : (n + 1) * each], n - begin)
                 t.block_barrier(THREADS)
-                self._finish(group, n, first, at_hand, finish, height)
+                for n in some:
+                    self._finish(group, n, n - begin, first, at_hand, finish, height)
                 t.block_barrier(THREADS)
             return carry[:5]
 
@@ -183,16 +186,18 @@ class Products:
                     made = [a for some in words for a in storage.operands(some)]
                     for a, pairs in zip(made, x, strict=True):
                         eights = [pair[half : half + 2] for pair in pairs for half in (0, 2)]
+                        eights = eights[: self.inputs.eights]
                         for eight, b in enumerate(eights):
                             at = (n * len(eights) + eight) * 4
                             sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])
         return sums
 
-    def _store(self, sums: list[V]) -> None:
-        """Keeps this warp's sums of one M-tile for `_finish`."""
+    def _store(self, sums: list[V], place: int) -> None:
+        """Keeps this warp's sums of one M-tile in one of the places for `_finish`."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         out, row = lane // 4, lane % 4 * 2
-        at = self.sums + ((warp * self.inputs.padded + row) * STRIDE + out) * 4
+        own = place * WARPS + warp
+        at = self.sums + ((own * self.inputs.padded + row) * STRIDE + out) * 4
         for eight in range(len(sums) // 4):
             for n, value in enumerate(sums[4 * eight : 4 * eight + 4]):
                 # Outputs g and g + 8 of rows 2 t and 2 t + 1.
@@ -200,16 +205,24 @@ class Products:
                 t.store_shared(at + offset * 4, [value])
 
     def _finish(
-        self, group: Group, n: int, first: V, at_hand: V, finish: Finish, height: int
+        self,
+        group: Group,
+        n: int,
+        place: int,
+        first: V,
+        at_hand: V,
+        finish: Finish,
+        height: int,
     ) -> None:
-        """Calls `finish` for the n-th M-tile of every warp."""
+        """Calls `finish` for the n-th M-tile of every warp, whose sums are in that place."""
         quads, across = height // 4, WARPS // group.sharers
 
         def item(number: V) -> None:
             out, rest = number % quads * 4, number // quads
             row, of = rest % self.inputs.rows, rest // self.inputs.rows
             m_tile = of + n * across
-            begin = (of * group.sharers * self.inputs.padded + row) * STRIDE + out
+            own = place * WARPS + of * group.sharers
+            begin = (own * self.inputs.padded + row) * STRIDE + out
 
             def total(below: int) -> list[V]:
                 found: list[V] = []

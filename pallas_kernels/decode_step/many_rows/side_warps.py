@@ -43,7 +43,7 @@ def fetch_inputs(
 
     def copied(phase: int, passed: V, carry: list[V]) -> list[V]:
         p = plan.phases[phase]
-        group = Group.of(p, unit)
+        group = Group.of(p, unit, inputs.rows)
         first, tiles = work.part_column if p.parts > 1 else t.integer(0), work.tiles(p)
         begin = exchange.at(SECTIONS[phase])
         barriers.await_count(counter, passed * plan.blocks)

@@ -18,7 +18,9 @@ from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
 MOST_M_TILES = 24
-"""Whose sums fit in the registers of eight warps: three to a warp."""
+"""Whose sums of 64 rows fit in the registers of eight warps: three to a warp."""
+MOST_SUMS = 96
+"""A lane's."""
 USUAL_M_TILES = 16
 """Where several groups are needed."""
 WHOLE_TILES = 10
@@ -67,14 +69,17 @@ class Group:
     each: int
 
     @classmethod
-    def of(cls, phase: Phase, unit: Unit) -> "Group":
+    def of(cls, phase: Phase, unit: Unit, rows: int) -> "Group":
+        """Warps share M-tiles so that all have as much to do, as far as registers allow."""
         most = int(phase.count.max())
         turns = 1 if most <= MOST_M_TILES else -(-most // USUAL_M_TILES)
         m_tiles = -(-most // turns)
         units = unit.tile if m_tiles <= WHOLE_TILES else 1
-        possible = [n for n in (8, 4, 2) if n <= PIECES * units and m_tiles <= WARPS // n]
-        sharers = max([*possible, 1])
-        return cls(unit, m_tiles, units, sharers, -(-m_tiles // (WARPS // sharers)))
+        each = {n: -(-m_tiles // (WARPS // n)) for n in (1, 2, 4, 8) if n <= PIECES * units}
+        sums = 4 * -(-rows // 8)
+        possible = [n for n, own in each.items() if n == 1 or own * sums <= MOST_SUMS]
+        sharers = min(possible, key=lambda n: (each[n] / n, each[n]))
+        return cls(unit, m_tiles, units, sharers, each[sharers])
 
     @property
     def pieces(self) -> int:
@@ -118,12 +123,14 @@ class WeightRing:
 
     Attributes:
         unit: that is copied by itself.
+        rows: of the inputs.
         units: address of a ring of `room` units in shared memory.
         ring: of stages: their barriers, and in its memory each one's number of units.
     """
 
-    def __init__(self, unit: Unit, units: V, room: int, ring: Ring):
-        self.unit, self.units, self.room, self.ring = unit, units, room, ring
+    def __init__(self, unit: Unit, rows: int, units: V, room: int, ring: Ring):
+        self.unit, self.rows, self.ring = unit, rows, ring
+        self.units, self.room = units, room
 
     def address(self, state: WeightState, unit: V) -> V:
         """Of a stage's unit: all of its first M-tile, then all of the next."""
@@ -141,7 +148,7 @@ class WeightRing:
 
         def m_tiles(phase: int, layer: V, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
-            group, count = Group.of(p, self.unit), work.count[phase]
+            group, count = Group.of(p, self.unit, self.rows), work.count[phase]
             tiles, granules = t.integer(work.tiles(p)), work.granules(plan, phase, layer)
             m_tile, unit = lane // group.units, lane % group.units
 

@@ -38,6 +38,11 @@ Parse = Callable[[UInt8[Array, "n 16 bytes"]], Fields]
 """Some blocks' fields: `codes`, then what `Scales` takes, of each output."""
 
 
+def _twice(low: V, high: V) -> Two:
+    """Numbers of outputs g and g + 8 rounded to float16, each in both halves of a word."""
+    return FLOAT16.pair(low, low), FLOAT16.pair(high, high)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks(Storage):
     """One block format. A weight is a scale times its code less `offset`, or times the `table`'s
@@ -135,7 +140,7 @@ class Blocks(Storage):
         return words + self.scales.load(read, begin, group, lane // 4)
 
     def groups(self, words: list[V]) -> list[Group]:
-        codes, rest = self._codes(words)
+        codes, rest = self._codes(words, self.offset)
         factors = self.scales.factors(rest)
         each = 2 // len(factors)
         operands = [codes[:4], codes[4:]]
@@ -145,9 +150,14 @@ class Blocks(Storage):
         ]
 
     def operands(self, words: list[V]) -> list[list[V]]:
-        codes, rest = self._codes(words)
-        factors = self._halves(self.scales.factors(rest))
-        addends = self._halves(self.scales.addends(rest)) if self.addends else None
+        # About the middle of the codes addends are small, and so is what rounding them costs.
+        middle = 1 << (sum(self.bits) - 1) if self.addends else 0
+        codes, rest = self._codes(words, self.offset + middle)
+        factors, addends = self.scales.factors(rest), None
+        if self.addends:
+            both = zip(factors, self.scales.addends(rest), strict=True)
+            addends = [_twice(a * middle + m, b * middle + n) for (a, b), (m, n) in both]
+        factors = [_twice(*two) for two in factors]
         made = []
         for n, pair in enumerate(codes):
             # Of each operand four words: outputs g, g + 8, g, g + 8.
@@ -156,10 +166,6 @@ class Blocks(Storage):
             made.append(multiplied_halves(pair, factors[which][half], added))
         return [made[:4], made[4:]]
 
-    def _halves(self, twos: list[Two]) -> list[Two]:
-        """Numbers of outputs g and g + 8 rounded to float16, each twice in a word."""
-        return [(FLOAT16.pair(a, a), FLOAT16.pair(b, b)) for a, b in twos]
-
     def load_addends(self, reads: Sequence[Read], lane: V) -> list[V]:
         return self.scales.load_addends(reads, self._code_bytes, lane)
 
@@ -167,8 +173,8 @@ class Blocks(Storage):
         operand, (a, b) = self.scales.addend_operand(words)
         return Group([operand], [a, a, b, b])
 
-    def _codes(self, words: list[V]) -> tuple[list[V], list[V]]:
-        """The eight pairs of codes less the offset in float16, and the words of scales."""
+    def _codes(self, words: list[V], offset: int) -> tuple[list[V], list[V]]:
+        """The eight pairs of codes less an offset in float16, and the words of scales."""
         planes, rest = [], words
         for plane in self.planes:
             count = max(1, plane.words // 4)
@@ -178,7 +184,7 @@ class Blocks(Storage):
             return [*self._of_bytes(planes[0][1])], rest
         if self.table is not None:
             return [*self._looked_up(planes[0][1])], rest
-        return pairs(planes, self.offset), rest
+        return pairs(planes, offset), rest
 
     def _of_bytes(self, words: list[V]) -> Iterator[V]:
         for first, second in zip(words[::2], words[1::2], strict=True):
@@ -206,7 +212,7 @@ class Blocks(Storage):
         return dtype in FORMATS
 
     def expanded(self, words: list[V], format: Format) -> list[V]:
-        codes, rest = self._codes(words)
+        codes, rest = self._codes(words, self.offset)
         factors = self.scales.factors(rest)
         addends = self.scales.addends(rest) if self.addends else None
         found = []

@@ -13,7 +13,6 @@ from pallas_kernels.decode_step.common import launch
 from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
-from pallas_kernels.decode_step.many_rows.weight_ring import Group, Unit
 from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.packed.plan import DOWN
 from tests.kernels import hopper
@@ -141,7 +140,7 @@ def test_shared_memory_is_enough_for_many_rows(size: str, rows: int) -> None:
     shape, plan = SIZES[size], plan_of(SIZES[size])
     assert many_rows.refusal(plan, rows, "bfloat16") is None
     memory, padded = many_rows.memory(plan, rows), -(-rows // 16) * 16
-    groups = [Group.of(phase, Unit.of(plan), rows) for phase in plan.phases]
+    groups = many_rows.groups_of(plan, rows)
     # A ring that a stage doesn't fit into twice would not fetch ahead.
     assert memory.units >= 2 * max(2048 * g.units * g.m_tiles for g in groups)
     assert memory.inputs >= 3 * 128 * 2 * padded

@@ -1,18 +1,19 @@
 """A product's input of many rows, in 16 bits, as the tensor cores take it.
 
 16 columns after 16, of which pairs of eight rows, of which 32 lanes. Lane 4 g + t has columns 4 t
-to 4 t + 3 of row g of both eights, its operands of two products in 16 bytes. Blocks copy 64 or
-128 columns of all rows at a time, a stage.
+to 4 t + 3 of row g of both eights, its operands of two products in 16 bytes. Blocks copy some
+columns of all rows at a time, a stage.
 """
 
 import dataclasses
 
-from pallas_kernels.decode_step.packed.tile import K_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
 from pallas_kernels.decode_step.ptx.thread import V
 
 PAIR_BYTES = t.WARP * 16
+MOST_STAGE_BYTES = 16 * 1024
+"""Of a stage: 128 columns of 64 rows, more of fewer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +48,9 @@ class InputLayout:
         """Of 16 columns."""
         return self.pairs * PAIR_BYTES
 
-    @property
-    def stage_bytes(self) -> int:
-        """Of 128 columns, the longest stage."""
-        return WARPS * self.fragment_bytes
-
     def words(self, width: int) -> int:
         """Of an input of `width` columns."""
-        return width // K_TILE * self.stage_bytes // 4
+        return width // 16 * self.fragment_bytes // 4
 
     def _at(self, row: V, column: V) -> V:
         """Where a number lies, in bytes."""

@@ -30,7 +30,7 @@ from pallas_kernels.decode_step.common.phases import own_bytes
 from pallas_kernels.decode_step.common.ring import Ring
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows import products, side_warps
-from pallas_kernels.decode_step.many_rows.inputs import InputLayout
+from pallas_kernels.decode_step.many_rows.inputs import MOST_STAGE_BYTES, InputLayout
 from pallas_kernels.decode_step.many_rows.layout import FLAGGED, GRID_BARRIER, MOST_ROWS, layout_of
 from pallas_kernels.decode_step.many_rows.products import Products
 from pallas_kernels.decode_step.many_rows.step import Step
@@ -42,8 +42,10 @@ from pallas_kernels.decode_step.ptx.formats import FORMATS
 
 WEIGHT_STAGES = 16
 """In shared memory, at most."""
-INPUT_BYTES = 48 * 1024
-"""Shared memory for stages of an input, about."""
+INPUT_BYTES = 3 * MOST_STAGE_BYTES
+"""Shared memory for stages of an input."""
+INPUT_STAGES = 12
+"""At most."""
 EARLY_BYTES = 128 << 20
 """Of a layer's keys and values, up to which the first are asked for before the queries come."""
 
@@ -77,21 +79,27 @@ class Memory(NamedTuple):
 
 def memory(plan: StepPlan, rows: int) -> Memory:
     inputs = InputLayout(rows, FORMATS["bfloat16"])  # the other is as large
-    input_stages = max(3, INPUT_BYTES // inputs.stage_bytes)
     others = (
-        input_stages * inputs.stage_bytes,
+        INPUT_BYTES,
         max(products.sums_bytes(inputs), attention.found_bytes(plan)),
         own_bytes(plan, rows),
         attention.heads_bytes(plan),
         2 * MOST_ROWS * 4,
         WEIGHT_STAGES * 4,
         WEIGHT_STAGES * 16,
-        input_stages * 16,
+        INPUT_STAGES * 16,
         16,
     )
     left = SHARED_BYTES - sum(others)
     unit = Unit.of(plan).bytes
     return Memory(max(0, left // unit) * unit, *others)
+
+
+def groups_of(plan: StepPlan, rows: int) -> list[Group]:
+    """How each phase's weights and inputs are cut into stages."""
+    inputs, unit = InputLayout(rows, FORMATS["bfloat16"]), Unit.of(plan)
+    room = memory(plan, rows).units // unit.bytes
+    return [Group.of(phase, unit, room, inputs) for phase in plan.phases]
 
 
 def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
@@ -104,9 +112,8 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
         return f"products with {names} are taken in different formats, of one input"
     if rows > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
-    unit, room = Unit.of(plan), memory(plan, rows).units
-    groups = [Group.of(phase, unit, rows) for phase in plan.phases]
-    if room < (least := 2 * max(group.m_tiles * group.units for group in groups) * unit.bytes):
+    groups, room = groups_of(plan, rows), memory(plan, rows).units
+    if room < (least := 2 * max(group.stage_bytes for group in groups)):
         return f"shared memory has room for {room} bytes of weights, not the {least} of two stages"
     for phase, group in zip(plan.phases, groups, strict=True):
         if len(phase.begins) > 1 and group.each > 1 and len(phase.storages) > 1:
@@ -122,7 +129,10 @@ def build(
     shape, blocks = plan.shape, plan.blocks
     divided, inputs = memory(plan, rows), InputLayout(rows, plan.phases[HEAD].format)
     splits = attention.most_splits(plan, rows, pool.capacity)
-    layout, unit = layout_of(plan, inputs, splits), Unit.of(plan)
+    layout, groups = layout_of(plan, inputs, splits), groups_of(plan, rows)
+    # All stages of inputs have the room that the longest takes.
+    input_bytes = max(group.sixteens for group in groups) * inputs.fragment_bytes
+    input_stages = min(INPUT_STAGES, INPUT_BYTES // input_bytes)
 
     def own_memory(smem: Any) -> list[t.V]:
         base = t.address(smem, shared=True)
@@ -130,10 +140,12 @@ def build(
 
     def rings(smem: Any) -> tuple[WeightRing, Ring]:
         units, input_memory, *_, sizes, weight_turns, input_turns, _ = own_memory(smem)
-        room = divided.units // unit.bytes
-        weights = WeightRing(unit, rows, units, room, Ring(sizes, weight_turns, WEIGHT_STAGES, 4))
-        stages = divided.input_turns // 16
-        return weights, Ring(input_memory, input_turns, stages, inputs.stage_bytes)
+        room, ring = (
+            divided.units // groups[0].unit.bytes,
+            Ring(sizes, weight_turns, WEIGHT_STAGES, 4),
+        )
+        weights = WeightRing(groups, units, room, ring)
+        return weights, Ring(input_memory, input_turns, input_stages, input_bytes)
 
     def make(context: Any, smem: Any) -> None:
         def barriers_of_all() -> None:
@@ -155,7 +167,7 @@ def build(
         t.when(warp.equals(first), lambda: weights.fetch(plan, t.address(stream), work))
 
         def fetch_inputs() -> None:
-            side_warps.fetch_inputs(plan, inputs, exchange, work, unit, input_ring, cleared)
+            side_warps.fetch_inputs(plan, inputs, exchange, work, groups, input_ring, cleared)
 
         def make_scales() -> None:
             side_warps.make_scales(plan, exchange, inputs.format, warp - (first + 2), scales)

@@ -75,6 +75,7 @@ class Products:
         self,
         states: StreamStates,
         phase: Phase,
+        group: Group,
         m_tiles: V,
         tiles: int | V,
         finish: Finish,
@@ -91,7 +92,6 @@ class Products:
             ready: waits for what `finish` needs besides; called once, without M-tiles too.
             kind: `Work.kind`; all M-tiles that a warp has at the same time are stored alike.
         """
-        group = Group.of(phase, self.weights.unit, self.inputs.rows)
         size = group.each * self.inputs.eights * 4  # of a lane's sums
 
         def turn(i: V, carry: list[V]) -> list[V]:
@@ -104,10 +104,13 @@ class Products:
                 self.weights.ring.wait(states.weights.of_ring)
                 some = self.input_ring.wait(states.inputs)
 
+                units = at_hand * group.units
+                weights = self.weights.address(states.weights, units)
+
                 def multiplied() -> list[V]:
                     after = sums
                     for n, storage in enumerate(phase.storages):
-                        how = (storage, group, states.weights, some, sums)
+                        how = (storage, group, weights, some, sums)
                         each = functools.partial(self._multiplied, *how)
                         after = t.either(stored[0].equals(n), each, after) if stored else each()
                     return after
@@ -115,7 +118,7 @@ class Products:
                 after = multiplied() if group.each > 1 else t.either(of < at_hand, multiplied, sums)
                 self.weights.ring.release(states.weights.of_ring)
                 self.input_ring.release(states.inputs)
-                following = self.weights.next(states.weights, at_hand * group.units)
+                following = self.weights.next(states.weights, units)
                 return [*following, *self.input_ring.next(states.inputs), *after]
 
             carry = t.loop(group.stages(tiles), [*carry, *[t.number(0)] * size], stage)
@@ -137,24 +140,19 @@ class Products:
         return StreamStates.carried(after)
 
     def _multiplied(
-        self, storage: Storage, group: Group, state: WeightState, inputs: V, sums: list[V]
+        self, storage: Storage, group: Group, weights: V, inputs: V, sums: list[V]
     ) -> list[V]:
         """A lane's sums with a stage added: of its M-tiles in turn, of every eight rows."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         of, share = warp // group.sharers, warp % group.sharers
         sixteens, each = group.unit.sixteens, self.inputs.fragment_bytes
         inputs = inputs + share * (sixteens * each) + lane * 16
-        m_tiles = [of + n * (WARPS // group.sharers) for n in range(group.each)]
-        # Eight warps that share an M-tile have no unit in common.
-        apart = group.sharers == WARPS
-        units = [share // PIECES] if apart else [*range(group.units)]
-        weights = [
-            [self.weights.address(state, m_tile * group.units + unit) for m_tile in m_tiles]
-            for unit in units
-        ]
-        # Of a warp the first piece of a unit, unless it has all.
-        own = share % PIECES
-        pieces = range(0, group.pieces, group.sharers)
+        # Units of one M-tile follow each other; there is room for the largest.
+        own_bytes = storage.tile_bytes // group.unit.tile
+        m_tile_bytes = group.units * group.unit.bytes
+        # A warp's first piece, in its unit; the others follow at distances that are constants.
+        weights = weights + of * m_tile_bytes + share // PIECES * own_bytes
+        own, pieces = share % PIECES, range(0, group.pieces, group.sharers)
 
         def operands(piece: int) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
             x = [
@@ -165,10 +163,11 @@ class Products:
                 for n in range(sixteens)
             ]
             loaded = []
-            for unit in weights[piece // PIECES]:
+            for n in range(group.each):
+                apart = n * (WARPS // group.sharers) * m_tile_bytes + piece // PIECES * own_bytes
 
-                def read(at: V, count: int, unit: V = unit) -> list[V]:
-                    return t.load_shared(unit + at, count)
+                def read(at: V, count: int, apart: int = apart) -> list[V]:
+                    return t.load_shared(weights + at + apart, count)
 
                 some = range(0, sixteens, storage.spread)
                 numbers = [((own + piece % PIECES) * sixteens + n) // storage.spread for n in some]

@@ -1,12 +1,14 @@
 """What the warps do that don't multiply, besides fetching weights: inputs, and scales of norms."""
 
+from collections.abc import Sequence
+
 from pallas_kernels.decode_step.common.exchange import Exchange
 from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, SECTIONS, SQUARES
-from pallas_kernels.decode_step.many_rows.weight_ring import Group, Unit
+from pallas_kernels.decode_step.many_rows.weight_ring import Group
 from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
 from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import barriers
@@ -28,14 +30,14 @@ def fetch_inputs(
     inputs: InputLayout,
     exchange: Exchange,
     work: Work,
-    unit: Unit,
+    groups: Sequence[Group],
     ring: Ring,
     cleared: V,
 ) -> None:
     """Copies every stage of every input the block needs, in order; for one thread alone.
 
     Args:
-        unit: of the weights, whose stages the input's go with.
+        groups: of each phase's weights, whose stages the input's go with.
         cleared: an mbarrier whose first turn ends when the exchange has been cleared.
     """
     counter = exchange.at(GRID_BARRIER)
@@ -43,7 +45,7 @@ def fetch_inputs(
 
     def copied(phase: int, passed: V, carry: list[V]) -> list[V]:
         p = plan.phases[phase]
-        group = Group.of(p, unit, inputs.rows)
+        group = groups[phase]
         first, tiles = work.part_column if p.parts > 1 else t.integer(0), work.tiles(p)
         begin = exchange.at(SECTIONS[phase])
         barriers.await_count(counter, passed * plan.blocks)

@@ -85,8 +85,8 @@ class Step(Phases):
 
         states, tiles = StreamStates.carried(streams), self.work.tiles(p)
         kind = self.work.kind(self.plan, phase, layer.index)
-        product = self.products.product
-        return product(states, p, m_tiles, tiles, finish, scaled, height, kind).carry()
+        group, product = self.products.weights.groups[phase], self.products.product
+        return product(states, p, group, m_tiles, tiles, finish, scaled, height, kind).carry()
 
     def _input_scale(self, phase: int) -> float:
         """What the phase's input was multiplied with, besides norms.

@@ -1,16 +1,20 @@
 """Weights in the order in which many rows need them: some columns of all M-tiles at hand, then
 more.
 
-A stage is 64 or 128 columns of each of a group of M-tiles, so that stages differ in size. Of each
-M-tile they are copied by themselves, since the M-tiles lie one after the other in the stream, and
-take any place in a ring.
+A stage is 64 columns or more of each of a group of M-tiles, so that stages differ in size. Of each
+M-tile they are copied by themselves, since the M-tiles lie one after the other in the stream. In
+the ring a stage is in one piece.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Work
+from pallas_kernels.decode_step.many_rows.inputs import MOST_STAGE_BYTES, InputLayout
 from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
 from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import barriers
@@ -23,15 +27,15 @@ MOST_SUMS = 96
 """A lane's."""
 USUAL_M_TILES = 16
 """Where several groups are needed."""
-WHOLE_TILES = 10
-"""M-tiles up to which a stage holds whole tiles of them: it should be a third of the ring."""
 PIECES = 4
 """Of a unit: each is one warp's, with 16 or 32 columns."""
+MOST_UNITS = 8
+"""Of an M-tile in a stage."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What is copied by itself: half a tile of numbers, or a whole one of blocks.
+    """What stages have whole numbers of: half a tile of numbers, or a whole one of blocks.
 
     Attributes:
         bytes: room for any.
@@ -55,7 +59,7 @@ class Group:
     """How a phase's M-tiles are divided among the warps, some at a time.
 
     Attributes:
-        unit: that is copied by itself.
+        unit: that stages have whole numbers of.
         m_tiles: that are multiplied at the same time, at most.
         units: of an M-tile in a stage.
         sharers: warps that share an M-tile, each with some of its columns.
@@ -69,17 +73,37 @@ class Group:
     each: int
 
     @classmethod
-    def of(cls, phase: Phase, unit: Unit, rows: int) -> "Group":
-        """Warps share M-tiles so that all have as much to do, as far as registers allow."""
+    def of(cls, phase: Phase, unit: Unit, room: int, inputs: InputLayout) -> "Group":
+        """Stages are long, since each is waited for: as long as two or three fit into the rings, of
+        `room` units and of inputs. Warps share M-tiles so that all have as much to do, as far as
+        registers allow; where segments are stored otherwise, a warp has one.
+        """
         most = int(phase.count.max())
         turns = 1 if most <= MOST_M_TILES else -(-most // USUAL_M_TILES)
         m_tiles = -(-most // turns)
-        units = unit.tile if m_tiles <= WHOLE_TILES else 1
+        # Numbers take longer to fetch than to multiply, blocks longer to multiply.
+        stages = 3 if unit.sixteens == 1 else 2
+        lengths, columns = np.diff(phase.part_begin) * unit.tile, PIECES * unit.sixteens
+        longest = min(
+            room // (stages * m_tiles), MOST_STAGE_BYTES // (columns * inputs.fragment_bytes)
+        )
+        units = max(
+            n
+            for n in range(1, MOST_UNITS + 1)
+            if n == 1 or (n <= longest and (lengths % n == 0).all())
+        )
         each = {n: -(-m_tiles // (WARPS // n)) for n in (1, 2, 4, 8) if n <= PIECES * units}
-        sums = 4 * -(-rows // 8)
-        possible = [n for n, own in each.items() if n == 1 or own * sums <= MOST_SUMS]
+        sums = 4 * inputs.eights
+        alone = len(phase.begins) > 1 and len(phase.storages) > 1
+        most_each = 1 if alone else MOST_SUMS // sums
+        possible = [n for n, own in each.items() if n == 1 or own <= most_each]
         sharers = min(possible, key=lambda n: (each[n] / n, each[n]))
         return cls(unit, m_tiles, units, sharers, each[sharers])
+
+    @property
+    def stage_bytes(self) -> int:
+        """Room for the largest."""
+        return self.m_tiles * self.units * self.unit.bytes
 
     @property
     def pieces(self) -> int:
@@ -93,7 +117,7 @@ class Group:
 
     def stages(self, tiles: int | V) -> int | V:
         """Of a group of M-tiles of so many tiles."""
-        return tiles * (self.unit.tile // self.units)
+        return tiles * self.unit.tile // self.units
 
     def turns(self, m_tiles: V) -> V:
         return (m_tiles + (self.m_tiles - 1)) // self.m_tiles
@@ -122,47 +146,46 @@ class WeightRing:
     """The weights of one block, stage after stage.
 
     Attributes:
-        unit: that is copied by itself.
-        rows: of the inputs.
+        groups: of each phase.
         units: address of a ring of `room` units in shared memory.
-        ring: of stages: their barriers, and in its memory each one's number of units.
+        ring: of stages: their barriers, and in its memory how many units each takes.
     """
 
-    def __init__(self, unit: Unit, rows: int, units: V, room: int, ring: Ring):
-        self.unit, self.rows, self.ring = unit, rows, ring
+    def __init__(self, groups: Sequence[Group], units: V, room: int, ring: Ring):
+        self.groups, self.unit, self.ring = groups, groups[0].unit, ring
         self.units, self.room = units, room
 
-    def address(self, state: WeightState, unit: V) -> V:
-        """Of a stage's unit: all of its first M-tile, then all of the next."""
-        return self.units + self._wrapped(state.unit + unit) * self.unit.bytes
+    def address(self, state: WeightState, units: V) -> V:
+        """Of a stage of so many units: all of its first M-tile, then all of the next."""
+        return self.units + self._begin(state, units) * self.unit.bytes
 
     def next(self, state: WeightState, units: V) -> WeightState:
-        return WeightState(*self.ring.next(state.of_ring), self._wrapped(state.unit + units))
+        return WeightState(*self.ring.next(state.of_ring), self._begin(state, units) + units)
 
-    def _wrapped(self, unit: V) -> V:
-        return t.select(unit >= self.room, unit - self.room, unit)
+    def _begin(self, state: WeightState, units: V) -> V:
+        """Its first unit: not the next one where the ring ends too soon after it."""
+        return t.select(state.unit + units > self.room, t.integer(0), state.unit)
 
     def fetch(self, plan: StepPlan, stream: V, work: Work) -> None:
-        """Fetches all weights of the block in order; for one warp, each lane a unit."""
+        """Fetches all weights of the block in order; for one warp, each lane an M-tile."""
         lane = t.thread_id() % t.WARP
 
         def m_tiles(phase: int, layer: V, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
-            group, count = Group.of(p, self.unit, self.rows), work.count[phase]
+            group, count = self.groups[phase], work.count[phase]
             tiles, granules = t.integer(work.tiles(p)), work.granules(plan, phase, layer)
-            m_tile, unit = lane // group.units, lane % group.units
 
             def turn(i: V, carry: list[V]) -> list[V]:
                 at_hand, first = group.at_hand(count, i), i * group.m_tiles
-                before, after = granules(first + m_tile), granules(first + m_tile + 1)
-                own = (after - before) * (plan.granule_bytes // self.unit.tile)
+                before, after = granules(first + lane), granules(first + lane + 1)
+                own = (after - before) * (plan.granule_bytes * group.units // self.unit.tile)
                 all_ = granules(first + at_hand) - granules(first)
                 size = all_ * (plan.granule_bytes * group.units // self.unit.tile)
                 begin = stream + (carry[0] + before * tiles).wide() * plan.granule_bytes
 
                 def stage(i: V, carry: list[V]) -> list[V]:
-                    source = begin + ((i * group.units + unit) * own).wide()
-                    return self._fetch_stage(source, own, at_hand * group.units, size, carry)
+                    source = begin + (i * own).wide()
+                    return self._fetch_stage(source, group, own, at_hand, size, carry)
 
                 return [carry[0], *t.loop(group.stages(tiles), carry[1:], stage)]
 
@@ -178,16 +201,22 @@ class WeightRing:
         layers = plan.shape.layers
         m_tiles(HEAD, t.integer(layers), t.loop(layers, [work.granule, *none], layer))
 
-    def _fetch_stage(self, source: V, own: V, units: V, size: V, carry: list[V]) -> list[V]:
-        """One stage of so many units and bytes, of which this lane's are there.
+    def _fetch_stage(
+        self, source: V, group: Group, own: V, m_tiles: V, size: V, carry: list[V]
+    ) -> list[V]:
+        """One stage of so many M-tiles and bytes, of which this lane's own are there.
 
         `carry` is the stage's state, the oldest stage's, free units of the ring, and how many
         stages are in it.
         """
         ring, lane = self.ring, t.thread_id() % t.WARP
 
+        state, units = WeightState(*carry[:3]), m_tiles * group.units
+        left = t.select(state.unit + units > self.room, self.room - state.unit, t.integer(0))
+        taken = left + units
+
         def crowded(oldest: list[V]) -> V:
-            return (oldest[2] < units) | oldest[3].equals(ring.stages)
+            return (oldest[2] < taken) | oldest[3].equals(ring.stages)
 
         def let_go(oldest: list[V]) -> list[V]:
             last = RingState(*oldest[:2])
@@ -195,18 +224,17 @@ class WeightRing:
             (freed,) = t.load_shared(ring.memory + last.stage * ring.stage_bytes)
             return [*ring.next(last), oldest[2] + freed, oldest[3] - 1]
 
-        state = WeightState(*carry[:3])
         *oldest, free, stages = t.loop_while(crowded, carry[3:], let_go)
         full = ring.full(state.stage)
         # A lane may not have read yet how many units the stage last had.
         t.warp_barrier()
 
         def announce() -> None:
-            t.store_shared(ring.memory + state.stage * ring.stage_bytes, [units])
+            t.store_shared(ring.memory + state.stage * ring.stage_bytes, [taken])
             barriers.expect(full, size)
 
         t.when(lane.equals(0), announce)
         t.warp_barrier()
-        target = self.address(state, lane)
-        t.when(lane < units, lambda: barriers.copy(target, source, own, full))
-        return [*self.next(state, units), *oldest, free - units, stages + 1]
+        target = self.address(state, units) + lane * (group.units * self.unit.bytes)
+        t.when(lane < m_tiles, lambda: barriers.copy(target, source, own, full))
+        return [*self.next(state, units), *oldest, free - taken, stages + 1]

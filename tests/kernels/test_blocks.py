@@ -252,13 +252,11 @@ def test_mixed_files_lower(size: str, rows: int) -> None:
 
 def test_a_warp_multiplies_what_is_stored_alike() -> None:
     """Queries and values of one phase, of which a warp has several M-tiles."""
-    shape = SIZES["7b"]
-    plan = StepPlan(
-        shape, 8, (Stored("q4_k", "q4_k", "q6_k", "q4_k", "q4_k", "q4_k"),) * 28, "q6_k"
-    )
-    why = many_rows.refusal(plan, 64, "bfloat16")
+    shape = ModelShape(1, 256, 8, 2, 64, 256, 256, 1e-6)
+    plan = StepPlan(shape, 4, (Stored("q4_k", "q4_k", "q6_k", "q4_k", "q4_k", "q4_k"),), "q6_k")
+    why = many_rows.refusal(plan, 17, "bfloat16")
     assert why == "a warp has 2 M-tiles of a phase whose segments are stored otherwise"
-    assert kernels.refusal(StepPlan(shape, 132, plan.layers, "q6_k"), 64, "bfloat16") is None
+    assert many_rows.refusal(StepPlan(shape, 6, plan.layers, "q6_k"), 17, "bfloat16") is None
 
 
 def test_what_does_not_take_blocks_says_so() -> None:

@@ -13,7 +13,7 @@ from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
 from pallas_kernels.decode_step.common.launch import THREADS, Arguments
 from pallas_kernels.decode_step.common.trace import Trace
-from pallas_kernels.decode_step.common.work import Work
+from pallas_kernels.decode_step.common.work import Kinds, Work
 from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, QKV, StepPlan
 from pallas_kernels.decode_step.packed.tile import M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
@@ -55,15 +55,17 @@ class Layer:
         index: from 0; of the head, how many layers there are.
         flag: of the numbers it publishes, the parity of its number counted from 1.
         before: flag of the hidden state that it begins with.
+        kinds: how its phases are stored; of the head nothing.
     """
 
     index: V
     flag: V
     before: V
+    kinds: Kinds = ()
 
     @classmethod
-    def of(cls, index: V) -> "Layer":
-        return cls(index, (index + 1) & 1, index & 1)
+    def of(cls, index: V, kinds: Kinds = ()) -> "Layer":
+        return cls(index, (index + 1) & 1, index & 1, kinds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,7 +273,7 @@ class Phases(abc.ABC):
         layers, ended = self.plan.shape.layers, self.trace.ended
 
         def layer(index: V, streams: list[V]) -> list[V]:
-            this = Layer.of(index)
+            this = Layer.of(index, self.work.kinds(self.plan, index))
             ended("load_embeddings")
             self.attention.prefetch(index)
             streams = self.qkv(streams, this)

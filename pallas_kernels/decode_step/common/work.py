@@ -8,6 +8,10 @@ from pallas_kernels.decode_step.packed.plan import Phase, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
+Kinds = tuple[V, ...]
+"""Of each of a layer's phases, which of its storages each segment has, four bits each, the first
+segment's lowest; nothing where all phases have but one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -18,7 +22,7 @@ class Work:
         first, count: its M-tiles of each phase.
         part: its part of the down projection.
         part_column, part_tiles: that part's first column and its length, in tiles.
-        kinds: address of how each layer's phases are stored.
+        kinds_at: address of every layer's `Kinds`.
     """
 
     granule: V
@@ -27,7 +31,7 @@ class Work:
     part: V
     part_column: V
     part_tiles: V
-    kinds: V
+    kinds_at: V
 
     @classmethod
     def read(cls, table: V, cta: V, blocks: int) -> "Work":
@@ -40,24 +44,29 @@ class Work:
         """In each of the block's M-tiles: of its part, where the columns are cut into parts."""
         return self.part_tiles if phase.parts > 1 else phase.across
 
-    def kind(self, plan: StepPlan, phase: int, layer: V) -> Callable[[V], V] | None:
+    def kinds(self, plan: StepPlan, layer: V) -> Kinds:
+        """How a layer's phases are stored; loaded at once, and early, since it takes a while."""
+        if all(len(phase.storages) == 1 for phase in plan.phases):
+            return ()
+        return tuple(t.load_global(self.kinds_at + (layer << 4).wide(), 4))
+
+    def kind(self, plan: StepPlan, phase: int, kinds: Kinds) -> Callable[[V], V] | None:
         """Which of a phase's storages each of the block's M-tiles has in a layer; None where it has
         but one in any.
         """
         this = plan.phases[phase]
         if len(this.storages) == 1:
             return None
-        kinds = self._kinds(phase, layer)
 
         def of(m_tile: V) -> V:
             shift = t.integer(0)
             for n, begin in enumerate(this.begins[1:], 1):
                 shift = t.select(self.first[phase] + m_tile < begin, shift, t.integer(4 * n))
-            return (kinds >> shift) & 15
+            return (kinds[phase] >> shift) & 15
 
         return of
 
-    def granules(self, plan: StepPlan, phase: int, layer: V) -> Callable[[V], V]:
+    def granules(self, plan: StepPlan, phase: int, kinds: Kinds) -> Callable[[V], V]:
         """How many granules a tile of each of so many of the block's M-tiles, its first ones,
         takes in all in a layer.
         """
@@ -65,20 +74,16 @@ class Work:
         each = [plan.granules(storage.name) for storage in this.storages]
         if len(each) == 1:
             return lambda count: count * each[0]
-        kinds, first = self._kinds(phase, layer), self.first[phase]
+        first = self.first[phase]
 
         def of(count: V) -> V:
             total = t.integer(0)
             for n, (begin, end) in enumerate(itertools.pairwise((*this.begins, this.m_tiles))):
                 inside = t.smaller(first + count, end) - t.larger(first, begin)
-                mine, which = t.integer(each[0]), (kinds >> (4 * n)) & 15
+                mine, which = t.integer(each[0]), (kinds[phase] >> (4 * n)) & 15
                 for other, size in enumerate(each[1:], 1):
                     mine = t.select(which.equals(other), t.integer(size), mine)
                 total = total + t.larger(inside, 0) * mine
             return total
 
         return of
-
-    def _kinds(self, phase: int, layer: V) -> V:
-        """Which of a phase's storages each segment has in a layer, four bits each."""
-        return t.load_global(self.kinds + ((layer * 4 + phase) << 2).wide())[0]

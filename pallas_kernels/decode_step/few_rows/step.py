@@ -80,7 +80,7 @@ class Step(Phases):
         height: int = M_TILE,
     ) -> list[V]:
         p, m_tiles, state = self.plan.phases[phase], self.work.count[phase], RingState(*streams)
-        kind = self.work.kind(self.plan, phase, layer.index)
+        kind = self.work.kind(self.plan, phase, layer.kinds)
         tiles, product = self.work.tiles(p), self.products.product
         return [*product(state, p, m_tiles, tiles, epilogue, prepare, height, kind)]
 

@@ -8,7 +8,7 @@ import functools
 from typing import Any
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
-from pallas_kernels.decode_step.common.work import Work
+from pallas_kernels.decode_step.common.work import Kinds, Work
 from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
@@ -45,9 +45,9 @@ class WeightRing(Ring):
             stream: address of the weight stream.
         """
 
-        def m_tiles(phase: int, layer: V, carry: list[V]) -> list[V]:
+        def m_tiles(phase: int, kinds: Kinds, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
-            tiles, kind = work.tiles(p), work.kind(plan, phase, layer)
+            tiles, kind = work.tiles(p), work.kind(plan, phase, kinds)
             granules = [plan.granules(storage.name) for storage in p.storages]
 
             def m_tile(number: V, carry: list[V]) -> list[V]:
@@ -80,10 +80,10 @@ class WeightRing(Ring):
             return t.loop(work.count[phase], carry, m_tile)
 
         def layer(index: V, carry: list[V]) -> list[V]:
+            kinds = work.kinds(plan, index)
             for phase in range(HEAD):
-                carry = m_tiles(phase, index, carry)
+                carry = m_tiles(phase, kinds, carry)
             return carry
 
         start = [work.granule, t.integer(0), *RingState.first(), *RingState.first()]
-        layers = t.integer(plan.shape.layers)
-        m_tiles(HEAD, layers, t.loop(layers, start, layer))
+        m_tiles(HEAD, (), t.loop(plan.shape.layers, start, layer))

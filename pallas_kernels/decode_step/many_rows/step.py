@@ -84,7 +84,7 @@ class Step(Phases):
                 t.block_barrier(WITH_SCALERS, SCALED)
 
         states, tiles = StreamStates.carried(streams), self.work.tiles(p)
-        kind = self.work.kind(self.plan, phase, layer.index)
+        kind = self.work.kind(self.plan, phase, layer.kinds)
         group, product = self.products.weights.groups[phase], self.products.product
         return product(states, p, group, m_tiles, tiles, finish, scaled, height, kind).carry()
 

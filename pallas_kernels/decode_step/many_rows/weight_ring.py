@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
-from pallas_kernels.decode_step.common.work import Work
+from pallas_kernels.decode_step.common.work import Kinds, Work
 from pallas_kernels.decode_step.many_rows.inputs import MOST_STAGE_BYTES, InputLayout
 from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
 from pallas_kernels.decode_step.packed.tile import WARPS
@@ -74,30 +74,32 @@ class Group:
 
     @classmethod
     def of(cls, phase: Phase, unit: Unit, room: int, inputs: InputLayout) -> "Group":
-        """Stages are long, since each is waited for: as long as two or three fit into the rings, of
-        `room` units and of inputs. Warps share M-tiles so that all have as much to do, as far as
-        registers allow; where segments are stored otherwise, a warp has one.
+        """Numbers take longer to fetch than to multiply: three stages of a tile at most fit into
+        the ring, of `room` units. Blocks take longer to multiply: stages are as long as two fit,
+        since each is waited for, and warps share M-tiles so that all have as much to do, as far as
+        registers allow. Where segments are stored otherwise, a warp has one.
         """
-        most = int(phase.count.max())
+        most, numbers = int(phase.count.max()), unit.sixteens == 1
         turns = 1 if most <= MOST_M_TILES else -(-most // USUAL_M_TILES)
         m_tiles = -(-most // turns)
-        # Numbers take longer to fetch than to multiply, blocks longer to multiply.
-        stages = 3 if unit.sixteens == 1 else 2
-        lengths, columns = np.diff(phase.part_begin) * unit.tile, PIECES * unit.sixteens
+        input_bytes = PIECES * unit.sixteens * inputs.fragment_bytes
         longest = min(
-            room // (stages * m_tiles), MOST_STAGE_BYTES // (columns * inputs.fragment_bytes)
+            unit.tile if numbers else MOST_UNITS,
+            room // ((3 if numbers else 2) * m_tiles),
+            MOST_STAGE_BYTES // input_bytes,
         )
-        units = max(
-            n
-            for n in range(1, MOST_UNITS + 1)
-            if n == 1 or (n <= longest and (lengths % n == 0).all())
-        )
+        lengths = np.diff(phase.part_begin) * unit.tile
+        units = max(n for n in range(1, max(longest, 1) + 1) if (lengths % n == 0).all())
         each = {n: -(-m_tiles // (WARPS // n)) for n in (1, 2, 4, 8) if n <= PIECES * units}
-        sums = 4 * inputs.eights
         alone = len(phase.begins) > 1 and len(phase.storages) > 1
-        most_each = 1 if alone else MOST_SUMS // sums
-        possible = [n for n, own in each.items() if n == 1 or own <= most_each]
-        sharers = min(possible, key=lambda n: (each[n] / n, each[n]))
+        most_each = 1 if alone else MOST_SUMS // (4 * inputs.eights)
+
+        def cost(sharers: int) -> tuple[float, ...]:
+            own = each[sharers]
+            # To add up what sharers found takes an eighth of what an M-tile takes.
+            return (own, own / sharers) if numbers else (own / sharers + own / 8,)
+
+        sharers = min((n for n, own in each.items() if n == 1 or own <= most_each), key=cost)
         return cls(unit, m_tiles, units, sharers, each[sharers])
 
     @property
@@ -170,10 +172,10 @@ class WeightRing:
         """Fetches all weights of the block in order; for one warp, each lane an M-tile."""
         lane = t.thread_id() % t.WARP
 
-        def m_tiles(phase: int, layer: V, carry: list[V]) -> list[V]:
+        def m_tiles(phase: int, kinds: Kinds, carry: list[V]) -> list[V]:
             p = plan.phases[phase]
             group, count = self.groups[phase], work.count[phase]
-            tiles, granules = t.integer(work.tiles(p)), work.granules(plan, phase, layer)
+            tiles, granules = t.integer(work.tiles(p)), work.granules(plan, phase, kinds)
 
             def turn(i: V, carry: list[V]) -> list[V]:
                 at_hand, first = group.at_hand(count, i), i * group.m_tiles
@@ -193,13 +195,13 @@ class WeightRing:
             return [carry[0] + granules(count) * tiles, *carry[1:]]
 
         def layer(index: V, carry: list[V]) -> list[V]:
+            kinds = work.kinds(plan, index)
             for phase in range(HEAD):
-                carry = m_tiles(phase, index, carry)
+                carry = m_tiles(phase, kinds, carry)
             return carry
 
         none = [*WeightState.first(), *RingState.first(), t.integer(self.room), t.integer(0)]
-        layers = plan.shape.layers
-        m_tiles(HEAD, t.integer(layers), t.loop(layers, [work.granule, *none], layer))
+        m_tiles(HEAD, (), t.loop(plan.shape.layers, [work.granule, *none], layer))
 
     def _fetch_stage(
         self, source: V, group: Group, own: V, m_tiles: V, size: V, carry: list[V]

@@ -76,14 +76,15 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     """Runs one token of every row through every layer and the head.
 
-    There are two kernels. Up to 16 rows of 0.5B, 9 of 1.5B, 7 of 3B and 4 of 7B run on one that
-    keeps the whole input of a product in shared memory, up to 64 rows on one that lets it stream.
+    There are two kernels. Up to 16 rows of 0.5B, 9 of 1.5B, 7 of 3B and 4 of 7B (of blocks, 9)
+    run on one that keeps the whole input of a product in shared memory, up to 64 rows on one that
+    lets it stream.
 
     Sums, norms, softmax and the residual stream are float32; keys, values, queries and
     attention weights are rounded to the cache's dtype where they enter a product. In the kernel of
     many rows all inputs of products with weights are rounded as well, to the dtype they are taken
-    in. The cache is read only: the caller writes the new keys
-    and values at `position`. Rows may share pages.
+    in, and so are the numbers that are made of blocks, to float16. The cache is read only: the
+    caller writes the new keys and values at `position`. Rows may share pages.
 
     Args:
         plan: how the weights in `packed` are cut and dealt out.

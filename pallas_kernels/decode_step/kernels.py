@@ -11,7 +11,8 @@ from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from pallas_kernels.decode_step.packed.plan import StepPlan
 
 FEW_NUMBERS = 15_000
-"""Of an input, up to which the first is faster: each block reads all of them as float32."""
+"""Of an input, up to which the first is faster with weights that are numbers: each block reads all
+of them as float32. With blocks it is as far as it goes: it needn't make numbers of them."""
 
 
 def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
@@ -30,6 +31,7 @@ def build(
     positions) to (logits, new keys and values, scratch); and, if traced, the nanosecond at which
     each block ended each of `PHASES`, int32 `[blocks, phases]`.
     """
-    few = rows * plan.shape.hidden <= FEW_NUMBERS or many_rows.refusal(plan, rows, cache)
+    short = rows * plan.shape.hidden <= FEW_NUMBERS or any(x.spread > 1 for x in plan.storages)
+    few = short or many_rows.refusal(plan, rows, cache)
     kernel = few_rows if few and few_rows.refusal(plan, rows, cache) is None else many_rows
     return kernel.build(plan, rows, pool, cache, traced)

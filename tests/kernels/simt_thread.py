@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels.decode_step.few_rows import products
 from pallas_kernels.decode_step.packed import blocks, planes, scales
-from pallas_kernels.decode_step.ptx import arithmetic, barriers
+from pallas_kernels.decode_step.ptx import arithmetic, barriers, warpgroup
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
 from tests.kernels.simt import BOOL, DTYPES, F32, I32, I64, REGION, Barrier, Lanes, Machine
@@ -215,6 +215,19 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         out = out.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
         return [v(x, F32) for x in out.astype(np.float32)]
 
+    def warpgroup_multiply(format: Format, a: Any, b: t.V, c: Any) -> list[t.V]:
+        """By products of a warp's, whose second operands it loads from where the warpgroup's is."""
+        groups = m.mask.reshape(-1, t.WARPGROUP)
+        assert (groups.all(1) == groups.any(1)).all(), "part of a warpgroup multiplies"
+        lane = np.arange(m.role.count) % t.WARP
+        at, made = b + v(lane // 4 * 16 + lane % 4 * 4, I32), []
+        for eight in range(len(c) // 4):
+            first = at + eight * warpgroup.EIGHT_BYTES
+            halves = (first, first + warpgroup.EIGHT_BYTES // 2)
+            right = [word for half in halves for word in load_shared(half)]
+            made += multiply(format, a, right, c[4 * eight : 4 * eight + 4])
+        return made
+
     def multiply_add(a: t.V, b: t.V, c: t.V) -> t.V:
         exact = [m.lanes(x).astype(np.float64) for x in (a, b, c)]
         return v((exact[0] * exact[1] + exact[2]).astype(np.float32), F32)
@@ -311,3 +324,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "await_turn": lambda barrier, parity: m.await_turn(one(barrier), one(parity)),
     }.items():  # fmt: skip
         patch.setattr(barriers, name, code)
+    for name, code in {
+        "multiply": warpgroup_multiply, "fence": lambda: None, "commit": lambda: None,
+        "wait": lambda operands: None,
+    }.items():  # fmt: skip
+        patch.setattr(warpgroup, name, code)

@@ -1,5 +1,6 @@
 """A file's blocks in the weight stream: there and back, and whole steps multiplied by them."""
 
+import types
 from typing import Any
 
 import gguf
@@ -18,6 +19,7 @@ from pallas_kernels.decode_step import (
     kernels,
     tile_offsets,
 )
+from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from pallas_kernels.decode_step.packed import unpack
@@ -257,6 +259,17 @@ def test_a_warp_multiplies_what_is_stored_alike() -> None:
     why = many_rows.refusal(plan, 17, "bfloat16")
     assert why == "a warp has 2 M-tiles of a phase whose segments are stored otherwise"
     assert many_rows.refusal(StepPlan(shape, 6, plan.layers, "q6_k"), 17, "bfloat16") is None
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(9, few_rows), (10, many_rows), (64, many_rows)])
+def test_blocks_stay_in_the_kernel_of_few_rows_as_far_as_it_goes(
+    monkeypatch: pytest.MonkeyPatch, rows: int, kernel: types.ModuleType
+) -> None:
+    built = []
+    for module in (few_rows, many_rows):
+        monkeypatch.setattr(module, "build", lambda *_, module=module: built.append(module))
+    kernels.build(plan_of(SIZES["7b"], "q4_k"), rows, Pool(64, 128, 2), jnp.dtype("bfloat16"))
+    assert built == [kernel]
 
 
 def test_what_does_not_take_blocks_says_so() -> None:

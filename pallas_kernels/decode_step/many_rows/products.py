@@ -2,7 +2,7 @@
 
 An input of so many rows doesn't fit in shared memory, so it streams through it as the weights
 do: once for all M-tiles of a block, as far as registers have room for their sums. The warps divide
-the M-tiles; where there are few, several warps share one and each takes some of the columns.
+the M-tiles; or two, of two warpgroups, share one and each takes half of the columns.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.phases import Total
 from pallas_kernels.decode_step.common.ring import Ring, RingState
-from pallas_kernels.decode_step.many_rows.inputs import PAIR_BYTES, InputLayout
+from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.weight_ring import (
     PIECES,
     Group,
@@ -23,13 +23,12 @@ from pallas_kernels.decode_step.packed.plan import Phase
 from pallas_kernels.decode_step.packed.storage import Storage
 from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
 from pallas_kernels.decode_step.ptx import thread as t
+from pallas_kernels.decode_step.ptx import warpgroup
 from pallas_kernels.decode_step.ptx.loops import block_stride_loop
 from pallas_kernels.decode_step.ptx.thread import V
 
 STRIDE = M_TILE + 4
 """Words from a row's sums to the next's, so that lanes store into different banks."""
-AT_ONCE = 2
-"""Times 16 columns whose operands are loaded while as many are multiplied."""
 
 
 def sums_bytes(inputs: InputLayout) -> int:
@@ -96,30 +95,20 @@ class Products:
 
         def turn(i: V, carry: list[V]) -> list[V]:
             at_hand, first = group.at_hand(m_tiles, i), i * group.m_tiles
-            of = t.thread_id() // t.WARP // group.sharers
-            stored = [kind(first + of)] if kind else []
+            own = self._own(group, at_hand)
+            stored = [kind(first + m_tile) for m_tile in own] if kind else []
 
             def stage(_: V, carry: list[V]) -> list[V]:
                 states, sums = StreamStates.carried(carry[:5]), carry[5:]
-                self.weights.ring.wait(states.weights.of_ring)
-                some = self.input_ring.wait(states.inputs)
-
                 units = at_hand * group.units
                 weights = self.weights.address(states.weights, units)
-
-                def multiplied() -> list[V]:
-                    after = sums
-                    for n, storage in enumerate(phase.storages):
-                        how = (storage, group, weights, some, sums)
-                        each = functools.partial(self._multiplied, *how)
-                        after = t.either(stored[0].equals(n), each, after) if stored else each()
-                    return after
-
-                after = multiplied() if group.each > 1 else t.either(of < at_hand, multiplied, sums)
+                self.weights.ring.wait(states.weights.of_ring)
+                inputs = self.input_ring.wait(states.inputs)
+                sums = self._multiplied(phase, group, stored, weights, own, inputs, sums)
                 self.weights.ring.release(states.weights.of_ring)
                 self.input_ring.release(states.inputs)
                 following = self.weights.next(states.weights, units)
-                return [*following, *self.input_ring.next(states.inputs), *after]
+                return [*following, *self.input_ring.next(states.inputs), *sums]
 
             carry = t.loop(group.stages(tiles), [*carry, *[t.number(0)] * size], stage)
             sums = carry[5:]
@@ -139,57 +128,116 @@ class Products:
         t.when(m_tiles.equals(0), ready)
         return StreamStates.carried(after)
 
+    def _own(self, group: Group, at_hand: V) -> list[V]:
+        """This warp's M-tiles; the last one at hand, where there are fewer, for no sums of its own:
+        a warpgroup multiplies together.
+        """
+        across = WARPS // group.sharers
+        of = t.thread_id() // t.WARP % across
+        return [t.smaller(of + n * across, at_hand - 1) for n in range(group.each)]
+
     def _multiplied(
-        self, storage: Storage, group: Group, weights: V, inputs: V, sums: list[V]
+        self,
+        phase: Phase,
+        group: Group,
+        stored: list[V],
+        weights: V,
+        own: list[V],
+        inputs: V,
+        sums: list[V],
     ) -> list[V]:
-        """A lane's sums with a stage added: of its M-tiles in turn, of every eight rows."""
-        lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
-        of, share = warp // group.sharers, warp % group.sharers
-        sixteens, each = group.unit.sixteens, self.inputs.fragment_bytes
-        inputs = inputs + share * (sixteens * each) + lane * 16
-        # Units of one M-tile follow each other; there is room for the largest.
-        own_bytes = storage.tile_bytes // group.unit.tile
-        m_tile_bytes = group.units * group.unit.bytes
-        # A warp's first piece, in its unit; the others follow at distances that are constants.
-        weights = weights + of * m_tile_bytes + share // PIECES * own_bytes
-        own, pieces = share % PIECES, range(0, group.pieces, group.sharers)
+        """A lane's sums with a stage added: of its M-tiles in turn, of every eight rows.
 
-        def operands(piece: int) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
-            x = [
-                [
-                    t.load_shared(inputs + ((piece * sixteens + n) * each + pair * PAIR_BYTES), 4)
-                    for pair in range(self.inputs.pairs)
-                ]
-                for n in range(sixteens)
-            ]
-            loaded = []
-            for n in range(group.each):
-                apart = n * (WARPS // group.sharers) * m_tile_bytes + piece // PIECES * own_bytes
+        Args:
+            stored: which of the phase's storages its M-tiles have; none where there is one.
+        """
+        share = t.thread_id() // t.WARPGROUP if group.sharers == 2 else t.integer(0)
+        lane, sixteens = t.thread_id() % t.WARP, group.unit.sixteens
+        inputs = inputs + share * (sixteens * self.inputs.fragment_bytes)
+        begins = [weights + m_tile * (group.units * group.unit.bytes) for m_tile in own]
+        pieces = range(0, group.pieces, group.sharers)
 
-                def read(at: V, count: int, apart: int = apart) -> list[V]:
-                    return t.load_shared(weights + at + apart, count)
+        def loaded(storage: Storage, piece: int) -> list[list[list[V]]]:
+            """Of each M-tile the words of a piece; a unit's tile follows the one before."""
+            unit, within = divmod(piece, PIECES)
+            apart = unit * (storage.tile_bytes // group.unit.tile)
+            words = []
+            for begin in begins:
+
+                def read(at: V, count: int, begin: V = begin) -> list[V]:
+                    return t.load_shared(begin + at + apart, count)
 
                 some = range(0, sixteens, storage.spread)
-                numbers = [((own + piece % PIECES) * sixteens + n) // storage.spread for n in some]
-                loaded.append([storage.load(read, number, lane) for number in numbers])
-            return x, loaded
+                numbers = [((share + within) * sixteens + n) // storage.spread for n in some]
+                words.append([storage.load(read, number, lane) for number in numbers])
+            return words
 
-        at_once = max(1, AT_ONCE // sixteens)
-        turns = [pieces[n : n + at_once] for n in range(0, len(pieces), at_once)]
-        later = [operands(piece) for piece in turns[0]]
-        sums = list(sums)
-        for following in [*turns[1:], ()]:
-            loaded, later = later, [operands(piece) for piece in following]
-            for x, m_tile_words in loaded:
-                for n, words in enumerate(m_tile_words):
-                    made = [a for some in words for a in storage.operands(some)]
-                    for a, pairs in zip(made, x, strict=True):
-                        eights = [pair[half : half + 2] for pair in pairs for half in (0, 2)]
-                        eights = eights[: self.inputs.eights]
-                        for eight, b in enumerate(eights):
-                            at = (n * len(eights) + eight) * 4
-                            sums[at : at + 4] = self.inputs.format.multiply(a, b, sums[at : at + 4])
-        return sums
+        def operands(storage: Storage, words: list[list[list[V]]]) -> list[V]:
+            return [
+                word
+                for some in words
+                for each in some
+                for operand in storage.operands(each)
+                for word in operand
+            ]
+
+        def all_pieces(sums: list[V], made: Callable[[int], list[V]]) -> list[V]:
+            """Each piece is made while the products of the one before run."""
+            running: list[V] = []
+            for piece in pieces:
+                a = made(piece)
+                if running:
+                    warpgroup.wait(running)
+                warpgroup.fence()
+                sums = self._products(group, a, inputs, piece, sums)
+                warpgroup.commit()
+                running = a
+            warpgroup.wait(running)
+            return sums
+
+        def alike(storage: Storage) -> list[V]:
+            later = [loaded(storage, pieces[0])]
+
+            def made(piece: int) -> list[V]:
+                words = later.pop()
+                if piece != pieces[-1]:
+                    later.append(loaded(storage, piece + group.sharers))
+                return operands(storage, words)
+
+            return all_pieces(sums, made)
+
+        if len(phase.storages) == 1:
+            return alike(phase.storages[0])
+        after = sums
+        if len(phase.begins) == 1:
+            for n, storage in enumerate(phase.storages):
+                each = functools.partial(alike, storage)
+                after = t.either(stored[0].equals(n), each, after)
+            return after
+
+        def by_warp(piece: int) -> list[V]:
+            made = [t.integer(0)] * (4 * sixteens)
+            for n, storage in enumerate(phase.storages):
+
+                def each(storage: Storage = storage) -> list[V]:
+                    return operands(storage, loaded(storage, piece))
+
+                made = t.either(stored[0].equals(n), each, made)
+            return made
+
+        return all_pieces(sums, by_warp)
+
+    def _products(self, group: Group, a: list[V], inputs: V, piece: int, sums: list[V]) -> list[V]:
+        """Sums with a piece's products added, of which `a` has each M-tile's operands in turn."""
+        sixteens, size, made = group.unit.sixteens, len(sums) // group.each, list(sums)
+        for n in range(group.each):
+            for sixteen in range(sixteens):
+                first = 4 * (n * sixteens + sixteen)
+                at = (piece * sixteens + sixteen) * self.inputs.fragment_bytes
+                mine = slice(n * size, (n + 1) * size)
+                how = (self.inputs.format, a[first : first + 4], inputs + at, made[mine])
+                made[mine] = warpgroup.multiply(*how)
+        return made
 
     def _store(self, sums: list[V], place: int) -> None:
         """Keeps this warp's sums of one M-tile in one of the places for `_finish`."""
@@ -220,13 +268,13 @@ class Products:
             out, rest = number % quads * 4, number // quads
             row, of = rest % self.inputs.rows, rest // self.inputs.rows
             m_tile = of + n * across
-            own = place * WARPS + of * group.sharers
+            own = place * WARPS + of
             begin = (own * self.inputs.padded + row) * STRIDE + out
 
             def total(below: int) -> list[V]:
                 found: list[V] = []
                 for sharer in range(group.sharers):
-                    at = begin + (sharer * self.inputs.padded * STRIDE + below)
+                    at = begin + (sharer * across * self.inputs.padded * STRIDE + below)
                     part = t.load_shared_floats(self.sums + at * 4, 4)
                     found = [x + y for x, y in zip(found, part, strict=True)] if found else part
                 return found

@@ -29,7 +29,7 @@ USUAL_M_TILES = 16
 """Where several groups are needed."""
 PIECES = 4
 """Of a unit: each is one warp's, with 16 or 32 columns."""
-MOST_UNITS = 8
+MOST_UNITS = 4
 """Of an M-tile in a stage."""
 
 
@@ -62,7 +62,7 @@ class Group:
         unit: that stages have whole numbers of.
         m_tiles: that are multiplied at the same time, at most.
         units: of an M-tile in a stage.
-        sharers: warps that share an M-tile, each with some of its columns.
+        sharers: warps that share an M-tile, one or two; each has some of its columns.
         each: M-tiles of a warp.
     """
 
@@ -90,7 +90,7 @@ class Group:
         )
         lengths = np.diff(phase.part_begin) * unit.tile
         units = max(n for n in range(1, max(longest, 1) + 1) if (lengths % n == 0).all())
-        each = {n: -(-m_tiles // (WARPS // n)) for n in (1, 2, 4, 8) if n <= PIECES * units}
+        each = {n: -(-m_tiles // (WARPS // n)) for n in (1, 2)}
         alone = len(phase.begins) > 1 and len(phase.storages) > 1
         most_each = 1 if alone else MOST_SUMS // (4 * inputs.eights)
 

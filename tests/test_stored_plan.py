@@ -142,13 +142,13 @@ def test_rule_of_auto_on_a_gpu(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatc
         return form_of(asked, mixed, BFLOAT16, **how)  # type: ignore[arg-type]
 
     blocks = form("packed")
-    assert blocks.plan == stored_plan(mixed, BFLOAT16) and blocks.rows == 16
+    assert blocks.plan == stored_plan(mixed, BFLOAT16) and blocks.rows == 64
     shapes = packed_shapes(mixed, blocks.plan, BFLOAT16, "auto")
     assert blocks.held == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     assert form("auto", texts=8) == blocks
     assert not form("auto", texts=9).blocks
     assert not form("auto").blocks
-    assert not form("auto", texts=1, slots=64).blocks
+    assert not form("auto", texts=1, slots=65).blocks
     assert not form("expanded", texts=1).blocks
     free = form("expanded").held
     assert form("auto", texts=9) == blocks
@@ -158,8 +158,8 @@ def test_refusals_on_a_gpu(
     mixed: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(form_module, "device", Gpu)
-    with pytest.raises(UserError, match="at most 16 slots, and slots is 64; choose auto"):
-        form_of("packed", mixed, BFLOAT16, slots=64)
+    with pytest.raises(UserError, match="at most 64 slots, and slots is 65; choose auto"):
+        form_of("packed", mixed, BFLOAT16, slots=65)
     with pytest.raises(UserError, match="kernel multiplies blocks, and implementation is xla"):
         form_of("packed", mixed, BFLOAT16, implementation="xla")
     with pytest.raises(UserError, match="can't run them: the cache is float32"):

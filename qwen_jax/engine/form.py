@@ -18,7 +18,7 @@ from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed.blocks import Blocks
 from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE
-from qwen_jax.engine.blocks import FLOAT32, packed_bytes, stays
+from qwen_jax.engine.blocks import FLOAT32, packed_bytes
 from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
 from qwen_jax.errors import UserError
@@ -146,8 +146,8 @@ def _storages(checkpoint: Checkpoint, parameter: Parameter) -> tuple[str | None,
     """Of each of its sources the storage that keeps its blocks, if there is one."""
 
     def of(name: str, columns: int) -> str | None:
-        kind = stays(checkpoint.stored[name])
-        storage = STORAGES.get(kind.name.lower()) if kind is not None else None
+        blocks = checkpoint.stored[name].blocks
+        storage = STORAGES.get(blocks.name) if blocks is not None else None
         whole = isinstance(storage, Blocks) and columns % (K_TILE * storage.tiles) == 0
         return storage.name if storage and whole else None
 

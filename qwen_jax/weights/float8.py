@@ -59,6 +59,10 @@ class Float8:
         """Those of a block, or of the matrix where a block is larger."""
         return tuple(map(min, self.block or self.shape, self.shape))
 
+    @property
+    def blocks(self) -> None:
+        """There are none."""
+
     def check(self, path: Path) -> None:
         weight, scale = self.infos
         if weight.shape != self.shape:

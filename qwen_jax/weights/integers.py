@@ -19,8 +19,11 @@ from jaxtyping import Float32, Int32, UInt8, UInt32
 from qwen_jax.errors import UserError
 from qwen_jax.weights import simple_quants
 from qwen_jax.weights.blocks import decoded
+from qwen_jax.weights.stored import Blocked, not_finite
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo
 
+BLOCK = 32
+"""Inputs of a block of `PackedIntegers.blocks`."""
 SCALE_TYPES = (Type.F16, Type.BF16, Type.F32)
 
 
@@ -83,6 +86,49 @@ class PackedIntegers(abc.ABC):
                     f"{' or '.join(kind.name for kind in types)}; convert the checkpoint again."
                 )
 
+    @property
+    def blocks(self) -> Blocked | None:
+        """Scales are float16 in them, and the inputs of a group follow one another."""
+        whole = self.shape[1] % BLOCK == 0 and self.inputs_per_group % BLOCK == 0
+        (scales,) = (info for info in self.infos if info.name.endswith(".scales"))
+        if not whole or scales.type is not Type.F16 or not self._in_turn(self.order()):
+            return None
+        bits = 4 if self.bits <= 4 else 8
+        size = self.shape[1] // BLOCK * (4 + BLOCK * bits // 8)
+        return Blocked(f"int{bits}", size, self._in_blocks)
+
+    def _in_turn(self, order: Int32[np.ndarray, "columns"]) -> bool:
+        return np.array_equal(order, PackedIntegers.order(self))
+
+    def _in_blocks(self, start: int, stop: int) -> UInt8[np.ndarray, "bytes"]:
+        """Blocks of 32 inputs: scale, zero point, a byte of nothing, and the integers, of 4 bits
+        those of the first 16 inputs in the low half bytes.
+        """
+        quants, zeros = self.integers(start, stop)
+        rows, count = len(quants), self.shape[1] // BLOCK
+        group = np.arange(count) * BLOCK // self.inputs_per_group
+        name = f"{self.module}.scales"
+        shape = self.files.tensors[name].shape
+        scales = self.files.raw(name).view("<f2").reshape(shape)[:, start:stop].T
+        if not np.isfinite(scales).all():
+            raise not_finite(f"{self.module}.weight", self, np.dtype(np.float32))
+        codes = quants.reshape(rows, count, BLOCK)
+        if self.bits <= 4:
+            codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+        blocks = np.zeros((rows, count, 4 + codes.shape[-1]), np.uint8)
+        blocks[..., :2] = np.ascontiguousarray(scales[:, group])[..., None].view(np.uint8)
+        blocks[..., 2], blocks[..., 4:] = zeros[:, group], codes
+        return blocks.reshape(-1)
+
+    @abc.abstractmethod
+    def integers(
+        self, start: int, stop: int
+    ) -> tuple[UInt8[np.ndarray, "rows columns"], UInt8[np.ndarray, "rows g"]]:
+        """Integers of the rows [start, stop), and the zero points of their groups."""
+
+    def rows(self, start: int, stop: int) -> Float32[np.ndarray, "rows columns"]:
+        return self.scaled(start, *self.integers(start, stop))
+
     @abc.abstractmethod
     def packed_sides(self) -> tuple[int, ...]:
         """The sizes along which integers are packed."""
@@ -108,7 +154,7 @@ class PackedIntegers(abc.ABC):
         stored = decoded(self.files.raw(name), info.type).reshape(info.shape)
         scales = stored[:, start : start + len(values)].T.astype(np.float32)
         order, size = self.order(), self.inputs_per_group
-        if len(order) % size == 0 and np.array_equal(order, PackedIntegers.order(self)):
+        if len(order) % size == 0 and self._in_turn(order):
             grouped = values.reshape(len(values), -1, size)
             grouped -= offsets[..., None]
             grouped *= scales[..., None]
@@ -157,7 +203,9 @@ class Gptq(PackedIntegers):
     def order(self) -> Int32[np.ndarray, "columns"]:
         return self.words("g_idx").view(np.int32) if self.ordered else super().order()
 
-    def rows(self, start: int, stop: int) -> Float32[np.ndarray, "rows columns"]:
+    def integers(
+        self, start: int, stop: int
+    ) -> tuple[UInt8[np.ndarray, "rows columns"], UInt8[np.ndarray, "rows g"]]:
         quants = unpack(self.words("qweight")[:, start:stop].T, self.bits)
         # 32 integers fill whole words, whatever their bits.
         first, last = start // 32, -(-stop // 32)
@@ -165,7 +213,7 @@ class Gptq(PackedIntegers):
         zeros = unpack(packed, self.bits).T[start - 32 * first : stop - 32 * first]
         if self.zeros_less_one:
             zeros = (zeros + np.uint8(1)) & np.uint8(2**self.bits - 1)
-        return self.scaled(start, quants, zeros)
+        return quants, zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +231,11 @@ class Awq(PackedIntegers):
     def packed_sides(self) -> tuple[int, ...]:
         return self.shape[:1]
 
-    def rows(self, start: int, stop: int) -> Float32[np.ndarray, "rows columns"]:
+    def integers(
+        self, start: int, stop: int
+    ) -> tuple[UInt8[np.ndarray, "rows columns"], UInt8[np.ndarray, "rows g"]]:
         quants, zeros = (self.unpacked(part, start, stop) for part in ("qweight", "qzeros"))
-        return self.scaled(start, quants, zeros)
+        return quants, zeros
 
     def unpacked(self, part: str, start: int, stop: int) -> UInt8[np.ndarray, "rows columns"]:
         """Outputs [start, stop), a row each: words hold 0, 2, 4, 6, 1, 3, 5, 7 of every eight."""

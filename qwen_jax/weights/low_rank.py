@@ -83,6 +83,10 @@ class Merged:
     def kind(self) -> str:
         return f"{self.base.kind}+LoRA"
 
+    @property
+    def blocks(self) -> None:
+        """There are none."""
+
     def check(self, path: Path) -> None:
         self.base.check(path)
 

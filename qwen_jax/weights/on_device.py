@@ -32,7 +32,7 @@ from qwen_jax.weights.blocks import FORMATS
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.names import Parameter
 from qwen_jax.weights.open_files import Progress
-from qwen_jax.weights.stored import Plain, Stored, not_finite
+from qwen_jax.weights.stored import Blocked, Plain, Stored, not_finite
 
 PIECE = 32 << 20
 """Bytes of a piece at most, if a row is no longer: transfers near their full speed, while few of
@@ -102,9 +102,11 @@ def iter_decoded(
 
     def send(item: tuple[Parameter, Piece]) -> jax.Array:
         parameter, piece = item
-        data = piece.read(dtype_of(parameter))
         if parameter.name in keep:
+            data = _blocked(piece.stored).read(piece.start, piece.stop)
             data = data.reshape(piece.stop - piece.start, -1)
+        else:
+            data = piece.read(dtype_of(parameter))
         return jax.device_put(data, device).block_until_ready()
 
     with ThreadPoolExecutor(SENDERS, thread_name_prefix="send") as pool:
@@ -181,7 +183,12 @@ def _arrays(
 def raw_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     """Rows of a weight, and bytes of one."""
     stored = checkpoint.stored[name]
-    return stored.shape[0], sum(info.nbytes for info in stored.infos) // stored.shape[0]
+    return stored.shape[0], _blocked(stored).row_bytes
+
+
+def _blocked(stored: Stored) -> Blocked:
+    assert stored.blocks is not None, "what is kept is in blocks"
+    return stored.blocks
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "raw"), donate_argnums=(0, 1))

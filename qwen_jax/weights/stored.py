@@ -1,15 +1,24 @@
 """How a checkpoint holds one weight: as a tensor, or as several that make it up together."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from qwen_jax.errors import UserError
-from qwen_jax.weights.blocks import DECODABLE, FLOAT8, decoded
+from qwen_jax.weights.blocks import DECODABLE, FLOAT8, FORMATS, decoded
 from qwen_jax.weights.tensors import TensorFiles, TensorInfo, block_size
+
+
+class Blocked(NamedTuple):
+    """A matrix in blocks of that name, so many bytes a row; `read` has the rows [start, stop)."""
+
+    name: str
+    row_bytes: int
+    read: Callable[[int, int], UInt8[np.ndarray, "bytes"]]
 
 
 class Stored(Protocol):
@@ -30,6 +39,10 @@ class Stored(Protocol):
     @property
     def kind(self) -> str:
         """How it is stored, in a word: BF16, Q4_K, GPTQ-Int4."""
+
+    @property
+    def blocks(self) -> Blocked | None:
+        """The matrix in blocks, or None where there are none that say the same."""
 
     def check(self, path: Path) -> None:
         """Raises UserError, naming the checkpoint `path`, where their shapes or types are wrong."""
@@ -60,6 +73,13 @@ class Plain:
     @property
     def kind(self) -> str:
         return self.files.tensors[self.name].type.name
+
+    @property
+    def blocks(self) -> Blocked | None:
+        info = self.files.tensors[self.name]
+        if len(self.shape) == 1 or info.type not in FORMATS:
+            return None
+        return Blocked(info.type.name.lower(), info.nbytes // self.shape[0], self.raw)
 
     def check(self, path: Path) -> None:
         info = self.files.tensors[self.name]

@@ -26,6 +26,7 @@ MIXES = {
     "k": ["q2_k", "q3_k", "q5_k", "q6_k", "q4_k"],
     "simple": ["q4_1", "q5_1", "q4_0", "q5_0", "iq4_nl"],
     "others": ["iq4_xs", "q6_k", "q3_k", "q2_k", "iq4_xs"],
+    "integers": ["int4", "int8", "int8", "int4", "int4"],
     "0.5b": ["q5_0", "q5_0", "q5_0", "q4_k", "q8_0"],
 }
 
@@ -50,6 +51,7 @@ def plan_of(name: str, mix: str) -> StepPlan:
             ["1.5b"], ["q8_0", "k", "simple", "others", "layers"], [1, 3, 8, 12, 40]
         ),
         *itertools.product(["0.5b"], ["q8_0", "simple", "0.5b"], [1, 3, 5, 11, 64]),
+        *itertools.product(["1.5b"], ["integers"], [1, 5, 40]),
         *itertools.product(["7b"], ["q8_0", "q4_k", "layers"], [1, 3, 5, 64]),
     ],
 )
@@ -71,7 +73,7 @@ def test_less_wrong_than_bfloat16(name: str, mix: str, rows: int) -> None:
         assert error <= of_rounded
 
 
-@pytest.mark.parametrize("mix", ["q8_0", "k", "simple", "others", "layers"])
+@pytest.mark.parametrize("mix", ["q8_0", "k", "simple", "others", "layers", "integers"])
 def test_matrices_are_expanded_bit_by_bit(mix: str) -> None:
     """The kernel's numbers beside the definition's, rounded once."""
     plan = plan_of("small", mix)

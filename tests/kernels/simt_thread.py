@@ -249,6 +249,9 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         rounded = (both * factor + addend).astype(np.float16)
         return v(rounded.view(np.int32)[:, 0], I32)
 
+    def less_halves(pair: t.V, other: t.V) -> t.V:
+        return multiplied_halves(pair, v(0x3C003C00, I32), v(0x80008000 - (1 << 32), I32) ^ other)
+
     def multiplied_halves(pair: t.V, factors: t.V, addends: t.V | None = None) -> t.V:
         given = [pair, factors, *([] if addends is None else [addends])]
         halves = [np.ascontiguousarray(m.lanes(x))[:, None].view(np.float16) for x in given]
@@ -312,7 +315,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         (planes, "scaled_halves", scaled_halves), (planes, "placed", placed),
         (blocks, "placed", placed), (scales, "permuted", permuted),
         (scales, "scaled_halves", scaled_halves),
-        (blocks, "multiplied_halves", multiplied_halves),
+        (blocks, "multiplied_halves", multiplied_halves), (blocks, "less_halves", less_halves),
     ]:  # fmt: skip
         patch.setattr(module, name, code)
     for name, code in {"pair": pair, "floats": apart, "multiply": multiply}.items():

@@ -33,11 +33,31 @@ def as_stored(weights: np.ndarray, stored: str) -> np.ndarray:
     """
     if not isinstance(STORAGES[stored], Blocks):
         return weights.astype(jnp.dtype(stored))
+    if stored in INTEGERS:
+        return integers_of(np.random.default_rng(int(abs(weights[0, 0]) * 1e9)), weights, stored)[0]
     kind = kind_of(stored)
     try:
         return gguf.quants.quantize(weights, kind)
     except NotImplementedError:
         return random_blocks(np.random.default_rng(int(abs(weights[0, 0]) * 1e9)), weights, stored)
+
+
+INTEGERS = {"int4": 15, "int8": 255}
+"""The largest code."""
+
+
+def integers_of(
+    rng: np.random.Generator, like: np.ndarray, stored: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of any codes and zero points, with values of about that size, and those in float64."""
+    most, (rows, columns) = INTEGERS[stored], like.shape
+    q = rng.integers(0, most + 1, (rows, columns // 32, 32), np.uint8)
+    zero = rng.integers(0, most + 1, (rows, columns // 32, 1), np.uint8)
+    d = (np.std(like) / most * rng.uniform(1, 3, zero.shape)).astype(np.float16)
+    values = d.astype(np.float64) * (q.astype(np.float64) - zero)
+    codes = q[..., :16] | q[..., 16:] << 4 if most == 15 else q
+    blocks = np.concatenate([d.view(np.uint8), zero, np.zeros_like(zero), codes], axis=-1)
+    return blocks.reshape(rows, -1), values.reshape(rows, columns)
 
 
 def random_blocks(rng: np.random.Generator, like: np.ndarray, stored: str) -> np.ndarray:

@@ -42,7 +42,7 @@ from tests.kernels.emulated_step import (
 )
 from tests.kernels.float64_step import exact_step
 from tests.kernels.simt import Race
-from tests.kernels.streams import kind_of, matrices, put, stored_again
+from tests.kernels.streams import INTEGERS, integers_of, kind_of, matrices, put, stored_again
 from tests.kernels.test_decode_step import SIZES, lower, plan_of
 
 SHAPE = ModelShape(3, 256, 4, 2, 64, 384, 320, 1e-6)
@@ -112,6 +112,9 @@ def anything(
     if stored not in BLOCKS:
         numbers = rng.standard_normal((rows, columns), np.float32).astype(stored)
         return numbers, numbers
+    if stored in INTEGERS:
+        given, right = integers_of(rng, np.ones((rows, columns)) + rng.random(columns), stored)
+        return given, right.astype(np.float32)
     block, size = gguf.GGML_QUANT_SIZES[kind_of(stored)]
     given = rng.integers(0, 256, (rows, columns // block * size), np.uint8)
     with np.errstate(all="ignore"):
@@ -182,6 +185,7 @@ def in_bfloat16(case: Case) -> Case:
         (SMALL, 11, [9, 11, 130, 7, 6], ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
         (SMALL, 5, [0, 21], ("q6_k", "q4_k", "iq4_xs", "q2_k", "q3_k")),
         (SHAPE, 7, [3, 40, 17], MIXED),
+        (SMALL, 11, [3, 9], ("int4", "int8", "int4", "q4_k", "int8")),
     ],
 )
 def test_whole_steps(

@@ -28,6 +28,7 @@ from tests.kernels.test_blocks import MIXED, SHAPE
         (GROUPS[8], 11, [*range(64)], ("q4_k", "q6_k", "q5_k", "q4_1", "q2_k")),
         # Segments and layers that are stored otherwise.
         (SHAPE, 7, [3, 40, 17], MIXED),
+        (SMALL, 11, [3, 9, 7], ("int4", "int8", "int8", "int4", "q6_k")),
     ],
 )
 def test_no_worse_than_weights_in_float16(

@@ -192,7 +192,7 @@ def test_weights_that_no_kernel_takes_are_refused_by_name() -> None:
     why = kernels.refusal(plan_of(SMALL, "float32"), 1, "bfloat16")
     assert why == (
         "the weights are float32, not one of bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, "
-        "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs"
+        "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, int4, int8"
     )
     mixed = StepPlan.alike(SMALL, 132, "float16", *["bfloat16"] * 4)
     assert few_rows.refusal(mixed, 1, "bfloat16") is None

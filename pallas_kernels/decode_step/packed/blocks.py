@@ -25,6 +25,7 @@ from pallas_kernels.decode_step.packed.storage import Group, Read, Storage
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.arithmetic import (
+    less_halves,
     multiplied_halves,
     permuted,
     placed,
@@ -45,8 +46,8 @@ def _twice(low: V, high: V) -> Two:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(Storage):
-    """One block format. A weight is a scale times its code less `offset`, or times the `table`'s
-    entry for it, and an addend where the format has one.
+    """One block format. A weight is a scale times its code less `offset` or a zero point, or times
+    the `table`'s entry for it, and an addend where the format has one.
 
     Since codes are exact in float16, no weight is rounded: products of codes are added up in
     float32, then multiplied by their scale; the addend is multiplied with the inputs' mean.
@@ -181,10 +182,14 @@ class Blocks(Storage):
             planes.append((plane, rest[:count]))
             rest = rest[count:]
         if self.bits == (8,):
-            return [*self._of_bytes(planes[0][1])], rest
-        if self.table is not None:
-            return [*self._looked_up(planes[0][1])], rest
-        return pairs(planes, offset), rest
+            codes = [*self._of_bytes(planes[0][1])]
+        elif self.table is not None:
+            codes = [*self._looked_up(planes[0][1])]
+        else:
+            codes = pairs(planes, offset)
+        if zeros := self.scales.zeros(rest):
+            codes = [less_halves(pair, zeros[n % 2]) for n, pair in enumerate(codes)]
+        return codes, rest
 
     def _of_bytes(self, words: list[V]) -> Iterator[V]:
         for first, second in zip(words[::2], words[1::2], strict=True):

@@ -59,6 +59,10 @@ class Scales(abc.ABC):
     def factors(self, words: list[V]) -> list[Two]:
         """What codes are multiplied with: one for 32 inputs, or one for each half of them."""
 
+    def zeros(self, words: list[V]) -> Two | None:
+        """What codes are less by, twice in a word as float16, where that differs."""
+        return None
+
     @property
     def adds(self) -> bool:
         """Whether there are addends."""
@@ -124,6 +128,48 @@ class Halves(Scales):
     def addend_operand(self, words: list[V]) -> tuple[list[V], Two]:
         operand = [permuted(w, w, half) for w in words for half in (0x1010, 0x3232)]
         return operand, (t.number(AVERAGED), t.number(AVERAGED))
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros(Scales):
+    """Of 32 inputs d in float16 and a zero point, a whole number: a weight is d (q - zero).
+
+    In the order [group, g]: d of outputs g and g + 8 in a word, then their zero points in the two
+    lowest bytes of another.
+
+    Attributes:
+        offset: of codes, which zero points are counted from.
+    """
+
+    offset: int = 0
+    names = ("d", "zeros")
+    tile_bytes = M_TILE * GROUPS * 4
+
+    def packed(self, fields: Fields) -> UInt32[Array, "n words"]:
+        zeros = fields["zeros"].astype(jnp.uint32)
+        words = [_both(fields["d"]), zeros[:, :8] | zeros[:, 8:] << 8]  # [n, 8, 4]
+        return jnp.stack(words, axis=-1).swapaxes(1, 2).reshape(len(zeros), -1)
+
+    def numbers(
+        self, words: UInt32[Array, "n words"]
+    ) -> tuple[Float32[Array, "n 16 4"], Float32[Array, "n 16 4"]]:
+        d, zeros = jnp.moveaxis(words.reshape(len(words), GROUPS, 8, 2).swapaxes(1, 2), -1, 0)
+        both = jnp.concatenate([zeros & 0xFF, zeros >> 8], axis=1).astype(jnp.float32)
+        # All products are exact, and so is the difference of two of them.
+        return _floats(d), _floats(d) * (self.offset - both)
+
+    def load(self, read: Read, begin: int, group: V, g: V) -> list[V]:
+        return read((group * 8 + g) * 8 + begin, 2)
+
+    def factors(self, words: list[V]) -> list[Two]:
+        return [FLOAT16.floats(words[0])]
+
+    def zeros(self, words: list[V]) -> Two:
+        # A byte is the last of a float16 of 1024.
+        above = t.integer(0x6464_6464)
+        low, high = (permuted(words[1], above, which) for which in (0x4040, 0x4141))
+        less = -1024 - self.offset
+        return scaled_halves(low, 1, less), scaled_halves(high, 1, less)
 
 
 @dataclasses.dataclass(frozen=True)

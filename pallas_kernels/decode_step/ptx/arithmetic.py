@@ -29,6 +29,11 @@ def scaled_halves(pair: V, factor: float, addend: float) -> V:
     return asm("fma.rn.f16x2 $0, $1, $2, $3;", [i32()], "=r,r,r,r", pair, *both)[0]
 
 
+def less_halves(pair: V, other: V) -> V:
+    """Two float16 less two others, rounded once."""
+    return asm("sub.rn.f16x2 $0, $1, $2;", [i32()], "=r,r,r", pair, other)[0]
+
+
 def multiplied_halves(pair: V, factors: V, addends: V | None = None) -> V:
     """Two float16 times two others, and two more added, rounded once."""
     if addends is None:

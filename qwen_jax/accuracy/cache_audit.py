@@ -134,7 +134,7 @@ def _arithmetic(engine: Engine) -> Arithmetic:
     if spec.precision != lax.Precision.HIGHEST and engine.platform != "cpu":
         operand = max(operand, UNIT["tf32"])
     least = 2.0**-24 if weights == "float16" else 0.0
-    return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least)
+    return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least=least)
 
 
 class _Audit:

@@ -165,7 +165,11 @@ def cause_table(diagnosis: Diagnosis, layers: int) -> str:
 def cause_rows(diagnosis: Diagnosis, layers: int) -> Rows:
     rows: list[Sequence[str]] = []
     for cause in diagnosis.causes:
+        where = show_layers(cause.layers, layers)
         what = f"{cause.fault.line}; seen in {', '.join(cause.operations)}"
+        if cause.fault.faint:
+            inside = "the final norm alone" if where == "-" else f"layers {where}"
+            what += f"; visible in {inside}, present at least there"
         if cause.together:
             what += f"; together with {', '.join(cause.together)}"
         if cause.ties:
@@ -173,7 +177,7 @@ def cause_rows(diagnosis: Diagnosis, layers: int) -> Rows:
         if cause.against:
             what += f"; but not seen in {', '.join(cause.against)}"
         before, after = number(cause.before.ratio), number(cause.after.ratio)
-        rows.append((cause.fault.name, show_layers(cause.layers, layers), before, after, what))
+        rows.append((cause.fault.name, where, before, after, what))
     return ("cause", "layers", "as it is", "planted", "what and where"), rows
 
 

@@ -269,7 +269,8 @@ def _left(replayed: Replayed, faults: Sequence[tuple[Fault, Change]]) -> Residua
             if name in fault.operations:
                 turned |= change
                 weights = Overlay(weights, fault) if fault.parameters else weights
-        if UNIT[turned.get("product") or "bfloat16"] <= arithmetic.unit(name):
+        product = turned.get("product")
+        if product and UNIT[product] <= arithmetic.unit(name):
             del turned["product"]  # nothing that the engine's own rounding does not do
         output = turned.pop("output", None)
         ctx = replayed.ctx.turned(**turned)
@@ -295,7 +296,7 @@ def _agreed(explained: Sequence[Explained]) -> Iterator[Explained]:
         fitting = (one.best, *one.ties)
         covered.update({name for e in fitting for name in e.faults})
         for e in fitting:
-            left[e.faults] = max(left.get(e.faults, 0.0), e.after.ratio)
+            left[e.faults] = left.get(e.faults, 0.0) + e.after.relative
     for one in explained:
         fitting = (one.best, *one.ties)
         best, *ties = sorted(

@@ -22,10 +22,10 @@ def first_only(config: ModelConfig) -> np.ndarray:
     return np.zeros(config.num_heads, np.int64)
 
 
-def windows(*firsts: int) -> Callable[[ModelConfig], list[Change]]:
+def windows(first: int) -> Callable[[ModelConfig], list[Change]]:
     """Of every power of two, with so many first positions that stay visible."""
 
-    def window(size: int, first: int) -> Change:
+    def window(size: int) -> Change:
         def visible(calls: Calls, slot: Array) -> Array:
             at = calls.position[:, None]
             return (slot <= at) & ((slot > at - size) | (slot < first))
@@ -33,7 +33,7 @@ def windows(*firsts: int) -> Callable[[ModelConfig], list[Change]]:
         return {"visible": visible}
 
     sizes = [1 << power for power in (4, 1, 2, 3, *range(5, 17))]
-    return lambda config: [window(size, first) for first in firsts for size in sizes]
+    return lambda config: list(map(window, sizes))
 
 
 def one_ahead(calls: Calls, slot: Array) -> Array:
@@ -203,8 +203,8 @@ MASK = area(
         Fault(
             "sink_window",
             ("attn_scores",),
-            "a query sees a window of a power of two positions and the text's first as sinks",
-            knobs=windows(4, 1),
+            "a query sees a window of a power of two positions, and the first four as sinks",
+            knobs=windows(4),
         ),
     ),
 )

@@ -18,12 +18,13 @@ operations than those that are recorded.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.accuracy import operations
+from qwen_jax.accuracy.operands import squared_error
 from qwen_jax.accuracy.operations import Context
 from qwen_jax.accuracy.rounding import UNIT, round_interval
 from qwen_jax.accuracy.trace import Header
@@ -51,6 +52,9 @@ class Arithmetic:
         scores: of attention's scores.
         least: below this part of a row's largest value, float16 operands lose digits.
         float16: whether activations are float16, with its narrow range.
+        operands: of some projections, by their tensors' full names, what the activation is
+            rounded to for that product alone: one of `operands.KINDS`.
+        input: that of the projection at hand.
     """
 
     storage: float = U32
@@ -59,6 +63,8 @@ class Arithmetic:
     scores: float = U32
     least: float = 0.0
     float16: bool = False
+    operands: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    input: str | None = None
 
     @classmethod
     def of(cls, header: Header) -> "Arithmetic":
@@ -75,7 +81,12 @@ class Arithmetic:
             max(cache, operand),
             least=least,
             float16=header.activation_dtype == "float16",
+            operands=header.operands,
         )
+
+    def at(self, name: str) -> "Arithmetic":
+        """That of one tensor, by its full name."""
+        return dataclasses.replace(self, input=self.operands.get(name)) if self.operands else self
 
     def recorded(self, operation: str, dtype: np.dtype) -> "Arithmetic":
         """With what the dtype of an operation's recorded tensor says besides."""
@@ -141,6 +152,8 @@ def _linear(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unty
     twice = 2 * a.operand**2 + (a.storage**2 if a.storage > U32 else 0.0)
     own += L * np.sqrt(twice * squares)
     own += a.storage * (product + np.abs(flat)) + U32 * bias
+    if a.input:
+        own += L * np.sqrt(squared_error(a.input, x, squared))
     if a.least:
         row = np.abs(x).max(-1, keepdims=True)
         own += L * a.least * row * np.sqrt(squared.sum(-1))

@@ -277,7 +277,7 @@ def _left(replayed: Replayed, faults: Sequence[tuple[Fault, Change]]) -> Residua
         params = weights[name] if name in PARAMETRIC else ()
         inputs, errors = [values[n][0] for n in step.inputs], [values[n][1] for n in step.inputs]
         value = OPERATIONS[name](ctx, inputs, params)
-        limit = bound(name, ctx, arithmetic, value, inputs, errors, params)
+        limit = bound(name, ctx, arithmetic.at(step.name), value, inputs, errors, params)
         if output and UNIT[output] > arithmetic.unit(name):
             value, limit = round_interval(value, limit, output)
         elif output:

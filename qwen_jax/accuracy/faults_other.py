@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from qwen_jax.accuracy.faults import Fault, area, turn
-from qwen_jax.accuracy.operations import LINEAR, NORMS, Array
+from qwen_jax.accuracy.operations import NORMS, Array
+from qwen_jax.accuracy.trace import LINEAR
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 

@@ -47,6 +47,7 @@ HEADER_KEYS = {
     "start": int,
     "stop": int,
     "chunks": list,
+    "operands": dict,
 }
 """Keys of a mapping that are a header's fields, and their JSON types."""
 
@@ -194,6 +195,11 @@ def _header(fields: Mapping[str, Any], config: ModelConfig, tokens: Sequence[int
         stop=fields.get("stop", len(text)),
         chunks=tuple(fields.get("chunks", [len(text)])),
         notes=tuple(str(note) for note in fields.get("notes", [])),
+        operands={
+            name.replace("{i}", str(layer)): kind
+            for name, kind in fields.get("operands", {}).items()
+            for layer in (_layers(fields, config) if "{i}" in name else (None,))
+        },
     )
 
 

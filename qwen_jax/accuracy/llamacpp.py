@@ -56,6 +56,23 @@ FACTORS = {
 }
 """Parameters whose use says it: `Qcur-3` is the name before bias, after it and after rotation."""
 
+MATRICES = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
+"""The file's matrices, `blk.3.attn_q.weight`, and what they make."""
+
+OPERANDS = {"F32": None, "F16": "float16", "BF16": "bfloat16"}
+OPERANDS |= dict.fromkeys(("Q4_1", "Q5_1"), "q8_1")
+OPERANDS |= dict.fromkeys(("Q1_0", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"), "q8_0")
+"""What an activation is rounded to for a matrix's type; "q8_K" for all others. Source: the table
+`type_traits_cpu` of ggml-cpu.c."""
+
 FLOATS = {0: np.float32, 1: np.float16, 30: ml_dtypes.bfloat16}
 """ggml's numbers of the types that a traced tensor may have."""
 
@@ -130,16 +147,31 @@ def trace(
         start=start,
         stop=len(tokens) if stop is None else stop,
         chunks=tuple(chunks or [len(tokens)]),
+        operands=operands(checkpoint),
         notes=(
             f"The weights are {', '.join(checkpoint.quantization)}. llama.cpp rounds what a matrix "
             "is multiplied with to the matrix's own type, to blocks of 8 bits where that is "
-            "quantised.",
+            "quantised: no fault, and as much as that hides one.",
             "attn_scores are kq times scale plus mask, which llama.cpp computes within softmax.",
         ),
     )
     listener = Listener(Collector(header, select(config, names)))
     _run(str(checkpoint.path), header, listener, threads)
     return listener.collector.trace()
+
+
+def operands(checkpoint: Checkpoint) -> dict[str, str]:
+    """By tensors' names, what llama.cpp rounds an activation to before it meets the matrix."""
+    found = {}
+    head = "token_embd.weight" if checkpoint.config.tied else "output.weight"
+    for name, info in checkpoint.tensors.items():
+        matrix = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        kind = OPERANDS.get(info.type.name, "q8_K")
+        if kind is not None and name == head:
+            found["logits"] = kind
+        elif kind is not None and matrix and matrix[2] in MATRICES:
+            found[f"layers.{matrix[1]}.{MATRICES[matrix[2]]}"] = kind
+    return found
 
 
 class Listener:

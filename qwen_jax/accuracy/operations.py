@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from qwen_jax.accuracy.parameters import Source, Weights
 from qwen_jax.accuracy.rounding import round_to
+from qwen_jax.accuracy.trace import LINEAR
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.rotary import inverse_frequencies
 
@@ -308,7 +309,6 @@ OPERATIONS = {
 }
 """Every operation by its tensor's name, in the order of computation."""
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "logits")
 NORMS = ("attn_norm", "ffn_norm", "final_norm")
 PARAMETRIC = frozenset(("embed", *NORMS, *LINEAR))
 INNER = tuple(n for n in OPERATIONS if n not in ("embed", "final_norm", "logits"))

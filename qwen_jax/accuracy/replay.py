@@ -243,7 +243,7 @@ class Replay:
         arithmetic = self.arithmetic
         if recorded is not None:
             arithmetic = arithmetic.recorded(name, recorded.dtype)
-        limit = bound(name, ctx, arithmetic, expected, inputs, errors, params)
+        limit = bound(name, ctx, arithmetic.at(full), expected, inputs, errors, params)
         steps = tuple(dict.fromkeys(step for h in held for step in h.steps))
         steps = (*steps, Step(full, name, needed, weights))
         base = {n: value for h in held for n, value in h.base.items()}

@@ -106,6 +106,7 @@ def trace(
     start: int = 0,
     stop: int | None = None,
     threads: int = 2,
+    skip: int = 0,
 ) -> Trace:
     """One text through llama.cpp.
 
@@ -114,6 +115,7 @@ def trace(
         names: globs over canonical names.
         start: the first position to keep.
         stop: the one after the last; the text's end by default.
+        skip: calls up to this position are not run: attention sees nothing of them.
 
     Raises:
         UserError: the checkpoint is no GGUF file or llama.cpp cannot run it, a glob matches
@@ -156,7 +158,7 @@ def trace(
         ),
     )
     listener = Listener(Collector(header, select(config, names)))
-    _run(str(checkpoint.path), header, listener, threads)
+    _run(str(checkpoint.path), header, listener, threads, skip)
     return listener.collector.trace()
 
 
@@ -255,7 +257,7 @@ def array(tensor: Tensor) -> np.ndarray:
     return np.ndarray(shape, dtype, buffer, strides=strides).copy()
 
 
-def _run(path: str, header: Header, listener: Listener, threads: int) -> None:
+def _run(path: str, header: Header, listener: Listener, threads: int, skip: int) -> None:
     """Feeds the text to llama.cpp call by call."""
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
@@ -273,6 +275,9 @@ def _run(path: str, header: Header, listener: Listener, threads: int) -> None:
     batch = llama_cpp.llama_batch_init(max(header.chunks), 0, 1)
     try:
         for length in header.chunks:
+            if listener.position + length <= skip:
+                listener.position += length
+                continue
             listener.length = batch.n_tokens = length
             for i in range(length):
                 batch.token[i] = header.tokens[listener.position + i]

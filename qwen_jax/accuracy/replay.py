@@ -154,7 +154,8 @@ def compare(
         same = _same(candidate, expected)
         error = np.where(same, 0, np.abs(candidate - expected))
         error = np.where(np.isfinite(error), error, np.inf)
-        ratio = np.where(error > 0, error / limit, 0)
+        # A bound that is not finite bounds nothing.
+        ratio = np.where(error > 0, np.where(np.isfinite(limit), error / limit, np.inf), 0)
         ratio = np.where(np.isnan(ratio), np.inf, ratio)
         finite = np.where(np.isfinite(expected), expected, 0)
         size = np.sqrt(np.mean(finite**2)) or 1.0
@@ -176,7 +177,7 @@ def first_position(candidate: Array, expected: Array, limit: Array) -> int:
     """The first row with an error past its bound."""
     with np.errstate(all="ignore"):
         same = _same(candidate, expected)
-        wrong = ~(same | (np.abs(candidate - expected) <= limit))
+        wrong = ~(same | (np.abs(candidate - expected) <= limit) & np.isfinite(limit))
     return int(wrong.reshape(len(wrong), -1).any(axis=1).argmax())
 
 

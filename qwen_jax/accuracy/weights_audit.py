@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
@@ -81,8 +82,8 @@ def audit_weights(
         progress: hears of tensors done and in all.
 
     Raises:
-        UserError: the checkpoint can't be opened or has adapters, or `held` has none of its
-            tensors.
+        UserError: the checkpoint can't be opened, has adapters or is not finite, or `held` has none
+            of its tensors, or one that holds no floating-point numbers.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if checkpoint.adapters:
@@ -185,7 +186,17 @@ class _Audit:
         if found is None:
             return self.missing(place, count)
         name, held = found
+        if not _is_float(held.dtype):
+            raise UserError(
+                f"{name} is held as dtype {held.dtype}, which is no floating-point one; decode it "
+                "before it is audited."
+            )
         right = tensor.values()
+        if not np.isfinite(right).all():
+            raise UserError(
+                f"{self.checkpoint.path}: {place.name} is not finite, so nothing can be told of "
+                "what is held of it; get the file again."
+            )
         if held.shape != right.shape:
             before = Residual(count, count, float("inf"), np.ones(len(right), np.int64), False)
             evidence = f"shape {held.shape}, not {right.shape}"
@@ -340,6 +351,14 @@ class _Audit:
             f"{found.outside} of {found.values} values{not_finite}, {rows}; the first, {list(at)}, "
             f"is {float(held[at]):.6g}, not {float(right[at]):.6g}"
         )
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    """float64, float32 and all that is narrower, float8 too."""
+    try:
+        return dtype.kind != "c" and bool(ml_dtypes.finfo(dtype).bits)
+    except ValueError:
+        return False
 
 
 def _fits(held: np.ndarray, wrong: np.ndarray) -> bool:

@@ -28,7 +28,7 @@ def text(report: Report) -> str:
 def _sections(report: Report) -> Iterator[str]:
     if head := header_rows(report):
         yield pairs(head)
-    if report.findings:
+    if report.findings or skipped(report):
         yield verdict(report)
     if report.diagnosis and report.diagnosis.causes:
         yield cause_table(report.diagnosis, layers_of(report))
@@ -124,14 +124,17 @@ def layers_of(report: Report) -> int:
 
 
 def verdict(report: Report) -> str:
-    """One sentence, in capitals where something is wrong."""
-    findings = report.findings
+    """One sentence, in capitals where something is wrong; another on what can't be judged."""
+    findings, left_out = report.findings, skipped(report)
     faulty = [f for f in findings if f.faulty]
+    unjudged = f" {left_out}" if left_out else ""
+    if not findings:
+        return filled(f"NOT JUDGED:{unjudged}")
     if not faulty:
         worst = max(findings, key=lambda f: f.residual.ratio)
         return filled(
             f"WITHIN ROUNDING: all {len(findings)} operations stay inside their bounds; "
-            f"{worst.name} comes closest, to {worst.residual.ratio:.2f} of it."
+            f"{worst.name} comes closest, to {worst.residual.ratio:.2f} of it.{unjudged}"
         )
     first = faulty[0]
     causes = hint = ""
@@ -150,6 +153,16 @@ def verdict(report: Report) -> str:
         f"FAULT: {len(faulty)} of {len(findings)} operations{causes}.\n"
         f"First wrong tensor: {first.name}, from position {first.position} on.{hint}"
     )
+
+
+def skipped(report: Report) -> str:
+    """A sentence on recorded tensors that could not be judged, empty where there is none."""
+    names = list(report.diagnosis.skipped.items()) if report.diagnosis else []
+    if not names:
+        return ""
+    (name, why), count = names[0], len(names)
+    tensors = "tensor is" if count == 1 else "tensors are"
+    return f"{count} recorded {tensors} not judged; {name} {why}."
 
 
 def show_layers(layers: Sequence[int | None], count: int) -> str:

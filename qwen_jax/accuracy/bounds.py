@@ -63,7 +63,7 @@ class Arithmetic:
     scores: float = U32
     least: float = 0.0
     float16: bool = False
-    operands: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    operands: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     input: str | None = None
 
     @classmethod

@@ -140,7 +140,7 @@ class Header:
                 raise UserError(
                     f"{field} is {getattr(self, field)!r}, but must be one of {', '.join(DTYPES)}."
                 )
-        every = set(names(config))
+        every = set(names(config)) if self.operands else set()
         for name, kind in self.operands.items():
             if name not in every or split_name(name)[1] not in LINEAR or kind not in KINDS:
                 raise UserError(

@@ -42,8 +42,8 @@ U32 = UNIT["float32"]
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Unit roundoffs of an engine. Sums are float32 everywhere, and so are scores, unless those
-    that an engine shows are of a narrower dtype: transformers' are, in bfloat16 and float16.
+    """Unit roundoffs of an engine. Sums are float32 everywhere, and so are scores, unless an
+    engine's are of a narrower dtype by their own account, as transformers' eager ones.
 
     Attributes:
         storage: of activations.
@@ -75,10 +75,12 @@ class Arithmetic:
             operand = max(operand, UNIT["tf32"])
         least = 2.0**-24 if header.dtype == "float16" else 0.0
         cache = UNIT[header.cache_dtype or header.activation_dtype]
+        scores = max(UNIT[header.scores_dtype or "float32"], U32)
         return cls(
             storage,
             operand,
             max(cache, operand),
+            scores,
             least=least,
             float16=header.activation_dtype == "float16",
             operands=header.operands,
@@ -92,7 +94,7 @@ class Arithmetic:
         """With what the dtype of an operation's recorded tensor says besides."""
         if operation != "attn_scores":
             return self
-        return dataclasses.replace(self, scores=max(UNIT[dtype.name], U32))
+        return dataclasses.replace(self, scores=max(UNIT[dtype.name], self.scores))
 
     def unit(self, operation: str) -> float:
         """To which an operation's result is rounded."""

@@ -48,6 +48,7 @@ HEADER_KEYS = {
     "stop": int,
     "chunks": list,
     "operands": dict,
+    "scores_dtype": str,
 }
 """Keys of a mapping that are a header's fields, and their JSON types."""
 
@@ -195,6 +196,7 @@ def _header(fields: Mapping[str, Any], config: ModelConfig, tokens: Sequence[int
         stop=fields.get("stop", len(text)),
         chunks=tuple(fields.get("chunks", [len(text)])),
         notes=tuple(str(note) for note in fields.get("notes", [])),
+        scores_dtype=fields.get("scores_dtype"),
         operands={
             name.replace("{i}", str(layer)): kind
             for name, kind in fields.get("operands", {}).items()

@@ -108,6 +108,7 @@ def trace(
         stop=len(tokens) if stop is None else stop,
         chunks=tuple(chunks or [len(tokens)]),
         notes=(TWICE,) if attention == "eager" and dtype != "float32" else (),
+        scores_dtype=dtype if attention == "eager" else None,
     )
     collector = Collector(header, select(config, names))
     model = load(checkpoint, dtype, attention)

@@ -97,6 +97,7 @@ class Header:
             that is `activation_dtype`.
         operands: of projections, by their tensors' names, what the activation is rounded to for
             that product alone, one of `operands.KINDS`; "float16", or blocks of 8 bits.
+        scores_dtype: of attention's scores, whether they are recorded or not; None for float32.
     """
 
     model: str
@@ -115,6 +116,7 @@ class Header:
     notes: tuple[str, ...] = ()
     cache_dtype: str | None = None
     operands: dict[str, str] = dataclasses.field(default_factory=dict)
+    scores_dtype: str | None = None
 
     def __post_init__(self) -> None:
         config = self.model_config
@@ -135,8 +137,9 @@ class Header:
                 f"chunks are {self.chunks}, but must be positive and add up to the text's "
                 f"{len(self.tokens)} tokens."
             )
-        for field in ("dtype", "activation_dtype", "cache_dtype"):
-            if getattr(self, field) not in (DTYPES if field != "cache_dtype" else (*DTYPES, None)):
+        optional = ("cache_dtype", "scores_dtype")
+        for field in ("dtype", "activation_dtype", *optional):
+            if getattr(self, field) not in ((*DTYPES, None) if field in optional else DTYPES):
                 raise UserError(
                     f"{field} is {getattr(self, field)!r}, but must be one of {', '.join(DTYPES)}."
                 )
@@ -165,7 +168,8 @@ class Header:
         if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
             raise UserError(f"the header is no JSON object of version {VERSION}.")
         known = {field.name for field in dataclasses.fields(cls)}
-        fields.setdefault("operands", {})
+        for name, absent in (("operands", {}), ("scores_dtype", None)):
+            fields.setdefault(name, absent)
         if fields.keys() != known:
             name = min(fields.keys() ^ known)
             problem = "is missing" if name in known else "is unknown"

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
 from qwen_jax.accuracy.checkpoint_values import CheckpointValues
-from qwen_jax.accuracy.residuals import Residual, residual
+from qwen_jax.accuracy.residuals import Residual, is_float, residual
 from qwen_jax.accuracy.weights_bytes import BLOCK_FAULTS
 from qwen_jax.accuracy.weights_faults import WHOLE_VALUES, Fault, Role, Tensor
 from qwen_jax.config import ModelConfig
@@ -186,7 +185,7 @@ class _Audit:
         if found is None:
             return self.missing(place, count)
         name, held = found
-        if not _is_float(held.dtype):
+        if not is_float(held.dtype):
             raise UserError(
                 f"{name} is held as dtype {held.dtype}, which is no floating-point one; decode it "
                 "before it is audited."
@@ -351,14 +350,6 @@ class _Audit:
             f"{found.outside} of {found.values} values{not_finite}, {rows}; the first, {list(at)}, "
             f"is {float(held[at]):.6g}, not {float(right[at]):.6g}"
         )
-
-
-def _is_float(dtype: np.dtype) -> bool:
-    """float64, float32 and all that is narrower, float8 too."""
-    try:
-        return dtype.kind != "c" and bool(ml_dtypes.finfo(dtype).bits)
-    except ValueError:
-        return False
 
 
 def _fits(held: np.ndarray, wrong: np.ndarray) -> bool:

@@ -33,7 +33,7 @@ def test_no_alarm(tmp_path: Path, clean: Any) -> None:
 
 @pytest.mark.parametrize(
     ("attention", "dtype", "head_dim", "theta"),
-    itertools.product(("eager", "sdpa"), DTYPES, (64, 128), (1e4, 1e6)),
+    list(itertools.product(("eager", "sdpa"), DTYPES, (64, 128), (1e4, 1e6))),
 )
 def test_transformers_on_a_longer_text(
     tmp_path: Path, attention: str, dtype: str, head_dim: int, theta: float

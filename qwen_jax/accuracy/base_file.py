@@ -61,6 +61,12 @@ class SavedBase:
             raise UserError(
                 f"{path}: the base can't be read: {regular_files.why_not(error)}"
             ) from None
+        odd = self.windows[(self.windows < 0) | (self.windows >= self.vocab)]
+        if odd.size:
+            raise UserError(
+                f"{path}: its text has the token {odd[0]}, but its vocabulary is of {self.vocab}; "
+                "save the base again."
+            )
 
     def _open_ours(self) -> None:
         try:

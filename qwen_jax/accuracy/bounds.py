@@ -18,14 +18,15 @@ operations than those that are recorded.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.accuracy import operations
+from qwen_jax.accuracy.operands import squared_error
 from qwen_jax.accuracy.operations import Context
-from qwen_jax.accuracy.rounding import UNIT
+from qwen_jax.accuracy.rounding import UNIT, round_interval
 from qwen_jax.accuracy.trace import Header
 from qwen_jax.config import ModelConfig
 
@@ -41,21 +42,29 @@ U32 = UNIT["float32"]
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Unit roundoffs of an engine. Sums are float32 everywhere.
+    """Unit roundoffs of an engine. Sums are float32 everywhere, and so are scores, unless an
+    engine's are of a narrower dtype by their own account, as transformers' eager ones.
 
     Attributes:
         storage: of activations.
         operand: to which a projection's activations and weights are rounded (0: they are not).
         cache: of keys, values and probabilities in attention.
+        scores: of attention's scores.
         least: below this part of a row's largest value, float16 operands lose digits.
         float16: whether activations are float16, with its narrow range.
+        operands: of some projections, by their tensors' full names, what the activation is
+            rounded to for that product alone: one of `operands.KINDS`.
+        input: that of the projection at hand.
     """
 
     storage: float = U32
     operand: float = 0.0
     cache: float = U32
+    scores: float = U32
     least: float = 0.0
     float16: bool = False
+    operands: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    input: str | None = None
 
     @classmethod
     def of(cls, header: Header) -> "Arithmetic":
@@ -66,9 +75,30 @@ class Arithmetic:
             operand = max(operand, UNIT["tf32"])
         least = 2.0**-24 if header.dtype == "float16" else 0.0
         cache = UNIT[header.cache_dtype or header.activation_dtype]
+        scores = max(UNIT[header.scores_dtype or "float32"], U32)
         return cls(
-            storage, operand, max(cache, operand), least, header.activation_dtype == "float16"
+            storage,
+            operand,
+            max(cache, operand),
+            scores,
+            least=least,
+            float16=header.activation_dtype == "float16",
+            operands=header.operands,
         )
+
+    def at(self, name: str) -> "Arithmetic":
+        """That of one tensor, by its full name."""
+        return dataclasses.replace(self, input=self.operands.get(name)) if self.operands else self
+
+    def recorded(self, operation: str, dtype: np.dtype) -> "Arithmetic":
+        """With what the dtype of an operation's recorded tensor says besides."""
+        if operation != "attn_scores":
+            return self
+        return dataclasses.replace(self, scores=max(UNIT[dtype.name], self.scores))
+
+    def unit(self, operation: str) -> float:
+        """To which an operation's result is rounded."""
+        return self.scores if operation == "attn_scores" else self.storage
 
 
 Bound = Callable[
@@ -124,6 +154,8 @@ def _linear(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unty
     twice = 2 * a.operand**2 + (a.storage**2 if a.storage > U32 else 0.0)
     own += L * np.sqrt(twice * squares)
     own += a.storage * (product + np.abs(flat)) + U32 * bias
+    if a.input:
+        own += L * np.sqrt(squared_error(a.input, x, squared))
     if a.least:
         row = np.abs(x).max(-1, keepdims=True)
         own += L * a.least * row * np.sqrt(squared.sum(-1))
@@ -177,30 +209,40 @@ def _rope(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untype
 
 
 def _scores(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
-    """Float32 whatever the activations are; keys, and queries beside them, are rounded."""
+    """Keys, and queries beside them, are rounded. Of narrow scores the product, the scale and what
+    comes of both are rounded to their dtype. A number for -inf has its own rounding and that of a
+    score, whose product is at most sqrt(n sum p_i^2)."""
     q, k = inputs
     keys = operations.heads(ctx, k)
-    scale = abs(ctx.knobs.scale(ctx.config))
+    scale, n = abs(ctx.knobs.scale(ctx.config)), q.shape[-1]
     squares = ((q * q).swapaxes(0, 1) @ (keys * keys).swapaxes(1, 2)).swapaxes(0, 1)
-    seen = np.isfinite(y)
-    product = np.where(seen, y, 0) / (scale or 1)
-    own = reduction(product, squares, q.shape[-1])
+    finite = np.isfinite(y)
+    product = np.where(finite, y, 0) / (scale or 1)
+    hidden = finite & ~operations.seen(ctx, k)
+    if hidden.any():
+        product = np.where(hidden, np.sqrt(n * squares), product)
+    own = reduction(product, squares, n)
     cache = a.cache if a.cache > a.storage else 0.0
     if cache or a.operand:
         own = own + L * np.sqrt((cache**2 + a.operand**2) * squares)
-    own = own + 3 * U32 * np.abs(product)
     if any(np.ndim(e) for e in errors):
         eq, ek = (np.broadcast_to(e, v.shape) ** 2 for e, v in zip(errors, inputs, strict=True))
         through = eq.swapaxes(0, 1) @ (keys * keys).swapaxes(1, 2)
         through = through + (q * q).swapaxes(0, 1) @ operations.heads(ctx, ek).swapaxes(1, 2)
         own = own + np.sqrt(through.swapaxes(0, 1))
-    return np.where(seen, own * scale, 0)
+    if ctx.knobs.product:
+        own = round_interval(operations.products(ctx, inputs), own, ctx.knobs.product)[1]
+    own = scale * (own + 3 * a.scores * np.abs(product))
+    return np.where(finite, np.where(hidden, own + a.scores * np.abs(y), own), 0)
 
 
 def _softmax(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
     """exp(s - m) is off by u |s - m|, the sum by L u sqrt(n); an error e of s makes it e p."""
     (s,) = inputs
-    below = np.where(np.isfinite(s), s.max(-1, keepdims=True) - s, 0)
+    top = s.max(-1, keepdims=True)
+    below = np.where(np.isfinite(s), top - s, 0)
+    if ctx.knobs.sink is not None:
+        below = below + np.abs(ctx.knobs.sink - top)
     own = y * (U32 * (below + 8 + L * s.shape[-1] ** 0.5) + a.storage)
     if np.ndim(errors[0]) == 0:
         return own

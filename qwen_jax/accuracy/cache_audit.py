@@ -134,7 +134,7 @@ def _arithmetic(engine: Engine) -> Arithmetic:
     if spec.precision != lax.Precision.HIGHEST and engine.platform != "cpu":
         operand = max(operand, UNIT["tf32"])
     least = 2.0**-24 if weights == "float16" else 0.0
-    return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least)
+    return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least=least)
 
 
 class _Audit:
@@ -151,7 +151,18 @@ class _Audit:
             if not any(known[: len(text)] == text for known in self.truths):
                 row, count = Row(text, len(text)), len(text)
                 alone = Scenario("alone", (row,), ((Part(0, 0, count, count),),))
-                self.truths[text] = list(self.forward(simulate(alone)[0]))
+                self.truths[text] = [
+                    self.finite(expected) for expected in self.forward(simulate(alone)[0])
+                ]
+
+    def finite(self, expected: Expected) -> Expected:
+        """Raises UserError for the truth of a model that has none."""
+        if not np.isfinite(expected.value).all():
+            raise UserError(
+                f"{self.source.config.source}: {expected.name} of the model itself are not finite, "
+                "so nothing can be told of its cache; check its weights."
+            )
+        return expected
 
     def truth(self, row: Row) -> Iterator[Expected]:
         """What a row's slots should hold, and its log-probabilities: no cache, no other row."""

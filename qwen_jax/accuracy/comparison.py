@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from qwen_jax.accuracy.metrics import LogitMetrics, Metrics, logit_metrics, metrics
 from qwen_jax.accuracy.replay import Finding, check_same_model
+from qwen_jax.accuracy.rounding import UNIT
 from qwen_jax.accuracy.trace import AXES, Header, Trace, split_name
 from qwen_jax.errors import UserError
 
@@ -89,7 +90,8 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
         findings: the candidate's replayed operations.
 
     Raises:
-        UserError: the traces are of other models or texts, or have nothing in common.
+        UserError: the traces are of other models or texts, or have nothing in common; the reference
+            is not finite, or less exact than the candidate.
     """
     mine, theirs = candidate.header, reference.header
     check_same_model(mine.model_config, theirs.model_config)
@@ -102,6 +104,7 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
             f"{theirs.implementation} {theirs.start} to {theirs.stop}; record both alike."
         )
     _check_texts(mine, theirs, stop)
+    _check_dtypes(mine, theirs)
     own = {finding.name: finding for finding in findings}
     heads = mine.model_config.num_heads
     rows: list[Row] = []
@@ -112,6 +115,7 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
         layer, operation = split_name(name)
         ours = _cut(candidate.tensors[name], operation, start - mine.start, stop - start, stop)
         right = _cut(reference.tensors[name], operation, start - theirs.start, stop - start, stop)
+        _check_finite(name, right, start)
         rows.append(Row(name, layer, operation, metrics(ours, right), own.get(name)))
         by_position[name], head_errors = _profiles(ours, right, operation, heads)
         if head_errors is not None:
@@ -130,6 +134,32 @@ def _check_texts(mine: Header, theirs: Header, stop: int) -> None:
                 f"The traces are of different texts: token {position} is {a} in "
                 f"{mine.implementation} and {b} in {theirs.implementation}; give both the same ids."
             )
+
+
+def _check_dtypes(mine: Header, theirs: Header) -> None:
+    for field in ("dtype", "activation_dtype"):
+        own, other = getattr(mine, field), getattr(theirs, field)
+        if UNIT[other] > UNIT[own]:
+            raise UserError(
+                f"The reference's {field} {other} is less exact than the candidate's {own}: their "
+                "difference would tell of the reference; choose one that is at least as exact."
+            )
+
+
+def _check_finite(name: str, right: Shaped[np.ndarray, "T ..."], start: int) -> None:
+    """Of the reference's tensors; -inf is what scores of later positions are."""
+    bad = ~np.isfinite(right)
+    if not bad.any():
+        return
+    if split_name(name)[1] == "attn_scores":
+        later = np.arange(right.shape[-1]) > start + np.arange(len(right))[:, None, None]
+        bad &= ~(later & np.isneginf(right))
+    if bad.any():
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise UserError(
+            f"The reference's {name} is {right[place]} at {place}, from which nothing can be told; "
+            "choose a reference that is finite, as float64 is."
+        )
 
 
 def _cut(tensor: np.ndarray, operation: str, skip: int, rows: int, keys: int) -> np.ndarray:

@@ -3,31 +3,33 @@
 Every faulty operation is computed again with each fault of the catalogue that can touch it, from
 the candidate's own inputs, then with pairs and triples of them. What brings every element within
 its bound explains the operation; among explanations the smallest is taken, then the one that
-agrees with the layer's other operations, then the one that explains most of them.
+agrees with the layer's other operations, then the one that explains most of the model's, then the
+one that leaves the smallest error.
 """
 
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from qwen_jax.accuracy.bounds import Arithmetic, bound
+from qwen_jax.accuracy.bounds import bound
 from qwen_jax.accuracy.catalogue import FAULTS
 from qwen_jax.accuracy.error_shape import ErrorShape, describe
 from qwen_jax.accuracy.faults import Change, Fault, Overlay
 from qwen_jax.accuracy.operations import OPERATIONS, PARAMETRIC
 from qwen_jax.accuracy.parameters import Source
 from qwen_jax.accuracy.replay import Finding, Progress, Replay, Replayed, Residual, compare
-from qwen_jax.accuracy.rounding import round_to
+from qwen_jax.accuracy.rounding import UNIT, round_interval, round_to
 from qwen_jax.accuracy.trace import Trace
 from qwen_jax.config import ModelConfig
 
 MOST = 3
 """Faults of one operation that are tried together."""
 
-SETS = 1000
+SETS = 1200
 """Sets of faults of one size that are tried at most: a long span has too many triples."""
 
 Set = tuple[str, ...]
@@ -151,19 +153,19 @@ def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> 
         # Where an operation of an earlier layer defied every set of faults, as all do under a
         # wrong mapping, only single ones are tried: pairs would take minutes.
         hopeless = {u.finding.operation for u in unknown}
-        for one in _explain_layer(layer, replay.arithmetic, known, hopeless):
+        for one in _explain_layer(layer, known, hopeless):
             if isinstance(one, Unknown):
                 unknown.append(one)
                 continue
             explained.append(one)
             if one.best.faults not in known:
                 known.append(one.best.faults)
-    return Diagnosis(tuple(findings), _causes(explained), tuple(unknown), replay.skipped)
+    causes = _causes(list(_agreed(explained)))
+    return Diagnosis(tuple(findings), causes, tuple(unknown), replay.skipped)
 
 
 def _explain_layer(
     layer: Sequence[Replayed],
-    arithmetic: Arithmetic,
     known: Sequence[Set],
     hopeless: Collection[str],
 ) -> Iterator[Explained | Unknown]:
@@ -171,13 +173,13 @@ def _explain_layer(
     for r in layer:
         if r.finding.faulty:
             most = 1 if r.finding.operation in hopeless else MOST
-            fits[r.finding.operation] = _explanations(r, arithmetic, known, most)
+            fits[r.finding.operation] = _explanations(r, known, most)
     covered = {
         name: sum(any(name in e.faults for e in found) for found in fits.values())
         for name in {n for found in fits.values() for e in found for n in e.faults}
     }
     sound = [r for r in layer if not r.finding.faulty]
-    against = {name: _contradicted(name, sound, arithmetic) for name in covered}
+    against = {name: _contradicted(name, sound) for name in covered}
     for replayed in layer:
         if not replayed.finding.faulty:
             continue
@@ -194,9 +196,7 @@ def _explain_layer(
         yield Explained(replayed.finding, best, ties)
 
 
-def _explanations(
-    replayed: Replayed, arithmetic: Arithmetic, known: Sequence[Set], most: int
-) -> list[Explanation]:
+def _explanations(replayed: Replayed, known: Sequence[Set], most: int) -> list[Explanation]:
     """The smallest sets of at most so many faults that reproduce the tensor, all of one size."""
     config = replayed.ctx.config
     able = [
@@ -215,44 +215,53 @@ def _explanations(
             if found:
                 break
             for faults in pool:
-                after = fit(replayed, faults, arithmetic)
-                if after.within:
+                if _collide(faults, config, replayed.finding.span):
+                    continue
+                if after := fit(replayed, faults):
                     found.append(Explanation(tuple(f.name for f in faults), after))
         if found:
             return found
     return []
 
 
-def _contradicted(name: str, sound: Sequence[Replayed], arithmetic: Arithmetic) -> tuple[str, ...]:
+def _collide(faults: Sequence[Fault], config: ModelConfig, span: Sequence[str]) -> bool:
+    """Whether one of them turns what another one has turned: fewer would do the same."""
+    turned = [
+        (key, frozenset(fault.operations).intersection(span))
+        for fault in faults
+        for key in {key for change in fault.knobs(config)[:1] for key in change}
+    ]
+    return len(turned) > len(set(turned))
+
+
+def _contradicted(name: str, sound: Sequence[Replayed]) -> tuple[str, ...]:
     """Sound operations that would not be, were the fault there."""
     fault = FAULTS[name]
     return tuple(
         r.finding.operation
         for r in sound
-        if set(r.finding.span) & set(fault.operations) and not fit(r, (fault,), arithmetic).within
+        if set(r.finding.span) & set(fault.operations) and not fit(r, (fault,))
     )
 
 
-def fit(replayed: Replayed, faults: Sequence[Fault], arithmetic: Arithmetic) -> Residual:
-    """What is left of a tensor's error with faults planted, in the variants that fit best."""
+def fit(replayed: Replayed, faults: Sequence[Fault]) -> Residual | None:
+    """What is left of a tensor's error with faults planted, in the first of their variants that
+    leave no more than rounding; None where none does."""
     config = replayed.ctx.config
-    best: Residual | None = None
+    sample = replayed if any(fault.slots for fault in faults) else replayed.sample()
     for changes in itertools.product(*(fault.knobs(config) or ({},) for fault in faults)):
-        value, limit = _planted(replayed, list(zip(faults, changes, strict=True)), arithmetic)
-        after = compare(replayed.candidate, value, limit)
-        if best is None or after.ratio < best.ratio:
-            best = after
-        if best.within:
-            break
-    assert best is not None
-    return best
+        planted = list(zip(faults, changes, strict=True))
+        if sample is not replayed and not _left(sample, planted).within:
+            continue
+        after = _left(replayed, planted)
+        if after.within:
+            return after
+    return None
 
 
-def _planted(
-    replayed: Replayed, faults: Sequence[tuple[Fault, Change]], arithmetic: Arithmetic
-) -> tuple[np.ndarray, np.ndarray]:
-    """The tensor as faults make it, and its bound: every step of its span computed again."""
-    values = dict(replayed.base)
+def _left(replayed: Replayed, faults: Sequence[tuple[Fault, Change]]) -> Residual:
+    """Of a tensor's error with faults planted: every step of its span is computed again."""
+    values, arithmetic = dict(replayed.base), replayed.arithmetic
     for step in replayed.steps:
         name, weights = step.operation, step.weights
         turned: Change = {}
@@ -260,24 +269,40 @@ def _planted(
             if name in fault.operations:
                 turned |= change
                 weights = Overlay(weights, fault) if fault.parameters else weights
+        product = turned.get("product")
+        if product and UNIT[product] <= arithmetic.unit(name):
+            del turned["product"]  # nothing that the engine's own rounding does not do
         output = turned.pop("output", None)
         ctx = replayed.ctx.turned(**turned)
         params = weights[name] if name in PARAMETRIC else ()
         inputs, errors = [values[n][0] for n in step.inputs], [values[n][1] for n in step.inputs]
         value = OPERATIONS[name](ctx, inputs, params)
-        limit = bound(name, ctx, arithmetic, value, inputs, errors, params)
-        if output:
-            value, limit = _rounded(value, limit, output)
+        limit = bound(name, ctx, arithmetic.at(step.name), value, inputs, errors, params)
+        if output and UNIT[output] > arithmetic.unit(name):
+            value, limit = round_interval(value, limit, output)
+        elif output:
+            # It is rounded to something coarser anyway: only what overflows tells them apart.
+            overflown = round_to(value, output, np)
+            value = np.where(np.isinf(overflown), overflown, value)
         values[step.name] = value, limit
-    return value, limit
+    return compare(replayed.candidate, value, limit)
 
 
-def _rounded(value: np.ndarray, limit: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """A rounded result and its bound: rounding is monotonic, so it maps an interval to one."""
-    low, middle, high = (round_to(v, dtype, np) for v in (value - limit, value, value + limit))
-    with np.errstate(invalid="ignore"):
-        width = np.maximum(high - middle, middle - low)
-    return middle, np.where(np.isnan(width), 0, width)
+def _agreed(explained: Sequence[Explained]) -> Iterator[Explained]:
+    """Each with the explanation that explains most operations of the model, and leaves least."""
+    covered: Counter[str] = Counter()
+    left: dict[Set, float] = {}
+    for one in explained:
+        fitting = (one.best, *one.ties)
+        covered.update({name for e in fitting for name in e.faults})
+        for e in fitting:
+            left[e.faults] = left.get(e.faults, 0.0) + e.after.relative
+    for one in explained:
+        fitting = (one.best, *one.ties)
+        best, *ties = sorted(
+            fitting, key=lambda e: (-sum(covered[n] for n in e.faults), left[e.faults])
+        )
+        yield dataclasses.replace(one, best=best, ties=tuple(ties))
 
 
 def _causes(explained: Sequence[Explained]) -> tuple[Cause, ...]:

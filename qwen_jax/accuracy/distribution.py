@@ -28,7 +28,7 @@ from tqdm import tqdm
 from qwen_jax import utf8
 from qwen_jax.accuracy import base_file
 from qwen_jax.accuracy.base_file import SavedBase, scored
-from qwen_jax.accuracy.metrics import first_not_finite, kl_divergence, log_softmax
+from qwen_jax.accuracy.metrics import first_not_finite, kl_divergence, log_softmax, same_top
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.opening import BUNDLED, locate
@@ -280,7 +280,7 @@ def score(
         nll.append(-np.take_along_axis(ours, at, 1)[:, 0])
         nll_base.append(-np.take_along_axis(theirs, at, 1)[:, 0])
         kld.append(kl_divergence(theirs, ours, FLOOR))
-        same.append(ours.argmax(-1) == theirs.argmax(-1))
+        same.append(same_top(ours, theirs))
     return Scores(*map(np.concatenate, (nll, nll_base, kld, same)))
 
 

@@ -70,8 +70,9 @@ def _look(candidate: np.ndarray, expected: np.ndarray, limit: np.ndarray) -> str
         return None
     if not candidate.any():
         return "all elements are zero"
-    size = float((expected * expected).sum())
-    factor = float((candidate * expected).sum()) / size if size else 0.0
+    with np.errstate(over="ignore"):
+        size = float((expected * expected).sum())
+        factor = float((candidate * expected).sum()) / size if size else 0.0
     scaled = (np.abs(candidate - factor * expected) <= 2 * limit * max(abs(factor), 1)).all()
     if scaled:
         times = f"{factor:.6g}"

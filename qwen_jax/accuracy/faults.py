@@ -36,6 +36,7 @@ class Fault:
         slots: the cache slots that an engine's call writes to instead of its own; `knobs`
             then say what attention reads there.
         possible: whether a model can have it at all.
+        faint: whether it may be smaller than rounding in some layers, and there unseen.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Fault:
     parameters: Callable[[Weights, str], Arrays] | None = None
     slots: Callable[[Array, Array], Array] | None = None
     possible: Callable[[ModelConfig], bool] = always
+    faint: bool = False
     area: str = ""
 
 

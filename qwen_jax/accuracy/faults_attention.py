@@ -1,5 +1,8 @@
 """Faults of attention: scale, heads, mask, cache, and the precision of its numbers."""
 
+from collections.abc import Callable
+
+import ml_dtypes
 import numpy as np
 
 from qwen_jax.accuracy.faults import Change, Fault, area, turn
@@ -19,17 +22,48 @@ def first_only(config: ModelConfig) -> np.ndarray:
     return np.zeros(config.num_heads, np.int64)
 
 
-def windows(config: ModelConfig) -> list[Change]:
-    """Of every power of two."""
+def windows(first: int) -> Callable[[ModelConfig], list[Change]]:
+    """Of every power of two, with so many first positions that stay visible."""
 
     def window(size: int) -> Change:
         def visible(calls: Calls, slot: Array) -> Array:
             at = calls.position[:, None]
-            return (slot <= at) & (slot > at - size)
+            return (slot <= at) & ((slot > at - size) | (slot < first))
 
         return {"visible": visible}
 
-    return [window(1 << power) for power in (4, 1, 2, 3, *range(5, 17))]
+    sizes = [1 << power for power in (4, 1, 2, 3, *range(5, 17))]
+    return lambda config: list(map(window, sizes))
+
+
+def one_ahead(calls: Calls, slot: Array) -> Array:
+    return (slot <= calls.position[:, None] + 1) & (slot < calls.stop[:, None])
+
+
+def one_behind(calls: Calls, slot: Array) -> Array:
+    """The first position has nothing else to see, so it sees itself."""
+    at = calls.position[:, None]
+    return (slot < at) | ((slot == 0) & (at == 0))
+
+
+def strictly_behind(calls: Calls, slot: Array) -> Array:
+    return slot < calls.position[:, None]
+
+
+def added(number: float) -> Change:
+    return {"hidden": lambda score: score + number}
+
+
+def instead(number: float) -> Change:
+    return {"hidden": lambda score: number}
+
+
+def finite_masks(config: ModelConfig) -> list[Change]:
+    """Round numbers and dtypes' least. A score added to one beyond 1e9 is lost in float32."""
+    least = [float(ml_dtypes.finfo(dtype).min) for dtype in ("float16", "bfloat16", "float32")]
+    small = [-1e4, least[0], -1e5, -1e6, -1e8, -100.0]
+    large = [-1e9, -1e10, -1e30, *least[1:], least[2] / 2, 0.7 * least[2]]
+    return [*map(instead, large), *map(added, small), *map(instead, small)]
 
 
 def top_left(calls: Calls, slot: Array) -> Array:
@@ -97,6 +131,12 @@ ATTENTION = area(
             possible=lambda c: c.num_kv_heads > 1,
         ),
         Fault(
+            "softmax_sink",
+            ("attn_probs",),
+            "a sink of score 0 takes part in the softmax: its sum is 1 more",
+            knobs=turn(sink=0.0),
+        ),
+        Fault(
             "heads_inner",
             ("attn_out",),
             "attn_out has the heads as its inner axis",
@@ -136,11 +176,35 @@ MASK = area(
             knobs=turn(visible=decode_without_itself),
         ),
         Fault(
+            "mask_one_ahead",
+            ("attn_scores",),
+            "a query sees the token after its own",
+            knobs=turn(visible=one_ahead),
+        ),
+        Fault(
+            "mask_one_behind",
+            ("attn_scores",),
+            "a query doesn't see its own token",
+            knobs=lambda config: ({"visible": one_behind}, {"visible": strictly_behind}),
+        ),
+        Fault(
+            "mask_finite",
+            ("attn_scores",),
+            "masked scores are a number such as -1e9, not -inf, and no mapping says so",
+            knobs=finite_masks,
+        ),
+        Fault(
             "sliding_window",
             ("attn_scores",),
             "a query sees a window of a power of two positions",
             "huggingface/transformers#38002",
-            knobs=windows,
+            knobs=windows(0),
+        ),
+        Fault(
+            "sink_window",
+            ("attn_scores",),
+            "a query sees a window of a power of two positions, and the first four as sinks",
+            knobs=windows(4),
         ),
     ),
 )

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from qwen_jax.accuracy.faults import Fault, area, turn
-from qwen_jax.accuracy.operations import LINEAR, NORMS, Array
+from qwen_jax.accuracy.operations import NORMS, Array
+from qwen_jax.accuracy.trace import LINEAR
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -39,8 +40,9 @@ NORM = area(
             "ggml-org/llama.cpp#2374",
             knobs=turn(eps=1e-5),
             possible=lambda c: abs(c.rms_eps - 1e-5) > 1e-7,
+            faint=True,
         ),
-        Fault("norm_eps_zero", NORMS, "eps is zero", knobs=turn(eps=0.0)),
+        Fault("norm_eps_zero", NORMS, "eps is zero", knobs=turn(eps=0.0), faint=True),
         Fault(
             "norm_centered",
             NORMS,
@@ -112,6 +114,16 @@ PRECISION = area(
             "scores are",
             "huggingface/transformers#33317",
         ),
+        *(
+            Fault(
+                f"scores_{short}_twice",
+                ("attn_scores",),
+                f"scores are rounded to {dtype} before they are scaled, and after",
+                "huggingface/transformers#33317",
+                knobs=turn(product=dtype, output=dtype),
+            )
+            for short, dtype in (("bf16", "bfloat16"), ("f16", "float16"))
+        ),
         rounded("probs_bf16", ("attn_probs",), "bfloat16", "probabilities are", ""),
         rounded("down_proj_f16", ("down_proj",), "float16", "down_proj is", "intel/auto-round#457"),
         rounded(
@@ -138,6 +150,12 @@ PRECISION = area(
             "matrix products round their operands to TF32",
             "jax-ml/jax#9973",
             knobs=turn(operand="tf32"),
+        ),
+        Fault(
+            "products_f16",
+            LINEAR,
+            "matrix products round their operands to float16",
+            knobs=turn(operand="float16"),
         ),
         Fault(
             "products_bf16",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qwen_jax.accuracy.faults import Fault, area, turn
+from qwen_jax.accuracy.faults import Change, Fault, area, turn
 from qwen_jax.accuracy.operations import Array, Calls
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.model.rotary import inverse_frequencies
@@ -21,6 +21,25 @@ def theta(value: float) -> Frequencies:
 
 def rotated(part: Callable[[ModelConfig], int]) -> Frequencies:
     return lambda config: inverse_frequencies(dataclasses.replace(config, rope_dim=part(config)))
+
+
+def first_pairs(share: float) -> Frequencies:
+    """The other pairs of the same dimensions stand still."""
+
+    def frequencies(config: ModelConfig) -> np.ndarray:
+        right = inverse_frequencies(config)
+        return np.where(np.arange(len(right)) < share * len(right), right, 0)
+
+    return frequencies
+
+
+def parts_of_head(config: ModelConfig) -> list[Change]:
+    """Half, a quarter and three quarters: the first dimensions with frequencies of their own, as
+    GPT-NeoX, or the first pairs."""
+    shares = (0.5, 0.25, 0.75)
+    sizes = [int(share * config.rope_dim) for share in shares]
+    own = [rotated(lambda config, size=size: size) for size in sizes if size % 2 == 0]  # type: ignore[misc]
+    return [{"frequencies": f} for f in (*own, *map(first_pairs, shares))]
 
 
 def yarn(config: ModelConfig) -> np.ndarray:
@@ -75,10 +94,10 @@ FAULTS = area(
         Fault("rope_missing", ROPE, "nothing is rotated", knobs=turn(direction=0)),
         Fault("rope_reversed", ROPE, "the rotation turns the other way", knobs=turn(direction=-1)),
         Fault(
-            "rope_half_head",
+            "rope_part_of_head",
             ROPE,
-            "only the first half of what should be is rotated",
-            knobs=turn(frequencies=rotated(lambda c: c.rope_dim // 2)),
+            "only a part of what should be is rotated: half, a quarter or three quarters",
+            knobs=parts_of_head,
             possible=lambda c: not c.rope_dim % 4,
         ),
         Fault(

@@ -1,10 +1,13 @@
 """Faults of parameters: zeroed, transposed, permuted, exchanged, misread."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from qwen_jax.accuracy import transforms
 from qwen_jax.accuracy.faults import Fault, area, turn
 from qwen_jax.accuracy.parameters import BIASED, LAYER, Arrays, Weights
+from qwen_jax.accuracy.rounding import round_to
 from qwen_jax.config import ModelConfig
 
 MATRICES = tuple(name for name in (*LAYER, "logits") if "norm" not in name)
@@ -34,11 +37,19 @@ def without_bias(weights: Weights, name: str) -> Arrays:
     return weight, np.zeros_like(bias)
 
 
-def other_layer(weights: Weights, name: str) -> Arrays:
-    """Those of the next layer; of the first in the last."""
-    assert weights.layer is not None
-    following = (weights.layer + 1) % weights.config.num_layers
-    return Weights(weights.source, following)[name]
+def of_layer(step: int) -> Callable[[Weights, str], Arrays]:
+    """The parameters of the layer so many further on; after the last comes the first."""
+
+    def other(weights: Weights, name: str) -> Arrays:
+        assert weights.layer is not None
+        layer = (weights.layer + step) % weights.config.num_layers
+        return Weights(weights.source, layer)[name]
+
+    return other
+
+
+def rounded(dtype: str) -> Callable[[Weights, str], Arrays]:
+    return lambda weights, name: tuple(round_to(a, dtype, np) for a in weights[name])
 
 
 def heads_of(config: ModelConfig, name: str) -> int:
@@ -196,8 +207,24 @@ WEIGHTS = area(
             "next_layer_weights",
             LAYER,
             "a layer has the parameters of the next",
-            parameters=other_layer,
+            parameters=of_layer(1),
             possible=lambda c: c.num_layers > 1,
+        ),
+        Fault(
+            "previous_layer_weights",
+            LAYER,
+            "a layer has the parameters of the one before",
+            parameters=of_layer(-1),
+            possible=lambda c: c.num_layers > 2,  # of two layers it is also the next
+        ),
+        *(
+            Fault(
+                f"weights_{short}",
+                ("embed", *MATRICES),
+                f"matrices and biases are rounded to {dtype}",
+                parameters=rounded(dtype),
+            )
+            for short, dtype in (("bf16", "bfloat16"), ("f16", "float16"))
         ),
         Fault("norms_of_ones", NORMS, "the norms' weights are one", parameters=ones),
         Fault("norms_plus_one", NORMS, "one is added to the norms' weights", parameters=plus_one),

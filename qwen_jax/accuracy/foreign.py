@@ -47,6 +47,8 @@ HEADER_KEYS = {
     "start": int,
     "stop": int,
     "chunks": list,
+    "operands": dict,
+    "scores_dtype": str,
 }
 """Keys of a mapping that are a header's fields, and their JSON types."""
 
@@ -194,6 +196,12 @@ def _header(fields: Mapping[str, Any], config: ModelConfig, tokens: Sequence[int
         stop=fields.get("stop", len(text)),
         chunks=tuple(fields.get("chunks", [len(text)])),
         notes=tuple(str(note) for note in fields.get("notes", [])),
+        scores_dtype=fields.get("scores_dtype"),
+        operands={
+            name.replace("{i}", str(layer)): kind
+            for name, kind in fields.get("operands", {}).items()
+            for layer in (_layers(fields, config) if "{i}" in name else (None,))
+        },
     )
 
 
@@ -251,7 +259,7 @@ def _tensor(
         sources = [source.replace("{c}", str(call)) for source in spec["from"]]
         sizes = axis_sizes(config) | {"T": length, "S": position + length}
         try:
-            pieces = [_typed(_read(source, arrays), spec, header) for source in sources]
+            pieces = [_typed(_read(source, arrays), spec, header, kind) for source in sources]
             joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, spec.get("join", -1))
             part = rearrange(joined, spec.get("axes", axes(name)), axes(name), sizes)
         except UserError as error:
@@ -266,8 +274,12 @@ def _tensor(
     return collector.trace().tensors[name]
 
 
-def _typed(array: np.ndarray, spec: Mapping[str, Any], header: Header) -> np.ndarray:
-    """In the dtype it was computed in, where it was stored as bits or in a wider one."""
+def _typed(array: np.ndarray, spec: Mapping[str, Any], header: Header, kind: str) -> np.ndarray:
+    """In the dtype it was computed in, where it was stored as bits or in a wider one.
+
+    Scores should be float32 beside narrower activations. Where they happen to fit these, nobody
+    has said that they are no better, and it is a fault.
+    """
     told = spec.get("dtype")
     if told is not None and told not in DTYPES:
         raise UserError(f'"dtype" is {told!r}, but must be one of {", ".join(DTYPES)}.')
@@ -278,7 +290,7 @@ def _typed(array: np.ndarray, spec: Mapping[str, Any], header: Header) -> np.nda
         return array.view(dtype)
     if array.dtype not in DTYPES.values():
         raise UserError(f"is of dtype {array.dtype}, but must be one of {', '.join(DTYPES)}.")
-    if array.dtype.itemsize > dtype.itemsize:
+    if array.dtype.itemsize > dtype.itemsize and (told or kind != "attn_scores"):
         with np.errstate(over="ignore"):
             narrow = array.astype(dtype)
         if np.array_equal(narrow.astype(array.dtype), array, equal_nan=True):

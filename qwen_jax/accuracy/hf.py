@@ -1,6 +1,7 @@
 """Hugging Face transformers as a reference: its Qwen2ForCausalLM through hooks, any checkpoint.
 
-Needs the extra `[hf]`. Attention is the eager one, so that scores and probabilities exist.
+Needs the extra `[hf]`. Attention is the eager one unless another is asked for: only with it do
+scores and probabilities exist.
 """
 
 import contextlib
@@ -58,6 +59,12 @@ INPUTS = {
 """Modules whose input is one."""
 
 
+TWICE = (
+    "attn_scores are of the activations' dtype: eager attention rounds them to it before and after "
+    "they are scaled. That is its arithmetic, and they are held to it; float32 scores are better."
+)
+
+
 def trace(
     checkpoint: Checkpoint,
     tokens: Sequence[int],
@@ -67,6 +74,8 @@ def trace(
     names: str | Sequence[str] = "*",
     start: int = 0,
     stop: int | None = None,
+    attention: str = "eager",
+    skip: int = 0,
 ) -> Trace:
     """One text through transformers.
 
@@ -76,6 +85,9 @@ def trace(
         names: globs over canonical names.
         start: the first position to keep.
         stop: the one after the last; the text's end by default.
+        attention: transformers' `attn_implementation`.
+        skip: calls up to this position are not run, so that rotations far out cost nothing:
+            attention sees nothing of them.
 
     Raises:
         UserError: a glob matches nothing, or the positions are none of the text's.
@@ -85,7 +97,7 @@ def trace(
         model=str(checkpoint.path),
         model_sha256=model_hash(str(checkpoint.path)),
         config=config_to_json(config),
-        implementation="transformers (eager)",
+        implementation=f"transformers ({attention})",
         dtype=dtype,
         activation_dtype=dtype,
         matmul_precision="highest",
@@ -95,19 +107,24 @@ def trace(
         start=start,
         stop=len(tokens) if stop is None else stop,
         chunks=tuple(chunks or [len(tokens)]),
+        notes=(TWICE,) if attention == "eager" and dtype != "float32" else (),
+        scores_dtype=dtype if attention == "eager" else None,
     )
     collector = Collector(header, select(config, names))
-    model = load(checkpoint, dtype)
+    model = load(checkpoint, dtype, attention)
     cache, position = DynamicCache(config=model.config), 0
     # The argument changed its name within transformers 5.
     layer = inspect.signature(modeling_qwen2.Qwen2DecoderLayer.forward)
     keyword = "cache" if "cache" in layer.parameters else "past_key_values"
     for length in header.chunks:
-        ids = torch.tensor([header.tokens[position : position + length]])
+        stop = position + length
+        ids = torch.tensor([header.tokens[position:stop]])
         hear = functools.partial(_collect, collector, position, length)
-        with torch.no_grad(), listening(model, hear):
-            model(ids, use_cache=True, **{keyword: cache})
-        position += length
+        if stop > skip:
+            with torch.no_grad(), listening(model, hear):
+                places = torch.arange(position, stop)[None]
+                model(ids, position_ids=places, use_cache=True, **{keyword: cache})
+        position = stop
     return collector.trace()
 
 
@@ -117,7 +134,7 @@ def _collect(collector: Collector, position: int, length: int, name: str, x: tor
         collector.add(name, position, array)
 
 
-def load(checkpoint: Checkpoint, dtype: str) -> Qwen2ForCausalLM:
+def load(checkpoint: Checkpoint, dtype: str, attention: str = "eager") -> Qwen2ForCausalLM:
     """The checkpoint in transformers: a plain directory by its own reader, all else by ours.
 
     Raises UserError where its Qwen2 cannot do as the config says, or its reader refuses.
@@ -128,7 +145,7 @@ def load(checkpoint: Checkpoint, dtype: str) -> Qwen2ForCausalLM:
     if _is_plain(checkpoint):
         try:
             model = Qwen2ForCausalLM.from_pretrained(
-                checkpoint.path, dtype=kind, attn_implementation="eager", local_files_only=True
+                checkpoint.path, dtype=kind, attn_implementation=attention, local_files_only=True
             )
         except Exception as error:  # of any type, and about this directory
             first = next(iter(str(error).splitlines()), "")
@@ -142,7 +159,7 @@ def load(checkpoint: Checkpoint, dtype: str) -> Qwen2ForCausalLM:
             config=config,
             state_dict=dict(_state(checkpoint, kind)),
             dtype=kind,
-            attn_implementation="eager",
+            attn_implementation=attention,
         )
     return model.eval()
 
@@ -234,7 +251,8 @@ def listening(model: Qwen2ForCausalLM, hear: Hear) -> Iterator[None]:
     output(model.model.norm, "final_norm")
     output(model.lm_head, "logits")
 
-    attend = modeling_qwen2.eager_attention_forward
+    chosen, others = model.config._attn_implementation, modeling_qwen2.ALL_ATTENTION_FUNCTIONS
+    attend = others.get(chosen, modeling_qwen2.eager_attention_forward)
 
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **more: Any
@@ -244,14 +262,19 @@ def listening(model: Qwen2ForCausalLM, hear: Hear) -> Iterator[None]:
         hear(prefix + "k_rope", key[:, :, -query.shape[2] :])
         with _Softmax(lambda x: hear(prefix + "attn_scores", x)):
             out, probs = attend(module, query, key, *args, **more)
-        hear(prefix + "attn_probs", probs)
+        if probs is not None:
+            hear(prefix + "attn_probs", probs)
         return out, probs
 
     try:
-        # The function that makes the scores is reached through its module's name only.
+        # The eager function is reached through its module's name only, others through a table.
         with patch.object(modeling_qwen2, "eager_attention_forward", attention):
+            if chosen in others:
+                others[chosen] = attention
             yield
     finally:
+        if chosen in others:
+            others[chosen] = attend
         for handle in handles:
             handle.remove()
 

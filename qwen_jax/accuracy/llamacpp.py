@@ -56,6 +56,23 @@ FACTORS = {
 }
 """Parameters whose use says it: `Qcur-3` is the name before bias, after it and after rotation."""
 
+MATRICES = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
+"""The file's matrices, `blk.3.attn_q.weight`, and what they make."""
+
+OPERANDS = {"F32": None, "F16": "float16", "BF16": "bfloat16"}
+OPERANDS |= dict.fromkeys(("Q4_1", "Q5_1"), "q8_1")
+OPERANDS |= dict.fromkeys(("Q1_0", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"), "q8_0")
+"""What an activation is rounded to for a matrix's type; "q8_K" for all others. Source: the table
+`type_traits_cpu` of ggml-cpu.c."""
+
 FLOATS = {0: np.float32, 1: np.float16, 30: ml_dtypes.bfloat16}
 """ggml's numbers of the types that a traced tensor may have."""
 
@@ -89,6 +106,7 @@ def trace(
     start: int = 0,
     stop: int | None = None,
     threads: int = 2,
+    skip: int = 0,
 ) -> Trace:
     """One text through llama.cpp.
 
@@ -97,6 +115,7 @@ def trace(
         names: globs over canonical names.
         start: the first position to keep.
         stop: the one after the last; the text's end by default.
+        skip: calls up to this position are not run: attention sees nothing of them.
 
     Raises:
         UserError: the checkpoint is no GGUF file or llama.cpp cannot run it, a glob matches
@@ -130,16 +149,31 @@ def trace(
         start=start,
         stop=len(tokens) if stop is None else stop,
         chunks=tuple(chunks or [len(tokens)]),
+        operands=operands(checkpoint),
         notes=(
             f"The weights are {', '.join(checkpoint.quantization)}. llama.cpp rounds what a matrix "
             "is multiplied with to the matrix's own type, to blocks of 8 bits where that is "
-            "quantised.",
+            "quantised: no fault, and as much as that hides one.",
             "attn_scores are kq times scale plus mask, which llama.cpp computes within softmax.",
         ),
     )
     listener = Listener(Collector(header, select(config, names)))
-    _run(str(checkpoint.path), header, listener, threads)
+    _run(str(checkpoint.path), header, listener, threads, skip)
     return listener.collector.trace()
+
+
+def operands(checkpoint: Checkpoint) -> dict[str, str]:
+    """By tensors' names, what llama.cpp rounds an activation to before it meets the matrix."""
+    found = {}
+    head = "token_embd.weight" if checkpoint.config.tied else "output.weight"
+    for name, info in checkpoint.tensors.items():
+        matrix = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        kind = OPERANDS.get(info.type.name, "q8_K")
+        if kind is not None and name == head:
+            found["logits"] = kind
+        elif kind is not None and matrix and matrix[2] in MATRICES:
+            found[f"layers.{matrix[1]}.{MATRICES[matrix[2]]}"] = kind
+    return found
 
 
 class Listener:
@@ -223,7 +257,7 @@ def array(tensor: Tensor) -> np.ndarray:
     return np.ndarray(shape, dtype, buffer, strides=strides).copy()
 
 
-def _run(path: str, header: Header, listener: Listener, threads: int) -> None:
+def _run(path: str, header: Header, listener: Listener, threads: int, skip: int) -> None:
     """Feeds the text to llama.cpp call by call."""
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
@@ -241,6 +275,9 @@ def _run(path: str, header: Header, listener: Listener, threads: int) -> None:
     batch = llama_cpp.llama_batch_init(max(header.chunks), 0, 1)
     try:
         for length in header.chunks:
+            if listener.position + length <= skip:
+                listener.position += length
+                continue
             listener.length = batch.n_tokens = length
             for i in range(length):
                 batch.token[i] = header.tokens[listener.position + i]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 TOP_K = 5
 
@@ -147,11 +147,22 @@ def logit_metrics(
     kld, same, shared = [], 0, 0
     for c, r in _blocks(candidate, reference):
         kld.append(kl_divergence(log_softmax(r), log_softmax(c)))
-        same += int((c.argmax(-1) == r.argmax(-1)).sum())
+        same += int(same_top(c, r).sum())
         top_c, top_r = (np.argpartition(-x, k - 1, axis=-1)[:, :k] for x in (c, r))
-        shared += int((top_r[:, :, None] == top_c[:, None, :]).sum())
+        both = (top_r[:, :, None] == top_c[:, None, :]) & ranked(c, r)[:, None, None]
+        shared += int(both.sum())
     steps = len(candidate)
     return LogitMetrics(np.concatenate(kld), same / steps, shared / (steps * k), k)
+
+
+def ranked(c: Float[np.ndarray, "T V"], r: Float[np.ndarray, "T V"]) -> Bool[np.ndarray, "T"]:
+    """Positions where both have an order: NumPy takes a row's first NaN for its largest value."""
+    return ~(np.isnan(c) | np.isnan(r)).any(-1)
+
+
+def same_top(c: Float[np.ndarray, "T V"], r: Float[np.ndarray, "T V"]) -> Bool[np.ndarray, "T"]:
+    """Positions where both have the same likeliest token."""
+    return (c.argmax(-1) == r.argmax(-1)) & ranked(c, r)
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from qwen_jax.accuracy.parameters import Source, Weights
 from qwen_jax.accuracy.rounding import round_to
+from qwen_jax.accuracy.trace import LINEAR
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.rotary import inverse_frequencies
 
@@ -74,10 +75,13 @@ class Knobs:
         phase: dtype that position, frequency and angle are rounded to.
         attention_factor: of cos and sin; None for the model's.
         scale: of the scores.
+        product: dtype that scores are rounded to before they are scaled.
         kv_head: the key/value head of each of N query heads.
         visible: which slots each query sees, [T, S].
+        hidden: what a place that a query must not see holds, from its scaled score.
         held: the position whose key and value each slot holds, -1 for an empty one, [S]; None
             where every slot holds its own.
+        sink: a score that takes part in the softmax, of a value that is zero; None for none.
         dims_first: heads are the inner axis of attn_out.
         activation: of the gate.
         swapped: gate and up change places.
@@ -100,11 +104,14 @@ class Knobs:
     phase: str | None = None
     attention_factor: float | None = None
     scale: Callable[[ModelConfig], float] = lambda config: config.head_dim**-0.5
+    product: str | None = None
     kv_head: Callable[[ModelConfig], np.ndarray] = lambda config: (
         np.arange(config.num_heads) // config.group_size
     )
     visible: Callable[[Calls, Array], Array] = lambda calls, slot: slot <= calls.position[:, None]
+    hidden: Callable[[Array], Array | float] = lambda score: -np.inf
     held: Callable[[Calls], Array] | None = None
+    sink: float | None = None
     dims_first: bool = False
     activation: Callable[[Any, Array], Array] = lambda xp, x: x / (1 + xp.exp(-x))
     swapped: bool = False
@@ -221,17 +228,28 @@ def heads(ctx: Context, x: Float[Array, "S K H"]) -> Float[Array, "N S H"]:
 
 
 def scores(ctx: Context, inputs: Inputs, params: Sequence[Array]) -> Float[Array, "T N S"]:
+    scaled = round_to(products(ctx, inputs), ctx.knobs.product, ctx.xp)
+    scaled = scaled * ctx.knobs.scale(ctx.config)
+    return ctx.xp.where(seen(ctx, inputs[1]), scaled, ctx.knobs.hidden(scaled))
+
+
+def products(ctx: Context, inputs: Inputs) -> Float[Array, "T N S"]:
+    """Of queries and keys, before any scale."""
     q, k = inputs
-    visible = ctx.knobs.visible(ctx.calls, ctx.xp.arange(len(k)))
-    product = q.swapaxes(0, 1) @ heads(ctx, k).swapaxes(1, 2)
-    scaled = product.swapaxes(0, 1) * ctx.knobs.scale(ctx.config)
-    return ctx.xp.where(visible[:, None], scaled, -np.inf)
+    return (q.swapaxes(0, 1) @ heads(ctx, k).swapaxes(1, 2)).swapaxes(0, 1)
+
+
+def seen(ctx: Context, k: Float[Array, "S K H"]) -> Bool[Array, "T 1 S"]:
+    """Which keys each query may look at."""
+    return ctx.knobs.visible(ctx.calls, ctx.xp.arange(len(k)))[:, None]
 
 
 def softmax(ctx: Context, inputs: Inputs, params: Sequence[Array]) -> Float[Array, "T N S"]:
-    (x,), xp = inputs, ctx.xp
-    weights = xp.exp(x - x.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    (x,), xp, sink = inputs, ctx.xp, ctx.knobs.sink
+    top = x.max(axis=-1, keepdims=True)
+    weights = xp.exp(x - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / (total if sink is None else total + xp.exp(sink - top))
 
 
 def mix(ctx: Context, inputs: Inputs, params: Sequence[Array]) -> Float[Array, "T NH"]:
@@ -291,7 +309,6 @@ OPERATIONS = {
 }
 """Every operation by its tensor's name, in the order of computation."""
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "logits")
 NORMS = ("attn_norm", "ffn_norm", "final_norm")
 PARAMETRIC = frozenset(("embed", *NORMS, *LINEAR))
 INNER = tuple(n for n in OPERATIONS if n not in ("embed", "final_norm", "logits"))

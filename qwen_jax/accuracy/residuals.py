@@ -12,6 +12,14 @@ _STEP = 1 << 20
 _U32 = 2.0**-24
 
 
+def is_float(dtype: np.dtype) -> bool:
+    """float64, float32 and all that is narrower, float8 too."""
+    try:
+        return dtype.kind != "c" and bool(ml_dtypes.finfo(dtype).bits)
+    except ValueError:
+        return False
+
+
 def rounding(values: Float[np.ndarray, "..."], dtype: np.dtype) -> Float[np.ndarray, "..."]:
     """How far a value rounded to `dtype` may lie from its float32 original, elementwise.
 

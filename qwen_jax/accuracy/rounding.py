@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
+from jaxtyping import Float
 
 Array = Any
 
@@ -30,6 +31,17 @@ def round_to(x: Array, dtype: str | None, xp: Any) -> Array:
         return lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
     with np.errstate(over="ignore"):
         return x.astype(_DTYPES[dtype]).astype(x.dtype)
+
+
+def round_interval(
+    value: Float[np.ndarray, "..."], limit: Float[np.ndarray, "..."], dtype: str
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """What is known to within `limit`, rounded, and how far it then may be: rounding is monotonic,
+    so it maps an interval to one."""
+    low, middle, high = (round_to(v, dtype, np) for v in (value - limit, value, value + limit))
+    with np.errstate(invalid="ignore"):
+        width = np.maximum(high - middle, middle - low)
+    return middle, np.where(np.isnan(width), 0, width)
 
 
 _DTYPES = {

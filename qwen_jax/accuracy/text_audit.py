@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qwen_jax.accuracy.text_pipeline import GPT2, Message, Pipeline, Settings
 from qwen_jax.accuracy.text_table import table
 from qwen_jax.api import Model
@@ -138,8 +140,13 @@ def audit_text(
         stop_ids: on which the candidate stops; not audited if None (a model's are its own).
 
     Raises:
-        UserError: the candidate has a case that is not among `cases`, or none at all.
+        UserError: the candidate has a case that is not among `cases`, or none at all, or ids that
+            are no integers.
     """
+    given = {} if isinstance(candidate, Model) else dict(candidate)
+    for name, ids in (given | {"the stop ids": stop_ids or ()}).items():
+        if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in ids):
+            raise UserError(f"ids must be integers, but those of {name!r} are {ids!r:.80}.")
     if not isinstance(reference, Pipeline | Checkpoint):
         reference = open_checkpoint(reference)
     pipeline = Pipeline.of(reference) if isinstance(reference, Checkpoint) else reference
@@ -148,7 +155,7 @@ def audit_text(
         stop_ids = candidate.engine.spec.stop_ids if stop_ids is None else stop_ids
         held = {name: tuple(_own(candidate, case)) for name, case in cases.items()}
     else:
-        held = {name: tuple(map(int, ids)) for name, ids in candidate.items()}
+        held = {name: tuple(map(int, ids)) for name, ids in given.items()}
     if unknown := [name for name in held if name not in cases]:
         raise UserError(
             f"there is no text {unknown[0]!r} to compare ids of; name one of {', '.join(cases)}, "

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from qwen_jax import regular_files
 from qwen_jax.accuracy.layout import flat_shape
+from qwen_jax.accuracy.operands import KINDS
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.errors import UserError
 
@@ -49,6 +50,9 @@ AXES = {
 T counts the recorded positions, S = `Header.stop` the keys they may see; of `attn_scores` a
 masked place is -inf, of `attn_probs` 0.
 """
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "logits")
+"""Products with a matrix of the model."""
 
 OUTER = ("embed", "final_norm", "logits")
 """Tensors there is one of; every layer has one each of the others."""
@@ -91,6 +95,9 @@ class Header:
         notes: what a reader should know besides.
         cache_dtype: keys and values are rounded to it before they are attended to; None where
             that is `activation_dtype`.
+        operands: of projections, by their tensors' names, what the activation is rounded to for
+            that product alone, one of `operands.KINDS`; "float16", or blocks of 8 bits.
+        scores_dtype: of attention's scores, whether they are recorded or not; None for float32.
     """
 
     model: str
@@ -108,6 +115,8 @@ class Header:
     chunks: tuple[int, ...]
     notes: tuple[str, ...] = ()
     cache_dtype: str | None = None
+    operands: dict[str, str] = dataclasses.field(default_factory=dict)
+    scores_dtype: str | None = None
 
     def __post_init__(self) -> None:
         config = self.model_config
@@ -128,10 +137,18 @@ class Header:
                 f"chunks are {self.chunks}, but must be positive and add up to the text's "
                 f"{len(self.tokens)} tokens."
             )
-        for field in ("dtype", "activation_dtype", "cache_dtype"):
-            if getattr(self, field) not in (DTYPES if field != "cache_dtype" else (*DTYPES, None)):
+        optional = ("cache_dtype", "scores_dtype")
+        for field in ("dtype", "activation_dtype", *optional):
+            if getattr(self, field) not in ((*DTYPES, None) if field in optional else DTYPES):
                 raise UserError(
                     f"{field} is {getattr(self, field)!r}, but must be one of {', '.join(DTYPES)}."
+                )
+        every = set(names(config)) if self.operands else set()
+        for name, kind in self.operands.items():
+            if name not in every or split_name(name)[1] not in LINEAR or kind not in KINDS:
+                raise UserError(
+                    f"operands has {name!r}: {kind!r}, but must have projections such as "
+                    f"layers.0.q_proj, or logits, and one of {', '.join(KINDS)}."
                 )
 
     @property
@@ -151,6 +168,8 @@ class Header:
         if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
             raise UserError(f"the header is no JSON object of version {VERSION}.")
         known = {field.name for field in dataclasses.fields(cls)}
+        for name, absent in (("operands", {}), ("scores_dtype", None)):
+            fields.setdefault(name, absent)
         if fields.keys() != known:
             name = min(fields.keys() ^ known)
             problem = "is missing" if name in known else "is unknown"
@@ -162,7 +181,9 @@ class Header:
             fields[name] = tuple(fields[name])
         texts = ("model", "implementation", "dtype", "activation_dtype", "matmul_precision")
         wanted = dict.fromkeys((*texts, "device"), str) | {"start": int, "stop": int}
-        for name, value_type in (wanted | {"config": dict, "versions": dict}).items():
+        for name, value_type in (
+            wanted | {"config": dict, "versions": dict, "operands": dict}
+        ).items():
             if type(fields[name]) is not value_type:
                 raise UserError(f"the header's {name} must be of type {value_type.__name__}.")
         return cls(**fields)

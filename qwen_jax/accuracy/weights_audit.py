@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from qwen_jax.accuracy.checkpoint_values import CheckpointValues
-from qwen_jax.accuracy.residuals import Residual, residual
+from qwen_jax.accuracy.residuals import Residual, is_float, residual
 from qwen_jax.accuracy.weights_bytes import BLOCK_FAULTS
 from qwen_jax.accuracy.weights_faults import WHOLE_VALUES, Fault, Role, Tensor
 from qwen_jax.config import ModelConfig
@@ -81,8 +81,8 @@ def audit_weights(
         progress: hears of tensors done and in all.
 
     Raises:
-        UserError: the checkpoint can't be opened or has adapters, or `held` has none of its
-            tensors.
+        UserError: the checkpoint can't be opened, has adapters or is not finite, or `held` has none
+            of its tensors, or one that holds no floating-point numbers.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if checkpoint.adapters:
@@ -185,7 +185,17 @@ class _Audit:
         if found is None:
             return self.missing(place, count)
         name, held = found
+        if not is_float(held.dtype):
+            raise UserError(
+                f"{name} is held as dtype {held.dtype}, which is no floating-point one; decode it "
+                "before it is audited."
+            )
         right = tensor.values()
+        if not np.isfinite(right).all():
+            raise UserError(
+                f"{self.checkpoint.path}: {place.name} is not finite, so nothing can be told of "
+                "what is held of it; get the file again."
+            )
         if held.shape != right.shape:
             before = Residual(count, count, float("inf"), np.ones(len(right), np.int64), False)
             evidence = f"shape {held.shape}, not {right.shape}"

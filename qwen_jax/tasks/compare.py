@@ -199,6 +199,7 @@ def _with_tensors(
         comparison=compared,
         notes=(
             *header.notes,
+            *(f"of the reference: {note}" for note in right.header.notes),
             *([ONE_POSITION] if header.stop == 1 else []),
             *([NOT_AUDITED] if config.adapter and config.compare.parts is None else []),
         ),

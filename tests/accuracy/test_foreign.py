@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from qwen_jax.accuracy.foreign import open_trace
 from qwen_jax.accuracy.layout import rearrange
-from qwen_jax.accuracy.trace import Trace, names, shape
+from qwen_jax.accuracy.trace import Trace, load, names, shape
 from qwen_jax.errors import UserError
 from tests.accuracy.test_trace import header
 from tests.engines import random_tokens
@@ -335,3 +335,23 @@ def test_dumps_are_files_of_a_bounded_size(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=rf"dump/{name}.*it is a (pipe|device), and no"):
                 open_trace(folder, CONFIG)
             (folder / name).unlink()
+
+
+def test_operands_of_every_layer_in_one_line(tmp_path: Path) -> None:
+    told = {"layers.{i}.q_proj": "q8_0", "logits": "float16"}
+    trace = open_trace(dump(tmp_path, dict(ours().tensors), operands=told), CONFIG)
+    expected = {"layers.0.q_proj": "q8_0", "layers.1.q_proj": "q8_0", "logits": "float16"}
+    assert trace.header.operands == expected
+    trace.save(tmp_path / "again")
+    assert load(tmp_path / "again").header == trace.header
+
+
+def test_scores_are_held_to_the_dtype_they_are_stored_in(tmp_path: Path) -> None:
+    """Or told to be of: that every value fits a narrower one is what a faulty engine's do."""
+    name = "layers.0.attn_scores"
+    narrow = ours().tensors[name].astype(ml_dtypes.bfloat16).astype(np.float32)
+    folder = dump(tmp_path, {"s": narrow, "e": ours("bfloat16").tensors["embed"].view(np.uint16)})
+    for spec, dtype in [("s", "float32"), ({"from": "s", "dtype": "bfloat16"}, "bfloat16")]:
+        dump(folder, {}, dtype="bfloat16", tensors={name: spec, "embed": "e"})
+        trace = open_trace(folder, CONFIG)
+        assert (trace.tensors[name].dtype, trace.tensors["embed"].dtype) == (dtype, "bfloat16")

@@ -10,6 +10,7 @@ from qwen_jax.accuracy import transforms
 from qwen_jax.accuracy.catalogue import FAULTS
 from qwen_jax.accuracy.planting import planted
 from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
@@ -18,6 +19,7 @@ CONFIG = tiny_config(num_layers=2, tied=False)
 OTHERS = {
     "k_permuted_by_query_heads": dataclasses.replace(CONFIG, num_heads=4, num_kv_heads=2),
     "qk_exchanged": dataclasses.replace(CONFIG, num_heads=2, num_kv_heads=2),
+    "previous_layer_weights": dataclasses.replace(CONFIG, num_layers=3),
 }
 """Models that can have what `CONFIG` can't."""
 
@@ -39,6 +41,9 @@ CALLED = {
     "qkv_rows_grouped": "fused-order",
     "gate_up_exchanged": "fused-order",
     "next_layer_weights": "layer-order",
+    "previous_layer_weights": "layer-order",
+    "weights_bf16": "narrowed",
+    "weights_f16": "narrowed",
     "norms_of_ones": "ones",
     "norms_plus_one": "norm-plus-one",
     "head_tied": "head-tied",
@@ -54,12 +59,12 @@ PLANTED = [name for name, fault in FAULTS.items() if fault.parameters is not Non
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Engine]]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[ModelConfig, tuple[Path, Engine]]:
     made = {}
     for config in (CONFIG, *OTHERS.values()):
         path = tmp_path_factory.mktemp("one") / "model.gguf"
         path = write_gguf(path, config, random_parameters(config), types="Q8_0").path
-        made[config.num_heads] = (
+        made[config] = (
             path,
             Engine(config, load_parameters(open_checkpoint(path), np.float32)),
         )
@@ -68,11 +73,11 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, E
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_weights_are_called_the_same(
-    engines: dict[int, tuple[Path, Engine]], name: str
+    engines: dict[ModelConfig, tuple[Path, Engine]], name: str
 ) -> None:
     fault, config = FAULTS[name], OTHERS.get(name, CONFIG)
     kind = CALLED.get(name) or next(k for begins, k in MEANT.items() if name.startswith(begins))
-    path, engine = engines[config.num_heads]
+    path, engine = engines[config]
     with planted(engine, name) as wrong:
         found = [f for f in audit_weights(path, wrong) if f.verdict == "fault"]
     assert {f.tensor.split(".")[-2] for f in found} == {FILES[x] for x in fault.operations}

@@ -35,7 +35,7 @@ def test_forward_is_the_model_in_float64(name: str) -> None:
         np.testing.assert_allclose(ours[tensor], expected, rtol=1e-10, atol=1e-11, err_msg=tensor)
 
 
-ROPE_FAULTS = ["rope_whole_head", "rope_unscaled", "rope_half_head", "rope_interleaved"]
+ROPE_FAULTS = ["rope_whole_head", "rope_unscaled", "rope_part_of_head", "rope_interleaved"]
 
 
 @pytest.mark.parametrize("name", ROPE_FAULTS)
@@ -43,7 +43,7 @@ def test_faults_of_a_partial_and_scaled_rotation_are_named(name: str) -> None:
     """The candidate is the truth with the fault in it."""
     (fault,) = parse(name, PARTIAL.config)
     source, tokens = EngineSource(random_engine(PARTIAL.config, PARTIAL.seed)), list(range(40))
-    (change,) = fault.fault.knobs(PARTIAL.config)
+    change = fault.fault.knobs(PARTIAL.config)[0]
     knobs = dict.fromkeys(fault.fault.operations, Knobs(**change))
     header = float64(source, tokens, dtype="float32", names="logits").header
     found = diagnose(Trace(header, dict(forward(source, tokens, None, knobs))), source)

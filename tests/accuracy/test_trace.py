@@ -119,6 +119,12 @@ def test_a_config_with_yarn_comes_back(changes: dict[str, object]) -> None:
     assert config_from_json(json.loads(json.dumps(config_to_json(config))), "m") == config
 
 
+def test_a_header_from_before_scores_and_operands_were_told_is_read() -> None:
+    older = json.loads(header().to_json())
+    del older["operands"], older["scores_dtype"]
+    assert Header.from_json(json.dumps(older)) == header()
+
+
 def test_a_config_from_before_there_were_other_rotations_is_read() -> None:
     older = config_to_json(CONFIG)
     del older["rope_dim"], older["linear_factor"]
@@ -138,6 +144,11 @@ def test_a_config_from_before_there_were_other_rotations_is_read() -> None:
         ({"chunks": (5, 0)}, r"chunks are \(5, 0\)"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"cache_dtype": "q8"}, "cache_dtype is 'q8'"),
+        ({"scores_dtype": "int8"}, "scores_dtype is 'int8'"),
+        ({"operands": {"layers.0.q_rope": "q8_0"}}, "'layers.0.q_rope': 'q8_0'.*projections"),
+        ({"operands": {"layers.9.q_proj": "q8_0"}}, "'layers.9.q_proj'"),
+        ({"operands": {"logits": "int4"}}, "'logits': 'int4'.*one of float16, bfloat16, q8_0"),
+        ({"operands": {"logits": ["q8_0"]}}, "'logits'"),
         ({"config": {}}, "config does not describe a model"),
         ({"config": config_to_json(CONFIG) | {"num_layers": "two"}}, "does not describe a model"),
         ({"config": config_to_json(CONFIG) | {"num_layers": 10**9}}, "must be at most 10000"),

@@ -66,8 +66,8 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
     if report.findings:
         yield "faults", sum(f.faulty for f in report.findings)
         yield "of_bound", float(np.max([f.residual.ratio for f in report.findings]))
-    if report.diagnosis:
-        yield "unknown", len(report.diagnosis.unknown)
+        if report.diagnosis:
+            yield "unknown", len(report.diagnosis.unknown)
     if report.comparison:
         rows = report.comparison.rows
         yield "nans", sum(row.metrics.nans for row in rows)

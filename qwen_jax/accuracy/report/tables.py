@@ -28,7 +28,7 @@ def text(report: Report) -> str:
 def _sections(report: Report) -> Iterator[str]:
     if head := header_rows(report):
         yield pairs(head)
-    if report.findings:
+    if report.findings or skipped(report):
         yield verdict(report)
     if report.diagnosis and report.diagnosis.causes:
         yield cause_table(report.diagnosis, layers_of(report))
@@ -124,14 +124,17 @@ def layers_of(report: Report) -> int:
 
 
 def verdict(report: Report) -> str:
-    """One sentence, in capitals where something is wrong."""
-    findings = report.findings
+    """One sentence, in capitals where something is wrong; another on what can't be judged."""
+    findings, left_out = report.findings, skipped(report)
     faulty = [f for f in findings if f.faulty]
+    unjudged = f" {left_out}" if left_out else ""
+    if not findings:
+        return filled(f"NOT JUDGED:{unjudged}")
     if not faulty:
         worst = max(findings, key=lambda f: f.residual.ratio)
         return filled(
             f"WITHIN ROUNDING: all {len(findings)} operations stay inside their bounds; "
-            f"{worst.name} comes closest, to {worst.residual.ratio:.2f} of it."
+            f"{worst.name} comes closest, to {worst.residual.ratio:.2f} of it.{unjudged}"
         )
     first = faulty[0]
     causes = hint = ""
@@ -152,6 +155,16 @@ def verdict(report: Report) -> str:
     )
 
 
+def skipped(report: Report) -> str:
+    """A sentence on recorded tensors that could not be judged, empty where there is none."""
+    names = list(report.diagnosis.skipped.items()) if report.diagnosis else []
+    if not names:
+        return ""
+    (name, why), count = names[0], len(names)
+    tensors = "tensor is" if count == 1 else "tensors are"
+    return f"{count} recorded {tensors} not judged; {name} {why}."
+
+
 def show_layers(layers: Sequence[int | None], count: int) -> str:
     inside = [layer for layer in layers if layer is not None]
     return ranges(np.isin(np.arange(count), inside)) if inside else "-"
@@ -165,7 +178,11 @@ def cause_table(diagnosis: Diagnosis, layers: int) -> str:
 def cause_rows(diagnosis: Diagnosis, layers: int) -> Rows:
     rows: list[Sequence[str]] = []
     for cause in diagnosis.causes:
+        where = show_layers(cause.layers, layers)
         what = f"{cause.fault.line}; seen in {', '.join(cause.operations)}"
+        if cause.fault.faint:
+            inside = "the final norm alone" if where == "-" else f"layers {where}"
+            what += f"; visible in {inside}, present at least there"
         if cause.together:
             what += f"; together with {', '.join(cause.together)}"
         if cause.ties:
@@ -173,7 +190,7 @@ def cause_rows(diagnosis: Diagnosis, layers: int) -> Rows:
         if cause.against:
             what += f"; but not seen in {', '.join(cause.against)}"
         before, after = number(cause.before.ratio), number(cause.after.ratio)
-        rows.append((cause.fault.name, show_layers(cause.layers, layers), before, after, what))
+        rows.append((cause.fault.name, where, before, after, what))
     return ("cause", "layers", "as it is", "planted", "what and where"), rows
 
 

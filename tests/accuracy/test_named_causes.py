@@ -1,0 +1,136 @@
+"""Faults that another engine computes by code of its own are named: operation, layers, cause."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_jax.accuracy.diagnosis import Diagnosis, diagnose
+from qwen_jax.accuracy.foreign import open_trace
+from qwen_jax.accuracy.parameters import CheckpointSource
+from qwen_jax.accuracy.replay import Replay
+from qwen_jax.accuracy.report.tables import cause_rows
+from qwen_jax.accuracy.rounding import round_to
+from qwen_jax.accuracy.trace import Trace
+from tests.accuracy import other_engine
+from tests.accuracy.planted_traces import source, trace
+from tests.golden_cases import Case, odd_config
+from tests.tiny_checkpoints import write_gguf
+
+CASE = Case(odd_config(num_layers=3, ffn_size=128), seed=3)
+TOKENS = CASE.prompt()[:24]
+LINEAR = {"q_proj", "k_proj", "v_proj", "attn_residual", "gate_proj", "up_proj", "ffn_residual"}
+"""What shows a wrong product in this engine's dump: it keeps no o_proj and no down_proj."""
+
+WHERE = {
+    "mask_one_ahead": {"attn_scores"},
+    "mask_one_behind": {"attn_scores"},
+    "mask_finite": {"attn_scores"},
+    "sink_window": {"attn_scores"},
+    "softmax_sink": {"attn_out"},
+    "scores_bf16": {"attn_scores"},
+    "scores_f16": {"attn_scores"},
+    "scores_bf16_twice": {"attn_scores"},
+    "scores_f16_twice": {"attn_scores"},
+    "rope_part_of_head": {"q_rope", "k_rope"},
+    "products_f16": LINEAR | {"logits"},
+    "weights_bf16": LINEAR | {"embed", "logits"},
+    "weights_f16": LINEAR | {"embed", "logits"},
+}
+OF_FLOAT32 = {"products_f16", "weights_bf16", "weights_f16"}
+"""Which change nothing in an engine whose numbers are rounded so anyway."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    return write_gguf(path, CASE.config, CASE.parameters()).path
+
+
+def examine(folder: Path, model: Path, dtype: str, fault: str = "") -> Diagnosis:
+    other_engine.dump(folder, CASE.config, CASE.parameters(), TOKENS, dtype=dtype, fault=fault)
+    if fault == "mask_finite":  # which no mapping tells
+        path = folder / "mapping.json"
+        fields = json.loads(path.read_text())
+        del fields["tensors"]["layers.{i}.attn_scores"]["masked"]
+        path.write_text(json.dumps(fields))
+    source = CheckpointSource(model, dtype)
+    return diagnose(open_trace(folder, source.config, tokens=TOKENS), source)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_clean_engine_is_not_accused(tmp_path: Path, model: Path, dtype: str) -> None:
+    found = examine(tmp_path, model, dtype)
+    assert not found.faulty, found.first
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fault"),
+    [(d, f) for d in DTYPES[:2] for f in WHERE if d == "float32" or f not in OF_FLOAT32],
+)
+def test_it_is_named(tmp_path: Path, model: Path, dtype: str, fault: str) -> None:
+    found = examine(tmp_path, model, dtype, fault)
+    assert found.named == (fault,) and not found.unknown, (found.named, found.unknown)
+    (cause,) = found.causes
+    assert set(cause.operations) <= WHERE[fault]
+    assert {layer for layer in cause.layers if layer is not None} == {0, 1, 2}
+    assert cause.after.within and not cause.against
+    # float16 holds what TF32 holds, but for numbers so small that rounding hides them here.
+    assert set(cause.ties) == ({("products_tf32",)} if fault == "products_f16" else set())
+
+
+def test_exchanged_layers(tmp_path: Path, model: Path) -> None:
+    found = examine(tmp_path, model, "float32", "layers_exchanged")
+    layers = {cause.fault.name: cause.layers for cause in found.causes}
+    assert layers == {"next_layer_weights": (0,), "previous_layer_weights": (1,)}
+    assert not found.unknown
+
+
+def test_an_eps_is_where_it_is_seen_and_perhaps_elsewhere(tmp_path: Path, model: Path) -> None:
+    """The stream grows from layer to layer, and hides it."""
+    found = examine(tmp_path, model, "float32", "norm_eps_1e-5")
+    assert found.named == ("norm_eps_1e-5",) and not found.unknown
+    (row,) = cause_rows(found, CASE.config.num_layers)[1]
+    assert re.search(r"visible in layers \S+, present at least there", row[-1])
+
+
+def test_a_rounding_that_is_there_anyway_explains_nothing(tmp_path: Path, model: Path) -> None:
+    """A little past their bounds, in an engine that keeps bfloat16: where its end is rounded up."""
+    source = CheckpointSource(model, "bfloat16")
+    other_engine.dump(tmp_path, CASE.config, CASE.parameters(), TOKENS, dtype="bfloat16")
+    trace = open_trace(tmp_path, source.config, tokens=TOKENS)
+    name = "layers.1.attn_residual"
+    judged = next(r for r in Replay(trace, source) if r.finding.name == name)
+    end = judged.expected + judged.bound
+    past = round_to(end, "bfloat16", np)
+    wrong = np.where(past > end, past, judged.candidate)
+    assert 0.1 < (past > end).mean() < 0.9
+    tensors = {**trace.tensors, name: wrong.astype(trace.tensors[name].dtype)}
+    found = diagnose(Trace(trace.header, tensors), source)
+    assert name in [unknown.finding.name for unknown in found.unknown]
+    assert "stream_bf16" not in found.named and "stream_f16" not in found.named
+
+
+@pytest.mark.parametrize(
+    ("dtype", "faults"),
+    [
+        (
+            "float32",
+            "weights_bf16@0,products_f16@1,rope_part_of_head@0,softmax_sink@1,mask_one_ahead@0,"
+            "scores_bf16_twice@1",
+        ),
+        ("bfloat16", "rope_part_of_head@1,softmax_sink@0,sink_window@0,mask_finite@1"),
+    ],
+)
+def test_planted_in_our_engine(dtype: str, faults: str) -> None:
+    found = diagnose(trace(faults, dtype), source(dtype))
+    layers = {cause.fault.name: cause.layers for cause in found.causes}
+    assert layers == {
+        name: (int(layer),) for name, layer in (one.split("@") for one in faults.split(","))
+    }
+    assert not found.unknown

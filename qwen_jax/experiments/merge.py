@@ -1,6 +1,5 @@
 """Shards into one directory, which is then as if one machine had run all points."""
 
-import collections
 import contextlib
 import json
 import os
@@ -51,7 +50,7 @@ def merge(named: Sequence[Path], out: Path | None) -> list[str]:
         _refuse_others(contents)
         _refuse_doubled(contents)
         for content in contents:
-            collections.deque(content.outputs(), maxlen=0)  # Raises where a line is damaged.
+            content.outputs()  # Raises where a line is damaged, or gone.
         if out is None:
             out = _only(named, contents)
         _refuse_used(out)

@@ -56,8 +56,10 @@ class Results:
     def read(cls, workdirs: Sequence[Path]) -> "Results":
         contents = tuple(Contents.read(path) for path in workdirs)
         for content in contents:
-            if content.lost:
-                logging.warning("%s.", content.lost)
+            try:
+                content.outputs()
+            except UserError as error:  # The table is of what metrics.jsonl has.
+                logging.warning("%s", error)
         names = _names(workdirs)
         differing = _differing(contents)
         rows = []

@@ -1,12 +1,13 @@
 """`run.py experiment`: a sweep of settings, begun or gone on with."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import in_force, ready_made, regular_files
+from qwen_jax import in_force, prompts, ready_made
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
 from qwen_jax.experiments.runner import Runner, devices_line
@@ -54,18 +55,37 @@ def _warn_of_idle(points: Sequence[declaration.Point]) -> None:
     """Warns once of a seed or a filter that does nothing in any point, since all are greedy."""
     if any(_may_draw(point.config) for point in points):
         return
-    asked = {field.removeprefix("sampling.") for point in points for field in point.asked}
-    in_force.warn_of_greedy(asked, max(point.config.n for point in points))
+    idle = {field.removeprefix("sampling.") for point in points for field in point.asked}
+    files: dict[tuple[str | None, str | None], list[Mapping[str, Any]]] = {}
+    samples = 1
+    for config in (point.config for point in points):
+        key = config.prompt_file, config.experiment.template
+        if key not in files:
+            files[key] = _settings_in(config)
+        if any(own.get("temperature", 0) > 0 for own in files[key]):
+            return
+        idle |= {name for own in files[key] for name in own}
+        samples = max([samples, *(own.get("n", config.n) for own in files[key])])
+    in_force.warn_of_greedy(idle, samples)
 
 
 def _may_draw(config: ConfigDict) -> bool:
-    """Whether answers may be drawn, or the task has another use for the seed."""
-    if config.experiment.task != "generate" or config.generation_config != "none":
-        return True
-    if config.sampling.temperature > 0 or config.prompt_file is None:
-        return config.sampling.temperature > 0
-    with regular_files.opened(ready_made.path(config.prompt_file)) as file:
-        return any(b'"temperature"' in line for line in file)
+    """Whether answers may be drawn whatever a line says, or the task has another use for the
+    seed."""
+    task = config.experiment.task
+    return (
+        task != "generate" or config.generation_config != "none" or config.sampling.temperature > 0
+    )
+
+
+def _settings_in(config: ConfigDict) -> list[Mapping[str, Any]]:
+    """Those of its own that a line has for a file's prompts, each combination once."""
+    if config.prompt_file is None:
+        return [{}]
+    names = ("temperature", "n", *in_force.DRAWS)
+    items = prompts.stream(config, prompts.options_of(config))
+    found = {tuple((name, item.own.get(name)) for name in names) for item in items}
+    return [{name: value for name, value in own if value is not None} for own in found]
 
 
 def _announce(declared: declaration.Declaration, opened: records.Records, count: int) -> None:

@@ -85,6 +85,25 @@ def test_a_sweep_that_changes_nothing_is_told_once(
     assert all(word in text for word, text in zip(words, caplog.messages, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"prompt": "a", "n": 3}', '{"prompt": "b"}'], "all 3 samples of a prompt are equal"),
+        (['{"prompt": "a", "seed": 3}'], "seed does nothing"),
+        (['{"prompt": "a", "n": 3}', '{"prompt": "b", "temperature": 1}'], ""),
+        (['{"prompt": "a \\"temperature\\"", "seed": 3}'], "seed does nothing"),
+    ],
+)
+def test_what_lines_ask_for_and_is_of_no_use_is_told(
+    lines: list[str], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    fields = {"prompt_file": str(path), "prompt": None}
+    _warn_of_idle([Point("x", {}, frozenset(), config_of(**fields, n=1))] * 2)
+    assert words in "".join(caplog.messages) and len(caplog.messages) == bool(words)
+
+
 def test_a_file_of_tools_is_an_input(tmp_path: Path) -> None:
     path = tmp_path / "tools.json"
     prints = []

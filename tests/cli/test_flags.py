@@ -49,7 +49,19 @@ from tests.cli.conftest import REPOSITORY, Run
         ("--max_tokens=1.5", "--max_tokens is '1.5', but it must be a whole number"),
         ("--temperature=hot", "--temperature is 'hot', but it must be a number"),
         ("--raw=maybe", "--raw is 'maybe', but it must be true or false"),
-        ("--flagfile=nowhere", "Unable to open flagfile"),
+        ("--noraw=x", "--noraw=x does not take an argument; leave the value out."),
+        # absl's own would read a pipe for ever, and pass over a flag in silence.
+        ("--flagfile=/dev/zero", "no flag --flagfile; see run.py --help"),
+        ("--undefok=temp --temp=1", "no flag --undefok; see run.py --help"),
+        # A shell's variable that is not set; an empty workdir was the working directory, and an
+        # empty gate none.
+        ("--prompt_file=", "--prompt_file is empty; give it a value, or leave it out."),
+        ("--config.output=", "--config.output is empty"),
+        ("experiment --workdir=", "--workdir is empty"),
+        ("compare --fail_if=", "--fail_if is empty"),
+        ("compare --plant=", "--plant is empty"),
+        ("report ", "An argument of report is empty; name a directory, or leave it out."),
+        ("merge a ", "An argument of merge is empty"),
         (
             "--config.sampling.temprature=1",
             "no flag --config.sampling.temprature; did you mean --config.sampling.temperature?",
@@ -111,7 +123,6 @@ def test_refused(refuses: Callable[..., None], argv: str, words: str) -> None:
         ("--prompt=x --suffix=y --system=z", "--prompt: A suffix is a text that follows one other"),
         ("--prompt=x --continue_final_message", "--prompt: continue_final_message needs a chat"),
         ("--prompt_file=nowhere.txt", "nowhere.txt can't be read: No such file"),
-        ("--prompt_file=", "can't be read"),
         (f"--prompt_file={'x' * 5000}", "can't be read: File name too long"),
     ],
 )

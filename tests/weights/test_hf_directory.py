@@ -79,7 +79,7 @@ def test_values_are_those_the_library_wrote(tmp_path, dtype, shards, warnings):
 
 def test_no_config(directory):
     (directory / "config.json").unlink()
-    assert "config.json: the file cannot be read" in refusal(directory)
+    assert "config.json: the file can't be read" in refusal(directory)
 
 
 def test_damaged_config(directory):

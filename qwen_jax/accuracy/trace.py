@@ -14,13 +14,15 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qwen_jax import regular_files
 from qwen_jax.accuracy.layout import flat_shape
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.errors import UserError
+from qwen_jax.weights.open_files import OpenFile, OpenFiles
+from qwen_jax.weights.safetensors import read_with_metadata
+from qwen_jax.weights.tensors import TensorInfo
 
 AXES = {
     "embed": "T D",
@@ -63,6 +65,15 @@ DTYPES = {
     }.items()
 }
 """Dtypes a tensor of a trace may have: that in which it was computed."""
+
+_STORED = {
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
+    "BF16": DTYPES["bfloat16"],
+    "BOOL": np.dtype(bool),
+}
+"""What a dump may hold, by the names of safetensors: ids of tokens and masks, too."""
 
 METADATA = "qwen_jax_trace"
 """The key under which a safetensors file's metadata hold the header, as JSON."""
@@ -238,20 +249,27 @@ def load(path: str | Path) -> Trace:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """A safetensors file's metadata and tensors. Raises UserError where it is damaged."""
-    try:
-        regular_files.opened(path).close()
-    except OSError as error:
+    """A safetensors file's metadata and tensors, all of one open file.
+
+    Raises UserError where it is damaged, has a tensor of a type that NumPy has not, or is written
+    to meanwhile.
+    """
+    opened = OpenFiles()
+    metadata, infos = read_with_metadata(path, opened)
+    tensors = {name: _read(info, opened[path]) for name, info in infos.items()}
+    opened.check()
+    return metadata, tensors
+
+
+def _read(info: TensorInfo, file: OpenFile) -> np.ndarray:
+    dtype = _STORED.get(info.type.name)
+    if dtype is None:
         raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check the path."
-        ) from None
-    try:
-        with safe_open(path, "np") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: the file is no safetensors file, or truncated ({error}); write it again."
-        ) from None
+            f"{info.path}: the tensor {info.name!r:.80} is of type {info.type.name}, and only "
+            f"{', '.join(_STORED)} can be read; write it as one of these."
+        )
+    values = file.bytes(info.offset, info.offset + info.nbytes).copy()
+    return values.view(dtype).reshape(info.shape)
 
 
 def names(config: ModelConfig) -> list[str]:

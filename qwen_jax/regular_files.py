@@ -77,7 +77,11 @@ def why_taken(path: Path, example: str) -> str | None:
     try:
         if path.is_dir():
             return f"is a directory; name a file in it, as in {path / example}."
-        return "exists already; move it or choose another name." if path.exists() else None
+        if path.exists():
+            return "exists already; move it or choose another name."
+        if not path.parent.is_dir():
+            return f"can't be written: {path.parent} is no directory; choose another place."
+        return None
     except OSError as error:  # as of a directory that may not be entered
         return f"can't be written: {why_not_written(error)}"
 

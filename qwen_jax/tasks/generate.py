@@ -145,8 +145,6 @@ def _check_trace(config: ConfigDict) -> None:
     path = Path(config.trace.file)
     if why := regular_files.why_taken(path, "trace.safetensors"):
         raise UserError(f"--trace={path} {why}")
-    if not path.parent.is_dir():
-        raise UserError(f"--trace={path} can't be written: {path.parent} is no directory.")
 
 
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:

@@ -57,16 +57,23 @@ class Answers:
             or any((item.id, sample) not in self.done for sample in range(item.samples(n)))
         ]
 
-    def check(self, made_with: Mapping[str, Any], items: Sequence[Item | Wrong]) -> None:
-        """Holds what the answers are made with and of, as far as that is known, against what was
-        noted. Raises UserError where they differ: half of the answers would be others."""
+    def check(
+        self, config: ConfigDict, items: Sequence[Item | Wrong], *, loaded: bool = False
+    ) -> None:
+        """Holds what the answers are made with and of against what was noted.
+
+        Args:
+            loaded: what the model recommends is known, and in the config.
+
+        Raises UserError where they differ: half of the answers would be others.
+        """
         if self.path is None or not self.resumed:
             return
         beside = _settings_file(self.path)
         if not beside.exists():  # of a run that was killed before its first answer
             return
         noted = strict_json.read_object(beside, most=regular_files.MOST_BYTES)
-        wanted = json.loads(json.dumps(made_with))
+        wanted = json.loads(json.dumps(_made_with(config, loaded=loaded)))
         if lacking := [name for name in (*wanted, "prompts") if name not in noted]:
             raise UserError(
                 f"{beside} doesn't say with which {lacking[0]} --output={self.path} was begun, so "
@@ -85,11 +92,11 @@ class Answers:
                 )
         self._check_prompts(noted["prompts"], _digests(items))
 
-    def settle(self, made_with: Mapping[str, Any], items: Sequence[Item | Wrong]) -> None:
-        """Checks the same once all is known, and notes it."""
-        self.check(made_with, items)
+    def settle(self, config: ConfigDict, items: Sequence[Item | Wrong]) -> None:
+        """Checks the same once the model is loaded, and notes it."""
+        self.check(config, items, loaded=True)
         if self.path is not None:
-            content = {**made_with, "prompts": _digests(items)}
+            content = _made_with(config, loaded=True) | {"prompts": _digests(items)}
             lines.write_atomically(_settings_file(self.path), json.dumps(content, indent=1) + "\n")
 
     def _check_prompts(self, noted: Mapping[str, str], prompts: Mapping[str, str]) -> None:
@@ -103,7 +110,7 @@ class Answers:
                 )
 
 
-def made_with(config: ConfigDict, *, loaded: bool) -> dict[str, Any]:
+def _made_with(config: ConfigDict, *, loaded: bool) -> dict[str, Any]:
     """What decides the answers, by field: what it was, where the config leaves it open, and of
     files their contents.
 

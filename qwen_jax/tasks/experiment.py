@@ -1,16 +1,14 @@
 """`run.py experiment`: a sweep of settings, begun or gone on with."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ml_collections import ConfigDict
-
-from qwen_jax import in_force, prompts, ready_made
+from qwen_jax import in_force, ready_made
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
 from qwen_jax.experiments.runner import Runner, devices_line
+from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.settings import Command
 from qwen_jax.terminal import visible
 
@@ -21,8 +19,9 @@ def run(command: Command) -> int:
     if "" not in sys.path:
         sys.path.append("")  # The working directory, where scores and tasks of one's own may be.
     declared = declaration.declare(command)
-    planned = plan.part_of(plan.plan(declared.points), config.runner.shard)
-    _warn_of_idle(declared.points)
+    whole = plan.plan(declared.points)
+    planned = plan.part_of(whole, config.runner.shard)
+    _warn_of_idle(whole)
     if config.runner.dry_run:
         print(visible(plan.listed(planned)))
         return 0
@@ -51,41 +50,21 @@ def run(command: Command) -> int:
     return 1 if failed else 0
 
 
-def _warn_of_idle(points: Sequence[declaration.Point]) -> None:
+def _warn_of_idle(planned: Sequence[plan.Planned]) -> None:
     """Warns once of a seed or a filter that does nothing in any point, since all are greedy."""
-    if any(_may_draw(point.config) for point in points):
-        return
-    idle = {field.removeprefix("sampling.") for point in points for field in point.asked}
-    files: dict[tuple[str | None, str | None], list[Mapping[str, Any]]] = {}
+    idle: set[str] = set()
     samples = 1
-    for config in (point.config for point in points):
-        key = config.prompt_file, config.experiment.template
-        if key not in files:
-            files[key] = _settings_in(config)
-        if any(own.get("temperature", 0) > 0 for own in files[key]):
-            return
-        idle |= {name for own in files[key] for name in own}
-        samples = max([samples, *(own.get("n", config.n) for own in files[key])])
+    for point, task in ((item.point, item.task) for item in planned):
+        config = point.config
+        if type(task) is not Generate or config.generation_config != "none":
+            return  # Answers may be drawn, or the seed is of another use.
+        for own in task.own:
+            if own.get("temperature", config.sampling.temperature) > 0:
+                return
+            idle |= own.keys()
+            samples = max(samples, own.get("n", config.n))
+        idle |= {field.removeprefix("sampling.") for field in point.asked}
     in_force.warn_of_greedy(idle, samples)
-
-
-def _may_draw(config: ConfigDict) -> bool:
-    """Whether answers may be drawn whatever a line says, or the task has another use for the
-    seed."""
-    task = config.experiment.task
-    return (
-        task != "generate" or config.generation_config != "none" or config.sampling.temperature > 0
-    )
-
-
-def _settings_in(config: ConfigDict) -> list[Mapping[str, Any]]:
-    """Those of its own that a line has for a file's prompts, each combination once."""
-    if config.prompt_file is None:
-        return [{}]
-    names = ("temperature", "n", *in_force.DRAWS)
-    items = prompts.stream(config, prompts.options_of(config))
-    found = {tuple((name, item.own.get(name)) for name in names) for item in items}
-    return [{name: value for name, value in own if value is not None} for own in found]
 
 
 def _announce(declared: declaration.Declaration, opened: records.Records, count: int) -> None:

@@ -58,11 +58,11 @@ def run(command: Command) -> int:
         if config.output is not None:
             answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
-        written.check(answers.made_with(config, loaded=False), items)
+        written.check(config, items)
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        written.settle(answers.made_with(config, loaded=True), items)
+        written.settle(config, items)
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0

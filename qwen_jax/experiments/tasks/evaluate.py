@@ -58,6 +58,11 @@ class Evaluate(Task):
                 f"n is {config.n}, but a task of lm-evaluation-harness has its own number of "
                 "samples; set `repeats` in the task's file."
             )
+        for name, least in (("shots", 0), ("limit", 1)):
+            if settings[name] is not None and settings[name] < least:
+                raise UserError(
+                    f"experiment.eval.{name} is {settings[name]}, but it must be at least {least}."
+                )
         harness_settings.check_installed()
         self._where = (
             tuple(settings.tasks),

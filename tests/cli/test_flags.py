@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -238,3 +240,27 @@ def test_version_and_module() -> None:
 def test_the_console_command_is_run_py() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="qwen-jax")
     assert entry.load() is runpy.run_path(str(REPOSITORY / "run.py"))["entry"] is cli.entry
+
+
+def test_run_py_where_no_environment_is_activated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a newcomer types it after `make run`, and before it."""
+    script = Path(shutil.copy(REPOSITORY / "run.py", tmp_path))
+    monkeypatch.setitem(sys.modules, "qwen_jax.cli", None)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--n=2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2
+    assert "has no qwen_jax.cli; `make run` sets up an environment" in capsys.readouterr().err
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch()
+
+    def execv(path: Path, argv: list[str]) -> None:
+        assert (path, argv) == (own, [str(own), "run.py", "--n=2"])
+        raise SystemExit(7)
+
+    monkeypatch.setattr("os.execv", execv)
+    with pytest.raises(SystemExit, match="7"):
+        runpy.run_path(str(script), run_name="__main__")

@@ -154,6 +154,9 @@ def _run(argv: list[str]) -> int:
             if command.task == "generate":
                 _wake_device()
             module = importlib.import_module(f"qwen_jax.tasks.{command.task}")
+        except ValueError as error:  # JAX reads its variables of the environment when it starts.
+            why = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"JAX can't start: {why}; correct the variable or unset it.") from error
         finally:
             gc.enable()
     with interrupts.handled_by(interrupts.raise_interrupt):

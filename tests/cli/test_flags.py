@@ -1,5 +1,6 @@
 """Flags, values and tasks that make no sense; the order in which settings win."""
 
+import importlib
 import importlib.metadata
 import runpy
 import shutil
@@ -258,9 +259,20 @@ def test_run_py_where_no_environment_is_activated(
     own.touch()
 
     def execv(path: Path, argv: list[str]) -> None:
-        assert (path, argv) == (own, [str(own), "run.py", "--n=2"])
+        assert (path, argv) == (own, [str(own), str(script), "--n=2"])
         raise SystemExit(7)
 
     monkeypatch.setattr("os.execv", execv)
     with pytest.raises(SystemExit, match="7"):
         runpy.run_path(str(script), run_name="__main__")
+
+
+def test_a_variable_that_jax_refuses(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str) -> None:
+        raise ValueError("invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'")
+
+    monkeypatch.setattr(importlib, "import_module", refused)
+    said = "JAX can't start: invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'; correct"
+    refuses(["inspect"], said)

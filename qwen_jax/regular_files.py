@@ -62,6 +62,12 @@ def read(path: str | Path, most: int = MOST_BYTES) -> bytes:
     return data
 
 
+def resolved(path: Path) -> Path:
+    """The path without links, where they end: of those that run in a circle, `Path.resolve` raises
+    what is no OSError."""
+    return Path(os.path.realpath(path))
+
+
 def why_not(error: OSError) -> str:
     """What keeps a file from being read, and the way out, to follow "can't be read: "."""
     way = _WAYS.get(error.errno or 0, "give another file")

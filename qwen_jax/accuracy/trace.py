@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from qwen_jax import strict_json
 from qwen_jax.accuracy.layout import flat_shape
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.errors import UserError
@@ -155,11 +156,8 @@ class Header:
     @classmethod
     def from_json(cls, text: str) -> "Header":
         """Raises UserError for what is no header, and says which field is wrong."""
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"the header is no JSON ({error}).") from None
-        if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
+        fields = strict_json.parse_object(text, "the header")
+        if fields.pop("version", None) != VERSION:
             raise UserError(f"the header is no JSON object of version {VERSION}.")
         known = {field.name for field in dataclasses.fields(cls)}
         if fields.keys() != known:
@@ -176,6 +174,8 @@ class Header:
         for name, value_type in (wanted | {"config": dict, "versions": dict}).items():
             if type(fields[name]) is not value_type:
                 raise UserError(f"the header's {name} must be of type {value_type.__name__}.")
+        if type(fields["model_sha256"]) not in (str, type(None)):
+            raise UserError("the header's model_sha256 must be of type str, or null.")
         return cls(**fields)
 
 

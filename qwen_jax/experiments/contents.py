@@ -181,8 +181,15 @@ def refuse_others(directory: Path) -> None:
     for path in found:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is no file; remove it, or choose another directory.")
-        if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
+        if not path.is_symlink():
+            continue
+        end = regular_files.resolved(path)
+        if not path.exists():
             raise UserError(
-                f"{path} is a link to {path.resolve()}, outside of the directory; put a copy of "
-                "the file in its place, or choose another directory."
+                f"{path} is a link to nothing ({end}); remove it, or choose another directory."
+            )
+        if not end.is_relative_to(regular_files.resolved(directory)):
+            raise UserError(
+                f"{path} is a link to {end}, outside of the directory; put a copy of the file in "
+                "its place, or choose another directory."
             )

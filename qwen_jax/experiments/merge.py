@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import utf8
+from qwen_jax import regular_files, utf8
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
 from qwen_jax.experiments.contents import (
@@ -126,9 +126,9 @@ def refuse_named_twice(workdirs: Sequence[Path]) -> None:
     """Raises UserError where two paths are one directory."""
     seen: set[Path] = set()
     for path in workdirs:
-        if path.resolve() in seen:
+        if regular_files.resolved(path) in seen:
             raise UserError(f"{path} is named twice; leave one of them out.")
-        seen.add(path.resolve())
+        seen.add(regular_files.resolved(path))
 
 
 def _refuse_doubled(contents: Sequence[Contents]) -> None:

@@ -183,6 +183,7 @@ def rewritten(path: Path, **fields: Any) -> Path:
         ({"colour": "red"}, "field 'colour' is unknown"),
         ({"tokens": [1, 2.5]}, "tokens must be a list of int"),
         ({"start": "1"}, "start must be of type int"),
+        ({"model_sha256": [1]}, "model_sha256 must be of type str, or null"),
         ({"device": None}, "device must be of type str"),
         ({"stop": 5}, r"'embed' has the shape \(3, 96\)"),
     ],
@@ -232,6 +233,14 @@ def test_a_trace_written_to_while_it_is_read(
     random_trace(wanted=["embed"]).save(path)
     monkeypatch.setattr(trace_module, "read_with_metadata", cut)
     with pytest.raises(UserError, match="was written to while it was read"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": 1, "version": 1}', "{", "[]"])
+def test_a_header_that_is_no_json(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_file({"x": np.zeros(1)}, path, metadata={METADATA: text})
+    with pytest.raises(UserError, match=r"t\.safetensors: the header: "):
         load(path)
 
 

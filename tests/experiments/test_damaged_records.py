@@ -163,6 +163,10 @@ def test_records_that_are_pipes_or_links(
     for make, words in (
         (os.mkfifo, f"{path} is no file; remove it"),
         (lambda path: path.symlink_to(mine), f"{path} is a link to {mine}, outside of"),
+        (
+            lambda path: path.symlink_to(path.name),
+            "config.json" if name == "config.json" else f"{path} is a link to nothing ({path}); r",
+        ),
     ):
         make(path)
         for task in (argv, ["report", str(w)], ["merge", str(w), str(tmp_path), f"--workdir={w}2"]):

@@ -51,7 +51,7 @@ def main(path: Path, forms: list[str], rounds: int, tokens: int) -> None:
         load = time.perf_counter() - start
 
         def prompt() -> list[int]:  # another each time: nothing is shared
-            return rng.integers(0, engine.config.vocab_size, PROMPT).tolist()  # noqa: B023
+            return rng.integers(0, checkpoint.config.vocab_size, PROMPT).tolist()  # noqa: B023
 
         compiled = generated(engine, prompt(), 1 + tokens)
         first = [generated(engine, prompt(), 1) for _ in range(rounds)]

@@ -75,4 +75,4 @@ def check_top_logprobs(top: int | None) -> None:
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise UserError(f"{name} is {value!r}, but it must be one of {', '.join(allowed)}.")
+        raise UserError(f"{name} is {value!r:.60}, but it must be one of {', '.join(allowed)}.")

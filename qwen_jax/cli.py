@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import gc
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from qwen_jax import (
     hints,
     interrupts,
     ready_made,
+    regular_files,
     settings,
     startup,
     task_fields,
@@ -97,18 +99,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (UserError, NotImplementedError) as error:
         # NotImplementedError: an implementation asked for by name can't serve a shape.
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return interrupts.EXIT_CODE
     except OSError as error:
+        if error.filename is not None:  # No stream, but a file that nobody was ready to fail.
+            _tell(f"error: {error.filename} can't be used: {regular_files.why_not(error)}")
+            return 2
         # stdout has failed. What is still buffered for it would fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # as of one that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0  # Its reader has seen enough, as `| head` does.
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: stdout can't be written: {regular_files.why_not_written(error)}")
         return 2
+
+
+def _tell(text: str) -> None:
+    """Prints to stderr, which may be what has failed: the exit code says it all the same."""
+    with contextlib.suppress(OSError):
+        print(terminal.message(text), file=sys.stderr)
 
 
 class _Formatter(Formatter):
@@ -142,6 +154,9 @@ def _run(argv: list[str]) -> int:
             if command.task == "generate":
                 _wake_device()
             module = importlib.import_module(f"qwen_jax.tasks.{command.task}")
+        except ValueError as error:  # JAX reads its variables of the environment when it starts.
+            why = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"JAX can't start: {why}; correct the variable or unset it.") from error
         finally:
             gc.enable()
     with interrupts.handled_by(interrupts.raise_interrupt):
@@ -172,7 +187,7 @@ def parse(argv: list[str]) -> settings.Command:
     values = _define(meaning)
     try:
         rest = values(argv)[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
         raise UserError(_explain(error, meaning)) from error
     for name in values:
         # The last would win, and the others do nothing.
@@ -191,8 +206,11 @@ def parse(argv: list[str]) -> settings.Command:
     for name, field in given:
         value = values[name].value
         overrides[field] = tuple(value) if isinstance(value, list) else value
+        settings.check_filled(f"--{name}", field, value)
     if task == "inspect" and rest and "model" not in overrides:
         overrides["model"] = rest.pop(0)
+    if "" in rest:
+        raise UserError(f"An argument of {task} is empty; name a directory, or leave it out.")
     if rest and task not in WITH_ARGUMENTS:
         way = f"--prompt={shlex.quote(rest[0])}" if task == "generate" else "--flag=value"
         raise UserError(f"The argument {rest[0]!r} belongs to no flag; write {way}.")
@@ -210,6 +228,18 @@ def parse(argv: list[str]) -> settings.Command:
     return settings.Command(task, config, where, overrides, tuple(rest))
 
 
+class _Flags(flags.FlagValues):
+    """Without absl's own flags: --flagfile reads pipes and devices without end, and what --undefok
+    names is ignored in silence."""
+
+    def read_flags_from_files(self, argv: Sequence[str], force_gnu: bool = True) -> list[str]:
+        for word in itertools.takewhile(lambda word: word != "--", argv):
+            name = word.lstrip("-").partition("=")[0]
+            if word.startswith("-") and name in ("flagfile", "undefok"):
+                raise flags.UnrecognizedFlagError(name)
+        return list(argv)
+
+
 def _define(meaning: dict[str, str]) -> flags.FlagValues:
     """Flags of their own, so that no imported module's can be given; none has a default."""
     define: dict[type, Callable[..., Any]] = {
@@ -219,15 +249,17 @@ def _define(meaning: dict[str, str]) -> flags.FlagValues:
         bool: flags.DEFINE_bool,
         tuple: flags.DEFINE_multi_string,
     }
-    values = flags.FlagValues()
+    values = _Flags()
     flags.DEFINE_string("config", None, "", flag_values=values)
     for name, field in meaning.items():
         define[settings.type_of(field)](name, None, "", flag_values=values)
     return values
 
 
-def _explain(error: flags.Error, meaning: dict[str, str]) -> str:
+def _explain(error: flags.Error | ValueError, meaning: dict[str, str]) -> str:
     """One sentence of what absl raised."""
+    if isinstance(error, ValueError):  # of --noflag=value alone
+        return f"{error}; leave the value out."
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
         meant = hints.meant(name, meaning)

@@ -18,6 +18,7 @@ from qwen_jax.config_table import (
     Where,
     agreed,
     equals,
+    plain,
     warn_of_ignored,
 )
 from qwen_jax.errors import UserError
@@ -193,10 +194,10 @@ def read(metadata: Mapping[str, Any], *, vocab_size: int, tied: bool, source: st
     Raises:
         UserError: a key is missing, impossible, or asks for what this engine does not do.
     """
-    architecture = metadata.get("general.architecture")
+    architecture = plain(metadata.get("general.architecture"))
     if architecture != ARCHITECTURE:
         raise UserError(
-            f"{source}: general.architecture is {architecture!r}, and only 'qwen2' "
+            f"{source}: general.architecture is {architecture!r:.60}, and only 'qwen2' "
             "(Qwen2, Qwen2.5) is supported; choose a Qwen2.5 file."
         )
     label = f"{ARCHITECTURE}."

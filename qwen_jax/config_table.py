@@ -79,6 +79,13 @@ def equals(size: str) -> Callable[[Any, "Fields", ModelConfig], bool]:
 Rule = Used | Neutral | Only | Where
 
 
+def plain(value: Any) -> Any:
+    """A value of a file without NumPy, whose arrays, once compared, are neither true nor false."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 class Fields:
     """The keys of one namespace of a file. An absent key and JSON's null are the same.
 
@@ -93,17 +100,14 @@ class Fields:
     def __init__(
         self, values: Mapping[str, Any], table: Mapping[str, Rule], source: str, label: str = ""
     ):
-        self.values = {
-            key: value.tolist() if isinstance(value, np.ndarray) else value
-            for key, value in values.items()
-        }
+        self.values = {key: plain(value) for key, value in values.items()}
         self.table, self.source, self.label = table, source, label
         self.ignored = [label + key for key in values if key not in table]
         for key, value in self.values.items():
             rule = table.get(key)
             if isinstance(rule, Only) and value is not None and not rule.allows(value):
-                plain = " or ".join(map(repr, rule.plain)) or "a model without it"
-                self._refuse_value(key, rule.does, plain)
+                supported = " or ".join(map(repr, rule.plain)) or "a model without it"
+                self._refuse_value(key, rule.does, supported)
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError of a key that is refused beside the rest of the model."""

@@ -192,13 +192,18 @@ def _merged(options: Options, own: Mapping[str, Any], where: str) -> Options:
 
 def _bias(pairs: Mapping[str, Any]) -> dict[int, float]:
     """Token ids, which are texts as keys of JSON, and their numbers."""
+    bias: dict[int, float] = {}
     for token, value in pairs.items():
-        if not (token.isascii() and token.isdecimal()) or type(value) not in (int, float):
+        number = type(value) is float or (type(value) is int and value.bit_length() < 64)
+        if not (re.fullmatch("[0-9]{1,18}", token) and number):
             raise UserError(
                 f"logit_bias has {token!r:.40}: {value!r:.40}, but it must map token ids to "
                 'numbers, as in {"42": -1.5}.'
             )
-    return {int(token): float(value) for token, value in pairs.items()}
+        if int(token) in bias:  # as "1" and "01", which are two keys
+            raise UserError(f"logit_bias names token {int(token)} twice; keep one of them.")
+        bias[int(token)] = float(value)
+    return bias
 
 
 def _filled(template: str, record: dict[str, Any], where: str) -> dict[str, Any]:

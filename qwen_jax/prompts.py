@@ -256,7 +256,7 @@ def _logit_bias(pairs: str) -> dict[int, float]:
             number, change = int(token), float(value)
         except ValueError:
             raise UserError(
-                f"sampling.logit_bias holds {pair!r}, but it must be like 42:-1.5,7:3."
+                f"sampling.logit_bias holds {pair!r:.60}, but it must be like 42:-1.5,7:3."
             ) from None
         if number in bias:
             raise UserError(f"sampling.logit_bias names token {number} twice; keep one of them.")

@@ -24,7 +24,14 @@ _WAYS = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
     errno.ENAMETOOLONG: "check the path",
+}
+
+_ROOM = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "allow larger files (ulimit -f)",
 }
 
 
@@ -55,6 +62,12 @@ def read(path: str | Path, most: int = MOST_BYTES) -> bytes:
     return data
 
 
+def resolved(path: Path) -> Path:
+    """The path without links, where they end: of those that run in a circle, `Path.resolve` raises
+    what is no OSError."""
+    return Path(os.path.realpath(path))
+
+
 def why_not(error: OSError) -> str:
     """What keeps a file from being read, and the way out, to follow "can't be read: "."""
     way = _WAYS.get(error.errno or 0, "give another file")
@@ -67,15 +80,26 @@ def why_taken(path: Path, example: str) -> str | None:
     Args:
         example: the name of such a file.
     """
-    if path.is_dir():
-        return f"is a directory; name a file in it, as in {path / example}."
-    return "exists already; move it or choose another name." if path.exists() else None
+    try:
+        if path.is_dir():
+            return f"is a directory; name a file in it, as in {path / example}."
+        if path.exists():
+            return "exists already; move it or choose another name."
+        if not path.parent.is_dir():
+            return f"can't be written: {path.parent} is no directory; choose another place."
+        return None
+    except OSError as error:  # as of a directory that may not be entered
+        return f"can't be written: {why_not_written(error)}"
 
 
-def why_not_written(error: OSError) -> str:
-    """The same of a file or a directory, to follow "can't be written: "."""
-    way = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
-    return f"{error.strerror or error}; {way}."
+def why_not_written(error: OSError, then: str = "") -> str:
+    """The same of a file or a directory, to follow "can't be written: ".
+
+    Args:
+        then: what follows the way out, as in ", and --resume goes on".
+    """
+    way = _ROOM.get(error.errno or 0, "choose another place")
+    return f"{error.strerror or error}; {way}{then}."
 
 
 def _without_waiting(path: str, flags: int) -> int:

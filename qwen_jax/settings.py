@@ -311,6 +311,25 @@ def _defaults() -> Mapping[str, Any]:
     return dict(flatten(get_config()))
 
 
+_TEXTS = ("prompt", "system", "suffix")
+"""Fields in which nothing is a text, too; whoever takes one says what it must hold."""
+
+
+def check_filled(said: str, field: str, value: Any) -> None:
+    """Raises UserError for an empty value, as of a shell's variable that is not set, where it would
+    be the working directory, or no gate; and for a NUL, which is in no file's name.
+
+    Args:
+        said: what has set the field, for the message.
+    """
+    if not isinstance(value, str) or field in _TEXTS:
+        return
+    if not value and _defaults()[field] != "":
+        raise UserError(f"{said} is empty; give it a value, or leave it out.")
+    if "\0" in value:
+        raise UserError(f"{said} is {value!r:.80}, but it can't hold a NUL character.")
+
+
 def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
     """Sets fields by their dotted names. Raises UserError for an unknown name or a wrong type."""
     defaults = _defaults()
@@ -323,6 +342,7 @@ def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
             fits = fits and all(isinstance(text, str) for text in value)
         if not (fits or value is None is defaults[name]):
             raise UserError(f"{where} sets {name} to {value!r:.80}, but it must be {KINDS[kind]}.")
+        check_filled(f"{name}, which {where} sets,", name, value)
     config.update_from_flattened_dict(dict(fields))
 
 

@@ -27,10 +27,7 @@ def read_object(
     try:
         text = regular_files.read(path, most)
     except OSError as error:
-        raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check that it is there and "
-            "yours to read."
-        ) from None
+        raise UserError(f"{path}: the file can't be read: {regular_files.why_not(error)}") from None
     with told_by_kind(path, "JSON"):
         return parse_object(text, str(path), allow_nan=allow_nan, allow_halves=allow_halves)
 

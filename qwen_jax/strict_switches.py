@@ -14,6 +14,9 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "jax_debug_nans": (False,),
     "jax_debug_infs": (False,),
     "jax_enable_x64": (False,),
+    "jax_disable_jit": (False,),
+    "jax_no_tracing": (False,),
+    "jax_no_execution": (False,),
 }
 """Switches, and their values under which a model runs."""
 

@@ -118,6 +118,9 @@ def test_what_cannot_be_loaded(argument: dict[str, Any], words: str) -> None:
         ("jax_transfer_guard", "disallow"),
         ("jax_debug_nans", True),
         ("jax_enable_x64", True),
+        ("jax_disable_jit", True),
+        ("jax_no_tracing", True),
+        ("jax_no_execution", True),
     ],
 )
 def test_strict_switches_of_jax(switch: str, value: object) -> None:

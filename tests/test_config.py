@@ -180,6 +180,14 @@ def test_other_architectures_are_refused() -> None:
         assert f"model_type is {name!r}" in refusal(from_hf, released_hf("0.5B", model_type=name))
 
 
+def test_arrays_where_a_gguf_file_has_one_value() -> None:
+    """NumPy makes neither true nor false of what they are compared with."""
+    full = np.array([1, 2], "u4")
+    for key in ("general.architecture", "qwen2.expert_count"):
+        for value in (full, [full], [full[:0], full]):
+            assert f"{key} is [" in refusal(from_gguf, released_gguf("0.5B") | {key: value})
+
+
 GGUF_KEYS = [key for key in released_gguf("0.5B") if key.startswith("qwen2.")]
 HF_KEYS = [
     "hidden_size",

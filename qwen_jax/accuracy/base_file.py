@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 
-from qwen_jax import regular_files
+from qwen_jax import regular_files, strict_json
 from qwen_jax.accuracy.metrics import first_not_finite, log_softmax
 from qwen_jax.errors import UserError
 
@@ -71,7 +71,8 @@ class SavedBase:
     def _open_ours(self) -> None:
         try:
             self._file = safe_open(self.path, "np")
-            metadata = json.loads((self._file.metadata() or {})[METADATA])
+            text = (self._file.metadata() or {})[METADATA]
+            metadata = strict_json.parse_object(text, f"{self.path}, its metadata")
             self.name = str(metadata["model"])
             self.windows = self._file.get_tensor("windows")
             self._slice = self._file.get_slice("logprobs")

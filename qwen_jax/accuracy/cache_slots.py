@@ -285,7 +285,7 @@ class _Run:
         self.tokens += inputs
         return first
 
-    def _look(self, call: Call, held: Int[np.ndarray, "slots"]) -> None:
+    def _look(self, call: Call, held: Int[np.ndarray, " slots"]) -> None:
         starts = range(0, call.row.capacity, PAGE)
         pages = np.array([self.rules.reads(call, start) for start in starts])
         there = held[(pages[:, None] * PAGE + np.arange(PAGE)).ravel()]

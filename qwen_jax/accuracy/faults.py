@@ -6,6 +6,7 @@ tried on a candidate's tensors (`diagnosis`) and planted in our engine (`plantin
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ def _parse_one(text: str, config: ModelConfig) -> Planted:
     if name not in FAULTS:
         close = difflib.get_close_matches(name, FAULTS, 1)
         hint = f"did you mean {close[0]!r}?" if close else "list_faults prints all of them."
-        raise UserError(f"There is no fault {name!r}; {hint}")
+        raise UserError(f"There is no fault {name!r:.60}; {hint}")
     fault = FAULTS[name]
     if not fault.possible(config):
         raise UserError(
@@ -111,9 +112,9 @@ def _parse_one(text: str, config: ModelConfig) -> Planted:
         )
     if not at:
         return Planted(fault)
-    if not layer.isdecimal() or int(layer) >= config.num_layers:
+    if not re.fullmatch("[0-9]{1,9}", layer) or int(layer) >= config.num_layers:
         raise UserError(
-            f"The fault {text!r} names layer {layer!r}, but {config.source} has layers 0 to "
+            f"The fault {name!r} names layer {layer!r:.60}, but {config.source} has layers 0 to "
             f"{config.num_layers - 1}."
         )
     if not set(fault.operations) & set(INNER):

@@ -36,7 +36,7 @@ def packed_rows(
 
 
 def _float8(
-    weight: Float8, tensors: dict[str, np.ndarray], rows: Int[np.ndarray, "rows"]
+    weight: Float8, tensors: dict[str, np.ndarray], rows: Int[np.ndarray, " rows"]
 ) -> Float64[np.ndarray, "rows columns"]:
     values, scales = tensors[weight.name][rows].astype(np.float64), tensors[weight.scale]
     if weight.block:
@@ -48,7 +48,7 @@ def _float8(
 
 
 def _integers(
-    weight: Gptq | Awq, tensors: dict[str, np.ndarray], rows: Int[np.ndarray, "rows"]
+    weight: Gptq | Awq, tensors: dict[str, np.ndarray], rows: Int[np.ndarray, " rows"]
 ) -> Float64[np.ndarray, "rows columns"]:
     parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     if isinstance(weight, Gptq):

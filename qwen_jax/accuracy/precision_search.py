@@ -177,7 +177,7 @@ def _logits(
     weights: Weights,
     cache: Cache,
     tokens: Int[Array, "B T"],
-    keep: Bool[Array, "units"],
+    keep: Bool[Array, " units"],
 ) -> Float[Array, "B T V"]:
     start = jnp.zeros(1, jnp.int32)
     with intervening(Rounding(units, dtype, keep)):
@@ -192,7 +192,7 @@ class Rounding:
     more, from those that are rounded.
     """
 
-    def __init__(self, units: tuple[str, ...], dtype: str, keep: Bool[Array, "units"]):
+    def __init__(self, units: tuple[str, ...], dtype: str, keep: Bool[Array, " units"]):
         self.units, self.dtype, self.keep = units, dtype, keep
         self._probs: jax.Array | None = None
         self._values: jax.Array | None = None

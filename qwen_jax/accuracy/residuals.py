@@ -48,7 +48,7 @@ class Residual:
     values: int
     outside: int
     error: float
-    rows: Int[np.ndarray, "rows"]
+    rows: Int[np.ndarray, " rows"]
     exact: bool
 
     @property

@@ -14,14 +14,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from qwen_jax import regular_files
+from qwen_jax import strict_json
 from qwen_jax.accuracy.layout import flat_shape
 from qwen_jax.accuracy.operands import KINDS
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.errors import UserError
+from qwen_jax.weights.open_files import OpenFile, OpenFiles
+from qwen_jax.weights.safetensors import read_with_metadata
+from qwen_jax.weights.tensors import TensorInfo
 
 AXES = {
     "embed": "T D",
@@ -67,6 +70,15 @@ DTYPES = {
     }.items()
 }
 """Dtypes a tensor of a trace may have: that in which it was computed."""
+
+_STORED = {
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
+    "BF16": DTYPES["bfloat16"],
+    "BOOL": np.dtype(bool),
+}
+"""What a dump may hold, by the names of safetensors: ids of tokens and masks, too."""
 
 METADATA = "qwen_jax_trace"
 """The key under which a safetensors file's metadata hold the header, as JSON."""
@@ -161,11 +173,8 @@ class Header:
     @classmethod
     def from_json(cls, text: str) -> "Header":
         """Raises UserError for what is no header, and says which field is wrong."""
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"the header is no JSON ({error}).") from None
-        if not isinstance(fields, dict) or fields.pop("version", None) != VERSION:
+        fields = strict_json.parse_object(text, "the header")
+        if fields.pop("version", None) != VERSION:
             raise UserError(f"the header is no JSON object of version {VERSION}.")
         known = {field.name for field in dataclasses.fields(cls)}
         for name, absent in (("operands", {}), ("scores_dtype", None)):
@@ -186,6 +195,8 @@ class Header:
         ).items():
             if type(fields[name]) is not value_type:
                 raise UserError(f"the header's {name} must be of type {value_type.__name__}.")
+        if type(fields["model_sha256"]) not in (str, type(None)):
+            raise UserError("the header's model_sha256 must be of type str, or null.")
         return cls(**fields)
 
 
@@ -259,20 +270,27 @@ def load(path: str | Path) -> Trace:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """A safetensors file's metadata and tensors. Raises UserError where it is damaged."""
-    try:
-        regular_files.opened(path).close()
-    except OSError as error:
+    """A safetensors file's metadata and tensors, all of one open file.
+
+    Raises UserError where it is damaged, has a tensor of a type that NumPy has not, or is written
+    to meanwhile.
+    """
+    opened = OpenFiles()
+    metadata, infos = read_with_metadata(path, opened)
+    tensors = {name: _read(info, opened[path]) for name, info in infos.items()}
+    opened.check()
+    return metadata, tensors
+
+
+def _read(info: TensorInfo, file: OpenFile) -> np.ndarray:
+    dtype = _STORED.get(info.type.name)
+    if dtype is None:
         raise UserError(
-            f"{path}: the file cannot be read ({error.strerror}); check the path."
-        ) from None
-    try:
-        with safe_open(path, "np") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: the file is no safetensors file, or truncated ({error}); write it again."
-        ) from None
+            f"{info.path}: the tensor {info.name!r:.80} is of type {info.type.name}, and only "
+            f"{', '.join(_STORED)} can be read; write it as one of these."
+        )
+    values = file.bytes(info.offset, info.offset + info.nbytes).copy()
+    return values.view(dtype).reshape(info.shape)
 
 
 def names(config: ModelConfig) -> list[str]:

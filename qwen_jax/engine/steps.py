@@ -34,9 +34,9 @@ class State(NamedTuple):
         done: the row chose a stop token or reached its limit.
     """
 
-    token: Int[Array, "slots"]
-    generated: Int[Array, "slots"]
-    done: Bool[Array, "slots"]
+    token: Int[Array, " slots"]
+    generated: Int[Array, " slots"]
+    done: Bool[Array, " slots"]
 
     @classmethod
     def create(cls, slots: int) -> "State":

@@ -1,9 +1,10 @@
 """What stands in an experiment's directory, read back and checked (see `records`)."""
 
+import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class Contents:
 
     def _fault_of_event(self, event: dict[str, Any]) -> str:
         point: dict[str, Kind] = {"point": self._point}
+        had: dict[str, Kind] = {"outputs": NATURAL} if "outputs" in event else {}
         needed: dict[str, dict[str, Kind]] = {
             "session": {"environment": NAME},
             "started": point,
@@ -91,8 +93,9 @@ class Contents:
                 "metrics": VALUES,
                 **{name: NUMBER for name in _NUMBERS if name in event},
                 **({"operations": _OPERATIONS} if "operations" in event else {}),
+                **had,
             },
-            "failed": {**point, "kind": TEXT, "reason": TEXT},
+            "failed": {**point, "kind": TEXT, "reason": TEXT, **had},
             "interrupted": point,
         }
         return fault(event, {"event": TEXT}) or fault(event, needed.get(event["event"], {}))
@@ -106,11 +109,22 @@ class Contents:
         """What is wrong with a line of outputs.jsonl, besides what its task alone knows."""
         return fault(item, {"point": self._point})
 
-    def outputs(self) -> Iterator[dict[str, Any]]:
-        """The items of all points. Raises UserError where a line is damaged or the file is gone."""
+    def outputs(self) -> Counter[str]:
+        """How many items each point has, whose id is in the count if it has any.
+
+        Raises UserError where a line is damaged, or the file is gone or lacks lines that it had.
+        """
         if lost := self.lost:
             raise UserError(f"{lost}.")
-        return lines.read(self.path / OUTPUTS, fault=self.fault_of_output)
+        items = lines.read(self.path / OUTPUTS, fault=self.fault_of_output)
+        found = collections.Counter(item["point"] for item in items)
+        for point, end in self.ends.items():
+            if found[point] < (had := end.get("outputs", 0)):  # older records don't say
+                raise UserError(
+                    f"{self.path / OUTPUTS} has {found[point]} lines of the point {point}, which "
+                    f"had {had} when it ended; restore the file."
+                )
+        return found
 
     @property
     def lost(self) -> str:
@@ -130,7 +144,7 @@ class Contents:
         try:
             return regular_files.read(path).decode("utf-8", "replace")
         except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}.") from error
+            raise UserError(f"{path} can't be read: {regular_files.why_not(error)}") from error
 
     @property
     def environments(self) -> list[Path]:
@@ -167,8 +181,15 @@ def refuse_others(directory: Path) -> None:
     for path in found:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{path} is no file; remove it, or choose another directory.")
-        if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
+        if not path.is_symlink():
+            continue
+        end = regular_files.resolved(path)
+        if not path.exists():
             raise UserError(
-                f"{path} is a link to {path.resolve()}, outside of the directory; put a copy of "
-                "the file in its place, or choose another directory."
+                f"{path} is a link to nothing ({end}); remove it, or choose another directory."
+            )
+        if not end.is_relative_to(regular_files.resolved(directory)):
+            raise UserError(
+                f"{path} is a link to {end}, outside of the directory; put a copy of the file in "
+                "its place, or choose another directory."
             )

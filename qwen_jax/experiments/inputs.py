@@ -1,6 +1,8 @@
 """What an experiment reads besides its config, and by which contents it is known."""
 
 import hashlib
+import itertools
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,18 +20,32 @@ _SAMPLES, _SAMPLE = 64, 64 << 10
 """Of larger ones, which are weights: this many pieces of this many bytes, evenly spread."""
 
 
-def fingerprint(path: Path) -> str:
-    """Of a file's size and contents, or of all files in a directory. Reads 68 MB at most a file.
+_MOST_FILES = 10_000
+"""In a directory: lm-evaluation-harness has 14,000 of its own, and / has no end."""
+
+
+def fingerprint(path: Path, within: str = "*") -> str:
+    """Of a file's size and contents, or of the files in a directory. Reads 68 MB at most a file.
+
+    Args:
+        within: which files of a directory, as a glob.
 
     Raises UserError where it can't be read.
     """
     digest = hashlib.sha256()
     try:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        found = path.glob(within) if path.is_dir() else [path]
+        files = list(itertools.islice(found, _MOST_FILES + 1))
+        if len(files) > _MOST_FILES:
+            raise UserError(
+                f"{path} holds more than {_MOST_FILES} files, and all of them would have to be "
+                "read; name a directory that has only what is meant."
+            )
+        for file in sorted(files):
             if not file.is_file() or file.suffix == ".pyc":
                 continue
             size = file.stat().st_size
-            digest.update(f"{file.relative_to(path)}:{size}:".encode())
+            digest.update(os.fsencode(file.relative_to(path)) + f":{size}:".encode())
             with file.open("rb") as opened:
                 if size <= _WHOLE:
                     while part := opened.read(1 << 20):
@@ -53,8 +69,9 @@ def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
         experiment = config.experiment
         _add(found, locate, (config.model, experiment.reference.model))
         _add(found, locate_adapter, config.adapter)
-        texts = (config.prompt_file, config.tools, experiment.text, experiment.eval.include)
-        _add(found, ready_made.path, texts)
+        texts = (config.prompt_file, config.tools, experiment.text)
+        _add(found, ready_made.path, [name for name in texts if name and _is_file(name)])
+        _add(found, ready_made.path, (experiment.eval.include,), "**/*")
     return found
 
 
@@ -67,10 +84,19 @@ def of_answers(config: ConfigDict) -> dict[str, str]:
     return found
 
 
+def _is_file(name: str) -> bool:
+    """Whether a text is one to be read, or not there; a directory is refused by whoever opens it,
+    and there is no need to read all that is in it first."""
+    return not os.path.isdir(ready_made.path(name))  # noqa: PTH112 - as in `ready_made`
+
+
 def _add(
-    found: dict[str, str], path_of: Callable[[str], Path], names: Iterable[str | None]
+    found: dict[str, str],
+    path_of: Callable[[str], Path],
+    names: Iterable[str | None],
+    within: str = "*",
 ) -> None:
     for name in names:
         if name is None or name in found or (path_of is not ready_made.path and is_hub_name(name)):
             continue
-        found[name] = fingerprint(path_of(name))
+        found[name] = fingerprint(path_of(name), within)

@@ -127,7 +127,7 @@ def whole(path: Path) -> Iterator[bytes]:
                 if line.endswith(b"\n"):
                     yield line
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+        raise UserError(f"{path} can't be read: {regular_files.why_not(error)}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

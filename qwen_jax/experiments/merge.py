@@ -1,6 +1,5 @@
 """Shards into one directory, which is then as if one machine had run all points."""
 
-import collections
 import contextlib
 import json
 import os
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import utf8
+from qwen_jax import regular_files, utf8
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import lines
 from qwen_jax.experiments.contents import (
@@ -51,7 +50,7 @@ def merge(named: Sequence[Path], out: Path | None) -> list[str]:
         _refuse_others(contents)
         _refuse_doubled(contents)
         for content in contents:
-            collections.deque(content.outputs(), maxlen=0)  # Raises where a line is damaged.
+            content.outputs()  # Raises where a line is damaged, or gone.
         if out is None:
             out = _only(named, contents)
         _refuse_used(out)
@@ -127,9 +126,9 @@ def refuse_named_twice(workdirs: Sequence[Path]) -> None:
     """Raises UserError where two paths are one directory."""
     seen: set[Path] = set()
     for path in workdirs:
-        if path.resolve() in seen:
+        if regular_files.resolved(path) in seen:
             raise UserError(f"{path} is named twice; leave one of them out.")
-        seen.add(path.resolve())
+        seen.add(regular_files.resolved(path))
 
 
 def _refuse_doubled(contents: Sequence[Contents]) -> None:

@@ -5,6 +5,7 @@ model is loaded once and each program compiled once.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,10 @@ def part_of(planned: list[Planned], shard: str | None) -> list[Planned]:
 def _parsed(shard: str | None) -> tuple[int, int]:
     if shard is None:
         return 1, 1
-    number, _, count = shard.partition("/")
-    if not (
-        shard.isascii()
-        and number.isdecimal()
-        and count.isdecimal()
-        and 1 <= int(number) <= int(count)
-    ):
-        raise UserError(f"--shard is {shard!r}, but it must be i/n, from 1/n to n/n.")
-    return int(number), int(count)
+    parts = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
+    if not (parts and 1 <= int(parts[1]) <= int(parts[2])):
+        raise UserError(f"--shard is {shard!r:.60}, but it must be i/n, from 1/n to n/n.")
+    return int(parts[1]), int(parts[2])
 
 
 def _task(point: Point) -> Task:

@@ -170,7 +170,7 @@ class Records:
         try:
             self.resumed = self._claim(description, source)
             contents = Contents.read(directory)
-            self._with_outputs = {item["point"] for item in contents.outputs()}
+            self._items = contents.outputs()
             self._metrics = Lines(directory / METRICS)
             self._outputs = Lines(directory / OUTPUTS)
             self.ends = contents.ends
@@ -220,6 +220,8 @@ class Records:
 
     def event(self, event: str, **fields: Any) -> None:
         record = {"event": event, **fields}
+        if event in ("finished", "failed"):  # A file cut at a line's end would look whole.
+            record["outputs"] = self._items[fields["point"]]
         for file in (self._metrics, self._outputs):
             file.check_in_place()
         self._metrics.append(record)
@@ -230,12 +232,13 @@ class Records:
 
     def output(self, point: Point, item: dict[str, Any]) -> None:
         self._outputs.append({"point": point.id, **item})
+        self._items[point.id] += 1
 
     def outputs(
         self, point: Point, fault: Callable[[dict[str, Any]], str]
     ) -> Iterator[dict[str, Any]]:
         """The items of a point that earlier sessions recorded, without a fault."""
-        if point.id in self._with_outputs:
+        if point.id in self._items:
             start = f'{{"point": "{point.id}"'.encode()
             yield from lines.read(self.directory / OUTPUTS, start, fault=fault)
 

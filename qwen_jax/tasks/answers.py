@@ -15,14 +15,18 @@ from typing import IO, Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import regular_files, settings, strict_json, task_fields
-from qwen_jax.api import Model
+from qwen_jax import choices, regular_files, settings, strict_json, task_fields
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import inputs, lines
+from qwen_jax.experiments import inputs, kinds, lines
 from qwen_jax.prompt_lines import Item, Wrong
 
 Key = tuple[str | int, int]
 """A prompt's id and the sample."""
+
+_ID = kinds.Kind("a text or a whole number", lambda value: type(value) in (str, int))
+_ERROR = {"id": _ID, "error": kinds.TEXT}
+_ANSWER = {"id": _ID, "sample": kinds.NATURAL, "text": kinds.TEXT}
+"""What the lines of a file of answers have for sure."""
 
 _NO_MATTER = ("prompt", "prompt_file", "output", "ordered", "strict", "resume", "slots", "trace")
 """Fields that decide which prompts are answered and where answers go, but no answer."""
@@ -53,39 +57,47 @@ class Answers:
             or any((item.id, sample) not in self.done for sample in range(item.samples(n)))
         ]
 
-    def settle(self, made_with: Mapping[str, Any], items: Sequence[Item | Wrong]) -> None:
-        """Notes what the answers are made with and of, or holds it against what was noted.
+    def check(
+        self, config: ConfigDict, items: Sequence[Item | Wrong], *, loaded: bool = False
+    ) -> None:
+        """Holds what the answers are made with and of against what was noted.
+
+        Args:
+            loaded: what the model recommends is known, and in the config.
 
         Raises UserError where they differ: half of the answers would be others.
         """
-        if self.path is None:
+        if self.path is None or not self.resumed:
             return
         beside = _settings_file(self.path)
-        prompts = {json.dumps(item.id): _digest(item) for item in items if isinstance(item, Item)}
-        if self.resumed and beside.exists():
-            noted = strict_json.read_object(beside, most=regular_files.MOST_BYTES)
-            wanted = json.loads(json.dumps(made_with))
-            if lacking := [name for name in (*wanted, "prompts") if name not in noted]:
+        if not beside.exists():  # of a run that was killed before its first answer
+            return
+        noted = strict_json.read_object(beside, most=regular_files.MOST_BYTES)
+        wanted = json.loads(json.dumps(_made_with(config, loaded=loaded)))
+        if lacking := [name for name in (*wanted, "prompts") if name not in noted]:
+            raise UserError(
+                f"{beside} doesn't say with which {lacking[0]} --output={self.path} was begun, so "
+                "that --resume can't go on with it; restore the file, or choose another name."
+            )
+        if not isinstance(noted["prompts"], dict):
+            raise UserError(
+                f"{beside}: prompts is {noted['prompts']!r:.60}, but it must be an object, {{...}};"
+                " restore the file, or choose another name."
+            )
+        for field, value in wanted.items():
+            if noted[field] != value:
                 raise UserError(
-                    f"{beside} doesn't say with which {lacking[0]} --output={self.path} was begun, "
-                    "so that --resume can't go on with it; restore the file, or choose another "
-                    "name."
+                    f"--output={self.path} was begun with {field} {noted[field]!r:.60}, which is "
+                    f"{value!r:.60} now; go on with the same settings, or choose another name."
                 )
-            if not isinstance(noted["prompts"], dict):
-                raise UserError(
-                    f"{beside}: prompts is {noted['prompts']!r:.60}, but it must be an object, "
-                    "{...}; restore the file, or choose another name."
-                )
-            for field, value in wanted.items():
-                if noted[field] != value:
-                    raise UserError(
-                        f"--output={self.path} was begun with {field} {noted[field]!r:.60}, which "
-                        f"is {value!r:.60} now; go on with the same settings, or choose another "
-                        "name."
-                    )
-            self._check_prompts(noted["prompts"], prompts)
-        content = {**made_with, "prompts": prompts}
-        lines.write_atomically(beside, json.dumps(content, indent=1) + "\n")
+        self._check_prompts(noted["prompts"], _digests(items))
+
+    def settle(self, config: ConfigDict, items: Sequence[Item | Wrong]) -> None:
+        """Checks the same once the model is loaded, and notes it."""
+        self.check(config, items, loaded=True)
+        if self.path is not None:
+            content = _made_with(config, loaded=True) | {"prompts": _digests(items)}
+            lines.write_atomically(_settings_file(self.path), json.dumps(content, indent=1) + "\n")
 
     def _check_prompts(self, noted: Mapping[str, str], prompts: Mapping[str, str]) -> None:
         for name in dict.fromkeys(json.dumps(name) for name, _ in self.done):
@@ -98,15 +110,22 @@ class Answers:
                 )
 
 
-def made_with(config: ConfigDict, model: Model) -> dict[str, Any]:
+def _made_with(config: ConfigDict, *, loaded: bool) -> dict[str, Any]:
     """What decides the answers, by field: what it was, where the config leaves it open, and of
-    files their contents."""
+    files their contents.
+
+    Args:
+        loaded: what the model recommends is known, and in the config where that is to be followed;
+            else such fields are left out.
+    """
+    unknown = () if loaded or config.generation_config == "none" else ("sampling",)
     return {
         field: value
         for field, value in settings.flatten(config)
-        if task_fields.reads("generate", field) and field.partition(".")[0] not in _NO_MATTER
+        if task_fields.reads("generate", field)
+        and field.partition(".")[0] not in (*_NO_MATTER, *unknown)
     } | {
-        "dtype": str(model.engine.spec.weights),
+        "dtype": choices.dtype_of(config.dtype).name,
         "contents": inputs.of_answers(config),
     }
 
@@ -123,30 +142,14 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         return
     if config.output == "-":
         raise UserError("--output=- is no file; leave --output out, and answers go to stdout.")
-    path = Path(config.output)
+    path, then = Path(config.output), ""
     try:
-        if path.is_dir():
-            raise UserError(
-                f"--output={config.output} is a directory; name a file in it, as in "
-                f"--output={path / 'answers.jsonl'}."
-            )
-        if path.exists() and not path.is_file():
-            raise UserError(
-                f"--output={path} is no file; name one, or leave it out, and answers go to stdout."
-            )
-        resumed = config.resume and path.exists()
+        resumed = _goes_on(path, config.resume)
         file = _opened(path, "a" if resumed else "x")
-    except FileExistsError:
-        raise UserError(
-            f"--output={path} exists already; go on with it by --resume, or choose another name."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--output={path} can't be written: {regular_files.why_not_written(error)}"
-        ) from error
-    try:
+        then = ", and --resume goes on"
         with contextlib.ExitStack() as files:
             _hold(files.enter_context(file), path)
+            files.callback(_remove_if_empty, path)  # Only now: it may have been another run's.
             done, cut = _written(path) if resumed else (frozenset[Key](), False)
             if cut:
                 lines.write_pieces(path, (line for line, key in _lines(path) if key))
@@ -156,10 +159,32 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
     except BrokenPipeError:  # stderr's
         raise
     except OSError as error:  # A full disk's doesn't know the file, and closing it tries again.
+        why = regular_files.why_not_written(error, then)
+        raise UserError(f"--output={path} can't be written: {why}") from error
+
+
+def _goes_on(path: Path, resume: bool) -> bool:
+    """Whether the file is there, to be gone on with. Raises UserError where it can't be one."""
+    if path.is_dir():
         raise UserError(
-            f"--output={path} can't be written: {error.strerror}; make room, and --resume goes on."
-        ) from error
-    finally:
+            f"--output={path} is a directory; name a file in it, as in "
+            f"--output={path / 'answers.jsonl'}."
+        )
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f"--output={path} is no file; name one, or leave it out, and answers go to stdout."
+        )
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"--output={path} is a link to nothing; choose another name.")
+    if path.exists() and not resume:
+        raise UserError(
+            f"--output={path} exists already; go on with it by --resume, or choose another name."
+        )
+    return path.exists()
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):  # of which the run's own end says more
         if path.stat().st_size == 0:
             path.unlink()
             _settings_file(path).unlink(missing_ok=True)
@@ -168,6 +193,11 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
 def _opened(path: Path, mode: str) -> IO[str]:
     # As in stdout, half of a surrogate pair in a prompt's id becomes its JSON escape.
     return path.open(mode, -1, "utf-8", errors="backslashreplace", newline="\n")
+
+
+def _digests(items: Sequence[Item | Wrong]) -> dict[str, str]:
+    """Of the prompts by their ids, as JSON writes them."""
+    return {json.dumps(item.id): _digest(item) for item in items if isinstance(item, Item)}
 
 
 def _digest(item: Item) -> str:
@@ -233,13 +263,10 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Key | None]]:
             if not line.endswith(b"\n"):
                 yield line, None
                 return
-            try:
-                record = json.loads(line)
-                key = None if "error" in record else (record["id"], record["sample"])
-                hash(key)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            where = f"--output={path}, line {number} is no answer of a run"
+            record = strict_json.parse_object(line, where, allow_halves=True)
+            if wrong := kinds.fault(record, _ERROR if "error" in record else _ANSWER):
                 raise UserError(
-                    f"--output={path}, line {number} is no answer of a run, so that --resume can't "
-                    "go on with it; choose another name."
-                ) from error
-            yield line, key
+                    f"{where}, so that --resume can't go on with it: {wrong}; choose another name."
+                )
+            yield line, None if "error" in record else (record["id"], record["sample"])

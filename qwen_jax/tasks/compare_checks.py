@@ -9,6 +9,8 @@ from qwen_jax.accuracy import distribution, gates, references
 from qwen_jax.accuracy.base_file import SavedBase
 from qwen_jax.accuracy.precision_search import DTYPES
 from qwen_jax.errors import UserError
+from qwen_jax.opening import locate
+from qwen_jax.weights.hub_names import is_hub_name
 
 PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
 BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
@@ -52,6 +54,14 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
             )
     if "tensors" in parts:
         references.check(compare.reference)
+        if compare.decode_tokens < 0:
+            raise UserError(
+                f"compare.decode_tokens is {compare.decode_tokens}, but it must not be negative."
+            )
+    if "precision" in parts and not compare.precision_kld > 0:  # which NaN is not
+        raise UserError(
+            f"compare.precision_kld is {compare.precision_kld}, but it must be above 0."
+        )
     if "precision" in parts and compare.precision_dtype not in DTYPES:
         raise UserError(
             f"precision_dtype is {compare.precision_dtype!r:.40}, but it must be one of "
@@ -104,6 +114,8 @@ def _check_base(base: ConfigDict) -> None:
             "There is no base to compare with; give --base=FILE, or --base_dtype, --base_model, "
             "--base_weights or --base_implementation."
         )
+    if base.model is not None and not is_hub_name(base.model):  # that is found when it is pinned
+        locate(base.model)
     for name, check_value in (
         ("dtype", choices.dtype_of),
         ("weights", choices.check_weights),

@@ -4,12 +4,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from qwen_jax import in_force, ready_made, regular_files
+from qwen_jax import in_force, ready_made
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
 from qwen_jax.experiments.runner import Runner, devices_line
+from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.settings import Command
 from qwen_jax.terminal import visible
 
@@ -20,8 +19,9 @@ def run(command: Command) -> int:
     if "" not in sys.path:
         sys.path.append("")  # The working directory, where scores and tasks of one's own may be.
     declared = declaration.declare(command)
-    planned = plan.part_of(plan.plan(declared.points), config.runner.shard)
-    _warn_of_idle(declared.points)
+    whole = plan.plan(declared.points)
+    planned = plan.part_of(whole, config.runner.shard)
+    _warn_of_idle(whole)
     if config.runner.dry_run:
         print(visible(plan.listed(planned)))
         return 0
@@ -50,22 +50,21 @@ def run(command: Command) -> int:
     return 1 if failed else 0
 
 
-def _warn_of_idle(points: Sequence[declaration.Point]) -> None:
+def _warn_of_idle(planned: Sequence[plan.Planned]) -> None:
     """Warns once of a seed or a filter that does nothing in any point, since all are greedy."""
-    if any(_may_draw(point.config) for point in points):
-        return
-    asked = {field.removeprefix("sampling.") for point in points for field in point.asked}
-    in_force.warn_of_greedy(asked, max(point.config.n for point in points))
-
-
-def _may_draw(config: ConfigDict) -> bool:
-    """Whether answers may be drawn, or the task has another use for the seed."""
-    if config.experiment.task != "generate" or config.generation_config != "none":
-        return True
-    if config.sampling.temperature > 0 or config.prompt_file is None:
-        return config.sampling.temperature > 0
-    with regular_files.opened(ready_made.path(config.prompt_file)) as file:
-        return any(b'"temperature"' in line for line in file)
+    idle: set[str] = set()
+    samples = 1
+    for point, task in ((item.point, item.task) for item in planned):
+        config = point.config
+        if type(task) is not Generate or config.generation_config != "none":
+            return  # Answers may be drawn, or the seed is of another use.
+        for own in task.own:
+            if own.get("temperature", config.sampling.temperature) > 0:
+                return
+            idle |= own.keys()
+            samples = max(samples, own.get("n", config.n))
+        idle |= {field.removeprefix("sampling.") for field in point.asked}
+    in_force.warn_of_greedy(idle, samples)
 
 
 def _announce(declared: declaration.Declaration, opened: records.Records, count: int) -> None:

@@ -58,10 +58,11 @@ def run(command: Command) -> int:
         if config.output is not None:
             answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
+        written.check(config, items)
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        written.settle(answers.made_with(config, model), items)
+        written.settle(config, items)
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0
@@ -144,8 +145,6 @@ def _check_trace(config: ConfigDict) -> None:
     path = Path(config.trace.file)
     if why := regular_files.why_taken(path, "trace.safetensors"):
         raise UserError(f"--trace={path} {why}")
-    if not path.parent.is_dir():
-        raise UserError(f"--trace={path} can't be written: {path.parent} is no directory.")
 
 
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from qwen_jax import regular_files
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import merge, report
 from qwen_jax.settings import Command
@@ -17,8 +18,8 @@ def run(command: Command) -> int:
     out, names = paths[0], None
     if len(paths) > 1:
         # Beside the experiments, under a name that says which they are.
-        out = Path(os.path.commonpath([path.resolve().parent for path in paths]))
-        stem = "+".join(path.resolve().name for path in paths)
+        out = Path(os.path.commonpath([regular_files.resolved(path).parent for path in paths]))
+        stem = "+".join(regular_files.resolved(path).name for path in paths)
         names = (f"{stem}.csv", f"{stem}.html")
     if command.config.workdir is not None:
         out = Path(command.config.workdir)

@@ -98,7 +98,7 @@ def fill(
     return all(list(_pool().map(chunk, starts)))
 
 
-def decoded(raw: UInt8[np.ndarray, "bytes"], kind: TensorType) -> Float[np.ndarray, "values"]:
+def decoded(raw: UInt8[np.ndarray, "bytes"], kind: TensorType) -> Float[np.ndarray, " values"]:
     """The values of some whole blocks, on this thread; of plain numbers, the bytes themselves."""
     if isinstance(kind, OtherType):
         return _FLOAT8[kind][raw]

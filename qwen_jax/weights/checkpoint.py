@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from qwen_jax import config_gguf, config_hf
+from qwen_jax import config_gguf, config_hf, regular_files
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.file_kinds import kind_of
-from qwen_jax.regular_files import is_there
 from qwen_jax.weights import names, recognition
 from qwen_jax.weights.checksum import check_sha256
 from qwen_jax.weights.gguf_file import open_gguf, split_paths
@@ -87,7 +86,7 @@ def open_checkpoint(
     try:
         return _open(given, sha256, progress)
     except OSError as error:  # a directory that may be listed and not entered
-        raise UserError(f"{given}: it cannot be read: {regular_files.why_not(error)}") from None
+        raise UserError(f"{given}: it can't be read: {regular_files.why_not(error)}") from None
 
 
 def _open(given: Path, sha256: str | None, progress: Progress | None) -> Checkpoint:
@@ -114,7 +113,7 @@ def _stands_for_directory(path: Path) -> bool:
     """Whether it is a file that means the Hugging Face checkpoint, or adapter, in which it lies."""
     configs = ("config.json", "adapter_config.json")
     if path.suffix != ".safetensors" or not path.is_file():
-        return path.name in (*configs, INDEX) and is_there(path)
+        return path.name in (*configs, INDEX) and regular_files.is_there(path)
     beside = any((path.parent / config).is_file() for config in configs)
     return beside and kind_of(path, "safetensors") is None
 
@@ -122,7 +121,9 @@ def _stands_for_directory(path: Path) -> bool:
 def _is_hf(directory: Path) -> bool:
     """Repositories of GGUF files may have a config.json too, but no safetensors."""
     kinds = {file.suffix.lower() for file in directory.glob("*") if file.is_file()}
-    return is_there(directory / "config.json") and (".safetensors" in kinds or ".gguf" not in kinds)
+    return regular_files.is_there(directory / "config.json") and (
+        ".safetensors" in kinds or ".gguf" not in kinds
+    )
 
 
 def _only_gguf(directory: Path) -> Path:
@@ -157,8 +158,9 @@ def _open_gguf(path: Path, opened: OpenFiles) -> Checkpoint:
     config = config_gguf.read(
         files.metadata, vocab_size=rows, tied=head.gguf not in files.tensors, source=str(path)
     )
-    tokens = files.metadata.get("tokenizer.ggml.tokens", [])
-    if len(tokens) > rows:  # fewer: the other rows are padding
+    tokens = files.metadata.get("tokenizer.ggml.tokens")
+    # Fewer: the other rows are padding. No list: whoever reads the tokenizer says so.
+    if isinstance(tokens, list) and len(tokens) > rows:
         raise UserError(
             f"{path}: tokenizer.ggml.tokens has {len(tokens)} tokens, but {embed.gguf} only {rows} "
             "rows; the tokenizer belongs to another model, so convert the checkpoint again."

@@ -137,7 +137,7 @@ class PackedIntegers(abc.ABC):
         name = f"{self.module}.{part}"
         return self.files.raw(name).view("<u4").reshape(self.files.tensors[name].shape)
 
-    def order(self) -> Int32[np.ndarray, "columns"]:
+    def order(self) -> Int32[np.ndarray, " columns"]:
         """The group of each input."""
         return np.arange(self.shape[1], dtype=np.int32) // self.inputs_per_group
 
@@ -200,7 +200,7 @@ class Gptq(PackedIntegers):
                     f"but there are {self.groups}; take the checkpoint and its config together."
                 )
 
-    def order(self) -> Int32[np.ndarray, "columns"]:
+    def order(self) -> Int32[np.ndarray, " columns"]:
         return self.words("g_idx").view(np.int32) if self.ordered else super().order()
 
     def integers(

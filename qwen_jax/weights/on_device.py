@@ -234,7 +234,7 @@ def _empty(
     return _zeros(shape, dtype) if device is None else jnp.zeros(shape, dtype, device=device)
 
 
-def decoded(raw: UInt8[Array, "bytes"], kind: GGMLQuantizationType) -> Float32[Array, "values"]:
+def decoded(raw: UInt8[Array, "bytes"], kind: GGMLQuantizationType) -> Float32[Array, " values"]:
     """The values of some whole blocks, as `blocks.decoded` has them on the host."""
     block = FORMATS[kind]
     return block.decode(_fields(raw.reshape(-1, block.layout.itemsize), block.layout)).reshape(-1)

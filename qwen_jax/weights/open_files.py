@@ -43,7 +43,7 @@ class OpenFile:
             raise UserError(f"{path}: the file is empty; download or copy it again.") from None
         except OSError as error:
             raise UserError(
-                f"{path}: the file cannot be read ({error.strerror}); check the path."
+                f"{path}: the file can't be read: {regular_files.why_not(error)}"
             ) from None
         self._bytes = np.frombuffer(self.map, np.uint8)
 

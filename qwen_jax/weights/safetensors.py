@@ -37,6 +37,13 @@ def read_safetensors(path: Path, opened: OpenFiles) -> dict[str, TensorInfo]:
     Raises UserError for anything but well-formed safetensors. A type that cannot be computed with
     is no fault of the file: who needs the tensor will say so.
     """
+    return read_with_metadata(path, opened)[1]
+
+
+def read_with_metadata(
+    path: Path, opened: OpenFiles
+) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """The same after the texts that the file's writer put beside its tensors."""
     with told_by_kind(path, "safetensors"):
         data = opened[path].map
         if len(data) < 8:
@@ -51,10 +58,11 @@ def read_safetensors(path: Path, opened: OpenFiles) -> dict[str, TensorInfo]:
                 "finish the download, or compare size and SHA-256 with the published ones."
             )
         header = _header(data[8:start], path)
-        _check_metadata(header.pop("__metadata__", None), path)
+        metadata = header.pop("__metadata__", None)
+        _check_metadata(metadata, path)
         tensors = {name: _tensor(name, entry, path) for name, entry in header.items()}
         _check_layout(header, path, len(data) - start)
-        return {name: _moved(info, start) for name, info in tensors.items()}
+        return metadata or {}, {name: _moved(info, start) for name, info in tensors.items()}
 
 
 def _header(raw: bytes, path: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from qwen_jax.accuracy.base_file import SavedBase, save, scored
+from qwen_jax.accuracy.base_file import METADATA, SavedBase, save, scored
 from qwen_jax.errors import UserError
 from tests.numpy_reference import log_softmax
 
@@ -115,3 +115,10 @@ def test_an_interrupted_one_is_not_left_behind(name: str, tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / name, "a model", WINDOWS, interrupted(), VOCAB)
     assert not list(tmp_path.iterdir())
+
+
+def test_metadata_that_are_no_json(tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    save_file({"windows": np.zeros((1, 4), np.int32)}, path, metadata={METADATA: "[" * 100_000})
+    with pytest.raises(UserError, match=r"b\.safetensors, its metadata: its JSON is nested too"):
+        SavedBase(path)

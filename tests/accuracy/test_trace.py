@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from qwen_jax.accuracy import trace as trace_module
 from qwen_jax.accuracy.trace import (
     AXES,
     METADATA,
@@ -193,6 +194,7 @@ def rewritten(path: Path, **fields: Any) -> Path:
         ({"colour": "red"}, "field 'colour' is unknown"),
         ({"tokens": [1, 2.5]}, "tokens must be a list of int"),
         ({"start": "1"}, "start must be of type int"),
+        ({"model_sha256": [1]}, "model_sha256 must be of type str, or null"),
         ({"device": None}, "device must be of type str"),
         ({"stop": 5}, r"'embed' has the shape \(3, 96\)"),
     ],
@@ -204,13 +206,60 @@ def test_damaged_headers_are_refused(fields: dict[str, Any], message: str, tmp_p
     assert str(error.value).startswith(str(path))
 
 
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_truncated_files_are_refused(keep: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [(0, "is empty"), (7, "has 7 bytes"), (100, "claims to end at byte"), (-1, "the last tensor")],
+)
+def test_truncated_files_are_refused(keep: int, message: str, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     random_trace(wanted=["embed", "logits"]).save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="no safetensors file, or truncated"):
+    with pytest.raises(UserError, match=message):
         load(path)
+
+
+def test_a_trace_written_to_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Header and tensors are of one file: another that takes its name is not looked at, and what
+    changes the one that is open is told."""
+    path, other = tmp_path / "t.safetensors", tmp_path / "other.safetensors"
+    random_trace(wanted=["embed"]).save(path)
+    save_file({"x": np.zeros(1)}, other)
+    read = trace_module.read_with_metadata
+
+    def replaced(*args: Any) -> Any:
+        found = read(*args)
+        other.replace(path)
+        return found
+
+    monkeypatch.setattr(trace_module, "read_with_metadata", replaced)
+    assert load(path).tensors.keys() == {"embed"}
+
+    def cut(*args: Any) -> Any:
+        found = read(*args)
+        path.write_bytes(path.read_bytes()[:-8])
+        return found
+
+    random_trace(wanted=["embed"]).save(path)
+    monkeypatch.setattr(trace_module, "read_with_metadata", cut)
+    with pytest.raises(UserError, match="was written to while it was read"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": 1, "version": 1}', "{", "[]"])
+def test_a_header_that_is_no_json(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_file({"x": np.zeros(1)}, path, metadata={METADATA: text})
+    with pytest.raises(UserError, match=r"t\.safetensors: the header: "):
+        load(path)
+
+
+def test_types_that_numpy_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_file({"x": np.zeros(4, ml_dtypes.float8_e4m3fn)}, path)
+    with pytest.raises(UserError, match="the tensor 'x' is of type F8_E4M3, and only F16"):
+        trace_module.read_safetensors(path)
 
 
 def test_files_that_are_no_traces_are_refused(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ FIELDS = {
     "{'model': None}": "sets model to None, but it must be text",
     "{'stop': 'abc'}": "sets stop to 'abc', but it must be a tuple of texts",
     "{'sampling': {'temperature': '1'}}": "sets sampling.temperature to '1', but it must be",
+    "{'output': ''}": "output, which",
+    "{'output': 'a\\0b'}": "is 'a\\x00b', but it can't hold a NUL character",
 }
 
 

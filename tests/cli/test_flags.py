@@ -1,10 +1,13 @@
 """Flags, values and tasks that make no sense; the order in which settings win."""
 
+import importlib
 import importlib.metadata
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -49,7 +52,19 @@ from tests.cli.conftest import REPOSITORY, Run
         ("--max_tokens=1.5", "--max_tokens is '1.5', but it must be a whole number"),
         ("--temperature=hot", "--temperature is 'hot', but it must be a number"),
         ("--raw=maybe", "--raw is 'maybe', but it must be true or false"),
-        ("--flagfile=nowhere", "Unable to open flagfile"),
+        ("--noraw=x", "--noraw=x does not take an argument; leave the value out."),
+        # absl's own would read a pipe for ever, and pass over a flag in silence.
+        ("--flagfile=/dev/zero", "no flag --flagfile; see run.py --help"),
+        ("--undefok=temp --temp=1", "no flag --undefok; see run.py --help"),
+        # A shell's variable that is not set; an empty workdir was the working directory, and an
+        # empty gate none.
+        ("--prompt_file=", "--prompt_file is empty; give it a value, or leave it out."),
+        ("--config.output=", "--config.output is empty"),
+        ("experiment --workdir=", "--workdir is empty"),
+        ("compare --fail_if=", "--fail_if is empty"),
+        ("compare --plant=", "--plant is empty"),
+        ("report ", "An argument of report is empty; name a directory, or leave it out."),
+        ("merge a ", "An argument of merge is empty"),
         (
             "--config.sampling.temprature=1",
             "no flag --config.sampling.temprature; did you mean --config.sampling.temperature?",
@@ -111,7 +126,6 @@ def test_refused(refuses: Callable[..., None], argv: str, words: str) -> None:
         ("--prompt=x --suffix=y --system=z", "--prompt: A suffix is a text that follows one other"),
         ("--prompt=x --continue_final_message", "--prompt: continue_final_message needs a chat"),
         ("--prompt_file=nowhere.txt", "nowhere.txt can't be read: No such file"),
-        ("--prompt_file=", "can't be read"),
         (f"--prompt_file={'x' * 5000}", "can't be read: File name too long"),
     ],
 )
@@ -227,3 +241,38 @@ def test_version_and_module() -> None:
 def test_the_console_command_is_run_py() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="qwen-jax")
     assert entry.load() is runpy.run_path(str(REPOSITORY / "run.py"))["entry"] is cli.entry
+
+
+def test_run_py_where_no_environment_is_activated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a newcomer types it after `make run`, and before it."""
+    script = Path(shutil.copy(REPOSITORY / "run.py", tmp_path))
+    monkeypatch.setitem(sys.modules, "qwen_jax.cli", None)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--n=2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2
+    assert "has no qwen_jax.cli; `make run` sets up an environment" in capsys.readouterr().err
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch()
+
+    def execv(path: Path, argv: list[str]) -> None:
+        assert (path, argv) == (own, [str(own), str(script), "--n=2"])
+        raise SystemExit(7)
+
+    monkeypatch.setattr("os.execv", execv)
+    with pytest.raises(SystemExit, match="7"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_a_variable_that_jax_refuses(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str) -> None:
+        raise ValueError("invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'")
+
+    monkeypatch.setattr(importlib, "import_module", refused)
+    said = "JAX can't start: invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'; correct"
+    refuses(["inspect"], said)

@@ -60,13 +60,13 @@ def test_without_a_tokenizer(refuses: Callable[..., None], tmp_path: Path) -> No
     ("name", "words"),
     [
         ("nowhere.gguf", "there is no such file"),
-        ("", "there is no such file"),
+        ("", "--model is empty"),
         ("~nobody/x.gguf", "there is no such file"),
         ("x" * 5000, "there is no such file"),
         ("http://host/x.gguf", "an address can't be read as a model"),
         ("hf:", "does not read hf:owner/repo"),
         ("hf:a/b:c:d", "does not read hf:owner/repo"),
-        ("/dev/null", "cannot be read"),
+        ("/dev/null", "can't be read: it is a device"),
     ],
 )
 def test_that_are_not_there(refuses: Callable[..., None], name: str, words: str) -> None:
@@ -89,7 +89,7 @@ def test_directories(refuses: Callable[..., None], tmp_path: Path) -> None:
     [
         ("0" * 64, "the SHA-256 is"),
         ("abc", "'abc' is not 64 hexadecimal digits"),
-        ("", "'' is not 64 hexadecimal digits"),  # as an unset variable leaves it
+        ("", "--sha256 is empty"),  # as an unset variable leaves it
         (f"{'0' * 64},{'0' * 64}", "2 hash(es) were given"),
     ],
 )

@@ -59,6 +59,9 @@ FILES = {
     b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n": "line 1: the number 99999",
     b'{"prompt": "a", "temperature": NaN}\n': "line 1: sampling.temperature is nan, but it must be",
     b'{"prompt": "a", "temperature": 1e-31}\n': "must be 0 (greedy) or from 1e-30 to 1e+30.",
+    b'{"prompt": "a", "logit_bias": {"%s": 1}}\n' % (b"9" * 5000): "logit_bias has '9999",
+    b'{"prompt": "a", "logit_bias": {"1": %s}}\n' % (b"9" * 400): "logit_bias has '1': 9999",
+    b'{"prompt": "a", "logit_bias": {"1": 1, "01": 2}}\n': "logit_bias names token 1 twice",
     '{"prompt": "a", "logit_bias": {"٣": 1}}\n'.encode(): "line 1: logit_bias has '٣': 1, but it",
     b'{"messages": [{"role": "user", "content": "a", "role": "b"}]}\n': "the key 'role' appears tw",
     b"[" * 100000: "line 1: its JSON is nested too deeply",
@@ -223,7 +226,6 @@ def test_output_is_checked_before_the_model_is_loaded(
     for output, words in (
         (kept, "kept.jsonl exists already; go on with it by --resume, or choose another name"),
         (tmp_path, f"is a directory; name a file in it, as in --output={tmp_path}/answers.jsonl."),
-        ("", "--output= is a directory; name a file in it, as in --output=answers.jsonl."),
         (".", "--output=. is a directory; name a file in it"),
         ("/dev/null", "/dev/null is no file; name one, or leave it out, and answers go to stdout"),
         (

@@ -62,7 +62,7 @@ def test_a_full_disk_names_the_file_and_is_gone_on_from(run: Run, tmp_path: Path
         result = run(f"--prompt_file={path}", f"--output={output}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = f"error: --output={output} can't be written: File too large; make room, and --resume"
+    said = f"error: --output={output} can't be written: File too large; allow larger files"
     assert result.code == 2 and said in result.err and "Traceback" not in result.err
     assert run(f"--prompt_file={path}", f"--output={output}", "--resume").code == 3
     assert len(answers_in(output.read_text())) == 10
@@ -119,18 +119,26 @@ def test_two_runs_do_not_share_an_output(refuses: Callable[..., None], tmp_path:
     with output.open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         refuses([f"--prompt_file={path}", f"--output={output}", "--resume"], "no other run writes")
+    assert output.exists()  # It was removed, since it was empty: the other run's answers were lost.
 
 
 @pytest.mark.usefixtures("loaded")
-def test_what_cannot_be_resumed(run: Run, refuses: Callable[..., None], tmp_path: Path) -> None:
+def test_what_cannot_be_resumed(
+    run: Run, refuses: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, output = file_of(tmp_path), tmp_path / "out.jsonl"
     argv = [f"--prompt_file={path}", f"--output={output}"]
     run(*argv)
     kept = output.read_text()
     refuses([f"--prompt_file={path}", "--resume"], "--resume needs --output")
+    monkeypatch.setattr("qwen_jax.api.load", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    said = "was begun with sampling.temperature 0.0, which is 0.5 now"
     changed = run(*argv, "--resume", "--temperature=0.5")
-    assert changed.code == 2
-    assert "was begun with sampling.temperature 0.0, which is 0.5 now" in changed.err
+    assert changed.code == 2 and said in changed.err
+    output.write_text(kept + '{"id": 1, "sample": "0", "text": "a"}\n')
+    said = "line 11 is no answer of a run, so that --resume can't go on with it: 'sample' is '0'"
+    refuses([*argv, "--resume"], said)
+    output.write_text(kept)
     path.write_text('{"id": 1, "prompt": "a"}\n{"prompt": "b"}\n{"id": 2, "prompt": "c"}\n')
     refuses([*argv, "--resume"], "prompts.jsonl has two prompts with the id 2, by which")
     output.write_text(kept + "[]\n")

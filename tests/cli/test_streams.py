@@ -1,5 +1,6 @@
 """stdin, stdout and stderr that are closed, full or in another encoding."""
 
+import contextlib
 import errno
 import io
 import os
@@ -39,7 +40,31 @@ def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str])
         result = run(*argv)
         sys.stdout.close()
     assert result.code == 2
-    assert result.err.endswith(f"error: [Errno {errno.ENOSPC}] No space left on device\n")
+    said = "error: stdout can't be written: No space left on device; make room.\n"
+    assert result.err.endswith(said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("argv", [["--temp=1"], ["--max_tokens=1"]])
+def test_a_full_disk_for_messages(
+    run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Path("/dev/full").open("w", buffering=1))  # noqa: SIM115
+        assert run(*argv).code == 2
+        with contextlib.suppress(OSError):
+            sys.stderr.close()
+
+
+def test_a_file_that_nobody_was_ready_to_fail(
+    refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "some\x1bfile")
+
+    monkeypatch.setattr("qwen_jax.tasks.inspect.memory_lines", fail)
+    said = "error: some\\x1bfile can't be used: Permission denied; change its permissions."
+    refuses(["inspect"], said)
 
 
 def test_closed_streams(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

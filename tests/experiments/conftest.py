@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import loaded, model, refuses, run
+from tests.cli.conftest import loaded, model, nothing_loads, refuses, run
 from tests.fake_hub import hub_server
 
-__all__ = ["experiment", "hub_server", "loaded", "model", "refuses", "run"]
+__all__ = ["experiment", "hub_server", "loaded", "model", "nothing_loads", "refuses", "run"]
 
 CONFIG = '''"""What this is about."""
 from ml_collections import ConfigDict

@@ -57,6 +57,28 @@ OUTPUTS = {
 }
 
 
+def test_a_file_cut_at_a_lines_end(
+    experiment: Experiment,
+    run: Callable,
+    refuses: Callable[..., None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It looks whole, and what was in it is gone."""
+    argv, outputs = experiment('axis("n", [1, 2])'), tmp_path / "w" / "outputs.jsonl"
+    assert run(*argv).code == 0
+    whole = outputs.read_text().splitlines(True)
+    outputs.write_text("".join(whole[:-1]))
+    (*_, point) = json.loads((tmp_path / "w" / "config.json").read_text())["assigned"]
+    said = f"{outputs} has 11 lines of the point {point}, which had 12 when it ended; restore the"
+    refuses(argv, said)
+    refuses(["merge", str(tmp_path / "w"), f"--workdir={tmp_path / 'merged'}"], said)
+    assert run("report", str(tmp_path / "w")).code == 0 and said in caplog.text
+    events = tmp_path / "w" / "metrics.jsonl"
+    events.write_text(events.read_text().replace('"outputs": 12', '"outputs": -1'))
+    refuses(argv, "'outputs' is -1, but it must be a number from 0 on")
+
+
 def test_lines_that_are_no_records(
     experiment: Experiment, run: Callable, refuses: Callable, tmp_path: Path
 ) -> None:
@@ -141,6 +163,10 @@ def test_records_that_are_pipes_or_links(
     for make, words in (
         (os.mkfifo, f"{path} is no file; remove it"),
         (lambda path: path.symlink_to(mine), f"{path} is a link to {mine}, outside of"),
+        (
+            lambda path: path.symlink_to(path.name),
+            "config.json" if name == "config.json" else f"{path} is a link to nothing ({path}); r",
+        ),
     ):
         make(path)
         for task in (argv, ["report", str(w)], ["merge", str(w), str(tmp_path), f"--workdir={w}2"]):

@@ -126,6 +126,22 @@ def test_a_task_from_a_local_file_and_its_resumption(
     assert lines(w / "metrics.jsonl")[-1]["metrics"] == metrics
 
 
+@pytest.mark.usefixtures("nothing_loads")
+def test_an_unknown_task_is_found_before_anything_runs(
+    experiment: Callable[..., list[str]],
+    refuses: Callable[..., None],
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = functools.partial(lm_eval.tasks.TaskManager, include_path=tasks, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kwargs: own())
+    for more in ([], ["--dry_run"]):
+        argv = experiment('axis("n", [1])', evaluates("local_word", tasks))
+        refuses([*argv, *more], "has no task 'local_word', and", "did you mean local_words?")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.usefixtures("loaded")
 def test_a_config_that_says_how_to_answer(
     experiment: Callable[..., list[str]], run: Callable, tasks: Path, tmp_path: Path

@@ -11,6 +11,8 @@ from qwen_jax.engine.sampling import Sampling
 from qwen_jax.experiments import inputs
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Models
+from qwen_jax.experiments.plan import Planned
+from qwen_jax.experiments.task import task_class
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
@@ -65,6 +67,11 @@ def test_a_recommendation_is_followed_and_told_once(capfd: pytest.CaptureFixture
     assert "used: greedy (--generation_config=none)" in capfd.readouterr().err
 
 
+def planned(overrides: dict[str, Any], config: ConfigDict) -> Planned:
+    task = task_class(config.experiment.task)(config)
+    return Planned(Point("x", overrides, frozenset(overrides), config), task, 1, None)
+
+
 @pytest.mark.parametrize(
     ("points", "words"),
     [
@@ -80,9 +87,28 @@ def test_a_recommendation_is_followed_and_told_once(capfd: pytest.CaptureFixture
 def test_a_sweep_that_changes_nothing_is_told_once(
     points: list[dict[str, Any]], words: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    _warn_of_idle([Point("x", p, frozenset(p), config_of(**p)) for p in points])
+    _warn_of_idle([planned(p, config_of(**p)) for p in points])
     assert len(caplog.messages) == len(words)
     assert all(word in text for word, text in zip(words, caplog.messages, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"prompt": "a", "n": 3}', '{"prompt": "b"}'], "all 3 samples of a prompt are equal"),
+        (['{"prompt": "a", "seed": 3}'], "seed does nothing"),
+        (['{"prompt": "a", "n": 3}', '{"prompt": "b", "temperature": 1}'], ""),
+        (['{"prompt": "a \\"temperature\\"", "seed": 3}'], "seed does nothing"),
+    ],
+)
+def test_what_lines_ask_for_and_is_of_no_use_is_told(
+    lines: list[str], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    fields = {"prompt_file": str(path), "prompt": None}
+    _warn_of_idle([planned({}, config_of(**fields, n=1))] * 2)
+    assert words in "".join(caplog.messages) and len(caplog.messages) == bool(words)
 
 
 def test_a_file_of_tools_is_an_input(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is known to be wrong with an experiment is, before any point runs."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from qwen_jax import prompt_lines
+from qwen_jax.experiments import inputs
 from tests.cli.conftest import BUNDLED
 
 Fields = dict[str, Any]
@@ -94,12 +96,20 @@ def test_a_file_of_prompts_is_read_once_for_all_points(
 
 
 SLOTS = {"slots": [1, 2]}
+EVAL = {"experiment.eval.tasks": ("x",)}
 FIELDS: list[tuple[str, Fields, Fields, str]] = [
     ("bench", {"sampling.top_p": [0.5]}, {}, "The sweep sets sampling.top_p, which does nothing"),
     ("generate", {"experiment.text": ["x"]}, {}, "The sweep sets experiment.text, which does not"),
     ("bench", SLOTS, {"stop": ("x",)}, "stop does nothing for an experiment of the task bench;"),
     ("perplexity", SLOTS, {"prompt": "a"}, "prompt does nothing for an experiment of the task p"),
     ("generate", SLOTS, made("{word}"), "experiment.template does nothing without prompt_file"),
+    ("eval", SLOTS, EVAL | {"experiment.eval.shots": -1}, "eval.shots is -1, but it must be at l"),
+    (
+        "eval",
+        SLOTS,
+        EVAL | {"experiment.eval.limit": 0},
+        "eval.limit is 0, but it must be at least",
+    ),
     ("perplexity", SLOTS, {"experiment.text": "nowhere"}, "nowhere is no file that can be read; c"),
 ]
 
@@ -114,6 +124,43 @@ def test_fields_that_a_task_does_not_read(
     words: str,
 ) -> None:
     refuses(declared(sweep, {"experiment.task": task, **fields}), words)
+
+
+@pytest.mark.parametrize("field", ["experiment.text", "prompt_file", "model", "adapter"])
+def test_a_directory_is_not_read_to_its_end(
+    declared: Callable[..., list[str]],
+    refuses: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+) -> None:
+    """What lies deep in it, as all of a disk does in /, and has any name, is not looked at."""
+    Path("d/e").mkdir(parents=True)
+    for path in (b"d/e/\xff", b"d/\xff"):
+        Path(os.fsdecode(path)).touch()
+    read: list[Path] = []
+    opened = Path.open
+
+    def noted(path: Path, *args: Any, **options: Any) -> Any:
+        read.append(path)
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", noted)
+    task = "perplexity" if field == "experiment.text" else "generate"
+    value = ("d",) if field == "adapter" else "d"
+    refuses(declared(SLOTS, {"experiment.task": task, field: value}), "d")
+    assert not [path for path in read if "e" in path.parts]
+
+
+def test_a_directory_of_tasks_that_has_no_end(
+    declared: Callable[..., list[str]],
+    refuses: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inputs, "_MOST_FILES", 1)
+    Path("d/e").mkdir(parents=True)
+    Path("d/e/x.yaml").touch()
+    fields = {"experiment.task": "eval", "experiment.eval.include": "d"}
+    refuses(declared(SLOTS, fields), "d holds more than 1 files, and all of them would have to be")
 
 
 def test_a_model_without_a_text_of_its_own(

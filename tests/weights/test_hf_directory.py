@@ -1,6 +1,8 @@
 """Directories of safetensors: one file, shards, and indices that disagree with them."""
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def test_values_are_those_the_library_wrote(tmp_path, dtype, shards, warnings):
 
 def test_no_config(directory):
     (directory / "config.json").unlink()
-    assert "config.json: the file cannot be read" in refusal(directory)
+    assert "config.json: the file can't be read" in refusal(directory)
 
 
 def test_damaged_config(directory):
@@ -237,3 +239,15 @@ def test_a_tensor_in_two_shards(sharded, tmp_path, warnings):
     first = next(name for name, file in names.items() if file == SHARDS[0])
     reindex(sharded, **{first: None})
     assert f"{first!r} is also in {SHARDS[0]}, and" in refusal(sharded)
+
+
+def test_one_that_may_be_listed_and_not_entered(directory, monkeypatch):
+    """What a test that runs as root can't make."""
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("qwen_jax.regular_files.is_there", denied)
+    said = f"{directory}: it can't be read: Permission denied; change its permissions."
+    with pytest.raises(UserError, match=re.escape(said)):
+        open_checkpoint(directory)

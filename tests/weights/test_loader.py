@@ -13,6 +13,7 @@ import pytest
 
 from qwen_jax.accuracy.weights_audit import audit_weights
 from qwen_jax.errors import UserError
+from qwen_jax.loading import read_tokenizer
 from qwen_jax.weights import blocks, names
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.tiny_checkpoints import (
@@ -201,6 +202,14 @@ def test_head_beside_a_tied_config(tmp_path):
     write_hf(tmp_path, CONFIG, same)
     with pytest.raises(UserError, match=r"is true, but lm_head\.weight differs from"):
         open_checkpoint(tmp_path)
+
+
+def test_tokens_that_are_no_list(tmp_path):
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}
+    metadata |= {"tokenizer.ggml.tokens": 5, "tokenizer.ggml.token_type": [1]}
+    path = write_gguf(tmp_path / "a.gguf", CONFIG, PARAMS, metadata=metadata).path
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.tokens"):
+        read_tokenizer(open_checkpoint(path))
 
 
 def test_an_embedding_that_is_saved_as_the_head(tmp_path):

@@ -30,7 +30,7 @@ class Packed(NamedTuple):
 
     def at(
         self, plan: StepPlan, phase: int, layer: int = 0, segment: int = 0
-    ) -> Int[Array, "tiles"]:
+    ) -> Int[Array, " tiles"]:
         """Where the tiles of a segment of a phase's matrix begin in the stream."""
         begin: Int[Array, all] = plan.begin(self.tile_offsets, phase, layer)
         return begin[plan.tiles_of(phase, segment)]

@@ -45,7 +45,7 @@ def matrix(
     this, names = plan.phases[phase], plan.stored(phase, layer)
     begin = plan.begin(packed.tile_offsets, phase, layer)
 
-    def made(name: str, at: Int[Array, "tiles"]) -> Float[Array, "out in"]:
+    def made(name: str, at: Int[Array, " tiles"]) -> Float[Array, "out in"]:
         make = _build(name, len(at), this.across, phase == GATE_UP, plan, dtype.name)
         found: Float[Array, "out in"] = make(packed.stream, at)
         return found

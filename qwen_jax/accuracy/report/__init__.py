@@ -1,5 +1,6 @@
 """Reports: text for a terminal, and report.json and report.html for a directory."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
             directory.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
         except OSError as error:
+            with contextlib.suppress(OSError):  # Half of a report is none.
+                path.unlink()
             raise UserError(
                 f"{path}: the report can't be written: {why_not_written(error)}"
             ) from None

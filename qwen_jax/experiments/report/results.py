@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from qwen_jax import ready_made, strict_json
+from qwen_jax import ready_made, regular_files, strict_json
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.contents import Contents
 from qwen_jax.experiments.declaration import label
@@ -56,8 +56,10 @@ class Results:
     def read(cls, workdirs: Sequence[Path]) -> "Results":
         contents = tuple(Contents.read(path) for path in workdirs)
         for content in contents:
-            if content.lost:
-                logging.warning("%s.", content.lost)
+            try:
+                content.outputs()
+            except UserError as error:  # The table is of what metrics.jsonl has.
+                logging.warning("%s", error)
         names = _names(workdirs)
         differing = _differing(contents)
         rows = []
@@ -121,7 +123,7 @@ class Results:
 
 def _names(workdirs: Sequence[Path]) -> tuple[str, ...]:
     """The directories' own names where these differ, else their paths."""
-    names = [path.resolve().name for path in workdirs]
+    names = [regular_files.resolved(path).name for path in workdirs]
     return tuple(names if len(set(names)) == len(names) else map(str, workdirs))
 
 

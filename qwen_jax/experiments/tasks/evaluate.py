@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax import prompts, ready_made
+from qwen_jax import hints, prompts, ready_made
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings, kinds
 from qwen_jax.experiments.task import Metrics, Task, Work
@@ -58,7 +58,17 @@ class Evaluate(Task):
                 f"n is {config.n}, but a task of lm-evaluation-harness has its own number of "
                 "samples; set `repeats` in the task's file."
             )
+        for name, least in (("shots", 0), ("limit", 1)):
+            if settings[name] is not None and settings[name] < least:
+                raise UserError(
+                    f"experiment.eval.{name} is {settings[name]}, but it must be at least {least}."
+                )
         harness_settings.check_installed()
+        self._where = (
+            tuple(settings.tasks),
+            settings.include and str(ready_made.path(settings.include)),
+        )
+        _manager(*self._where)
 
     def fault_of(self, item: dict[str, Any]) -> str:
         known = kinds.among(_RESPONSES, " or ".join(_RESPONSES))
@@ -73,11 +83,9 @@ class Evaluate(Task):
         from qwen_jax.experiments.harness import Harness
 
         settings, seed = self.config.experiment.eval, self.config.sampling.seed
-        include = settings.include and str(ready_made.path(settings.include))
-        where = (settings.tasks, include)
         overrides = self._overrides(work.asked)
         if changed := self._changed():  # The tasks' data is read for it.
-            _check_effect(changed, _configs(*where), overrides, settings.shots)
+            _check_effect(changed, _configs(*self._where), overrides, settings.shots)
         answers = {item["request"]: item["response"] for item in work.recorded()}
 
         def keep(key: str, line: dict[str, Any]) -> None:
@@ -102,7 +110,7 @@ class Evaluate(Task):
                 tasks=list(settings.tasks),
                 num_fewshot=settings.shots,
                 limit=settings.limit,
-                task_manager=_manager(*where),
+                task_manager=_manager(*self._where),
                 apply_chat_template=settings.apply_chat_template,
                 fewshot_as_multiturn=multiturn,
                 system_instruction=self.config.system,
@@ -177,7 +185,8 @@ def _configs(tasks: tuple[str, ...], include: str | None) -> list[Any]:
 def _manager(tasks: tuple[str, ...], include: str | None) -> Any:
     """Knows the tasks. The harness' own, thousands of files, are read only where they are needed:
     that takes half a minute. Raises UserError for a task that nobody knows."""
-    from lm_eval.tasks import TaskManager
+    with contextlib.redirect_stdout(sys.stderr):  # It prints, and our stdout is for the table.
+        from lm_eval.tasks import TaskManager
 
     if include is not None:
         own = TaskManager(include_path=include, include_defaults=False)
@@ -185,7 +194,11 @@ def _manager(tasks: tuple[str, ...], include: str | None) -> Any:
             return own
     manager = TaskManager(include_path=include)
     if unknown := set(tasks) - set(manager.all_tasks):
-        raise UserError(f"lm-evaluation-harness has no task {min(unknown)!r}.")
+        name = min(unknown)
+        meant = hints.meant(name, manager.all_tasks)
+        way = f"did you mean {meant}?" if meant else "`lm_eval ls tasks` lists them."
+        of_own = "" if include is None else f", and {include} holds no file of it"
+        raise UserError(f"lm-evaluation-harness has no task {name!r:.60}{of_own}; {way}")
     return manager
 
 

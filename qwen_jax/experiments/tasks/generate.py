@@ -17,6 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments import kinds, scores
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
+from qwen_jax.in_force import DRAWS
 from qwen_jax.options import prompt_options
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
@@ -30,14 +31,20 @@ _ANSWER = {
     "finish_reason": kinds.TEXT,
     "tokens": kinds.list_of(kinds.NATURAL),
 }
-_RIGHT: set[str] = set()
-"""Files of prompts that were found right, with all that decides it."""
+_RIGHT: dict[str, list[dict[str, Any]]] = {}
+"""`Generate.own` of files of prompts that were found right, with all that decides it."""
+
+_OWN = ("temperature", "n", *DRAWS)
 
 
 class Generate(Task):
     """Asks for the answers that are not recorded yet, and records each when it is complete.
 
     A text follows from its prompt and its row alone, so that resuming changes no answer.
+
+    Attributes:
+        own: what prompts say of drawing answers, and of how many, by themselves; each combination
+            once.
     """
 
     reads = (*PROMPT, *ANSWER, "experiment.template", "experiment.scores")
@@ -48,10 +55,10 @@ class Generate(Task):
         self.scores = [scores.score(name) for name in config.experiment.scores]
         if "-" in (config.prompt, config.prompt_file):
             raise UserError("An experiment can't read stdin, which a resumed one would lack.")
-        self._check_prompts()
+        self.own = self._checked_prompts()
 
-    def _check_prompts(self) -> None:
-        """Raises UserError where a prompt makes no sense, or there are none.
+    def _checked_prompts(self) -> list[dict[str, Any]]:
+        """`own`. Raises UserError where a prompt makes no sense, or there are none.
 
         A file is read once for all points that put its prompts alike.
         """
@@ -63,21 +70,21 @@ class Generate(Task):
                     "makes prompts; set that, or leave the template out."
                 )
             scores.check_fields(config.experiment.scores, next(self._items()))
-            return
+            return [{}]
         path, put = ready_made.path(config.prompt_file), prompt_options(self.options)
         experiment, stamp = config.experiment, (0, 0)
         with contextlib.suppress(OSError):  # told of by whoever opens it
             stamp = (path.stat().st_mtime_ns, path.stat().st_size)
         key = repr((path, stamp, config.prompt, put, experiment.template, experiment.scores))
         if key in _RIGHT:
-            return
-        some = False
+            return _RIGHT[key]
+        found = set()
         for item in self._items():
             scores.check_fields(experiment.scores, item)
-            some = True
-        if not some:
+            found.add(tuple((name, item.own[name]) for name in _OWN if name in item.own))
+        if not found:
             raise UserError(f"--prompt_file={config.prompt_file} holds no prompts; add some.")
-        _RIGHT.add(key)
+        return _RIGHT.setdefault(key, [dict(own) for own in found])
 
     def _items(self) -> Iterator[Item]:
         if self.config.prompt_file is None:

@@ -97,7 +97,7 @@ class PackedIntegers(abc.ABC):
         size = self.shape[1] // BLOCK * (4 + BLOCK * bits // 8)
         return Blocked(f"int{bits}", size, self._in_blocks)
 
-    def _in_turn(self, order: Int32[np.ndarray, "columns"]) -> bool:
+    def _in_turn(self, order: Int32[np.ndarray, " columns"]) -> bool:
         return np.array_equal(order, PackedIntegers.order(self))
 
     def _in_blocks(self, start: int, stop: int) -> UInt8[np.ndarray, "bytes"]:

@@ -24,7 +24,10 @@ MOST_WARPS = 12
 REGION = 40
 """Bits of an address within an array; those above say which array."""
 I32, I64, F32, BOOL = "i32", "i64", "f32", "i1"
-DTYPES = {I32: np.int32, I64: np.int64, F32: np.float32, BOOL: np.bool_}
+DTYPES = {
+    I32: np.dtype(np.int32), I64: np.dtype(np.int64), F32: np.dtype(np.float32),
+    BOOL: np.dtype(np.bool_),
+}  # fmt: skip
 
 
 class Race(AssertionError):
@@ -36,10 +39,19 @@ class Deadlock(AssertionError):
 
 
 class Lanes:
-    """A number for every thread, with its type as MLIR names it."""
+    """A number for every thread, or one for all, with its type as MLIR names it."""
+
+    __slots__ = ("data", "type")
 
     def __init__(self, data: Any, kind: str):
         self.data, self.type = np.asarray(data, DTYPES[kind]), kind
+
+    @classmethod
+    def computed(cls, data: Any, kind: str) -> "Lanes":
+        """Of numbers that NumPy made in this type: millions, which nobody needs to look at."""
+        self = cls.__new__(cls)
+        self.data, self.type = data, kind
+        return self
 
 
 class Role(NamedTuple):
@@ -69,17 +81,18 @@ class Shared:
         self.epoch = 1
         self.written, self.writer = (np.zeros(size // 4, np.int32) for _ in range(2))
         # When each warp did so last.
-        self.read = np.zeros((size // 4, warps), np.int32)
+        self.read, self.warps = np.zeros((size // 4, warps), np.int32), np.arange(warps)
         self.barriers: dict[int, Barrier] = {}
 
     def reads(self, word: np.ndarray, warp: np.ndarray) -> None:
+        """Words of several loads, `[..., threads]`, and the warp of each thread."""
         if ((self.written[word] == self.epoch) & (self.writer[word] != warp)).any():
             raise Race("a warp read what another had written")
         self.read[word, warp] = self.epoch
 
     def writes(self, word: np.ndarray, warp: np.ndarray) -> None:
-        readers = self.read[word] == self.epoch
-        if (readers.sum(1) > readers[np.arange(len(word)), warp]).any():
+        read, others = self.read[word] == self.epoch, warp[:, None] != self.warps
+        if (read & others).any():
             raise Race("a warp wrote what another had read")
         if ((self.written[word] == self.epoch) & (self.writer[word] != warp)).any():
             raise Race("two warps wrote the same word")
@@ -111,8 +124,10 @@ class Machine:
         self.arrived: dict[tuple[int, int], int] = collections.Counter()
         self.progress, self.failed = 0, None
         self.batons: list[threading.Lock] = []
-        self.alive: set[int] = set()
-        self.idle: dict[int, int] = {}
+        self.alive: list[int] = []
+        # Who waited in vain since the last progress, and which that was.
+        self.idle: set[int] = set()
+        self.idle_since = 0
         self.local = threading.local()
 
     # Arrays and addresses
@@ -138,10 +153,10 @@ class Machine:
                     code()
             except BaseException as error:  # for whoever called `run`
                 self.failed = self.failed or error
-            self.alive.discard(number)
+            self.alive.remove(number)
             self._pass_on()
 
-        self.alive = set(range(len(workers)))
+        self.alive = list(range(len(workers)))
         self.batons = [threading.Lock() for _ in workers]
         for baton in self.batons:
             baton.acquire()
@@ -159,7 +174,7 @@ class Machine:
 
     def _pass_on(self) -> None:
         if self.failed:
-            for number in list(self.alive):
+            for number in self.alive:
                 if self.batons[number].locked():
                     self.batons[number].release()
             return
@@ -168,8 +183,14 @@ class Machine:
             self.copies.pop(self.random.randrange(len(self.copies)))()
         if self.alive:
             # Who looked since the last change would wait again.
-            ready = [n for n in sorted(self.alive) if self.idle.get(n) != self.progress]
-            self.batons[self.random.choice(ready or sorted(self.alive))].release()
+            idle = self._idle()
+            ready = [n for n in self.alive if n not in idle]
+            self.batons[self.random.choice(ready or self.alive)].release()
+
+    def _idle(self) -> set[int]:
+        if self.idle_since != self.progress:
+            self.idle, self.idle_since = set(), self.progress
+        return self.idle
 
     def _await_baton(self) -> None:
         self.batons[self.local.number].acquire()
@@ -178,10 +199,9 @@ class Machine:
 
     def give_way(self) -> None:
         """Of a role that waits for something."""
-        if self.idle.get(self.local.number) != self.progress:
-            self.idle = {n: p for n, p in self.idle.items() if p == self.progress}
-            self.idle[self.local.number] = self.progress
-        if len(self.idle) >= len(self.alive) and not self.copies:
+        idle = self._idle()
+        idle.add(self.local.number)
+        if len(idle) >= len(self.alive) and not self.copies:
             self.failed = Deadlock(f"{len(self.alive)} roles wait for each other")
         self._pass_on()
         self._await_baton()
@@ -211,7 +231,7 @@ class Machine:
         """Words at addresses in arrays."""
         out = np.zeros((count, self.role.count), np.uint32)
         for words, at, of in self._arrays_at(address, 4 * count, mask):
-            out[:, of] = [words[at + n] for n in range(count)]
+            out[:, of] = words[at + np.arange(count)[:, None]]
         return [x.view(np.int32) for x in out]
 
     def store(self, address: np.ndarray, values: Sequence[np.ndarray]) -> None:
@@ -235,19 +255,16 @@ class Machine:
     ) -> np.ndarray | None:
         shared = self.shared[self.role.block]
         assert (address % (4 * count) == 0).all(), "shared memory is not aligned"
-        warp = ((self.role.first + np.arange(self.role.count)) // t.WARP)[mask]
-        found = []
-        for n in range(count):
-            word = address // 4 + n
-            assert (word < len(shared.words)).all(), "past the end of shared memory"
-            watched = (address < self.unwatched[0]) | (address >= self.unwatched[1])
-            if writes is None:
-                shared.reads(word[watched], warp[watched])
-                found.append(shared.words[word])
-            else:
-                shared.writes(word[watched], warp[watched])
-                shared.words[word] = writes[n][mask].view(np.uint32)
-        return np.array(found) if writes is None else None
+        word = address // 4 + np.arange(count)[:, None]
+        assert (word < len(shared.words)).all(), "past the end of shared memory"
+        watched = (address < self.unwatched[0]) | (address >= self.unwatched[1])
+        if watched.any():
+            warp = ((self.role.first + np.arange(self.role.count)) // t.WARP)[mask][watched]
+            (shared.reads if writes is None else shared.writes)(word[:, watched], warp)
+        if writes is None:
+            return shared.words[word]
+        shared.words[word] = [x[mask].view(np.uint32) for x in writes]
+        return None
 
     def load_shared(self, address: np.ndarray, count: int, mask: np.ndarray) -> list[np.ndarray]:
         out = np.zeros((count, self.role.count), np.uint32)

@@ -25,16 +25,15 @@ def _arith() -> Any:
     def binary(code: Callable[..., Any]) -> Callable[[Lanes, Lanes], Lanes]:
         def run(a: Lanes, b: Lanes) -> Lanes:
             assert a.type == b.type, f"{a.type} meets {b.type}"
-            return Lanes(code(a.data, b.data), a.type)
+            return Lanes.computed(code(a.data, b.data), a.type)
 
         return run
 
     def unsigned(code: Callable[..., Any]) -> Callable[[Lanes, Lanes], Lanes]:
         def run(a: Lanes, b: Lanes) -> Lanes:
             kind = UNSIGNED[a.type]
-            # A thread that is not at work may divide by anything.
-            x, y = a.data.astype(kind), b.data.astype(kind)
-            return Lanes(code(x, y).astype(kind).astype(DTYPES[a.type]), a.type)
+            x, y = a.data.view(kind), b.data.view(kind)
+            return Lanes.computed(code(x, y).view(DTYPES[a.type]), a.type)
 
         return run
 
@@ -46,21 +45,27 @@ def _arith() -> Any:
     names = types.SimpleNamespace(**{name: name for name in compare})
 
     def compared(name: str, a: Lanes, b: Lanes) -> Lanes:
-        return Lanes(compare[name](a.data, b.data), BOOL)
+        return Lanes.computed(compare[name](a.data, b.data), BOOL)
 
     def bitcast(kind: str, a: Lanes) -> Lanes:
-        return Lanes(a.data.view(DTYPES[kind]), kind)
+        return Lanes.computed(a.data.view(DTYPES[kind]), kind)
 
-    def nonzero(x: np.ndarray) -> np.ndarray:
-        return np.where(x == 0, 1, x)
+    def constant(kind: str, value: Any) -> Lanes:
+        # As a key of a cache 0.0 would be -0.0.
+        return whole(kind, value) if type(value) is int else Lanes(value, kind)
+
+    @functools.cache
+    def whole(kind: str, value: int) -> Lanes:
+        return Lanes(np.asarray(value).astype(DTYPES[kind]), kind)
 
     return types.SimpleNamespace(
-        constant=lambda kind, value: Lanes(np.asarray(value).astype(DTYPES[kind]), kind),
+        constant=constant,
         addf=binary(np.add), subf=binary(np.subtract), mulf=binary(np.multiply),
         addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply),
         andi=binary(np.bitwise_and), ori=binary(np.bitwise_or), xori=binary(np.bitwise_xor),
         shli=unsigned(np.left_shift), shrui=unsigned(np.right_shift),
-        divui=unsigned(lambda x, y: x // nonzero(y)), remui=unsigned(lambda x, y: x % nonzero(y)),
+        # A thread that is not at work may divide by zero.
+        divui=unsigned(np.floor_divide), remui=unsigned(np.remainder),
         cmpf=compared, cmpi=compared, CmpFPredicate=names, CmpIPredicate=names,
         maximumf=binary(np.maximum), bitcast=bitcast,
         select=lambda c, a, b: Lanes(np.where(c.data, a.data, b.data), a.type),
@@ -126,8 +131,9 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
             state = merged(active, results, values)
 
     def merged(active: np.ndarray, then: Any, otherwise: Any) -> list[Lanes]:
+        everybody = active.all()
         return [
-            Lanes(np.where(active, a.raw.data, b.raw.data), b.raw.type)
+            a.raw if everybody else Lanes(np.where(active, a.raw.data, b.raw.data), b.raw.type)
             for a, b in zip(then, otherwise, strict=True)
         ]
 

@@ -80,6 +80,8 @@ class Stored(NamedTuple):
 class Phase:
     """One matrix product dealt out to blocks.
 
+    What a kernel's body asks for at every stage is worked out once.
+
     Attributes:
         storages: that its weights have in any layer.
         begins: the first M-tile of each segment, all of which a layer stores alike.
@@ -106,7 +108,7 @@ class Phase:
         assert format is not None, "refused before"
         return format
 
-    @property
+    @cached_property
     def unit(self) -> int:
         """Tiles that stages and parts have a multiple of, but for the last ones."""
         return max(storage.spread for storage in self.storages)
@@ -132,12 +134,12 @@ class Phase:
         """Tiles in each block's M-tiles."""
         return np.diff(self.part_begin)[self.part]
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Tiles in the longest M-tile of any block."""
         return int(np.diff(self.part_begin).max())
 
-    @property
+    @cached_property
     def stages(self) -> int:
         """Stages of the ring that an M-tile fills."""
         bytes_ = max(storage.tile_bytes for storage in self.storages)

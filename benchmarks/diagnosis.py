@@ -23,12 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_jax import api
-from qwen_jax.accuracy.catalogue import FAULTS
-from qwen_jax.accuracy.diagnosis import Diagnosis, diagnose, possible_faults
-from qwen_jax.accuracy.faults import Fault, Planted
-from qwen_jax.accuracy.parameters import EngineSource
-from qwen_jax.accuracy.planting import planted
-from qwen_jax.accuracy.recording import Recorder
+from qwen_jax.accuracy.exact.parameters import EngineSource
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis, diagnose, possible_faults
+from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
+from qwen_jax.accuracy.tensors.faults.fault import Fault, Planted
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.traces.recording import Recorder
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.tap import intervening

@@ -13,24 +13,25 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import api, opening, pins, prompts, regular_files, xla_flags
-from qwen_jax.accuracy import distribution, gates, report
-from qwen_jax.accuracy.base_file import SavedBase
-from qwen_jax.accuracy.cache_audit import audit_cache
-from qwen_jax.accuracy.catalogue import FAULTS
-from qwen_jax.accuracy.comparison import compare
+from qwen_jax.accuracy import gates, report
+from qwen_jax.accuracy.cache.audit import audit_cache
 from qwen_jax.accuracy.compiler import probe
-from qwen_jax.accuracy.diagnosis import diagnose
-from qwen_jax.accuracy.faults import parse as parse_faults
-from qwen_jax.accuracy.foreign import open_trace
-from qwen_jax.accuracy.parameters import CheckpointSource
-from qwen_jax.accuracy.planting import planted
-from qwen_jax.accuracy.precision_search import search_precision
-from qwen_jax.accuracy.recording import record
+from qwen_jax.accuracy.distribution import comparison as distribution
+from qwen_jax.accuracy.distribution.base_file import SavedBase
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.references import reference
 from qwen_jax.accuracy.report import Report
-from qwen_jax.accuracy.text_audit import audit_text
-from qwen_jax.accuracy.trace import Trace
-from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.accuracy.tensors.comparison import compare
+from qwen_jax.accuracy.tensors.diagnosis import diagnose
+from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
+from qwen_jax.accuracy.tensors.faults.fault import parse as parse_faults
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.tensors.precision_search import search_precision
+from qwen_jax.accuracy.text.audit import audit_text
+from qwen_jax.accuracy.traces.foreign import open_trace
+from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.accuracy.traces.trace import Trace
+from qwen_jax.accuracy.weights.audit import audit_weights
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.settings import Command

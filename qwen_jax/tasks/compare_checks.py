@@ -5,9 +5,10 @@ from collections.abc import Collection
 from ml_collections import ConfigDict
 
 from qwen_jax import choices, regular_files, settings, task_fields
-from qwen_jax.accuracy import distribution, gates, references
-from qwen_jax.accuracy.base_file import SavedBase
-from qwen_jax.accuracy.precision_search import DTYPES
+from qwen_jax.accuracy import gates, references
+from qwen_jax.accuracy.distribution import comparison as distribution
+from qwen_jax.accuracy.distribution.base_file import SavedBase
+from qwen_jax.accuracy.tensors.precision_search import DTYPES
 from qwen_jax.errors import UserError
 from qwen_jax.opening import locate
 from qwen_jax.weights.hub_names import is_hub_name

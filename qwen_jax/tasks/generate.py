@@ -139,7 +139,7 @@ def _check_trace(config: ConfigDict) -> None:
     if config.prompt_file is not None or config.n != 1:
         raise UserError("--trace records one text; leave out --prompt_file and --n.")
     # Needed for nothing else, and heavy.
-    from qwen_jax.accuracy.recording import bounds
+    from qwen_jax.accuracy.traces.recording import bounds
 
     bounds(config.trace.positions)
     path = Path(config.trace.file)
@@ -184,7 +184,7 @@ def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) 
     complete."""
     request = model.request(item.prompt, **item.options)
     if config.trace.file is not None:
-        from qwen_jax.accuracy.trace import select
+        from qwen_jax.accuracy.traces.trace import select
 
         select(model.config, config.trace.names)  # Refuses what matches nothing.
     generation = model.run(api.reseeded(itertools.repeat(request, config.n)))
@@ -214,7 +214,7 @@ def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) 
             if number >= printed:
                 put(number, completion)
     if config.trace.file is not None:
-        from qwen_jax.accuracy.recording import trace_generation
+        from qwen_jax.accuracy.traces.recording import trace_generation
 
         names = config.trace.names.split(",")
         trace_generation(

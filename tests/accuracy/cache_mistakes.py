@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from qwen_jax.accuracy.cache_scenarios import PROMPT
+from qwen_jax.accuracy.cache.scenarios import PROMPT
 from qwen_jax.engine import steps, weights
 from qwen_jax.model import decoder
 from qwen_jax.model.cache import PAGE, Cache

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-from qwen_jax.accuracy.diagnosis import Diagnosis, diagnose
-from qwen_jax.accuracy.parameters import CheckpointSource
-from qwen_jax.accuracy.trace import Trace, load
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis, diagnose
+from qwen_jax.accuracy.traces.trace import Trace, load
 from qwen_jax.weights.loader import Checkpoint, open_checkpoint
 from tests.golden_cases import GOLDEN as GOLDEN_FILES
 from tests.golden_cases import Case
@@ -90,13 +90,13 @@ class Clean:
         tokens = [0] * (count - 5) + self.case.prompt()[:5]
         names = "*.[qk]_proj,*_rope" if self.far else "*"
         if self.engine == "llamacpp":
-            from qwen_jax.accuracy import llamacpp
+            from qwen_jax.accuracy.references import llamacpp
 
             made = llamacpp.trace(
                 checkpoint, tokens, chunks=self.calls, names=names, start=skip, skip=skip
             )
         else:
-            from qwen_jax.accuracy import hf
+            from qwen_jax.accuracy.references import hf
 
             made = hf.trace(
                 checkpoint, tokens, dtype=self.kind, chunks=self.calls, names=names, start=skip,

@@ -2,11 +2,11 @@
 
 import functools
 
-from qwen_jax.accuracy.diagnosis import Diagnosis, diagnose
-from qwen_jax.accuracy.parameters import EngineSource
-from qwen_jax.accuracy.planting import planted
-from qwen_jax.accuracy.recording import Recorder
-from qwen_jax.accuracy.trace import Trace
+from qwen_jax.accuracy.exact.parameters import EngineSource
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis, diagnose
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.traces.recording import Recorder
+from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.engine.engine import Engine
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import Case, odd_config

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax.accuracy.base_file import METADATA, SavedBase, save, scored
+from qwen_jax.accuracy.distribution.base_file import METADATA, SavedBase, save, scored
 from qwen_jax.errors import UserError
 from tests.numpy_reference import log_softmax
 

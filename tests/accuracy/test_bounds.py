@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from qwen_jax.accuracy.bounds import Arithmetic, bound
-from qwen_jax.accuracy.operations import OPERATIONS, Calls, Context
-from qwen_jax.accuracy.rounding import UNIT, round_to
+from qwen_jax.accuracy.exact.bounds import Arithmetic, bound
+from qwen_jax.accuracy.exact.operations import OPERATIONS, Calls, Context
+from qwen_jax.accuracy.exact.rounding import UNIT, round_to
 from tests.golden_cases import odd_config
 
 CTX = Context(odd_config(), Calls.of([8]), np.arange(8))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from qwen_jax.accuracy import cache_audit
-from qwen_jax.accuracy.cache_audit import audit_cache, cache_table
-from qwen_jax.accuracy.cache_faults import FAULTS
-from qwen_jax.accuracy.cache_scenarios import LENGTH, PROMPT, scenarios
-from qwen_jax.accuracy.cache_slots import Part, Row, Scenario, simulate
+from qwen_jax.accuracy.cache import audit as cache_audit
+from qwen_jax.accuracy.cache.audit import audit_cache, cache_table
+from qwen_jax.accuracy.cache.faults import FAULTS
+from qwen_jax.accuracy.cache.scenarios import LENGTH, PROMPT, scenarios
+from qwen_jax.accuracy.cache.slots import Part, Row, Scenario, simulate
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.shapes import shapes_for
 from qwen_jax.engine.weights import PackedWeights, pack

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.parameters import CheckpointSource, Weights
-from qwen_jax.accuracy.trace import Trace
+from qwen_jax.accuracy.exact.parameters import CheckpointSource, Weights
+from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.weights.loader import Checkpoint
 from tests.accuracy.clean_engines import LLAMACPP, TRANSFORMERS, Clean
 

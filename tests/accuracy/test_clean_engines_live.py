@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from qwen_jax.accuracy.diagnosis import diagnose
-from qwen_jax.accuracy.parameters import CheckpointSource
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.exact.replay import replay
 from qwen_jax.accuracy.references import reference
-from qwen_jax.accuracy.replay import replay
-from qwen_jax.accuracy.trace import Trace, split_name
+from qwen_jax.accuracy.tensors.diagnosis import diagnose
+from qwen_jax.accuracy.traces.trace import Trace, split_name
 from qwen_jax.weights.loader import open_checkpoint
 from tests.accuracy.clean_engines import DTYPES, LLAMACPP, TRANSFORMERS
 from tests.accuracy.test_references import float32_copy
@@ -40,7 +40,7 @@ def test_transformers_on_a_longer_text(
 ) -> None:
     """With all that it shows, and without its scores, which attn_out then depends on."""
     pytest.importorskip("torch")
-    from qwen_jax.accuracy import hf
+    from qwen_jax.accuracy.references import hf
 
     sizes = {"head_dim": head_dim, "rope_dim": head_dim, "num_heads": 4, "num_kv_heads": 2}
     case = Case(odd_config(num_layers=2, rope_theta=theta, **sizes), seed=5)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.comparison import Comparison, compare
-from qwen_jax.accuracy.parameters import EngineSource
-from qwen_jax.accuracy.recording import Recorder
-from qwen_jax.accuracy.replay import replay
-from qwen_jax.accuracy.trace import Trace
+from qwen_jax.accuracy.exact.parameters import EngineSource
+from qwen_jax.accuracy.exact.replay import replay
+from qwen_jax.accuracy.tensors.comparison import Comparison, compare
+from qwen_jax.accuracy.traces.recording import Recorder
+from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.errors import UserError
 from qwen_jax.model.tap import intervening
 from tests.engines import random_engine, random_tokens, relative

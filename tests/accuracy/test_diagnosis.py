@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.catalogue import FAULTS
-from qwen_jax.accuracy.diagnosis import diagnose
-from qwen_jax.accuracy.error_shape import describe, ranges
-from qwen_jax.accuracy.faults import parse
-from qwen_jax.accuracy.operations import INNER, OPERATIONS
-from qwen_jax.accuracy.parameters import EngineSource, Weights
-from qwen_jax.accuracy.planting import planted
-from qwen_jax.accuracy.trace import Trace, split_name
+from qwen_jax.accuracy.exact.operations import INNER, OPERATIONS
+from qwen_jax.accuracy.exact.parameters import EngineSource, Weights
+from qwen_jax.accuracy.measures.error_shape import describe, ranges
+from qwen_jax.accuracy.tensors.diagnosis import diagnose
+from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
+from qwen_jax.accuracy.tensors.faults.fault import parse
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.traces.trace import Trace, split_name
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from tests.accuracy.planted_traces import CASE, Once, diagnosis, source, trace

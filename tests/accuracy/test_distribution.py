@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import qwen_jax
-from qwen_jax.accuracy.base_file import SavedBase
-from qwen_jax.accuracy.distribution import (
+from qwen_jax.accuracy.distribution.base_file import SavedBase
+from qwen_jax.accuracy.distribution.comparison import (
     DP_PERCENTILES,
     KLD_PERCENTILES,
     Distribution,

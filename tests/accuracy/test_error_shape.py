@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qwen_jax.accuracy.error_shape import describe
+from qwen_jax.accuracy.measures.error_shape import describe
 
 RIGHT = np.random.default_rng(0).normal(size=(5, 8)) + 3
 LIMIT = np.full(RIGHT.shape, 1e-6)

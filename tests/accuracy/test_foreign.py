@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from qwen_jax.accuracy.foreign import open_trace
-from qwen_jax.accuracy.layout import rearrange
-from qwen_jax.accuracy.trace import Trace, load, names, shape
+from qwen_jax.accuracy.traces.foreign import open_trace
+from qwen_jax.accuracy.traces.layout import rearrange
+from qwen_jax.accuracy.traces.trace import Trace, load, names, shape
 from qwen_jax.errors import UserError
 from tests.accuracy.test_trace import header
 from tests.engines import random_tokens

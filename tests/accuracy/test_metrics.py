@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qwen_jax.accuracy.metrics import log_softmax, logit_metrics, metrics, ulp_distance
+from qwen_jax.accuracy.measures.metrics import log_softmax, logit_metrics, metrics, ulp_distance
 
 VALUES = st.floats(-1e3, 1e3, width=32)
 DTYPES = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)

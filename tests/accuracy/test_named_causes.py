@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.diagnosis import Diagnosis, diagnose
-from qwen_jax.accuracy.foreign import open_trace
-from qwen_jax.accuracy.parameters import CheckpointSource
-from qwen_jax.accuracy.replay import Replay
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.exact.replay import Replay
+from qwen_jax.accuracy.exact.rounding import round_to
 from qwen_jax.accuracy.report.tables import cause_rows
-from qwen_jax.accuracy.rounding import round_to
-from qwen_jax.accuracy.trace import Trace
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis, diagnose
+from qwen_jax.accuracy.traces.foreign import open_trace
+from qwen_jax.accuracy.traces.trace import Trace
 from tests.accuracy import other_engine
 from tests.accuracy.planted_traces import source, trace
 from tests.golden_cases import Case, odd_config

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.base_file import SavedBase, save
-from qwen_jax.accuracy.cache_audit import audit_cache
-from qwen_jax.accuracy.checkpoint_values import CheckpointValues
-from qwen_jax.accuracy.comparison import compare
-from qwen_jax.accuracy.diagnosis import Diagnosis, diagnose
-from qwen_jax.accuracy.distribution import score
-from qwen_jax.accuracy.metrics import logit_metrics
-from qwen_jax.accuracy.parameters import CheckpointSource
+from qwen_jax.accuracy.cache.audit import audit_cache
+from qwen_jax.accuracy.distribution.base_file import SavedBase, save
+from qwen_jax.accuracy.distribution.comparison import score
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.exact.replay import compare as compared
+from qwen_jax.accuracy.measures.metrics import logit_metrics
 from qwen_jax.accuracy.references import reference
-from qwen_jax.accuracy.replay import compare as compared
 from qwen_jax.accuracy.report import Report, text, values
-from qwen_jax.accuracy.text_audit import audit_text
-from qwen_jax.accuracy.trace import Trace
-from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.accuracy.tensors.comparison import compare
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis, diagnose
+from qwen_jax.accuracy.text.audit import audit_text
+from qwen_jax.accuracy.traces.trace import Trace
+from qwen_jax.accuracy.weights.audit import audit_weights
+from qwen_jax.accuracy.weights.checkpoint_values import CheckpointValues
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import Checkpoint, load_parameters, open_checkpoint

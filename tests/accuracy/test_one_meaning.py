@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from qwen_jax.accuracy import transforms
-from qwen_jax.accuracy.catalogue import FAULTS
-from qwen_jax.accuracy.planting import planted
-from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.weights.audit import audit_weights
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.weights.loader import load_parameters, open_checkpoint

@@ -7,13 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.diagnosis import diagnose
-from qwen_jax.accuracy.faults import parse
-from qwen_jax.accuracy.operations import Calls, Knobs, forward
-from qwen_jax.accuracy.parameters import CheckpointSource, EngineSource, Weights
+from qwen_jax.accuracy.exact.operations import Calls, Knobs, forward
+from qwen_jax.accuracy.exact.parameters import CheckpointSource, EngineSource, Weights
+from qwen_jax.accuracy.exact.rounding import UNIT, round_to
 from qwen_jax.accuracy.references import float64
-from qwen_jax.accuracy.rounding import UNIT, round_to
-from qwen_jax.accuracy.trace import Trace, names
+from qwen_jax.accuracy.tensors.diagnosis import diagnose
+from qwen_jax.accuracy.tensors.faults.fault import parse
+from qwen_jax.accuracy.traces.trace import Trace, names
 from qwen_jax.errors import UserError
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import CASES, Case, odd_config

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.diagnosis import Diagnosis, diagnose
-from qwen_jax.accuracy.foreign import open_trace
-from qwen_jax.accuracy.parameters import CheckpointSource
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis, diagnose
+from qwen_jax.accuracy.traces.foreign import open_trace
 from tests.accuracy import other_engine
 from tests.golden_cases import CASES
 from tests.tiny_checkpoints import write_gguf

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from qwen_jax import opening
-from qwen_jax.accuracy.parameters import CheckpointSource
-from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.weights.audit import audit_weights
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.quantised_checkpoints import gptq, write_quantised

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.accuracy.metrics import logit_metrics
-from qwen_jax.accuracy.precision_search import (
+from qwen_jax.accuracy.measures.metrics import logit_metrics
+from qwen_jax.accuracy.tensors.precision_search import (
     Evaluation,
     PrecisionSearch,
     Rounding,
@@ -19,8 +19,8 @@ from qwen_jax.accuracy.precision_search import (
     search_greedily,
     search_precision,
 )
-from qwen_jax.accuracy.recording import Recorder
-from qwen_jax.accuracy.trace import AXES
+from qwen_jax.accuracy.traces.recording import Recorder
+from qwen_jax.accuracy.traces.trace import AXES
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.model.tap import intervening

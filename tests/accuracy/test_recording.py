@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 import qwen_jax
-from qwen_jax.accuracy.recording import Recorder, parse_positions, plan_calls, trace_generation
-from qwen_jax.accuracy.trace import Trace, names
+from qwen_jax.accuracy.traces.recording import (
+    Recorder,
+    parse_positions,
+    plan_calls,
+    trace_generation,
+)
+from qwen_jax.accuracy.traces.trace import Trace, names
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.shapes import pieces_of, shapes_for
 from qwen_jax.engine.spec import Spec

@@ -8,9 +8,9 @@ import pytest
 
 import qwen_jax
 from qwen_jax import opening
-from qwen_jax.accuracy.recording import record
 from qwen_jax.accuracy.references import cut, reference
-from qwen_jax.accuracy.trace import Trace, names
+from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.accuracy.traces.trace import Trace, names
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import load_parameters, open_checkpoint

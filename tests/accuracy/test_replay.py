@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.operations import schedule
-from qwen_jax.accuracy.replay import compare, replay
-from qwen_jax.accuracy.trace import Trace, split_name
+from qwen_jax.accuracy.exact.operations import schedule
+from qwen_jax.accuracy.exact.replay import compare, replay
+from qwen_jax.accuracy.traces.trace import Trace, split_name
 from qwen_jax.errors import UserError
 from tests.accuracy.planted_traces import CASE, LENGTH, source, trace
 

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 
 from qwen_jax.accuracy import gates, report
-from qwen_jax.accuracy.comparison import compare
 from qwen_jax.accuracy.compiler import Probe
-from qwen_jax.accuracy.diagnosis import diagnose
-from qwen_jax.accuracy.distribution import Scores, statistics
+from qwen_jax.accuracy.distribution.comparison import Scores, statistics
+from qwen_jax.accuracy.exact.parameters import EngineSource
 from qwen_jax.accuracy.gates import METRICS
-from qwen_jax.accuracy.parameters import EngineSource
-from qwen_jax.accuracy.planting import planted
-from qwen_jax.accuracy.precision_search import search_greedily
-from qwen_jax.accuracy.recording import Recorder
 from qwen_jax.accuracy.references import float64
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.report.page import pictures
-from qwen_jax.accuracy.text_audit import TextFinding
-from qwen_jax.accuracy.weights_audit import WeightFinding
+from qwen_jax.accuracy.tensors.comparison import compare
+from qwen_jax.accuracy.tensors.diagnosis import diagnose
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.tensors.precision_search import search_greedily
+from qwen_jax.accuracy.text.audit import TextFinding
+from qwen_jax.accuracy.traces.recording import Recorder
+from qwen_jax.accuracy.weights.audit import WeightFinding
 from qwen_jax.errors import UserError
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import odd_config

@@ -8,8 +8,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from qwen_jax import api, opening
-from qwen_jax.accuracy.text_audit import CASES, FAULTS, audit_text, text_table
-from qwen_jax.accuracy.text_pipeline import Pipeline, Settings
+from qwen_jax.accuracy.text.audit import CASES, FAULTS, audit_text, text_table
+from qwen_jax.accuracy.text.pipeline import Pipeline, Settings
 from qwen_jax.errors import UserError
 from qwen_jax.text import Tokenizer
 from tests.text.conftest import (  # noqa: F401 (fixtures)

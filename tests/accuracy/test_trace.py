@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax.accuracy import trace as trace_module
-from qwen_jax.accuracy.trace import (
+from qwen_jax.accuracy.traces import trace as trace_module
+from qwen_jax.accuracy.traces.trace import (
     AXES,
     METADATA,
     Header,

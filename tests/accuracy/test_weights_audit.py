@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.accuracy.residuals import residual, rounding
-from qwen_jax.accuracy.weights_audit import audit_weights
-from qwen_jax.accuracy.weights_table import weights_table
+from qwen_jax.accuracy.measures.residuals import residual, rounding
+from qwen_jax.accuracy.weights.audit import audit_weights
+from qwen_jax.accuracy.weights.table import weights_table
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.weights import pack
 from qwen_jax.errors import UserError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.accuracy.weights.audit import audit_weights
 from qwen_jax.weights.loader import open_checkpoint
 from tests.tiny_checkpoints import canonical, random_parameters, tiny_config, write_gguf
 

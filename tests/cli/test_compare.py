@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.catalogue import FAULTS
+from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
 from tests.cli.conftest import BUNDLED, Run
 
 TOKENS = "--tokens=" + ",".join(map(str, range(300, 308)))

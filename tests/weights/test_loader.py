@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.weights_audit import audit_weights
+from qwen_jax.accuracy.weights.audit import audit_weights
 from qwen_jax.errors import UserError
 from qwen_jax.loading import read_tokenizer
 from qwen_jax.weights import blocks, names

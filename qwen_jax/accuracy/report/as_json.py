@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.accuracy.faults import Fault
 from qwen_jax.accuracy.report.contents import Report, values
+from qwen_jax.accuracy.tensors.faults.fault import Fault
 
 VERSION = 1
 

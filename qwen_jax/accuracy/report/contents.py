@@ -5,17 +5,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qwen_jax.accuracy.cache_audit import CacheFinding
-from qwen_jax.accuracy.comparison import Comparison
+from qwen_jax.accuracy.cache.audit import CacheFinding
 from qwen_jax.accuracy.compiler import Probe
-from qwen_jax.accuracy.diagnosis import Diagnosis
-from qwen_jax.accuracy.distribution import Distribution
+from qwen_jax.accuracy.distribution.comparison import Distribution
+from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
-from qwen_jax.accuracy.precision_search import PrecisionSearch
-from qwen_jax.accuracy.replay import Finding
-from qwen_jax.accuracy.text_audit import TextFinding
-from qwen_jax.accuracy.trace import Header
-from qwen_jax.accuracy.weights_audit import WeightFinding
+from qwen_jax.accuracy.tensors.comparison import Comparison
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
+from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
+from qwen_jax.accuracy.text.audit import TextFinding
+from qwen_jax.accuracy.traces.trace import Header
+from qwen_jax.accuracy.weights.audit import WeightFinding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,19 +5,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qwen_jax.accuracy.cache_audit import cache_table
-from qwen_jax.accuracy.comparison import Comparison, Row
-from qwen_jax.accuracy.diagnosis import Diagnosis
-from qwen_jax.accuracy.distribution import Distribution, Estimate
-from qwen_jax.accuracy.error_shape import ranges
+from qwen_jax.accuracy.cache.audit import cache_table
+from qwen_jax.accuracy.distribution.comparison import Distribution, Estimate
+from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
-from qwen_jax.accuracy.precision_search import PrecisionSearch
-from qwen_jax.accuracy.replay import Finding
+from qwen_jax.accuracy.measures.error_shape import ranges
 from qwen_jax.accuracy.report.contents import Report
-from qwen_jax.accuracy.text_audit import text_table
+from qwen_jax.accuracy.tensors.comparison import Comparison, Row
+from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
+from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
+from qwen_jax.accuracy.text.audit import text_table
 from qwen_jax.accuracy.text_table import WIDTH, table
-from qwen_jax.accuracy.trace import AXES, Header
-from qwen_jax.accuracy.weights_table import weights_table
+from qwen_jax.accuracy.traces.trace import AXES, Header
+from qwen_jax.accuracy.weights.table import weights_table
 
 
 def text(report: Report) -> str:

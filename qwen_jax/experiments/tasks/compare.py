@@ -13,11 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from qwen_jax import opening
-from qwen_jax.accuracy import base_file, distribution
-from qwen_jax.accuracy.base_file import SavedBase, scored
-from qwen_jax.accuracy.distribution import Scores
-from qwen_jax.accuracy.operations import forward
-from qwen_jax.accuracy.parameters import CheckpointSource
+from qwen_jax.accuracy.distribution import base_file
+from qwen_jax.accuracy.distribution import comparison as distribution
+from qwen_jax.accuracy.distribution.base_file import SavedBase, scored
+from qwen_jax.accuracy.distribution.comparison import Scores
+from qwen_jax.accuracy.exact.operations import forward
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import kinds, lines, quantize
 from qwen_jax.experiments.models import Choice

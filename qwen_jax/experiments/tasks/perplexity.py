@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qwen_jax.accuracy import distribution
-from qwen_jax.accuracy.base_file import scored
-from qwen_jax.accuracy.metrics import log_softmax
+from qwen_jax.accuracy.distribution import comparison as distribution
+from qwen_jax.accuracy.distribution.base_file import scored
+from qwen_jax.accuracy.measures.metrics import log_softmax
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import kinds

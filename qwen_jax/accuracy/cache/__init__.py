@@ -1,0 +1,1 @@
+"""The cache audit: whatever way a text takes through the cache, the same must come out."""

@@ -1,0 +1,228 @@
+"""Cache audit: whatever way a text takes through the cache, the same must come out.
+
+The engine's own compiled functions run one text in one call, in pieces, token by token, in pages of
+any order, in the slot and the pages of a text before it, beside other texts, behind a page that two
+texts share, up to the last slot of its table and among slots that hold NaN. Each time what the
+slots hold at the end and the log-probabilities after each position are held against a float64
+forward pass that has no cache, within the bound of a right engine's rounding. What is outside is
+explained by planting faults of caches in that pass until one gives what the engine gave.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import numpy as np
+from jax import lax
+
+from qwen_jax.accuracy.cache.faults import FAULTS
+from qwen_jax.accuracy.cache.forward import Expected, forward
+from qwen_jax.accuracy.cache.runs import Shown, run
+from qwen_jax.accuracy.cache.scenarios import FULL, LENGTH, scenarios
+from qwen_jax.accuracy.cache.slots import Entries, Part, Row, Scenario, simulate
+from qwen_jax.accuracy.exact.bounds import Arithmetic
+from qwen_jax.accuracy.exact.parameters import EngineSource, Source
+from qwen_jax.accuracy.exact.replay import Residual, compare, first_position
+from qwen_jax.accuracy.exact.rounding import UNIT
+from qwen_jax.accuracy.text_table import table
+from qwen_jax.api import Model
+from qwen_jax.engine.engine import Engine
+from qwen_jax.errors import UserError
+
+Progress = Callable[[int, int], None]
+
+MOST = 1 << 24
+"""Log-probabilities of a text that are looked at, 128 MB: of a vocabulary of 151,936 those after
+every fourth position."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheCause:
+    """A fault that gives what the engine gave; `ratio` is the largest error left, in bounds."""
+
+    name: str
+    line: str
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheFinding:
+    """One row of one scenario.
+
+    Attributes:
+        scenario: its name, with the row's number where there are several.
+        verdict: "within rounding" or "fault".
+        ratio: the largest error over its bound; at most 1 where nothing is wrong.
+        error: of the log-probabilities, RMS over RMS; the largest of the scenario.
+        causes: faults that explain it; empty: unknown.
+        evidence: where it is first outside, in words.
+    """
+
+    scenario: str
+    verdict: str
+    ratio: float
+    error: float
+    causes: tuple[CacheCause, ...] = ()
+    evidence: str = ""
+
+
+def audit_cache(
+    model: Model | Engine,
+    tokens: Sequence[int] | None = None,
+    *,
+    source: Source | None = None,
+    ways: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> list[CacheFinding]:
+    """Every way through the cache of an engine, each row a finding.
+
+    Args:
+        tokens: the text; random ones by default. Only the first of them are used.
+        source: the right parameters; those that the engine holds by default.
+        ways: names of the scenarios to run; all by default.
+        progress: hears of scenarios done and in all.
+
+    Raises:
+        UserError: the text is too short, or not of this vocabulary.
+    """
+    engine = model.engine if isinstance(model, Model) else model
+    config, valid = engine.config, engine.spec.valid_tokens
+    drawn = np.random.default_rng(0).integers(0, valid, (2, LENGTH)).tolist()
+    text = drawn[0] if tokens is None else list(tokens)
+    if len(text) < LENGTH or not all(0 <= t < config.vocab_size for t in text):
+        raise UserError(
+            f"the text has {len(text)} tokens; a cache audit needs {LENGTH} at least, each below "
+            f"{config.vocab_size}."
+        )
+    if config.context_length < FULL:
+        raise UserError(
+            f"{config.source}: its context of {config.context_length} is too short for a cache "
+            f"audit, which takes {FULL} tokens."
+        )
+    every = [
+        scenario
+        for scenario in scenarios(text, drawn[1], engine.shapes)
+        if ways is None or scenario.name in ways
+    ]
+    audit = _Audit(engine, source or EngineSource(engine), every)
+    findings: list[CacheFinding] = []
+    for done, scenario in enumerate(every, start=1):
+        findings += audit.check(scenario)
+        if progress:
+            progress(done, len(every))
+    return findings
+
+
+def cache_table(findings: Sequence[CacheFinding]) -> str:
+    """All ways, a row each."""
+    wrong = sum(f.verdict == "fault" for f in findings)
+    rows = []
+    for finding in findings:
+        what = "; ".join([*(f"{c.line} ({c.ratio:.2g})" for c in finding.causes), finding.evidence])
+        name = " or ".join(c.name for c in finding.causes) or "unknown"
+        cause = "" if finding.verdict != "fault" else name
+        rows.append((finding.scenario, f"{finding.ratio:.2g}", f"{finding.error:.1g}", cause, what))
+    summary = f"cache: {len(findings)} ways through it, {wrong or 'no'} fault"
+    header = ("way", "of bound", "error", "cause", "what (of the bound once the cause is planted)")
+    return f"{summary}\n{table(header, rows)}"
+
+
+def _arithmetic(engine: Engine) -> Arithmetic:
+    """As `Arithmetic.of` reads it off a trace's header."""
+    spec = engine.spec
+    weights, storage = spec.weights.name, spec.activations.name
+    operand = UNIT[weights] if weights != storage else 0.0
+    if spec.precision != lax.Precision.HIGHEST and engine.platform != "cpu":
+        operand = max(operand, UNIT["tf32"])
+    least = 2.0**-24 if weights == "float16" else 0.0
+    return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least=least)
+
+
+class _Audit:
+    def __init__(self, engine: Engine, source: Source, every: Sequence[Scenario]):
+        self.engine, self.source = engine, source
+        self.arithmetic = _arithmetic(engine)
+        spec = engine.spec
+        self.used = np.setdiff1d(np.arange(spec.valid_tokens), spec.unused_ids)
+        self.every = -(-FULL * len(self.used) // MOST)
+        # Rows share beginnings, and what comes later changes nothing before it.
+        looked_at = {row.tokens for s in every for row in s.rows if not row.gone}
+        self.truths: dict[tuple[int, ...], list[Expected]] = {}
+        for text in sorted(looked_at, key=len, reverse=True):
+            if not any(known[: len(text)] == text for known in self.truths):
+                row, count = Row(text, len(text)), len(text)
+                alone = Scenario("alone", (row,), ((Part(0, 0, count, count),),))
+                self.truths[text] = [
+                    self.finite(expected) for expected in self.forward(simulate(alone)[0])
+                ]
+
+    def finite(self, expected: Expected) -> Expected:
+        """Raises UserError for the truth of a model that has none."""
+        if not np.isfinite(expected.value).all():
+            raise UserError(
+                f"{self.source.config.source}: {expected.name} of the model itself are not finite, "
+                "so nothing can be told of its cache; check its weights."
+            )
+        return expected
+
+    def truth(self, row: Row) -> Iterator[Expected]:
+        """What a row's slots should hold, and its log-probabilities: no cache, no other row."""
+        text, count = row.tokens, len(row.tokens)
+        known = next(t for t in self.truths if t[:count] == text)
+        for e in self.truths[known]:
+            n = count if e.layer is not None else -(-count // self.every)
+            yield dataclasses.replace(e, value=e.value[:n], bound=e.bound[:n])
+
+    def check(self, scenario: Scenario) -> Iterator[CacheFinding]:
+        shown = run(self.engine, scenario, self.used, self.every)
+        several = sum(not row.gone for row in scenario.rows) > 1
+        for number, (row, seen) in enumerate(zip(scenario.rows, shown, strict=True)):
+            if not row.gone:
+                name = f"{scenario.name}, row {number}" if several else scenario.name
+                yield self.row(name, scenario, number, seen)
+
+    def row(self, name: str, scenario: Scenario, number: int, seen: Shown) -> CacheFinding:
+        row = scenario.rows[number]
+        ratio, evidence, error = 0.0, "", 0.0
+        for expected, judged, first in self.judge(self.truth(row), scenario, row, seen):
+            if not judged.within and not evidence:
+                place = "after position" if expected.layer is None else "in slot"
+                evidence = f"first outside: {expected.name}, {place} {first} of {len(row.tokens)}"
+            ratio = max(ratio, judged.ratio)
+            error = judged.relative
+        if ratio <= 1:
+            return CacheFinding(name, "within rounding", ratio, error)
+        causes = tuple(self.causes(scenario, number, seen))
+        return CacheFinding(name, "fault", ratio, error, causes, evidence)
+
+    def judge(
+        self, expectations: Iterator[Expected], scenario: Scenario, row: Row, seen: Shown
+    ) -> Iterator[tuple[Expected, Residual, int]]:
+        """Each tensor against the engine's, with the first slot or position that is outside."""
+        for expected in expectations:
+            start, stride = 0, 1
+            if expected.layer is None:
+                found, stride = seen.logits, self.every
+                start = -(-row.prompt // stride) if scenario.decodes else 0
+            else:
+                found = seen.keys if expected.name.startswith("keys") else seen.values
+                found = found[expected.layer]
+            three = found[start:], expected.value[start:], expected.bound[start:]
+            yield expected, compare(*three), (start + first_position(*three)) * stride
+
+    def forward(self, entries: Entries) -> Iterator[Expected]:
+        return forward(self.source, entries, self.arithmetic, self.used, self.every)
+
+    def causes(self, scenario: Scenario, number: int, seen: Shown) -> Iterator[CacheCause]:
+        """Faults that give what the engine gave; one is given up at the first layer outside."""
+        row, right = scenario.rows[number], simulate(scenario)[number]
+        for fault in FAULTS:
+            entries = simulate(scenario, fault.rules)[number]
+            if entries.same(right):
+                continue
+            largest = 0.0
+            for _, judged, _ in self.judge(self.forward(entries), scenario, row, seen):
+                largest = max(largest, judged.ratio)
+                if not judged.within:
+                    break
+            else:
+                yield CacheCause(fault.name, fault.line, largest)

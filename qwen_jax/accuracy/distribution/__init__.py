@@ -1,0 +1,1 @@
+"""Next-token probabilities of a candidate against a base's."""

@@ -1,0 +1,1 @@
+"""Two traces tensor by tensor, and from wrong tensors to causes."""

@@ -1,0 +1,193 @@
+"""Two traces tensor by tensor: how far they are apart, and which operation is to blame.
+
+A tensor's distance from the reference holds what it inherited. The verdict is therefore the local
+replay's (`replay`): the operation's own error against the bound of its arithmetic.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from qwen_jax.accuracy.exact.replay import Finding, check_same_model
+from qwen_jax.accuracy.exact.rounding import UNIT
+from qwen_jax.accuracy.measures.metrics import LogitMetrics, Metrics, logit_metrics, metrics
+from qwen_jax.accuracy.traces.trace import AXES, Header, Trace, split_name
+from qwen_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor.
+
+    Attributes:
+        layer: None outside of the layers.
+        metrics: its distance from the reference, with what it inherited.
+        own: its operation's own error, where it was replayed.
+    """
+
+    name: str
+    layer: int | None
+    operation: str
+    metrics: Metrics
+    own: Finding | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "within rounding", "fault", or "not judged" where nothing was replayed."""
+        if self.own is not None:
+            return "fault" if self.own.faulty else "within rounding"
+        return "not judged" if self.metrics.first_bad is None else "fault"
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """Where the candidate first leaves the bound."""
+
+    name: str
+    layer: int | None
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All tensors that both traces hold, in the order of computation.
+
+    Attributes:
+        start: the first position compared, of the text.
+        logits: KL and agreement, where both have logits.
+        missing: tensors that only one of them has.
+        by_position: of each tensor, the RMS error of each position over the reference's RMS.
+        by_head: the same of each position and head, `[T, heads]`, of tensors that have heads.
+    """
+
+    candidate: Header
+    reference: Header
+    start: int
+    rows: tuple[Row, ...]
+    logits: LogitMetrics | None
+    missing: tuple[str, ...]
+    by_position: Mapping[str, Float[np.ndarray, "T"]]
+    by_head: Mapping[str, Float[np.ndarray, "T heads"]]
+
+    @property
+    def first(self) -> First | None:
+        """The first tensor with a fault of its own, and its first wrong position."""
+        for row in self.rows:
+            if row.verdict == "fault":
+                if row.own is not None:
+                    return First(row.name, row.layer, row.own.position)
+                assert row.metrics.first_bad is not None
+                return First(row.name, row.layer, self.start + row.metrics.first_bad[0])
+        return None
+
+
+def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()) -> Comparison:
+    """Compares what two traces of one text have in common: tensors and positions.
+
+    Args:
+        findings: the candidate's replayed operations.
+
+    Raises:
+        UserError: the traces are of other models or texts, or have nothing in common; the reference
+            is not finite, or less exact than the candidate.
+    """
+    mine, theirs = candidate.header, reference.header
+    check_same_model(mine.model_config, theirs.model_config)
+    start, stop = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+    shared = [name for name in candidate.tensors if name in reference.tensors]
+    if start >= stop or not shared:
+        raise UserError(
+            f"The traces have no {'tensor' if start < stop else 'position'} in common: "
+            f"{mine.implementation} recorded positions {mine.start} to {mine.stop}, "
+            f"{theirs.implementation} {theirs.start} to {theirs.stop}; record both alike."
+        )
+    _check_texts(mine, theirs, stop)
+    _check_dtypes(mine, theirs)
+    own = {finding.name: finding for finding in findings}
+    heads = mine.model_config.num_heads
+    rows: list[Row] = []
+    by_position: dict[str, np.ndarray] = {}
+    by_head: dict[str, np.ndarray] = {}
+    logits = None
+    for name in shared:
+        layer, operation = split_name(name)
+        ours = _cut(candidate.tensors[name], operation, start - mine.start, stop - start, stop)
+        right = _cut(reference.tensors[name], operation, start - theirs.start, stop - start, stop)
+        _check_finite(name, right, start)
+        rows.append(Row(name, layer, operation, metrics(ours, right), own.get(name)))
+        by_position[name], head_errors = _profiles(ours, right, operation, heads)
+        if head_errors is not None:
+            by_head[name] = head_errors
+        if name == "logits":
+            logits = logit_metrics(ours, right)
+    missing = tuple(sorted(candidate.tensors.keys() ^ reference.tensors.keys()))
+    return Comparison(mine, theirs, start, tuple(rows), logits, missing, by_position, by_head)
+
+
+def _check_texts(mine: Header, theirs: Header, stop: int) -> None:
+    pairs = zip(mine.tokens[:stop], theirs.tokens[:stop], strict=True)
+    for position, (a, b) in enumerate(pairs):
+        if a != b:
+            raise UserError(
+                f"The traces are of different texts: token {position} is {a} in "
+                f"{mine.implementation} and {b} in {theirs.implementation}; give both the same ids."
+            )
+
+
+def _check_dtypes(mine: Header, theirs: Header) -> None:
+    for field in ("dtype", "activation_dtype"):
+        own, other = getattr(mine, field), getattr(theirs, field)
+        if UNIT[other] > UNIT[own]:
+            raise UserError(
+                f"The reference's {field} {other} is less exact than the candidate's {own}: their "
+                "difference would tell of the reference; choose one that is at least as exact."
+            )
+
+
+def _check_finite(name: str, right: Shaped[np.ndarray, "T ..."], start: int) -> None:
+    """Of the reference's tensors; -inf is what scores of later positions are."""
+    bad = ~np.isfinite(right)
+    if not bad.any():
+        return
+    if split_name(name)[1] == "attn_scores":
+        later = np.arange(right.shape[-1]) > start + np.arange(len(right))[:, None, None]
+        bad &= ~(later & np.isneginf(right))
+    if bad.any():
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise UserError(
+            f"The reference's {name} is {right[place]} at {place}, from which nothing can be told; "
+            "choose a reference that is finite, as float64 is."
+        )
+
+
+def _cut(tensor: np.ndarray, operation: str, skip: int, rows: int, keys: int) -> np.ndarray:
+    """The rows in common; of scores and probabilities the keys as well."""
+    part = tensor[skip : skip + rows]
+    return part[..., :keys] if AXES[operation].endswith("S") else part
+
+
+def _profiles(
+    candidate: np.ndarray, reference: np.ndarray, operation: str, heads: int
+) -> tuple[Float[np.ndarray, "T"], Float[np.ndarray, "T heads"] | None]:
+    """RMS errors by position, and by position and head, over the RMS of the whole reference.
+
+    A non-finite value that should be finite makes its position and head infinite.
+    """
+    with np.errstate(invalid="ignore"):
+        error = candidate.astype(np.float64) - reference
+    error = np.where(candidate == reference, 0, error)
+    error = np.where(np.isfinite(error), error, np.inf)
+    right = np.where(np.isfinite(reference), reference, 0).astype(np.float64)
+    size = float(np.sqrt(np.mean(right**2))) or 1.0
+    axes = AXES[operation]
+    if "N" not in axes and "K" not in axes:
+        return _rms(error) / size, None
+    count = error.shape[1] if error.ndim == 3 else heads
+    return _rms(error) / size, _rms(error.reshape(len(error), count, -1), 2) / size
+
+
+def _rms(x: np.ndarray, axes: int = 1) -> np.ndarray:
+    """Over all but the first axes."""
+    return np.sqrt(np.mean(x.reshape(*x.shape[:axes], -1) ** 2, axis=-1))

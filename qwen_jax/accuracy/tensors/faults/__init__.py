@@ -1,0 +1,1 @@
+"""The catalogue of faults: small changes of one operation or more."""

@@ -1,0 +1,1 @@
+"""The text audit: a program's ids against a reference pipeline's."""

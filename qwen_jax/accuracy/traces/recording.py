@@ -1,0 +1,332 @@
+"""Our own engine, traced: the calls it makes anyway, with the tapped tensors as further outputs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.gqa_prefill_attention.reference import SLOTS
+from qwen_jax.accuracy.traces.collecting import Collector
+from qwen_jax.accuracy.traces.trace import Header, Trace, config_to_json, select
+from qwen_jax.api import Model
+from qwen_jax.engine import steps
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.shapes import Piece, Shapes, pieces_of
+from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.weights import Weights
+from qwen_jax.errors import UserError
+from qwen_jax.generation import Completion, Request
+from qwen_jax.model.cache import PAGE, Cache
+from qwen_jax.model.tap import recording
+from qwen_jax.versions import version
+from qwen_jax.weights.open_files import OpenFile
+
+LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
+
+KERNEL = (
+    "Decode steps are recorded layer by layer: of the decode-step kernel, which runs them "
+    "otherwise, no inner tensor leaves the chip."
+)
+
+
+def record(
+    model: Model | Engine,
+    tokens: Sequence[int],
+    *,
+    prompt_length: int | None = None,
+    chunk: int | None = None,
+    names: str | Sequence[str] = "*",
+    start: int = 0,
+    stop: int | None = None,
+) -> Trace:
+    """Runs one text through the engine and keeps what `tap` saw.
+
+    Args:
+        tokens: the whole text.
+        prompt_length: tokens that enter in pieces; the others enter one by one, as in decoding.
+            All of them by default.
+        chunk: the length of these pieces; by default as the engine cuts them.
+        names: globs over canonical names.
+        start: the first position to keep.
+        stop: the one after the last; the text's end by default.
+
+    Returns:
+        The trace. Its notes say whether the logits were the same, bit for bit, without recording.
+
+    Raises:
+        UserError: the text is empty, longer than the context or not of this vocabulary; a glob
+            matches nothing; positions or lengths are outside the text.
+    """
+    return Recorder(model, names).record(
+        tokens, prompt_length=prompt_length, chunk=chunk, start=start, stop=stop
+    )
+
+
+class Recorder:
+    """Records texts through one engine; its programs are compiled once for all of them.
+
+    A program is traced when its shape comes first: what surrounds that (a planted fault) holds
+    for all texts after it.
+    """
+
+    def __init__(self, model: Model | Engine, names: str | Sequence[str] = "*"):
+        self.engine = model.engine if isinstance(model, Model) else model
+        self.names = select(self.engine.config, names)
+        spec = self.engine.spec
+        self._plain = jax.jit(functools.partial(_plain_call, spec), donate_argnums=1)
+        self._traced = jax.jit(
+            functools.partial(_traced_call, spec, tuple(self.names)), donate_argnums=1
+        )
+
+    def record(
+        self,
+        tokens: Sequence[int],
+        *,
+        prompt_length: int | None = None,
+        chunk: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        see: Callable[[Piece, Float[np.ndarray, "T V"]], object] | None = None,
+    ) -> Trace:
+        """As the function `record`.
+
+        Args:
+            see: is shown the logits of every call as they are without recording.
+        """
+        calls = plan_calls(len(tokens), prompt_length, chunk, self.engine.shapes)
+        header = self._header(tokens, calls, start, len(tokens) if stop is None else stop)
+        collector = Collector(header, self.names)
+        same, worst = True, 0.0
+        both = (self._run(f, tokens, calls) for f in (self._traced, self._plain))
+        for call, (tensors, logits), (_, plain) in zip(calls, *both, strict=True):
+            plain = np.asarray(plain)[0, : call.length]
+            seen = np.asarray(logits)[0, : call.length]
+            if seen.tobytes() != plain.tobytes():
+                same, worst = False, max(worst, _difference(seen, plain))
+            if see is not None:
+                see(call, plain)
+            for name, x in tensors.items():
+                if collector.wants(name, call.start, call.length):
+                    # Cut on the host: a slice on the device would be compiled for every length.
+                    collector.add(name, call.start, np.asarray(x)[0, : call.length])
+        note = "Recording changes no bit of the logits."
+        if not same:
+            note = f"Recording changes the logits, by {worst:.3g} at most."
+        return collector.trace(note)
+
+    def _run(
+        self, function: Callable[..., Any], tokens: Sequence[int], calls: list[Piece]
+    ) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
+        """The tensors and logits of every call, one after another through one cache."""
+        engine = self.engine
+        # Bits depend on how many slots attention takes a turn, but not on what is behind them.
+        capacity = max(len(tokens), min(SLOTS, PAGE * engine.layout.table_width))
+        cache = Cache.create(engine.config, 1, capacity, engine.spec.cache)
+        for call in calls:
+            padded = np.zeros((1, call.padded), np.int32)
+            padded[0, : call.length] = tokens[call.start : call.start + call.length]
+            start, length = np.array([call.start, call.start + call.length], np.int32)[:, None]
+            cache, tensors, logits = function(engine.weights, cache, padded, start, length)
+            yield tensors, logits
+
+    def _header(self, tokens: Sequence[int], calls: list[Piece], start: int, stop: int) -> Header:
+        engine, spec, config = self.engine, self.engine.spec, self.engine.config
+        if len(tokens) > config.context_length:
+            raise UserError(
+                f"The text has {len(tokens)} tokens, but {config.source} has a context of "
+                f"{config.context_length}; shorten it."
+            )
+        try:
+            return Header(
+                model=config.source,
+                model_sha256=model_hash(config.source),
+                config=config_to_json(config),
+                implementation=f"qwen_jax ({spec.implementation})",
+                dtype=spec.weights.name,
+                activation_dtype=spec.activations.name,
+                cache_dtype=spec.cache.name,
+                matmul_precision=spec.precision.name.lower(),
+                device=jax.local_devices()[0].device_kind,
+                versions={name: version(name) for name in LIBRARIES},
+                tokens=tuple(int(token) for token in tokens),
+                start=start,
+                stop=stop,
+                chunks=tuple(call.length for call in calls),
+                notes=(KERNEL,) if calls[-1].padded == 1 and _in_one_kernel(engine) else (),
+            )
+        except UserError as error:
+            raise UserError(f"{config.source}: {error}") from None
+
+
+def plan_calls(
+    length: int, prompt_length: int | None, chunk: int | None, shapes: Shapes
+) -> list[Piece]:
+    """The calls a text goes through: the prompt in the engine's pieces, then token by token.
+
+    Each piece has a call of its own, on a GPU too: what several in one give is the same.
+
+    Raises:
+        UserError: there is no text, or a length is outside it.
+    """
+    prompt = length if prompt_length is None else prompt_length
+    if length < 1 or not 0 <= prompt <= length:
+        raise UserError(
+            f"prompt_length is {prompt}, but it must be from 0 to the text's {length} tokens."
+        )
+    if chunk is not None:
+        if not 1 <= chunk <= PAGE:
+            raise UserError(f"chunk is {chunk}, but it must be from 1 to {PAGE}, a page.")
+        shapes = dataclasses.replace(shapes, lengths=(chunk,))
+    return [
+        *pieces_of(0, prompt, shapes),
+        *(Piece(position, 1, 1) for position in range(prompt, length)),
+    ]
+
+
+def trace_generation(
+    model: Model,
+    request: Request,
+    completion: Completion,
+    *,
+    names: str | Sequence[str] = "*",
+    positions: str = ":",
+) -> Trace:
+    """Replays a generation with recording: the prompt in pieces, all but its last token, which
+    enters alone like each token that was chosen.
+
+    The last token chosen never entered the model and is left out. A note in the header says that
+    this is a replay, and whether its logits choose the same tokens, where the run was greedy.
+
+    Args:
+        request: what was asked for.
+        completion: and what came of it.
+        names: globs over canonical names.
+        positions: "start:stop" of the text, as Python slices; either may be left out.
+
+    Raises:
+        UserError: a glob matches nothing, or the positions are none of the text's.
+    """
+    tokens = [*request.tokens, *completion.tokens[:-1]]
+    prompt = len(request.tokens)
+    start, stop = parse_positions(positions, len(tokens))
+    chosen: list[int] = []
+    # Rows without a token are padding, which the engine never chooses.
+    rows = min(model.tokenizer.vocab_size, model.config.vocab_size)
+    used = np.setdiff1d(np.arange(rows), model.tokenizer.unused_ids)
+
+    def see(call: Piece, logits: Float[np.ndarray, "T V"]) -> None:
+        chosen.extend(used[logits[:, used].argmax(axis=-1)].tolist())
+
+    trace = Recorder(model, names).record(
+        tokens, prompt_length=prompt - 1, start=start, stop=stop, see=see
+    )
+    notes = ["A replay of the generated tokens, made after the run."]
+    if request.sampling.temperature == 0 and completion.tokens:
+        pairs = zip(chosen[prompt - 1 :], completion.tokens, strict=True)
+        wrong = [i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
+        if wrong:
+            notes.append(
+                f"Its logits choose other tokens than the run in {len(wrong)} of "
+                f"{len(completion.tokens)} places, first after position {prompt - 1 + wrong[0]}."
+            )
+            logging.warning("Trace: %s", notes[-1])
+        else:
+            notes.append("Its logits choose the tokens of the run, every one.")
+    header = dataclasses.replace(trace.header, notes=(*notes, *trace.header.notes))
+    return Trace(header, trace.tensors)
+
+
+def parse_positions(text: str, length: int) -> tuple[int, int]:
+    """`a:b` as Python's slices have it, of a text of `length`.
+
+    Raises:
+        UserError: it is no slice, or holds no position.
+    """
+    start, stop, _ = bounds(text).indices(length)
+    if start >= stop:
+        raise UserError(
+            f"The positions {text!r} hold none of the text's {length}; choose others, such as 0:16."
+        )
+    return start, stop
+
+
+def bounds(text: str) -> slice:
+    """`a:b` as a slice. Raises UserError where it is none."""
+    try:
+        found = [int(part) if part.strip() else None for part in text.split(":")]
+    except ValueError:
+        found = []
+    if len(found) != 2:
+        raise UserError(
+            f"The positions are {text!r:.60}, but must be start:stop, such as 0:16 or 8:."
+        )
+    return slice(*found)
+
+
+def model_hash(source: str) -> str | None:
+    """The SHA-256 of a model that is one file; None for a directory or a model in memory."""
+    path = Path(source)
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return _hash(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache
+def _hash(path: Path, mtime: int, size: int) -> str:
+    """Hashing reads the whole file, so once for each that has not changed."""
+    return OpenFile(path).sha256()
+
+
+def _plain_call(
+    spec: Spec,
+    weights: Weights,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
+    """The call without records; one token goes as in the engine's decode steps."""
+    if tokens.shape[1] == 1:
+        step = weights.forward(spec, len(tokens))
+        logits, cache = step(tokens[:, 0], cache, start, lengths > 0)
+        return cache, {}, logits[:, None]
+    cache, logits = steps.all_logits(spec, weights, cache, tokens, start, lengths)
+    return cache, {}, logits
+
+
+def _traced_call(
+    spec: Spec,
+    names: Sequence[str],
+    weights: Weights,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
+    """The same with the named tensors besides."""
+    with recording() as seen:
+        cache, logits = steps.all_logits(spec, weights, cache, tokens, start, lengths)
+    return cache, {name: seen[name] for name in names}, logits
+
+
+def _in_one_kernel(engine: Engine) -> bool:
+    """Whether a decode step shows nothing of what is inside, traced as it is."""
+    cache = Cache.create(engine.config, 1, PAGE, engine.spec.cache)
+    row = np.zeros((1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.int32)
+    with recording() as seen:
+        jax.eval_shape(functools.partial(_plain_call, engine.spec), engine.weights, cache, *row)
+    return not seen
+
+
+def _difference(ours: Float[np.ndarray, "T V"], theirs: Float[np.ndarray, "T V"]) -> float:
+    """The greatest absolute difference; infinite where only one of the two is finite."""
+    difference = np.abs(ours.astype(np.float64) - theirs)
+    difference[(ours == theirs) | (np.isnan(ours) & np.isnan(theirs))] = 0
+    return float(np.where(np.isnan(difference), np.inf, difference).max())

@@ -1,0 +1,1 @@
+"""The weights audit: a checkpoint's bytes against the parameters somebody holds."""

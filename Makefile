@@ -7,6 +7,8 @@ BIN = $(VENV)/bin
 run: $(VENV)/installed
 	$(BIN)/python run.py < /dev/null
 
+# Starts of programs find the modules compiled.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -16,13 +18,12 @@ parity: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[parity]'
 	$(BIN)/python -m pytest -m live
 
-# Every kernel lowered for CUDA by the JAX of another Python: make lower PYTHON=python3.13
+# Every kernel lowered for CUDA by the JAX of a Python: make lower PYTHON=python3.13
 lower: VENV = .venv-lower
 lower:
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet -e . pytest pytest-xdist hypothesis 'jax$(JAX)'
-	$(BIN)/python -m pytest -n 2 tests/kernels/test_lowering.py tests/kernels/test_decode_step.py \
-		tests/kernels/test_blocks.py::test_mixed_files_lower
+	$(BIN)/python -m pytest -n 2 -m lower tests/kernels
 
 # Every kernel compiled to machine code for Hopper, without a GPU; downloads 190 MB.
 # JAX's CUDA plugin stays out of the virtual environment, where every run would look for a GPU.
@@ -32,9 +33,7 @@ compile: $(VENV)/installed-test
 	$(BIN)/pip install --quiet --no-deps --target .cuda nvidia-cuda-nvcc \
 		jax-cuda13-plugin==$(VERSION) jax-cuda13-pjrt==$(VERSION)
 	PYTHONPATH=.cuda JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
-		XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 2 \
-		tests/kernels/test_lowering.py tests/kernels/test_decode_step.py \
-		tests/kernels/test_prefill_memory.py tests/kernels/test_blocks.py::test_mixed_files_lower
+		XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -n 2 -m lower tests/kernels
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ["XLA_FLAGS"] = " ".join((*fast_flags(), os.environ.get("XLA_FLAGS", "")))
     # Drawn here and not where it is used, since pytest-xdist's workers must all see one seed.
     os.environ.setdefault("QWEN_JAX_LIVE_SEED", str(secrets.randbits(31)))
+    config.addinivalue_line("markers", "lower: lowers a kernel for CUDA (see `make lower`)")
     config.addinivalue_line(
         "markers", "live: compares with transformers or lm_eval as installed (see `make parity`)"
     )

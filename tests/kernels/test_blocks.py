@@ -247,6 +247,7 @@ def as_in_files(size: str, quantisation: str) -> StepPlan:
     return StepPlan(shape, 132, layers, "q8_0" if odd else "q6_k")
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 @pytest.mark.parametrize("size", SIZES)
 def test_mixed_files_lower(size: str, rows: int) -> None:

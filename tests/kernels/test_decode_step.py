@@ -65,6 +65,7 @@ def lower(
     return hopper.lower(kernel.build(plan, rows, pool, jnp.dtype(cache)), *arguments)
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("rows", "capacity", "dtype"),
@@ -84,6 +85,7 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
     assert "decode_step" in text
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("rows", "capacity", "dtype"),
@@ -94,6 +96,7 @@ def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtyp
     assert "decode_step_many" in lower(plan_of(SIZES[size], dtype), rows, capacity, many_rows)
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize(
     ("size", "stored"),
     [*((size, "bfloat16") for size in SIZES), ("0.5b", "q8_0"), ("7b", "q4_k"), ("7b", "q6_k")],

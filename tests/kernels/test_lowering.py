@@ -69,6 +69,7 @@ def lower(operation: str, arguments: tuple[Any, ...]) -> str:
     return hopper.lower(run, *arguments)
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize(
     ("rows", "capacity", "dtype"),
     [(1, 32768, "bfloat16"), (8, 512, "float16")],
@@ -83,6 +84,7 @@ def test_lowers_at_real_shapes(operation, size, rows, capacity, dtype):
         assert name in text
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize(
     ("rows", "capacity", "page"), [(1, 128, 128), (3, 768, 384), (64, 1024, 256), (300, 256, 128)]
 )
@@ -90,6 +92,7 @@ def test_decode_attention_lowers_at_awkward_shapes(rows, capacity, page):
     lower("gqa_decode_attention", decode_arguments(14, 2, 64, rows, capacity, "bfloat16", page))
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize(
     ("steps", "rows", "capacity", "page"),
     [
@@ -107,6 +110,7 @@ def test_prefill_attention_lowers_at_awkward_shapes(size, steps, rows, capacity,
     lower("gqa_prefill_attention", arguments)
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize("rows", [1, 4, 16])
 @pytest.mark.parametrize("size", ["0.5b", "7b"])
 def test_prefill_attention_lowers_for_the_engines_chunks(size, rows):
@@ -116,6 +120,7 @@ def test_prefill_attention_lowers_for_the_engines_chunks(size, rows):
     )
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize("rows", [1, 4, 16])
 @pytest.mark.parametrize("size", HEADS)
 def test_a_large_table_alone_does_not_split_prefill_attention(size, rows):
@@ -126,6 +131,7 @@ def test_a_large_table_alone_does_not_split_prefill_attention(size, rows):
     assert large == small
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize("pairs", [16, 32])
 def test_rope_lowers_with_a_partial_rotary_dimension(pairs):
     q, k, positions, _ = rope_arguments(14, 2, 128, 3, 1, "bfloat16")
@@ -156,6 +162,7 @@ def lower_sampling(arguments: tuple[Any, ...], top_logprobs: int = 20) -> str:
     return hopper.lower(run, *arguments)
 
 
+@pytest.mark.lower
 @pytest.mark.parametrize(("rows", "everything"), [(1, True), (256, False)])
 def test_sampling_lowers_for_one_row_and_for_more_than_multiprocessors(rows, everything):
     assert "sample_tokens" in lower_sampling(sampling_arguments(rows, everything=everything))

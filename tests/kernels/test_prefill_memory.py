@@ -18,6 +18,7 @@ CONFIG = ModelConfig(10, 256, 4, 2, 64, 512, 1024, 32768, 1e6, 1e-6, tied=True)
 ROWS = 4
 
 
+@pytest.mark.lower
 @pytest.mark.usefixtures("as_if_on_hopper")
 def test_one_cache_is_enough() -> None:
     """Pages are written where they lie, and read there too."""

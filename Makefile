@@ -7,8 +7,11 @@ BIN = $(VENV)/bin
 run: $(VENV)/installed
 	$(BIN)/python run.py < /dev/null
 
-# Starts of programs find the modules compiled.
+# Starts of programs find the modules compiled; memory isn't given back to be asked for again.
 test: export PYTHONDONTWRITEBYTECODE =
+test: export MALLOC_TRIM_THRESHOLD_ = 4294967296
+test: export MALLOC_MMAP_THRESHOLD_ = 1073741824
+test: export MALLOC_TOP_PAD_ = 268435456
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import secrets
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -42,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.option.markexpr != "live":  # which compiles as users do
             # Of two equal flags the last one counts: the environment's.
             os.environ["XLA_FLAGS"] = " ".join((*fast_flags(), os.environ.get("XLA_FLAGS", "")))
+    # In the background of a script Ctrl-C is ignored, also by what is started from there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Drawn here and not where it is used, since pytest-xdist's workers must all see one seed.
     os.environ.setdefault("QWEN_JAX_LIVE_SEED", str(secrets.randbits(31)))
     config.addinivalue_line("markers", "lower: lowers a kernel for CUDA (see `make lower`)")

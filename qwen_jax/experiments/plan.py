@@ -20,6 +20,7 @@ from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
 from qwen_jax.task_fields import MODEL, among
 from qwen_jax.weights.checkpoint import Checkpoint
+from qwen_jax.weights.checksum import hashes_of
 from qwen_jax.weights.hub_names import is_hub_name
 
 _OF_ALL = (
@@ -117,6 +118,8 @@ def _task(point: Point) -> Task:
     try:
         Choice.of(config).check()
         choices.check_slots(config.slots)
+        if config.sha256 is not None:
+            hashes_of(config.sha256)
         return task_class(config.experiment.task)(config)
     except UserError as error:
         raise UserError(f"The point {point.label}: {error}") from error

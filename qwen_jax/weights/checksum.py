@@ -8,6 +8,17 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights.open_files import OpenFiles, Progress
 
 
+def hashes_of(expected: str) -> list[str]:
+    """Hashes with commas between. Raises UserError where one is none."""
+    hashes = [word.strip().lower() for word in expected.split(",")]
+    for word in hashes:
+        if not re.fullmatch("[0-9a-f]{64}", word):
+            raise UserError(
+                f"sha256: {word!r:.80} is not 64 hexadecimal digits; copy the whole hash."
+            )
+    return hashes
+
+
 def check_sha256(
     opened: OpenFiles, paths: Sequence[Path], expected: str, progress: Progress | None = None
 ) -> None:
@@ -18,10 +29,7 @@ def check_sha256(
         paths: all files of the checkpoint; a hash covers exactly one of them.
         expected: one hash per file, in their order, with commas between.
     """
-    hashes = [word.strip().lower() for word in expected.split(",")]
-    for word in hashes:
-        if not re.fullmatch("[0-9a-f]{64}", word):
-            raise UserError(f"sha256: {word!r} is not 64 hexadecimal digits; copy the whole hash.")
+    hashes = hashes_of(expected)
     if len(hashes) != len(paths):
         raise UserError(
             f"sha256: {len(hashes)} hash(es) were given, but a hash covers one file and the model "

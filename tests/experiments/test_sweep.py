@@ -48,6 +48,7 @@ def test_sweeps_that_make_no_sense() -> None:
         ("1 / 0", "", "ZeroDivisionError"),
         ('axis("max_tokens", [9, 1])', "", "The point max_tokens=1: this point makes no sense"),
         ('axis("dtype", ["float8"])', "", "The point dtype=float8: dtype is 'float8'"),
+        ('axis("sha256", ["x"])', "", "The point sha256=x: sha256: 'x' is not 64 hexadecimal"),
         ('axis("n", [2])', "config.experiment.task = 'dance'", "is none of generate, perplexity"),
         ('axis("n", [2])', "config.experiment.task = 'nowhere:X'", "No module named 'nowhere'"),
         ('axis("n", [2])', "config.experiment.quantization = 'Q9'", "must be one of F32, BF16"),

@@ -51,6 +51,18 @@ def test_the_flag_is_set_where_it_applies(
     assert os.environ.get("XLA_FLAGS") == expected
 
 
+def test_flags_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What doesn't begin with - is the name of a file with flags; XLA says if there is none."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.10.2")
+    (tmp_path / "flags").write_text("--xla_dump_to=x\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    xla_flags.set_before_jax()
+    assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=x", FLAG]
+    monkeypatch.setenv("XLA_FLAGS", "nowhere")
+    xla_flags.set_before_jax()
+    assert os.environ["XLA_FLAGS"] == "nowhere"
+
+
 def test_without_the_flag_it_is_wrong() -> None:
     """In a process of its own, for flags are read once. Which sizes are wrong depends on cores."""
     if importlib.metadata.version("jaxlib") not in xla_flags.WRONG_REDUCTIONS:

@@ -220,7 +220,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "candidate": ("compare.candidate", "The trace, or the other engine's dump, to be diagnosed."),
     "tokens": ("compare.tokens", "Token ids of the text, as in 2046,299,10."),
     "reference": ("compare.reference", "float64, hf, llamacpp, or a trace to compare with."),
-    "parts": ("compare.parts", "tensors, weights, text, cache, distribution, precision."),
+    "parts": ("compare.parts", "tensors, weights, text, cache, distribution, precision, machine."),
     "plant": ("compare.plant", "Plant faults in this engine first; with commas, name@layer."),
     "list_faults": ("compare.list_faults", "Print the faults that can be planted and named."),
     "fail_if": ("compare.fail_if", "Exit with 1 where this holds: 'faults > 0, mean_kld > 0.01'."),

@@ -31,6 +31,7 @@ METRICS = {
     "weights_faults": "tensors that differ from the file's",
     "text_faults": "texts whose token ids differ from the reference tokenizer's",
     "cache_faults": "ways through the cache that give other results",
+    "machine_faults": "checks of the machine that are less exact than what is declared",
     "kept_float32": "operations that the precision search keeps in float32",
 }
 """What a gate can be set on."""
@@ -52,6 +53,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
         *_OF_LOGITS,
     ),
     "precision": ("kept_float32",),
+    "machine": ("machine_faults",),
 }
 """What each part of a comparison may measure."""
 

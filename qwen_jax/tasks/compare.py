@@ -19,6 +19,7 @@ from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.machine import audit_machine
 from qwen_jax.accuracy.references import reference
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.tensors.comparison import compare
@@ -162,6 +163,9 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
         if "cache" in parts:
             with _bar("cache") as progress:
                 more["cache"] = audit_cache(engine, progress=progress)
+        if "machine" in parts:
+            with _bar("machine") as progress:
+                more["machine"] = audit_machine(engine, progress)
         wrong = Model(engine, model.tokenizer) if faults else model
         if "distribution" in parts:
             more["distribution"] = _distribution(config, wrong)

@@ -13,7 +13,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.opening import locate
 from qwen_jax.weights.hub_names import is_hub_name
 
-PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision")
+PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision", "machine")
 BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
 
 _FILE = ("model", "adapter", "sha256")
@@ -31,6 +31,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "cache": (),
     "distribution": (*_WINDOWS, "compare.base"),
     "precision": (*_WINDOWS, "compare.precision_kld", "compare.precision_dtype"),
+    "machine": (),
 }
 """Fields that a part alone reads, or groups of them."""
 

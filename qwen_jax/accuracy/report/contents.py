@@ -10,6 +10,7 @@ from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Distribution
 from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.tensors.comparison import Comparison
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
 from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
@@ -37,6 +38,7 @@ class Report:
     cache: Sequence[CacheFinding] | None = None
     distribution: Distribution | None = None
     precision: PrecisionSearch | None = None
+    machine: Sequence[MachineFinding] | None = None
     gates: tuple[Outcome, ...] = ()
     planted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -90,7 +92,13 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
         yield "ppl_ratio", d.ratio.value
         yield "ppl_difference", d.difference.value
         yield "dp_rms", d.dp_rms.value
-    audits = {"weights": report.weights, "text": report.text, "cache": report.cache}
+    audits: dict[str, Sequence[WeightFinding | TextFinding | CacheFinding | MachineFinding] | None]
+    audits = {
+        "weights": report.weights,
+        "text": report.text,
+        "cache": report.cache,
+        "machine": report.machine,
+    }
     for name, findings in audits.items():
         if findings is not None:
             wrong = sum(f.verdict in ("fault", "missing") for f in findings)

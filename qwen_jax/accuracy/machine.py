@@ -7,7 +7,7 @@ told, since another engine may do otherwise.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Float
 
 from qwen_jax.accuracy.compiler import Reduction, judged, reductions
+from qwen_jax.accuracy.text_table import table
 from qwen_jax.engine.engine import Engine
 
 REPEATS, TOKENS = 3, 48
@@ -235,3 +236,12 @@ def fused() -> MachineFinding:
     left = float(jax.jit(lambda a, b, c: a * b - c)(a, a, c))
     said = {0.0: "is rounded twice", 2.0**-24: "is rounded once (fused)"}
     return MachineFinding("a b - c of float32", TOLD, said.get(left, f"is {left!r}, neither way"))
+
+
+def machine_table(findings: Sequence[MachineFinding]) -> str:
+    """The checks in order, the verdict over them."""
+    wrong = sum(finding.verdict == FAULT for finding in findings)
+    said = f"{wrong} FAULTS" if wrong else "nothing less than declared"
+    rows = [[finding.check, finding.verdict, finding.evidence] for finding in findings]
+    header = ["check", "verdict", "evidence"]
+    return f"machine, {len(findings)} checks: {said}\n\n" + table(header, rows)

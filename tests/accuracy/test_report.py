@@ -16,6 +16,7 @@ from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Scores, statistics
 from qwen_jax.accuracy.exact.parameters import EngineSource
 from qwen_jax.accuracy.gates import METRICS
+from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.references import float64
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.report.page import pictures
@@ -63,6 +64,7 @@ def full() -> Report:
         weights=[WeightFinding("output.weight", "lm_head", "missing", 1, 1, float("inf"))],
         text=[TextFinding("chat", "same")],
         cache=[],
+        machine=[MachineFinding("products of 1 row", "fault", "10 of 23 after the first")],
         notes=("A note.",),
     )
     outcomes = gates.check(gates.parse("mean_kld > 0.001, dp_rms < 0"), report.values(found))
@@ -96,6 +98,7 @@ def test_text_fits_100_columns_and_holds_every_part() -> None:
         "1 missing",
         "1 the same",
         "PPL / PPL base",
+        "machine, 1 checks: 1 FAULTS",
         "stay in float32",
     ):
         assert part in text, part

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen_jax.accuracy import machine
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
 from tests.cli.conftest import BUNDLED, Run
 
@@ -77,6 +78,19 @@ def test_from_sources_that_are_not_installed(run: Run, monkeypatch: pytest.Monke
         importlib.metadata.version("qwen_jax")
     done = run("compare", "--parts=tensors", TOKENS)
     assert done.code == 0 and "same likeliest token 100.0%" in done.out
+
+
+@pytest.mark.usefixtures("loaded")
+def test_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose cosine is of float16 fails the gate, with the check by name."""
+    done = run("compare", "--parts=machine", "--fail_if=machine_faults > 0")
+    assert done.code == 0 and "19 checks: nothing less than declared" in done.out
+    ours, *rest = machine.FUNCTIONS["cos"]
+    monkeypatch.setitem(
+        machine.FUNCTIONS, "cos", (lambda x: ours(x.astype("float16")).astype("float32"), *rest)
+    )
+    done = run("compare", "--parts=machine", "--fail_if=machine_faults > 0")
+    assert done.code == 1 and "19 checks: 1 FAULTS" in done.out
 
 
 @pytest.mark.parametrize(("gate", "code"), [("faults > 0", 1), ("faults > 1000", 0)])

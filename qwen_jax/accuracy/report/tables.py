@@ -9,6 +9,7 @@ from qwen_jax.accuracy.cache.audit import cache_table
 from qwen_jax.accuracy.distribution.comparison import Distribution, Estimate
 from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.machine import machine_table
 from qwen_jax.accuracy.measures.error_shape import ranges
 from qwen_jax.accuracy.report.contents import Report
 from qwen_jax.accuracy.tensors.comparison import Comparison, Row
@@ -55,6 +56,8 @@ def audits(report: Report) -> Iterator[tuple[str, str]]:
         yield "Cache audit", cache_table(report.cache)
     if report.distribution:
         yield "Distribution report", distribution_table(report.distribution)
+    if report.machine is not None:
+        yield "Machine", machine_table(report.machine)
     if report.precision:
         yield "Precision search", precision_table(report.precision)
 

@@ -3,11 +3,12 @@
 Every check has inputs whose exact result is known, however they are added up: whole numbers, powers
 of two, numbers with one far bit. A `fault` is less than the arithmetic that is declared promises;
 what is a device's own affair (numbers below the smallest normal one, products fused with sums) is
-told, since another engine may do otherwise.
+told, since another engine may do otherwise; so is what a text's neighbours change in it, unless the
+engine was asked to be batch-invariant.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float
 
+from qwen_jax.accuracy.companions import companions
 from qwen_jax.accuracy.compiler import Reduction, judged, reductions
 from qwen_jax.accuracy.text_table import table
 from qwen_jax.engine.engine import Engine
@@ -72,8 +74,18 @@ def audit_machine(
     for done, check in enumerate(checks, 1):
         found.append(check())
         if progress:
-            progress(done, len(checks))
+            progress(done, len(checks) + 1)
+    found += _companions(engine)
+    if progress:
+        progress(len(checks) + 1, len(checks) + 1)
     return found
+
+
+def _companions(engine: Engine) -> Iterator[MachineFinding]:
+    promised = engine.shapes.batch_invariant
+    for name, of in companions(engine).items():
+        verdict = EXACT if of.invariant else FAULT if promised else TOLD
+        yield MachineFinding(f"texts {name}, beside alone", verdict, str(of))
 
 
 def _repeats(engine: Engine) -> MachineFinding:

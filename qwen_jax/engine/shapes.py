@@ -31,6 +31,11 @@ class Shapes:
     def slots(self) -> int:
         return self.rows[-1]
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether calls are of one size, whatever there is to do."""
+        return len(self.rows) == len(self.pieces) == 1
+
     def length_for(self, tokens: int) -> int:
         """The length of the next piece where so many tokens of a page are left.
 

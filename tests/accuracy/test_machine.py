@@ -10,27 +10,38 @@ import pytest
 from jax import lax
 
 from qwen_jax import api
-from qwen_jax.accuracy import machine
+from qwen_jax.accuracy import companions, machine
+from qwen_jax.engine.engine import Engine
 
 FLOAT32, HIGHEST = jnp.dtype(jnp.float32), lax.Precision.HIGHEST
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_alarm_here(dtype: str) -> None:
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few texts of few tokens."""
+    monkeypatch.setattr(companions, "TEXTS", 3)
+    monkeypatch.setattr(companions, "STEPS", 5)
+
+
+@pytest.mark.usefixtures("few")
+def test_no_alarm_here() -> None:
     heard = []
-    found = machine.audit_machine(
-        api.load(dtype=dtype).engine, lambda done, all_: heard.append((done, all_))
-    )
+    found = machine.audit_machine(api.load().engine, lambda *counts: heard.append(counts))
     assert [f for f in found if f.verdict == machine.FAULT] == []
-    assert len(found) == len(heard) == heard[-1][1] == 19
+    assert len(found) == 21 and heard[-1] == (20, 20)
     by_check = {f.check: f.evidence for f in found}
-    bits = {"float32": 23, "bfloat16": 7}[dtype]
-    assert by_check[f"products of 64 rows in {dtype}: bits of an input"] == (
-        f"all {bits} after the first"
-    )
-    assert by_check[f"products of 1 row in {dtype}: width of sums"] == (
-        "2^23 + 1 - 2^23 is 1 in any order"
-    )
+    assert by_check["products of 64 rows in float32: bits of an input"] == "all 23 after the first"
+    assert "texts among others, beside alone" in by_check
+
+
+@pytest.mark.parametrize(("dtype", "bits", "width"), [("bfloat16", 7, 23), ("float16", 10, 15)])
+def test_no_alarm_in_16_bits(dtype: str, bits: int, width: int) -> None:
+    how = (jnp.dtype(dtype), HIGHEST, 64)
+    checks = (machine.kept_bits, machine.sum_bits, machine.whole_numbers)
+    found = [check(*how) for check in checks]
+    assert [f.verdict for f in found] == ["exact"] * 3
+    assert found[0].evidence == f"all {bits} after the first"
+    assert found[1].evidence == f"2^{width} + 1 - 2^{width} is 1 in any order"
 
 
 def rounded_inputs(bits: int) -> Callable[..., np.ndarray]:
@@ -92,3 +103,33 @@ def test_functions_in_fewer_bits() -> None:
 
     assert machine.function_units("cos", of_a_rounded_circle).verdict == "fault"
     assert machine.function_units("cos").verdict == "within rounding"
+
+
+@pytest.mark.usefixtures("few")
+def test_neighbours_of_a_batch_invariant_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = api.load(slots=8, batch_invariant=True).engine
+    found = {f.check: f for f in machine._companions(engine)}
+    for name in ("among others", "after a prefix hit"):
+        one = found[f"texts {name}, beside alone"]
+        assert (one.verdict, one.evidence) == ("exact", "all 3 texts have the same bits")
+    real = companions.answers
+
+    def nudged(engine: Engine, prompts: list[list[int]]) -> list[companions.Answer]:
+        """A text among others gets other log-probabilities."""
+        first, *rest = real(engine, prompts)
+        if rest:
+            first = first._replace(logprobs=tuple(p - 0.5 for p in first.logprobs))
+        return [first, *rest]
+
+    monkeypatch.setattr(companions, "answers", nudged)
+    for one in machine._companions(engine):
+        assert one.verdict == "fault"
+        assert one.evidence.startswith("of 3 texts 2 have the same bits, 3 the same tokens")
+        assert one.evidence.endswith("up to 0.5 apart")
+
+
+def test_log_probabilities_are_compared_as_far_as_tokens_are_the_same() -> None:
+    alone = [companions.Answer((1, 2, 3), (-1.0, -2.0, -3.0))]
+    other = [companions.Answer((1, 5, 3), (-1.25, -9.0, -9.0))]
+    found = companions.Companions.of(alone, other)
+    assert found == companions.Companions(1, 0, 0, 0.25)

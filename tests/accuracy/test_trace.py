@@ -1,6 +1,7 @@
 """Traces on disk: what was saved comes back bit for bit, and whatever does not fit is refused."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -271,7 +272,7 @@ def test_files_that_are_no_traces_are_refused(tmp_path: Path) -> None:
     save_file({"embed": np.zeros((3, 96))}, plain)
     with pytest.raises(UserError, match="no trace of qwen_jax"):
         load(plain)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="can't be written .*; make room, or"):
         random_trace(wanted=["embed"]).save(tmp_path / "no" / "such" / "directory")
 
 
@@ -281,3 +282,19 @@ def test_other_tools_can_read_the_file(tmp_path: Path) -> None:
     (tensor,) = load_file(tmp_path / "t.safetensors").values()
     assert tensor.tobytes() == trace.tensors["embed"].tobytes()
     assert dataclasses.asdict(trace.header)["tokens"] == (1, 2, 3, 4, 5)
+
+
+def test_half_a_trace_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after some of it leaves what was there before."""
+    whole, path = random_trace(wanted=["embed"]), tmp_path / "t.safetensors"
+    whole.save(path)
+    before = path.read_bytes()
+
+    def full(tensors: object, to: str, **how: object) -> None:
+        Path(to).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwen_jax.accuracy.traces.trace.save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        whole.save(path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]

@@ -4,6 +4,7 @@ The names and their order are those of `names`; the axes of each are in `AXES`, 
 docs/trace-format.md describes the file for other engines; `foreign` reads what they dump.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -244,10 +245,17 @@ class Trace:
             UserError: the file cannot be written.
         """
         contiguous = {name: np.ascontiguousarray(x) for name, x in self.tensors.items()}
+        part = Path(f"{path}.part")  # a trace is whole or not there
         try:
-            save_file(contiguous, str(path), metadata={METADATA: self.header.to_json()})
+            save_file(contiguous, str(part), metadata={METADATA: self.header.to_json()})
+            part.replace(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: the trace cannot be written ({error}).") from None
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise UserError(
+                f"{path}: the trace can't be written ({error}); make room, or choose a place that "
+                "can be written to."
+            ) from None
 
 
 def load(path: str | Path) -> Trace:

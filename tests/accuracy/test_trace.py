@@ -272,7 +272,7 @@ def test_files_that_are_no_traces_are_refused(tmp_path: Path) -> None:
     save_file({"embed": np.zeros((3, 96))}, plain)
     with pytest.raises(UserError, match="no trace of qwen_jax"):
         load(plain)
-    with pytest.raises(UserError, match="can't be written .*; make room, or"):
+    with pytest.raises(UserError, match=r"can't be written .*; make room, or"):
         random_trace(wanted=["embed"]).save(tmp_path / "no" / "such" / "directory")
 
 

@@ -63,7 +63,7 @@ from tests.cli.conftest import REPOSITORY, Run
         ("experiment --workdir=", "--workdir is empty"),
         ("compare --fail_if=", "--fail_if is empty"),
         ("compare --plant=", "--plant is empty"),
-        ("report ", "An argument of report is empty; name a directory, or leave it out."),
+        ("report ", "An argument of report is empty; name a file or directory, or leave it out."),
         ("merge a ", "An argument of merge is empty"),
         (
             "--config.sampling.temprature=1",

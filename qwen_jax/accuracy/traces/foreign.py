@@ -309,12 +309,8 @@ def _read(name: str, arrays: Arrays) -> np.ndarray:
 
 def _arrays(path: Path) -> Arrays:
     """Every array of a file or directory; an .npy file's name is its path without the suffix."""
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".safetensors"))
     arrays: dict[str, Callable[[], np.ndarray]] = {}
-    for file in files:
+    for file in dump_files(path):
         if file.suffix == ".npy":
             name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
             arrays[name] = functools.partial(_read_npy, file)
@@ -324,6 +320,13 @@ def _arrays(path: Path) -> Arrays:
     if not arrays:
         raise UserError(f"{path}: there is no .npy or safetensors file in it; check the path.")
     return arrays
+
+
+def dump_files(path: Path) -> list[Path]:
+    """The files of a dump that hold arrays."""
+    if path.is_file():
+        return [path]
+    return sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".safetensors"))
 
 
 def _read_npy(path: Path) -> Shaped[np.ndarray, "..."]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from qwen_jax import pins, regular_files, settings
 from qwen_jax.accuracy.api import certify
 from qwen_jax.accuracy.certificate.table import text
-from qwen_jax.accuracy.certificate.verifying import other_versions, verify
+from qwen_jax.accuracy.certificate.verifying import other_versions, read, verify
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.lines import write_atomically
 from qwen_jax.settings import Command
@@ -66,10 +66,15 @@ def _verify(command: Command) -> int:
             adapter=config.adapter if "adapter" in asked else None,
             progress=progress,
         )
-    if others := other_versions(path):
+    recorded = read(path)
+    if others := other_versions(recorded):
         print(f"{path} was made with {others}", file=sys.stderr)
     if changed:
         print(visible(f"DIFFERS: {changed}."))
         return 1
-    print(visible(f"VERIFIED: {path} is what its inputs give."))
+    print(
+        visible(
+            f"VERIFIED: {path} is what its inputs give; its verdict is {recorded['verdict']!r}."
+        )
+    )
     return 0

@@ -80,9 +80,14 @@ def issue(
         adapters=tuple(adapters),
         inputs=inputs,
         assumptions=ASSUMPTIONS,
-        versions={name: version(name) for name in ("qwen_jax", "numpy", "ml_dtypes")}
-        | {"python": platform.python_version()},
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a certificate."""
+    packages = {name: version(name) for name in ("qwen_jax", "numpy", "ml_dtypes")}
+    return packages | {"python": platform.python_version()}
 
 
 def _judged(dump: str, trace: Trace, checkpoint: Checkpoint, progress: Progress) -> Engine:

@@ -61,7 +61,9 @@ def _verdict(certificate: Certificate, partly: bool) -> str:
         if len(engines) > 1:
             follows = "; the whole difference of both engines is rounding of what they declare"
             follows += ", as far as is covered" * partly
-        return f"CERTIFIED: no value exceeds {at_most(worst.fraction)} of its bound{follows}."
+        values = sum(engine.values for engine in engines)
+        most = at_most(worst.fraction)
+        return f"CERTIFIED: none of {values:,} values exceeds {most} of its bound{follows}."
     named = [
         f"{cause.name}{f' in engine {i}' if len(engines) > 1 else ''}"
         for i, engine in enumerate(engines, 1)

@@ -3,17 +3,16 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_jax import opening, regular_files, strict_json
 from qwen_jax.accuracy.certificate.contents import VERSION, Certificate
 from qwen_jax.accuracy.certificate.inputs import homes
-from qwen_jax.accuracy.certificate.issuing import issue
+from qwen_jax.accuracy.certificate.issuing import issue, versions
 from qwen_jax.accuracy.exact.replay import Progress
 from qwen_jax.errors import UserError
-from qwen_jax.versions import version
 from qwen_jax.weights.open_files import OpenFile
 
 _OF_BOUND = ("fraction", "before", "after")
@@ -55,7 +54,7 @@ def verify(
     Raises:
         UserError: the certificate is damaged, or an input is not there.
     """
-    recorded = _read(Path(path))
+    recorded = read(path)
     engines = recorded["engines"]
     if dumps and len(dumps) != len(engines):
         raise UserError(f"{path}: it is of {len(engines)} dumps, but {len(dumps)} are named.")
@@ -79,15 +78,19 @@ def verify(
     return next(_changes(str(path), recorded, found), None)
 
 
-def other_versions(path: str | Path) -> str:
-    """What computed a certificate, where it was not what would compute it now; else nothing."""
-    made = _read(Path(path))["versions"]
-    packages = (name for name in made if name != "python")
-    return ", ".join(f"{name} {made[name]}" for name in packages if made[name] != version(name))
+def other_versions(recorded: Mapping[str, Any]) -> str:
+    """What computed a certificate, where it is not what computes now; else nothing."""
+    ours = versions()
+    made = {name: of for name, of in recorded["versions"].items() if of != ours.get(name)}
+    return ", ".join(f"{name} {of}" for name, of in made.items())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Its fields, of which those that say what to compute are what they must be."""
+def read(path: str | Path) -> dict[str, Any]:
+    """A certificate's fields, of which those that say what to compute are what they must be.
+
+    Raises UserError where it can't be read, or is damaged.
+    """
+    path = Path(path)
     fields = strict_json.read_object(path, most=regular_files.MOST_BYTES)
     if fields.get("version") != VERSION:
         raise UserError(

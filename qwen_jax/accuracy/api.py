@@ -83,9 +83,10 @@ def certify(
     adapters = [adapter] if isinstance(adapter, str | Path) else adapter
     return issue(
         opening.open_model(model, adapters, sha256=sha256),
-        [(str(dump), tokens) for dump in (candidate, other) if dump is not None],
+        [str(dump) for dump in (candidate, other) if dump is not None],
         model=str(model),
         adapters=[str(one) for one in adapters],
+        tokens=tokens,
         progress=progress,
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_jax import opening
 from qwen_jax.accuracy import Certificate, Change, certify, verify
 from qwen_jax.accuracy.certificate.table import text
 from qwen_jax.accuracy.traces.foreign import open_trace
 from qwen_jax.accuracy.traces.trace import Trace, load
+from qwen_jax.accuracy.weights.checkpoint_values import CheckpointValues
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
+from qwen_jax.weights.loader import Checkpoint
 from tests.accuracy import other_engine
 from tests.accuracy.clean_engines import Clean
 from tests.accuracy.planted_traces import Once
 from tests.engines import device_parameters
 from tests.golden_cases import Case, odd_config
 from tests.tiny_adapters import random_pairs, write_peft
-from tests.tiny_checkpoints import write_gguf, write_hf
+from tests.tiny_checkpoints import gguf_name, random_parameters, write_gguf, write_hf
 
+REPOSITORY = Path(__file__).parents[2]
 CASE = Case(odd_config(num_layers=2), seed=3)
 TOKENS = CASE.prompt()[:12]
 
@@ -154,7 +159,7 @@ def test_tensors_between_are_computed_through_and_the_last_are_told(
     assert rope.together == ("q_proj", "q_rope")
     assert found.difference is None
     shown = " ".join(text(found).split())
-    assert "rounding of what they declare, as far as is covered." in shown
+    assert "as far as is covered, the difference of both engines is rounding" in shown
     assert "Not covered of engine 1: final_norm and 1 more operations." in shown
 
 
@@ -206,6 +211,7 @@ def test_a_certificate_is_verified(tmp_path: Path, issued: str) -> None:
 
 CHANGES: dict[str, Callable[[dict], Any]] = {
     "verdict": lambda c: c.update(verdict="cause"),
+    "engines.0.tokens.3": lambda c: c["engines"][0]["tokens"].__setitem__(3, 1),
     "engines.0.values": lambda c: c["engines"][0].update(values=7),
     "engines.1.largest.fraction": lambda c: c["engines"][1]["largest"].update(fraction=0.1),
     "engines.1.largest.position": lambda c: c["engines"][1]["largest"].update(position=99),
@@ -252,6 +258,7 @@ DAMAGED: dict[str, Callable[[dict], Any]] = {
     "field versions is missing": lambda c: c.pop("versions"),
     "field numbers is unknown": lambda c: c.update(numbers=1),
     "field engines is": lambda c: c.update(engines=[]),
+    "field tokens is": lambda c: c.update(tokens=["1"]),
     "field inputs is": lambda c: c["inputs"][0].pop("of"),
     "field inputs.0.of is 'engine 3'": lambda c: c["inputs"][0].update(of="engine 3"),
     "field engines.0.values is missing": lambda c: c["engines"][0].pop("values"),
@@ -279,3 +286,36 @@ def test_a_directory_with_an_adapter(tmp_path: Path, room: Path) -> None:
     assert found.engines[0].first.tensor == "layers.0.up_proj"
     assert verify(written(tmp_path, found.to_json())) is None
     assert certify(room / "clean", model=tmp_path / "model").certified
+
+
+# --- The page ----------------------------------------------------------------------------------
+
+
+def test_what_the_page_shows_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another engine's dumps of the bundled model, so that the places may be others."""
+    page = (REPOSITORY / "docs" / "certificate.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    checkpoint = opening.open_model()
+    params = bundled_parameters(checkpoint)
+    tokens = list(range(300, 308))
+    monkeypatch.chdir(tmp_path)
+    for name, wrong in {"a": {}, "b": {"dtype": "bfloat16"}, "dump": {"biases": False}}.items():
+        other_engine.dump(Path(name), checkpoint.config, params, tokens, **wrong)
+        mapping = json.loads(Path(name, "mapping.json").read_text())
+        Path(name, "mapping.json").write_text(json.dumps(mapping | {"tokens": tokens}))
+    for name in ("a", "b"):
+        open_trace(name, checkpoint.config).save(f"{name}.safetensors")
+    exec(found[1], {})
+    shown, said = capsys.readouterr().out.splitlines(), found[2].splitlines()
+    for ours, theirs, words in zip(shown, said, (1, 1, 6), strict=True):
+        assert ours.split()[:words] == theirs.split()[:words]
+
+
+def bundled_parameters(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """By Hugging Face's names, as the other engine takes them."""
+    drawn = random_parameters(dataclasses.replace(checkpoint.config, vocab_size=1))
+    values = CheckpointValues(checkpoint)
+    return {name: np.asarray(values.rows(gguf_name(name))[:], np.float32) for name in drawn}

@@ -80,6 +80,7 @@ class Engine:
 
     Attributes:
         dump: the file or directory, as its user named it.
+        tokens: ids of its text.
         declared: its arithmetic, by its own account.
         values: how many numbers were judged.
         largest: the tensor that comes closest to its bound, or goes furthest past it.
@@ -140,7 +141,8 @@ class Certificate:
         version: of this format.
         verdict: "certified" where every engine is within its bounds; "cause" where all that is not
             has a cause; else "unexplained".
-        model: the checkpoint, as its user named it, and its adapters.
+        model, adapters: the checkpoint, as its user named it, and its adapters.
+        tokens: ids that were given, where a dump didn't say them.
         difference: of two engines that both recorded logits.
         versions: of what computed this.
     """
@@ -151,6 +153,7 @@ class Certificate:
     difference: Difference | None
     model: str
     adapters: tuple[str, ...]
+    tokens: tuple[int, ...] | None
     inputs: tuple[Input, ...]
     assumptions: dict[str, str]
     versions: dict[str, str]

@@ -50,7 +50,9 @@ def _has_config(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _named(path: Path, places: Mapping[str, Path]) -> tuple[str, str]:
-    """Whose a file is, and its name there."""
+    """Whose a file is, and its name there; of one that lies elsewhere, its path."""
     inside = [name for name, home in places.items() if path.is_relative_to(home)]
+    if not inside:
+        return "checkpoint", str(path)
     name = max(inside, key=lambda name: len(places[name].parts))
     return name, path.relative_to(places[name]).as_posix()

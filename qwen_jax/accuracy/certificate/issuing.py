@@ -37,33 +37,32 @@ from qwen_jax.weights.loader import Checkpoint
 
 def issue(
     checkpoint: Checkpoint,
-    dumps: Sequence[tuple[str, Sequence[int] | None]],
+    dumps: Sequence[str],
     *,
     model: str,
     adapters: Sequence[str] = (),
+    tokens: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
     """A certificate of one engine, or of two of one text.
 
     Args:
-        dumps: traces or other engines' dumps, each with its token ids, where they are known.
+        dumps: traces or other engines' dumps.
         model, adapters: what their user calls them.
+        tokens: ids of the text, where a dump doesn't say them.
         progress: hears of operations done and in all.
 
     Raises:
         UserError: a file can't be read, the engines computed other models or texts, nothing can be
             judged, or a tensor that nothing else is wrong with is not finite.
     """
-    paths = [Path(dump) for dump, _ in dumps]
-    traces = [
-        open_trace(path, checkpoint.config, tokens=tokens)
-        for path, (_, tokens) in zip(paths, dumps, strict=True)
-    ]
+    paths = [Path(dump) for dump in dumps]
+    traces = [open_trace(path, checkpoint.config, tokens=tokens) for path in paths]
     inputs = inputs_of(checkpoint, paths)
     difference = _difference(*traces) if len(traces) == 2 else None
     operations = len(schedule(checkpoint.config))
     engines = []
-    for number, ((dump, _), trace) in enumerate(zip(dumps, traces, strict=True)):
+    for number, (dump, trace) in enumerate(zip(dumps, traces, strict=True)):
 
         def counted(done: int, total: int, before: int = number * operations) -> None:
             if progress:
@@ -78,6 +77,7 @@ def issue(
         difference=difference,
         model=model,
         adapters=tuple(adapters),
+        tokens=None if tokens is None else tuple(tokens),
         inputs=inputs,
         assumptions=ASSUMPTIONS,
         versions=versions(),

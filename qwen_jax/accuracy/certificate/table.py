@@ -4,7 +4,8 @@ import math
 import textwrap
 from collections.abc import Iterator
 
-from qwen_jax.accuracy.certificate.contents import Certificate, Engine, Judged
+from qwen_jax.accuracy.certificate.contents import Certificate, Engine, Judged, Named
+from qwen_jax.accuracy.measures.error_shape import ranges
 from qwen_jax.accuracy.text_table import WIDTH, table
 
 
@@ -26,7 +27,7 @@ def _sections(certificate: Certificate) -> Iterator[str]:
         (f"{i}", cause.name, layers(cause.layers), *map(at_most, (cause.before, cause.after)), line)
         for i, engine in enumerate(certificate.engines, 1)
         for cause in engine.causes
-        for line in [f"{cause.line}; seen in {', '.join(cause.operations)}"]
+        for line in [what(cause)]
     ]
     if causes:
         yield table(("engine", "cause", "layers", "as it is", "planted", "what and where"), causes)
@@ -59,8 +60,8 @@ def _verdict(certificate: Certificate, partly: bool) -> str:
         worst = max((engine.largest for engine in engines), key=lambda one: one.fraction)
         follows = ""
         if len(engines) > 1:
-            follows = "; the whole difference of both engines is rounding of what they declare"
-            follows += ", as far as is covered" * partly
+            of = "as far as is covered, the" if partly else "the whole"
+            follows = f"; {of} difference of both engines is rounding of what they declare"
         values = sum(engine.values for engine in engines)
         most = at_most(worst.fraction)
         return f"CERTIFIED: none of {values:,} values exceeds {most} of its bound{follows}."
@@ -89,12 +90,14 @@ def place(one: Judged) -> str:
 def at_most(fraction: float) -> str:
     """Rounded up, for what is said is that nothing exceeds it."""
     if fraction > 1:
-        return f"{fraction:.2g}"
+        return f"{fraction:.2g}".replace("e+0", "e+")
     return f"{math.ceil(fraction * 100) / 100:.2f}"
 
 
 def layers(found: tuple[int | None, ...]) -> str:
-    return ", ".join("-" if layer is None else str(layer) for layer in found)
+    """As in "0-3, 7"; "-" stands for what is outside of them."""
+    inside = {layer for layer in found if layer is not None}
+    return ranges([i in inside for i in range(max(inside) + 2)]) if inside else "-"
 
 
 def describe(engine: Engine) -> str:
@@ -103,6 +106,16 @@ def describe(engine: Engine) -> str:
     if declared["activation_dtype"] != dtypes:
         dtypes += f" and activations in {declared['activation_dtype']}"
     return f"{declared['implementation']}, {dtypes}, {declared['device']}: {engine.dump}"
+
+
+def what(cause: Named) -> str:
+    """What is wrong, where it shows, and what speaks against it."""
+    said = f"{cause.line}; seen in {', '.join(cause.operations)}"
+    if cause.together:
+        said += f"; together with {', '.join(cause.together)}"
+    if cause.ties:
+        said += f"; as well explained by {' or '.join(' + '.join(tie) for tie in cause.ties)}"
+    return said + f"; but not seen in {', '.join(cause.against)}" * bool(cause.against)
 
 
 def not_covered(engine: Engine) -> str:

@@ -65,9 +65,10 @@ def verify(
         return changed
     again = issue(
         opening.open_model(named, adapters),
-        [(name, engine["tokens"]) for name, engine in zip(names, engines, strict=True)],
+        names,
         model=str(named),
         adapters=[str(one) for one in adapters],
+        tokens=recorded["tokens"],
         progress=progress,
     )
     found = json.loads(again.to_json())
@@ -110,10 +111,12 @@ def _texts(x: Any) -> bool:
     return isinstance(x, list) and all(isinstance(text, str) for text in x)
 
 
+def _ids(x: Any) -> bool:
+    return isinstance(x, list) and all(type(token) is int for token in x)
+
+
 def _is_engine(x: Any) -> bool:
-    tokens = x.get("tokens") if isinstance(x, dict) else None
-    is_text = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-    return is_text and isinstance(x.get("dump"), str)
+    return isinstance(x, dict) and isinstance(x.get("dump"), str)
 
 
 def _is_input(x: Any) -> bool:
@@ -123,6 +126,7 @@ def _is_input(x: Any) -> bool:
 _SOUND: dict[str, Callable[[Any], bool]] = {
     "model": lambda x: isinstance(x, str),
     "adapters": _texts,
+    "tokens": lambda x: x is None or _ids(x),
     "engines": lambda x: isinstance(x, list) and len(x) in (1, 2) and all(map(_is_engine, x)),
     "inputs": lambda x: isinstance(x, list) and all(map(_is_input, x)),
     "versions": lambda x: isinstance(x, dict) and _texts(list(x.values())),

@@ -27,6 +27,7 @@ def compare(
     *,
     model: str | Path = opening.BUNDLED,
     adapter: str | Path | Sequence[str | Path] = (),
+    sha256: str | None = None,
     reference: str = "float64",
     tokens: Sequence[int] | None = None,
     progress: Progress | None = None,
@@ -36,6 +37,7 @@ def compare(
     Args:
         candidate: a trace, or the path of one or of another engine's dump.
         model, adapter: what the engine computed with, as for `qwen_jax.load`.
+        sha256: what the GGUF file's SHA-256 must be.
         reference: "float64", "hf", "llamacpp", or the path of a trace to compare with.
         tokens: ids of the text, where a dump doesn't say them.
         progress: hears of operations done and in all.
@@ -47,7 +49,7 @@ def compare(
         UserError: a file can't be read, or the reference is of another model or text, less exact
             or not finite.
     """
-    checkpoint = opening.open_model(model, adapter)
+    checkpoint = opening.open_model(model, adapter, sha256=sha256)
     if not isinstance(candidate, Trace):
         candidate = open_trace(candidate, checkpoint.config, tokens=tokens)
     return judged(candidate, checkpoint, reference, progress)

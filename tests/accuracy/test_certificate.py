@@ -163,6 +163,23 @@ def test_tensors_between_are_computed_through_and_the_last_are_told(
     assert "Not covered of engine 1: final_norm and 1 more operations." in shown
 
 
+def test_a_bound_as_large_as_the_tensor_judges_nothing(tmp_path: Path, room: Path) -> None:
+    """Of bfloat16, carried through all layers at once."""
+    shutil.copytree(room / "narrow", tmp_path / "dump")
+    mapping = tmp_path / "dump" / "mapping.json"
+    fields = json.loads(mapping.read_text())
+    for kept in ({"embed": "tok", "logits": "logits"}, {"logits": "logits"}):
+        mapping.write_text(json.dumps(fields | {"tensors": kept}))
+        if "embed" not in kept:
+            with pytest.raises(UserError, match=r"nothing in it can be judged: logits has a bound"):
+                certify(tmp_path / "dump", model=room / "model.gguf")
+            continue
+        (engine,) = certify(tmp_path / "dump", model=room / "model.gguf").engines
+        assert [one.tensor for one in engine.tensors] == ["embed"]
+        assert "times as large as itself" in engine.not_covered.tensors["logits"]
+        assert "logits" in engine.not_covered.operations
+
+
 def from_position(room: Path, start: int, names: Callable[[str], bool]) -> Trace:
     """Part of the clean dump, as a trace."""
     trace = open_trace(room / "clean", CASE.config)

@@ -28,6 +28,7 @@ class Judged:
     Attributes:
         position: of the text, where the largest fraction is; of a fault, the first wrong one.
         fraction: the largest error over its bound.
+        resolution: the RMS of the bound over that of the tensor: what is smaller may hide in it.
         together: operations computed through to it, where tensors between were not recorded.
         values: how many numbers it has.
     """
@@ -36,6 +37,7 @@ class Judged:
     layer: int | None
     position: int
     fraction: float
+    resolution: float
     together: tuple[str, ...]
     values: int
     dtype: str
@@ -48,7 +50,7 @@ class NotCovered:
     Attributes:
         operations: by their tensors' names.
         positions: ranges of the text, the last of each excluded.
-        tensors: recorded ones that could not be judged, and what was missing.
+        tensors: recorded ones that could not be judged, and why.
     """
 
     operations: tuple[str, ...]
@@ -84,6 +86,7 @@ class Engine:
         declared: its arithmetic, by its own account.
         values: how many numbers were judged.
         largest: the tensor that comes closest to its bound, or goes furthest past it.
+        coarsest: the one with the coarsest bound.
         first: the first tensor that is wrong in itself.
         unexplained: tensors wrong in themselves that no cause explains.
     """
@@ -93,6 +96,7 @@ class Engine:
     declared: dict[str, Any]
     values: int
     largest: Judged
+    coarsest: Judged
     first: Judged | None
     causes: tuple[Named, ...]
     unexplained: tuple[Judged, ...]

@@ -93,12 +93,19 @@ def versions() -> dict[str, str]:
 def _judged(dump: str, trace: Trace, checkpoint: Checkpoint, progress: Progress) -> Engine:
     header = trace.header
     found = diagnose(trace, CheckpointSource(checkpoint, header.dtype), progress)
-    if not found.findings:
+    # What is past even a bound as large as the tensor is wrong all the same.
+    vague = {f.name: f for f in found.findings if f.resolution >= 1 and not f.faulty}
+    skipped = found.skipped | {
+        name: f"has a bound {f.resolution:.2g} times as large as itself"
+        for name, f in vague.items()
+    }
+    judged = {f.name: _of_finding(f, trace) for f in found.findings if f.name not in vague}
+    if not judged:
+        name, why = next(iter(skipped.items()))
         raise UserError(
-            f"{dump}: nothing in it can be judged: {next(iter(found.skipped))} "
-            f"{next(iter(found.skipped.values()))}; dump what it is computed from, too."
+            f"{dump}: nothing in it can be judged: {name} {why}; dump what it is computed from, "
+            "too."
         )
-    judged = {finding.name: _of_finding(finding, trace) for finding in found.findings}
     if not found.faulty:
         _check_finite(dump, trace)
     return Engine(
@@ -107,10 +114,11 @@ def _judged(dump: str, trace: Trace, checkpoint: Checkpoint, progress: Progress)
         declared=_declared(header),
         values=sum(one.values for one in judged.values()),
         largest=max(judged.values(), key=lambda one: one.fraction),
+        coarsest=max(judged.values(), key=lambda one: one.resolution),
         first=None if found.first is None else judged[found.first.name],
         causes=tuple(map(_named, found.causes)),
         unexplained=tuple(judged[one.finding.name] for one in found.unknown),
-        not_covered=_not_covered(trace, judged, found.skipped),
+        not_covered=_not_covered(trace, judged, skipped),
         tensors=tuple(judged.values()),
     )
 
@@ -122,6 +130,7 @@ def _of_finding(finding: Finding, trace: Trace) -> Judged:
         layer=finding.layer,
         position=finding.position,
         fraction=finding.residual.ratio,
+        resolution=finding.resolution,
         together=finding.span if len(finding.span) > 1 else (),
         values=tensor.size,
         dtype=tensor.dtype.name,

@@ -17,10 +17,10 @@ def text(certificate: Certificate) -> str:
 def _sections(certificate: Certificate) -> Iterator[str]:
     yield textwrap.fill(statement(certificate), WIDTH)
     yield table(
-        ("engine", "values", "of bound", "where", "what it is"),
+        ("engine", "values", "of bound", "where", "bound/size", "what it is"),
         [
-            (f"{i}", f"{e.values:,}", at_most(e.largest.fraction), place(e.largest), describe(e))
-            for i, e in enumerate(certificate.engines, 1)
+            (str(i), *summary(engine), describe(engine))
+            for i, engine in enumerate(certificate.engines, 1)
         ],
     )
     causes = [
@@ -81,6 +81,11 @@ def _verdict(certificate: Certificate, partly: bool) -> str:
         f"UNEXPLAINED, first at {place(first)}{of}: {at_most(first.fraction)} of its bound."
         f"{besides}"
     )
+
+
+def summary(engine: Engine) -> tuple[str, ...]:
+    largest, size = engine.largest, f"{engine.coarsest.resolution:.1e}".replace("e-0", "e-")
+    return f"{engine.values:,}", at_most(largest.fraction), place(largest), size
 
 
 def place(one: Judged) -> str:

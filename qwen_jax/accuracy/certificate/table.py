@@ -61,7 +61,7 @@ def _verdict(certificate: Certificate, partly: bool) -> str:
         follows = ""
         if len(engines) > 1:
             of = "as far as is covered, the" if partly else "the whole"
-            follows = f"; {of} difference of both engines is rounding of what they declare"
+            follows = f"; {of} difference of both engines lies within rounding of what they declare"
         values = sum(engine.values for engine in engines)
         most = at_most(worst.fraction)
         return f"CERTIFIED: none of {values:,} values exceeds {most} of its bound{follows}."

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qwen_jax import opening
 from qwen_jax.accuracy import Certificate, Change, certify, verify
@@ -115,6 +116,24 @@ def test_positions_and_operations_that_are_not_there_are_told(tmp_path: Path) ->
     assert {"layers.0.attn_out", "logits"} <= set(engine.not_covered.operations)
     shown = " ".join(text(found).split())
     assert "Not covered: positions 0 to 32762; " in shown and "more operations." in shown
+
+
+def test_a_mapping_file_stands_for_its_dump(tmp_path: Path, room: Path) -> None:
+    """In a directory of arrays, or beside the one file of them."""
+    arrays = {
+        f.relative_to(room / "clean").with_suffix("").as_posix(): np.load(f)
+        for f in (room / "clean").rglob("*.npy")
+    }
+    save_file(arrays, tmp_path / "x.safetensors")
+    shutil.copy(room / "clean" / "mapping.json", tmp_path / "x.mapping.json")
+    named = certify(
+        room / "clean/mapping.json", tmp_path / "x.mapping.json", model=room / "model.gguf"
+    )
+    first, second = named.engines
+    assert named.certified and first.tensors == second.tensors
+    files = [one.file for one in named.inputs if one.of == "engine 2"]
+    assert files == ["x.mapping.json", "x.safetensors"]
+    assert verify(written(tmp_path, named.to_json())) is None
 
 
 @pytest.mark.parametrize("dumps", [("clean", "no_bias"), ("no_bias", "narrow"), ("no_bias",)])

@@ -52,7 +52,10 @@ def test_a_cause_is_exit_code_1_and_a_certificate_too(run: Run, room: Path) -> N
     (room / "moved").mkdir()
     for name in ("wrong", "m.gguf"):
         (room / name).rename(room / "moved" / name)
-    assert run("certify", "moved/wrong", "--model=moved/m.gguf", "--verify=c.json").code == 0
+    assert (
+        run("certify", "moved/wrong/mapping.json", "--model=moved/m.gguf", "--verify=c.json").code
+        == 0
+    )
 
 
 def test_versions_may_differ_and_are_told(run: Run, room: Path) -> None:

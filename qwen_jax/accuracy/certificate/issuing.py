@@ -6,7 +6,6 @@ arithmetic, so the difference of two such engines is their roundings' (docs/cert
 
 import platform
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from qwen_jax.accuracy.exact.replay import Finding, Progress
 from qwen_jax.accuracy.measures.metrics import logit_metrics
 from qwen_jax.accuracy.tensors.comparison import check_alike, not_finite
 from qwen_jax.accuracy.tensors.diagnosis import Cause, diagnose
-from qwen_jax.accuracy.traces.foreign import open_trace
+from qwen_jax.accuracy.traces.foreign import dump_of, open_trace
 from qwen_jax.accuracy.traces.trace import Header, Trace, split_name
 from qwen_jax.errors import UserError
 from qwen_jax.versions import version
@@ -56,7 +55,7 @@ def issue(
         UserError: a file can't be read, the engines computed other models or texts, nothing can be
             judged, or a tensor that nothing else is wrong with is not finite.
     """
-    paths = [Path(dump) for dump in dumps]
+    paths = [dump_of(dump) for dump in dumps]
     traces = [open_trace(path, checkpoint.config, tokens=tokens) for path in paths]
     inputs = inputs_of(checkpoint, paths)
     difference = _difference(*traces) if len(traces) == 2 else None

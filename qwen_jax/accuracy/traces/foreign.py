@@ -82,7 +82,7 @@ def open_trace(
     """A trace of this model, written by this engine or by another.
 
     Args:
-        path: a safetensors file, or a directory of .npy or safetensors files.
+        path: a safetensors file, a directory of .npy or safetensors files, or its mapping file.
         config: the model that the trace must be of.
         tokens: the text that it must be of, where known.
         mapping: what the dumped names mean. By default `mapping.json` in the directory, or
@@ -91,7 +91,7 @@ def open_trace(
     Raises:
         UserError: the trace is missing, truncated, or of another model or text.
     """
-    path = Path(path)
+    path = dump_of(path)
     found = mapping_of(path, mapping)
     trace = load(path) if found is None else _read_foreign(path, found, config, tokens)
     _check_same_model(trace.header.model_config, config, path)
@@ -106,11 +106,22 @@ def open_trace(
     return trace
 
 
+def dump_of(path: str | Path) -> Path:
+    """The dump that a mapping file belongs to, where one is named; else what is named."""
+    path = Path(path)
+    if path.name == MAPPING:
+        return path.parent
+    if path.name.endswith("." + MAPPING):
+        return path.with_name(path.name.removesuffix("." + MAPPING) + ".safetensors")
+    return path
+
+
 def mapping_of(path: Path, mapping: str | Path | None = None) -> Path | None:
     """What says what the names in a dump mean; None for a trace of ours, which needs nothing.
 
     Raises UserError where there is no trace, or nothing that says it.
     """
+    path = dump_of(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file or directory; check the path.")
     if mapping is None and path.is_file() and METADATA in read_safetensors(path)[0]:

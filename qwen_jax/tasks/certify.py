@@ -1,6 +1,7 @@
 """`run.py certify`: a certificate of one engine's dump or of two, and its verification."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 from qwen_jax import pins, regular_files, settings
@@ -30,9 +31,7 @@ def run(command: Command) -> int:
             "There is nothing to certify; name a trace or a dump, or two, as in "
             "certify a.safetensors b.safetensors."
         )
-    output = None if config.output is None else Path(config.output)
-    if output and (why := regular_files.why_taken(output, "certificate.json")):
-        raise UserError(f"--output={output} {why}")
+    output = None if config.output is None else _to_be_written(Path(config.output))
     tokens = token_ids(config.compare.tokens)
     pins.pin_and_tell(config, pins.OF_RUN)
     with bar("replay") as progress:
@@ -49,6 +48,18 @@ def run(command: Command) -> int:
         write_atomically(output, found.to_json())
         print(f"wrote {output}", file=sys.stderr)
     return int(not found.certified)
+
+
+def _to_be_written(path: Path) -> Path:
+    """A new file's path; raises UserError now where there can be none, and not after minutes."""
+    if why := regular_files.why_taken(path, "certificate.json"):
+        raise UserError(f"--output={path} {why}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        why = regular_files.why_not_written(error)
+        raise UserError(f"--output={path} can't be written: {why}") from None
 
 
 def _verify(command: Command) -> int:

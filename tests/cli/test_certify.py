@@ -78,6 +78,7 @@ def test_versions_may_differ_and_are_told(run: Run, room: Path) -> None:
         (["clean", "--model=nowhere.gguf"], ["nowhere.gguf: there is no such file"]),
         (["clean", "--output=m.gguf"], ["--output=m.gguf exists already"]),
         (["clean", "--output=x/c.json"], ["--output=x/c.json can't be written: x is no directory"]),
+        (["clean", "--output=/proc/c.json"], ["--output=/proc/c.json can't be written: No such f"]),
         (["clean", "--dtype=float32"], ["--dtype does nothing for certify; it belongs to"]),
         (["--verify=nowhere"], ["nowhere: the file can't be read"]),
         (["--verify=m.gguf"], ["m.gguf"]),

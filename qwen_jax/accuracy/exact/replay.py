@@ -188,8 +188,9 @@ def _resolution(expected: Array, limit: Array) -> float:
     finite = np.isfinite(expected)
     if not finite.any():
         return np.inf
-    allowed, size = (float(np.sqrt(np.mean(x**2, where=finite))) for x in (limit, expected))
-    return allowed / (size or 1.0)
+    with np.errstate(all="ignore"):  # what overflows allows everything
+        allowed, size = (float(np.sqrt(np.mean(x**2, where=finite))) for x in (limit, expected))
+    return allowed / (size or 1.0) if np.isfinite(allowed) else np.inf
 
 
 class Replay:

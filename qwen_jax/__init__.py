@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_jax import xla_flags
 
 if TYPE_CHECKING:
+    from qwen_jax import accuracy
     from qwen_jax.api import Model, Options, load
     from qwen_jax.config import ModelConfig
     from qwen_jax.engine.sampling import Sampling
@@ -30,6 +31,7 @@ __all__ = [
     "Sampling",
     "TokenLogprob",
     "UserError",
+    "accuracy",
     "load",
 ]
 
@@ -51,4 +53,6 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOME.items():
         if name in names:
             return getattr(importlib.import_module(f"qwen_jax.{module}"), name)
+    if name == "accuracy":
+        return importlib.import_module("qwen_jax.accuracy")
     raise AttributeError(f"module 'qwen_jax' has no attribute {name!r}")

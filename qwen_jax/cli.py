@@ -37,12 +37,13 @@ TASKS = {
     "generate": "answer a prompt, or every prompt of a file",
     "inspect": "show what is in a model file, and what running it would take",
     "compare": "find what is wrong in an engine, and why; or compare two settings",
+    "certify": "say whether one dump, or two engines' difference, is rounding: certify A [B]",
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
     "configs": "list the ready-made configs",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
     "report": "show an experiment, or several side by side: report WORKDIR [WORKDIR ...]",
 }
-WITH_ARGUMENTS = ("merge", "report")
+WITH_ARGUMENTS = ("certify", "merge", "report")
 USAGE = """\
 Usage: {program} [TASK] [--config=FILE.py or NAME] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 
@@ -210,7 +211,9 @@ def parse(argv: list[str]) -> settings.Command:
     if task == "inspect" and rest and "model" not in overrides:
         overrides["model"] = rest.pop(0)
     if "" in rest:
-        raise UserError(f"An argument of {task} is empty; name a directory, or leave it out.")
+        raise UserError(
+            f"An argument of {task} is empty; name a file or directory, or leave it out."
+        )
     if rest and task not in WITH_ARGUMENTS:
         way = f"--prompt={shlex.quote(rest[0])}" if task == "generate" else "--flag=value"
         raise UserError(f"The argument {rest[0]!r} belongs to no flag; write {way}.")

@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
             # experiments, where a run that was cut short must come out as if it hadn't been.
             "batch_invariant": placeholder(bool),
             # JSON lines: of a prompt file's answers, instead of stdout; as they finish, or in the
-            # file's order.
+            # file's order. Of certify, the certificate.
             "output": placeholder(str),
             "ordered": False,
             # Go on with `output` where a run was cut short.
@@ -119,6 +119,8 @@ def get_config() -> ConfigDict:
                 "precision_kld": 1e-3,
                 "precision_dtype": "bfloat16",
             },
+            # A certificate to compute again, from the inputs that it names.
+            "certify": {"verify": placeholder(str)},
             # What each point of an experiment does.
             "experiment": {
                 # generate, perplexity, compare, bench, eval, or module:Class of your own.
@@ -199,7 +201,7 @@ FLAGS: dict[str, tuple[str, str]] = {
         "batch_invariant",
         "Texts are the same, bit for bit, whatever runs beside them; experiments' always are.",
     ),
-    "output": ("output", "Where the answers to a prompt file go, as JSON lines."),
+    "output": ("output", "Where a prompt file's answers go, as JSON lines; or the certificate."),
     "ordered": ("ordered", "Write answers in the order of the prompts, not as they finish."),
     "resume": ("resume", "Go on with --output where a run was cut short."),
     "strict": ("strict", "End at a file's first prompt that is wrong, and don't just say why."),
@@ -232,6 +234,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "save_base": ("compare.save_base", "Save this model's log-probabilities as a base, and stop."),
     "text": ("compare.text", "Text file of distribution and precision."),
     "context": ("compare.context", "Tokens of one window of that text."),
+    "verify": ("certify.verify", "Compute this certificate again, and say what differs."),
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
     "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
     "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),

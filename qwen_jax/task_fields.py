@@ -17,6 +17,7 @@ FIELDS = {
     "generate": (*MODEL, *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
     "inspect": MODEL,
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
+    "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
     "experiment": (*MODEL, *PROMPT, *ANSWER, "experiment", "runner", "workdir"),
     "configs": (),
     "merge": ("workdir",),

@@ -4,26 +4,21 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from qwen_jax import api, opening, pins, prompts, regular_files, xla_flags
 from qwen_jax.accuracy import gates, report
+from qwen_jax.accuracy.api import judged
 from qwen_jax.accuracy.cache.audit import audit_cache
 from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
-from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.machine import audit_machine
-from qwen_jax.accuracy.references import reference
 from qwen_jax.accuracy.report import Report
-from qwen_jax.accuracy.tensors.comparison import compare
-from qwen_jax.accuracy.tensors.diagnosis import diagnose
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
 from qwen_jax.accuracy.tensors.faults.fault import parse as parse_faults
 from qwen_jax.accuracy.tensors.planting import planted
@@ -37,11 +32,11 @@ from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.settings import Command
 from qwen_jax.tasks.compare_checks import BASE, PARTS, check
+from qwen_jax.tasks.dumps import bar, token_ids
 from qwen_jax.tasks.generate import load
 from qwen_jax.terminal import visible
 from qwen_jax.weights.loader import Checkpoint
 
-ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
 NOT_AUDITED = "The part weights is left out: adapters change what it would hold against the file."
 
 
@@ -115,7 +110,7 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     if settings.parts is not None and "text" in parts and config.prompt is None:
         raise UserError("The part text needs --prompt, the message whose token ids the trace has.")
     checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
-    trace = open_trace(settings.candidate, checkpoint.config, tokens=_ids(settings.tokens))
+    trace = open_trace(settings.candidate, checkpoint.config, tokens=token_ids(settings.tokens))
     found = Report(candidate=trace.header)
     if "tensors" in parts:
         found = _with_tensors(found, config, checkpoint, trace)
@@ -139,7 +134,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     """This engine, as the config sets it, perhaps with faults in it."""
     settings = config.compare
     options = prompts.options_of(config)
-    ids = _ids(settings.tokens)
+    ids = token_ids(settings.tokens)
     item = prompts.single(config, options) if ids is None and "tensors" in parts else None
     checkpoint = opening.open_model(config.model, config.adapter)
     faults = parse_faults(settings.plant or "", checkpoint.config)
@@ -156,15 +151,15 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
             found = _with_tensors(found, config, checkpoint, trace)
         more: dict[str, Any] = {}
         if "weights" in parts:
-            with _bar("weights") as progress:
+            with bar("weights") as progress:
                 more["weights"] = audit_weights(checkpoint, engine, progress=progress)
         if "text" in parts:
             more["text"] = audit_text(checkpoint, model)
         if "cache" in parts:
-            with _bar("cache") as progress:
+            with bar("cache") as progress:
                 more["cache"] = audit_cache(engine, progress=progress)
         if "machine" in parts:
-            with _bar("machine") as progress:
+            with bar("machine") as progress:
                 more["machine"] = audit_machine(engine, progress)
         wrong = Model(engine, model.tokenizer) if faults else model
         if "distribution" in parts:
@@ -183,31 +178,15 @@ def _with_tensors(
     found: Report, config: ConfigDict, checkpoint: Checkpoint, trace: Trace
 ) -> Report:
     """Replay, diagnosis and the comparison with the reference."""
-    header = trace.header
-    # First: what is wrong with a reference should show before minutes of replay.
-    right = reference(
-        config.compare.reference,
-        checkpoint,
-        header.tokens,
-        dtype=header.dtype,
-        chunks=header.chunks,
-        start=header.start,
-        stop=header.stop,
-    )
-    with _bar("replay") as progress:
-        diagnosis = diagnose(trace, CheckpointSource(checkpoint, header.dtype), progress)
-    compared = compare(trace, right, diagnosis.findings)
+    with bar("replay") as progress:
+        of_trace = judged(trace, checkpoint, config.compare.reference, progress)
+    left_out = [NOT_AUDITED] if config.adapter and config.compare.parts is None else []
     return dataclasses.replace(
         found,
-        candidate=header,
-        diagnosis=diagnosis,
-        comparison=compared,
-        notes=(
-            *header.notes,
-            *(f"of the reference: {note}" for note in right.header.notes),
-            *([ONE_POSITION] if header.stop == 1 else []),
-            *([NOT_AUDITED] if config.adapter and config.compare.parts is None else []),
-        ),
+        candidate=of_trace.candidate,
+        diagnosis=of_trace.diagnosis,
+        comparison=of_trace.comparison,
+        notes=(*of_trace.notes, *left_out),
     )
 
 
@@ -244,27 +223,3 @@ def _save_base(config: ConfigDict) -> int:
     distribution.save_base(path, model, tokens, context=settings.context)
     print(f"wrote {path}", file=sys.stderr)
     return 0
-
-
-def _ids(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        ids = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"tokens is {text!r:.60}, but it must be like 2046,299,10.") from None
-    if min(ids) < 0:
-        raise UserError(f"tokens has {min(ids)}, but ids are 0 or more.")
-    return ids
-
-
-@contextlib.contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress on a terminal, from calls with things done and in all."""
-    with tqdm(desc=name, leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

@@ -58,6 +58,8 @@ class Finding:
         residual: of the candidate's tensor from float64.
         position: the first position of the text past the bound, or of the largest ratio.
         span: operations replayed together, the last one this one.
+        resolution: the RMS of the bound over that of the expectation; from 1 on, zeros would be
+            within it.
     """
 
     operation: str
@@ -65,6 +67,7 @@ class Finding:
     residual: Residual
     position: int
     span: tuple[str, ...]
+    resolution: float
 
     @property
     def name(self) -> str:
@@ -181,6 +184,15 @@ def first_position(candidate: Array, expected: Array, limit: Array) -> int:
     return int(wrong.reshape(len(wrong), -1).any(axis=1).argmax())
 
 
+def _resolution(expected: Array, limit: Array) -> float:
+    finite = np.isfinite(expected)
+    if not finite.any():
+        return np.inf
+    with np.errstate(all="ignore"):  # what overflows allows everything
+        allowed, size = (float(np.sqrt(np.mean(x**2, where=finite))) for x in (limit, expected))
+    return allowed / (size or 1.0) if np.isfinite(allowed) else np.inf
+
+
 class Replay:
     """A trace and the parameters it should have used; iterate for each tensor, in order.
 
@@ -258,7 +270,8 @@ class Replay:
         residual = compare(candidate, expected, limit)
         row = residual.worst[0] if residual.within else first_position(candidate, expected, limit)
         span = tuple(step.operation for step in steps)
-        finding = Finding(name, layer, residual, row + self.rows.start, span)
+        position = row + self.rows.start
+        finding = Finding(name, layer, residual, position, span, _resolution(expected, limit))
         return Replayed(finding, candidate, expected, limit, ctx, steps, base, arithmetic)
 
     def _keep(self, full: str, recorded: Array, error: Error) -> None:

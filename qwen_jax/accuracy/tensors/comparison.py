@@ -94,16 +94,13 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
             is not finite, or less exact than the candidate.
     """
     mine, theirs = candidate.header, reference.header
-    check_same_model(mine.model_config, theirs.model_config)
-    start, stop = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+    start, stop = check_alike(mine, theirs)
     shared = [name for name in candidate.tensors if name in reference.tensors]
-    if start >= stop or not shared:
+    if not shared:
         raise UserError(
-            f"The traces have no {'tensor' if start < stop else 'position'} in common: "
-            f"{mine.implementation} recorded positions {mine.start} to {mine.stop}, "
-            f"{theirs.implementation} {theirs.start} to {theirs.stop}; record both alike."
+            f"{mine.implementation} and {theirs.implementation} recorded no tensor in common; "
+            "record both alike."
         )
-    _check_texts(mine, theirs, stop)
     _check_dtypes(mine, theirs)
     own = {finding.name: finding for finding in findings}
     heads = mine.model_config.num_heads
@@ -126,7 +123,19 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
     return Comparison(mine, theirs, start, tuple(rows), logits, missing, by_position, by_head)
 
 
-def _check_texts(mine: Header, theirs: Header, stop: int) -> None:
+def check_alike(mine: Header, theirs: Header) -> tuple[int, int]:
+    """The positions in common of two traces, the last excluded.
+
+    Raises UserError where they are of other models or texts, or there are none.
+    """
+    check_same_model(mine.model_config, theirs.model_config)
+    start, stop = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+    if start >= stop:
+        raise UserError(
+            f"The traces have no position in common: {mine.implementation} recorded positions "
+            f"{mine.start} to {mine.stop}, {theirs.implementation} {theirs.start} to "
+            f"{theirs.stop}; record both alike."
+        )
     pairs = zip(mine.tokens[:stop], theirs.tokens[:stop], strict=True)
     for position, (a, b) in enumerate(pairs):
         if a != b:
@@ -134,6 +143,7 @@ def _check_texts(mine: Header, theirs: Header, stop: int) -> None:
                 f"The traces are of different texts: token {position} is {a} in "
                 f"{mine.implementation} and {b} in {theirs.implementation}; give both the same ids."
             )
+    return start, stop
 
 
 def _check_dtypes(mine: Header, theirs: Header) -> None:
@@ -147,19 +157,24 @@ def _check_dtypes(mine: Header, theirs: Header) -> None:
 
 
 def _check_finite(name: str, right: Shaped[np.ndarray, "T ..."], start: int) -> None:
-    """Of the reference's tensors; -inf is what scores of later positions are."""
-    bad = ~np.isfinite(right)
-    if not bad.any():
-        return
-    if split_name(name)[1] == "attn_scores":
-        later = np.arange(right.shape[-1]) > start + np.arange(len(right))[:, None, None]
-        bad &= ~(later & np.isneginf(right))
-    if bad.any():
-        place = tuple(int(i) for i in np.argwhere(bad)[0])
+    """Of the reference's tensors."""
+    if place := not_finite(name, right, start):
         raise UserError(
             f"The reference's {name} is {right[place]} at {place}, from which nothing can be told; "
             "choose a reference that is finite, as float64 is."
         )
+
+
+def not_finite(
+    name: str, tensor: Shaped[np.ndarray, "T ..."], start: int
+) -> tuple[int, ...] | None:
+    """Where a tensor, recorded from position `start` on, is not finite first, if it is anywhere;
+    -inf is what scores of later positions are."""
+    bad = ~np.isfinite(tensor)
+    if bad.any() and split_name(name)[1] == "attn_scores":
+        later = np.arange(tensor.shape[-1]) > start + np.arange(len(tensor))[:, None, None]
+        bad &= ~(later & np.isneginf(tensor))
+    return tuple(int(i) for i in np.argwhere(bad)[0]) if bad.any() else None
 
 
 def _cut(tensor: np.ndarray, operation: str, skip: int, rows: int, keys: int) -> np.ndarray:

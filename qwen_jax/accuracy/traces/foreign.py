@@ -82,7 +82,7 @@ def open_trace(
     """A trace of this model, written by this engine or by another.
 
     Args:
-        path: a safetensors file, or a directory of .npy or safetensors files.
+        path: a safetensors file, a directory of .npy or safetensors files, or its mapping file.
         config: the model that the trace must be of.
         tokens: the text that it must be of, where known.
         mapping: what the dumped names mean. By default `mapping.json` in the directory, or
@@ -91,7 +91,7 @@ def open_trace(
     Raises:
         UserError: the trace is missing, truncated, or of another model or text.
     """
-    path = Path(path)
+    path = dump_of(path)
     found = mapping_of(path, mapping)
     trace = load(path) if found is None else _read_foreign(path, found, config, tokens)
     _check_same_model(trace.header.model_config, config, path)
@@ -106,11 +106,22 @@ def open_trace(
     return trace
 
 
+def dump_of(path: str | Path) -> Path:
+    """The dump that a mapping file belongs to, where one is named; else what is named."""
+    path = Path(path)
+    if path.name == MAPPING:
+        return path.parent
+    if path.name.endswith("." + MAPPING):
+        return path.with_name(path.name.removesuffix("." + MAPPING) + ".safetensors")
+    return path
+
+
 def mapping_of(path: Path, mapping: str | Path | None = None) -> Path | None:
     """What says what the names in a dump mean; None for a trace of ours, which needs nothing.
 
     Raises UserError where there is no trace, or nothing that says it.
     """
+    path = dump_of(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file or directory; check the path.")
     if mapping is None and path.is_file() and METADATA in read_safetensors(path)[0]:
@@ -309,12 +320,8 @@ def _read(name: str, arrays: Arrays) -> np.ndarray:
 
 def _arrays(path: Path) -> Arrays:
     """Every array of a file or directory; an .npy file's name is its path without the suffix."""
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".safetensors"))
     arrays: dict[str, Callable[[], np.ndarray]] = {}
-    for file in files:
+    for file in dump_files(path):
         if file.suffix == ".npy":
             name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
             arrays[name] = functools.partial(_read_npy, file)
@@ -324,6 +331,13 @@ def _arrays(path: Path) -> Arrays:
     if not arrays:
         raise UserError(f"{path}: there is no .npy or safetensors file in it; check the path.")
     return arrays
+
+
+def dump_files(path: Path) -> list[Path]:
+    """The files of a dump that hold arrays."""
+    if path.is_file():
+        return [path]
+    return sorted(f for f in path.rglob("*") if f.suffix in (".npy", ".safetensors"))
 
 
 def _read_npy(path: Path) -> Shaped[np.ndarray, "..."]:

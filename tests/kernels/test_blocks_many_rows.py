@@ -18,12 +18,10 @@ from tests.kernels.test_blocks import MIXED, SHAPE
 @pytest.mark.parametrize(
     ("shape", "blocks", "positions", "stored"),
     [
-        (SMALL, 9, [*range(17)], "q8_0"),
         # A row is shared by several blocks, and a warp has several M-tiles.
         (ODD, 20, [300, 17, 200, 3, 129], ("q5_1", "iq4_nl", "q4_1", "q4_0", "q5_0")),
         # So many M-tiles that they are multiplied in turns, 13 and 12.
-        (TURNS, 2, [7] * 20, "q5_0"),
-        (SMALL, 11, [9, 11, 130, 7, 6], ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")),
+        (TURNS, 2, [7] * 20, "q8_0"),
         (SMALL, 5, [0, 21, 7, 9, 3], ("q6_k", "q4_k", "iq4_xs", "float16", "q3_k")),
         (GROUPS[8], 11, [*range(64)], ("q4_k", "q6_k", "q5_k", "q4_1", "q2_k")),
         # Segments and layers that are stored otherwise.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qwen_jax.experiments.report import plots, tables
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.task import Work
+from qwen_jax.reporting.table import WIDTH
 from tests.experiments.conftest import lines
 from tests.experiments.fake import Count
 
@@ -55,7 +56,7 @@ def test_csv_and_page_hold_every_point(
         assert words in page.text
     assert "<script>" not in text  # What users write is text and nothing else.
     # The terminal's table fits.
-    assert max(map(len, result.out.splitlines()[:11])) <= tables.WIDTH
+    assert max(map(len, result.out.splitlines()[:11])) <= WIDTH
 
 
 def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_long_texts_fit_and_stay_apart(
     argv = experiment(sweep)
     listed = run(*argv, "--dry_run").out.splitlines()
     table = run(*argv).out.splitlines()[:6]
-    assert all(len(line) <= tables.WIDTH for line in (*listed, *table))
+    assert all(len(line) <= WIDTH for line in (*listed, *table))
     assert sum(line.lstrip().startswith("a\\nx") for line in table) == 4
     lines = plots._lines(Results.read([tmp_path / "w"]), "max_tokens", ["prompt"])
     assert [len(rows) for points in lines.values() for rows in points.values()] == [1] * 4

@@ -23,10 +23,10 @@ from qwen_jax.accuracy.exact.bounds import Arithmetic
 from qwen_jax.accuracy.exact.parameters import EngineSource, Source
 from qwen_jax.accuracy.exact.replay import Residual, compare, first_position
 from qwen_jax.accuracy.exact.rounding import UNIT
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.api import Model
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
+from qwen_jax.reporting.table import Table
 
 Progress = Callable[[int, int], None]
 
@@ -123,7 +123,7 @@ def cache_table(findings: Sequence[CacheFinding]) -> str:
         rows.append((finding.scenario, f"{finding.ratio:.2g}", f"{finding.error:.1g}", cause, what))
     summary = f"cache: {len(findings)} ways through it, {wrong or 'no'} fault"
     header = ("way", "of bound", "error", "cause", "what (of the bound once the cause is planted)")
-    return f"{summary}\n{table(header, rows)}"
+    return f"{summary}\n{Table(header, rows).text()}"
 
 
 def _arithmetic(engine: Engine) -> Arithmetic:

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from qwen_jax.accuracy.exact.rounding import UNIT
-from qwen_jax.accuracy.report.style import RED, figure, span
 from qwen_jax.accuracy.tensors.comparison import Comparison
 from qwen_jax.accuracy.traces.trace import AXES, split_name
+from qwen_jax.reporting.style import RED, figure, span
 
 NOTHING = "#f1f3f5"
 """The colour of no error at all, which has no place on a logarithmic scale."""

@@ -11,6 +11,7 @@ import jinja2
 
 from qwen_jax.accuracy.report import tables
 from qwen_jax.accuracy.report.contents import Report
+from qwen_jax.reporting.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ def to_html(report: Report) -> str:
     """The page; `can_be_made` first."""
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {name: getattr(tables, name) for name in ("number", "show_layers")}
+    environment.globals["Table"] = Table
     return environment.from_string(template).render(
         report=report,
         tables=tables,
@@ -45,7 +46,7 @@ def to_html(report: Report) -> str:
 def pictures(report: Report) -> Iterator[Picture]:
     """Those that the report has data for, in the order of the page."""
     from qwen_jax.accuracy.report import heat_maps, pictures
-    from qwen_jax.accuracy.report.style import styled
+    from qwen_jax.reporting.style import styled
 
     with styled():
         if report.findings:

@@ -7,7 +7,10 @@ from matplotlib.figure import Figure
 
 from qwen_jax.accuracy.distribution.comparison import Distribution
 from qwen_jax.accuracy.exact.replay import Finding
-from qwen_jax.accuracy.report.style import (
+from qwen_jax.accuracy.tensors.comparison import Comparison
+from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
+from qwen_jax.accuracy.traces.trace import AXES
+from qwen_jax.reporting.style import (
     BLUE,
     CYCLE,
     GOLD,
@@ -19,9 +22,6 @@ from qwen_jax.accuracy.report.style import (
     logarithmic,
     span,
 )
-from qwen_jax.accuracy.tensors.comparison import Comparison
-from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
-from qwen_jax.accuracy.traces.trace import AXES
 
 BY_LAYER = ("q_rope", "attn_out", "attn_residual", "ffn_act", "ffn_residual")
 """Tensors whose error is drawn layer by layer: before and after attention, and the stream."""

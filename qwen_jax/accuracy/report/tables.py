@@ -1,6 +1,5 @@
 """A report as plain text of at most 100 columns, the verdict first."""
 
-import textwrap
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,9 +14,9 @@ from qwen_jax.accuracy.tensors.comparison import Comparison, Row
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
 from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
 from qwen_jax.accuracy.text.audit import text_table
-from qwen_jax.accuracy.text_table import WIDTH, table
 from qwen_jax.accuracy.traces.trace import AXES, Header
 from qwen_jax.accuracy.weights.table import weights_table
+from qwen_jax.reporting.table import Table, filled, number, pairs
 
 
 def text(report: Report) -> str:
@@ -33,7 +32,7 @@ def _sections(report: Report) -> Iterator[str]:
     if report.diagnosis and report.diagnosis.causes:
         yield cause_table(report.diagnosis, layers_of(report))
     if report.diagnosis and report.diagnosis.unknown:
-        yield aligned(unknown_rows(report.diagnosis), (1,))
+        yield unknown_rows(report.diagnosis).text()
     if report.comparison:
         yield operation_table(report.comparison)
         if line := logits_line(report.comparison):
@@ -42,7 +41,7 @@ def _sections(report: Report) -> Iterator[str]:
         yield finding_table(report.findings)
     yield from (section for _, section in audits(report))
     if report.gates:
-        yield aligned(gate_rows(report.gates), (1,))
+        yield gate_rows(report.gates).text()
 
 
 def audits(report: Report) -> Iterator[tuple[str, str]]:
@@ -57,34 +56,6 @@ def audits(report: Report) -> Iterator[tuple[str, str]]:
         yield "Distribution report", distribution_table(report.distribution)
     if report.precision:
         yield "Precision search", precision_table(report.precision)
-
-
-def number(x: float) -> str:
-    """Two significant digits; exponents without their leading zero."""
-    return f"{x:.2g}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def right(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> list[list[str]]:
-    """The rows, header first, with these columns filled up on the left."""
-    widths = {i: max(len(row[i]) for row in rows) for i in columns}
-    return [[cell.rjust(widths.get(i, 0)) for i, cell in enumerate(row)] for row in rows]
-
-
-Rows = tuple[Sequence[str], list[Sequence[str]]]
-"""A header and the lines under it."""
-
-
-def aligned(rows: Rows, columns: Sequence[int]) -> str:
-    first, *others = right([rows[0], *rows[1]], columns)
-    return table(first, others)
-
-
-def filled(sentence: str) -> str:
-    return textwrap.fill(sentence, WIDTH)
-
-
-def pairs(rows: Sequence[tuple[str, str]]) -> str:
-    return table(rows[0], rows[1:])
 
 
 def describe(header: Header) -> str:
@@ -172,10 +143,10 @@ def show_layers(layers: Sequence[int | None], count: int) -> str:
 
 def cause_table(diagnosis: Diagnosis, layers: int) -> str:
     caption = "causes, with the own error over its bound as it is and once the cause is planted"
-    return f"{caption}\n\n{aligned(cause_rows(diagnosis, layers), (2, 3))}"
+    return f"{caption}\n\n{cause_rows(diagnosis, layers).text()}"
 
 
-def cause_rows(diagnosis: Diagnosis, layers: int) -> Rows:
+def cause_rows(diagnosis: Diagnosis, layers: int) -> Table:
     rows: list[Sequence[str]] = []
     for cause in diagnosis.causes:
         where = show_layers(cause.layers, layers)
@@ -191,15 +162,15 @@ def cause_rows(diagnosis: Diagnosis, layers: int) -> Rows:
             what += f"; but not seen in {', '.join(cause.against)}"
         before, after = number(cause.before.ratio), number(cause.after.ratio)
         rows.append((cause.fault.name, where, before, after, what))
-    return ("cause", "layers", "as it is", "planted", "what and where"), rows
+    return Table(("cause", "layers", "as it is", "planted", "what and where"), rows, (2, 3))
 
 
-def unknown_rows(diagnosis: Diagnosis) -> Rows:
+def unknown_rows(diagnosis: Diagnosis) -> Table:
     rows: list[Sequence[str]] = [
         (one.finding.name, number(one.finding.residual.ratio), str(one.shape))
         for one in diagnosis.unknown
     ]
-    return ("unknown fault in", "of bound", "where"), rows
+    return Table(("unknown fault in", "of bound", "where"), rows, (1,))
 
 
 def operation_table(comparison: Comparison) -> str:
@@ -214,7 +185,7 @@ def operation_table(comparison: Comparison) -> str:
         "bound' is the operation's own error, without what it inherited"
     )
     names = ("operation", "layer", "rms error", "max error", "1 - cosine", "ULPs", "NaN+Inf")
-    return f"{caption}\n\n{aligned(((*names, 'of bound', 'verdict'), rows), range(1, 8))}"
+    return f"{caption}\n\n{Table((*names, 'of bound', 'verdict'), rows, range(1, 8)).text()}"
 
 
 def _operation_row(operation: str, group: Sequence[Row]) -> tuple[str, ...]:
@@ -234,7 +205,7 @@ def _operation_row(operation: str, group: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
-def tensor_rows(comparison: Comparison) -> Rows:
+def tensor_rows(comparison: Comparison) -> Table:
     """Every tensor, with all its metrics."""
     names = ("tensor", "max abs", "rms abs", "max rel", "rms rel", "NMSE", "1 - cosine")
     rows: list[Sequence[str]] = []
@@ -245,7 +216,8 @@ def tensor_rows(comparison: Comparison) -> Rows:
         ulps = f"{number(m.max_ulp)} / {number(m.median_ulp)}"
         bad = f"{m.nans} / {m.infs}" + (f" from {m.first_bad}" if m.first_bad else "")
         rows.append((row.name, *map(number, errors), ulps, bad, bound, row.verdict))
-    return (*names, "ULPs max / median", "NaN / Inf", "of bound", "verdict"), rows
+    header = (*names, "ULPs max / median", "NaN / Inf", "of bound", "verdict")
+    return Table(header, rows, range(1, 10))
 
 
 def _verdict(verdicts: Sequence[str]) -> str:
@@ -276,7 +248,8 @@ def finding_table(findings: Sequence[Finding]) -> str:
             verdicts = ["fault" if f.faulty else "within rounding" for f in group]
             error, ratio = number(worst.residual.relative), number(worst.residual.ratio)
             rows.append((operation, layer, error, ratio, _verdict(verdicts)))
-    return aligned((("operation", "layer", "own error", "of bound", "verdict"), rows), (1, 2, 3))
+    header = ("operation", "layer", "own error", "of bound", "verdict")
+    return Table(header, rows, (1, 2, 3)).text()
 
 
 def distribution_table(d: Distribution) -> str:
@@ -313,7 +286,9 @@ def distribution_table(d: Distribution) -> str:
         rows.append(
             (name, f"{round(kld[at], 6) + 0.0:12.6f}" if at in kld else "", percent(change))
         )
-    return "\n\n".join(["distribution\n" + pairs(top), pairs(perplexity), table(rows[0], rows[1:])])
+    return "\n\n".join(
+        ["distribution\n" + pairs(top), pairs(perplexity), Table(rows[0], rows[1:]).text()]
+    )
 
 
 def precision_table(p: PrecisionSearch) -> str:
@@ -329,11 +304,11 @@ def precision_table(p: PrecisionSearch) -> str:
     ]
     steps = [("step", "mean KL")]
     steps += [(f"{'keep' if s.kept else 'release'} {s.operation}", number(s.kld)) for s in p.steps]
-    return pairs(rows) + (f"\n\n{table(steps[0], steps[1:])}" if p.steps else "")
+    return pairs(rows) + (f"\n\n{Table(steps[0], steps[1:]).text()}" if p.steps else "")
 
 
-def gate_rows(gates: Sequence[Outcome]) -> Rows:
+def gate_rows(gates: Sequence[Outcome]) -> Table:
     rows: list[Sequence[str]] = [
         (str(one.gate), number(one.value), "FAILED" if one.failed else "passed") for one in gates
     ]
-    return ("fail if", "measured", "outcome"), rows
+    return Table(("fail if", "measured", "outcome"), rows, (1,))

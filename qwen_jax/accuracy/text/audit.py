@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.accuracy.text.pipeline import GPT2, Message, Pipeline, Settings
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
+from qwen_jax.reporting.table import Table
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 
 Case = str | Sequence[Message]
@@ -182,7 +182,7 @@ def text_table(findings: Sequence[TextFinding]) -> str:
         cause += "".join(f" or {' + '.join(other)}" for other in finding.others)
         what = [lines[name] for name in finding.causes if name in lines]
         rows.append((finding.field, cause, "; ".join([*what, finding.evidence])))
-    return f"{summary}, {len(wrong)} fault\n{table(('text', 'cause', 'what'), rows)}"
+    return f"{summary}, {len(wrong)} fault\n{Table(('text', 'cause', 'what'), rows).text()}"
 
 
 def _own(model: Model, case: Case) -> list[int]:

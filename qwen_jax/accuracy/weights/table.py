@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.accuracy.weights.audit import Cause, WeightFinding
+from qwen_jax.reporting.table import Table
 
 
 def weights_table(findings: Sequence[WeightFinding]) -> str:
@@ -23,7 +23,7 @@ def weights_table(findings: Sequence[WeightFinding]) -> str:
                 alike.setdefault(key, []).append((finding, cause))
     header = ("tensor", "cause", "error", "planted", "what")
     rows = [_row(name, cause, group) for (name, cause), group in alike.items()]
-    return f"{summary}\n{table(header, rows)}" if rows else summary
+    return f"{summary}\n{Table(header, rows).text()}" if rows else summary
 
 
 def _row(

@@ -78,7 +78,7 @@ def html(results: Results) -> str:
             {"caption": picture.caption, "data": _svg(picture.figure)}
             for picture in pictures(results)
         ],
-        results=cells(results, results.rows),
+        results=[cells(results, results.rows).header, *cells(results, results.rows).rows],
         operations=[
             (row.label, _operations(row.end["operations"]))
             for row in results.rows

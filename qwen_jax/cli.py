@@ -225,7 +225,8 @@ def parse(argv: list[str]) -> settings.Command:
         if one in overrides and other not in overrides:
             config[other] = None  # what a config names goes where a flag names what excludes it
     config.update_from_flattened_dict(overrides)
-    return settings.Command(task, config, where, overrides, tuple(rest))
+    typed = (*settings.program().split(), *argv[1:])
+    return settings.Command(task, config, where, overrides, tuple(rest), typed)
 
 
 class _Flags(flags.FlagValues):

@@ -13,17 +13,29 @@ class Table:
     """A header and the lines under it.
 
     Attributes:
+        header: nothing, where the first column names what the second one is.
         numbers: columns whose cells end at one edge, so that digits stand below each other.
+        caption: what is to be said of all of it.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Collection[int] = ()
+    caption: str = ""
 
     def text(self) -> str:
-        """Columns as wide as they need; the last one takes what is left of 100 and wraps."""
-        lines = [tuple(self.header), *(tuple(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        """Columns as wide as they need; the last one takes what is left of 100 and wraps.
+
+        Under its caption; without rows that is all.
+        """
+        caption = filled(self.caption)
+        return "\n\n".join(part for part in (caption, self._lines()) if part)
+
+    def _lines(self) -> str:
+        if not self.rows:
+            return ""
+        lines = [tuple(line) for line in (self.header, *self.rows) if line]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         indent = sum(widths[:-1]) + 2 * len(widths[:-1])
         out = []
         for line in lines:
@@ -60,11 +72,6 @@ class Table:
                 columns.append(left.pop(0))
             lines = ["  ".join(f"{line[i]:>{widths[i]}}" for i in columns) for line in table]
             yield "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def pairs(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and their values, without a header."""
-    return Table(rows[0], rows[1:]).text()
 
 
 def filled(sentence: str) -> str:

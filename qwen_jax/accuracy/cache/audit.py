@@ -112,7 +112,7 @@ def audit_cache(
     return findings
 
 
-def cache_table(findings: Sequence[CacheFinding]) -> str:
+def cache_table(findings: Sequence[CacheFinding]) -> Table:
     """All ways, a row each."""
     wrong = sum(f.verdict == "fault" for f in findings)
     rows = []
@@ -123,7 +123,7 @@ def cache_table(findings: Sequence[CacheFinding]) -> str:
         rows.append((finding.scenario, f"{finding.ratio:.2g}", f"{finding.error:.1g}", cause, what))
     summary = f"cache: {len(findings)} ways through it, {wrong or 'no'} fault"
     header = ("way", "of bound", "error", "cause", "what (of the bound once the cause is planted)")
-    return f"{summary}\n{Table(header, rows).text()}"
+    return Table(header, rows, (1, 2), summary)
 
 
 def _arithmetic(engine: Engine) -> Arithmetic:

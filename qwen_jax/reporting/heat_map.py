@@ -53,7 +53,7 @@ class Scale(NamedTuple):
                 f"above rounding, {number(unit)}."
             )
         return (
-            f"The scale runs from {number(self.low)} to {number(self.high)}; pale is rounding, "
+            f"The scale runs from {number(self.low)} to {number(self.high)}; rounding once is "
             f"{number(unit)}."
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullLocator
 
-INK, PALE, GRID = "#22303c", "#8a97a3", "#e3e8ec"
+INK, MUTED, PALE, GRID = "#22303c", "#55626d", "#8a97a3", "#e3e8ec"
 BLUE, RED, GREEN = "#0072b2", "#d55e00", "#009e73"
 PINK, SKY, GOLD, BLACK = "#cc79a7", "#56b4e9", "#e69f00", "#000000"
 COLOURS = (BLUE, RED, GREEN, PINK, SKY, GOLD, BLACK)

@@ -212,7 +212,7 @@ def test_colours_differ_where_everything_fails() -> None:
         shown = np.concatenate([im.to_rgba(im.get_array()).reshape(-1, 4) for im in images])
         assert np.ptp(shown[:, 1]) > 0.3  # of green, from pale to dark
     clean = heat_maps.by_head(traced().comparison)  # type: ignore[arg-type]
-    assert clean is not None and "pale is rounding" in clean.scale
+    assert clean is not None and "rounding once is" in clean.scale
 
 
 def test_hostile_names_are_text() -> None:

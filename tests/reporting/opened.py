@@ -44,9 +44,9 @@ class Opened(html.parser.HTMLParser):
         if tag not in ("meta", "br"):
             self._stack.append(tag)
         self._ids.update([held["id"]] if "id" in held else [])
-        if href := held.get("href", held.get("xlink:href", held.get("src", ""))):
-            if not href.startswith("data:image/"):  # which is there already
-                (self.links if href.startswith("#") else self.addresses).append(href)
+        href = held.get("href", held.get("xlink:href", held.get("src", "")))
+        if href and not href.startswith("data:image/"):  # which is there already
+            (self.links if href.startswith("#") else self.addresses).append(href)
         if held.get("class", "").startswith("verdict"):
             self._in_banner, self.state = True, held["class"].removeprefix("verdict ")
         if held.get("role") == "img":

@@ -115,14 +115,22 @@ def audit_cache(
 def cache_table(findings: Sequence[CacheFinding]) -> Table:
     """All ways, a row each."""
     wrong = sum(f.verdict == "fault" for f in findings)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for finding in findings:
         what = "; ".join([*(f"{c.line} ({c.ratio:.2g})" for c in finding.causes), finding.evidence])
         name = " or ".join(c.name for c in finding.causes) or "unknown"
         cause = "" if finding.verdict != "fault" else name
         rows.append((finding.scenario, f"{finding.ratio:.2g}", f"{finding.error:.1g}", cause, what))
     summary = f"cache: {len(findings)} ways through it, {wrong or 'no'} fault"
-    header = ("way", "of bound", "error", "cause", "what (of the bound once the cause is planted)")
+    header: tuple[str, ...] = (
+        "way",
+        "of bound",
+        "error",
+        "cause",
+        "what (of the bound once the cause is planted)",
+    )
+    if not any(cause or what for *_, cause, what in rows):
+        header, rows = header[:3], [row[:3] for row in rows]
     return Table(header, rows, (1, 2), summary)
 
 

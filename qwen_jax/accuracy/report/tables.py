@@ -194,10 +194,11 @@ def distribution_tables(d: Distribution) -> list[Table]:
     def percents(e: Estimate) -> str:
         return f"{100 * e.value:8.3f} ± {100 * e.error:.3f} %"
 
+    tokens = len(d.scores.kld)
+    caption = f"distribution: {tokens} tokens scored, of {d.contexts} windows of {d.context}"
     top = [
         ("candidate", d.candidate),
         ("base", d.base),
-        ("scored", f"{len(d.scores.kld)} tokens, of {d.contexts} windows of {d.context}"),
     ]
     perplexity = [
         ("PPL", both(d.ppl)),
@@ -218,7 +219,7 @@ def distribution_tables(d: Distribution) -> list[Table]:
             (name, f"{round(kld[at], 6) + 0.0:12.6f}" if at in kld else "", percent(change))
         )
     return [
-        Table((), top, caption="distribution"),
+        Table((), top, caption=caption),
         Table((), perplexity),
         Table(rows[0], rows[1:]),
     ]

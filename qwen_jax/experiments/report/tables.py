@@ -10,6 +10,9 @@ from qwen_jax.experiments.declaration import clipped, one_line, short
 from qwen_jax.experiments.report.results import Results, Row
 from qwen_jax.reporting.table import Table
 
+STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
+NO_POINTS = "No points."
+
 
 def number(value: float, error: float | None = None) -> str:
     """Four digits that mean something; with an error, as many as its first two have."""
@@ -62,7 +65,7 @@ def shown(value: Any) -> str:
 def terminal_table(results: Results) -> str:
     """The table, in pieces that fit, a line on what failed, and how many points there are."""
     if not results.rows:
-        return "No points."
+        return NO_POINTS
     table = cells(results, results.rows)
     given = (len(results.names) > 1) + len(results.swept)
     lines = table.blocks(given).split("\n")
@@ -71,12 +74,14 @@ def terminal_table(results: Results) -> str:
         for row in results.rows
         if row.state == "failed"
     ]
+    return "\n".join([*lines, counted(results)])
+
+
+def counted(results: Results) -> str:
+    """How many points there are, and how they ended."""
     counts = {state: sum(row.state == state for row in results.rows) for state in STATES}
-    lines.append(", ".join(f"{n} {STATES[state]}" for state, n in counts.items() if n) + ".")
-    return "\n".join(lines)
-
-
-STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
+    ended = ", ".join(f"{n} {STATES[state]}" for state, n in counts.items() if n)
+    return f"{ended}." if ended else NO_POINTS
 
 
 def csv_text(results: Results) -> str:

@@ -108,7 +108,8 @@ def html(page: Page) -> str:
         }.items()
     }
     environment.tests["bad"] = _bad
-    return environment.from_string(template).render(page=page, svg=_Pictures().svg)
+    made = environment.from_string(template).render(page=page, svg=_Pictures().svg)
+    return made.encode("utf-8", "backslashreplace").decode("utf-8")  # Half a pair is no Unicode.
 
 
 class _Pictures:
@@ -123,10 +124,8 @@ class _Pictures:
 
 
 def _plain(x: Any) -> Any:
-    """Text without commands to whoever shows it, and as UTF-8 has it."""
-    if isinstance(x, str) and not isinstance(x, Markup):
-        return visible(x).encode("utf-8", "backslashreplace").decode("utf-8")
-    return x
+    """Text without commands to whoever shows it."""
+    return visible(x) if isinstance(x, str) and not isinstance(x, Markup) else x
 
 
 def _bad(cell: str) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullLocator
 
+from qwen_jax.terminal import visible
+
 INK, MUTED, PALE, GRID = "#22303c", "#55626d", "#8a97a3", "#e3e8ec"
 BLUE, RED, GREEN = "#0072b2", "#d55e00", "#009e73"
 PINK, SKY, GOLD, BLACK = "#cc79a7", "#56b4e9", "#e69f00", "#000000"
@@ -87,5 +89,7 @@ def span(values: np.ndarray) -> tuple[float, float]:
 
 
 def literal(text: str) -> str:
-    """A text that matplotlib draws as it is; between two dollars it would read a formula."""
-    return text.replace("$", r"\$")
+    """A text that matplotlib draws as it is: between two dollars it would read a formula, and at
+    half of a surrogate pair it fails."""
+    shown = visible(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return shown.replace("$", r"\$")

@@ -1,12 +1,16 @@
-"""`run.py report`: the results of an experiment, or of several side by side."""
+"""`run.py report`: the results of an experiment, or of several side by side; reports of `compare`
+side by side."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax import regular_files
+from qwen_jax.accuracy.report import beside
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import merge, report
+from qwen_jax.experiments import merge, records, report
 from qwen_jax.settings import Command
+from qwen_jax.terminal import visible
 
 
 def run(command: Command) -> int:
@@ -23,5 +27,32 @@ def run(command: Command) -> int:
         names = (f"{stem}.csv", f"{stem}.html")
     if command.config.workdir is not None:
         out = Path(command.config.workdir)
-    report.show(paths, out, names)
+    if any(map(beside.is_report, paths)):
+        _lay_beside(paths, out)
+    else:
+        report.show(paths, out, names)
     return 0
+
+
+def _lay_beside(paths: Sequence[Path], out: Path) -> None:
+    """Reports of `compare`: what is not the same in all of them."""
+    if len(paths) == 1:
+        raise UserError(
+            f"{paths[0]} is a report of compare, and says for itself what it found; name another "
+            "one to lay beside it."
+        )
+    for path in paths:
+        if not beside.is_report(path):
+            raise UserError(
+                f"{path} holds no {beside.FILE}, as the others do; report lays reports of compare "
+                "side by side, or experiments."
+            )
+    names = [regular_files.resolved(path).name for path in paths]
+    if len(set(names)) < len(names):
+        names = list(map(str, paths))
+    saved = [beside.Saved.read(path, name) for path, name in zip(paths, names, strict=True)]
+    print(visible(beside.text(saved)))
+    page = out / f"{'+'.join(regular_files.resolved(path).name for path in paths)}.html"
+    records.make(out)
+    report.replace(page, beside.to_html(saved))
+    print(os.path.relpath(page))

@@ -29,16 +29,16 @@ def show(workdirs: Sequence[Path], out: Path, names: tuple[str, str] | None = No
     records.make(out)
     print(visible(terminal_table(results)))
     csv, html = names or ("results.csv", "report.html")
-    _write(out / csv, csv_text(results))
+    replace(out / csv, csv_text(results))
     if not page.can_be_made():
         logging.warning("%s needs matplotlib: pip install 'qwen_jax[report]'.", html)
         return results
-    _write(out / html, to_html(results))
+    replace(out / html, to_html(results))
     print(f"{os.path.relpath(out / html)}, {os.path.relpath(out / csv)}")
     return results
 
 
-def _write(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     """An older one goes, but not in silence."""
     if path.is_file() and path.read_bytes() != text.encode("utf-8", "backslashreplace"):
         print(f"{path} is replaced by a newer one", file=sys.stderr)

@@ -40,7 +40,7 @@ TASKS = {
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
     "configs": "list the ready-made configs",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
-    "report": "show an experiment, or several (or reports of compare) side by side: report WORKDIR ...",
+    "report": "show an experiment, or several, or comparisons, side by side: report WORKDIR ...",
 }
 WITH_ARGUMENTS = ("merge", "report")
 USAGE = """\

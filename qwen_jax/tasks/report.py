@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax import regular_files
-from qwen_jax.accuracy.report import beside
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import merge, records, report
 from qwen_jax.settings import Command
@@ -27,24 +26,31 @@ def run(command: Command) -> int:
         names = (f"{stem}.csv", f"{stem}.html")
     if command.config.workdir is not None:
         out = Path(command.config.workdir)
-    if any(map(beside.is_report, paths)):
+    if any(map(_is_of_compare, paths)):
         _lay_beside(paths, out)
     else:
         report.show(paths, out, names)
     return 0
 
 
+def _is_of_compare(directory: Path) -> bool:
+    """An experiment has no such file."""
+    return (directory / "report.json").is_file()
+
+
 def _lay_beside(paths: Sequence[Path], out: Path) -> None:
     """Reports of `compare`: what is not the same in all of them."""
+    from qwen_jax.accuracy.report import beside  # the laboratory, which experiments can do without
+
     if len(paths) == 1:
         raise UserError(
             f"{paths[0]} is a report of compare, and says for itself what it found; name another "
             "one to lay beside it."
         )
     for path in paths:
-        if not beside.is_report(path):
+        if not _is_of_compare(path):
             raise UserError(
-                f"{path} holds no {beside.FILE}, as the others do; report lays reports of compare "
+                f"{path} holds no report.json, as the others do; report lays reports of compare "
                 "side by side, or experiments."
             )
     names = [regular_files.resolved(path).name for path in paths]

@@ -10,7 +10,7 @@ from tests.reporting.opened import Opened
 pytest.importorskip("matplotlib")
 from qwen_jax.reporting.drawing import Drawing
 
-HOSTILE = ("</script><script>alert(1)</script>", "\x1b[2J\x00", "‮txt.exe", "x" * 5000, "\ud800")
+HOSTILE = ("</script><script>alert(1)</script>", "\x1b[2J\x00", "‮txt.exe", "x" * 800, "\ud800")
 
 
 def picture(mark: str = "a mark") -> Picture:

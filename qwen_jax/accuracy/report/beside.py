@@ -17,11 +17,6 @@ _WRONG = ("fault", "missing", "FAILED")
 _NOT_THERE = "-"
 
 
-def is_report(directory: Path) -> bool:
-    """Whether `compare` wrote its report there; an experiment has no such file."""
-    return (directory / FILE).is_file()
-
-
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """What can be laid side by side of one report, each by name.

@@ -106,8 +106,10 @@ def _strips(
         # Zero and infinity have no place on this axis; they stand at its ends.
         x = np.clip([value for value, _, _ in dots], left * 1.15, right / 1.15)
         offset = np.linspace(-0.28, 0.28, len(dots)) if len(dots) > 1 else np.zeros(1)
-        for x_at, y_at, (value, is_wrong, layer) in zip(x, y + offset, dots, strict=True):
-            axes.scatter(x_at, y_at, **_MARK[is_wrong], clip_on=False)
+        wrong = np.array([is_wrong for _, is_wrong, _ in dots])
+        for kind, look in _MARK.items():
+            axes.scatter(x[wrong == kind], (y + offset)[wrong == kind], **look, clip_on=False)
+        for x_at, y_at, (value, _, layer) in zip(x, y + offset, dots, strict=True):
             where = name if layer is None else f"{name}, layer {layer}"
             drawn.point(axes, x_at, y_at, f"{where}: {number(value)}")
     for y in range(len(groups) - 1):

@@ -16,10 +16,16 @@ class Headline(NamedTuple):
 def headline(report: Report) -> Headline:
     """Of all parts that were run: what is wrong, or else that nothing is."""
     wrong, right = list(_wrong(report)), list(_right(report))
-    if wrong:
-        return Headline(f"FAULT: {'; '.join(wrong)}.", "bad")
-    if right:
-        return Headline(f"NO FAULT FOUND: {'; '.join(right)}.", "good")
+    gates, failed = report.gates, [outcome for outcome in report.gates if outcome.failed]
+    named = ", ".join(str(outcome.gate) for outcome in failed)
+    outcome = [f"{len(failed)} of {len(gates)} gates failed ({named})"] if failed else []
+    if wrong or failed:
+        return Headline(f"{'FAULT' if wrong else 'FAILED'}: {'; '.join(wrong + outcome)}.", "bad")
+    outcome = [f"all {len(gates)} gates passed"] if gates else []
+    if right or gates:
+        said = "; ".join(right + outcome)
+        unjudged = f" {skipped(report)}".rstrip()
+        return Headline(f"{'NO FAULT FOUND' if right else 'PASSED'}: {said}.{unjudged}", "good")
     if report.distribution:
         d = report.distribution
         return Headline(
@@ -50,9 +56,6 @@ def _wrong(report: Report) -> Iterator[str]:
         wrong = sum(f.verdict in ("fault", "missing") for f in findings)
         if wrong:
             yield f"{wrong} of {len(findings)} {name} are wrong"
-    if failed := [outcome for outcome in report.gates if outcome.failed]:
-        gates = ", ".join(str(outcome.gate) for outcome in failed)
-        yield f"{len(failed)} of {len(report.gates)} gates failed ({gates})"
 
 
 def _right(report: Report) -> Iterator[str]:
@@ -61,8 +64,6 @@ def _right(report: Report) -> Iterator[str]:
     for name, findings in _audits(report):
         if findings:
             yield f"all {len(findings)} {name} are right"
-    if report.gates:
-        yield f"all {len(report.gates)} gates passed"
 
 
 def _audits(report: Report) -> Iterator[tuple[str, Sequence]]:

@@ -78,6 +78,18 @@ def filled(sentence: str) -> str:
     return textwrap.fill(sentence, WIDTH)
 
 
-def number(x: float) -> str:
+class Rounded(str):
+    """A number as it is shown; a page says it in full where a pointer rests on it."""
+
+    full: str
+
+    @classmethod
+    def of(cls, text: str, full: str) -> "Rounded":
+        made = cls(text)
+        made.full = full
+        return made
+
+
+def number(x: float) -> Rounded:
     """Two significant digits; exponents without their leading zero."""
-    return f"{x:.2g}".replace("e-0", "e-").replace("e+0", "e+")
+    return Rounded.of(f"{x:.2g}".replace("e-0", "e-").replace("e+0", "e+"), repr(float(x)))

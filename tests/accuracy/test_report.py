@@ -29,6 +29,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.reporting import page
 from qwen_jax.reporting.origin import Origin
 from qwen_jax.reporting.page import Picture
+from qwen_jax.reporting.table import number
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import odd_config
 from tests.reporting.opened import Opened
@@ -171,6 +172,8 @@ def test_the_page_is_one_file_with_its_pictures(tmp_path: Path) -> None:
     assert made.unresolved == [] and made.addresses == []
     assert all(values for values in made.values), "a picture says no values"
     assert any(value.startswith("q_rope, layer 1: ") for value in made.values[0])
+    worst = max(f.residual.ratio for f in full().findings)
+    assert made.full[repr(float(worst))] == number(worst)
     assert made.tags["pre"] == 0  # Tables are tables.
     for header in (["tensor", "cause", "error", "planted", "what"], ["step", "mean KL"]):
         assert header in made.headers

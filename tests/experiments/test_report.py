@@ -37,6 +37,7 @@ def test_csv_and_page_hold_every_point(
     page = Opened(text)
     assert page.pictures == ["By max_tokens"] and page.values[0] and page.addresses == []
     assert page.links and page.unresolved == [] and page.repeated == []
+    assert page.full["2466.0"] == "2,466"
     assert page.banner == "6 finished, 3 failed." and page.state == "bad"
     for words in ("What this is about.", "ZeroDivisionError: by accident", "run.py experiment"):
         assert words in page.text

@@ -17,6 +17,7 @@ class Opened(html.parser.HTMLParser):
         links: of the table of contents.
         pictures: their titles,
         values: and what each says of its marks.
+        full: what cells of tables say in full.
         repeated: ids that stand there twice.
         unresolved: links within the page that lead nowhere.
         addresses: of anything outside of the page.
@@ -30,10 +31,11 @@ class Opened(html.parser.HTMLParser):
         self.links: list[str] = []
         self.pictures: list[str] = []
         self.values: list[list[str]] = []
+        self.full: dict[str, str] = {}
         self.addresses = re.findall(r"\w+://|(?<=url\()[^#)]+", page)
         self._ids: collections.Counter[str] = collections.Counter()
         self._stack: list[str] = []
-        self._in_banner = False
+        self._in_banner, self._full = False, ""
         self.feed(page)
         self.repeated = [name for name, count in self._ids.items() if count > 1]
         self.unresolved = [link for link in self.links if link[1:] not in self._ids]
@@ -52,6 +54,7 @@ class Opened(html.parser.HTMLParser):
         if held.get("role") == "img":
             self.pictures.append(held["aria-label"])
             self.values.append([])
+        self._full = held.get("title", "") if tag == "td" else ""
         if tag == "thead":
             self.headers.append([])
 
@@ -68,6 +71,8 @@ class Opened(html.parser.HTMLParser):
         inside = self._stack[-1] if self._stack else ""
         if self._in_banner:
             self.banner += data
+        elif inside == "td" and self._full:
+            self.full[self._full] = data
         elif inside == "th" and "thead" in self._stack:
             self.headers[-1].append(data)
         elif inside == "title" and "svg" in self._stack:

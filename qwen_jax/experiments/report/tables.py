@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_jax.experiments.declaration import clipped, one_line, short
 from qwen_jax.experiments.report.results import Results, Row
-from qwen_jax.reporting.table import Table
+from qwen_jax.reporting.table import Rounded, Table
 
 STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
 NO_POINTS = "No points."
@@ -39,7 +39,9 @@ def cells(results: Results, rows: Sequence[Row]) -> Table:
         line += [clipped(shown(row.overrides.get(field))) for field in swept]
         for index, name in enumerate(metrics):
             if name in row.metrics:
-                line.append(number(row.metrics[name], row.metrics.get(f"{name}_error")))
+                value, error = row.metrics[name], row.metrics.get(f"{name}_error")
+                full = f"{value!r}" if error is None else f"{value!r} ± {error!r}"
+                line.append(Rounded.of(number(value, error), full))
             else:
                 line.append(row.state if index == 0 and row.state != "ok" else "-")
         lines.append(line if metrics else [*line, row.state])

@@ -35,7 +35,10 @@ def run(command: Command) -> int:
 
 def _is_of_compare(directory: Path) -> bool:
     """An experiment has no such file."""
-    return (directory / "report.json").is_file()
+    try:
+        return (directory / "report.json").is_file()
+    except OSError:  # of a name that is too long, which is told when it is read
+        return False
 
 
 def _lay_beside(paths: Sequence[Path], out: Path) -> None:

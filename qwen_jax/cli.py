@@ -41,7 +41,7 @@ TASKS = {
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
     "configs": "list the ready-made configs",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
-    "report": "show an experiment, or several side by side: report WORKDIR [WORKDIR ...]",
+    "report": "show an experiment, or several, or comparisons, side by side: report WORKDIR ...",
 }
 WITH_ARGUMENTS = ("certify", "merge", "report")
 USAGE = """\
@@ -228,7 +228,8 @@ def parse(argv: list[str]) -> settings.Command:
         if one in overrides and other not in overrides:
             config[other] = None  # what a config names goes where a flag names what excludes it
     config.update_from_flattened_dict(overrides)
-    return settings.Command(task, config, where, overrides, tuple(rest))
+    typed = (*settings.program().split(), *argv[1:])
+    return settings.Command(task, config, where, overrides, tuple(rest), typed)
 
 
 class _Flags(flags.FlagValues):

@@ -275,6 +275,7 @@ class Command:
         config_file: what `--config` named, `file.py` or `file.py:variant`.
         overrides: fields set by other flags, and their values.
         arguments: what stands after the task.
+        typed: the whole line, as it was typed.
     """
 
     task: str
@@ -282,6 +283,7 @@ class Command:
     config_file: str | None
     overrides: Mapping[str, Any]
     arguments: tuple[str, ...] = ()
+    typed: tuple[str, ...] = ()
 
 
 def asked(config: ConfigDict, overrides: Collection[str] = ()) -> frozenset[str]:

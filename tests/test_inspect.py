@@ -12,6 +12,7 @@ import pallas_kernels
 from qwen_jax import cli, opening
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.engine import memory
+from qwen_jax.reporting.model import model_lines
 from qwen_jax.tasks import inspect
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
@@ -165,7 +166,7 @@ def test_show_bytes(count: float, text: str) -> None:
 
 def test_other_rotations_are_shown() -> None:
     config = tiny_config(rope_dim=12, linear_factor=2.5)
-    assert list(inspect.model_lines(config))[-2:] == [
+    assert list(model_lines(config))[-2:] == [
         "rotary embedding of the first 12 dimensions of a head",
         "linear rope scaling, positions divided by 2.5",
     ]

@@ -18,8 +18,8 @@ from jaxtyping import Float
 
 from qwen_jax.accuracy.companions import companions
 from qwen_jax.accuracy.compiler import Reduction, judged, reductions
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.engine.engine import Engine
+from qwen_jax.reporting.table import Table
 
 REPEATS, TOKENS = 3, 48
 EXACT, WITHIN, FAULT, TOLD = "exact", "within rounding", "fault", "told"
@@ -250,10 +250,10 @@ def fused() -> MachineFinding:
     return MachineFinding("a b - c of float32", TOLD, said.get(left, f"is {left!r}, neither way"))
 
 
-def machine_table(findings: Sequence[MachineFinding]) -> str:
-    """The checks in order, the verdict over them."""
+def machine_table(findings: Sequence[MachineFinding]) -> Table:
+    """The checks in order."""
     wrong = sum(finding.verdict == FAULT for finding in findings)
     said = f"{wrong} FAULTS" if wrong else "nothing less than declared"
-    rows = [[finding.check, finding.verdict, finding.evidence] for finding in findings]
-    header = ["check", "verdict", "evidence"]
-    return f"machine, {len(findings)} checks: {said}\n\n" + table(header, rows)
+    rows = [(finding.check, finding.verdict, finding.evidence) for finding in findings]
+    caption = f"machine, {len(findings)} checks: {said}"
+    return Table(("check", "verdict", "evidence"), rows, caption=caption)

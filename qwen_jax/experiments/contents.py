@@ -86,7 +86,10 @@ class Contents:
         point: dict[str, Kind] = {"point": self._point}
         had: dict[str, Kind] = {"outputs": NATURAL} if "outputs" in event else {}
         needed: dict[str, dict[str, Kind]] = {
-            "session": {"environment": NAME},
+            "session": {
+                "environment": NAME,
+                **{name: TEXT for name in ("command", "time") if name in event},
+            },
             "started": point,
             "finished": {
                 **point,

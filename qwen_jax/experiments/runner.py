@@ -35,8 +35,9 @@ _log.propagate = False
 class Runner:
     """Runs planned points into records; `run` returns how many have failed."""
 
-    def __init__(self, records: Records, *, retry_failed: bool, profile: bool):
-        self._records, self._retry, self._profile = records, retry_failed, profile
+    def __init__(self, records: Records, *, command: str, retry_failed: bool, profile: bool):
+        self._records, self._command = records, command
+        self._retry, self._profile = retry_failed, profile
         self._models = Models(records.directory)
 
     def run(self, planned: list[Planned]) -> int:
@@ -45,7 +46,13 @@ class Runner:
         with _logged_to(records.directory / LOG):
             left = [item for item in planned if self._is_left(item.point.id)]
             name = environment.save(records.directory)
-            records.event("session", time=_now(), environment=name, points=len(left))
+            records.event(
+                "session",
+                time=_now(),
+                environment=name,
+                points=len(left),
+                command=self._command,
+            )
             with tqdm(
                 total=len(planned),
                 initial=len(planned) - len(left),

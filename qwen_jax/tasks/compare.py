@@ -30,6 +30,8 @@ from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.accuracy.weights.audit import audit_weights
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
+from qwen_jax.reporting.model import described
+from qwen_jax.reporting.origin import Origin
 from qwen_jax.settings import Command
 from qwen_jax.tasks.compare_checks import BASE, PARTS, check
 from qwen_jax.tasks.dumps import bar, token_ids
@@ -58,7 +60,7 @@ def run(command: Command) -> int:
     if config.workdir is not None:
         report.prepare(config.workdir)
     found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
-    found = dataclasses.replace(found, compiler=compiler)
+    found = dataclasses.replace(found, compiler=compiler, origin=Origin.now(command.typed))
     outcomes = gates.check(limits, report.values(found))
     found = dataclasses.replace(found, gates=outcomes)
     print(visible(report.text(found)), end="")
@@ -111,7 +113,7 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
         raise UserError("The part text needs --prompt, the message whose token ids the trace has.")
     checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
     trace = open_trace(settings.candidate, checkpoint.config, tokens=token_ids(settings.tokens))
-    found = Report(candidate=trace.header)
+    found = Report(candidate=trace.header, model=described(checkpoint))
     if "tensors" in parts:
         found = _with_tensors(found, config, checkpoint, trace)
     if "text" in parts and config.prompt is not None:
@@ -140,7 +142,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     faults = parse_faults(settings.plant or "", checkpoint.config)
     model = load(config)
     tokens = ids or (model.tokens(item.prompt, **api.prompt_options(options)) if item else None)
-    found = Report(planted=tuple(map(str, faults)))
+    found = Report(planted=tuple(map(str, faults)), model=described(checkpoint))
     with (
         planted(model.engine, faults) if faults else contextlib.nullcontext(model.engine) as engine
     ):

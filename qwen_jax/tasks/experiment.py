@@ -1,5 +1,6 @@
 """`run.py experiment`: a sweep of settings, begun or gone on with."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,10 @@ def run(command: Command) -> int:
     try:
         _announce(declared, opened, len(planned))
         runner = Runner(
-            opened, retry_failed=config.runner.retry_failed, profile=config.runner.profile
+            opened,
+            command=shlex.join(command.typed),
+            retry_failed=config.runner.retry_failed,
+            profile=config.runner.profile,
         )
         failed = runner.run(planned)
     except KeyboardInterrupt:

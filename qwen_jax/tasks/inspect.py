@@ -23,6 +23,7 @@ from qwen_jax.loading import read_tokenizer
 from qwen_jax.model.cache import PAGE
 from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
+from qwen_jax.reporting.model import model_lines
 from qwen_jax.settings import Command
 from qwen_jax.terminal import visible
 from qwen_jax.text.tokenizer import Tokenizer
@@ -77,31 +78,6 @@ def file_lines(checkpoint: Checkpoint, name: str = "") -> Iterator[str]:
         yield f"adapter {adapter}"
     if checkpoint.ignored:
         yield f"ignored: {', '.join(checkpoint.ignored)}"
-
-
-def model_lines(config: ModelConfig) -> Iterator[str]:
-    yield f"{config.num_parameters:,} parameters"
-    yield (
-        f"{config.num_layers} layers, hidden size {config.hidden_size}, feed-forward "
-        f"{config.ffn_size}, vocabulary {config.vocab_size} ({'tied' if config.tied else 'untied'})"
-    )
-    yield (
-        f"{config.num_heads} query heads on {config.num_kv_heads} key/value heads of "
-        f"{config.head_dim}"
-    )
-    yield (
-        f"context {config.context_length}, rope theta {config.rope_theta:g}, "
-        f"RMSNorm eps {config.rms_eps:g}"
-    )
-    if config.rope_dim != config.head_dim:
-        yield f"rotary embedding of the first {config.rope_dim} dimensions of a head"
-    if config.linear_factor != 1:
-        yield f"linear rope scaling, positions divided by {config.linear_factor:g}"
-    if config.yarn:
-        yield (
-            f"YaRN factor {config.yarn.factor:g} over {config.yarn.original_context}, "
-            f"attention factor {config.yarn.attention_factor:.4f}"
-        )
 
 
 def metadata_lines(metadata: dict[str, Any]) -> Iterator[str]:

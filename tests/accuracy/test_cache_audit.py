@@ -80,7 +80,7 @@ class TestNoAlarm:
         findings = audit_cache(random_engine(CONFIG, 3, dtype), TEXT)
         assert {f.verdict for f in findings} == {"within rounding"}
         assert 0.001 < max(f.ratio for f in findings) < 1
-        text = cache_table(findings)
+        text = cache_table(findings).text()
         assert text.startswith("cache: 15 ways through it, no fault\n")
         assert max(map(len, text.splitlines())) <= 100
 
@@ -151,7 +151,8 @@ class TestFaults:
 
     def test_the_table_fits(self):
         with CASES["slots of an earlier text"][0]():
-            text = cache_table(audit_cache(engine_of_its_own(), TEXT, ways={"pieces", *LATER}))
+            found = audit_cache(engine_of_its_own(), TEXT, ways={"pieces", *LATER})
+            text = cache_table(found).text()
         assert max(map(len, text.splitlines())) <= 100
         assert "stale-slots-seen" in text and "unknown" in text
 

@@ -10,7 +10,7 @@ import pytest
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.exact.replay import Replay
 from qwen_jax.accuracy.exact.rounding import round_to
-from qwen_jax.accuracy.report.tables import cause_rows
+from qwen_jax.accuracy.report.tables import cause_table
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis, diagnose
 from qwen_jax.accuracy.traces.foreign import open_trace
 from qwen_jax.accuracy.traces.trace import Trace
@@ -95,7 +95,7 @@ def test_an_eps_is_where_it_is_seen_and_perhaps_elsewhere(tmp_path: Path, model:
     """The stream grows from layer to layer, and hides it."""
     found = examine(tmp_path, model, "float32", "norm_eps_1e-5")
     assert found.named == ("norm_eps_1e-5",) and not found.unknown
-    (row,) = cause_rows(found, CASE.config.num_layers)[1]
+    (row,) = cause_table(found, CASE.config.num_layers).rows
     assert re.search(r"visible in layers \S+, present at least there", row[-1])
 
 

@@ -1,12 +1,10 @@
 """Reports of real runs, clean and with planted faults: text, JSON, page and pictures."""
 
-import base64
 import dataclasses
 import functools
 import json
 import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,8 +16,9 @@ from qwen_jax.accuracy.exact.parameters import EngineSource
 from qwen_jax.accuracy.gates import METRICS
 from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.references import float64
-from qwen_jax.accuracy.report import Report
-from qwen_jax.accuracy.report.page import pictures
+from qwen_jax.accuracy.report import Report, heat_maps
+from qwen_jax.accuracy.report.page import contents
+from qwen_jax.accuracy.report.verdict import headline
 from qwen_jax.accuracy.tensors.comparison import compare
 from qwen_jax.accuracy.tensors.diagnosis import diagnose
 from qwen_jax.accuracy.tensors.planting import planted
@@ -28,8 +27,13 @@ from qwen_jax.accuracy.text.audit import TextFinding
 from qwen_jax.accuracy.traces.recording import Recorder
 from qwen_jax.accuracy.weights.audit import WeightFinding
 from qwen_jax.errors import UserError
+from qwen_jax.reporting import page
+from qwen_jax.reporting.origin import Origin
+from qwen_jax.reporting.page import Picture
+from qwen_jax.reporting.table import number
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import odd_config
+from tests.reporting.opened import Opened
 
 CONFIG = odd_config(num_layers=2)
 TOKENS = random_tokens(CONFIG, 24)
@@ -50,6 +54,7 @@ def traced(faults: str = "") -> Report:
     return Report(trace.header, comparison, diagnosis, planted=names)
 
 
+@functools.cache
 def full() -> Report:
     """The faulty run with every other part beside it."""
     rng = np.random.default_rng(0)
@@ -120,7 +125,9 @@ def test_findings_without_a_reference_are_enough() -> None:
     text = report.text(alone)
     assert "2 causes named" in text
     assert re.search(r"^operation +layer +own error +of bound +verdict$", text, re.MULTILINE)
-    assert [picture.title for picture in pictures(alone)] == [
+    with page.drawing():
+        blocks = [block for section in contents(alone).sections for block in section.blocks]
+    assert [block.title for block in blocks if isinstance(block, Picture)] == [
         "Calibration: own error against its bound"
     ]
     assert report.text(Report()) == "\n"
@@ -155,10 +162,8 @@ def test_json_is_strict_and_complete() -> None:
 def test_the_page_is_one_file_with_its_pictures(tmp_path: Path) -> None:
     paths = report.write(tmp_path / "new" / "report", full())
     assert [path.name for path in paths] == ["report.json", "report.txt", "report.html"]
-    page = paths[2].read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
-    titles = re.findall(r"<img alt=\"([^\"]+)\"", page)
-    assert titles == [
+    made = Opened(paths[2].read_text(encoding="utf-8"))
+    assert made.pictures == [
         "Calibration: own error against its bound",
         "Error by operation",
         "Error by layer",
@@ -167,10 +172,15 @@ def test_the_page_is_one_file_with_its_pictures(tmp_path: Path) -> None:
         "KL divergence, token by token",
         "Precision search",
     ]
-    for encoded in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page):
-        drawing = ElementTree.fromstring(base64.b64decode(encoded))
-        assert drawing.tag.endswith("svg")
-    assert "layers.1.down_proj" in page and "rope_interleaved" in page
+    assert made.unresolved == [] and made.addresses == []
+    assert all(values for values in made.values), "a picture says no values"
+    assert any(value.startswith("q_rope, layer 1: ") for value in made.values[0])
+    worst = max(f.residual.ratio for f in full().findings)
+    assert made.full[repr(float(worst))] == number(worst)
+    assert made.tags["pre"] == 0  # Tables are tables.
+    for header in (["tensor", "cause", "error", "planted", "what"], ["step", "mean KL"]):
+        assert header in made.headers
+    assert "layers.1.down_proj" in made.text and "rope_interleaved" in made.text
     assert paths[1].read_text(encoding="utf-8") == report.text(full())
 
 
@@ -178,3 +188,46 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
         report.write(tmp_path / "file", Report())
+
+
+def test_every_part_has_a_banner_the_model_and_where_it_comes_from() -> None:
+    origin = Origin("run.py compare", {"jax": "9.9"}, "c0ffee", True, "2031-01-01 00:00 +0000")
+    weights = [WeightFinding("output.weight", "lm_head", "missing", 1, 1, float("inf"))]
+    right = [WeightFinding("output.weight", "lm_head", "exact", 0, 1, 0.0)]
+    for part, sentence, state in (
+        ({"weights": weights}, "FAULT: 1 of 1 weights are wrong.", "bad"),
+        ({"weights": right}, "NO FAULT FOUND: all 1 weights are right.", "good"),
+        ({"text": [TextFinding("chat", "same")]}, "NO FAULT FOUND: all 1 texts are right.", "good"),
+        ({"distribution": full().distribution}, "MEASURED, NOT JUDGED: bf16 has a mean", "open"),
+        ({"precision": full().precision}, "MEASURED, NOT JUDGED: 1 of 2 operations", "open"),
+        ({"gates": full().gates}, "FAILED: 1 of 2 gates failed (mean_kld > 0.001).", "bad"),
+        ({"gates": full().gates[1:]}, "PASSED: all 1 gates passed.", "good"),
+    ):
+        held = Report(model={"model": "odd.gguf"}, origin=origin, **part)
+        made = Opened(report.to_html(held))
+        assert made.banner.startswith(sentence) and made.state == state
+        words = ("odd.gguf", "run.py compare", "jax 9.9", "c0ffee", "in no commit", "2031-01-01")
+        assert all(word in made.text for word in words)
+    assert headline(full()).sentence.startswith("FAULT: the compiler computes wrong sums; 10 of 37")
+
+
+def test_colours_differ_where_everything_fails() -> None:
+    """On a scale from rounding to the largest error all of it would be the darkest blue."""
+    comparison = traced(FAULTS).comparison
+    assert comparison is not None
+    for make in (heat_maps.by_head, heat_maps.by_position):
+        found = make(comparison)
+        assert found is not None and "all of it far above rounding" in found.scale
+        images = [image for axes in found.drawing.axes for image in axes.get_images()]
+        shown = np.concatenate([im.to_rgba(im.get_array()).reshape(-1, 4) for im in images])
+        assert np.ptp(shown[:, 1]) > 0.3  # of green, from pale to dark
+    clean = heat_maps.by_head(traced().comparison)  # type: ignore[arg-type]
+    assert clean is not None and "rounding once is" in clean.scale
+
+
+def test_hostile_names_are_text() -> None:
+    names = ("</script><script>alert(1)</script>", "\x1b[2J", "\u202etxt.exe", "x" * 5000, "\ud800")
+    text = report.to_html(Report(notes=names, weights=[]))
+    assert "<script" not in text and not set("\x1b\u202e") & set(text)
+    text.encode("utf-8")
+    assert r"\x1b[2J" in text and r"\u202etxt.exe" in text and "x" * 5000 in text

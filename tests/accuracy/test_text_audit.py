@@ -83,7 +83,7 @@ class TestNoAlarm:
     def test_qwens_vocabulary(self, pipeline, ours):
         findings = audit_text(pipeline, right(ours), stop_ids=(151645, 151643))
         assert {f.verdict for f in findings} == {"same"}
-        assert text_table(findings) == "text: 11 checks, 11 the same"
+        assert text_table(findings).text() == "text: 11 checks, 11 the same"
 
     def test_a_hugging_face_directory(self, hf_directory, reference):  # noqa: F811
         pipeline = Pipeline.from_hf(hf_directory)
@@ -196,6 +196,6 @@ def test_refusals(pipeline):
 
 def test_the_table_fits(pipeline, ours):
     held = {case: [151643, *ids] for case, ids in right(ours).items()}
-    text = text_table(audit_text(pipeline, held, stop_ids=[151645]))
+    text = text_table(audit_text(pipeline, held, stop_ids=[151645])).text()
     assert max(map(len, text.splitlines())) <= 100
     assert text.startswith("text: 11 checks, 0 the same, 11 fault\n") and "eos-missing" in text

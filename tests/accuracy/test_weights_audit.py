@@ -283,7 +283,7 @@ class TestWholeTensors:
     def test_the_table_fits(self, written, held):
         for case in ("up before gate", "norm plus one", "one value", "head zeroed"):
             WHOLE[case][0](held)
-        text = weights_table(audit_weights(written.path, held))
+        text = weights_table(audit_weights(written.path, held)).text()
         assert max(map(len, text.splitlines())) <= 100
         assert text.startswith("weights: 27 tensors, 22 exact, 5 fault\n")
         assert "norm-plus-one" in text and "unknown" in text
@@ -291,9 +291,9 @@ class TestWholeTensors:
     def test_the_same_in_several_layers_is_one_row(self, written, held):
         for i in range(CONFIG.num_layers):
             held[f"layers.{i}.qkv_proj.bias"] = 0 * held[f"layers.{i}.qkv_proj.bias"]
-        text = weights_table(audit_weights(written.path, held))
+        text = weights_table(audit_weights(written.path, held)).text()
         assert text.count("zeroed") == 3
-        assert f"blk.*.attn_k.bias  zeroed  1      0        in {CONFIG.num_layers} layers;" in text
+        assert f"blk.*.attn_k.bias  zeroed      1        0  in {CONFIG.num_layers} layers;" in text
 
 
 class TestBound:

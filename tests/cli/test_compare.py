@@ -104,7 +104,7 @@ def test_without_matplotlib_the_gate_decides(
     code: int,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("qwen_jax.accuracy.report.page.can_be_made", lambda: False)
+    monkeypatch.setattr("qwen_jax.reporting.page.can_be_made", lambda: False)
     argv = ["compare", "--plant=zero_qkv_bias", "--parts=tensors", "--tokens=1,2,3,4,5"]
     done = run(*argv, f"--fail_if={gate}", f"--workdir={tmp_path}")
     assert done.code == code

@@ -1,7 +1,6 @@
 """Tables, pictures and pages of results."""
 
 import csv
-import html.parser
 import io
 import json
 from collections.abc import Callable
@@ -14,27 +13,13 @@ from hypothesis import strategies as st
 from qwen_jax.experiments.report import plots, tables
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.task import Work
+from qwen_jax.reporting.table import WIDTH
 from tests.experiments.conftest import lines
 from tests.experiments.fake import Count
+from tests.reporting.opened import Opened
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
-
-
-class Page(html.parser.HTMLParser):
-    """Every tag that refers to something, and the text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.sources: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_csv_and_page_hold_every_point(
@@ -49,13 +34,16 @@ def test_csv_and_page_hold_every_point(
     assert len(rows) == 9 and sum(row["state"] == "failed" for row in rows) == 3
     assert {float(r["total"]) for r in rows if r["total"]} == {1266.0, 2466.0, 3666.0}
     text = (w / "report.html").read_text("utf-8")
-    page = Page(text)
-    assert page.sources and all(s.startswith("data:image/svg+xml") for s in page.sources)
-    for words in ("What this is about.", "ZeroDivisionError: by accident", "6 finished, 3 failed"):
+    page = Opened(text)
+    assert page.pictures == ["By max_tokens"] and page.values[0] and page.addresses == []
+    assert page.links and page.unresolved == [] and page.repeated == []
+    assert page.full["2466.0"] == "2,466"
+    assert page.banner == "6 finished, 3 failed." and page.state == "bad"
+    for words in ("What this is about.", "ZeroDivisionError: by accident", "run.py experiment"):
         assert words in page.text
     assert "<script>" not in text  # What users write is text and nothing else.
     # The terminal's table fits.
-    assert max(map(len, result.out.splitlines()[:11])) <= tables.WIDTH
+    assert max(map(len, result.out.splitlines()[:11])) <= WIDTH
 
 
 def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_path: Path) -> None:
@@ -109,7 +97,7 @@ def test_error_bars_are_deviations_over_seeds(
     run(*experiment('product(axis("sampling.seed", [1, 3]), axis("max_tokens", [6, 7]))'))
     results = Results.read([tmp_path / "w"])
     pictures = list(plots.pictures(results))
-    assert [picture.name for picture in pictures] == ["by-max_tokens"]
+    assert [picture.title for picture in pictures] == ["By max_tokens"]
     (panel,) = (axes for axes in pictures[0].figure.axes if axes.get_visible())
     (container,) = panel.containers
     line, _, (bars,) = container.lines
@@ -135,7 +123,7 @@ def test_points_without_a_cost_are_not_on_its_front(
     (picture,) = plots.pictures(Results.read([tmp_path / "w"]))
     (panel,) = picture.figure.axes
     front, *points = panel.get_lines()
-    assert picture.name == "pareto" and len(points) == 3
+    assert picture.title == "What it costs to be near" and len(points) == 3
     assert list(front.get_xdata()) == [300]  # the fastest is the nearest, too
 
 
@@ -207,7 +195,7 @@ def test_long_texts_fit_and_stay_apart(
     argv = experiment(sweep)
     listed = run(*argv, "--dry_run").out.splitlines()
     table = run(*argv).out.splitlines()[:6]
-    assert all(len(line) <= tables.WIDTH for line in (*listed, *table))
+    assert all(len(line) <= WIDTH for line in (*listed, *table))
     assert sum(line.lstrip().startswith("a\\nx") for line in table) == 4
     lines = plots._lines(Results.read([tmp_path / "w"]), "max_tokens", ["prompt"])
     assert [len(rows) for points in lines.values() for rows in points.values()] == [1] * 4

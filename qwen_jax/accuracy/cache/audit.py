@@ -23,10 +23,10 @@ from qwen_jax.accuracy.exact.bounds import Arithmetic
 from qwen_jax.accuracy.exact.parameters import EngineSource, Source
 from qwen_jax.accuracy.exact.replay import Residual, compare, first_position
 from qwen_jax.accuracy.exact.rounding import UNIT
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.api import Model
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
+from qwen_jax.reporting.table import Table
 
 Progress = Callable[[int, int], None]
 
@@ -112,18 +112,26 @@ def audit_cache(
     return findings
 
 
-def cache_table(findings: Sequence[CacheFinding]) -> str:
+def cache_table(findings: Sequence[CacheFinding]) -> Table:
     """All ways, a row each."""
     wrong = sum(f.verdict == "fault" for f in findings)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for finding in findings:
         what = "; ".join([*(f"{c.line} ({c.ratio:.2g})" for c in finding.causes), finding.evidence])
         name = " or ".join(c.name for c in finding.causes) or "unknown"
         cause = "" if finding.verdict != "fault" else name
         rows.append((finding.scenario, f"{finding.ratio:.2g}", f"{finding.error:.1g}", cause, what))
     summary = f"cache: {len(findings)} ways through it, {wrong or 'no'} fault"
-    header = ("way", "of bound", "error", "cause", "what (of the bound once the cause is planted)")
-    return f"{summary}\n{table(header, rows)}"
+    header: tuple[str, ...] = (
+        "way",
+        "of bound",
+        "error",
+        "cause",
+        "what (of the bound once the cause is planted)",
+    )
+    if not any(cause or what for *_, cause, what in rows):
+        header, rows = header[:3], [row[:3] for row in rows]
+    return Table(header, rows, (1, 2), summary)
 
 
 def _arithmetic(engine: Engine) -> Arithmetic:

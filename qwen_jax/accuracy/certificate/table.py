@@ -1,12 +1,11 @@
 """A certificate as plain text of at most 100 columns, the verdict first."""
 
 import math
-import textwrap
 from collections.abc import Iterator
 
 from qwen_jax.accuracy.certificate.contents import Certificate, Engine, Judged, Named
 from qwen_jax.accuracy.measures.error_shape import ranges
-from qwen_jax.accuracy.text_table import WIDTH, table
+from qwen_jax.reporting.table import Table, filled
 
 
 def text(certificate: Certificate) -> str:
@@ -15,14 +14,14 @@ def text(certificate: Certificate) -> str:
 
 
 def _sections(certificate: Certificate) -> Iterator[str]:
-    yield textwrap.fill(statement(certificate), WIDTH)
-    yield table(
+    yield filled(statement(certificate))
+    yield Table(
         ("engine", "values", "of bound", "where", "bound/size", "what it is"),
         [
             (str(i), *summary(engine), describe(engine))
             for i, engine in enumerate(certificate.engines, 1)
         ],
-    )
+    ).text()
     causes = [
         (f"{i}", cause.name, layers(cause.layers), *map(at_most, (cause.before, cause.after)), line)
         for i, engine in enumerate(certificate.engines, 1)
@@ -30,16 +29,15 @@ def _sections(certificate: Certificate) -> Iterator[str]:
         for line in [what(cause)]
     ]
     if causes:
-        yield table(("engine", "cause", "layers", "as it is", "planted", "what and where"), causes)
+        header = ("engine", "cause", "layers", "as it is", "planted", "what and where")
+        yield Table(header, causes).text()
     if d := certificate.difference:
-        yield textwrap.fill(
+        yield filled(
             f"logits at positions {d.positions[0]} to {d.positions[1] - 1}: they differ by "
             f"{d.largest:.2g} at most, mean KL {d.mean_kld:.2g}, max KL {d.max_kld:.2g}, same "
-            f"likeliest token {d.same_top:.1%}",
-            WIDTH,
+            f"likeliest token {d.same_top:.1%}"
         )
-    rows = [("assumption", "what it means"), *certificate.assumptions.items()]
-    yield table(rows[0], rows[1:])
+    yield Table(("assumption", "what it means"), [*certificate.assumptions.items()]).text()
 
 
 def statement(certificate: Certificate) -> str:

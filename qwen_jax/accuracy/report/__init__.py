@@ -7,14 +7,16 @@ from pathlib import Path
 from absl import logging
 
 from qwen_jax.accuracy.report.as_json import to_json
+from qwen_jax.accuracy.report.as_text import text
 from qwen_jax.accuracy.report.contents import Report, values
-from qwen_jax.accuracy.report.tables import text
+from qwen_jax.accuracy.report.page import to_html
 from qwen_jax.errors import UserError
 from qwen_jax.regular_files import why_not_written
+from qwen_jax.reporting import page
 
 NAMES = ("report.json", "report.txt", "report.html")
 
-__all__ = ["Report", "prepare", "text", "to_json", "values", "write"]
+__all__ = ["Report", "prepare", "text", "to_html", "to_json", "values", "write"]
 
 
 def prepare(workdir: str | Path) -> None:
@@ -46,12 +48,10 @@ def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
     Raises:
         UserError: the directory can't be written.
     """
-    from qwen_jax.accuracy.report import page
-
     directory = Path(workdir)
     makers = {"report.json": to_json, "report.txt": text}
     if page.can_be_made():
-        makers["report.html"] = page.to_html
+        makers["report.html"] = to_html
     else:
         logging.warning("report.html needs matplotlib: pip install 'qwen_jax[report]'.")
     paths = tuple(directory / name for name in makers)

@@ -1,7 +1,7 @@
 """What a report is made of, and the numbers that gates are held against."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
 from qwen_jax.accuracy.text.audit import TextFinding
 from qwen_jax.accuracy.traces.trace import Header
 from qwen_jax.accuracy.weights.audit import WeightFinding
+from qwen_jax.reporting.origin import Origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Report:
         notes: what a reader should know besides.
         planted: faults that were planted on purpose, by name.
         compiler: what was found of the compiler under all of it.
+        model: what it is, in names and values.
+        origin: command, versions, commit and date.
     """
 
     candidate: Header | None = None
@@ -43,6 +46,8 @@ class Report:
     planted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     compiler: Probe | None = None
+    model: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    origin: Origin | None = None
 
     @property
     def header(self) -> Header | None:

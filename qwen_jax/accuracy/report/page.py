@@ -1,96 +1,110 @@
-"""report.html: one file with its pictures inside, from page.html."""
+"""report.html of a comparison: every part with its verdict, pictures and tables."""
 
-import base64
-import importlib.util
-import io
 from collections.abc import Iterator
-from importlib import resources
-from typing import TYPE_CHECKING, NamedTuple
-
-import jinja2
 
 from qwen_jax.accuracy.report import tables
 from qwen_jax.accuracy.report.contents import Report
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-class Picture(NamedTuple):
-    """A picture as SVG in a data URI, with its heading and what to look for in it."""
-
-    title: str
-    caption: str
-    source: str
-
-
-def can_be_made() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+from qwen_jax.accuracy.report.verdict import headline, skipped, verdict
+from qwen_jax.reporting import page
+from qwen_jax.reporting.page import Block, Folded, Page, Picture, Section
+from qwen_jax.reporting.table import Table
 
 
 def to_html(report: Report) -> str:
-    """The page; `can_be_made` first."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {name: getattr(tables, name) for name in ("number", "show_layers")}
-    return environment.from_string(template).render(
-        report=report,
-        tables=tables,
-        layers=tables.layers_of(report),
-        pictures=list(pictures(report)),
-    )
+    """The page; needs matplotlib."""
+    with page.drawing():
+        return page.html(contents(report))
 
 
-def pictures(report: Report) -> Iterator[Picture]:
-    """Those that the report has data for, in the order of the page."""
+def contents(report: Report) -> Page:
+    """What is on it. Make it, and whatever is made of it, within `page.drawing`."""
+    summary = headline(report)
+    facts = [*report.model.items(), *tables.header_rows(report)]
+    facts += report.origin.rows() if report.origin else []
+    return Page("Accuracy report", summary.sentence, summary.state, facts, list(_sections(report)))
+
+
+def _sections(report: Report) -> Iterator[Section]:
+    if report.gates:
+        failed = any(outcome.failed for outcome in report.gates)
+        yield Section("Gates", [tables.gate_table(report.gates)], failed)
+    if report.findings or skipped(report):
+        faulty = any(f.faulty for f in report.findings)
+        yield Section("Tensors", list(_tensors(report)), faulty)
+    if report.comparison:
+        yield Section("Distance from the reference", list(_distance(report)))
+    for name, parts in tables.audits(report):
+        blocks: list[Block] = [*parts, *_pictures_of(name, report)]
+        findings = {"Weights": report.weights, "Text": report.text, "Cache": report.cache}
+        wrong = any(f.verdict in ("fault", "missing") for f in findings.get(name) or ())
+        yield Section(name, blocks, wrong)
+
+
+def _tensors(report: Report) -> Iterator[Block]:
+    """Each operation held against its own bound."""
+    from qwen_jax.accuracy.report import pictures
+
+    yield verdict(report)
+    if diagnosis := report.diagnosis:
+        if diagnosis.causes:
+            yield tables.cause_table(diagnosis, tables.layers_of(report))
+        if diagnosis.unknown:
+            yield tables.unknown_table(diagnosis)
+        if diagnosis.skipped:
+            yield Folded(
+                f"{len(diagnosis.skipped)} tensors not judged",
+                [Table(("tensor", "why"), list(diagnosis.skipped.items()))],
+            )
+    if not report.comparison:
+        yield tables.finding_table(report.findings)
+    if report.findings:
+        yield Picture(
+            "Calibration: own error against its bound",
+            "Each operation again in float64 from the candidate's own inputs; a mark a layer, the "
+            "first one highest. Left of the line rounding explains the error. None at all and "
+            "infinite ones stand at the ends.",
+            pictures.calibration(report.findings),
+        )
+
+
+def _distance(report: Report) -> Iterator[Block]:
+    """How far the candidate is from the reference, with what each tensor inherited."""
     from qwen_jax.accuracy.report import heat_maps, pictures
-    from qwen_jax.accuracy.report.style import styled
 
-    with styled():
-        if report.findings:
-            yield _picture(
-                "Calibration: own error against its bound",
-                "Each operation again in float64 from the candidate's own inputs; a dot a layer, "
-                "the first one highest. Left of the line rounding explains the error. None at all "
-                "and infinite ones stand at the ends.",
-                pictures.calibration(report.findings),
-            )
-        if comparison := report.comparison:
-            yield _picture(
-                "Error by operation",
-                "Distance from the reference, with what was inherited; a dot a layer, the first "
-                "one highest.",
-                pictures.error_by_operation(comparison),
-            )
-            if drawn := pictures.error_by_layer(comparison):
-                yield _picture("Error by layer", "How the distance grows along the stream.", drawn)
-            scale = "The scale starts at a quarter of the dtype's unit roundoff: pale is rounding."
-            if drawn := heat_maps.by_head(comparison):
-                yield _picture("Error by head", f"RMS over all positions. {scale}", drawn)
-            yield _picture(
-                "Error by position",
-                f"The worst layer of each operation. {scale} A dashed line stands where a call of "
-                "several tokens ended.",
-                heat_maps.by_position(comparison),
-            )
-        if report.distribution:
-            yield _picture(
-                "KL divergence, token by token",
-                f"Of {report.distribution.candidate} from {report.distribution.base}.",
-                pictures.kld_histogram(report.distribution),
-            )
-        if report.precision and (drawn := pictures.precision_steps(report.precision)):
-            yield _picture(
-                "Precision search",
-                "From the top: what the search kept in float32 step by step, and what that gave.",
-                drawn,
-            )
+    comparison = report.comparison
+    assert comparison is not None
+    if line := tables.logits_line(comparison):
+        yield line
+    yield tables.operation_table(comparison)
+    every = tables.tensor_table(comparison)
+    yield Folded(f"All {len(every.rows)} tensors", [every])
+    if comparison.missing:
+        yield f"Only in one of the two: {', '.join(comparison.missing)}"
+    if drawn := pictures.error_by_operation(comparison):
+        yield Picture(
+            "Error by operation",
+            "With what was inherited; a mark a layer, the first one highest.",
+            drawn,
+        )
+    if drawn := pictures.error_by_layer(comparison):
+        yield Picture("Error by layer", "How the distance grows along the stream.", drawn)
+    if found := heat_maps.by_head(comparison):
+        yield Picture("Error by head", f"RMS over all positions. {found.scale}", found.drawing)
+    if found := heat_maps.by_position(comparison):
+        yield Picture(
+            "Error by position",
+            f"The worst layer of each operation. {found.scale} A dashed line stands where a call "
+            "of several tokens ended.",
+            found.drawing,
+        )
 
 
-def _picture(title: str, caption: str, drawn: "Figure") -> Picture:
-    buffer = io.BytesIO()
-    # Without a date the same report gives the same file.
-    drawn.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(title, caption, f"data:image/svg+xml;base64,{encoded}")
+def _pictures_of(part: str, report: Report) -> Iterator[Picture]:
+    from qwen_jax.accuracy.report import pictures
+
+    if part == "Distribution" and (d := report.distribution) and (drawn := pictures.kld(d)):
+        caption = f"Of {d.candidate} from {d.base}."
+        yield Picture("KL divergence, token by token", caption, drawn)
+    if part == "Precision" and (p := report.precision) and (drawn := pictures.precision_steps(p)):
+        caption = "From the top: what the search kept in float32 step by step, and what that gave."
+        yield Picture("Precision search", caption, drawn)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.accuracy.text.pipeline import GPT2, Message, Pipeline, Settings
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
+from qwen_jax.reporting.table import Table
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 
 Case = str | Sequence[Message]
@@ -167,12 +167,12 @@ def audit_text(
     return findings + ([] if stop_ids is None else [_stop_finding(pipeline, stop_ids)])
 
 
-def text_table(findings: Sequence[TextFinding]) -> str:
-    """What differs, a text a row; one line where nothing does."""
+def text_table(findings: Sequence[TextFinding]) -> Table:
+    """What differs, a text a row; a caption alone where nothing does."""
     wrong = [f for f in findings if f.verdict == "fault"]
     summary = f"text: {len(findings)} checks, {len(findings) - len(wrong)} the same"
-    if not wrong:
-        return summary
+    if wrong:
+        summary += f", {len(wrong)} fault"
     lines = {fault.name: fault.line for fault in FAULTS} | {
         "eos-missing": "it would not stop there"
     }
@@ -182,7 +182,7 @@ def text_table(findings: Sequence[TextFinding]) -> str:
         cause += "".join(f" or {' + '.join(other)}" for other in finding.others)
         what = [lines[name] for name in finding.causes if name in lines]
         rows.append((finding.field, cause, "; ".join([*what, finding.evidence])))
-    return f"{summary}, {len(wrong)} fault\n{table(('text', 'cause', 'what'), rows)}"
+    return Table(("text", "cause", "what"), rows, caption=summary)
 
 
 def _own(model: Model, case: Case) -> list[int]:

@@ -1,13 +1,13 @@
-"""What a weights audit found, as text."""
+"""What a weights audit found, as a table."""
 
 import re
 from collections.abc import Sequence
 
-from qwen_jax.accuracy.text_table import table
 from qwen_jax.accuracy.weights.audit import Cause, WeightFinding
+from qwen_jax.reporting.table import Table
 
 
-def weights_table(findings: Sequence[WeightFinding]) -> str:
+def weights_table(findings: Sequence[WeightFinding]) -> Table:
     """What differs, a row for each tensor and its like in other layers with the same cause."""
     counts = [
         f"{n} {verdict}"
@@ -23,7 +23,7 @@ def weights_table(findings: Sequence[WeightFinding]) -> str:
                 alike.setdefault(key, []).append((finding, cause))
     header = ("tensor", "cause", "error", "planted", "what")
     rows = [_row(name, cause, group) for (name, cause), group in alike.items()]
-    return f"{summary}\n{table(header, rows)}" if rows else summary
+    return Table(header, rows, (2, 3), summary)
 
 
 def _row(

@@ -9,8 +9,10 @@ from absl import logging
 
 from qwen_jax.experiments import records
 from qwen_jax.experiments.lines import write_atomically
+from qwen_jax.experiments.report.page import to_html
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.report.tables import csv_text, terminal_table
+from qwen_jax.reporting import page
 from qwen_jax.terminal import visible
 
 
@@ -26,19 +28,17 @@ def show(workdirs: Sequence[Path], out: Path, names: tuple[str, str] | None = No
     results.check_comparable()
     records.make(out)
     print(visible(terminal_table(results)))
-    csv, page = names or ("results.csv", "report.html")
-    _write(out / csv, csv_text(results))
-    try:
-        from qwen_jax.experiments.report.page import html
-    except ImportError:
-        logging.warning("%s needs matplotlib: pip install 'qwen_jax[report]'.", page)
+    csv, html = names or ("results.csv", "report.html")
+    replace(out / csv, csv_text(results))
+    if not page.can_be_made():
+        logging.warning("%s needs matplotlib: pip install 'qwen_jax[report]'.", html)
         return results
-    _write(out / page, html(results))
-    print(f"{os.path.relpath(out / page)}, {os.path.relpath(out / csv)}")
+    replace(out / html, to_html(results))
+    print(f"{os.path.relpath(out / html)}, {os.path.relpath(out / csv)}")
     return results
 
 
-def _write(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     """An older one goes, but not in silence."""
     if path.is_file() and path.read_bytes() != text.encode("utf-8", "backslashreplace"):
         print(f"{path} is replaced by a newer one", file=sys.stderr)

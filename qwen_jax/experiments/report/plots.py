@@ -1,27 +1,20 @@
-"""Pictures of results: metrics against what was swept, speed, and the Pareto front.
+"""Pictures of results: metrics against what was swept, speed, and the Pareto front."""
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines differ in their
-markers, too.
-"""
-
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from qwen_jax.experiments.declaration import clipped, short
 from qwen_jax.experiments.report.results import Results, Row
-from qwen_jax.experiments.report.tables import shown, shown_metrics
+from qwen_jax.experiments.report.tables import number, shown, shown_metrics
+from qwen_jax.reporting.drawing import Drawing
+from qwen_jax.reporting.page import Picture
+from qwen_jax.reporting.style import BLUE, GRID, INK, MUTED, PALE, literal, series
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-MARKERS = "osD^vPX"
 SEED = "sampling.seed"
 LABELS = {
     "kld": "KL divergence (nats)",
@@ -46,36 +39,14 @@ NOT_PLOTTED = (
     "prompt_tokens_per_s",
     "model_seconds",
 )
-STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e5e5e5",
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#888888",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "qwen_jax",  # so that equal results are equal files
-    "legend.frameon": False,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure, and a sentence that says how to read it."""
-
-    name: str
-    figure: Figure
-    caption: str
 
 
 def pictures(results: Results) -> Iterator[Picture]:
-    """All that the results can show."""
-    with mpl.rc_context(STYLE):
-        yield from _against_axes(results)
-        front = _pareto(results)
-        if front is not None:
-            yield front
+    """All that the results can show; draw within `page.drawing`."""
+    yield from _against_axes(results)
+    front = _pareto(results)
+    if front is not None:
+        yield front
 
 
 def _against_axes(results: Results) -> Iterator[Picture]:
@@ -100,10 +71,10 @@ def _against_axes(results: Results) -> Iterator[Picture]:
         # Names go down the side, and want a line each.
         names = 0 if _numeric(results, axis) else len({r.overrides.get(axis) for r in results.rows})
         height = max(2.9, 0.22 * names + 1)
-        figure = Figure(figsize=(3.7 * columns, height * rows + 0.5), layout="constrained")
+        figure = Drawing(height * rows + 0.5, 3.7 * columns)
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, metric in zip(panels, present, strict=False):
-            _draw(panel, lines, axis, metric)
+            _draw(figure, panel, lines, axis, metric)
         for panel in panels[len(present) :]:
             panel.set_visible(False)
         if len(lines) > 1:
@@ -114,8 +85,7 @@ def _against_axes(results: Results) -> Iterator[Picture]:
             figure.legend(handles, labels, loc="outside lower center", ncols=fitting)
         seeds = len({row.overrides.get(SEED) for row in results.rows})
         bars = f"{seeds} seeds (one standard deviation)" if seeds > 1 else "the metric's own error"
-        caption = f"Each metric against {short(axis)}; bars are {bars}."
-        yield Picture(f"by-{short(axis)}", figure, caption)
+        yield Picture(f"By {short(axis)}", f"Bars are {bars}.", figure)
 
 
 def _is_number(value: Any) -> bool:
@@ -149,15 +119,12 @@ def _lines(results: Results, axis: str, others: Sequence[str]) -> Lines:
     return lines
 
 
-def _draw(panel: Axes, lines: Lines, axis: str, metric: str) -> None:
+def _draw(figure: Drawing, panel: Axes, lines: Lines, axis: str, metric: str) -> None:
     """Numbers go along the bottom; names down the side, where they can be read."""
     values = list(dict.fromkeys(value for points in lines.values() for value in points))
     numeric = all(map(_is_number, values))
     seen: list[float] = []
-    colours: Sequence[Any] = COLOURS
-    if len(lines) > len(COLOURS):  # In the order of the lines, which is that of their values.
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.92, len(lines))).tolist()
-    for number, (key, points) in enumerate(lines.items()):
+    for index, (key, points) in enumerate(lines.items()):
         there = [
             (value, found)
             for value, rows in points.items()
@@ -171,26 +138,31 @@ def _draw(panel: Axes, lines: Lines, axis: str, metric: str) -> None:
         means, errors = zip(*(_mean(rows, metric) for _, rows in there), strict=True)
         seen += means
         bars = errors if any(errors) else None
-        # Between names there is nothing for a line to pass through.
+        look = series(index)
+        if not numeric:  # Between names there is nothing for a line to pass through.
+            look["linestyle"] = "none"
         panel.errorbar(
             at if numeric else means,
             means if numeric else at,
             yerr=bars if numeric else None,
             xerr=None if numeric else bars,
-            color=colours[number],
-            marker=MARKERS[number % len(MARKERS)],
             markersize=5,
-            linestyle="-" if numeric else "none",
             linewidth=1.5,
             capsize=3,
-            label=", ".join(map(clipped, key)),
+            label=literal(", ".join(map(clipped, key))),
+            **look,  # type: ignore[arg-type]
         )
+        for (value, _), where, mean, error in zip(there, at, means, errors, strict=True):
+            x, y = (where, mean) if numeric else (mean, where)
+            of = ", ".join([*map(clipped, key), f"{short(axis)} {clipped(shown(value))}"])
+            figure.point(panel, x, y, f"{of}: {metric} {number(mean, error)}")
+    panel.grid(True)
     panel.set_title(LABELS.get(metric, metric.replace("_", " ")), loc="left", fontsize=10)
     if numeric:
         panel.set_xlabel(short(axis).replace("_", " "))
         _scale_axis(panel, values)
     else:
-        panel.set_yticks(range(len(values)), [clipped(shown(value)) for value in values])
+        panel.set_yticks(range(len(values)), [literal(clipped(shown(value))) for value in values])
         panel.set_ylim(len(values) - 0.5, -0.5)
     _scale_metric(panel, seen, "y" if numeric else "x")
 
@@ -270,17 +242,19 @@ def _pareto(results: Results) -> Picture | None:
     }
     if not costs:
         return None
-    figure = Figure(figsize=(6.4 * len(costs), 4.8), layout="constrained")
+    figure = Drawing(4.8, 6.4 * len(costs))
     panels = figure.subplots(1, len(costs), squeeze=False).ravel()
-    for panel, (name, (title, unit, more_is_better)) in zip(panels, costs.items(), strict=True):
+    for panel, (metric, (title, unit, more_is_better)) in zip(panels, costs.items(), strict=True):
         points = [
-            (row.metrics[name] / unit, row.metrics["kld"], _name(results, row))
-            for row in having[name]
+            (row.metrics[metric] / unit, row.metrics["kld"], _name(results, row))
+            for row in having[metric]
         ]
         best = _front(points, more_is_better)
-        panel.plot(*zip(*best, strict=True), color="#cccccc", linewidth=1.5, zorder=1)
-        for x, y, _ in points:
-            panel.plot(x, y, "o", color=COLOURS[0] if (x, y) in best else "#999999", markersize=6)
+        panel.grid(True)
+        panel.plot(*zip(*best, strict=True), color=GRID, linewidth=1.5, zorder=1)
+        for x, y, name in points:
+            panel.plot(x, y, "o", color=BLUE if (x, y) in best else PALE, markersize=6)
+            figure.point(panel, x, y, f"{name}: {title} {number(x)}, {LABELS['kld']} {number(y)}")
         _set_logarithmic(panel, "y", [y for _, y, _ in points])
         xs = [x for x, _, _ in points]
         if max(xs) > 8 * min(xs):
@@ -292,7 +266,7 @@ def _pareto(results: Results) -> Picture | None:
         figure.canvas.draw()  # Where points lie on the page is known from here on.
         _annotate(panel, sorted(points, key=lambda p: (p[0], p[1]) not in best), best)
     better = "Lower is better; blue points are those that no other beats in both."
-    return Picture("pareto", figure, better)
+    return Picture("What it costs to be near", better, figure)
 
 
 def _annotate(
@@ -313,11 +287,15 @@ def _annotate(
             box = (left, bottom, left + width, bottom + height)
             if not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                colour = "black" if (x, y) in best else "#666666"
                 panel.annotate(
-                    name, (x, y), (dx, dy), textcoords="offset points", ha=side, fontsize=8,
-                    color=colour,
-                )  # fmt: skip
+                    literal(name),
+                    (x, y),
+                    (dx, dy),
+                    textcoords="offset points",
+                    ha=side,
+                    fontsize=8,
+                    color=INK if (x, y) in best else MUTED,
+                )
                 break
 
 

@@ -3,14 +3,15 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax.experiments.declaration import clipped, one_line, short
 from qwen_jax.experiments.report.results import Results, Row
+from qwen_jax.reporting.table import Rounded, Table
 
-WIDTH = 100
-"""Columns of the terminal's table, at most."""
+STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
+NO_POINTS = "No points."
 
 
 def number(value: float, error: float | None = None) -> str:
@@ -27,23 +28,25 @@ def number(value: float, error: float | None = None) -> str:
     return f"{value:.4g}"
 
 
-def cells(results: Results, rows: Sequence[Row]) -> list[list[str]]:
+def cells(results: Results, rows: Sequence[Row]) -> Table:
     """A header and a row a point: run, what is swept, state, and each metric that anything has."""
     several = len(results.names) > 1
     swept, metrics = results.swept, shown_metrics(results)
-    table = [[*(["run"] if several else []), *map(short, swept), *metrics]]
+    header = [*(["run"] if several else []), *map(short, swept), *metrics]
+    lines = []
     for row in rows:
         line = [row.run] if several else []
         line += [clipped(shown(row.overrides.get(field))) for field in swept]
         for index, name in enumerate(metrics):
             if name in row.metrics:
-                line.append(number(row.metrics[name], row.metrics.get(f"{name}_error")))
+                value, error = row.metrics[name], row.metrics.get(f"{name}_error")
+                full = f"{value!r}" if error is None else f"{value!r} ± {error!r}"
+                line.append(Rounded.of(number(value, error), full))
             else:
                 line.append(row.state if index == 0 and row.state != "ok" else "-")
-        table.append(line if metrics else [*line, row.state])
-    if not metrics:
-        table[0].append("state")
-    return table
+        lines.append(line if metrics else [*line, row.state])
+    header += [] if metrics else ["state"]
+    return Table(header, lines, range(len(header)))
 
 
 def shown_metrics(results: Results) -> list[str]:
@@ -64,42 +67,23 @@ def shown(value: Any) -> str:
 def terminal_table(results: Results) -> str:
     """The table, in pieces that fit, a line on what failed, and how many points there are."""
     if not results.rows:
-        return "No points."
+        return NO_POINTS
     table = cells(results, results.rows)
     given = (len(results.names) > 1) + len(results.swept)
-    lines = "\n\n".join(_blocks(table, given)).split("\n")
+    lines = table.blocks(given).split("\n")
     lines += [
         f"failed: {row.label}: {row.end['kind']}: {row.end['reason']}"
         for row in results.rows
         if row.state == "failed"
     ]
+    return "\n".join([*lines, counted(results)])
+
+
+def counted(results: Results) -> str:
+    """How many points there are, and how they ended."""
     counts = {state: sum(row.state == state for row in results.rows) for state in STATES}
-    lines.append(", ".join(f"{n} {STATES[state]}" for state, n in counts.items() if n) + ".")
-    return "\n".join(lines)
-
-
-def _blocks(table: list[list[str]], given: int) -> Iterator[str]:
-    """The table, cut into as many as it takes for each to fit.
-
-    All have the columns that say which point it is, the first ones; where these leave too little
-    room, they are tables of their own, and the point's number stands for them.
-    """
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    named, left = list(range(given)), list(range(given, len(widths)))
-    if sum(widths) + 2 * (len(widths) - 1) > WIDTH < 2 * sum(widths[i] + 2 for i in named):
-        numbers = ["#", *map(str, range(1, len(table)))]
-        table = [[number, *line] for number, line in zip(numbers, table, strict=True)]
-        widths = [len(numbers[-1]), *widths]
-        named, left = [0], list(range(1, len(widths)))
-    while left:
-        columns = [*named, left.pop(0)]
-        while left and sum(widths[i] + 2 for i in (*columns, left[0])) - 2 <= WIDTH:
-            columns.append(left.pop(0))
-        lines = ["  ".join(f"{line[i]:>{widths[i]}}" for i in columns) for line in table]
-        yield "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
+    ended = ", ".join(f"{n} {STATES[state]}" for state, n in counts.items() if n)
+    return f"{ended}." if ended else NO_POINTS
 
 
 def csv_text(results: Results) -> str:

@@ -1,0 +1,1 @@
+"""What reports of accuracy and of experiments share: pages, pictures, colours and tables."""

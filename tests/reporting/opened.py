@@ -32,7 +32,9 @@ class Opened(html.parser.HTMLParser):
         self.pictures: list[str] = []
         self.values: list[list[str]] = []
         self.full: dict[str, str] = {}
-        self.addresses = re.findall(r"(?<=url\()[^#)]+|@import[^;]*", page)
+        # Users' texts and changes of sources may have addresses in them.
+        styles = "".join(re.findall(r"<style.*?</style>|style=\"[^\"]*\"", page, re.DOTALL))
+        self.addresses = re.findall(r"(?<=url\()[^#)]+|@import[^;]*", styles)
         self._ids: collections.Counter[str] = collections.Counter()
         self._stack: list[str] = []
         self._in_banner, self._full = False, ""

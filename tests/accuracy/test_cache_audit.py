@@ -16,6 +16,7 @@ from qwen_jax.accuracy.cache.audit import audit_cache, cache_table
 from qwen_jax.accuracy.cache.faults import FAULTS
 from qwen_jax.accuracy.cache.scenarios import LENGTH, PROMPT, scenarios
 from qwen_jax.accuracy.cache.slots import Part, Row, Scenario, simulate
+from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.shapes import shapes_for
 from qwen_jax.engine.weights import PackedWeights, pack
@@ -236,3 +237,11 @@ def test_refusals():
     short = odd_config(num_layers=1, context_length=256)
     with pytest.raises(UserError, match="context of 256 is too short"):
         audit_cache(random_engine(short))
+
+
+def test_planted_arithmetic_is_that_of_every_row():
+    """Several texts in a call: an operation is computed again for each of them."""
+    with planted(random_engine(CONFIG, 3), "rope_interleaved") as wrong:
+        found = audit_cache(wrong, TEXT, ways={"several texts"})
+    assert len(found) == 3 and all(f.verdict == "fault" for f in found)
+    assert all("keys of layer 0, in slot 1" in f.evidence for f in found)

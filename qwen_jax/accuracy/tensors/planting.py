@@ -116,14 +116,14 @@ class _Intervention:
         elif operation == "cache_slots":
             for one in self._cache_faults(layer):
                 assert one.fault.slots is not None
-                x = one.fault.slots(x, self._calls().decode[0])
+                x = one.fault.slots(x, self._calls(0).decode[0])
         self.seen[name] = x
         return x
 
-    def _calls(self) -> Calls:
-        """Of the call that is traced; padding is none of its tokens."""
-        positions, lengths = self.seen["positions"][0], self.seen["lengths"]
-        return Calls(positions, positions[:1], lengths[:1])
+    def _calls(self, row: int) -> Calls:
+        """Of a row of the call that is traced; padding is none of its tokens."""
+        positions, length = self.seen["positions"][row], self.seen["lengths"][row : row + 1]
+        return Calls(positions, positions[:1], length)
 
     def _cache_faults(self, layer: int | None) -> list[Planted]:
         return [p for p in self.chosen if p.fault.slots and p.covers("attn_scores", layer)]
@@ -137,14 +137,18 @@ class _Intervention:
         )
         if not (self._turned(name, layer) or inherits):
             return x
-        ctx = Context(self.config, self._calls(), self.seen["tokens"][0], knobs, jnp)
         params: tuple[jax.Array, ...] = ()
         if name in PARAMETRIC:
             arrays = Weights(self.source, layer)[name]
             params = tuple(jnp.asarray(a, jnp.float32) for a in arrays)
-        with jax.default_matmul_precision("highest"):
-            value = OPERATIONS[name](ctx, self._inputs(name, layer), params)
-        return value.reshape(x.shape).astype(x.dtype)
+        rows = []
+        for row in range(len(x)):
+            tokens = self.seen["tokens"][row]
+            ctx = Context(self.config, self._calls(row), tokens, knobs, jnp)
+            with jax.default_matmul_precision("highest"):
+                value = OPERATIONS[name](ctx, self._inputs(name, layer, row), params)
+            rows.append(value.reshape(x.shape[1:]))
+        return jnp.stack(rows).astype(x.dtype)
 
     def _turned(self, name: str, layer: int | None) -> bool:
         return any(
@@ -152,9 +156,9 @@ class _Intervention:
             for p in self.chosen
         )
 
-    def _inputs(self, name: str, layer: int | None) -> list[jax.Array]:
-        inputs = [self.seen[n][0] for n in input_names(name, layer, self.config)]
+    def _inputs(self, name: str, layer: int | None, row: int) -> list[jax.Array]:
+        inputs = [self.seen[n][row] for n in input_names(name, layer, self.config)]
         cache = {"attn_scores": "k_cache", "attn_out": "v_cache"}.get(name)
         if cache:  # the keys and values of earlier calls too
-            inputs[1] = self.seen[f"layers.{layer}.{cache}"][0].swapaxes(0, 1)
+            inputs[1] = self.seen[f"layers.{layer}.{cache}"][row].swapaxes(0, 1)
         return [x.astype(jnp.float32) for x in inputs]

@@ -1,0 +1,208 @@
+"""What may lie between a model's logits and what an engine logs: the catalogue, and its fitting.
+
+A cause is one field of `Path` away from the default: at the value that the log declares, at the
+best of those in use, or at the best of all. What counts is whether its recomputation gives the
+logged values; `search` decides that.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.accuracy.logprobs.paths import Align, Path, Rows, predict
+from qwen_jax.accuracy.logprobs.reading import SETTINGS
+from qwen_jax.engine.sampling import Sampling
+
+LINES = {
+    "temperature": "logits are divided by a temperature before the log-softmax",
+    "top_k": "probabilities outside of top-k are zero, and the others add up to 1",
+    "top_p": "probabilities outside of top-p are zero, and the others add up to 1",
+    "min_p": "probabilities below min-p are zero, and the others add up to 1",
+    "repetition_penalty": "the repetition penalty has changed the logits",
+    "presence_penalty": "the presence penalty has changed the logits",
+    "frequency_penalty": "the frequency penalty has changed the logits",
+    "padded_vocabulary": "the softmax has rows of zeros beside the vocabulary's",
+    "logits_bfloat16": "logits are rounded to bfloat16 before the log-softmax",
+    "logits_float16": "logits are rounded to float16 before the log-softmax",
+    "log_softmax_bfloat16": "every step of the log-softmax is rounded to bfloat16",
+    "log_softmax_float16": "every step of the log-softmax is rounded to float16",
+    "logprobs_bfloat16": "log-probabilities are rounded to bfloat16",
+    "logprobs_float16": "log-probabilities are rounded to float16",
+    "written_early": "each token has the log-probability of the token after it",
+    "written_late": "each token has the log-probability of the token before it",
+    "labels_not_shifted": "each token is looked up in the logits after it, not before it",
+    "token_before": "the text began with a token more than the log has",
+    "prompt_dropped": "the prompt was not there",
+}
+"""Every cause by its name."""
+
+_COMMON: dict[str, tuple[Any, ...]] = {
+    "top_k": (1, 2, 5, 8, 10, 16, 20, 30, 32, 40, 50, 64, 100, 128, 200, 256, 1000),
+    "top_p": (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999),
+    "min_p": (0.01, 0.02, 0.05, 0.1, 0.2),
+}
+"""Values in use of what has no gradient."""
+
+_RANGES = {
+    "temperature": (0.05, 20.0),
+    "repetition_penalty": (0.5, 3.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "padding": (0.0, 4096.0),
+}
+_FITTED = {"padded_vocabulary": "padding"} | {n: n for n in _RANGES if n != "padding"}
+_FIXED = {
+    f"{field}_{dtype}": {name: dtype}
+    for field, name in (("logits", "logits"), ("log_softmax", "softmax"), ("logprobs", "logprobs"))
+    for dtype in ("bfloat16", "float16")
+} | {
+    "written_early": {"align": Align(1, 0)},
+    "written_late": {"align": Align(1, 2)},
+    "labels_not_shifted": {"align": Align(0, 0)},
+}
+_NEUTRAL = {field.name: field.default for field in dataclasses.fields(Path)}
+_CLIP = 20.0
+"""Nats from which on an error is as bad as any: one impossible token would outweigh all others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A cause with its value: that of each line's own declaration where `value` is None."""
+
+    name: str
+    field: str
+    value: Any = None
+
+    def on(self, sampling: Sampling) -> dict[str, Any]:
+        value = getattr(sampling, self.field) if self.value is None else self.value
+        if self.field == "temperature" and value == 0:  # greedy: nothing is divided
+            value = 1.0
+        return {self.field: value}
+
+    @property
+    def said(self) -> str:
+        if self.value is None:
+            return f"{self.name}, as declared"
+        if isinstance(self.value, int | float):
+            return f"{self.name} {self.value:g}"
+        return self.name
+
+
+Changes = tuple[Change, ...]
+
+
+def path(changes: Changes, sampling: Sampling) -> Path:
+    fields: dict[str, Any] = {}
+    for change in changes:
+        fields |= change.on(sampling)
+    return dataclasses.replace(Path(), **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Positions that causes are fitted on.
+
+    Attributes:
+        rows: of each text some.
+        sampling: what each text's line declares.
+        digits: half a step of the decimals that the log keeps.
+    """
+
+    rows: Sequence[Rows]
+    sampling: Sequence[Sampling]
+    digits: float
+
+    def score(self, changes: Changes) -> float:
+        """RMS error in nats; worse than any where nothing can be compared."""
+        errors = [
+            predict(path(changes, declared), rows, self.digits).error
+            for rows, declared in zip(self.rows, self.sampling, strict=True)
+        ]
+        joined = np.concatenate(errors)
+        if not joined.size:
+            return _CLIP
+        return float(np.sqrt(np.mean(np.clip(joined, -_CLIP, _CLIP) ** 2)))
+
+
+def declared(sampling: Sequence[Sampling]) -> list[Change]:
+    """Settings that some line declares to be in force."""
+    return [
+        Change(name, name)
+        for name in SETTINGS
+        if any(Change(name, name).on(s)[name] != _NEUTRAL[name] for s in sampling)
+    ]
+
+
+def singles(sample: Sample, given: Changes = ()) -> Iterator[Changes]:
+    """These changes with one more, each at its best value."""
+    taken = {change.field for change in given}
+    for name, fields in _FIXED.items():
+        ((field, value),) = fields.items()
+        if field not in taken:
+            yield _refitted(sample, (*given, Change(name, field, value)))
+    for name, values in _COMMON.items():
+        if name not in taken:
+            options = [(*given, Change(name, name, value)) for value in values]
+            yield min(options, key=sample.score)
+    for name, field in _FITTED.items():
+        if field not in taken:
+            start = _NEUTRAL[field]
+            yield _refitted(sample, (*given, Change(name, field, start)))
+
+
+def subsets(changes: Sequence[Change]) -> Iterator[Changes]:
+    """All of them but the empty one, small ones first."""
+    for size in range(1, len(changes) + 1):
+        yield from itertools.combinations(changes, size)
+
+
+def _refitted(sample: Sample, changes: Changes) -> Changes:
+    """With every number that has a range at its best, one after another, the last one first."""
+    places = [i for i, c in enumerate(changes) if c.field in _RANGES and c.value is not None]
+    for _ in range(1 if len(places) < 2 else 3):
+        for place in reversed(places):
+            changes = _fitted(sample, changes, place)
+    return changes
+
+
+def _fitted(sample: Sample, changes: Changes, place: int) -> Changes:
+    change = changes[place]
+    low, high = _RANGES[change.field]
+
+    def with_value(value: float) -> Changes:
+        made = dataclasses.replace(change, value=value)
+        return (*changes[:place], made, *changes[place + 1 :])
+
+    def score(value: float) -> float:
+        return sample.score(with_value(value))
+
+    grid = np.geomspace(low, high, 13) if low > 0 else np.linspace(low, high, 13)
+    if change.field == "padding":
+        grid = np.concatenate([[0], np.geomspace(1, high, 12)])
+    at = int(np.argmin([score(float(v)) for v in grid]))
+    best = _golden(score, float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)]))
+    if change.field == "padding":
+        return with_value(round(best))
+    # What people write has few digits; it wins where it is no worse than rounding makes it.
+    rounded = [float(f"{best:.{digits}g}") for digits in (2, 3, 4, 6)]
+    return with_value(min((*rounded, best), key=lambda v: (score(v), len(repr(v)))))
+
+
+def _golden(score: Any, low: float, high: float, turns: int = 32) -> float:
+    """Where a function with one minimum is least: golden-section search (Kiefer, 1953)."""
+    part = (5**0.5 - 1) / 2
+    a, b = high - part * (high - low), low + part * (high - low)
+    of_a, of_b = score(a), score(b)
+    for _ in range(turns):
+        if of_a <= of_b:
+            high, b, of_b = b, a, of_a
+            a = high - part * (high - low)
+            of_a = score(a)
+        else:
+            low, a, of_a = a, b, of_b
+            b = low + part * (high - low)
+            of_b = score(b)
+    return (low + high) / 2

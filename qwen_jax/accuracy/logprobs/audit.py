@@ -14,7 +14,6 @@ from qwen_jax.accuracy.logprobs.reading import Logged, read
 from qwen_jax.accuracy.logprobs.search import Verdict, judge
 from qwen_jax.accuracy.logprobs.yardstick import Yardstick
 from qwen_jax.api import Model
-from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import Checkpoint
 
 MOST_DECIMALS = 9
@@ -168,9 +167,10 @@ def _differ(one: Logged, other: Logged) -> str:
     for first, second, which in ((a, b, "second"), (b, a, "first")):
         if len(second) == len(first) + 1 and second[1:] == first:
             return f"the {which} has the token {second[0]} before the text (as a BOS)"
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    if at == min(len(a), len(b)):
-        return f"{len(a)} tokens in the first, {len(b)} in the second, alike up to the shorter's end"
+    least = min(len(a), len(b))
+    at = next((i for i in range(least) if a[i] != b[i]), least)
+    if at == least:
+        return f"{len(a)} tokens in the first, {len(b)} in the second, alike up to the shorter end"
     return f"from token {at} on: {a[at : at + 4]} in the first, {b[at : at + 4]} in the second"
 
 
@@ -185,14 +185,3 @@ def _decoded(model: Model, found: Figures | None) -> Sequence[tuple[str, str]]:
         )
         for worst in found.worst
     ]
-
-
-def checked(text: str) -> tuple[str, str]:
-    """The two files of `--logprobs=a,b`. Raises UserError where they are not two."""
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 2 or not all(parts):
-        raise UserError(
-            f"--logprobs={text:.80} names {len([p for p in parts if p])} files, but it takes two "
-            "with a comma between them: a.jsonl,b.jsonl."
-        )
-    return parts[0], parts[1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.accuracy.logprobs.paths import Align, Path, Rows, predict
+from qwen_jax.accuracy.logprobs.paths import CLIP, Align, Path, Rows, predict, rms_nats
 from qwen_jax.accuracy.logprobs.reading import SETTINGS
 from qwen_jax.engine.sampling import Sampling
 
@@ -64,8 +64,6 @@ _FIXED = {
     "labels_not_shifted": {"align": Align(0, 0)},
 }
 _NEUTRAL = {field.name: field.default for field in dataclasses.fields(Path)}
-_CLIP = 20.0
-"""Nats from which on an error is as bad as any: one impossible token would outweigh all others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +113,11 @@ class Sample:
     sampling: Sequence[Sampling]
     digits: float
 
+    def part(self) -> "Sample":
+        """A third of the positions."""
+        rows = [rows.take(slice(None, None, 3)) for rows in self.rows]
+        return dataclasses.replace(self, rows=rows)
+
     def score(self, changes: Changes) -> float:
         """RMS error in nats; worse than any where nothing can be compared."""
         errors = [
@@ -122,9 +125,7 @@ class Sample:
             for rows, declared in zip(self.rows, self.sampling, strict=True)
         ]
         joined = np.concatenate(errors)
-        if not joined.size:
-            return _CLIP
-        return float(np.sqrt(np.mean(np.clip(joined, -_CLIP, _CLIP) ** 2)))
+        return rms_nats(joined) if joined.size else CLIP
 
 
 def declared(sampling: Sequence[Sampling]) -> list[Change]:
@@ -146,7 +147,10 @@ def singles(sample: Sample, given: Changes = ()) -> Iterator[Changes]:
     for name, values in _COMMON.items():
         if name not in taken:
             options = [(*given, Change(name, name, value)) for value in values]
-            yield min(options, key=sample.score)
+            # What is fitted already is another number beside each of them.
+            few = sample.part()
+            rough = [_refitted(few, option, turns=8) for option in options]
+            yield _refitted(sample, min(rough, key=few.score))
     for name, field in _FITTED.items():
         if field not in taken:
             start = _NEUTRAL[field]
@@ -159,16 +163,22 @@ def subsets(changes: Sequence[Change]) -> Iterator[Changes]:
         yield from itertools.combinations(changes, size)
 
 
-def _refitted(sample: Sample, changes: Changes) -> Changes:
+def rounds(changes: Changes) -> bool:
+    """Whether a dtype is among them: what is rounded is known only to a step of it where logits
+    are known to no more than that."""
+    return any(change.name.endswith("float16") for change in changes)
+
+
+def _refitted(sample: Sample, changes: Changes, turns: int = 32) -> Changes:
     """With every number that has a range at its best, one after another, the last one first."""
     places = [i for i, c in enumerate(changes) if c.field in _RANGES and c.value is not None]
     for _ in range(1 if len(places) < 2 else 3):
         for place in reversed(places):
-            changes = _fitted(sample, changes, place)
+            changes = _fitted(sample, changes, place, turns)
     return changes
 
 
-def _fitted(sample: Sample, changes: Changes, place: int) -> Changes:
+def _fitted(sample: Sample, changes: Changes, place: int, turns: int) -> Changes:
     change = changes[place]
     low, high = _RANGES[change.field]
 
@@ -183,15 +193,26 @@ def _fitted(sample: Sample, changes: Changes, place: int) -> Changes:
     if change.field == "padding":
         grid = np.concatenate([[0], np.geomspace(1, high, 12)])
     at = int(np.argmin([score(float(v)) for v in grid]))
-    best = _golden(score, float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)]))
+    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
+    best = _golden(score, low, high, turns)
     if change.field == "padding":
         return with_value(round(best))
-    # What people write has few digits; it wins where it is no worse than rounding makes it.
-    rounded = [float(f"{best:.{digits}g}") for digits in (2, 3, 4, 6)]
-    return with_value(min((*rounded, best), key=lambda v: (score(v), len(repr(v)))))
+    return with_value(best)
 
 
-def _golden(score: Any, low: float, high: float, turns: int = 32) -> float:
+def shorter(changes: Changes) -> Iterator[Changes]:
+    """With fitted values as people write them, the fewest digits first, and at last as they are."""
+    for digits in (2, 3, 4, 6):
+        yield tuple(
+            dataclasses.replace(change, value=float(f"{change.value:.{digits}g}"))
+            if isinstance(change.value, float) and change.field in _RANGES
+            else change
+            for change in changes
+        )
+    yield changes
+
+
+def _golden(score: Any, low: float, high: float, turns: int) -> float:
     """Where a function with one minimum is least: golden-section search (Kiefer, 1953)."""
     part = (5**0.5 - 1) / 2
     a, b = high - part * (high - low), low + part * (high - low)

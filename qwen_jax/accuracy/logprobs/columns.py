@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from qwen_jax.accuracy.exact.rounding import UNIT, round_interval, round_to
 from qwen_jax.accuracy.logprobs.figures import Pair
+from qwen_jax.accuracy.logprobs.paths import rms_nats
 from qwen_jax.accuracy.logprobs.yardstick import LEAST
 
 GAIN = 10.0
@@ -47,8 +48,8 @@ class Columns:
 class _Tops(NamedTuple):
     """Log-probabilities that both have at one position, of two tokens or more."""
 
-    a: Float[np.ndarray, "k"]
-    b: Float[np.ndarray, "k"]
+    a: Float[np.ndarray, "n"]
+    b: Float[np.ndarray, "n"]
 
 
 def columns(pairs: Sequence[Pair], digits: tuple[float, float]) -> Columns:
@@ -90,12 +91,8 @@ def _left(tops: bool) -> str:
     )
 
 
-def _rms(x: Float[np.ndarray, "n"]) -> float:
-    return float(np.sqrt(np.mean(np.clip(x, -20, 20) ** 2)))
-
-
 def _shift(pairs: Sequence[Pair]) -> tuple[str, str] | None:
-    plain = _rms(np.concatenate([pair.difference for pair in pairs]))
+    plain = rms_nats(np.concatenate([pair.difference for pair in pairs]))
     for by, name, line in (
         (1, "written_early", "each token of the second log has the value of the token after it"),
         (-1, "written_late", "each token of the second log has the value of the token before it"),
@@ -111,8 +108,8 @@ def _shift(pairs: Sequence[Pair]) -> tuple[str, str] | None:
             d = b - a
             moved.append(d[~np.isnan(d)])
         joined = np.concatenate(moved)
-        if len(joined) >= LEAST and plain >= GAIN * _rms(joined):
-            return name, f"{line}: apart {plain:.2g} nats as it is, {_rms(joined):.2g} so (RMS)"
+        if len(joined) >= LEAST and plain >= GAIN * rms_nats(joined):
+            return name, f"{line}: apart {plain:.2g} nats as it is, {rms_nats(joined):.2g} so (RMS)"
     return None
 
 
@@ -149,9 +146,7 @@ def _tops(pair: Pair) -> list[_Tops]:
     found = []
     for place in pair.places:
         token = int(pair.a.tokens[place])
-        a, b = (
-            {**one.top[place], token: float(one.logprobs[place])} for one in (pair.a, pair.b)
-        )
+        a, b = ({**one.top[place], token: float(one.logprobs[place])} for one in (pair.a, pair.b))
         both = sorted(a.keys() & b.keys())
         if len(both) > 1:
             found.append(_Tops(*(np.array([x[i] for i in both]) for x in (a, b))))

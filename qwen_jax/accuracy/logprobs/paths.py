@@ -1,8 +1,9 @@
 """From a model's logits to the log-probabilities that an engine writes down, step by step.
 
-The order is that of Hugging Face transformers' logits processors (see `engine.sampling`): penalties,
-temperature, top-k, top-p, min-p. Each step is a field of `Path`, at its default where an engine
-logs the model's own log-probabilities. All is float64 but for what a path rounds on purpose.
+The order is that of Hugging Face transformers' logits processors (see `engine.sampling`):
+penalties, temperature, top-k, top-p, min-p. Each step is a field of `Path`, at its default where an
+engine logs the model's own log-probabilities. All is float64 but for what a path rounds on
+purpose.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from qwen_jax.accuracy.exact.rounding import UNIT, round_interval, round_to
 BLOCK = 32
 """Rows in float64 at a time: 32 of 151,936 take 39 MB."""
 
+CLIP = 20.0
+
 _U32 = UNIT["float32"]
 
 
@@ -25,6 +28,10 @@ class Align(NamedTuple):
 
     token: int = 1
     written: int = 1
+
+
+OWN_TOKEN = Align()
+"""As it should be: the next token's, written at that token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Path:
     padding: int = 0
     softmax: str | None = None
     logprobs: str | None = None
-    align: Align = Align()
+    align: Align = OWN_TOKEN
 
     @property
     def penalises(self) -> bool:
@@ -79,10 +86,10 @@ class Rows(NamedTuple):
 
     logits: Float[np.ndarray, "T V"]
     noise: Float[np.ndarray, "T"]
-    whole: Int[np.ndarray, "S"]
+    whole: Int[np.ndarray, "n"]
     prompt: int
     positions: Int[np.ndarray, "T"]
-    logged: Float[np.ndarray, "S"]
+    logged: Float[np.ndarray, "n"]
 
     def take(self, rows: Int[np.ndarray, "n"] | slice) -> "Rows":
         return self._replace(
@@ -115,7 +122,15 @@ class Predicted(NamedTuple):
     @property
     def ratio(self) -> Float[np.ndarray, "n"]:
         """The error's size over its limit."""
-        return np.abs(self.error) / self.limit[self.there]
+        size = np.abs(self.error)
+        with np.errstate(invalid="ignore"):
+            return np.where(np.isinf(size), np.inf, size / self.limit[self.there])
+
+
+def rms_nats(errors: Float[np.ndarray, "n"]) -> float:
+    """The root mean square; from 20 nats on an error is as bad as any, since one token that can't
+    be would outweigh all others."""
+    return float(np.sqrt(np.mean(np.clip(errors, -CLIP, CLIP) ** 2)))
 
 
 def predict(path: Path, rows: Rows, digits: float = 0.0) -> Predicted:
@@ -143,7 +158,8 @@ def _predict(path: Path, rows: Rows, digits: float) -> Predicted:
     z, limit = z / path.temperature, limit / path.temperature
     size = np.abs(_taken(z, ids))
     value, limit = _log_softmax(path, z, limit, ids)
-    limit = limit + digits + _U32 * (np.abs(value) + size + 8)
+    possible = np.isfinite(value)
+    limit = np.where(possible, limit + digits + _U32 * (np.abs(value) + size + 8), 0.0)
     if path.logprobs:
         value, limit = round_interval(value, limit, path.logprobs)
         limit = limit + _U32 * np.abs(value) + digits

@@ -42,7 +42,10 @@ _VALUE = kinds.Kind(
 _PAIR = kinds.Kind(
     "a pair of a token id and its log-probability",
     lambda value: (
-        isinstance(value, list) and len(value) == 2 and _TOKEN.has(value[0]) and _VALUE.has(value[1])
+        isinstance(value, list)
+        and len(value) == 2
+        and _TOKEN.has(value[0])
+        and _VALUE.has(value[1])
     ),
 )
 _TOP = kinds.list_of(_PAIR)
@@ -134,7 +137,12 @@ def _text(record: Mapping[str, Any], where: str, number: int) -> Logged:
             if name not in ("top_logprobs", "text", "model", "dtype", "sampling"):
                 raise UserError(f"{where} has the field {name!r:.60}; did you mean {meant!r}?")
     given = _plain(given, where)
-    optional = {"id": _ID, "sample": kinds.NATURAL, "prompt": _TOKENS, "prompt_tokens": kinds.NATURAL}
+    optional = {
+        "id": _ID,
+        "sample": kinds.NATURAL,
+        "prompt": _TOKENS,
+        "prompt_tokens": kinds.NATURAL,
+    }
     needed = {
         "tokens": _TOKENS,
         "logprobs": kinds.list_of(kinds.optional(_VALUE), len(given["tokens"]))

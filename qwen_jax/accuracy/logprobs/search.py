@@ -10,7 +10,8 @@ A cause is named only if
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from qwen_jax.accuracy.measures.error_shape import ranges
 GAIN = 4.0
 SAMPLE_TEXTS, SAMPLE_ROWS = 12, 48
 """What causes are fitted on; they are proven on everything."""
+
+TOLD = ("float32", "bfloat16")
+"""The arithmetics to whose rounding a cause has to explain the difference."""
 
 _BEAM, _HINT = 3, 1.2
 """From how many single causes a second is looked for, and by how much each has to help."""
@@ -49,7 +53,7 @@ class Verdict:
 
     verdict: str
     level: str = ""
-    before: Fit = Fit(0.0, 0.0, 0)
+    before: Fit = Fit(0.0, 0.0, 0.0, 0)
     after: Fit | None = None
     causes: tuple[str, ...] = ()
     others: tuple[tuple[str, ...], ...] = ()
@@ -118,7 +122,9 @@ class _Search:
     def verdict(self) -> Verdict:
         plain = next((level for level in self.levels if self.fits[level].within), None)
         finer = self.levels if plain is None else self.levels[: self.levels.index(plain)]
-        if finer and (found := self._explained(finer)):
+        # Between the two a number that is fitted would make up for bfloat16's own roundings.
+        told = [level for level in finer if level.name in TOLD]
+        if told and (found := self._explained(told)):
             return found
         if plain is not None:
             return Verdict("rounding", plain.name, self.fits[plain])
@@ -126,31 +132,48 @@ class _Search:
         return Verdict("unexplained", coarsest.name, self.fits[coarsest], where=self._where())
 
     def _explained(self, levels: Sequence[Level]) -> Verdict | None:
-        candidates = list(self._candidates())
         for level in levels:
-            likely = [c for c in candidates if self._fits(c, self.sample, level)]
-            # One more cause than is needed explains as much; the fewest are tried first.
-            for size in sorted({len(c) for c in likely}):
-                proven = self._proven([c for c in likely if len(c) == size], level)
-                if proven:
-                    return self._told(proven, level)
+            found = self._of_stage(self._singles, level) or self._of_stage(self._pairs, level)
+            if found:
+                return found
         return self._by_context(levels)
 
-    def _candidates(self) -> Iterable[Changes]:
-        sample = Sample(
-            [at(rows, self.levels[0]) for rows in self.sample],
-            [text.sampling for text in self.chosen],
-            self.digits,
-        )
+    def _of_stage(self, candidates: Sequence[Changes], level: Level) -> Verdict | None:
+        """The fewest of these changes that explain the log at a level."""
+        found = (self._likely(changes, level) for changes in candidates)
+        likely = [changes for changes in found if changes is not None]
+        for size in sorted({len(c) for c in likely}):
+            if proven := self._proven([c for c in likely if len(c) == size], level):
+                return self._told(proven, level)
+        return None
+
+    @functools.cached_property
+    def fitted_on(self) -> Sample:
+        rows = [at(rows, self.levels[0]) for rows in self.sample]
+        return Sample(rows, [text.sampling for text in self.chosen], self.digits)
+
+    @functools.cached_property
+    def _singles(self) -> list[Changes]:
+        """What the log declares, all subsets of it, and every cause by itself."""
+        own = causes.subsets(causes.declared(self.fitted_on.sampling))
+        return [*own, *causes.singles(self.fitted_on)]
+
+    @functools.cached_property
+    def _pairs(self) -> list[Changes]:
+        """The most helpful ones with one more."""
+        sample = self.fitted_on
         plain = sample.score(())
-        own = list(causes.subsets(causes.declared(sample.sampling)))
-        single = own + list(causes.singles(sample))
-        yield from single
-        scores = {changes: sample.score(changes) for changes in single}
-        helpful = [c for c in sorted(single, key=scores.__getitem__) if plain > _HINT * scores[c]]
-        for changes in helpful[:_BEAM]:
-            if scores[changes] > 0:
-                yield from causes.singles(sample, changes)
+        scores = {changes: sample.score(changes) for changes in self._singles}
+        helpful = [c for c in sorted(scores, key=scores.__getitem__) if plain > _HINT * scores[c]]
+        return [pair for first in helpful[:_BEAM] for pair in causes.singles(sample, first)]
+
+    def _likely(self, changes: Changes, level: Level) -> Changes | None:
+        """The changes with no more digits than this level's rounding tells apart, if they fit."""
+        if level is not self.levels[0] and causes.rounds(changes):
+            return None
+        if not self._fits(changes, self.sample, level):
+            return None
+        return next(c for c in causes.shorter(changes) if self._fits(c, self.sample, level))
 
     def _fits(self, changes: Changes, rows: Sequence[Rows], level: Level) -> bool:
         found = fit(
@@ -175,8 +198,9 @@ class _Search:
         return sorted((f for f in fits if self._proves(f[1], level)), key=lambda f: f[1].rms)
 
     def _proves(self, found: Fit, level: Level) -> bool:
-        enough = found.values >= min(LEAST, self.values)
-        return enough and found.within and self.fits[level].rms >= GAIN * found.rms
+        before = self.fits[level]
+        smaller = before.rms >= GAIN * found.rms and before.nats >= GAIN * found.nats
+        return found.values >= LEAST and found.within and smaller
 
     def _told(self, proven: Sequence[tuple[Changes, Fit]], level: Level) -> Verdict:
         named = [tuple(self._said(change) for change in changes) for changes, _ in proven]

@@ -21,14 +21,14 @@ from jaxtyping import Float
 from qwen_jax.accuracy.exact.operations import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.exact.rounding import UNIT
-from qwen_jax.accuracy.logprobs.paths import BLOCK, Predicted, Rows
+from qwen_jax.accuracy.logprobs.paths import BLOCK, Predicted, Rows, rms_nats
 from qwen_jax.accuracy.logprobs.reading import Logged
 from qwen_jax.accuracy.measures.metrics import first_not_finite, log_softmax
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import Checkpoint
 
-RMS, WORST = 3.0, 12.0
+RMS, WORST = 2.0, 12.0
 OWN = 32
 """Tokens on which our float32 is held against float64."""
 
@@ -44,10 +44,12 @@ class Level(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Errors in units of one rounding error of a level: their root mean square, and the largest."""
+    """Errors in units of one rounding error of a level: their root mean square, and the largest;
+    the first in nats too, each cut at 20."""
 
     rms: float
     worst: float
+    nats: float
     values: int
 
     @property
@@ -62,9 +64,11 @@ def fit(predicted: list[Predicted]) -> Fit:
     """Of predictions whose limit is `WORST` rounding errors."""
     ratios = WORST * np.concatenate([p.ratio for p in predicted])
     if not ratios.size:
-        return Fit(0.0, 0.0, 0)
+        return Fit(0.0, 0.0, 0.0, 0)
     with np.errstate(over="ignore"):
-        return Fit(float(np.sqrt(np.mean(ratios**2))), float(ratios.max()), ratios.size)
+        rms = float(np.sqrt(np.mean(ratios**2)))
+    nats = rms_nats(np.concatenate([p.error for p in predicted]))
+    return Fit(rms, float(ratios.max()), nats, ratios.size)
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from qwen_jax.accuracy.cache.audit import cache_table
 from qwen_jax.accuracy.distribution.comparison import Distribution, Estimate
 from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.logprobs.table import logprobs_table
 from qwen_jax.accuracy.measures.error_shape import ranges
 from qwen_jax.accuracy.report.contents import Report
 from qwen_jax.accuracy.tensors.comparison import Comparison, Row
@@ -57,6 +58,8 @@ def audits(report: Report) -> Iterator[tuple[str, str]]:
         yield "Distribution report", distribution_table(report.distribution)
     if report.precision:
         yield "Precision search", precision_table(report.precision)
+    if report.logprobs:
+        yield "Log-probabilities", logprobs_table(report.logprobs)
 
 
 def number(x: float) -> str:

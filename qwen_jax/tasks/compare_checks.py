@@ -108,8 +108,8 @@ def two_logs(text: str) -> tuple[str, str]:
     paths = [path for part in text.split(",") if (path := part.strip())]
     if len(paths) != 2:
         raise UserError(
-            f"--logprobs={text:.80} names {len(paths)} files, but it takes two with a comma between "
-            "them, as in a.jsonl,b.jsonl."
+            f"--logprobs={text:.80} names {len(paths)} files, but it takes two with a comma "
+            "between them, as in a.jsonl,b.jsonl."
         )
     return paths[0], paths[1]
 
@@ -123,7 +123,7 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
         read, doing = (*_FILE, *_ENGINE[:6], *_WINDOWS, "compare.save_base"), "--save_base"
     elif compare.logprobs is not None:
         model = "model" in asked
-        read = _LOGS + (_FILE + ("implementation", "slots")) * model
+        read = (*_LOGS, *((*_FILE, "implementation", "slots") if model else ()))
         doing = "--logprobs" + " without --model" * (not model)
     else:
         doing = f"the parts {', '.join(parts)}"

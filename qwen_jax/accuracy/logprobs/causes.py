@@ -114,8 +114,8 @@ class Sample:
     digits: float
 
     def part(self) -> "Sample":
-        """A third of the positions."""
-        rows = [rows.take(slice(None, None, 3)) for rows in self.rows]
+        """A quarter of the positions."""
+        rows = [rows.take(slice(None, None, 4)) for rows in self.rows]
         return dataclasses.replace(self, rows=rows)
 
     def score(self, changes: Changes) -> float:
@@ -172,13 +172,16 @@ def rounds(changes: Changes) -> bool:
 def _refitted(sample: Sample, changes: Changes, turns: int = 32) -> Changes:
     """With every number that has a range at its best, one after another, the last one first."""
     places = [i for i, c in enumerate(changes) if c.field in _RANGES and c.value is not None]
-    for _ in range(1 if len(places) < 2 else 3):
+    for turn in range(1 if len(places) < 2 else 3):
         for place in reversed(places):
-            changes = _fitted(sample, changes, place, turns)
+            changes = _fitted(
+                sample, changes, place, turns, near=turn > 0 or place < len(changes) - 1
+            )
     return changes
 
 
-def _fitted(sample: Sample, changes: Changes, place: int, turns: int) -> Changes:
+def _fitted(sample: Sample, changes: Changes, place: int, turns: int, near: bool) -> Changes:
+    """With one number at its best, sought in the whole of its range or near where it is."""
     change = changes[place]
     low, high = _RANGES[change.field]
 
@@ -192,6 +195,11 @@ def _fitted(sample: Sample, changes: Changes, place: int, turns: int) -> Changes
     grid = np.geomspace(low, high, 13) if low > 0 else np.linspace(low, high, 13)
     if change.field == "padding":
         grid = np.concatenate([[0], np.geomspace(1, high, 12)])
+    if near:
+        about = float(change.value)
+        grid = about * np.geomspace(0.6, 1.7, 5) if low > 0 else about + np.linspace(-0.5, 0.5, 5)
+        if change.field == "padding":
+            grid = np.maximum(about * np.geomspace(0.5, 2, 5), 0)
     at = int(np.argmin([score(float(v)) for v in grid]))
     low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
     best = _golden(score, low, high, turns)

@@ -32,6 +32,7 @@ SETTINGS = (
 """What a line may declare of how its text was sampled."""
 
 _FIELDS = ("id", "sample", "prompt", "prompt_tokens", "tokens", "logprobs", "top", *SETTINGS)
+_OF_ANSWERS = ("text", "model", "dtype", "sampling", "finish_reason", "top_logprobs")
 _ID = kinds.Kind("a text or a whole number", lambda value: type(value) in (str, int))
 _TOKEN = kinds.Kind("a token id", lambda value: type(value) is int and 0 <= value < 2**31)
 _TOKENS = kinds.list_of(_TOKEN)
@@ -74,7 +75,7 @@ class Logged:
     sampling: Sampling
 
     @property
-    def whole(self) -> Int[np.ndarray, "S"]:
+    def whole(self) -> Int[np.ndarray, "n"]:
         """The prompt's ids, as far as they are known, and the tokens."""
         return np.concatenate([np.asarray(self.prompt or (), np.int64), self.tokens])
 
@@ -133,9 +134,8 @@ def _text(record: Mapping[str, Any], where: str, number: int) -> Logged:
     given = {name: value for name, value in record.items() if value is not None}
     for name in given:
         # What is nearly a field was meant to say something.
-        if name not in _FIELDS and (meant := hints.meant(name, _FIELDS, 0.85)):
-            if name not in ("top_logprobs", "text", "model", "dtype", "sampling"):
-                raise UserError(f"{where} has the field {name!r:.60}; did you mean {meant!r}?")
+        if name not in (*_FIELDS, *_OF_ANSWERS) and (meant := hints.meant(name, _FIELDS, 0.85)):
+            raise UserError(f"{where} has the field {name!r:.60}; did you mean {meant!r}?")
     given = _plain(given, where)
     optional = {
         "id": _ID,
@@ -151,7 +151,8 @@ def _text(record: Mapping[str, Any], where: str, number: int) -> Logged:
     }
     needed |= {name: kind for name, kind in optional.items() if name in given}
     for name, kind in needed.items():
-        if isinstance(values := given.get(name), list) and not kind.has(values):
+        listed = name in ("prompt", "tokens", "logprobs")
+        if listed and isinstance(values := given.get(name), list) and not kind.has(values):
             _blame(name, values, given, where)
     if wrong := kinds.fault(given, needed):
         raise UserError(f"{where}: {wrong}; correct it.")
@@ -180,7 +181,7 @@ def _text(record: Mapping[str, Any], where: str, number: int) -> Logged:
         None if prompt is None else tuple(prompt),
         np.array(given["tokens"], np.int64),
         np.array(values, np.float64),
-        tuple(dict(map(tuple, pairs or ())) for pairs in top),  # type: ignore[misc]
+        tuple(dict(map(tuple, pairs or ())) for pairs in top),
         declared,
     )
 

@@ -30,7 +30,7 @@ def _sections(report: LogprobsReport) -> Iterator[str]:
     if report.sides:
         yield _side_table(report)
     else:
-        lines = [report.columns.line] + list(report.columns.notes)
+        lines = [report.columns.line, *report.columns.notes]
         yield "\n".join(_filled(line) for line in lines if line)
     if report.tokens:
         shown = [(one.name, one.evidence) for one in report.tokens[:MOST]]

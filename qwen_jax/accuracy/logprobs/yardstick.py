@@ -6,10 +6,9 @@ two at a position, as the root mean square over the vocabulary, is what one roun
 everywhere costs there; float16 and TF32, whose unit is an eighth, cost an eighth. What float32
 costs is measured once, against float64 on the beginning of a text, as a part of the same figure.
 
-An engine counts as right in one of these where its errors are at most `RMS` of that on average
-and `WORST` anywhere: engines differ in the order of their sums and in what they fuse, which has
-made a factor of two between them, and Hoeffding's inequality (see `exact.bounds`) leaves 8 of any
-one's roundings.
+An engine counts as right in one of these where its errors are at most `RMS` of that on average and
+`WORST` anywhere. Engines differ in the order of their sums and in what they fuse; these limits are
+a choice, not a theorem, so every verdict shows the figures it rests on.
 """
 
 import dataclasses
@@ -60,11 +59,17 @@ class Fit(NamedTuple):
         return f"{self.rms:.2g} (at most {self.worst:.2g})"
 
 
+NOTHING = Fit(0.0, 0.0, 0.0, 0)
+"""Of no values."""
+
+
 def fit(predicted: list[Predicted]) -> Fit:
     """Of predictions whose limit is `WORST` rounding errors."""
+    if not predicted:
+        return NOTHING
     ratios = WORST * np.concatenate([p.ratio for p in predicted])
     if not ratios.size:
-        return Fit(0.0, 0.0, 0.0, 0)
+        return NOTHING
     with np.errstate(over="ignore"):
         rms = float(np.sqrt(np.mean(ratios**2)))
     nats = rms_nats(np.concatenate([p.error for p in predicted]))
@@ -106,9 +111,9 @@ class Yardstick:
         own = float(np.sqrt(np.mean((ours - truth) ** 2) / np.mean((rough_ones - truth) ** 2)))
         if not own < UNIT["float16"] / UNIT["bfloat16"] / 4:
             raise UserError(
-                f"{exact.config.source}: this engine's float32 is off by {own:.2g} of what bfloat16 "
-                f"is, from float64 on the first {len(ids)} tokens of {text.where}, so that it can "
-                "judge nobody; ask `compare --parts=tensors` what is wrong here."
+                f"{exact.config.source}: this engine's float32 is off by {own:.2g} of what "
+                f"bfloat16 is, from float64 on the first {len(ids)} tokens of {text.where}, so "
+                "that it can judge nobody; ask `compare --parts=tensors` what is wrong here."
             )
         least = UNIT["float32"] / UNIT["bfloat16"]
         levels = (

@@ -213,3 +213,12 @@ def test_penalties_are_those_of_the_sampler() -> None:
     found = predict(path, rows)
     expected = plain(right.astype(np.float64), whole, prompt)[9]
     assert abs(found.value[0] - expected) <= found.limit[0]
+
+
+def test_decimals_that_a_log_keeps_are_rounding(bench: Bench) -> None:
+    log = {
+        name: dataclasses.replace(text, logprobs=text.logprobs.round(4))
+        for name, text in bench.log().items()
+    }
+    found = judge(log, bench.yardstick, 0.5e-4, lambda done, total: None)
+    assert (found.verdict, found.level) == ("rounding", "float32")

@@ -8,7 +8,9 @@ costs is measured once, against float64 on the beginning of a text, as a part of
 
 An engine counts as right in one of these where its errors are at most `RMS` of that on average and
 `WORST` anywhere. Engines differ in the order of their sums and in what they fuse; these limits are
-a choice, not a theorem, so every verdict shows the figures it rests on.
+a choice, not a theorem, so every verdict shows the figures it rests on. transformers (eager and
+sdpa) in each of the three, and llama.cpp in float32, come to 0.9 to 1.4 on average and 4.9 at most
+on a small random model (tests/accuracy/test_logprobs_clean.py).
 """
 
 import dataclasses
@@ -138,7 +140,7 @@ class Yardstick:
         blank = np.full(len(whole) - len(text.tokens), np.nan)
         return Rows(
             logits,
-            _noise(logits, rough),
+            noise(logits, rough),
             whole,
             len(blank),
             np.arange(len(whole)),
@@ -163,7 +165,7 @@ def at(rows: Rows, level: Level) -> Rows:
     return rows._replace(noise=WORST * level.unit * rows.noise)
 
 
-def _noise(exact: np.ndarray, rough: np.ndarray) -> Float[np.ndarray, "T"]:
+def noise(exact: np.ndarray, rough: np.ndarray) -> Float[np.ndarray, "T"]:
     """RMS over the vocabulary at each position, no less than half of the text's own average: where
     two errors happen to cancel, those of another engine need not."""
     squares = np.concatenate(

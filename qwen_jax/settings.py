@@ -94,8 +94,12 @@ def get_config() -> ConfigDict:
                 "decode_tokens": 16,
                 # float64, hf, llamacpp, or a trace.
                 "reference": "float64",
-                # Of tensors, weights, text, cache, distribution, precision, with commas.
+                # Of tensors, weights, text, cache, distribution, precision, with commas; logprobs
+                # is the one of two logs.
                 "parts": placeholder(str),
+                # Two logs of log-probabilities, "a.jsonl,b.jsonl" (docs/logprobs.md); with a model
+                # they are held against it.
+                "logprobs": placeholder(str),
                 # Faults to plant in this engine first, as in "zero_qkv_bias,rope_interleaved@3".
                 "plant": placeholder(str),
                 "list_faults": False,
@@ -220,9 +224,16 @@ FLAGS: dict[str, tuple[str, str]] = {
     "trace_positions": ("trace.positions", "Which positions of the text, as in 0:16."),
     "workdir": ("workdir", "Where records and reports go; an experiment found there goes on."),
     "candidate": ("compare.candidate", "The trace, or the other engine's dump, to be diagnosed."),
+    "logprobs": (
+        "compare.logprobs",
+        "Two engines' logs of log-probabilities, a.jsonl,b.jsonl; --model explains them.",
+    ),
     "tokens": ("compare.tokens", "Token ids of the text, as in 2046,299,10."),
     "reference": ("compare.reference", "float64, hf, llamacpp, or a trace to compare with."),
-    "parts": ("compare.parts", "tensors, weights, text, cache, distribution, precision, machine."),
+    "parts": (
+        "compare.parts",
+        "tensors, weights, text, cache, distribution, precision, machine, logprobs.",
+    ),
     "plant": ("compare.plant", "Plant faults in this engine first; with commas, name@layer."),
     "list_faults": ("compare.list_faults", "Print the faults that can be planted and named."),
     "fail_if": ("compare.fail_if", "Exit with 1 where this holds: 'faults > 0, mean_kld > 0.01'."),

@@ -32,6 +32,12 @@ METRICS = {
     "text_faults": "texts whose token ids differ from the reference tokenizer's",
     "cache_faults": "ways through the cache that give other results",
     "machine_faults": "checks of the machine that are less exact than what is declared",
+    "logprob_causes": "proven causes between two logs of log-probabilities, other token ids too",
+    "logprob_unexplained": "logs of log-probabilities that nothing explains, or not judged",
+    "kl_k1": "estimate k1 of the KL divergence of two logs, in nats a token",
+    "kl_k3": "estimate k3 of the same",
+    "ratio_max": "the largest importance ratio of a token",
+    "ess": "effective sample size of the tokens' importance ratios, as a share of them",
     "kept_float32": "operations that the precision search keeps in float32",
 }
 """What a gate can be set on."""
@@ -54,6 +60,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
     ),
     "precision": ("kept_float32",),
     "machine": ("machine_faults",),
+    "logprobs": ("logprob_causes", "logprob_unexplained", "kl_k1", "kl_k3", "ratio_max", "ess"),
 }
 """What each part of a comparison may measure."""
 

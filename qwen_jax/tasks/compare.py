@@ -17,6 +17,7 @@ from qwen_jax.accuracy.cache.audit import audit_cache
 from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
+from qwen_jax.accuracy.logprobs.audit import Judge, compare_logs
 from qwen_jax.accuracy.machine import audit_machine
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
@@ -32,8 +33,8 @@ from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.reporting.model import described
 from qwen_jax.reporting.origin import Origin
-from qwen_jax.settings import Command
-from qwen_jax.tasks.compare_checks import BASE, PARTS, check
+from qwen_jax.settings import Command, asked
+from qwen_jax.tasks.compare_checks import BASE, PARTS, check, two_logs
 from qwen_jax.tasks.dumps import bar, token_ids
 from qwen_jax.tasks.generate import load
 from qwen_jax.terminal import visible
@@ -59,7 +60,10 @@ def run(command: Command) -> int:
         return _save_base(config)
     if config.workdir is not None:
         report.prepare(config.workdir)
-    found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
+    if settings.logprobs is not None:
+        found = _of_logs(config, "model" in asked(config, command.overrides))
+    else:
+        found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
     found = dataclasses.replace(found, compiler=compiler, origin=Origin.now(command.typed))
     outcomes = gates.check(limits, report.values(found))
     found = dataclasses.replace(found, gates=outcomes)
@@ -92,6 +96,8 @@ def _parts(config: ConfigDict) -> tuple[str, ...]:
             if part not in PARTS:
                 raise UserError(f"parts has {part!r}, but the parts are {', '.join(PARTS)}.")
         return parts
+    if settings.logprobs is not None:
+        return ("logprobs",)
     if any(settings.base[name] is not None for name in ("file", *BASE)):
         return ("distribution",)
     if settings.candidate:
@@ -130,6 +136,22 @@ def _of_dump(config: ConfigDict, parts: tuple[str, ...]) -> Report:
         audited = audit_text(checkpoint, {"prompt": trace.header.tokens}, cases={"prompt": case})
         found = dataclasses.replace(found, text=audited)
     return found
+
+
+def _of_logs(config: ConfigDict, with_model: bool) -> Report:
+    """Two engines' log-probabilities; the model that they are of explains them, if it is named."""
+    a, b = two_logs(config.compare.logprobs)
+    judge = None
+    if with_model:
+        checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
+        twice = []
+        for dtype in ("float32", "bfloat16"):
+            other = ConfigDict(config)
+            other.update(dtype=dtype, matmul_precision="highest")
+            twice.append(load(other))
+        judge = Judge(twice[0], twice[1], checkpoint)
+    with bar("texts") as progress:
+        return Report(logprobs=compare_logs(a, b, judge, progress=progress))
 
 
 def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:

@@ -13,7 +13,9 @@ from qwen_jax.errors import UserError
 from qwen_jax.opening import locate
 from qwen_jax.weights.hub_names import is_hub_name
 
-PARTS = ("tensors", "weights", "text", "cache", "distribution", "precision", "machine")
+PARTS = (
+    *("tensors", "weights", "text", "cache", "distribution", "precision", "machine", "logprobs"),
+)
 BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
 
 _FILE = ("model", "adapter", "sha256")
@@ -22,6 +24,7 @@ _ENGINE = (
     *("compare.plant", "compare.fail_if", "compare.parts", "workdir"),
 )
 _DUMP = ("compare.candidate", "compare.tokens", "compare.fail_if", "compare.parts", "workdir")
+_LOGS = ("compare.logprobs", "compare.fail_if", "compare.parts", "workdir")
 _PROMPT = ("prompt", "system", "raw", "suffix", "tools", "continue_final_message")
 _WINDOWS = ("compare.text", "compare.context")
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -32,6 +35,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "distribution": (*_WINDOWS, "compare.base"),
     "precision": (*_WINDOWS, "compare.precision_kld", "compare.precision_dtype"),
     "machine": (),
+    "logprobs": (),
 }
 """Fields that a part alone reads, or groups of them."""
 
@@ -44,8 +48,9 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
         overrides: fields that flags set, perhaps to their defaults.
         parts: what is to be compared.
     """
-    _check_effect(settings.asked(config, overrides), config, parts)
     compare = config.compare
+    _check_logs(compare, parts)
+    _check_effect(settings.asked(config, overrides), config, parts)
     measured = {name for part in parts for name in gates.MEASURED[part]} | {*gates.ALWAYS}
     for gate in gates.parse(compare.fail_if or ""):
         if gate.metric not in measured:
@@ -77,6 +82,41 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
         _check_base(compare.base)
 
 
+def _check_logs(compare: ConfigDict, parts: tuple[str, ...]) -> None:
+    """Two logs go with a part of their own."""
+    if compare.list_faults or compare.save_base is not None:
+        return
+    if compare.logprobs is None:
+        if "logprobs" in parts:
+            raise UserError("The part logprobs needs --logprobs=a.jsonl,b.jsonl.")
+        return
+    if beside := set(parts) - {"logprobs"}:
+        raise UserError(
+            f"--logprobs compares two logs, which have no {min(beside)}; the part for them is "
+            "logprobs."
+        )
+    if compare.candidate is not None:
+        raise UserError("--logprobs and --candidate are two comparisons; give one of them.")
+    for path in two_logs(compare.logprobs):
+        try:
+            regular_files.opened(path).close()
+        except OSError as error:
+            raise UserError(
+                f"--logprobs: {path} can't be read: {regular_files.why_not(error)}"
+            ) from error
+
+
+def two_logs(text: str) -> tuple[str, str]:
+    """The files of `--logprobs=a,b`. Raises UserError where they are not two."""
+    paths = [path for part in text.split(",") if (path := part.strip())]
+    if len(paths) != 2:
+        raise UserError(
+            f"--logprobs={text:.80} names {len(paths)} files, but it takes two with a comma "
+            "between them, as in a.jsonl,b.jsonl."
+        )
+    return paths[0], paths[1]
+
+
 def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, ...]) -> None:
     compare = config.compare
     read: tuple[str, ...]
@@ -84,6 +124,10 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
         read, doing = ("compare.list_faults",), "--list_faults"
     elif compare.save_base is not None:
         read, doing = (*_FILE, *_ENGINE[:6], *_WINDOWS, "compare.save_base"), "--save_base"
+    elif compare.logprobs is not None:
+        model = "model" in asked
+        read = (*_LOGS, *((*_FILE, "implementation", "slots") if model else ()))
+        doing = "--logprobs" + " without --model" * (not model)
     else:
         doing = f"the parts {', '.join(parts)}"
         read = (*_FILE, *(_DUMP if compare.candidate else _ENGINE))

@@ -10,6 +10,7 @@ from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Distribution
 from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.logprobs.audit import LogprobsReport
 from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.tensors.comparison import Comparison
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
@@ -42,6 +43,7 @@ class Report:
     distribution: Distribution | None = None
     precision: PrecisionSearch | None = None
     machine: Sequence[MachineFinding] | None = None
+    logprobs: LogprobsReport | None = None
     gates: tuple[Outcome, ...] = ()
     planted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -108,5 +110,13 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
         if findings is not None:
             wrong = sum(f.verdict in ("fault", "missing") for f in findings)
             yield f"{name}_faults", wrong
+    if logs := report.logprobs:
+        yield "logprob_causes", len(logs.causes)
+        yield "logprob_unexplained", logs.unexplained
+        if logs.figures:
+            yield "kl_k1", logs.figures.k1.value
+            yield "kl_k3", logs.figures.k3.value
+            yield "ratio_max", logs.figures.by_token.max
+            yield "ess", logs.figures.by_token.ess
     if report.precision:
         yield "kept_float32", len(report.precision.kept)

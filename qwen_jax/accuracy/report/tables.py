@@ -8,6 +8,7 @@ from qwen_jax.accuracy.cache.audit import cache_table
 from qwen_jax.accuracy.distribution.comparison import Distribution, Estimate
 from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.logprobs.table import logprobs_tables
 from qwen_jax.accuracy.machine import machine_table
 from qwen_jax.accuracy.measures.error_shape import ranges
 from qwen_jax.accuracy.report.contents import Report
@@ -34,6 +35,8 @@ def audits(report: Report) -> Iterator[tuple[str, list[Table]]]:
         yield "Machine", [machine_table(report.machine)]
     if report.precision:
         yield "Precision", precision_tables(report.precision)
+    if report.logprobs:
+        yield "Log-probabilities", logprobs_tables(report.logprobs)
 
 
 def describe(header: Header) -> str:

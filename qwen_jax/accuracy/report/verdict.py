@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from qwen_jax.accuracy.logprobs.table import logs_agree, logs_verdict
 from qwen_jax.accuracy.report.contents import Report
 
 
@@ -52,6 +53,8 @@ def _wrong(report: Report) -> Iterator[str]:
             f"{len(faulty)} of {len(report.findings)} operations are wrong, the first is "
             f"{faulty[0].name} from position {faulty[0].position} on{named}"
         )
+    if (logs := report.logprobs) and not logs_agree(logs):
+        yield logs_verdict(logs).rstrip(".")
     for name, findings in _audits(report):
         wrong = sum(f.verdict in ("fault", "missing") for f in findings)
         if wrong:
@@ -61,6 +64,8 @@ def _wrong(report: Report) -> Iterator[str]:
 def _right(report: Report) -> Iterator[str]:
     if report.findings:
         yield f"all {len(report.findings)} operations are within rounding"
+    if (logs := report.logprobs) and logs_agree(logs):
+        yield logs_verdict(logs).rstrip(".")
     for name, findings in _audits(report):
         if findings:
             yield f"all {len(findings)} {name} are right"

@@ -1,0 +1,1 @@
+"""Two engines' log-probabilities of the same texts: how far apart they are, and why."""

@@ -1,0 +1,237 @@
+"""What may lie between a model's logits and what an engine logs: the catalogue, and its fitting.
+
+A cause is one field of `Path` away from the default: at the value that the log declares, at the
+best of those in use, or at the best of all. What counts is whether its recomputation gives the
+logged values; `search` decides that.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.accuracy.logprobs.paths import CLIP, Align, Path, Rows, predict, rms_nats
+from qwen_jax.accuracy.logprobs.reading import SETTINGS
+from qwen_jax.engine.sampling import Sampling
+
+LINES = {
+    "temperature": "logits are divided by a temperature before the log-softmax",
+    "top_k": "probabilities outside of top-k are zero, and the others add up to 1",
+    "top_p": "probabilities outside of top-p are zero, and the others add up to 1",
+    "min_p": "probabilities below min-p are zero, and the others add up to 1",
+    "repetition_penalty": "the repetition penalty has changed the logits",
+    "presence_penalty": "the presence penalty has changed the logits",
+    "frequency_penalty": "the frequency penalty has changed the logits",
+    "padded_vocabulary": "the softmax has rows of zeros beside the vocabulary's",
+    "logits_bfloat16": "logits are rounded to bfloat16 before the log-softmax",
+    "logits_float16": "logits are rounded to float16 before the log-softmax",
+    "log_softmax_bfloat16": "every step of the log-softmax is rounded to bfloat16",
+    "log_softmax_float16": "every step of the log-softmax is rounded to float16",
+    "logprobs_bfloat16": "log-probabilities are rounded to bfloat16",
+    "logprobs_float16": "log-probabilities are rounded to float16",
+    "written_early": "each token has the log-probability of the token after it",
+    "written_late": "each token has the log-probability of the token before it",
+    "labels_not_shifted": "each token is looked up in the logits after it, not before it",
+    "token_before": "the text began with a token more than the log has",
+    "prompt_dropped": "the prompt was not there",
+}
+"""Every cause by its name."""
+
+_COMMON: dict[str, tuple[Any, ...]] = {
+    "top_k": (1, 2, 5, 8, 10, 16, 20, 30, 32, 40, 50, 64, 100, 128, 200, 256, 1000),
+    "top_p": (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999),
+    "min_p": (0.01, 0.02, 0.05, 0.1, 0.2),
+}
+"""Values in use of what has no gradient."""
+
+_RANGES = {
+    "temperature": (0.05, 20.0),
+    "repetition_penalty": (0.5, 3.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "padding": (0.0, 4096.0),
+}
+_FITTED = {"padded_vocabulary": "padding"} | {n: n for n in _RANGES if n != "padding"}
+_FIXED = {
+    f"{field}_{dtype}": {name: dtype}
+    for field, name in (("logits", "logits"), ("log_softmax", "softmax"), ("logprobs", "logprobs"))
+    for dtype in ("bfloat16", "float16")
+} | {
+    "written_early": {"align": Align(1, 0)},
+    "written_late": {"align": Align(1, 2)},
+    "labels_not_shifted": {"align": Align(0, 0)},
+}
+_NEUTRAL = {field.name: field.default for field in dataclasses.fields(Path)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A cause with its value: that of each line's own declaration where `value` is None."""
+
+    name: str
+    field: str
+    value: Any = None
+
+    def on(self, sampling: Sampling) -> dict[str, Any]:
+        value = getattr(sampling, self.field) if self.value is None else self.value
+        if self.field == "temperature" and value == 0:  # greedy: nothing is divided
+            value = 1.0
+        return {self.field: value}
+
+    @property
+    def said(self) -> str:
+        if self.value is None:
+            return f"{self.name}, as declared"
+        if isinstance(self.value, int | float):
+            return f"{self.name} {self.value:g}"
+        return self.name
+
+
+Changes = tuple[Change, ...]
+
+
+def path(changes: Changes, sampling: Sampling) -> Path:
+    fields: dict[str, Any] = {}
+    for change in changes:
+        fields |= change.on(sampling)
+    return dataclasses.replace(Path(), **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Positions that causes are fitted on.
+
+    Attributes:
+        rows: of each text some.
+        sampling: what each text's line declares.
+        digits: half a step of the decimals that the log keeps.
+    """
+
+    rows: Sequence[Rows]
+    sampling: Sequence[Sampling]
+    digits: float
+
+    def part(self) -> "Sample":
+        """A quarter of the positions."""
+        rows = [rows.take(slice(None, None, 4)) for rows in self.rows]
+        return dataclasses.replace(self, rows=rows)
+
+    def score(self, changes: Changes) -> float:
+        """RMS error in nats; worse than any where nothing can be compared."""
+        errors = [
+            predict(path(changes, declared), rows, self.digits).error
+            for rows, declared in zip(self.rows, self.sampling, strict=True)
+        ]
+        joined = np.concatenate(errors)
+        return rms_nats(joined) if joined.size else CLIP
+
+
+def declared(sampling: Sequence[Sampling]) -> list[Change]:
+    """Settings that some line declares to be in force."""
+    return [
+        Change(name, name)
+        for name in SETTINGS
+        if any(Change(name, name).on(s)[name] != _NEUTRAL[name] for s in sampling)
+    ]
+
+
+def singles(sample: Sample, given: Changes = ()) -> Iterator[Changes]:
+    """These changes with one more, each at its best value."""
+    taken = {change.field for change in given}
+    for name, fields in _FIXED.items():
+        ((field, value),) = fields.items()
+        if field not in taken:
+            yield _refitted(sample, (*given, Change(name, field, value)))
+    for name, values in _COMMON.items():
+        if name not in taken:
+            options = [(*given, Change(name, name, value)) for value in values]
+            # What is fitted already is another number beside each of them.
+            few = sample.part()
+            rough = [_refitted(few, option, turns=8) for option in options]
+            yield _refitted(sample, min(rough, key=few.score))
+    for name, field in _FITTED.items():
+        if field not in taken:
+            start = _NEUTRAL[field]
+            yield _refitted(sample, (*given, Change(name, field, start)))
+
+
+def subsets(changes: Sequence[Change]) -> Iterator[Changes]:
+    """All of them but the empty one, small ones first."""
+    for size in range(1, len(changes) + 1):
+        yield from itertools.combinations(changes, size)
+
+
+def rounds(changes: Changes) -> bool:
+    """Whether a dtype is among them: what is rounded is known only to a step of it where logits
+    are known to no more than that."""
+    return any(change.name.endswith("float16") for change in changes)
+
+
+def _refitted(sample: Sample, changes: Changes, turns: int = 32) -> Changes:
+    """With every number that has a range at its best, one after another, the last one first."""
+    places = [i for i, c in enumerate(changes) if c.field in _RANGES and c.value is not None]
+    for turn in range(1 if len(places) < 2 else 3):
+        for place in reversed(places):
+            changes = _fitted(
+                sample, changes, place, turns, near=turn > 0 or place < len(changes) - 1
+            )
+    return changes
+
+
+def _fitted(sample: Sample, changes: Changes, place: int, turns: int, near: bool) -> Changes:
+    """With one number at its best, sought in the whole of its range or near where it is."""
+    change = changes[place]
+    low, high = _RANGES[change.field]
+
+    def with_value(value: float) -> Changes:
+        made = dataclasses.replace(change, value=value)
+        return (*changes[:place], made, *changes[place + 1 :])
+
+    def score(value: float) -> float:
+        return sample.score(with_value(value))
+
+    grid = np.geomspace(low, high, 13) if low > 0 else np.linspace(low, high, 13)
+    if change.field == "padding":
+        grid = np.concatenate([[0], np.geomspace(1, high, 12)])
+    if near:
+        about = float(change.value)
+        grid = about * np.geomspace(0.6, 1.7, 5) if low > 0 else about + np.linspace(-0.5, 0.5, 5)
+        if change.field == "padding":
+            grid = np.maximum(about * np.geomspace(0.5, 2, 5), 0)
+    at = int(np.argmin([score(float(v)) for v in grid]))
+    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
+    best = _golden(score, low, high, turns)
+    if change.field == "padding":
+        return with_value(round(best))
+    return with_value(best)
+
+
+def shorter(changes: Changes) -> Iterator[Changes]:
+    """With fitted values as people write them, the fewest digits first, and at last as they are."""
+    for digits in (2, 3, 4, 6):
+        yield tuple(
+            dataclasses.replace(change, value=float(f"{change.value:.{digits}g}"))
+            if isinstance(change.value, float) and change.field in _RANGES
+            else change
+            for change in changes
+        )
+    yield changes
+
+
+def _golden(score: Any, low: float, high: float, turns: int) -> float:
+    """Where a function with one minimum is least: golden-section search (Kiefer, 1953)."""
+    part = (5**0.5 - 1) / 2
+    a, b = high - part * (high - low), low + part * (high - low)
+    of_a, of_b = score(a), score(b)
+    for _ in range(turns):
+        if of_a <= of_b:
+            high, b, of_b = b, a, of_a
+            a = high - part * (high - low)
+            of_a = score(a)
+        else:
+            low, a, of_a = a, b, of_b
+            b = low + part * (high - low)
+            of_b = score(b)
+    return (low + high) / 2

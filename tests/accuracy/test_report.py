@@ -16,6 +16,7 @@ from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Scores, statistics
 from qwen_jax.accuracy.exact.parameters import EngineSource
 from qwen_jax.accuracy.gates import METRICS
+from qwen_jax.accuracy.logprobs.audit import LogprobsReport, compare_logs
 from qwen_jax.accuracy.references import float64
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.report.page import pictures
@@ -27,6 +28,7 @@ from qwen_jax.accuracy.text.audit import TextFinding
 from qwen_jax.accuracy.traces.recording import Recorder
 from qwen_jax.accuracy.weights.audit import WeightFinding
 from qwen_jax.errors import UserError
+from tests.accuracy.logprob_logs import logged
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import odd_config
 
@@ -63,10 +65,17 @@ def full() -> Report:
         weights=[WeightFinding("output.weight", "lm_head", "missing", 1, 1, float("inf"))],
         text=[TextFinding("chat", "same")],
         cache=[],
+        logprobs=two_logs(),
         notes=("A note.",),
     )
     outcomes = gates.check(gates.parse("mean_kld > 0.001, dp_rms < 0"), report.values(found))
     return dataclasses.replace(found, gates=outcomes)
+
+
+def two_logs() -> LogprobsReport:
+    ids = np.arange(20)
+    first, second = (logged("a", ids, 0, np.linspace(-1, at, 20)) for at in (-0.5, -0.4))
+    return compare_logs({"a": first}, {"a": second})
 
 
 def test_a_clean_run_reads_as_one() -> None:
@@ -97,6 +106,7 @@ def test_text_fits_100_columns_and_holds_every_part() -> None:
         "1 the same",
         "PPL / PPL base",
         "stay in float32",
+        "UNEXPLAINED without a model.",
     ):
         assert part in text, part
     assert re.search(r"^mean_kld > 0.001 .* FAILED$", text, re.MULTILINE)

@@ -14,6 +14,7 @@ from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Scores, statistics
 from qwen_jax.accuracy.exact.parameters import EngineSource
 from qwen_jax.accuracy.gates import METRICS
+from qwen_jax.accuracy.logprobs.audit import LogprobsReport, compare_logs
 from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.references import float64
 from qwen_jax.accuracy.report import Report, heat_maps
@@ -31,6 +32,7 @@ from qwen_jax.reporting import page
 from qwen_jax.reporting.origin import Origin
 from qwen_jax.reporting.page import Picture
 from qwen_jax.reporting.table import number
+from tests.accuracy.logprob_logs import logged
 from tests.engines import random_engine, random_tokens
 from tests.golden_cases import odd_config
 from tests.reporting.opened import Opened
@@ -70,10 +72,17 @@ def full() -> Report:
         text=[TextFinding("chat", "same")],
         cache=[],
         machine=[MachineFinding("products of 1 row", "fault", "10 of 23 after the first")],
+        logprobs=two_logs(),
         notes=("A note.",),
     )
     outcomes = gates.check(gates.parse("mean_kld > 0.001, dp_rms < 0"), report.values(found))
     return dataclasses.replace(found, gates=outcomes)
+
+
+def two_logs() -> LogprobsReport:
+    ids = np.arange(20)
+    first, second = (logged("a", ids, 0, np.linspace(-1, at, 20)) for at in (-0.5, -0.4))
+    return compare_logs({"a": first}, {"a": second})
 
 
 def test_a_clean_run_reads_as_one() -> None:
@@ -105,6 +114,7 @@ def test_text_fits_100_columns_and_holds_every_part() -> None:
         "PPL / PPL base",
         "machine, 1 checks: 1 FAULTS",
         "stay in float32",
+        "UNEXPLAINED without a model.",
     ):
         assert part in text, part
     assert re.search(r"^mean_kld > 0.001 .* FAILED$", text, re.MULTILINE)

@@ -103,12 +103,13 @@ class Rows(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What a path would log, how far a right engine may be from it, and what was logged; NaN where
-    there is nothing to compare."""
+    """What a path would log, how far a right engine may be from it, and what was logged, NaN where
+    there is nothing to compare; and half a step of the decimals that the log keeps."""
 
     value: Float[np.ndarray, "T"]
     limit: Float[np.ndarray, "T"]
     logged: Float[np.ndarray, "T"]
+    digits: Float[np.ndarray, "T"]
 
     @property
     def there(self) -> Bool[np.ndarray, "T"]:
@@ -121,8 +122,8 @@ class Predicted(NamedTuple):
 
     @property
     def ratio(self) -> Float[np.ndarray, "n"]:
-        """The error's size over its limit."""
-        size = np.abs(self.error)
+        """The error's size, beyond what the log's decimals cut off, over its limit."""
+        size = np.maximum(np.abs(self.error) - self.digits[self.there], 0)
         with np.errstate(invalid="ignore"):
             return np.where(np.isinf(size), np.inf, size / self.limit[self.there])
 
@@ -159,13 +160,13 @@ def _predict(path: Path, rows: Rows, digits: float) -> Predicted:
     size = np.abs(_taken(z, ids))
     value, limit = _log_softmax(path, z, limit, ids)
     possible = np.isfinite(value)
-    limit = np.where(possible, limit + digits + _U32 * (np.abs(value) + size + 8), 0.0)
+    limit = np.where(possible, limit + _U32 * (np.abs(value) + size + 8), 0.0)
     if path.logprobs:
         value, limit = round_interval(value, limit, path.logprobs)
-        limit = limit + _U32 * np.abs(value) + digits
+        limit = limit + _U32 * np.abs(value)
     value[~there] = np.nan
     logged = np.where(there, rows.logged[np.where(there, written, 0)], np.nan)
-    return Predicted(value, limit, logged)
+    return Predicted(value, limit, logged, np.full(len(value), digits))
 
 
 def _taken(x: Float[np.ndarray, "T V"], ids: Int[np.ndarray, "T"]) -> Float[np.ndarray, "T"]:

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test parity lower compile lint clean
+.PHONY: run test parity emulate lower compile lint clean
 
 run: $(VENV)/installed
 	$(BIN)/python run.py < /dev/null
@@ -20,6 +20,10 @@ test: $(VENV)/installed-test
 parity: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[parity]'
 	$(BIN)/python -m pytest -m live
+
+# The decode step's kernels run on NumPy, where races and unwritten words show; two minutes.
+emulate: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 -m emulated tests/kernels
 
 # Every kernel lowered for CUDA by the JAX of a Python: make lower PYTHON=python3.13
 lower: VENV = .venv-lower

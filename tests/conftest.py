@@ -47,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Drawn here and not where it is used, since pytest-xdist's workers must all see one seed.
     os.environ.setdefault("QWEN_JAX_LIVE_SEED", str(secrets.randbits(31)))
+    config.addinivalue_line(
+        "markers", "emulated: runs the decode step's kernels on NumPy (see `make emulate`)"
+    )
     config.addinivalue_line("markers", "lower: lowers a kernel for CUDA (see `make lower`)")
     config.addinivalue_line(
         "markers", "live: compares with transformers or lm_eval as installed (see `make parity`)"

@@ -173,6 +173,7 @@ def in_bfloat16(case: Case) -> Case:
     return case._replace(plan=plan, packed=packed)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     ("shape", "blocks", "positions", "stored"),
     [
@@ -205,6 +206,7 @@ def test_whole_steps(
         assert error <= of_rounded
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     ("rows", "stored"),
     [(1, "q8_0"), (5, "q8_0"), (16, "q8_0"), (1, "q2_k"), (5, "q4_k"), (16, "q5_1")],
@@ -219,6 +221,7 @@ def test_a_product_by_itself_is_as_exact_as_float32(
     assert relative(ours, truth) <= 2**-21
 
 
+@pytest.mark.emulated
 def test_a_missing_barrier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = drawn(SMALL, 5, [100], 2, "q8_0", cache="bfloat16")
     with pytest.raises(Race):

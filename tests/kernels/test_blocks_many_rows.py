@@ -14,6 +14,8 @@ from tests.kernels.emulated_step import (
 )
 from tests.kernels.test_blocks import MIXED, SHAPE
 
+pytestmark = pytest.mark.emulated
+
 
 @pytest.mark.parametrize(
     ("shape", "blocks", "positions", "stored"),

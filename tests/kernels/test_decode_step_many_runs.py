@@ -26,6 +26,8 @@ from tests.kernels.emulated_step import (
 from tests.kernels.float64_step import exact_step
 from tests.kernels.simt import Deadlock, Race
 
+pytestmark = pytest.mark.emulated
+
 
 @pytest.mark.parametrize(
     "inputs",

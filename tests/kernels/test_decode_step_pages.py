@@ -23,6 +23,8 @@ from tests.kernels.emulated_step import (
     run,
 )
 
+pytestmark = pytest.mark.emulated
+
 every_kernel = pytest.mark.parametrize("kernel", [few_rows, many_rows], ids=["few", "many"])
 
 

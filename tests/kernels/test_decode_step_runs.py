@@ -30,6 +30,8 @@ from tests.kernels.simt import Deadlock, Machine, Race, Role
 from tests.kernels.simt_thread import install
 from tests.kernels.streams import matrices
 
+pytestmark = pytest.mark.emulated
+
 
 @pytest.mark.parametrize(
     "inputs",

@@ -21,7 +21,7 @@ parity: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[parity]'
 	$(BIN)/python -m pytest -m live
 
-# The decode step's kernels run on NumPy, where races and unwritten words show; two minutes.
+# The decode step's kernels run on NumPy, where races and unwritten words show; a minute.
 emulate: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m emulated tests/kernels
 

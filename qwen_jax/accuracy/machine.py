@@ -24,8 +24,6 @@ from qwen_jax.reporting.table import Table
 REPEATS, TOKENS = 3, 48
 EXACT, WITHIN, FAULT, TOLD = "exact", "within rounding", "fault", "told"
 
-SIGNIFICAND = {"float32": 23, "bfloat16": 7, "float16": 10}
-"""Bits after the first."""
 TF32_BITS = 10
 SUM_BITS = 20
 """That sums in float32 keep at least: 2^20 + 1 has a bit to spare in its 24."""
@@ -135,7 +133,7 @@ def kept_bits(
     product: Callable[..., np.ndarray] = _product,
 ) -> MachineFinding:
     """How many bits of an input enter a product: 1 + 2^-p times one, nothing else."""
-    bits = SIGNIFICAND[dtype.name]
+    bits = jnp.finfo(dtype).nmant
     places = np.arange(bits) + 1
     x = np.tile(1 + 2.0**-places, (rows, 1))
     exact = (product(x, np.eye(bits), dtype, precision) == x).all(axis=0)
@@ -143,7 +141,9 @@ def kept_bits(
     check = f"{_how(dtype, rows)}: bits of an input"
     if kept == bits:
         return MachineFinding(check, EXACT, f"all {bits} after the first")
-    name = {TF32_BITS: ", as TF32 has", SIGNIFICAND["bfloat16"]: ", as bfloat16 has"}.get(kept, "")
+    name = {TF32_BITS: ", as TF32 has", jnp.finfo(jnp.bfloat16).nmant: ", as bfloat16 has"}.get(
+        kept, ""
+    )
     declared = precision == lax.Precision.HIGHEST
     return MachineFinding(
         check,
@@ -162,7 +162,7 @@ def sum_bits(
     """How wide a sum is: 2^p + 1 - 2^p, with the three far apart in any order."""
     width, rng = 2048, np.random.default_rng(1)
     # float16 ends at 65504.
-    most = 15 if dtype == jnp.float16 else SIGNIFICAND["float32"]
+    most = 15 if dtype == jnp.float16 else jnp.finfo(jnp.float32).nmant
     kept = 0
     for p in range(1, most + 1):
         w = np.zeros((32, width))

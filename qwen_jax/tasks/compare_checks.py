@@ -13,9 +13,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.opening import locate
 from qwen_jax.weights.hub_names import is_hub_name
 
-PARTS = (
-    *("tensors", "weights", "text", "cache", "distribution", "precision", "machine", "logprobs"),
-)
+PARTS = tuple(gates.MEASURED)
 BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
 
 _FILE = ("model", "adapter", "sha256")

@@ -273,7 +273,7 @@ class Products:
 
         carry = [*state, *[t.number(0)] * SUMS]
         after = t.loop(phase.stages, carry, stage)
-        self._store(phase.format, after[2:], number, sums)
+        self._store(phase.format, storage, after[2:], number, sums)
         return RingState(*after[:2])
 
     def _short_m_tile(
@@ -300,10 +300,12 @@ class Products:
             state = self.weights.next(state)
         taken = list(zip(weights, inputs, strict=True))
         totals = self._multiplied(phase, storage, [t.number(0)] * SUMS, taken, addends)
-        self._store(phase.format, totals, number, sums)
+        self._store(phase.format, storage, totals, number, sums)
         return state
 
-    def _store(self, format: Format, totals: Sequence[V], number: V, sums: V) -> None:
+    def _store(
+        self, format: Format, storage: Storage, totals: Sequence[V], number: V, sums: V
+    ) -> None:
         """Keeps this warp's sums of an M-tile for `_total`."""
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
         out, quarter = lane // 4, lane % 4
@@ -315,6 +317,9 @@ class Products:
             [sum(totals[n + i + 4 : n + each : 4], start=totals[n + i]) for i in range(4)]
             for n in range(0, SUMS, each)
         ]
+        # Of each four numbers two are of output g, two of output g + 8.
+        wholes = [1 / unit for unit in storage.units for _ in range(2)]
+        found = [[times(x, w) for x, w in zip(four, wholes, strict=True)] for four in found]
         base = sums + (number * WARPS + warp) * (self.rows * M_TILE * 4)
 
         def store(row: V, low: V, high: V) -> None:

@@ -15,10 +15,12 @@ from jaxtyping import Array, Float32, Shaped, UInt8, UInt32
 from pallas_kernels.decode_step.packed.planes import (
     GROUPS,
     SPREAD,
+    SUBNORMAL_UNITS,
     Plane,
     four_lanes,
     outputs,
     pairs,
+    subnormal_pairs,
 )
 from pallas_kernels.decode_step.packed.scales import FLOAT16, Fields, Scales, Two
 from pallas_kernels.decode_step.packed.storage import Group, Read, Storage
@@ -32,7 +34,7 @@ from pallas_kernels.decode_step.ptx.arithmetic import (
     scaled_halves,
     signed_bytes,
 )
-from pallas_kernels.decode_step.ptx.formats import FORMATS, Format
+from pallas_kernels.decode_step.ptx.formats import FORMATS, Format, times
 from pallas_kernels.decode_step.ptx.thread import V
 
 Parse = Callable[[UInt8[Array, "n 16 bytes"]], Fields]
@@ -140,8 +142,17 @@ class Blocks(Storage):
             begin += plane.tile_bytes
         return words + self.scales.load(read, begin, group, lane // 4)
 
+    @property
+    def units(self) -> tuple[float, float]:  # type: ignore[override]
+        # Codes that are whole numbers as they are.
+        return SUBNORMAL_UNITS if self.addends else (1.0, 1.0)
+
     def groups(self, words: list[V]) -> list[Group]:
-        codes, rest = self._codes(words, self.offset)
+        if self.addends:
+            planes, rest = self._planes(words)
+            codes = subnormal_pairs(planes)
+        else:
+            codes, rest = self._codes(words, self.offset)
         factors = self.scales.factors(rest)
         each = 2 // len(factors)
         operands = [codes[:4], codes[4:]]
@@ -171,16 +182,22 @@ class Blocks(Storage):
         return self.scales.load_addends(reads, self._code_bytes, lane)
 
     def addend_group(self, words: list[V]) -> Group:
-        operand, (a, b) = self.scales.addend_operand(words)
+        operand, scales = self.scales.addend_operand(words)
+        a, b = (times(x, unit) for x, unit in zip(scales, self.units, strict=True))
         return Group([operand], [a, a, b, b])
 
-    def _codes(self, words: list[V], offset: int) -> tuple[list[V], list[V]]:
-        """The eight pairs of codes less an offset in float16, and the words of scales."""
+    def _planes(self, words: list[V]) -> tuple[list[tuple[Plane, list[V]]], list[V]]:
+        """Each plane's words, and those of scales."""
         planes, rest = [], words
         for plane in self.planes:
             count = max(1, plane.words // 4)
             planes.append((plane, rest[:count]))
             rest = rest[count:]
+        return planes, rest
+
+    def _codes(self, words: list[V], offset: int) -> tuple[list[V], list[V]]:
+        """The eight pairs of codes less an offset in float16, and the words of scales."""
+        planes, rest = self._planes(words)
         if self.bits == (8,):
             codes = [*self._of_bytes(planes[0][1])]
         elif self.table is not None:

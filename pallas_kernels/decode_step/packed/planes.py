@@ -7,6 +7,7 @@ which are two tensor-core products. In the order [t, j, c, half, e] these are in
 
 import dataclasses
 import functools
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,10 @@ SPREAD = 2
 """Tiles that a block's eight warps take together."""
 WEIGHTS = 64
 """Of four lanes."""
+
+APART = 4
+"""Bits by which the codes of outputs g + 8 lie higher than those of outputs g, in planes and in
+float16 alike: so both are moved at once."""
 
 _MAGIC = 0x6400_6400
 """Two float16 of 1024, whose last ten bits count 1, 2 and so on."""
@@ -53,16 +58,15 @@ class Plane:
     def places(self) -> tuple[Int[np.ndarray, "64"], Int[np.ndarray, "64"]]:
         """The word and the shift of each of the 64 codes."""
         t, j, c, half, e = np.unravel_index(np.arange(WEIGHTS), (4, 2, 2, 2, 2))
-        pair = 2 * c + half
         match self.bits:
             case 8:
                 return t * 4 + j * 2 + half, 8 * (2 * c + e)
             case 4:
-                return t * 2 + j, 4 * pair + 16 * e
+                return t * 2 + j, 8 * c + APART * half + 16 * e
             case 2:
-                return t, 2 * (4 * j + pair) + 16 * e
+                return t, 8 * j + 2 * c + APART * half + 16 * e
             case _:
-                return t // 2, 4 * j + pair + 8 * e + 16 * (t % 2)
+                return t // 2, j + 2 * c + APART * half + 8 * e + 16 * (t % 2)
 
     def packed(self, codes: UInt8[Array, "n 4 8 64"]) -> UInt32[Array, "n words"]:
         """Words of tiles, from these bits of codes in the order of four lanes."""
@@ -90,12 +94,11 @@ class Plane:
         half = word >> ((lane & 1) << 4)
         return [(half & 0xFF) | ((half & 0xFF00) << 8)]
 
-    def at(self, pair: int) -> tuple[int, int]:
-        """Of the eight pairs of a lane's codes: the word and the place of the first in it, the
-        second's being 16 bits further.
+    def at(self, j: int, c: int) -> tuple[int, int]:
+        """Of a lane's codes of output g: the word and the place in it of e = 0; e = 1 is 16 bits
+        further.
         """
-        word, place = (int(x) for x in divmod(pair * self.bits, 16))
-        return word, place
+        return (j, 8 * c) if self.bits == 4 else (0, (8 * j + 2 * c) if self.bits == 2 else j + 2 * c)
 
 
 def four_lanes(weights: UInt8[Array, "n 16 128"]) -> UInt8[Array, "n 4 8 64"]:
@@ -115,30 +118,40 @@ def pairs(planes: list[tuple[Plane, list[V]]], offset: int) -> list[V]:
     """The codes of a lane less an offset, exactly, two float16 a word: the eight pairs in order.
 
     Args:
-        planes: with their words, the lowest bits' first; eight bits in all at most.
+        planes: with their words, the lowest bits' first; six bits in all at most.
     """
-    if len(planes) == 1:
-        return [_alone(*planes[0], pair, offset) for pair in range(8)]
+    made = _placed(planes, _MAGIC)
+    units = (2.0 ** -(APART * (n % 2)) for n in range(len(made)))
+    return [
+        scaled_halves(pair, unit, -1024 * unit - offset)
+        for pair, unit in zip(made, units, strict=True)
+    ]
+
+
+def subnormal_pairs(planes: list[tuple[Plane, list[V]]]) -> list[V]:
+    """The same codes as the last bits of float16, for which nothing needs to be done: they count
+    `SUBNORMAL_UNITS`, those of outputs g and those of outputs g + 8.
+    """
+    return _placed(planes, 0)
+
+
+SUBNORMAL_UNITS = (2.0**-24, 2.0 ** (APART - 24))
+
+
+def _placed(planes: list[tuple[Plane, list[V]]], among: int) -> list[V]:
+    """Each pair's codes among other bits: of outputs g from the lowest bit on, of g + 8 higher."""
     made = []
-    for pair in range(8):
-        value: int | V = _MAGIC
+    for j, c, half in itertools.product(range(2), repeat=3):
+        value: int | V = among
         low = 0
         for plane, words in planes:
-            word, at = plane.at(pair)
-            mask = _both(((1 << plane.bits) - 1) << low)
-            value, low = placed(_moved(words[word], at - low), mask, value), low + plane.bits
-        made.append(scaled_halves(t.integer(value), 1, -1024 - offset))
+            word, at = plane.at(j, c)
+            mask = _both(((1 << plane.bits) - 1) << (low + APART * half))
+            moved = _moved(words[word], at - low)
+            value = placed(moved, mask, value) if among or low else moved & mask
+            low += plane.bits
+        made.append(t.integer(value))
     return made
-
-
-def _alone(plane: Plane, words: list[V], pair: int, offset: int) -> V:
-    """Without a shift where a float16's ten bits reach the code's place."""
-    word, at = plane.at(pair)
-    far = at + plane.bits > 10
-    here = _moved(words[word], 8) if far else words[word]
-    place = at - 8 * far
-    value = placed(here, _both(((1 << plane.bits) - 1) << place), _MAGIC)
-    return scaled_halves(value, 2.0**-place, -1024 * 2.0**-place - offset)
 
 
 def _moved(word: V, down: int) -> V:
@@ -148,4 +161,5 @@ def _moved(word: V, down: int) -> V:
 
 
 def _both(half: int) -> int:
+    """In both halves of a word, as a signed number."""
     return half | half << 16

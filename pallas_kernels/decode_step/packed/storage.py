@@ -41,6 +41,8 @@ class Storage(abc.ABC):
         tiles: that come together where a matrix is put into the stream.
         spread: tiles that a block's eight warps take together; so many times 16 inputs are a
             warp's.
+        units: what the products of `groups` count, of outputs g and of outputs g + 8; powers of
+            two.
         addends: whether numbers are added to its weights, the same for 16 or 32 inputs. They are
             multiplied with sums of inputs.
         dtype: of the numbers that are read back, which has every one of them exactly.
@@ -52,6 +54,7 @@ class Storage(abc.ABC):
     tile_bytes: int
     tiles: int = 1
     spread: int = 1
+    units: tuple[float, float] = (1.0, 1.0)
     addends: bool = False
     dtype: jnp.dtype
     inputs: jnp.dtype

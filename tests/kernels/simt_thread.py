@@ -314,8 +314,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "address": lambda ref, shared=False: v(ref, I32 if shared else I64),
     }.items():  # fmt: skip
         patch.setattr(t, name, code)
-    patch.setattr(products, "multiply_add", multiply_add)
     for module, name, code in [
+        (products, "multiply_add", multiply_add), (arithmetic, "multiply_add", multiply_add),
         (arithmetic, "permuted", permuted), (blocks, "permuted", permuted),
         (arithmetic, "scaled_halves", scaled_halves), (blocks, "scaled_halves", scaled_halves),
         (planes, "scaled_halves", scaled_halves), (planes, "placed", placed),

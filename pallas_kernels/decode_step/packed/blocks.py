@@ -52,7 +52,9 @@ class Blocks(Storage):
     the `table`'s entry for it, and an addend where the format has one.
 
     Since codes are exact in float16, no weight is rounded: products of codes are added up in
-    float32, then multiplied by their scale; the addend is multiplied with the inputs' mean.
+    float32, then multiplied by their scale; the addend is multiplied with the inputs' mean. So is
+    the offset, which is an addend like any, but for codes of eight bits, whose sums would be far
+    larger than what is left of them.
 
     Attributes:
         block_bytes: of a block in the file.
@@ -92,7 +94,7 @@ class Blocks(Storage):
 
     @property
     def addends(self) -> bool:  # type: ignore[override]
-        return self.scales.adds
+        return self.scales.adds or (self.offset > 0 and self.bits != (8,))
 
     def words(self, pieces: UInt8[Array, "n 16 piece"]) -> UInt32[Array, "n words"]:
         blocks = pieces.reshape(len(pieces) * M_TILE, -1, self.block_bytes)
@@ -163,10 +165,10 @@ class Blocks(Storage):
 
     def operands(self, words: list[V]) -> list[list[V]]:
         # About the middle of the codes addends are small, and so is what rounding them costs.
-        middle = 1 << (sum(self.bits) - 1) if self.addends else 0
+        middle = 1 << (sum(self.bits) - 1) if self.scales.adds else 0
         codes, rest = self._codes(words, self.offset + middle)
         factors, addends = self.scales.factors(rest), None
-        if self.addends:
+        if self.scales.adds:
             both = zip(factors, self.scales.addends(rest), strict=True)
             addends = [_twice(a * middle + m, b * middle + n) for (a, b), (m, n) in both]
         factors = [_twice(*two) for two in factors]
@@ -182,7 +184,7 @@ class Blocks(Storage):
         return self.scales.load_addends(reads, self._code_bytes, lane)
 
     def addend_group(self, words: list[V]) -> Group:
-        operand, scales = self.scales.addend_operand(words)
+        operand, scales = self.scales.addend_operand(words, -self.offset)
         a, b = (times(x, unit) for x, unit in zip(scales, self.units, strict=True))
         return Group([operand], [a, a, b, b])
 
@@ -236,7 +238,7 @@ class Blocks(Storage):
     def expanded(self, words: list[V], format: Format) -> list[V]:
         codes, rest = self._codes(words, self.offset)
         factors = self.scales.factors(rest)
-        addends = self.scales.addends(rest) if self.addends else None
+        addends = self.scales.addends(rest) if self.scales.adds else None
         found = []
         for n, pair in enumerate(codes):
             # Of each operand four words: outputs g, g + 8, g, g + 8.

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from pallas_kernels.decode_step.packed.planes import GROUPS
 from pallas_kernels.decode_step.packed.storage import Read
 from pallas_kernels.decode_step.packed.tile import M_TILE
 from pallas_kernels.decode_step.ptx import thread as t
-from pallas_kernels.decode_step.ptx.arithmetic import byte_number, permuted, scaled_halves
+from pallas_kernels.decode_step.ptx.arithmetic import bytes_times, permuted, scaled_halves
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.decode_step.ptx.thread import V
 
@@ -73,12 +73,17 @@ class Scales(abc.ABC):
         raise NotImplementedError
 
     def load_addends(self, reads: Sequence[Read], begin: int, lane: V) -> list[V]:
-        """Of a lane 4 g + t, of both tiles, what the addends of group t are made of."""
+        """Of a lane 4 g + t, of both tiles, what the addends of group t are made of; where there
+        are none, of as much as factors times a number.
+        """
         raise NotImplementedError
 
-    def addend_operand(self, words: list[V]) -> tuple[list[V], Two]:
+    def addend_operand(self, words: list[V], number: int) -> tuple[list[V], Two]:
         """From them: of each tile outputs g and g + 8, as two float16, each to be multiplied with
         the mean of 16 inputs; and what products of them are multiplied with then.
+
+        Args:
+            number: that factors are multiplied with to be addends, where there are none.
         """
         raise NotImplementedError
 
@@ -122,12 +127,14 @@ class Halves(Scales):
         return [FLOAT16.floats(words[1])]
 
     def load_addends(self, reads: Sequence[Read], begin: int, lane: V) -> list[V]:
-        at = (lane % 4 * 8 + lane // 4) * 8 + (begin + 4)
+        count = len(self.names)
+        at = (lane % 4 * 8 + lane // 4) * (4 * count) + (begin + 4 * (count - 1))
         return [word for read in reads for word in read(at, 1)]
 
-    def addend_operand(self, words: list[V]) -> tuple[list[V], Two]:
+    def addend_operand(self, words: list[V], number: int) -> tuple[list[V], Two]:
         operand = [permuted(w, w, half) for w in words for half in (0x1010, 0x3232)]
-        return operand, (t.number(AVERAGED), t.number(AVERAGED))
+        times = t.number(AVERAGED if self.minimum else AVERAGED * number)
+        return operand, (times, times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,29 +276,34 @@ class Integers(Scales):
             return self._times(words[0], [2], words[2])
         return self._times((words[0] >> 4) & 0x0F0F0F0F, [0, 2], words[2])
 
-    def _times(self, word: V, firsts: Iterable[int], by: V, offset: int = 0) -> list[Two]:
+    def _times(self, word: V, firsts: Sequence[int], by: V, offset: int = 0) -> list[Two]:
         """The bytes from each of `firsts` on, less the offset, times a float16 each."""
-        low, high = FLOAT16.floats(by)
-        return [
-            (byte_number(word, n, offset) * low, byte_number(word, n + 1, offset) * high)
-            for n in firsts
-        ]
+        low, high = (
+            bytes_times(word, [n + half for n in firsts], each, offset)
+            for half, each in enumerate(FLOAT16.floats(by))
+        )
+        return [*zip(low, high, strict=True)]
 
     def load_addends(self, reads: Sequence[Read], begin: int, lane: V) -> list[V]:
         g, group = lane // 4, lane % 4
         words = [word for read in reads for word in read((group * 8 + g) * 4 + begin, 1)]
-        # Both tiles are of one block, whose dmin each has.
-        return words + reads[0](g * 8 + (begin + self._integer_bytes + 4), 1)
+        # Both tiles are of one block, whose d and dmin each has.
+        count = 2 if self.minimum else 1
+        at = g * (4 * count) + (begin + self._integer_bytes + 4 * (count - 1))
+        return words + reads[0](at, 1)
 
-    def addend_operand(self, words: list[V]) -> tuple[list[V], Two]:
+    def addend_operand(self, words: list[V], number: int) -> tuple[list[V], Two]:
         *tiles, rows = words
-        if self.each == 16:
+        if self.each == 16 and self.minimum:
             tiles = [(word >> 4) & 0x0F0F0F0F for word in tiles]
         # A byte is the last of a float16 of 1024.
         selectors, above = (0x4240, 0x4341) if self.each == 16 else (0x4242, 0x4343), 0x6464_6464
         pairs = (permuted(word, t.integer(above), at) for word in tiles for at in selectors)
-        whole = [scaled_halves(pair, AVERAGED, -1024 * AVERAGED) for pair in pairs]
-        return whole, FLOAT16.floats(rows)
+        low, high = FLOAT16.floats(rows)
+        if self.minimum:
+            return [scaled_halves(pair, AVERAGED, -1024 * AVERAGED) for pair in pairs], (low, high)
+        whole = [scaled_halves(pair, 1, -1024 - self.offset) for pair in pairs]
+        return whole, (low * (AVERAGED * number), high * (AVERAGED * number))
 
 
 def _both(halves: Shaped[Array, "n 16 m"]) -> UInt32[Array, "n 8 m"]:

@@ -43,8 +43,8 @@ class Storage(abc.ABC):
             warp's.
         units: what the products of `groups` count, of outputs g and of outputs g + 8; powers of
             two.
-        addends: whether numbers are added to its weights, the same for 16 or 32 inputs. They are
-            multiplied with sums of inputs.
+        addends: whether numbers are added to what `groups` makes, the same for 16 or 32 inputs.
+            They are multiplied with means of inputs.
         dtype: of the numbers that are read back, which has every one of them exactly.
         inputs: what the definition of correct rounds a product's input to.
         format: in which the kernels take products; without one they don't.

@@ -1,6 +1,7 @@
 """Arithmetic that takes one or two instructions where dialects of MLIR would take several."""
 
 import struct
+from collections.abc import Sequence
 
 from pallas_kernels.decode_step.ptx.thread import V, asm, f32, i32, integer
 
@@ -58,10 +59,11 @@ def signed_bytes(word: V) -> list[V]:
     return [scaled_halves(pair, 1, -1024 - 128) for pair in pairs]
 
 
-def byte_number(word: V, which: int, offset: int = 0) -> V:
-    """One of the four bytes less an offset, exactly, as float32.
+def bytes_times(word: V, which: Sequence[int], by: V, offset: int = 0) -> list[V]:
+    """Some of the four bytes less an offset, each times a float32 of eleven bits, exactly.
 
-    Below 0x4B0000 it is the float32 2^23 + byte, whose last bit counts 1.
+    Between 0x470000 and a byte of zeros it is the float32 2^15 + byte.
     """
-    bits = permuted(word, integer(0x4B00_0000), 0x7440 | which)
-    return bits.bits() - float(2**23 + offset)
+    above, less = integer(0x4700_0000), by * -float(2**15 + offset)
+    parts = (permuted(word, above, 0x7404 | n << 4).bits() for n in which)
+    return [multiply_add(part, by, less) for part in parts]

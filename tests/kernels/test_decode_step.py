@@ -122,15 +122,15 @@ def test_shared_memory_is_enough(size: str, rows: int) -> None:
         assert rows > MOST_FEW_ROWS[size]
         return
     assert rows <= MOST_FEW_ROWS[size]
-    memory = few_rows.memory(plan, rows)
+    memory, _, cut = found = few_rows.divided(plan, rows)
     longest = -(-shape.ffn // 128 // plan.phases[DOWN].parts)
     inputs = max(shape.hidden, 128 * longest) * rows * 4
     assert memory.inputs >= max(inputs, 8 * shape.group * (shape.head_dim + 2) * 4)
-    stage = few_rows.stage_bytes(plan)
-    assert stage >= 4096 * max(p.stage_tiles for p in plan.phases)
+    stage = max(stages.bytes for stages in cut)
+    assert stage >= 4096 * max(stages.tiles for stages in cut)
     assert memory.stages * (stage + 16) <= memory.ring + memory.barriers
     assert sum(memory) <= 232_448 - 2048
-    assert memory.stages >= few_rows.fewest_stages(plan)
+    assert memory.stages >= found.fewest
     # Copies want 16 bytes, the barriers 8.
     assert stage % 16 == 0
     assert all(begin % 16 == 0 for begin in launch.begins(memory))

@@ -31,6 +31,7 @@ from pallas_kernels.decode_step.common.phases import own_bytes
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
 from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
+from pallas_kernels.decode_step.few_rows.stages import Stages, cut, longest
 from pallas_kernels.decode_step.few_rows.step import Step
 from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing, in_flight
 from pallas_kernels.decode_step.packed.plan import StepPlan
@@ -71,28 +72,36 @@ class Memory(NamedTuple):
         return self.barriers // 16
 
 
-def stage_bytes(plan: StepPlan) -> int:
-    """Of the longest stage of weights."""
-    return max(phase.stage_bytes for phase in plan.phases)
+class Divided(NamedTuple):
+    """A block's shared memory, and what goes through it.
+
+    Attributes:
+        m_tiles: whose sums are added up together.
+        cut: each phase's M-tiles into stages.
+    """
+
+    memory: Memory
+    m_tiles: int
+    cut: list[Stages]
+
+    @property
+    def fewest(self) -> int:
+        """Stages that the ring needs."""
+        return in_flight(longest(self.cut))
 
 
-def fewest_stages(plan: StepPlan) -> int:
-    """That the ring needs."""
-    return in_flight(stage_bytes(plan))
-
-
-def m_tiles_at_once(plan: StepPlan, rows: int) -> int:
-    """M-tiles whose sums are added up together: fewer where the inputs take up the memory."""
+def divided(plan: StepPlan, rows: int) -> Divided:
+    """Fewer M-tiles at once where the inputs take up the memory."""
     # Each number of them is a thread's, of which MOST_ROWS rows of one M-tile take all.
-    usual = max(8 // rows, min(2, MOST_ROWS // rows))
-    return usual if _divided(plan, rows, usual).stages >= fewest_stages(plan) else 1
+    usual = _divided(plan, rows, max(8 // rows, min(2, MOST_ROWS // rows)))
+    return usual if usual.memory.stages >= usual.fewest else _divided(plan, rows, 1)
 
 
 def memory(plan: StepPlan, rows: int) -> Memory:
-    return _divided(plan, rows, m_tiles_at_once(plan, rows))
+    return divided(plan, rows).memory
 
 
-def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
+def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Divided:
     others = (
         max(input_bytes(plan, rows), attention.found_bytes(plan)),
         sums_bytes(m_tiles, rows),
@@ -101,8 +110,9 @@ def _divided(plan: StepPlan, rows: int, m_tiles: int) -> Memory:
         MOST_ROWS * 4,
     )
     left = SHARED_BYTES - sum(others)
-    stages = max(0, left // (stage_bytes(plan) + 16))
-    return Memory(stages * stage_bytes(plan), *others, stages * 16)
+    stages = cut(plan, left)
+    count = max(0, left // (longest(stages) + 16))
+    return Divided(Memory(count * longest(stages), *others, count * 16), m_tiles, stages)
 
 
 def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
@@ -117,10 +127,11 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
         return f"it takes at most {MOST_ROWS} rows, not {rows}"
     if rows * shape.kv_heads > plan.blocks:
         return f"{rows} rows of {shape.kv_heads} key/value heads are more than {plan.blocks} blocks"
-    if (stages := memory(plan, rows).stages) < fewest_stages(plan):
+    found = divided(plan, rows)
+    if found.memory.stages < found.fewest:
         return (
-            f"beside {rows} rows of {shape.hidden} numbers, shared memory has room for {stages} "
-            f"stages of weights, fewer than {fewest_stages(plan)}"
+            f"beside {rows} rows of {shape.hidden} numbers, shared memory has room for "
+            f"{found.memory.stages} stages of weights, fewer than {found.fewest}"
         )
     return None
 
@@ -131,7 +142,7 @@ def build(
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
-    divided = memory(plan, rows)
+    memory, m_tiles, stages = divided(plan, rows)
     splits = attention.most_splits(plan, rows, pool.capacity)
     layout = Layout.of(plan, rows, splits)
 
@@ -155,7 +166,7 @@ def build(
 
     def weights_in(smem: Any) -> WeightRing:
         base = t.address(smem, shared=True)
-        return WeightRing(base, base + begins(divided)[-1], divided.stages, stage_bytes(plan))
+        return WeightRing(base, base + begins(memory)[-1], memory.stages, stages)
 
     def make(context: Any, smem: Any) -> None:
         t.when(t.thread_id().equals(0), weights_in(smem).make)
@@ -172,9 +183,9 @@ def build(
     def steps(context: Any, *refs: Any) -> None:
         given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         base = t.address(smem, shared=True)
-        _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
-        longest = max(phase.longest for phase in plan.phases)
-        inputs = Inputs(rows, longest, operands, squares)
+        _, operands, sums, own, heads, squares, _ = (base + b for b in begins(memory))
+        most_tiles = max(phase.longest for phase in plan.phases)
+        inputs = Inputs(rows, most_tiles, operands, squares)
         words = Exchange(given.exchange, layout)
 
         def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
@@ -185,7 +196,7 @@ def build(
             rows=rows,
             work=Work.read(given.table, cta, blocks),
             inputs=inputs,
-            products=Products(inputs, weights_in(smem), sums, m_tiles_at_once(plan, rows)),
+            products=Products(inputs, weights_in(smem), sums, m_tiles),
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
                 given.rope, given.positions, given.new, words, heads, operands,
@@ -198,5 +209,5 @@ def build(
         step.run()
 
     roles = Roles(make, fetch, start, steps)
-    shared = sum(divided)
+    shared = sum(memory)
     return persistent("decode_step", plan, rows, cache, layout.total, shared, roles, traced)

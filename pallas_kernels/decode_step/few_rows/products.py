@@ -12,7 +12,8 @@ from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.phases import Epilogue, Prepare
 from pallas_kernels.decode_step.common.ring import RingState
 from pallas_kernels.decode_step.few_rows.inputs import EIGHT, Inputs
-from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing, stage_begin
+from pallas_kernels.decode_step.few_rows.stages import Stages
+from pallas_kernels.decode_step.few_rows.weight_ring import WeightRing
 from pallas_kernels.decode_step.packed.plan import Phase
 from pallas_kernels.decode_step.packed.storage import Group, Storage
 from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
@@ -101,10 +102,16 @@ class Products:
         self.inputs, self.weights, self.sums = inputs, weights, sums
         self.most_m_tiles, self.rows = most_m_tiles, inputs.rows
 
+    @property
+    def cut(self) -> Sequence[Stages]:
+        """How each phase's M-tiles are."""
+        return self.weights.cut
+
     def product(
         self,
         state: RingState,
         phase: Phase,
+        stages: Stages,
         m_tiles: V,
         tiles: int | V,
         epilogue: Epilogue,
@@ -139,8 +146,9 @@ class Products:
                 def stored(storage: Storage) -> list[V]:
                     at, thread = RingState(*carry), threads[storage.spread]
                     if inputs := kept.get(storage.spread):
-                        return [*self._short_m_tile(at, phase, storage, thread, n, sums, inputs)]
-                    return [*self._m_tile(at, phase, storage, thread, tiles, n, sums)]
+                        how = (phase, stages, storage, thread, n, sums, inputs)
+                        return [*self._short_m_tile(at, *how)]
+                    return [*self._m_tile(at, phase, stages, storage, thread, tiles, n, sums)]
 
                 if kind is None:
                     return stored(phase.storages[0])
@@ -243,6 +251,7 @@ class Products:
         self,
         state: RingState,
         phase: Phase,
+        stages: Stages,
         storage: Storage,
         thread: Thread,
         tiles: int | V,
@@ -250,14 +259,14 @@ class Products:
         sums: V,
     ) -> RingState:
         """Multiplies one M-tile with the input, stage by stage."""
-        even = isinstance(tiles, int) and tiles % (phase.stages * phase.unit) == 0
-        count, spread = phase.stage_tiles, storage.spread
+        even = isinstance(tiles, int) and tiles % (stages.number * stages.unit) == 0
+        count, spread = stages.tiles, storage.spread
         # Stages differ by a unit, and the last one may end within one.
-        least = count if even else count - (2 * phase.unit - 1)
+        least = count if even else count - (2 * stages.unit - 1)
 
         def stage(i: V, carry: list[V]) -> list[V]:
             state, totals = RingState(*carry[:2]), carry[2:]
-            begin, end = (stage_begin(phase, tiles, i + n) for n in (0, 1))
+            begin, end = (stages.begin(tiles, i + n) for n in (0, 1))
             firsts = range(0, count, spread)
             there = [None if n + spread <= least else thread.has(begin + n, end) for n in firsts]
             filled = self.weights.wait(state)
@@ -272,7 +281,7 @@ class Products:
             return [*self.weights.next(state), *totals]
 
         carry = [*state, *[t.number(0)] * SUMS]
-        after = t.loop(phase.stages, carry, stage)
+        after = t.loop(stages.number, carry, stage)
         self._store(phase.format, storage, after[2:], number, sums)
         return RingState(*after[:2])
 
@@ -280,6 +289,7 @@ class Products:
         self,
         state: RingState,
         phase: Phase,
+        stages: Stages,
         storage: Storage,
         thread: Thread,
         number: V,
@@ -290,8 +300,8 @@ class Products:
         spread = storage.spread
         weights: list[list[V]] = []
         addends: list[Taken] = []
-        for i in range(phase.stages):
-            begin, end = (stage_begin(phase, phase.across, n) for n in (i, i + 1))
+        for i in range(stages.number):
+            begin, end = (stages.begin(phase.across, n) for n in (i, i + 1))
             there = [thread.has(at, end) for at in range(begin, end, spread)]
             filled = self.weights.wait(state)
             weights += self._weights(filled, storage, thread, there)

@@ -81,8 +81,8 @@ class Step(Phases):
     ) -> list[V]:
         p, m_tiles, state = self.plan.phases[phase], self.work.count[phase], RingState(*streams)
         kind = self.work.kind(self.plan, phase, layer.kinds)
-        tiles, product = self.work.tiles(p), self.products.product
-        return [*product(state, p, m_tiles, tiles, epilogue, prepare, height, kind)]
+        tiles, product, stages = self.work.tiles(p), self.products.product, self.products.cut[phase]
+        return [*product(state, p, stages, m_tiles, tiles, epilogue, prepare, height, kind)]
 
     def scale(self, row: V) -> V:
         shape = self.plan.shape

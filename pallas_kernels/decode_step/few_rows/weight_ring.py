@@ -5,11 +5,12 @@ weights of the next phases arrive while the blocks wait for each other.
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.common.work import Kinds, Work
-from pallas_kernels.decode_step.packed.plan import HEAD, Phase, StepPlan
+from pallas_kernels.decode_step.few_rows.stages import Stages, longest
+from pallas_kernels.decode_step.packed.plan import HEAD, StepPlan
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
@@ -26,17 +27,16 @@ def in_flight(stage_bytes: int) -> int:
     return -(-IN_FLIGHT_BYTES // stage_bytes)
 
 
-def stage_begin(phase: Phase, tiles: Any, number: Any) -> Any:
-    """The first tile of a stage, of so many in an M-tile; a number where both are known."""
-    if phase.unit == 1:
-        return (number * tiles) // phase.stages
-    units = (tiles + (phase.unit - 1)) // phase.unit
-    smaller = min if isinstance(tiles, int) and isinstance(number, int) else t.smaller
-    return smaller((number * units) // phase.stages * phase.unit, tiles)
-
-
 class WeightRing(Ring):
-    """The weights of one block, stage after stage as they lie in its stream."""
+    """The weights of one block, stage after stage as they lie in its stream.
+
+    Attributes:
+        cut: how each phase's M-tiles are.
+    """
+
+    def __init__(self, memory: V, turns: V, stages: int, cut: Sequence[Stages]):
+        super().__init__(memory, turns, stages, longest(cut))
+        self.cut = cut
 
     def fetch(self, plan: StepPlan, stream: V, work: Work) -> None:
         """Fetches all weights of the block in order; for one thread alone.
@@ -46,7 +46,7 @@ class WeightRing(Ring):
         """
 
         def m_tiles(phase: int, kinds: Kinds, carry: list[V]) -> list[V]:
-            p = plan.phases[phase]
+            p, cut = plan.phases[phase], self.cut[phase]
             tiles, kind = work.tiles(p), work.kind(plan, phase, kinds)
             granules = [plan.granules(storage.name) for storage in p.storages]
 
@@ -56,12 +56,12 @@ class WeightRing(Ring):
                     mine = kind(number)
                     for n, other in enumerate(granules):
                         each = t.select(mine.equals(n), t.integer(other), each)
-                return t.loop(p.stages, carry, functools.partial(stage, each))
+                return t.loop(cut.number, carry, functools.partial(stage, each))
 
             def stage(each: V, i: V, carry: list[V]) -> list[V]:
                 granule, number, *at = carry
                 state, landed = RingState(*at[:2]), RingState(*at[2:])
-                size = (stage_begin(p, tiles, i + 1) - stage_begin(p, tiles, i)) * each
+                size = (cut.begin(tiles, i + 1) - cut.begin(tiles, i)) * each
                 late = number >= in_flight(self.stage_bytes)
                 t.when(late, lambda: barriers.await_turn(self.full(landed.stage), landed.parity))
                 after = self.next(landed)

@@ -21,10 +21,6 @@ from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE
 from pallas_kernels.decode_step.ptx.formats import Format
 
-LONGEST_STAGE = {1: 16 * 1024, 2: 26 * 1024}
-"""Bytes that are fetched at once, at most, by `Storage.spread`. Each stage is waited for; blocks
-take longer to multiply than to fetch, so that fewer waits count for more."""
-
 QKV, O_PROJ, GATE_UP, DOWN, HEAD = range(5)
 """The phases: four products a layer, then the head."""
 
@@ -110,7 +106,7 @@ class Phase:
 
     @cached_property
     def unit(self) -> int:
-        """Tiles that stages and parts have a multiple of, but for the last ones."""
+        """Tiles that parts have a multiple of, but for the last one."""
         return max(storage.spread for storage in self.storages)
 
     @property
@@ -138,28 +134,6 @@ class Phase:
     def longest(self) -> int:
         """Tiles in the longest M-tile of any block."""
         return int(np.diff(self.part_begin).max())
-
-    @cached_property
-    def stages(self) -> int:
-        """Stages of the ring that an M-tile fills."""
-        bytes_ = max(storage.tile_bytes for storage in self.storages)
-        units, most = -(-self.longest // self.unit), LONGEST_STAGE[self.unit] // bytes_ // self.unit
-        fewest = -(-units // most)
-
-        def cost(stages: int) -> float:
-            """In units, of which all stages take as many; to wait for one takes half of one."""
-            return stages * (-(-units // stages) + 0.5)
-
-        return fewest if self.unit == 1 else min(range(fewest, units + 1), key=cost)
-
-    @property
-    def stage_tiles(self) -> int:
-        """Tiles in the longest stage."""
-        return self.unit * -(-self.longest // (self.unit * self.stages))
-
-    @property
-    def stage_bytes(self) -> int:
-        return self.stage_tiles * max(storage.tile_bytes for storage in self.storages)
 
     def segment(self, m_tiles: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.begins, m_tiles, side="right") - 1

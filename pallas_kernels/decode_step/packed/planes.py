@@ -98,7 +98,9 @@ class Plane:
         """Of a lane's codes of output g: the word and the place in it of e = 0; e = 1 is 16 bits
         further.
         """
-        return (j, 8 * c) if self.bits == 4 else (0, (8 * j + 2 * c) if self.bits == 2 else j + 2 * c)
+        return (
+            (j, 8 * c) if self.bits == 4 else (0, (8 * j + 2 * c) if self.bits == 2 else j + 2 * c)
+        )
 
 
 def four_lanes(weights: UInt8[Array, "n 16 128"]) -> UInt8[Array, "n 4 8 64"]:

@@ -15,10 +15,11 @@ OPERATIONS = (
     "gqa_prefill_attention",
     "gqa_decode_attention",
     "decode_step",
+    "packed_product",
     "sample_tokens",
 )
-"""Every operation the engine calls: those of a layer, a whole step of a few rows, and what follows
-it."""
+"""Every operation the engine calls: those of a layer, a whole step of a few rows, products with
+weights that are packed for it, and what follows it."""
 
 SLOWER = {"rope": "XLA fuses it with what comes before and after, which beats a kernel of its own"}
 """Operations whose kernel runs only when asked for by name, and why."""

@@ -207,7 +207,7 @@ def run(
             size = int(np.prod(out.shape)) * out.dtype.itemsize
             refs.append(machine.array(rng.integers(0, 256, size, np.uint8)))
         install(inner, machine)
-        _install_pallas(inner, machine)
+        install_pallas(inner, machine)
         alter(inner)
         workers = [
             (Role(block, first, count), lambda: body(*refs, 0))
@@ -222,7 +222,7 @@ def run(
     return logits, new.reshape(new_shape).astype(np.float64)
 
 
-def _install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:
+def install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     """What the kernel's body asks of Pallas."""
 
     def signal(_: Any, count: int, **how: Any) -> None:

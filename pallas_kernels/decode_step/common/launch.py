@@ -118,6 +118,21 @@ def unfit(plan: StepPlan, cache: DTypeLike) -> str | None:
     return None
 
 
+def by_role(beside: Callable[[], None], compute: Callable[[], None]) -> None:
+    """In a kernel's body: what threads do that don't compute, and what those do that do."""
+    warpgroup = lax.axis_index("wg")
+
+    @pl.when(warpgroup == THREADS // t.WARPGROUP)
+    def _() -> None:
+        plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
+        beside()
+
+    @pl.when(warpgroup < THREADS // t.WARPGROUP)
+    def _() -> None:
+        plgpu.set_max_registers(REGISTERS, action="increase")
+        compute()
+
+
 def persistent(
     name: str,
     plan: StepPlan,
@@ -136,22 +151,16 @@ def persistent(
     def body(*refs: Any) -> None:
         stream, table, memory, smem = (refs[i] for i in (0, 1, 11, -1))
         semaphore = pl.get_global(plgpu.SemaphoreType.REGULAR)
-        warpgroup = lax.axis_index("wg")
         t.emit(roles.make, smem)
 
-        @pl.when(warpgroup == THREADS // t.WARPGROUP)
-        def _() -> None:
-            plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
-            t.emit(roles.beside, stream, table, memory, smem)
-
-        @pl.when(warpgroup < THREADS // t.WARPGROUP)
-        def _() -> None:
-            plgpu.set_max_registers(REGISTERS, action="increase")
+        def compute() -> None:
             t.emit(roles.start, *refs[1:])
             plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
             count = blocks * THREADS // t.WARPGROUP
             plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
             t.emit(roles.steps, *refs[1:])
+
+        by_role(lambda: t.emit(roles.beside, stream, table, memory, smem), compute)
 
     return compat.kernel(
         body,

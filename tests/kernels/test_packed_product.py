@@ -1,0 +1,160 @@
+"""Products of many rows with the weight stream: the kernel on NumPy, its tiling, its lowering."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import ShapeDtypeStruct
+
+from pallas_kernels import packed_product
+from pallas_kernels.decode_step import GATE_UP, HEAD, ModelShape, Packed
+from pallas_kernels.packed_product import mosaic_gpu
+from pallas_kernels.packed_product.tiling import M_TILES, MOST_ROWS, Tiling
+from tests.kernels import hopper
+from tests.kernels.emulated_step import SEED, SMALL, Case, drawn, install_pallas, relative
+from tests.kernels.float64_step import matrices
+from tests.kernels.simt import Machine, Role
+from tests.kernels.simt_thread import install
+from tests.kernels.test_blocks import as_in_files
+from tests.kernels.test_decode_step import SIZES, plan_of
+
+QKV, DOWN = 0, 3
+WIDE = ModelShape(1, 256, 4, 2, 64, 640, 272, 1e-6)
+"""M-tiles of the head and of gate and up that are no multiple of eight."""
+MIXED = ("q4_k", "q6_k", "q2_k", "q4_1", "q8_0")
+
+
+@functools.cache
+def case_of(shape: ModelShape, stored: str | tuple[str, ...]) -> Case:
+    return drawn(shape, 3, [1], 1, stored, cache="bfloat16")
+
+
+def run(
+    patch: pytest.MonkeyPatch, case: Case, phase: int, x: np.ndarray, dtype: str, tiling: Tiling
+) -> np.ndarray:
+    """The kernel's product of x, summed up over splits."""
+    plan = case.plan
+    this, (name,) = plan.phases[phase], {*plan.stored(phase, 0)}
+    at = plan.at(phase, 0)
+    shape = mosaic_gpu.Shape(
+        name, this.m_tiles, this.across, len(x), phase == GATE_UP, plan.granule_bytes
+    )
+    made: list[Any] = []
+    with patch.context() as inner:
+        inner.setattr(mosaic_gpu.compat, "kernel", lambda body, **how: made.append((body, how)))
+        mosaic_gpu._build.__wrapped__(shape, tiling, plan.blocks, dtype)
+        ((body, how),) = made
+        (words,) = (each.shape[0] for each in how["scratch_types"])
+        # Copies fill all but the barriers.
+        machine = Machine(plan.blocks, 4 * words, (0, 4 * words), SEED)
+        out = how["out_type"]
+        arranged = np.asarray(mosaic_gpu._arranged(jnp.asarray(x), tiling.rows))
+        refs = [machine.array(np.asarray(each)) for each in (case.packed.stream, at, arranged)]
+        size = int(np.prod(out.shape)) * out.dtype.itemsize
+        y = machine.array(np.random.default_rng(SEED).integers(0, 256, size, np.uint8))
+        install(inner, machine)
+        install_pallas(inner, machine)
+        machine.run(
+            [
+                (Role(block, first, count), lambda: body(*refs, y, 0))
+                for block in range(plan.blocks)
+                for first, count in ((0, 256), (256, 32), (288, 96))
+            ]
+        )
+    found = machine.bytes_at(y).view(out.dtype).reshape(out.shape).astype(np.float64)
+    return np.asarray(found.sum(axis=0))
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("shape", "stored", "phase", "rows", "dtype", "tiling"),
+    [
+        (SMALL, "bfloat16", QKV, 70, "bfloat16", Tiling(40, 1)),
+        (WIDE, "bfloat16", GATE_UP, 24, "bfloat16", Tiling(24, 1)),
+        (WIDE, "float16", DOWN, 65, "float32", Tiling(72, 3)),
+        (WIDE, "bfloat16", HEAD, 8, "float32", Tiling(8, 2)),
+        (SMALL, MIXED, QKV, 20, "float32", Tiling(16, 1)),
+        (SMALL, MIXED, 1, 256, "float16", Tiling(256, 1)),
+        (SMALL, MIXED, GATE_UP, 33, "float32", Tiling(40, 2)),
+        (SMALL, MIXED, DOWN, 9, "float32", Tiling(16, 4)),
+        (SMALL, MIXED, HEAD, 17, "float32", Tiling(24, 1)),
+    ],
+)
+def test_products(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: ModelShape,
+    stored: str | tuple[str, ...],
+    phase: int,
+    rows: int,
+    dtype: str,
+    tiling: Tiling,
+) -> None:
+    """Off by what rounding the result takes, and rounding a block's numbers to float16."""
+    case = case_of(shape, stored)
+    weights = np.asarray(matrices(case.packed, case.plan)[phase, 0], np.float64)
+    name = mosaic_gpu.input_dtype(case.plan, phase, 0)
+    x = np.random.default_rng(SEED).standard_normal((rows, weights.shape[1])).astype(name)
+    found, truth = run(monkeypatch, case, phase, x, dtype, tiling), x.astype(np.float64) @ weights.T
+    numbers = stored in ("bfloat16", "float16")
+    print(f"seed {SEED}: {relative(found, truth):.2e}")
+    rounding = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-21}[dtype]
+    assert relative(found, truth) <= rounding + (0 if numbers else 2**-11)
+
+
+@given(
+    m_tiles=st.integers(1, 2400),
+    across=st.integers(1, 240),
+    rows=st.integers(1, 9000),
+    blocks=st.sampled_from([114, 132]),
+)
+def test_a_tiling_covers_all(m_tiles: int, across: int, rows: int, blocks: int) -> None:
+    tiling = Tiling.of(m_tiles, across, rows, blocks)
+    assert tiling.rows % 8 == 0 and 8 <= tiling.rows <= MOST_ROWS
+    assert 1 <= tiling.splits <= across
+    assert tiling.row_blocks(rows) * tiling.rows >= rows
+    # No tiling of one piece a block where there is work for all of them.
+    pieces = -(-m_tiles // M_TILES) * tiling.row_blocks(rows) * tiling.splits
+    assert pieces >= min(blocks // 2, -(-m_tiles // M_TILES))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["bfloat16", "q4_k"])
+def test_the_reference(stored: str, dtype: str) -> None:
+    case = case_of(SMALL, stored)
+    weights = np.asarray(matrices(case.packed, case.plan)[GATE_UP, 1], np.float64)
+    x = jnp.asarray(np.random.default_rng(SEED).standard_normal((5, 256)), dtype)
+    found = packed_product(case.packed, case.plan, GATE_UP, 1, x)
+    assert found.dtype == x.dtype and found.shape == (5, len(weights))
+    truth = np.asarray(x, np.float64) @ weights.T
+    # Weights are numbers of x's dtype.
+    assert relative(np.asarray(found, np.float64), truth) <= {"bfloat16": 2**-7}.get(dtype, 2**-20)
+
+
+def test_wrong_columns_are_refused() -> None:
+    case = case_of(SMALL, "bfloat16")
+    with pytest.raises(ValueError, match="256 columns"):
+        packed_product(case.packed, case.plan, QKV, 0, jnp.zeros((3, 128)))
+
+
+@pytest.mark.lower
+@pytest.mark.parametrize("rows", [65, 512, 2048])
+@pytest.mark.parametrize(("size", "stored"), [("0.5b", "bfloat16"), ("0.5b", "q8_0"),
+                                              ("7b", "bfloat16"), ("7b", "q4_k_m")])  # fmt: skip
+def test_lowering(size: str, stored: str, rows: int) -> None:
+    plan = as_in_files(size, stored) if stored.endswith("_m") else plan_of(SIZES[size], stored)
+
+    def products(stream: Any, offsets: Any, *inputs: Any) -> list[Any]:
+        packed = Packed(stream, stream, stream, offsets)
+        return [
+            packed_product(packed, plan, phase, 0, x, implementation="mosaic_gpu")
+            for phase, x in enumerate(inputs)
+        ]
+
+    stream = ShapeDtypeStruct(plan.stream_shape, jnp.uint32)
+    offsets = tuple(ShapeDtypeStruct(each.shape, jnp.int32) for each in plan.tile_offsets)
+    inputs = [ShapeDtypeStruct((rows, columns), jnp.bfloat16) for _, columns in plan.shape.matrices]
+    assert "packed_product" in hopper.lower(products, stream, offsets, *inputs)

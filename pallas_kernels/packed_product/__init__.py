@@ -23,6 +23,7 @@ def packed_product(
     x: Float[Array, "rows in"],
     *,
     dtype: DTypeLike | None = None,
+    precision: lax.Precision = lax.Precision.HIGHEST,
     implementation: str = "auto",
 ) -> Float[Array, "rows out"]:
     """x @ W.T, of a matrix W as `StepPlan.matrices` has them.
@@ -36,6 +37,7 @@ def packed_product(
         phase, layer: whose matrix; of the head the layer is 0.
         x: in bfloat16, float16 or float32.
         dtype: of the result, by default that of x.
+        precision: of the reference's products.
 
     Raises:
         ValueError: x has another number of columns than the matrix.
@@ -47,7 +49,7 @@ def packed_product(
     result = jnp.dtype(dtype or x.dtype)
     why_not = mosaic_gpu.refusal(plan, phase, layer, result)
     if choose("packed_product", implementation, why_not) == "xla":
-        return reference(packed, plan, phase, layer, x, result)
+        return reference(packed, plan, phase, layer, x, result, precision)
     format = jnp.dtype(mosaic_gpu.input_dtype(plan, phase, layer))
     if format == x.dtype:
         return mosaic_gpu.product(packed, plan, phase, layer, x, result)

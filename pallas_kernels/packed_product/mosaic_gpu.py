@@ -248,7 +248,7 @@ def _build(shape: Shape, tiling: Tiling, blocks: int, dtype: str) -> Callable[..
         t.emit(make, smem)
         by_role(lambda: t.emit(fetch, stream, offsets, x, smem), lambda: t.emit(multiply, y, smem))
 
-    return compat.kernel(
+    kernel = compat.kernel(
         body,
         name="packed_product",
         out_type=jax.ShapeDtypeStruct((tiling.splits, shape.rows, shape.outs), dtype),
@@ -257,6 +257,8 @@ def _build(shape: Shape, tiling: Tiling, blocks: int, dtype: str) -> Callable[..
         scratch_types=(plgpu.SMEM((stages * (stage_bytes + 16) // 4,), jnp.int32),),
         warpgroups=(THREADS + FETCHERS) // t.WARPGROUP,
     )
+    # Jitted, so that it is traced and lowered once for all layers.
+    return jax.jit(kernel)
 
 
 def _multiplied(shape: Shape, weights: V, inputs: V, sixteen_bytes: int, sums: list[V]) -> list[V]:
@@ -273,7 +275,8 @@ def _multiplied(shape: Shape, weights: V, inputs: V, sixteen_bytes: int, sums: l
         some = range(turn * each, (turn + 1) * each)
         return [storage.load(read, t.integer(n), lane) for n in some]
 
-    later, running = loaded(0), []
+    later = loaded(0)
+    running: list[V] = []
     for turn in range(turns):
         words, later = later, loaded(turn + 1) if turn + 1 < turns else []
         made = [operand for some in words for operand in storage.operands(some)]

@@ -9,8 +9,14 @@ from pallas_kernels.decode_step.packed.plan import StepPlan
 
 
 def reference(
-    packed: Packed, plan: StepPlan, phase: int, layer: int, x: Float[Array, "rows in"],
+    packed: Packed,
+    plan: StepPlan,
+    phase: int,
+    layer: int,
+    x: Float[Array, "rows in"],
     dtype: jnp.dtype,
-) -> Float[Array, "rows out"]:  # fmt: skip
+    precision: lax.Precision,
+) -> Float[Array, "rows out"]:
     weights = packed.matrix(plan, phase, layer).astype(x.dtype)
-    return lax.dot_general(x, weights, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    contract = (((1,), (1,)), ((), ()))
+    return lax.dot_general(x, weights, contract, precision, preferred_element_type=dtype)

@@ -40,7 +40,7 @@ class Tiling(NamedTuple):
             tiles = -(-across // tiling.splits)
             turns = -(-pieces // blocks)
             alone = 1.0 if tiling.splits == 1 else 2.0 * tiling.splits
-            return turns * (tiles * (tiling.rows + 32) + 4 * tiling.rows * alone / tiling.splits)
+            return turns * (tiles * (tiling.rows + 64) + 4 * tiling.rows * alone / tiling.splits)
 
         most = max(1, across // FEWEST_TILES)
         possible = [cls(n, splits) for n in wide for splits in range(1, min(most, 8) + 1)]

@@ -62,11 +62,11 @@ class Blocks:
         return _in_order(chosen, self.kind).reshape(*rows.shape, -1)
 
     # Jitted, so that it is traced once for all layers: a third of what compiling takes.
-    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=(2, 3))
     def product(
-        self, x: Float[Array, "*rows in"], precision: lax.Precision
+        self, x: Float[Array, "*rows in"], precision: lax.Precision, dtype: jnp.dtype
     ) -> Float[Array, "*rows out"]:
-        """x @ self.T, a piece of rows after another.
+        """x @ self.T in `dtype`, a piece of rows after another.
 
         The last piece begins early enough to be whole; rows in two pieces come out the same.
         """
@@ -81,7 +81,7 @@ class Blocks:
             # Multiplied as they are decoded, the values would be decoded for each row of `x`.
             parts = lax.optimization_barrier(_parts(self._rows(start, piece), self.kind))
             matrices = (part.reshape(piece, -1) for part in parts)
-            found = [_matmul(a, w, precision) for a, w in zip(inputs, matrices, strict=True)]
+            found = [_matmul(a, w, precision, dtype) for a, w in zip(inputs, matrices, strict=True)]
             return functools.reduce(jnp.add, found)
 
         if count == 1:
@@ -91,7 +91,7 @@ class Blocks:
             start = jnp.minimum(number * piece, out - piece)
             return lax.dynamic_update_slice_in_dim(y, product_of(start), start, -1)
 
-        return lax.fori_loop(0, count, put, jnp.zeros((*x.shape[:-1], out), x.dtype))
+        return lax.fori_loop(0, count, put, jnp.zeros((*x.shape[:-1], out), dtype))
 
     def finite(self) -> jax.Array:
         """Whether all values are, looked at piece by piece."""
@@ -121,21 +121,21 @@ class Stacked:
         return self if rows is ... else expanded(self)[rows]
 
     def product(
-        self, x: Float[Array, "*rows in"], precision: lax.Precision
+        self, x: Float[Array, "*rows in"], precision: lax.Precision, dtype: jnp.dtype
     ) -> Float[Array, "*rows out"]:
-        """x @ self.T."""
-        return jnp.concatenate([_matmul(x, s, precision) for s in self.sources], axis=-1)
+        """x @ self.T in `dtype`."""
+        return jnp.concatenate([_matmul(x, s, precision, dtype) for s in self.sources], axis=-1)
 
 
 Matrix = Blocks | Stacked | jax.Array
 
 
 def _matmul(
-    x: Float[Array, "*rows in"], weight: Any, precision: lax.Precision
+    x: Float[Array, "*rows in"], weight: Any, precision: lax.Precision, dtype: jnp.dtype
 ) -> Float[Array, "*rows out"]:
     from qwen_jax.model.decoder import matmul  # and flax with it, which only tracing needs
 
-    return matmul(x, weight, precision)
+    return matmul(x, weight, precision, dtype)
 
 
 def _parts(fields: Mapping[str, Any], kind: GGMLQuantizationType) -> Parts:

@@ -1,9 +1,8 @@
 """How programs get at the parameters: by name, or packed for the decode-step kernel.
 
 Packed ones are the only copy a GPU holds. They are made once, while loading, parameter by
-parameter. Prefill reads the same weight stream: each matrix is put together again inside the
-compiled program, which costs it two more passes over the weights a call and no lasting memory. So
-do decode steps that the kernel doesn't serve (too many rows), once for every call.
+parameter. Prefill multiplies with the same weight stream, and so do decode steps of more rows than
+the kernel takes.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 from gguf.constants import GGMLQuantizationType
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 import pallas_kernels
@@ -149,6 +149,39 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix of the weight stream, as `qwen_jax.model.decoder.Matrix`."""
+
+    packed: Packed
+    plan: StepPlan = dataclasses.field(metadata={"static": True})
+    phase: int = dataclasses.field(metadata={"static": True})
+    layer: int = dataclasses.field(metadata={"static": True})
+    implementation: str = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, rows: Any) -> "PackedMatrix":
+        """Itself, for `...`: rows are looked up by `PackedWeights`."""
+        assert rows is ...
+        return self
+
+    def product(
+        self, x: Float[Array, "*rows in"], precision: lax.Precision, dtype: jnp.dtype
+    ) -> Float[Array, "*rows out"]:
+        """x @ self.T."""
+        found = pallas_kernels.packed_product(
+            self.packed,
+            self.plan,
+            self.phase,
+            self.layer,
+            x.reshape(-1, x.shape[-1]),
+            dtype=dtype,
+            precision=precision,
+            implementation=self.implementation,
+        )
+        return found.reshape(*x.shape[:-1], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PackedWeights:
     """A model's parameters as the decode-step kernel reads them.
 
@@ -174,10 +207,12 @@ class PackedWeights:
         return self.packed.stream.devices()
 
     def model(self, spec: Spec) -> "Qwen2":
-        """Its matrices are put together inside the program, in its dtype like all it works with."""
-        return _decoder(
-            spec, self.parameters(), look_up=lambda tokens: self.look_up(tokens).astype(self.dtype)
-        )
+        """Its products are taken with the weight stream."""
+
+        def look_up(tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+            return self.look_up(tokens).astype(self.dtype)
+
+        return _decoder(spec, self._named(self._product), look_up=look_up)
 
     def forward(self, spec: Spec, rows: int) -> Forward:
         if self.serves(rows):
@@ -217,16 +252,20 @@ class PackedWeights:
         return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
 
     def parameters(self) -> dict[str, jax.Array]:
-        """Every parameter by its canonical name, as `qwen_jax.model.decoder.Qwen2` takes them."""
+        """Every parameter by its canonical name, its matrices put together."""
+        return self._named(self._matrix)
+
+    def _named(self, matrix: Callable[..., Any]) -> dict[str, Any]:
+        """The parameters, of which `matrix` makes those of a phase and a layer."""
         packed, norms = self.packed, self.packed.norms
-        params = {"final_norm": norms[-1]}
+        params: dict[str, Any] = {"final_norm": norms[-1]}
         for i in range(self.config.num_layers):
             params[f"layers.{i}.attn_norm"] = norms[2 * i]
             params[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
             params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(self.dtype)
             for phase, name in enumerate(MATRICES):
-                params[f"layers.{i}.{name}.weight"] = self._matrix(phase, i)
-        head = self._matrix(HEAD)
+                params[f"layers.{i}.{name}.weight"] = matrix(phase, i)
+        head = matrix(HEAD)
         if self.embed is None:
             return params | {"embed": head}
         return params | {"embed": self.embed[...].astype(self.dtype), "lm_head": head}
@@ -237,6 +276,9 @@ class PackedWeights:
             return self.embed[tokens]
         found = self.packed.embeddings(self.plan, tokens.reshape(-1))
         return found.reshape(*tokens.shape, -1)
+
+    def _product(self, phase: int, layer: int = 0) -> PackedMatrix:
+        return PackedMatrix(self.packed, self.plan, phase, layer, self.implementation)
 
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
         return unpacked(

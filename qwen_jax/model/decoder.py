@@ -48,15 +48,16 @@ def activation_dtype(parameters: jnp.dtype) -> jnp.dtype:
 
 
 class Matrix(Protocol):
-    """A linear weight in a form of its own, in place of an array; see `engine.blocks`.
+    """A linear weight in a form of its own, in place of an array: see `engine.blocks` and
+    `engine.weights`.
 
     As of an array, `[...]` is all of it, and `[tokens]` are some of its rows.
     """
 
     def product(
-        self, x: Float[Array, "*rows in"], precision: lax.Precision
+        self, x: Float[Array, "*rows in"], precision: lax.Precision, dtype: jnp.dtype
     ) -> Float[Array, "*rows out"]:
-        """x @ self.T."""
+        """x @ self.T, accumulated in float32 and returned in `dtype`."""
 
 
 def matmul(
@@ -70,11 +71,11 @@ def matmul(
     float16 weights meet float32 activations. Large activations of Qwen2.5 overflow float16,
     so each row is divided by a power of two, which is exact, before it is converted.
     """
+    dtype = dtype or x.dtype
     if not isinstance(weight, jax.Array):
-        return weight.product(x, precision)
+        return weight.product(x, precision, dtype)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     if weight.dtype != jnp.float16:
-        dtype = dtype or x.dtype
         return lax.dot_general(x, weight, contract, precision, preferred_element_type=dtype)
     _, exponent = jnp.frexp(jnp.abs(x).max(axis=-1, keepdims=True))
     small = jnp.ldexp(x, -exponent).astype(jnp.float16)

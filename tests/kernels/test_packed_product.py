@@ -150,11 +150,12 @@ def test_lowering(size: str, stored: str, rows: int) -> None:
     def products(stream: Any, offsets: Any, *inputs: Any) -> list[Any]:
         packed = Packed(stream, stream, stream, offsets)
         return [
-            packed_product(packed, plan, phase, 0, x, implementation="mosaic_gpu")
+            mosaic_gpu.product(packed, plan, phase, 0, x, jnp.dtype(jnp.bfloat16))
             for phase, x in enumerate(inputs)
         ]
 
     stream = ShapeDtypeStruct(plan.stream_shape, jnp.uint32)
     offsets = tuple(ShapeDtypeStruct(each.shape, jnp.int32) for each in plan.tile_offsets)
-    inputs = [ShapeDtypeStruct((rows, columns), jnp.bfloat16) for _, columns in plan.shape.matrices]
+    dtype = mosaic_gpu.input_dtype(plan, QKV, 0)
+    inputs = [ShapeDtypeStruct((rows, columns), dtype) for _, columns in plan.shape.matrices]
     assert "packed_product" in hopper.lower(products, stream, offsets, *inputs)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pallas_kernels.decode_step.common.cache import PagedCache
 from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
 from pallas_kernels.decode_step.common.launch import THREADS
+from pallas_kernels.decode_step.common.record import Recorded
 from pallas_kernels.decode_step.common.softmax import NEVER, Found, Softmax, score_scale
 from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.packed.tile import WARPS
@@ -33,9 +34,9 @@ SPLITS_AT_ONCE = 5
 """Splits of a warp that are polled together, at most."""
 
 
-Result = Callable[[V, V, list[V], V], None]
+Result = Callable[[V, V, list[V], V, V], None]
 """Publishes some columns of a head's result: row and head in one number, the first column, the
-values, and the layer's flag."""
+values, the layer and its flag."""
 
 
 def most_splits(plan: StepPlan, rows: int, capacity: int) -> int:
@@ -182,7 +183,7 @@ class Attention:
             self._new_token(split)
             self._of_group.keep(self._slots(layer, row, kv_head, run, first))
             t.block_barrier(THREADS)
-            self._publish(row, kv_head, split, active, flag)
+            self._publish(row, kv_head, split, active, layer, flag)
             t.block_barrier(THREADS)
 
         t.when(split < active, share)
@@ -217,8 +218,26 @@ class Attention:
                 t.store_global_half(at + h, both >> 16)
 
             t.when((head >= group) & split.equals(0), write)
+            self._keep_query(layer, row, kv_head, head, i, both, split)
 
         block_stride_loop((group + 2) * half, THREADS, pair)
+
+    def _keep_query(
+        self, layer: V, row: V, kv_head: V, head: V, column: V, both: V, split: V
+    ) -> None:
+        """Keeps two numbers of a query, half a head apart, in a launch that records."""
+        if self.exchange.record is None:
+            return
+        shape = self.plan.shape
+        index = (row * shape.heads + kv_head * shape.group + head) * shape.head_dim + column
+        turn = self.exchange.record.at(Recorded.QUERIES, layer)
+
+        def keep() -> None:
+            at = turn + (index << 1).wide()
+            t.store_global_half(at, both)
+            t.store_global_half(at + shape.head_dim, both >> 16)
+
+        t.when((head < shape.group) & split.equals(0), keep)
 
     def _new_token(self, split: V) -> None:
         """The new token's part: each warp finds its score for one head.
@@ -302,7 +321,7 @@ class Attention:
         turns = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         return Softmax.carried(t.loop(turns, [*empty, *loaded], turn)[: len(empty)])
 
-    def _publish(self, row: V, kv_head: V, split: V, active: V, flag: V) -> None:
+    def _publish(self, row: V, kv_head: V, split: V, active: V, layer: V, flag: V) -> None:
         shape = self.plan.shape
         h, group = shape.head_dim, shape.group
         quads = h // 4
@@ -314,7 +333,7 @@ class Attention:
 
             def whole() -> None:
                 scale = t.reciprocal(total)
-                self.result(index, column, [value * scale for value in values], flag)
+                self.result(index, column, [value * scale for value in values], layer, flag)
 
             def part() -> None:
                 which = index * self.splits + split
@@ -329,7 +348,7 @@ class Attention:
 
         block_stride_loop(group * quads, THREADS, four)
 
-    def combine(self, flag: V) -> None:
+    def combine(self, layer: V, flag: V) -> None:
         """Puts together what the splits of a context found, head by head."""
         if self.splits == 1:
             return
@@ -338,12 +357,12 @@ class Attention:
         def one(i: V, _: list[V]) -> list[V]:
             index = self.cta + i * blocks
             active = self._active(self._position(index // self.plan.shape.heads))
-            t.when(active > 1, lambda: self._combine(index, active, flag))
+            t.when(active > 1, lambda: self._combine(index, active, layer, flag))
             return []
 
         t.loop((t.integer(heads) - self.cta + (blocks - 1)) // blocks, [], one)
 
-    def _combine(self, index: V, active: V, flag: V) -> None:
+    def _combine(self, index: V, active: V, layer: V, flag: V) -> None:
         h = self.plan.shape.head_dim
         each = h // t.WARP
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
@@ -382,7 +401,7 @@ class Attention:
         def write() -> None:
             column = t.thread_id()
             _, total, (value,) = of_head.merged(head, column, 1)
-            self.result(index, column, [value * t.reciprocal(total)], flag)
+            self.result(index, column, [value * t.reciprocal(total)], layer, flag)
 
         t.when(t.thread_id() < h, write)
         t.block_barrier(THREADS)

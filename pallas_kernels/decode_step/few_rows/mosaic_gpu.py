@@ -28,6 +28,7 @@ from pallas_kernels.decode_step.common.launch import (
     unfit,
 )
 from pallas_kernels.decode_step.common.phases import own_bytes
+from pallas_kernels.decode_step.common.record import Recorded, RecordLayout
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
 from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
@@ -125,15 +126,29 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     return None
 
 
+def record_layout(plan: StepPlan, rows: int) -> RecordLayout:
+    """What a step that records keeps."""
+    return RecordLayout.of(plan, rows)
+
+
 @functools.cache
 def build(
-    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
+    plan: StepPlan,
+    rows: int,
+    pool: Pool,
+    cache: DTypeLike,
+    traced: bool = False,
+    recorded: bool = False,
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided = memory(plan, rows)
     splits = attention.most_splits(plan, rows, pool.capacity)
     layout = Layout.of(plan, rows, splits)
+    record = record_layout(plan, rows) if recorded else None
+
+    def exchange_at(memory: t.V) -> Exchange:
+        return Exchange.of(memory, layout, record)
 
     def start(context: Any, *refs: Any) -> None:
         """Publishes the embeddings for the first layer, and clears every other word."""
@@ -148,7 +163,14 @@ def build(
             values = [v & -2 for v in t.load_global(source, 4, where=inside)]
             at = given.exchange + (word << 2).wide()
             t.when(word < layout.total, lambda: t.store_global(at, values))
+            if recorded:
+                keep(given, word - begin, inside, values)
             return []
+
+        def keep(given: Arguments, word: t.V, there: t.V, values: list[t.V]) -> None:
+            """Keeps some of the embeddings."""
+            kept = exchange_at(given.exchange).kept(Recorded.HIDDEN, 0, 0, 0, word)
+            t.when(there, lambda: t.store_global(kept, values))
 
         t.loop(-(-layout.total // (4 * THREADS * blocks)), [], clear)
         t.block_barrier(THREADS)
@@ -175,10 +197,12 @@ def build(
         _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
         longest = max(phase.longest for phase in plan.phases)
         inputs = Inputs(rows, longest, operands, squares)
-        words = Exchange(given.exchange, layout)
+        words = exchange_at(given.exchange)
 
-        def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
-            publish(words.at(Section.ATTN_OUT, head * shape.head_dim + column), values, flag)
+        def attn_out(head: t.V, column: t.V, values: list[t.V], layer: t.V, flag: t.V) -> None:
+            at = words.at(Section.ATTN_OUT, head * shape.head_dim + column)
+            kept = words.kept(Recorded.ATTN_OUT, layer, head, shape.head_dim, column)
+            publish(at, values, flag, kept)
 
         step = Step(
             plan=plan,
@@ -199,4 +223,6 @@ def build(
 
     roles = Roles(make, fetch, start, steps)
     shared = sum(divided)
-    return persistent("decode_step", plan, rows, cache, layout.total, shared, roles, traced)
+    kept = record.total if record else 0
+    words = layout.total + kept
+    return persistent("decode_step", plan, rows, cache, words, shared, roles, traced)

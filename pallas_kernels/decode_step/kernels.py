@@ -38,10 +38,11 @@ def build(
     each block ended each of `PHASES`, int32 `[blocks, phases]`. If recorded, the scratch ends with
     what `RecordLayout` says.
     """
-    return _chosen(plan, rows, cache).build(plan, rows, pool, cache, traced, recorded)
+    return chosen(plan, rows, cache).build(plan, rows, pool, cache, traced, recorded)
 
 
-def _chosen(plan: StepPlan, rows: int, cache: DTypeLike) -> types.ModuleType:
+def chosen(plan: StepPlan, rows: int, cache: DTypeLike) -> types.ModuleType:
+    """Of the two kernels the faster one, of those that can."""
     short = rows * plan.shape.hidden <= FEW_NUMBERS or any(x.spread > 1 for x in plan.storages)
     few = short or many_rows.refusal(plan, rows, cache)
     return few_rows if few and few_rows.refusal(plan, rows, cache) is None else many_rows

@@ -163,14 +163,10 @@ def build(
             values = [v & -2 for v in t.load_global(source, 4, where=inside)]
             at = given.exchange + (word << 2).wide()
             t.when(word < layout.total, lambda: t.store_global(at, values))
-            if recorded:
-                keep(given, word - begin, inside, values)
+            if memory := exchange_at(given.exchange).record:
+                kept = memory.at(Recorded.HIDDEN, 0, word - begin)
+                t.when(inside, lambda: t.store_global(kept, values))
             return []
-
-        def keep(given: Arguments, word: t.V, there: t.V, values: list[t.V]) -> None:
-            """Keeps some of the embeddings."""
-            kept = exchange_at(given.exchange).kept(Recorded.HIDDEN, 0, 0, 0, word)
-            t.when(there, lambda: t.store_global(kept, values))
 
         t.loop(-(-layout.total // (4 * THREADS * blocks)), [], clear)
         t.block_barrier(THREADS)

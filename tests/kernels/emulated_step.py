@@ -200,6 +200,14 @@ def run_recorded(
     return logits, new, read(scratch, case.plan, len(case.position), case.pages.dtype, kernel)
 
 
+def scratch_of(
+    patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, keys and values in the cache's dtype, and the scratch of a kernel that records."""
+    logits, new, scratch = _run(patch, case, SEED, lambda patch: None, kernel, True)
+    return logits, new.astype(case.pages.dtype), scratch
+
+
 def _run(
     patch: pytest.MonkeyPatch,
     case: Case,

@@ -1,13 +1,15 @@
 """What the decode step's kernels record of themselves, on NumPy and held against float64."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import ModelShape, StepPlan
+from pallas_kernels.decode_step import ModelShape, StepPlan, of_few_rows
 from pallas_kernels.decode_step.common import phases
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
@@ -18,9 +20,25 @@ from pallas_kernels.decode_step.packed import scales
 from pallas_kernels.decode_step.packed.plan import DOWN, O_PROJ, QKV
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
-from tests.kernels.emulated_step import GROUPS, ODD, SEED, SMALL, drawn, run, run_recorded
-from tests.kernels.inside_step import emulated
+from qwen_jax.accuracy.inside import audit, recording
+from qwen_jax.accuracy.inside.judging import judge
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import PackedWeights, pack
+from qwen_jax.model.rotary import inverse_frequencies
+from tests.kernels.emulated_step import (
+    GROUPS,
+    ODD,
+    SEED,
+    SMALL,
+    Case,
+    drawn,
+    run,
+    run_recorded,
+    scratch_of,
+)
+from tests.kernels.inside_step import config_of, emulated
 from tests.kernels.test_blocks import MIXED, SHAPE
+from tests.tiny_checkpoints import canonical, random_parameters
 
 pytestmark = pytest.mark.emulated
 
@@ -223,3 +241,46 @@ def test_a_mistake_in_the_thread_code_is_named(
     wrong = [f for f in found if f.verdict == "fault"]
     assert {f.operation for f in wrong} == operations, SEED
     assert {f.layer for f in wrong} - {None} == layers
+
+
+def test_an_engine_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own prefill, then steps of both kernels, as `run.py compare --parts=inside` asks."""
+    config = config_of(SMALL)
+    weights = {name: jnp.asarray(x) for name, x in canonical(random_parameters(config, 1)).items()}
+    plan = StepPlan.uniform(SMALL, 7, "bfloat16")
+    packed = pack(config, weights.items(), jnp.dtype("bfloat16"), "xla", plan)
+    engine = Engine(config, packed, cache_tokens=1024)
+    monkeypatch.setattr(audit, "why_not", lambda engine, rows: None)
+    monkeypatch.setattr(recording, "launched", functools.partial(launched, monkeypatch))
+    found = audit.audit_inside(engine, [3, 1, 4, 1, 5, 9], (1, 3, 9), "1:")
+    assert [f for f in found if f.verdict == "fault"] == []
+    assert {(f.rows, f.kernel) for f in found} == {
+        (1, "few rows"),
+        (3, "few rows"),
+        (9, "many rows"),
+    }
+    assert {f.layer for f in found} == {None, 1}
+    text = audit.inside_table(found).text()
+    assert f"{len(found)} operations: all within rounding" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    wrong = packed.packed._replace(norms=packed.packed.norms.at[2].mul(1.01))
+    engine.weights = dataclasses.replace(packed, packed=wrong)
+    steps = [recording.record_step(engine, audit.texts_of([3, 1, 4], 2, 64))]
+    faults = [f for f in judge(steps, packed.packed, plan, config) if f.verdict == "fault"]
+    assert {(f.layer, f.operation) for f in faults} == {
+        (1, f"{name}_proj") for name in ("q", "k", "v")
+    }
+    assert "FAULT in 1 layers, first 1" in audit.inside_table(faults).text()
+
+
+def launched(
+    patch: pytest.MonkeyPatch, weights: PackedWeights, pages: Any, tables: Any, token: Any, at: Any
+) -> tuple[Any, ...]:
+    """A step on the emulated kernel that a GPU would take."""
+    hidden = np.asarray(weights.look_up(token), np.float32)
+    packed = weights.packed._replace(stream=np.asarray(weights.packed.stream))
+    arrays = map(np.asarray, (pages, tables, at, inverse_frequencies(weights.config)))
+    case = Case(weights.plan, packed, hidden, *arrays)
+    kernel = few_rows if of_few_rows(weights.plan, len(at), pages.dtype) else many_rows
+    logits, new, scratch = scratch_of(patch, case, kernel)
+    return hidden, logits, new, scratch

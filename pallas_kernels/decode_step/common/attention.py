@@ -8,12 +8,12 @@ waited for. The new token, which is in no slot yet, is one more part beside thos
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from pallas_kernels.decode_step.common.cache import PagedCache
 from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
 from pallas_kernels.decode_step.common.launch import THREADS
-from pallas_kernels.decode_step.common.record import Recorded
 from pallas_kernels.decode_step.common.softmax import NEVER, Found, Softmax, score_scale
 from pallas_kernels.decode_step.packed.plan import StepPlan
 from pallas_kernels.decode_step.packed.tile import WARPS
@@ -218,26 +218,12 @@ class Attention:
                 t.store_global_half(at + h, both >> 16)
 
             t.when((head >= group) & split.equals(0), write)
-            self._keep_query(layer, row, kv_head, head, i, both, split)
+            if record := self.exchange.record:
+                index = (row * shape.heads + kv_head * group + head) * h + i
+                keep = functools.partial(record.keep_query, layer, index, both, half)
+                t.when((head < group) & split.equals(0), keep)
 
         block_stride_loop((group + 2) * half, THREADS, pair)
-
-    def _keep_query(
-        self, layer: V, row: V, kv_head: V, head: V, column: V, both: V, split: V
-    ) -> None:
-        """Keeps two numbers of a query, half a head apart, in a launch that records."""
-        if self.exchange.record is None:
-            return
-        shape = self.plan.shape
-        index = (row * shape.heads + kv_head * shape.group + head) * shape.head_dim + column
-        turn = self.exchange.record.at(Recorded.QUERIES, layer)
-
-        def keep() -> None:
-            at = turn + (index << 1).wide()
-            t.store_global_half(at, both)
-            t.store_global_half(at + shape.head_dim, both >> 16)
-
-        t.when((head < shape.group) & split.equals(0), keep)
 
     def _new_token(self, split: V) -> None:
         """The new token's part: each warp finds its score for one head.

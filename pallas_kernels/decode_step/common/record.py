@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pallas_kernels.decode_step.packed.plan import DOWN, StepPlan
+from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
 
 
@@ -119,3 +120,9 @@ class Record:
         if isinstance(index, V):
             return begin + (index << 2).wide()
         return begin + 4 * index
+
+    def keep_query(self, layer: V, index: V, pair: V, apart: int) -> None:
+        """Keeps two numbers of a layer's queries, the second so many further than `index`."""
+        at = self.at(Recorded.QUERIES, layer) + (index << 1).wide()
+        t.store_global_half(at, pair)
+        t.store_global_half(at + 2 * apart, pair >> 16)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pallas_kernels.decode_step import MOST_ROWS
+from pallas_kernels.implementation import device_refusal
 from qwen_jax.accuracy.inside.judging import InsideFinding, Progress, judge
 from qwen_jax.accuracy.inside.recording import record_step, why_not
 from qwen_jax.accuracy.traces.recording import bounds
@@ -45,17 +46,26 @@ def audit_inside(
     """
     for count in rows:
         if why := why_not(engine, count):
-            raise UserError(f"The part inside can't look into the decode-step kernel: {why}.")
+            raise UserError(_REFUSED.format(why))
     weights, config = engine.weights, engine.config
     assert isinstance(weights, PackedWeights)
     chosen = range(config.num_layers)[bounds(layers)]
     if not chosen:
         raise UserError(
-            f"inside.layers is {layers!r}, which is none of {config.num_layers} layers; choose "
+            f"inside.layers is {layers!r:.40}, which is none of {config.num_layers} layers; choose "
             "others, such as 0:4."
         )
     steps = [record_step(engine, texts_of(tokens, n, config.context_length)) for n in rows]
     return judge(steps, weights.packed, weights.plan, config, chosen, progress)
+
+
+_REFUSED = "The part inside looks into the decode-step kernel, which doesn't run here: {}."
+
+
+def check_device() -> None:
+    """Raises UserError where no model's decode steps could run on the kernel."""
+    if why := device_refusal():
+        raise UserError(_REFUSED.format(f"it needs a Hopper GPU, and {why}"))
 
 
 def numbers_of_rows(text: str) -> tuple[int, ...]:

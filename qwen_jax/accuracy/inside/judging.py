@@ -15,7 +15,7 @@ from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, 
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 from qwen_jax.accuracy.exact.bounds import LEAST as SMALLEST
 from qwen_jax.accuracy.exact.bounds import SECOND_ORDER, U32
-from qwen_jax.accuracy.exact.operations import Calls, Context
+from qwen_jax.accuracy.exact.operations import Calls, Context, full_name
 from qwen_jax.accuracy.exact.replay import Residual, compare
 from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.inside.bounds import (
@@ -86,6 +86,10 @@ class InsideFinding:
     residual: Residual
     row: int
     span: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return full_name(self.operation, self.layer)
 
     @property
     def verdict(self) -> str:

@@ -183,16 +183,17 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
                 more["weights"] = audit_weights(checkpoint, engine, progress=progress)
         if "text" in parts:
             more["text"] = audit_text(checkpoint, model)
+        # Before the engine's own cache takes the memory that is left.
+        if "inside" in parts and tokens is not None:
+            with bar("inside") as progress:
+                rows, layers = numbers_of_rows(settings.inside.rows), settings.inside.layers
+                more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
         if "cache" in parts:
             with bar("cache") as progress:
                 more["cache"] = audit_cache(engine, progress=progress)
         if "machine" in parts:
             with bar("machine") as progress:
                 more["machine"] = audit_machine(engine, progress)
-        if "inside" in parts and tokens is not None:
-            with bar("inside") as progress:
-                rows, layers = numbers_of_rows(settings.inside.rows), settings.inside.layers
-                more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
         wrong = Model(engine, model.tokenizer) if faults else model
         if "distribution" in parts:
             more["distribution"] = _distribution(config, wrong)

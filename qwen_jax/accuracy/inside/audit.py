@@ -42,11 +42,13 @@ def audit_inside(
         progress: hears of layers done and in all.
 
     Raises:
-        UserError: the kernel doesn't run here, or not so many rows or none of these layers.
+        UserError: the kernel doesn't run here, or not so many rows, the text isn't of this
+            vocabulary, or there are none of these layers.
     """
     for count in rows:
         if why := why_not(engine, count):
             raise UserError(_REFUSED.format(why))
+    engine.check_ids(tokens, "The text")
     weights, config = engine.weights, engine.config
     assert isinstance(weights, PackedWeights)
     chosen = range(config.num_layers)[bounds(layers)]

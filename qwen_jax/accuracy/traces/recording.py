@@ -30,8 +30,8 @@ from qwen_jax.weights.open_files import OpenFile
 LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
 
 KERNEL = (
-    "Decode steps are recorded layer by layer: of the decode-step kernel, which runs them "
-    "otherwise, no inner tensor leaves the chip."
+    "Decode steps are recorded layer by layer, and not from the decode-step kernel, which runs "
+    "them otherwise; the part inside of a comparison looks into that."
 )
 
 

@@ -119,7 +119,7 @@ def decode_step(
                 packed, plan, hidden, pages, tables, position, inv_freq, attention_factor
             )
         inputs = (packed, plan, hidden, pages, tables, position, inv_freq, attention_factor)
-        logits, new, _ = _launched(*inputs, recorded=False)
+        logits, new, _ = _launched(*inputs, recording=False)
         return logits, new
 
 
@@ -147,7 +147,7 @@ def recorded(
     why_not = refusal(plan, hidden.shape[0], pages.dtype, inv_freq.shape[0])
     choose("decode_step", "mosaic_gpu", why_not)
     inputs = (packed, plan, hidden, pages, tables, position, inv_freq, attention_factor)
-    return _launched(*inputs, recorded=True)
+    return _launched(*inputs, recording=True)
 
 
 def read_inside(
@@ -196,13 +196,13 @@ def _launched(
     position: Int[Array, "B"],
     inv_freq: Float[Array, "R2"],
     attention_factor: float,
-    recorded: bool,
+    recording: bool,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"], Int[Array, " words"]]:
     """The kernel's logits, keys and values, and its scratch memory."""
     angles = position[:, None].astype(jnp.float32) * inv_freq
     rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
     pool = Pool.of(pages, tables)
-    kernel = kernels.build(plan, hidden.shape[0], pool, pages.dtype, recorded=recorded)
+    kernel = kernels.build(plan, hidden.shape[0], pool, pages.dtype, recorded=recording)
     logits, new, scratch = kernel(
         packed.stream,
         plan.table(),

@@ -126,11 +126,6 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
     return None
 
 
-def record_layout(plan: StepPlan, rows: int) -> RecordLayout:
-    """What a step that records keeps."""
-    return RecordLayout.of(plan, rows)
-
-
 @functools.cache
 def build(
     plan: StepPlan,
@@ -145,10 +140,7 @@ def build(
     divided = memory(plan, rows)
     splits = attention.most_splits(plan, rows, pool.capacity)
     layout = Layout.of(plan, rows, splits)
-    record = record_layout(plan, rows) if recorded else None
-
-    def exchange_at(memory: t.V) -> Exchange:
-        return Exchange.of(memory, layout, record)
+    record = RecordLayout.of(plan, rows) if recorded else None
 
     def start(context: Any, *refs: Any) -> None:
         """Publishes the embeddings for the first layer, and clears every other word."""
@@ -163,9 +155,9 @@ def build(
             values = [v & -2 for v in t.load_global(source, 4, where=inside)]
             at = given.exchange + (word << 2).wide()
             t.when(word < layout.total, lambda: t.store_global(at, values))
-            if memory := exchange_at(given.exchange).record:
-                kept = memory.at(Recorded.HIDDEN, 0, word - begin)
-                t.when(inside, lambda: t.store_global(kept, values))
+            if kept := Exchange.of(given.exchange, layout, record).record:
+                again = kept.at(Recorded.HIDDEN, 0, word - begin)
+                t.when(inside, lambda: t.store_global(again, values))
             return []
 
         t.loop(-(-layout.total // (4 * THREADS * blocks)), [], clear)
@@ -193,7 +185,7 @@ def build(
         _, operands, sums, own, heads, squares, _ = (base + b for b in begins(divided))
         longest = max(phase.longest for phase in plan.phases)
         inputs = Inputs(rows, longest, operands, squares)
-        words = exchange_at(given.exchange)
+        words = Exchange.of(given.exchange, layout, record)
 
         def attn_out(head: t.V, column: t.V, values: list[t.V], layer: t.V, flag: t.V) -> None:
             at = words.at(Section.ATTN_OUT, head * shape.head_dim + column)
@@ -219,6 +211,5 @@ def build(
 
     roles = Roles(make, fetch, start, steps)
     shared = sum(divided)
-    kept = record.total if record else 0
-    words = layout.total + kept
+    words = layout.total + (record.total if record else 0)
     return persistent("decode_step", plan, rows, cache, words, shared, roles, traced)

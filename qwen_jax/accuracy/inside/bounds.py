@@ -111,10 +111,10 @@ def product(x: Valued, matrix: Matrix, kept: tuple[float, float] | None) -> Valu
 
 def _product(x: Valued, matrix: Matrix, kept: tuple[float, float] | None) -> tuple[Array, Array]:
     values, squared, n = matrix.values.astype(np.float64), x.value**2, x.value.shape[1]
-    y = x.value @ values.T
-    squares = squared @ (values**2).T
+    y, of_values = x.value @ values.T, values**2
+    squares = squared @ of_values.T
     if matrix.addends is None:
-        own, apart, each = summed(y, squares, n), squares, (values**2).sum(1)
+        own, apart, each = summed(y, squares, n), squares, of_values.sum(1)
     else:
         # Sums of 16 inputs meet an addend, so that one product's square is 16 of them at most.
         addends = matrix.addends.astype(np.float64)
@@ -128,7 +128,9 @@ def _product(x: Valued, matrix: Matrix, kept: tuple[float, float] | None) -> tup
         own = own + L * (part * np.sqrt(apart) + kept[1] * np.sqrt(each))
     if matrix.rounding is not None:
         own = own + L * np.sqrt(squared @ matrix.rounding.astype(np.float64).T)
-    return y, own + np.sqrt(np.square(x.limit) @ (values**2).T)
+    if x.limit.any():
+        own = own + np.sqrt(x.limit**2 @ of_values.T)
+    return y, own
 
 
 def norm(name: str, ctx: Context, x: Array, weight: Array) -> Valued:

@@ -115,8 +115,13 @@ def judge(
     found: list[InsideFinding] = []
 
     def weights(phase: int, layer: int) -> dict[bool, Matrix]:
-        kinds = {step.few for step in steps}
-        return {few: matrix(packed, plan, phase, layer, few) for few in kinds}
+        if {step.few for step in steps} == {True}:
+            return {True: matrix(packed, plan, phase, layer, few=True)}
+        many = matrix(packed, plan, phase, layer, few=False)
+        # Weights that are numbers are the same for both.
+        both = many.rounding is not None and any(step.few for step in steps)
+        few = matrix(packed, plan, phase, layer, few=True) if both else many
+        return {True: few, False: many}
 
     for one in every:
         found += one.embed()

@@ -88,6 +88,32 @@ def test_every_operation_is_within_rounding(
     assert min(f.residual.ratio for f in found if f.operation != "embed") > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stored", "cache"),
+    [
+        ("few", "float16", "float16"),
+        ("few", ("q2_k", "q4_k", "q5_k", "q4_1", "q3_k"), "bfloat16"),
+        ("many", "bfloat16", "bfloat16"),
+        ("many", ("q6_k", "q8_0", "iq4_xs", "q5_0", "q5_1"), "float16"),
+    ],
+)
+def test_outliers_raise_no_alarm(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, stored: str | tuple[str, ...], cache: str
+) -> None:
+    """Two embeddings of a row are 2,000 times the others, biases of keys 150, norms far from 1."""
+    case, rng = drawn(SMALL, 7, [100, 3], 1, stored, cache=cache), np.random.default_rng(SEED)
+    hidden, pages, bias = case.hidden.copy(), case.pages.copy(), case.packed.bias.copy()
+    hidden[:, [3, 77]] *= 2000
+    far, first = np.asarray([150, -150, 75, -75], np.float32), SMALL.heads * SMALL.head_dim
+    bias[:, first : first + 4] = far
+    pages[: SMALL.layers, ..., :4] += far.astype(pages.dtype)
+    norms = case.packed.norms * np.exp(rng.normal(0, 1.5, case.packed.norms.shape))
+    packed = case.packed._replace(bias=bias, norms=norms.astype(np.float32))
+    case = case._replace(hidden=hidden, pages=pages, packed=packed)
+    found = emulated(monkeypatch, case, KERNELS[kernel])
+    assert [f for f in found if f.verdict == "fault"] == [], SEED
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_recording_changes_no_bit(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     case = drawn(SMALL, 16, [300, 3], 3, "bfloat16")

@@ -94,9 +94,11 @@ def get_config() -> ConfigDict:
                 "decode_tokens": 16,
                 # float64, hf, llamacpp, or a trace.
                 "reference": "float64",
-                # Of tensors, weights, text, cache, distribution, precision, with commas; logprobs
-                # is the one of two logs.
+                # Of tensors, weights, text, cache, distribution, precision, machine, inside, with
+                # commas; logprobs is the one of two logs.
                 "parts": placeholder(str),
+                # Numbers of rows of the decode steps that inside records, and which layers.
+                "inside": {"rows": "1,8,64", "layers": ":"},
                 # Two logs of log-probabilities, "a.jsonl,b.jsonl" (docs/logprobs.md); with a model
                 # they are held against it.
                 "logprobs": placeholder(str),
@@ -232,8 +234,13 @@ FLAGS: dict[str, tuple[str, str]] = {
     "reference": ("compare.reference", "float64, hf, llamacpp, or a trace to compare with."),
     "parts": (
         "compare.parts",
-        "tensors, weights, text, cache, distribution, precision, machine, logprobs.",
+        "tensors, weights, text, cache, distribution, precision, machine, inside, logprobs.",
     ),
+    "inside_rows": (
+        "compare.inside.rows",
+        "Numbers of rows of the decode steps that the part inside records, as in 1,8,64.",
+    ),
+    "inside_layers": ("compare.inside.layers", "Which layers it judges, as in 0:4."),
     "plant": ("compare.plant", "Plant faults in this engine first; with commas, name@layer."),
     "list_faults": ("compare.list_faults", "Print the faults that can be planted and named."),
     "fail_if": ("compare.fail_if", "Exit with 1 where this holds: 'faults > 0, mean_kld > 0.01'."),

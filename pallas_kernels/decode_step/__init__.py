@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step import kernels
+from pallas_kernels.decode_step import inside, kernels
 from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
+from pallas_kernels.decode_step.inside import Inside
 from pallas_kernels.decode_step.many_rows.layout import MOST_ROWS
 from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.packed.packing import Packed, empty_stream, put_matrix, tile_offsets
@@ -18,13 +20,17 @@ __all__ = [
     "GATE_UP",
     "HEAD",
     "MOST_ROWS",
+    "Inside",
     "ModelShape",
     "Packed",
     "StepPlan",
     "Stored",
     "decode_step",
     "empty_stream",
+    "of_few_rows",
     "put_matrix",
+    "read_inside",
+    "recorded",
     "refusal",
     "tile_offsets",
     "unpacked",
@@ -105,8 +111,66 @@ def decode_step(
         ValueError: shapes or dtypes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
-    shape, rows, cache = plan.shape, hidden.shape[0], pages.dtype
-    pool = Pool.of(pages, tables)
+    _check(packed, plan, hidden, pages, tables)
+    why_not = refusal(plan, hidden.shape[0], pages.dtype, inv_freq.shape[0])
+    with jax.named_scope("decode_step"):
+        if choose("decode_step", implementation, why_not) == "xla":
+            return reference(
+                packed, plan, hidden, pages, tables, position, inv_freq, attention_factor
+            )
+        inputs = (packed, plan, hidden, pages, tables, position, inv_freq, attention_factor)
+        logits, new, _ = _launched(*inputs, recording=False)
+        return logits, new
+
+
+def recorded(
+    packed: Packed,
+    plan: StepPlan,
+    hidden: Float[Array, "B D"],
+    pages: Float[Array, "2L P K C H"],
+    tables: Int[Array, "B n"],
+    position: Int[Array, "B"],
+    inv_freq: Float[Array, "R2"],
+    *,
+    attention_factor: float = 1.0,
+) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"], Int[Array, " words"]]:
+    """`decode_step` by the same kernel, built to record what its blocks leave for each other.
+
+    Returns:
+        Also the kernel's scratch memory, from which `read_inside` reads what it recorded.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+        UnsupportedError: no kernel can serve the case.
+    """
+    _check(packed, plan, hidden, pages, tables)
+    why_not = refusal(plan, hidden.shape[0], pages.dtype, inv_freq.shape[0])
+    choose("decode_step", "mosaic_gpu", why_not)
+    inputs = (packed, plan, hidden, pages, tables, position, inv_freq, attention_factor)
+    return _launched(*inputs, recording=True)
+
+
+def read_inside(
+    scratch: Int[np.ndarray, " words"], plan: StepPlan, rows: int, cache: DTypeLike
+) -> Inside:
+    """What `recorded` recorded of a step of so many rows, with a cache of that dtype."""
+    return inside.read(scratch, plan, rows, cache, kernels.chosen(plan, rows, cache))
+
+
+def of_few_rows(plan: StepPlan, rows: int, cache: DTypeLike) -> bool:
+    """Whether the kernel of few rows runs such a step."""
+    return kernels.chosen(plan, rows, cache) is kernels.few_rows
+
+
+def _check(
+    packed: Packed,
+    plan: StepPlan,
+    hidden: Float[Array, "B D"],
+    pages: Float[Array, "2L P K C H"],
+    tables: Int[Array, "B n"],
+) -> None:
+    """Raises ValueError where shapes or dtypes disagree."""
+    shape, rows, pool = plan.shape, hidden.shape[0], Pool.of(pages, tables)
     expected = (2 * shape.layers, pool.pages, shape.kv_heads, pool.slots, shape.head_dim)
     if pages.shape != expected or hidden.shape != (rows, shape.hidden):
         raise ValueError(f"hidden {hidden.shape} and pages {pages.shape} don't fit {shape}")
@@ -121,23 +185,33 @@ def decode_step(
         raise ValueError(
             f"the block tables are {tables.dtype} {tables.shape}, not int32 of {rows} rows"
         )
-    why_not = refusal(plan, rows, cache, inv_freq.shape[0])
-    with jax.named_scope("decode_step"):
-        if choose("decode_step", implementation, why_not) == "xla":
-            return reference(
-                packed, plan, hidden, pages, tables, position, inv_freq, attention_factor
-            )
-        angles = position[:, None].astype(jnp.float32) * inv_freq
-        rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
-        logits, new, _ = kernels.build(plan, rows, pool, cache)(
-            packed.stream,
-            plan.table(),
-            packed.bias,
-            packed.norms,
-            hidden.astype(jnp.float32),
-            rope,
-            pages,
-            tables,
-            position,
-        )
-        return logits, new
+
+
+def _launched(
+    packed: Packed,
+    plan: StepPlan,
+    hidden: Float[Array, "B D"],
+    pages: Float[Array, "2L P K C H"],
+    tables: Int[Array, "B n"],
+    position: Int[Array, "B"],
+    inv_freq: Float[Array, "R2"],
+    attention_factor: float,
+    recording: bool,
+) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"], Int[Array, " words"]]:
+    """The kernel's logits, keys and values, and its scratch memory."""
+    angles = position[:, None].astype(jnp.float32) * inv_freq
+    rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
+    pool = Pool.of(pages, tables)
+    kernel = kernels.build(plan, hidden.shape[0], pool, pages.dtype, recorded=recording)
+    logits, new, scratch = kernel(
+        packed.stream,
+        plan.table(),
+        packed.bias,
+        packed.norms,
+        hidden.astype(jnp.float32),
+        rope,
+        pages,
+        tables,
+        position,
+    )
+    return logits, new, scratch

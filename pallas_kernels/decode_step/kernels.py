@@ -1,5 +1,6 @@
 """Which of two kernels runs a step: the one of few rows, or the one of many."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,15 +24,25 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
 
 
 def build(
-    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
+    plan: StepPlan,
+    rows: int,
+    pool: Pool,
+    cache: DTypeLike,
+    traced: bool = False,
+    recorded: bool = False,
 ) -> Callable[..., Any]:
     """The faster one, of those that can, for one model, number of rows, cache size and its dtype.
 
     Returns a function of (weight stream, table, bias, norms, hidden, rope, pages, block tables,
     positions) to (logits, new keys and values, scratch); and, if traced, the nanosecond at which
-    each block ended each of `PHASES`, int32 `[blocks, phases]`.
+    each block ended each of `PHASES`, int32 `[blocks, phases]`. If recorded, the scratch ends with
+    what `RecordLayout` says.
     """
+    return chosen(plan, rows, cache).build(plan, rows, pool, cache, traced, recorded)
+
+
+def chosen(plan: StepPlan, rows: int, cache: DTypeLike) -> types.ModuleType:
+    """Of the two kernels the faster one, of those that can."""
     short = rows * plan.shape.hidden <= FEW_NUMBERS or any(x.spread > 1 for x in plan.storages)
     few = short or many_rows.refusal(plan, rows, cache)
-    kernel = few_rows if few and few_rows.refusal(plan, rows, cache) is None else many_rows
-    return kernel.build(plan, rows, pool, cache, traced)
+    return few_rows if few and few_rows.refusal(plan, rows, cache) is None else many_rows

@@ -32,6 +32,8 @@ METRICS = {
     "text_faults": "texts whose token ids differ from the reference tokenizer's",
     "cache_faults": "ways through the cache that give other results",
     "machine_faults": "checks of the machine that are less exact than what is declared",
+    "inside_faults": "operations inside the decode-step kernel past their bound",
+    "inside_of_bound": "the largest own error of one over its bound",
     "logprob_causes": "proven causes between two logs of log-probabilities, other token ids too",
     "logprob_unexplained": "logs of log-probabilities that nothing explains, or not judged",
     "kl_k1": "estimate k1 of the KL divergence of two logs, in nats a token",
@@ -60,6 +62,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
     ),
     "precision": ("kept_float32",),
     "machine": ("machine_faults",),
+    "inside": ("inside_faults", "inside_of_bound"),
     "logprobs": ("logprob_causes", "logprob_unexplained", "kl_k1", "kl_k3", "ratio_max", "ess"),
 }
 """What each part of a comparison may measure."""

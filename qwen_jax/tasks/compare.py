@@ -17,6 +17,7 @@ from qwen_jax.accuracy.cache.audit import audit_cache
 from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
+from qwen_jax.accuracy.inside.audit import audit_inside, check_device, numbers_of_rows
 from qwen_jax.accuracy.logprobs.audit import Judge, compare_logs
 from qwen_jax.accuracy.machine import audit_machine
 from qwen_jax.accuracy.report import Report
@@ -159,7 +160,10 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     settings = config.compare
     options = prompts.options_of(config)
     ids = token_ids(settings.tokens)
-    item = prompts.single(config, options) if ids is None and "tensors" in parts else None
+    if "inside" in parts:
+        check_device()
+    on_text = {"tensors", "inside"} & set(parts)
+    item = prompts.single(config, options) if ids is None and on_text else None
     checkpoint = opening.open_model(config.model, config.adapter)
     faults = parse_faults(settings.plant or "", checkpoint.config)
     model = load(config)
@@ -179,6 +183,11 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
                 more["weights"] = audit_weights(checkpoint, engine, progress=progress)
         if "text" in parts:
             more["text"] = audit_text(checkpoint, model)
+        # Before the engine's own cache takes the memory that is left.
+        if "inside" in parts and tokens is not None:
+            with bar("inside") as progress:
+                rows, layers = numbers_of_rows(settings.inside.rows), settings.inside.layers
+                more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
         if "cache" in parts:
             with bar("cache") as progress:
                 more["cache"] = audit_cache(engine, progress=progress)

@@ -8,7 +8,9 @@ from qwen_jax import choices, regular_files, settings, task_fields
 from qwen_jax.accuracy import gates, references
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
+from qwen_jax.accuracy.inside.audit import numbers_of_rows
 from qwen_jax.accuracy.tensors.precision_search import DTYPES
+from qwen_jax.accuracy.traces.recording import bounds
 from qwen_jax.errors import UserError
 from qwen_jax.opening import locate
 from qwen_jax.weights.hub_names import is_hub_name
@@ -33,6 +35,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "distribution": (*_WINDOWS, "compare.base"),
     "precision": (*_WINDOWS, "compare.precision_kld", "compare.precision_dtype"),
     "machine": (),
+    "inside": (*_PROMPT, "compare.tokens", "compare.inside"),
     "logprobs": (),
 }
 """Fields that a part alone reads, or groups of them."""
@@ -62,6 +65,14 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
         if compare.decode_tokens < 0:
             raise UserError(
                 f"compare.decode_tokens is {compare.decode_tokens}, but it must not be negative."
+            )
+    if "inside" in parts:
+        numbers_of_rows(compare.inside.rows)
+        bounds(compare.inside.layers, "layers of inside")
+        if compare.plant:
+            raise UserError(
+                "--plant plants in the layer-by-layer decoder, and the part inside looks into the "
+                "decode-step kernel; leave one of them out."
             )
     if "precision" in parts and not compare.precision_kld > 0:  # which NaN is not
         raise UserError(

@@ -13,7 +13,9 @@ from qwen_jax.accuracy import gates, report
 from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Scores, statistics
 from qwen_jax.accuracy.exact.parameters import EngineSource
+from qwen_jax.accuracy.exact.replay import Residual
 from qwen_jax.accuracy.gates import METRICS
+from qwen_jax.accuracy.inside.judging import InsideFinding
 from qwen_jax.accuracy.logprobs.audit import LogprobsReport, compare_logs
 from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.references import float64
@@ -72,11 +74,16 @@ def full() -> Report:
         text=[TextFinding("chat", "same")],
         cache=[],
         machine=[MachineFinding("products of 1 row", "fault", "10 of 23 after the first")],
+        inside=[inside(0.5, None, "logits"), inside(2.0, 1, "q_proj"), inside(0.1, 0, "q_proj")],
         logprobs=two_logs(),
         notes=("A note.",),
     )
     outcomes = gates.check(gates.parse("mean_kld > 0.001, dp_rms < 0"), report.values(found))
     return dataclasses.replace(found, gates=outcomes)
+
+
+def inside(ratio: float, layer: int | None, operation: str) -> InsideFinding:
+    return InsideFinding(8, "few rows", operation, layer, Residual(ratio, 1e-6, (3, 0)), 3, ())
 
 
 def two_logs() -> LogprobsReport:
@@ -113,6 +120,8 @@ def test_text_fits_100_columns_and_holds_every_part() -> None:
         "1 the same",
         "PPL / PPL base",
         "machine, 1 checks: 1 FAULTS",
+        "inside the decode step, 3 operations: 1 FAULTS",
+        "layer 1, row 3  FAULT in 1 layers, first 1",
         "stay in float32",
         "UNEXPLAINED without a model.",
     ):
@@ -152,6 +161,7 @@ def test_values_are_known_metrics_and_all_of_them() -> None:
     assert found["mean_kld"] == full().distribution.kld.value  # type: ignore[union-attr]
     assert report.values(faulty)["mean_kld"] == faulty.comparison.logits.mean_kld  # type: ignore[union-attr]
     assert (found["weights_faults"], found["text_faults"], found["kept_float32"]) == (1, 0, 1)
+    assert (found["inside_faults"], found["inside_of_bound"]) == (1, 2.0)
 
 
 def test_json_is_strict_and_complete() -> None:

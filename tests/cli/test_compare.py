@@ -6,12 +6,16 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qwen_jax.accuracy import machine
+from qwen_jax.accuracy.exact.replay import Residual
+from qwen_jax.accuracy.inside.judging import InsideFinding
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
+from qwen_jax.tasks import compare
 from tests.cli.conftest import BUNDLED, Run
 
 TOKENS = "--tokens=" + ",".join(map(str, range(300, 308)))
@@ -92,6 +96,24 @@ def test_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     done = run("compare", "--parts=machine", "--fail_if=machine_faults > 0")
     assert done.code == 1 and "19 checks: 1 FAULTS" in done.out
+
+
+def test_inside(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is a Hopper GPU, with findings of an operation past its bound."""
+    asked: list[Any] = []
+
+    def audit(engine: Any, tokens: Any, rows: Any, layers: Any, progress: Any) -> Any:
+        asked.append((tokens, rows, layers))
+        wrong = Residual(3.0, 1e-6, (7, 0))
+        return [InsideFinding(64, "many rows", "attn_out", 2, wrong, 7, ("attn_out",))]
+
+    monkeypatch.setattr(compare, "check_device", lambda: None)
+    monkeypatch.setattr(compare, "audit_inside", audit)
+    flags = ["--parts=inside", "--inside_rows=64,2", "--inside_layers=2:", "--tokens=1,2,3"]
+    done = run("compare", *flags, "--fail_if=inside_faults > 0")
+    assert asked == [([1, 2, 3], (64, 2), "2:")]
+    assert done.code == 1
+    assert "1 operations: 1 FAULTS" in done.out and "layer 2, row 7" in done.out
 
 
 @pytest.mark.parametrize(("gate", "code"), [("faults > 0", 1), ("faults > 1000", 0)])
@@ -192,6 +214,12 @@ KNOWN_AT_ONCE = {
     "--parts=precision --config.compare.precision_dtype=x": "precision_dtype is 'x', but it must",
     "--fail_if=ppl>1": "needs ppl, which the part distribution measures, but the parts are tensors",
     "--fail_if=top1<1 --parts=text": "needs top1, which the part tensors and distribution measures",
+    "--parts=inside": "doesn't run here: it needs a Hopper GPU, and the default device is a cpu.",
+    "--parts=inside --inside_rows=8,65": "inside.rows is '8,65', but must be numbers from 1 to 64",
+    "--parts=inside --inside_layers=x": "The layers of inside are 'x', but must be start:stop",
+    "--parts=inside --plant=zero_qkv_bias": "the part inside looks into the decode-step kernel; le",
+    "--parts=tensors --inside_rows=8": "--inside_rows does nothing for the parts tensors; leave",
+    "--candidate=x --parts=inside": "is a trace, which has no inside; the parts for it are tensors",
     "--parts=text --tokens=1,2": "--tokens does nothing for the parts text; leave it out.",
     "--parts=cache --prompt=x": "--prompt does nothing for the parts cache; leave it out.",
     "--parts=tensors --base_dtype=float32": "--base_dtype does nothing for the parts tensors",

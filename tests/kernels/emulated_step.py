@@ -22,6 +22,7 @@ from pallas_kernels.decode_step import (
 from pallas_kernels.decode_step.common import launch
 from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
+from pallas_kernels.decode_step.inside import Inside, read
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.reference import reference
@@ -184,6 +185,37 @@ def run(
 
     `alter` puts a mistake into the kernel with the patch it is given, which is undone first.
     """
+    return _run(patch, case, seed, alter, kernel, False)[:2]
+
+
+def run_recorded(
+    patch: pytest.MonkeyPatch,
+    case: Case,
+    seed: int,
+    alter: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
+    kernel: types.ModuleType = few_rows,
+) -> tuple[np.ndarray, np.ndarray, Inside]:
+    """The same of a kernel that records, and what it recorded."""
+    logits, new, scratch = _run(patch, case, seed, alter, kernel, True)
+    return logits, new, read(scratch, case.plan, len(case.position), case.pages.dtype, kernel)
+
+
+def scratch_of(
+    patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, keys and values in the cache's dtype, and the scratch of a kernel that records."""
+    logits, new, scratch = _run(patch, case, SEED, lambda patch: None, kernel, True)
+    return logits, new.astype(case.pages.dtype), scratch
+
+
+def _run(
+    patch: pytest.MonkeyPatch,
+    case: Case,
+    seed: int,
+    alter: Callable[[pytest.MonkeyPatch], None],
+    kernel: types.ModuleType,
+    recorded: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     plan, shape, dtype = case.plan, case.plan.shape, case.pages.dtype
     rows = case.hidden.shape[0]
     assert kernel.refusal(plan, rows, dtype) is None
@@ -200,7 +232,8 @@ def run(
     made: list[Any] = []
     with patch.context() as inner:
         inner.setattr(launch.compat, "kernel", lambda body, **how: made.append((body, how)))
-        kernel.build.__wrapped__(plan, rows, Pool.of(case.pages, case.tables), dtype)
+        pool = Pool.of(case.pages, case.tables)
+        kernel.build.__wrapped__(plan, rows, pool, dtype, recorded=recorded)
         ((body, how),) = made
         rng = np.random.default_rng(seed)
         for out in how["out_type"]:
@@ -219,7 +252,8 @@ def run(
     logits = machine.bytes_at(refs[9]).view(np.float32).reshape(rows, shape.vocab)
     new = machine.bytes_at(refs[10]).view(dtype)
     new_shape = (2 * shape.layers, rows, shape.kv_heads, shape.head_dim)
-    return logits, new.reshape(new_shape).astype(np.float64)
+    scratch = machine.bytes_at(refs[11]).view(np.int32)
+    return logits, new.reshape(new_shape).astype(np.float64), scratch
 
 
 def install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:

@@ -42,6 +42,7 @@ def lower(
     capacity: int,
     kernel: types.ModuleType = few_rows,
     cache: str | None = None,
+    recorded: bool = False,
 ) -> str:
     """The kernel for that plan, with a cache of its weights' dtype or another."""
     shape, cache = plan.shape, cache or plan.head
@@ -62,7 +63,8 @@ def lower(
         ShapeDtypeStruct((rows, pool.table), jnp.int32),
         ShapeDtypeStruct((rows,), jnp.int32),
     )
-    return hopper.lower(kernel.build(plan, rows, pool, jnp.dtype(cache)), *arguments)
+    built = kernel.build(plan, rows, pool, jnp.dtype(cache), recorded=recorded)
+    return hopper.lower(built, *arguments)
 
 
 @pytest.mark.lower
@@ -94,6 +96,26 @@ def test_lowers_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -
 def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtype: str) -> None:
     assert kernels.refusal(plan_of(SIZES[size], dtype), rows, dtype) is None
     assert "decode_step_many" in lower(plan_of(SIZES[size], dtype), rows, capacity, many_rows)
+
+
+@pytest.mark.lower
+@pytest.mark.parametrize(
+    ("size", "stored", "rows", "kernel"),
+    [
+        *(("0.5b", stored, 1, few_rows) for stored in ("bfloat16", "q8_0")),
+        *(("0.5b", stored, 64, many_rows) for stored in ("float16", "q8_0")),
+        ("7b", "q4_k", 8, few_rows),
+        ("72b", "bfloat16", 64, many_rows),
+    ],
+)
+def test_kernels_that_record_lower(
+    size: str, stored: str, rows: int, kernel: types.ModuleType
+) -> None:
+    plan = plan_of(SIZES[size], stored)
+    plain, recording = (
+        lower(plan, rows, 1024, kernel, "bfloat16", recorded=recorded) for recorded in (False, True)
+    )
+    assert len(recording) > len(plain)
 
 
 @pytest.mark.lower

@@ -121,7 +121,11 @@ class TestWhatIsFound:
     def test_a_word_that_never_comes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def alter(patch: pytest.MonkeyPatch) -> None:
             real = phases.publish
-            patch.setattr(phases, "publish", lambda at, values, flag: real(at, values, flag ^ 1))
+
+            def wrong(at: t.V, values: list[t.V], flag: t.V, kept: t.V | None) -> None:
+                real(at, values, flag ^ 1, kept)
+
+            patch.setattr(phases, "publish", wrong)
 
         with pytest.raises(Deadlock):
             run(monkeypatch, drawn(*self.CASE), SEED, alter)

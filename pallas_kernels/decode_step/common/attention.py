@@ -8,6 +8,7 @@ waited for. The new token, which is in no slot yet, is one more part beside thos
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from pallas_kernels.decode_step.common.cache import PagedCache
@@ -33,9 +34,9 @@ SPLITS_AT_ONCE = 5
 """Splits of a warp that are polled together, at most."""
 
 
-Result = Callable[[V, V, list[V], V], None]
+Result = Callable[[V, V, list[V], V, V], None]
 """Publishes some columns of a head's result: row and head in one number, the first column, the
-values, and the layer's flag."""
+values, the layer and its flag."""
 
 
 def most_splits(plan: StepPlan, rows: int, capacity: int) -> int:
@@ -182,7 +183,7 @@ class Attention:
             self._new_token(split)
             self._of_group.keep(self._slots(layer, row, kv_head, run, first))
             t.block_barrier(THREADS)
-            self._publish(row, kv_head, split, active, flag)
+            self._publish(row, kv_head, split, active, layer, flag)
             t.block_barrier(THREADS)
 
         t.when(split < active, share)
@@ -217,6 +218,10 @@ class Attention:
                 t.store_global_half(at + h, both >> 16)
 
             t.when((head >= group) & split.equals(0), write)
+            if record := self.exchange.record:
+                index = (row * shape.heads + kv_head * group + head) * h + i
+                keep = functools.partial(record.keep_query, layer, index, both, half)
+                t.when((head < group) & split.equals(0), keep)
 
         block_stride_loop((group + 2) * half, THREADS, pair)
 
@@ -302,7 +307,7 @@ class Attention:
         turns = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         return Softmax.carried(t.loop(turns, [*empty, *loaded], turn)[: len(empty)])
 
-    def _publish(self, row: V, kv_head: V, split: V, active: V, flag: V) -> None:
+    def _publish(self, row: V, kv_head: V, split: V, active: V, layer: V, flag: V) -> None:
         shape = self.plan.shape
         h, group = shape.head_dim, shape.group
         quads = h // 4
@@ -314,7 +319,7 @@ class Attention:
 
             def whole() -> None:
                 scale = t.reciprocal(total)
-                self.result(index, column, [value * scale for value in values], flag)
+                self.result(index, column, [value * scale for value in values], layer, flag)
 
             def part() -> None:
                 which = index * self.splits + split
@@ -329,7 +334,7 @@ class Attention:
 
         block_stride_loop(group * quads, THREADS, four)
 
-    def combine(self, flag: V) -> None:
+    def combine(self, layer: V, flag: V) -> None:
         """Puts together what the splits of a context found, head by head."""
         if self.splits == 1:
             return
@@ -338,12 +343,12 @@ class Attention:
         def one(i: V, _: list[V]) -> list[V]:
             index = self.cta + i * blocks
             active = self._active(self._position(index // self.plan.shape.heads))
-            t.when(active > 1, lambda: self._combine(index, active, flag))
+            t.when(active > 1, lambda: self._combine(index, active, layer, flag))
             return []
 
         t.loop((t.integer(heads) - self.cta + (blocks - 1)) // blocks, [], one)
 
-    def _combine(self, index: V, active: V, flag: V) -> None:
+    def _combine(self, index: V, active: V, layer: V, flag: V) -> None:
         h = self.plan.shape.head_dim
         each = h // t.WARP
         lane, warp = t.thread_id() % t.WARP, t.thread_id() // t.WARP
@@ -382,7 +387,7 @@ class Attention:
         def write() -> None:
             column = t.thread_id()
             _, total, (value,) = of_head.merged(head, column, 1)
-            self.result(index, column, [value * t.reciprocal(total)], flag)
+            self.result(index, column, [value * t.reciprocal(total)], layer, flag)
 
         t.when(t.thread_id() < h, write)
         t.block_barrier(THREADS)

@@ -16,6 +16,7 @@ import enum
 import itertools
 from collections.abc import Iterable, Sequence
 
+from pallas_kernels.decode_step.common.record import Record, Recorded, RecordLayout
 from pallas_kernels.decode_step.packed.plan import DOWN, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.thread import V
@@ -70,10 +71,22 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """The memory of a launch, and where its sections lie in it."""
+    """The memory of a launch, and where its sections lie in it.
+
+    Attributes:
+        record: of a launch that records, where.
+    """
 
     memory: V
     layout: Layout
+    record: Record | None = None
+
+    @classmethod
+    def of(cls, memory: V, layout: Layout, record: RecordLayout | None) -> "Exchange":
+        """With the memory of a record, if there is one, behind it."""
+        if record is None:
+            return cls(memory, layout)
+        return cls(memory, layout, Record(memory + 4 * layout.total, record))
 
     def at(self, section: int, index: int | V = 0) -> V:
         """The address of a word of a section."""
@@ -82,10 +95,23 @@ class Exchange:
             return begin + (index << 2).wide()
         return begin + 4 * index
 
+    def kept(
+        self, what: Recorded, turn: int | V, row: int | V = 0, width: int = 0, column: int | V = 0
+    ) -> V | None:
+        """Where a row's word, of `width` a row, is kept as well in a launch that records."""
+        return None if self.record is None else self.record.at(what, turn, row * width + column)
 
-def publish(address: V, values: Sequence[V], flag: V) -> None:
-    """Stores float32 numbers, each with its last bit replaced by the flag, 0 or 1."""
-    t.store_global(address, [(value.bits() & -2) | flag for value in values], "relaxed.gpu.")
+
+def publish(address: V, values: Sequence[V], flag: V, kept: V | None = None) -> None:
+    """Stores float32 numbers, each with its last bit replaced by the flag, 0 or 1.
+
+    Args:
+        kept: where to store them a second time.
+    """
+    words = [(value.bits() & -2) | flag for value in values]
+    t.store_global(address, words, "relaxed.gpu.")
+    if kept is not None:
+        t.store_global(kept, words)
 
 
 def poll(

@@ -12,6 +12,7 @@ from typing import ClassVar
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
 from pallas_kernels.decode_step.common.launch import THREADS, Arguments
+from pallas_kernels.decode_step.common.record import Recorded
 from pallas_kernels.decode_step.common.trace import Trace
 from pallas_kernels.decode_step.common.work import Kinds, Work
 from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, QKV, StepPlan
@@ -181,7 +182,8 @@ class Phases(abc.ABC):
             at, sums = (first + m_tile) * M_TILE + out, total(0)
             scale = self.scale(row)
             values = [x * scale + b.bits() for x, b in zip(sums, bias, strict=True)]
-            publish(self._word(Section.QKV, width, row, at), values, layer.flag)
+            kept = self.exchange.kept(Recorded.QKV, layer.index, row, width, at)
+            publish(self._word(Section.QKV, width, row, at), values, layer.flag, kept)
 
         return self.product(streams, QKV, layer, epilogue, bias)
 
@@ -222,7 +224,7 @@ class Phases(abc.ABC):
         def epilogue(m_tile: V, row: V, out: V, total: Total, _: list[V]) -> None:
             at = (self.work.first[DOWN] + m_tile) * M_TILE + out
             word = self._part(row, at, self.work.part)
-            publish(word, total(0), layer.flag)
+            publish(word, total(0), layer.flag, self._kept_part(row, at, layer))
 
         return self.product(streams, DOWN, layer, epilogue)
 
@@ -230,6 +232,21 @@ class Phases(abc.ABC):
         """The address of a word of a part of the down projection."""
         row_of_part = row + part * self.rows
         return self._word(Section.DOWN_PARTS, self.plan.shape.hidden, row_of_part, column)
+
+    def _kept_part(self, row: V, column: V, layer: Layer) -> V | None:
+        if self.exchange.record is None:
+            return None
+        row_of_part, width = row + self.work.part * self.rows, self.plan.shape.hidden
+        return self.exchange.kept(Recorded.DOWN_PARTS, layer.index, row_of_part, width, column)
+
+    def _kept_hidden(self, section: Section, row: V, column: V, layer: Layer) -> V | None:
+        """Of the hidden state after attention, or after the layer."""
+        if self.exchange.record is None:
+            return None
+        what, turn = Recorded.ATTN_RESIDUAL, layer.index
+        if section == Section.HIDDEN:
+            what, turn = Recorded.HIDDEN, layer.index + 1
+        return self.exchange.kept(what, turn, row, self.plan.shape.hidden, column)
 
     def add_parts(self, layer: Layer) -> None:
         """Adds the down projection's parts to the hidden state of this block's M-tiles."""
@@ -280,7 +297,7 @@ class Phases(abc.ABC):
             ended("qkv")
             self.attention.attend(index, this.flag)
             ended("attend")
-            self.attention.combine(this.flag)
+            self.attention.combine(index, this.flag)
             self.inputs_published(this, O_PROJ)
             ended("combine")
             streams = self.o_proj(streams, this)

@@ -28,6 +28,7 @@ from pallas_kernels.decode_step.common.launch import (
     unfit,
 )
 from pallas_kernels.decode_step.common.phases import own_bytes
+from pallas_kernels.decode_step.common.record import Recorded, RecordLayout
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.few_rows.inputs import Inputs, input_bytes
 from pallas_kernels.decode_step.few_rows.products import Products, sums_bytes
@@ -138,13 +139,19 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
 
 @functools.cache
 def build(
-    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
+    plan: StepPlan,
+    rows: int,
+    pool: Pool,
+    cache: DTypeLike,
+    traced: bool = False,
+    recorded: bool = False,
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     memory, m_tiles, stages = divided(plan, rows)
     splits = attention.most_splits(plan, rows, pool.capacity)
     layout = Layout.of(plan, rows, splits)
+    record = RecordLayout.of(plan, rows) if recorded else None
 
     def start(context: Any, *refs: Any) -> None:
         """Publishes the embeddings for the first layer, and clears every other word."""
@@ -159,6 +166,9 @@ def build(
             values = [v & -2 for v in t.load_global(source, 4, where=inside)]
             at = given.exchange + (word << 2).wide()
             t.when(word < layout.total, lambda: t.store_global(at, values))
+            if kept := Exchange.of(given.exchange, layout, record).record:
+                again = kept.at(Recorded.HIDDEN, 0, word - begin)
+                t.when(inside, lambda: t.store_global(again, values))
             return []
 
         t.loop(-(-layout.total // (4 * THREADS * blocks)), [], clear)
@@ -186,10 +196,12 @@ def build(
         _, operands, sums, own, heads, squares, _ = (base + b for b in begins(memory))
         most_tiles = max(phase.longest for phase in plan.phases)
         inputs = Inputs(rows, most_tiles, operands, squares)
-        words = Exchange(given.exchange, layout)
+        words = Exchange.of(given.exchange, layout, record)
 
-        def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
-            publish(words.at(Section.ATTN_OUT, head * shape.head_dim + column), values, flag)
+        def attn_out(head: t.V, column: t.V, values: list[t.V], layer: t.V, flag: t.V) -> None:
+            at = words.at(Section.ATTN_OUT, head * shape.head_dim + column)
+            kept = words.kept(Recorded.ATTN_OUT, layer, head, shape.head_dim, column)
+            publish(at, values, flag, kept)
 
         step = Step(
             plan=plan,
@@ -210,4 +222,5 @@ def build(
 
     roles = Roles(make, fetch, start, steps)
     shared = sum(memory)
-    return persistent("decode_step", plan, rows, cache, layout.total, shared, roles, traced)
+    words = layout.total + (record.total if record else 0)
+    return persistent("decode_step", plan, rows, cache, words, shared, roles, traced)

@@ -18,6 +18,7 @@ from pallas_kernels.decode_step.common.phases import (
     Prepare,
     nothing,
 )
+from pallas_kernels.decode_step.common.record import Recorded
 from pallas_kernels.decode_step.common.ring import RingState
 from pallas_kernels.decode_step.few_rows.inputs import Inputs
 from pallas_kernels.decode_step.few_rows.products import Products
@@ -89,12 +90,15 @@ class Step(Phases):
         return t.rsqrt(self.inputs.mean_square(row, shape.hidden) + shape.eps)
 
     def publish_ffn_act(self, row: V, column: V, values: list[V], layer: Layer) -> None:
-        publish(self._word(Section.FFN_ACT, self.plan.shape.ffn, row, column), values, layer.flag)
+        width = self.plan.shape.ffn
+        kept = self.exchange.kept(Recorded.FFN_ACT, layer.index, row, width, column)
+        publish(self._word(Section.FFN_ACT, width, row, column), values, layer.flag, kept)
 
     def publish_hidden(
         self, section: Section, row: V, column: V, values: list[V], layer: Layer
     ) -> None:
-        publish(self._word(section, self.plan.shape.hidden, row, column), values, layer.flag)
+        kept = self._kept_hidden(section, row, column, layer)
+        publish(self._word(section, self.plan.shape.hidden, row, column), values, layer.flag, kept)
 
     def publish_all_hidden(self, norm: V) -> None:
         """It was published number by number."""

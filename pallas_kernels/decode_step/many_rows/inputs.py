@@ -6,6 +6,10 @@ copy some columns of all rows at a time, a stage.
 """
 
 import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 from pallas_kernels.decode_step.ptx import thread as t
 from pallas_kernels.decode_step.ptx.formats import Format
@@ -47,18 +51,32 @@ class InputLayout:
         """Of an input of `width` columns."""
         return width // 16 * self.fragment_bytes // 4
 
-    def _at(self, row: V, column: V) -> V:
+    def places(self, width: int) -> Int[np.ndarray, "rows width"]:
+        """Where the numbers of an input of `width` columns lie, counted in numbers."""
+        row, column = np.ogrid[: self.rows, :width]
+        found: np.ndarray = self._at(row, column) // 2
+        return found
+
+    def _at(self, row: Any, column: Any) -> Any:
         """Where a number lies, in bytes; the one two columns further lies half an eight further."""
         fragment = column // 16 * self.fragment_bytes + row // 8 * EIGHT_BYTES
         half = column % 4 // 2 * (EIGHT_BYTES // 2)
         return fragment + half + row % 8 * 16 + column % 16 // 4 * 4 + column % 2 * 2
 
-    def put(self, address: V, row: V, column: V, values: list[V]) -> None:
-        """Rounds and stores one number of a row, or four from a column that is a multiple of 4."""
-        at = address + self._at(row, column).wide()
+    def put(self, address: V, row: V, column: V, values: list[V], kept: V | None = None) -> None:
+        """Rounds and stores one number of a row, or four from a column that is a multiple of 4.
+
+        Args:
+            kept: the address of an input to store them in a second time.
+        """
+        offset = self._at(row, column).wide()
+        places = [begin + offset for begin in (address, kept) if begin is not None]
         if len(values) == 1:
-            t.store_global_half(at, self.format.pair(values[0], values[0]))
+            one = self.format.pair(values[0], values[0])
+            for at in places:
+                t.store_global_half(at, one)
             return
         for half in range(2):
             pair = self.format.pair(*values[2 * half : 2 * half + 2])
-            t.store_global(at + half * (EIGHT_BYTES // 2), [pair])
+            for at in places:
+                t.store_global(at + half * (EIGHT_BYTES // 2), [pair])

@@ -1,6 +1,7 @@
 """What blocks of a step of many rows exchange: flagged words, and inputs in 16 bits."""
 
 from pallas_kernels.decode_step.common.exchange import Layout, Section
+from pallas_kernels.decode_step.common.record import RecordLayout
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ, QKV, StepPlan
 from pallas_kernels.decode_step.packed.tile import M_TILE
@@ -32,3 +33,15 @@ def layout_of(plan: StepPlan, inputs: InputLayout, splits: int) -> Layout:
     for phase, section in SECTIONS.items():
         sizes[section] = inputs.words(shape.matrices[phase][1])
     return Layout.aligned(sizes)
+
+
+def record_layout(plan: StepPlan, inputs: InputLayout) -> RecordLayout:
+    """What a step that records keeps: inputs of products as they are exchanged."""
+    shape = plan.shape
+    words = {
+        "attn_out": inputs.words(shape.heads * shape.head_dim),
+        "ffn_act": inputs.words(shape.ffn),
+        "normed": inputs.words(shape.hidden),
+        "scales": MOST_ROWS,
+    }
+    return RecordLayout.of(plan, inputs.rows, **words)

@@ -27,11 +27,18 @@ from pallas_kernels.decode_step.common.launch import (
     unfit,
 )
 from pallas_kernels.decode_step.common.phases import own_bytes
+from pallas_kernels.decode_step.common.record import Recorded
 from pallas_kernels.decode_step.common.ring import Ring
 from pallas_kernels.decode_step.common.work import Work
 from pallas_kernels.decode_step.many_rows import products, side_warps
 from pallas_kernels.decode_step.many_rows.inputs import MOST_STAGE_BYTES, InputLayout
-from pallas_kernels.decode_step.many_rows.layout import FLAGGED, GRID_BARRIER, MOST_ROWS, layout_of
+from pallas_kernels.decode_step.many_rows.layout import (
+    FLAGGED,
+    GRID_BARRIER,
+    MOST_ROWS,
+    layout_of,
+    record_layout,
+)
 from pallas_kernels.decode_step.many_rows.products import Products
 from pallas_kernels.decode_step.many_rows.step import Step
 from pallas_kernels.decode_step.many_rows.weight_ring import Group, Unit, WeightRing
@@ -123,13 +130,19 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike) -> str | None:
 
 @functools.cache
 def build(
-    plan: StepPlan, rows: int, pool: Pool, cache: DTypeLike, traced: bool = False
+    plan: StepPlan,
+    rows: int,
+    pool: Pool,
+    cache: DTypeLike,
+    traced: bool = False,
+    recorded: bool = False,
 ) -> Callable[..., Any]:
     """The kernel of many rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided, inputs = memory(plan, rows), InputLayout(rows, plan.phases[HEAD].format)
     splits = attention.most_splits(plan, rows, pool.capacity)
     layout, groups = layout_of(plan, inputs, splits), groups_of(plan, rows)
+    record = record_layout(plan, inputs) if recorded else None
     # All stages of inputs have the room that the longest takes.
     input_bytes = max(group.sixteens for group in groups) * inputs.fragment_bytes
     input_stages = min(INPUT_STAGES, INPUT_BYTES // input_bytes)
@@ -180,12 +193,13 @@ def build(
         given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         _, _, sums, own, heads, scales, *_ = own_memory(smem)
         weights, input_ring = rings(smem)
-        exchange = Exchange(given.exchange, layout)
+        exchange = Exchange.of(given.exchange, layout, record)
 
-        def attn_out(head: t.V, column: t.V, values: list[t.V], flag: t.V) -> None:
+        def attn_out(head: t.V, column: t.V, values: list[t.V], layer: t.V, flag: t.V) -> None:
             at = exchange.at(Section.ATTN_OUT)
             column = head % shape.heads * shape.head_dim + column
-            inputs.put(at, head // shape.heads, column, values)
+            kept = exchange.kept(Recorded.ATTN_OUT, layer)
+            inputs.put(at, head // shape.heads, column, values, kept)
 
         return Step(
             plan=plan,
@@ -228,4 +242,5 @@ def build(
 
     roles = Roles(make, others, start, steps)
     shared = sum(divided)
-    return persistent("decode_step_many", plan, rows, cache, layout.total, shared, roles, traced)
+    words = layout.total + (record.total if record else 0)
+    return persistent("decode_step_many", plan, rows, cache, words, shared, roles, traced)

@@ -20,11 +20,12 @@ from pallas_kernels.decode_step.common.phases import (
     Total,
     nothing,
 )
+from pallas_kernels.decode_step.common.record import Recorded
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import GRID_BARRIER, MOST_ROWS, SQUARES
 from pallas_kernels.decode_step.many_rows.products import Products, StreamStates
 from pallas_kernels.decode_step.many_rows.side_warps import GRID_PASSED, SCALED, WITH_SCALERS
-from pallas_kernels.decode_step.packed.plan import DOWN, HEAD, O_PROJ
+from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, HEAD, O_PROJ
 from pallas_kernels.decode_step.packed.tile import M_TILE
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
@@ -82,6 +83,7 @@ class Step(Phases):
         def scaled() -> None:
             if phase in NORMED:
                 t.block_barrier(WITH_SCALERS, SCALED)
+                self._keep_scales(phase, layer)
 
         states, tiles = StreamStates.carried(streams), self.work.tiles(p)
         kind = self.work.kind(self.plan, phase, layer.kinds)
@@ -98,22 +100,46 @@ class Step(Phases):
     def scale(self, row: V) -> V:
         return t.load_shared_floats(self.scales + row * 4)[0]
 
-    def publish_ffn_act(self, row: V, column: V, values: list[V], layer: Layer) -> None:
-        scale = self._input_scale(DOWN)
-        self._put(Section.FFN_ACT, row, column, [times(x, scale) for x in values])
+    def _keep_scales(self, phase: int, layer: Layer) -> None:
+        """Keeps the scales of a norm, in a launch that records; one block does."""
+        if self.exchange.record is None:
+            return
+        norm, thread = layer.index * 2 + (1 if phase == GATE_UP else 0), t.thread_id()
+        begin = self.exchange.record.at(Recorded.SCALES, norm)
 
-    def _put(self, section: Section, row: V, column: V, values: list[V]) -> None:
-        self.inputs.put(self.exchange.at(section), row, column, values)
+        def keep() -> None:
+            scale = t.load_shared(self.scales + thread * 4)
+            t.store_global(begin + (thread << 2).wide(), scale)
+
+        t.block_barrier(THREADS)
+        t.when(t.cta_id().equals(0) & (thread < self.rows), keep)
+
+    def publish_ffn_act(self, row: V, column: V, values: list[V], layer: Layer) -> None:
+        scale, kept = self._input_scale(DOWN), self.exchange.kept(Recorded.FFN_ACT, layer.index)
+        self._put(Section.FFN_ACT, row, column, [times(x, scale) for x in values], kept)
+
+    def _put(self, section: Section, row: V, column: V, values: list[V], kept: V | None) -> None:
+        self.inputs.put(self.exchange.at(section), row, column, values, kept)
 
     def publish_hidden(
         self, section: Section, row: V, column: V, values: list[V], layer: Layer
     ) -> None:
-        """All of a row's M-tile is needed for its squares."""
+        """All of a row's M-tile is needed for its squares. It is kept as this block has it."""
+        kept = self._kept_hidden(section, row, column, layer)
+        if kept is not None:
+            t.store_global(kept, values)
 
     def load_embeddings(self) -> None:
         super().load_embeddings()
+        if self.exchange.record is not None:
+            self.over_own(self._keep_embeddings)
         self._publish_all_hidden(t.integer(0), scaled=False)
         barriers.before_copies()
+
+    def _keep_embeddings(self, own: V, row: V, out: V) -> None:
+        kept = self.exchange.kept(Recorded.HIDDEN, 0, row, self.plan.shape.hidden, out)
+        assert kept is not None
+        t.store_global(kept, t.load_shared(own, 4))
 
     def publish_all_hidden(self, norm: V) -> None:
         self._publish_all_hidden(norm, scaled=True)
@@ -135,7 +161,7 @@ class Step(Phases):
             if scaled:
                 (scale,) = t.load_shared_floats(self.scales + (row + MOST_ROWS) * 4)
                 values = [v * scale for v in values]
-            self._put(Section.HIDDEN, row, out, values)
+            self._put(Section.HIDDEN, row, out, values, self.exchange.kept(Recorded.NORMED, norm))
 
         def squares(item: V) -> None:
             """Of an M-tile of a row."""

@@ -119,6 +119,18 @@ class Blocks(Storage):
         grid = field.reshape(pieces, M_TILE, self.tiles, -1).swapaxes(1, 2)
         return grid.reshape(pieces * self.tiles, M_TILE, *each)
 
+    def scales_of(
+        self, words: UInt32[Array, "n words"]
+    ) -> tuple[Float32[Array, "n 16 128"], Float32[Array, "n 16 128"] | None]:
+        """What each weight's code is multiplied with, and what is added then if products with it
+        are taken apart."""
+        factor, addend = self.scales.numbers(words[:, self._code_bytes // 4 :])
+
+        def each(of_group: Float32[Array, "n 16 groups"]) -> Float32[Array, "n 16 128"]:
+            return jnp.repeat(of_group, K_TILE // of_group.shape[-1], axis=-1)
+
+        return each(factor), each(addend) if self.addends and addend is not None else None
+
     def numbers(self, words: UInt32[Array, "n words"]) -> Float32[Array, "n 16 128"]:
         n, begin = len(words), 0
         codes, low = jnp.zeros((n, GROUPS, 8, 64), jnp.uint8), 0

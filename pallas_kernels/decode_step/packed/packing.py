@@ -1,6 +1,6 @@
 """Weights as `decode_step` reads them: one stream of tiles, packed once and read by prefill too."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +37,14 @@ class Packed(NamedTuple):
 
     def matrix(self, plan: StepPlan, phase: int, layer: int = 0) -> Float[Array, "out in"]:
         """A matrix read back from the stream."""
-        p, found = plan.phases[phase], []
-        for segment, name in enumerate(plan.stored(phase, layer)):
-            found.append(self._numbers(plan, name, self.at(plan, phase, layer, segment)))
+        found = [
+            self._numbers(plan, name, self.at(plan, phase, layer, segment))
+            for segment, name in enumerate(plan.stored(phase, layer))
+        ]
         dtype = jnp.result_type(*found)
         tiles = jnp.concatenate([numbers.astype(dtype) for numbers in found])
-        grid = tiles.reshape(p.m_tiles, p.across, 2, 8, K_TILE).transpose(0, 2, 3, 1, 4)
-        if phase == GATE_UP:
-            grid = grid.swapaxes(0, 1)
-        return grid.reshape(p.out, p.columns)
+        matrix: Float[Array, "out in"] = in_order(plan, phase, tiles)
+        return matrix
 
     def embeddings(self, plan: StepPlan, tokens: Int[Array, "B"]) -> Float[Array, "B D"]:
         """The tokens' rows of the head, which is the embedding where the head is tied."""
@@ -61,6 +60,15 @@ class Packed(NamedTuple):
         """Of tiles stored so that begin there."""
         words = self.stream[_granules(at, plan.granules(stored))]
         return STORAGES[stored].numbers(words.reshape(len(at), -1))
+
+
+def in_order(plan: StepPlan, phase: int, tiles: Any) -> Any:
+    """A phase's matrix from all of its tiles, M-tile after M-tile."""
+    p = plan.phases[phase]
+    grid = tiles.reshape(p.m_tiles, p.across, 2, 8, K_TILE).transpose(0, 2, 3, 1, 4)
+    if phase == GATE_UP:
+        grid = grid.swapaxes(0, 1)
+    return grid.reshape(p.out, p.columns)
 
 
 def empty_stream(plan: StepPlan) -> UInt32[Array, "granules words"]:

@@ -78,6 +78,11 @@ def _verdicts(held: Mapping[str, Any]) -> list[tuple[str, str]]:
         for part, name in names.items()
         for one in held[part] or ()
     ]
+    # Reports were written without it once.
+    inside = [
+        (f"inside, {one['rows']} rows: {one['name']}", one["verdict"])
+        for one in held.get("inside") or ()
+    ]
     tensors = [
         (one["name"], "fault" if one["faulty"] else "within rounding")
         for one in (held["diagnosis"] or {}).get("findings", ())
@@ -86,7 +91,7 @@ def _verdicts(held: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"gate: {' '.join(map(str, gate['gate'].values()))}", _outcome(gate["failed"]))
         for gate in held["gates"]
     ]
-    return [*gates, *tensors, *found]
+    return [*gates, *tensors, *found, *inside]
 
 
 def _outcome(failed: bool) -> str:

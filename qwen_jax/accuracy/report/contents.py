@@ -10,6 +10,7 @@ from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Distribution
 from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.inside.judging import InsideFinding
 from qwen_jax.accuracy.logprobs.audit import LogprobsReport
 from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.tensors.comparison import Comparison
@@ -19,6 +20,9 @@ from qwen_jax.accuracy.text.audit import TextFinding
 from qwen_jax.accuracy.traces.trace import Header
 from qwen_jax.accuracy.weights.audit import WeightFinding
 from qwen_jax.reporting.origin import Origin
+
+Audited = WeightFinding | TextFinding | CacheFinding | MachineFinding | InsideFinding
+"""What audits find, each with a verdict."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Report:
     distribution: Distribution | None = None
     precision: PrecisionSearch | None = None
     machine: Sequence[MachineFinding] | None = None
+    inside: Sequence[InsideFinding] | None = None
     logprobs: LogprobsReport | None = None
     gates: tuple[Outcome, ...] = ()
     planted: tuple[str, ...] = ()
@@ -99,17 +104,19 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
         yield "ppl_ratio", d.ratio.value
         yield "ppl_difference", d.difference.value
         yield "dp_rms", d.dp_rms.value
-    audits: dict[str, Sequence[WeightFinding | TextFinding | CacheFinding | MachineFinding] | None]
-    audits = {
+    audits: dict[str, Sequence[Audited] | None] = {
         "weights": report.weights,
         "text": report.text,
         "cache": report.cache,
         "machine": report.machine,
+        "inside": report.inside,
     }
     for name, findings in audits.items():
         if findings is not None:
             wrong = sum(f.verdict in ("fault", "missing") for f in findings)
             yield f"{name}_faults", wrong
+    if report.inside:
+        yield "inside_of_bound", float(np.max([f.residual.ratio for f in report.inside]))
     if logs := report.logprobs:
         yield "logprob_causes", len(logs.causes)
         yield "logprob_unexplained", logs.unexplained

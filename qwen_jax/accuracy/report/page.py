@@ -1,9 +1,9 @@
 """report.html of a comparison: every part with its verdict, pictures and tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qwen_jax.accuracy.report import tables
-from qwen_jax.accuracy.report.contents import Report
+from qwen_jax.accuracy.report.contents import Audited, Report
 from qwen_jax.accuracy.report.verdict import headline, skipped, verdict
 from qwen_jax.reporting import page
 from qwen_jax.reporting.page import Block, Folded, Page, Picture, Section
@@ -35,7 +35,13 @@ def _sections(report: Report) -> Iterator[Section]:
         yield Section("Distance from the reference", list(_distance(report)))
     for name, parts in tables.audits(report):
         blocks: list[Block] = [*parts, *_pictures_of(name, report)]
-        findings = {"Weights": report.weights, "Text": report.text, "Cache": report.cache}
+        findings: dict[str, Sequence[Audited] | None] = {
+            "Weights": report.weights,
+            "Text": report.text,
+            "Cache": report.cache,
+            "Machine": report.machine,
+            "Inside the decode step": report.inside,
+        }
         wrong = any(f.verdict in ("fault", "missing") for f in findings.get(name) or ())
         yield Section(name, blocks, wrong)
 

@@ -8,6 +8,7 @@ from qwen_jax.accuracy.cache.audit import cache_table
 from qwen_jax.accuracy.distribution.comparison import Distribution, Estimate
 from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
+from qwen_jax.accuracy.inside.audit import inside_table
 from qwen_jax.accuracy.logprobs.table import logprobs_tables
 from qwen_jax.accuracy.machine import machine_table
 from qwen_jax.accuracy.measures.error_shape import ranges
@@ -33,6 +34,8 @@ def audits(report: Report) -> Iterator[tuple[str, list[Table]]]:
         yield "Distribution", distribution_tables(report.distribution)
     if report.machine is not None:
         yield "Machine", [machine_table(report.machine)]
+    if report.inside is not None:
+        yield "Inside the decode step", [inside_table(report.inside)]
     if report.precision:
         yield "Precision", precision_tables(report.precision)
     if report.logprobs:

@@ -76,6 +76,7 @@ def _audits(report: Report) -> Iterator[tuple[str, Sequence]]:
     yield "texts", report.text or ()
     yield "ways through the cache", report.cache or ()
     yield "checks of the machine", report.machine or ()
+    yield "operations inside the decode step", report.inside or ()
 
 
 def verdict(report: Report) -> str:

@@ -30,8 +30,8 @@ from qwen_jax.weights.open_files import OpenFile
 LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
 
 KERNEL = (
-    "Decode steps are recorded layer by layer: of the decode-step kernel, which runs them "
-    "otherwise, no inner tensor leaves the chip."
+    "Decode steps are recorded layer by layer, and not from the decode-step kernel, which runs "
+    "them otherwise; the part inside of a comparison looks into that."
 )
 
 
@@ -256,16 +256,14 @@ def parse_positions(text: str, length: int) -> tuple[int, int]:
     return start, stop
 
 
-def bounds(text: str) -> slice:
+def bounds(text: str, of: str = "positions") -> slice:
     """`a:b` as a slice. Raises UserError where it is none."""
     try:
         found = [int(part) if part.strip() else None for part in text.split(":")]
     except ValueError:
         found = []
     if len(found) != 2:
-        raise UserError(
-            f"The positions are {text!r:.60}, but must be start:stop, such as 0:16 or 8:."
-        )
+        raise UserError(f"The {of} are {text!r:.60}, but must be start:stop, such as 0:16 or 8:.")
     return slice(*found)
 
 

@@ -107,9 +107,10 @@ class Engine:
         return chosen
 
     def pieces_for(self, count: int) -> int:
-        """Pieces of each call of `extend` where there are so many in all: by the same rule, and
-        few calls of a smaller program that is there do, too."""
-        size = fitting(self.shapes.pieces, count)
+        """Pieces of each call of `extend` where there are so many in all: by the same rule, but
+        two calls are better than one that is mostly padding; and few calls of a smaller program
+        that is there do, too."""
+        size = fitting(self.shapes.pieces, -(-count // 2))
         larger = [n for n in self._pieces if n >= size]
         smaller = [n for n in self._pieces if n < size and n * FEW_CALLS >= count]
         chosen = min(larger) if larger else max(smaller, default=size)

@@ -208,9 +208,9 @@ def one_off(real: Any, self: Any, word: t.V, firsts: Any, by: t.V, offset: int =
     return real(self, word, firsts, by, offset - 1 if offset else 0)
 
 
-def half_of(real: Any, self: Any, words: list[t.V]) -> Any:
+def half_of(real: Any, self: Any, words: list[t.V], number: int) -> Any:
     """Addends that count half."""
-    operand, (a, b) = real(self, words)
+    operand, (a, b) = real(self, words, number)
     return operand, (a * 0.5, b * 0.5)
 
 

@@ -76,6 +76,13 @@ def test_what_a_format_is_made_of(stored: str) -> None:
         codes = gguf.quants.dequantize(units.view(np.uint8).reshape(raw.shape), kind)
         assert few.addends is not None
         np.testing.assert_allclose(values - codes, few.addends, rtol=0, atol=1e-7)
+    elif stored == "q6_k":
+        # Codes of 0 to 63 less 32, each times a factor.
+        assert few.addends is not None
+        factors = np.where(few.addends == 0, 1, few.addends / -32)
+        whole = (values - few.addends) / factors
+        np.testing.assert_allclose(whole, whole.round(), rtol=0, atol=1e-4)
+        assert whole.round().min() >= 0 and whole.round().max() <= 63
     else:
         assert few.addends is None
     assert few.rounding is None and many.addends is None and many.rounding is not None

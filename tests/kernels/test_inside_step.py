@@ -237,7 +237,8 @@ ALL_PRODUCTS = {"q_proj", "k_proj", "v_proj", "attn_residual", "ffn_act", "down_
         (
             *("few", MIXED_ONCE),
             patched_method(scales.Integers, "addend_operand", half_of),
-            *({"ffn_act"}, {0, 1}),
+            # What codes of Q6_K are less by is an addend too.
+            *({"ffn_act", "down_proj"}, {0, 1}),
         ),
         (
             *("few", "bfloat16"),

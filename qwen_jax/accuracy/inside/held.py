@@ -1,7 +1,7 @@
 """The weights of a decode-step kernel as it multiplies with them, and what it makes of them.
 
-A block format's weight is a code times a factor, and in some plus an addend. The kernel of few rows
-multiplies with codes and with addends apart, and rounds neither. The kernel of many rows makes one
+A block format's weight is a code times a factor, and in some plus an addend, such as what codes are
+less by. The kernel of few rows multiplies with codes and with addends apart, and rounds neither. The kernel of many rows makes one
 float16 of a weight: of u = 2^-11 the factor is off by u of itself (the same for all inputs of a
 group, 32 at most, which therefore count sqrt(32) times what independent roundings would), the
 addend, taken at the middle code, likewise, and the result by another u. Below float16's normal
@@ -85,7 +85,9 @@ def _tiles(
         return values, None, None
     factors, addends = storage.scales_of(words)
     if few:
-        return values, addends, None
+        # Codes are multiplied as they are, and what they are less by is an addend.
+        apart = addends if storage.scales.adds else -storage.offset * factors
+        return values, apart if storage.addends else None, None
     rounding = (_U * values) ** 2 + _LEAST**2
     if addends is not None:
         most = 1 << (sum(storage.bits) - 1)

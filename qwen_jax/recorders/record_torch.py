@@ -1,0 +1,521 @@
+"""Records Qwen2 in PyTorch: transformers, vLLM, SGLang, or your own engine of their modules.
+
+Copy this file beside your engine; it needs torch and safetensors. It writes DUMP.safetensors and
+DUMP.mapping.json, which `run.py compare` reads. The text is a list of token ids, ten to a hundred.
+
+transformers, and vLLM, which is started in this process and eagerly:
+
+    python record_torch.py MODEL 2046,299,10,279,1450
+    python record_torch.py MODEL 2046,299,10,279,1450 --engine=vllm
+
+SGLang's server loads this file, and writes the dump when it is sent these ids as `input_ids`:
+
+    PYTHONPATH=. python -m sglang.launch_server --model-path MODEL --disable-cuda-graph \\
+        --disable-radix-cache --forward-hooks '[{"name": "record", "target_modules": ["model"],
+        "hook_factory": "record_torch:sglang", "config": {"model": "MODEL", "tokens": [2046, 299]}}]'
+
+A program of your own, whatever it does to the model before:
+
+    from record_torch import recording
+
+    with recording(model, "dump.safetensors"):
+        model(ids)  # one text: in one call, or by model.generate(ids, max_new_tokens=8)
+
+What to change: where modules of your engine have other names, those in MODULES and NORMS; where
+their values lie otherwise, the axes there, in the letters of docs/trace-format.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import save_file
+
+Axes = Mapping[str, str]
+
+MODULES: dict[str, tuple[Axes, Axes]] = {
+    "self_attn.q_proj": ({}, {"q_proj": "T (N H)"}),
+    "self_attn.k_proj": ({}, {"k_proj": "T (K H)"}),
+    "self_attn.v_proj": ({}, {"v_proj": "T (K H)"}),
+    "self_attn.qkv_proj": (
+        {},
+        {"q_proj": "T ([N]+K+K H)", "k_proj": "T (N+[K]+K H)", "v_proj": "T (N+K+[K] H)"},
+    ),
+    "self_attn.o_proj": ({"attn_out": "T (N H)"}, {"o_proj": "T D"}),
+    "mlp.gate_proj": ({}, {"gate_proj": "T F"}),
+    "mlp.up_proj": ({}, {"up_proj": "T F"}),
+    "mlp.gate_up_proj": ({}, {"gate_proj": "T [F]+F", "up_proj": "T F+[F]"}),
+    "mlp.down_proj": ({"ffn_act": "T F"}, {"down_proj": "T D"}),
+}
+"""Modules of a layer, what goes into them, and what comes out; one that isn't there is passed over."""
+
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+"""Norms of a layer, and their results."""
+
+QUANTISED = ("gptq", "awq", "fp8")
+"""Kinds of checkpoints whose files hold what the engine multiplies with."""
+
+STREAM = "T D"
+
+
+class RecorderError(Exception):
+    """What can't be recorded, and why, in one sentence."""
+
+
+class Recorder:
+    """Hooks in a model, and what they have heard.
+
+    Args:
+        model: it, or what wraps it; embed_tokens, layers and norm are somewhere inside.
+        tokens: the text. Calls on anything else, as when a server warms up, are passed over;
+            without it every call is of the text.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokens: Sequence[int] | None = None):
+        self.decoder, self.owner = find(model)
+        self.wanted = None if tokens is None else [int(token) for token in tokens]
+        self.dtype = weights_dtype(self.decoder, self.owner)
+        self.tokens: list[int] = []
+        self.calls: list[dict[str, torch.Tensor]] = []
+        self.lengths: list[int] = []
+        self.hidden: list[torch.Tensor] = []  # what the head gets, as the engine has it
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.fields: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.layer, self.listening, self.batched = 0, False, False
+        self._undo: list[Callable[[], Any]] = []
+        self._attach()
+
+    def close(self) -> None:
+        """Takes the hooks out."""
+        while self._undo:
+            self._undo.pop()()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the text that was asked for has been heard."""
+        return bool(self.calls) and self.wanted in (None, self.tokens)
+
+    def _attach(self) -> None:
+        decoder, rotary = self.decoder, {}
+        self._before(decoder.embed_tokens, self._begin)
+        self._after(decoder.embed_tokens, lambda _, out: self._put("embed", out, STREAM))
+        for i, layer in enumerate(decoder.layers):
+            self._before(layer, lambda args, named, i=i: self._enter(i, args, named))
+            for path, (into, out) in MODULES.items():
+                if module := inside(layer, path):
+                    self._after(module, self._of_module(path, into, out))
+            for path, name in NORMS.items():
+                self._after(inside(layer, path), self._of_norm(name))
+            if module := inside(layer, "self_attn.rotary_emb"):
+                rotary[id(module)] = module  # all layers may share one
+        for module in rotary.values():
+            self._after(module, self._of_rotary)
+        self._after(decoder.norm, self._of_norm("final_norm"))
+        for name in ("lm_head", "logits_processor"):
+            if module := inside(self.owner, name):
+                self._after(module, self._of_head)
+        home = sys.modules[type(decoder.layers[0].self_attn).__module__]
+        if hasattr(home, "apply_rotary_pos_emb"):
+            self._around(home, "apply_rotary_pos_emb", self._of_rotation)
+        self._around(torch.nn.functional, "softmax", self._of_softmax)
+
+    def _before(self, module: torch.nn.Module, hear: Callable[[tuple, dict], None]) -> None:
+        def hook(_: torch.nn.Module, args: tuple, named: dict) -> None:
+            hear(args, named)
+
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _after(self, module: torch.nn.Module, hear: Callable[[tuple, Any], None]) -> None:
+        def hook(_: torch.nn.Module, args: tuple, named: dict, out: Any) -> None:
+            if self.listening:
+                hear((*args, *named.values()), out)
+
+        self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+    def _around(self, home: Any, name: str, hear: Callable[[tuple, Any], None]) -> None:
+        """Puts in a function's place one that tells of its arguments and its result."""
+        real = getattr(home, name)
+
+        def heard(*args: Any, **named: Any) -> Any:
+            out = real(*args, **named)
+            if self.listening:
+                hear(args, out)
+            return out
+
+        change = patch.object(home, name, heard)
+        change.start()
+        self._undo.append(change.stop)
+
+    def _begin(self, args: tuple, named: dict) -> None:
+        """A call begins where token ids are looked up."""
+        ids = (*args, *named.values())[0]
+        new, done = ids.flatten().tolist(), len(self.tokens)
+        self.listening = self.wanted is None or (
+            bool(new) and self.wanted[done : done + len(new)] == new
+        )
+        if not self.listening:
+            return
+        self.batched = ids.ndim == 2
+        if self.batched and len(ids) != 1:
+            raise RecorderError(f"The batch holds {len(ids)} texts; record one, without padding.")
+        if torch.is_autocast_enabled(ids.device.type):
+            raise RecorderError("Under autocast weights are of two dtypes; record without it.")
+        self.tokens += new
+        self.calls.append({})
+        self.lengths.append(len(new))
+
+    def _enter(self, layer: int, args: tuple, named: dict) -> None:
+        """A layer begins; the first one is told the positions."""
+        self.layer = layer
+        places = named.get("position_ids", named.get("positions", args[0] if args else None))
+        if layer or not self.listening or not isinstance(places, torch.Tensor):
+            return
+        if places.is_floating_point():
+            return
+        places = places.flatten()
+        if len(self.calls) > 1 and int(places[0]) == 0:
+            raise RecorderError(
+                f"Call {len(self.calls)} begins at position 0 again; record one text, in one call "
+                "or with a cache."
+            )
+        if len(places) == self.lengths[-1] and bool((places.diff() < 0).any()):
+            raise RecorderError("The call holds several texts one after another; send one.")
+
+    def _put(
+        self, name: str, x: torch.Tensor, axes: str | Axes, layer: int | None = None, **more: Any
+    ) -> None:
+        """Keeps a copy, since engines write the next result over the last.
+
+        Args:
+            name: of the array.
+            axes: how it lies, or the tensors that it holds and how each lies.
+        """
+        prefix = "" if layer is None else f"layers.{layer}."
+        pattern = "" if layer is None else "layers.{i}."
+        if f"{prefix}{name}" in self.calls[-1]:
+            raise RecorderError(f"{prefix}{name} came twice in a call; record plain inference.")
+        x = (x[0] if self.batched else x).detach()
+        self.calls[-1][f"{prefix}{name}"] = x.to("cpu", copy=True).contiguous()
+        for kind, lie in ({name: axes} if isinstance(axes, str) else axes).items():
+            source = f"call{{c}}.{pattern}{name}"
+            self.tensors[f"{pattern}{kind}"] = {"from": source, "axes": lie, **more}
+
+    def _of_module(self, path: str, into: Axes, out: Axes) -> Callable[[tuple, Any], None]:
+        def hear(args: tuple, result: Any) -> None:
+            first = result[0] if isinstance(result, tuple) else result  # beside a bias
+            if into:
+                self._put(f"{path}.input", args[0], into, self.layer)
+            self._put(path, first, out, self.layer)
+
+        return hear
+
+    def _of_norm(self, name: str) -> Callable[[tuple, Any], None]:
+        """A norm is of the stream, or of the sum of it and what is handed beside it; the sum is
+        then its second result."""
+
+        def hear(args: tuple, result: Any) -> None:
+            beside = isinstance(result, tuple)
+            normed, stream = (result[0], result[1]) if beside else (result, args[0])
+            if name == "final_norm":
+                self._put("final_norm", normed, STREAM)
+                self.hidden.append(normed.detach().clone())
+                self._put("ffn_residual", stream, STREAM, self.layer)
+                return
+            self._put(name, normed, STREAM, self.layer)
+            if name == "ffn_norm":
+                self._put("attn_residual", stream, STREAM, self.layer)
+            elif self.layer:
+                self._put("ffn_residual", stream, STREAM, self.layer - 1)
+
+        return hear
+
+    def _of_rotary(self, args: tuple, result: Any) -> None:
+        """Of a module that turns queries and keys, perhaps in place. transformers' makes angles."""
+        places, *others = args
+        if len(others) < 2 or places.is_floating_point():
+            return
+        for name, heads, x in zip(("q_rope", "k_rope"), "NK", result, strict=False):
+            self._put(name, x, f"T ({heads} H)" if x.ndim == 2 else f"T {heads} H", self.layer)
+
+    def _of_rotation(self, args: tuple, result: Any) -> None:
+        """Of transformers' function, which has heads before positions."""
+        for name, heads, x in zip(("q_rope", "k_rope"), "NK", result, strict=True):
+            self._put(name, x, f"{heads} T H", self.layer)
+
+    def _of_softmax(self, args: tuple, result: Any) -> None:
+        """Of attention in plain PyTorch."""
+        scores = args[0]
+        if not self.batched or scores.ndim != 4 or scores.shape[-2] != self.lengths[-1]:
+            return
+        # What stands where a query must not see a key.
+        masked = torch.finfo(scores.dtype).min / 2
+        self._put("attn_scores", scores, "N T [S]+*", self.layer, masked=masked)
+        self._put("attn_probs", result, "N T [S]+*", self.layer)
+        self.fields["scores_dtype"] = dtype_name(scores.dtype)
+
+    def _of_head(self, args: tuple, result: Any) -> None:
+        """Of every position, or not at all; another may be a tuple or an object of the engine's."""
+        if isinstance(result, torch.Tensor) and result.shape[-2] == self.lengths[-1]:
+            self._put("logits", result, "T [V]+*")
+
+    def _compute_logits(self) -> None:
+        """Engines have logits of the last position only: those of the others by their own head."""
+        for call, hidden in zip(self.calls, self.hidden, strict=True):
+            compute = getattr(self.owner, "compute_logits", None)
+            if "logits" in call or not (compute or inside(self.owner, "lm_head")):
+                continue
+            if compute is None and inside(self.owner, "logits_processor"):
+                continue
+            try:
+                with torch.no_grad():
+                    logits = compute(hidden) if compute else self.owner.lm_head(hidden)
+            except TypeError:  # of vLLM before 0.11, which wants to know of sampling
+                logits = compute(hidden, None) if compute else None
+            call["logits"] = (logits[0] if self.batched else logits).to("cpu").contiguous()
+            self.tensors["logits"] = {"from": "call{c}.logits", "axes": "T [V]+*"}
+            note = "logits are the model's head on final_norm, run once more for every position."
+            self.notes = [note]
+
+    def save(self, path: str | os.PathLike, *, engine: str, model: str = "MODEL") -> None:
+        """Writes the dump and its mapping, and says what to type next.
+
+        Args:
+            engine: its name and version.
+            model: what `run.py compare` takes as --model.
+
+        Raises:
+            RecorderError: nothing was heard, or not the whole text.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise RecorderError(f"The dump is {path}, but its name must end in .safetensors.")
+        if not self.calls or not self.tensors:
+            raise RecorderError(
+                "The model was not called on the text, or not where hooks are heard: call it inside "
+                "`with recording(...)`, eagerly, without torch.compile and CUDA graphs."
+            )
+        if not self.complete:
+            raise RecorderError(
+                f"Of the text's {len(self.wanted or ())} tokens {len(self.tokens)} were computed; "
+                "switch prefix caching off."
+            )
+        self._compute_logits()
+        arrays: dict[str, torch.Tensor] = {}
+        for pattern, spec in list(self.tensors.items()):
+            names = [
+                (call, spec["from"].replace("{c}", str(call)).replace("{i}", str(layer)))
+                for call in range(len(self.calls))
+                for layer in (range(len(self.decoder.layers)) if "{i}" in pattern else (0,))
+            ]
+            found = {n: self.calls[call].get(n.split(".", 1)[1]) for call, n in names}
+            if any(x is None for x in found.values()):
+                self.notes.append(f"{pattern} is left out: not every call and layer has it.")
+                del self.tensors[pattern]
+                continue
+            arrays |= found
+        mapping = {
+            "version": 1,
+            "implementation": engine,
+            "dtype": dtype_name(self.dtype),
+            "activation_dtype": self._activation_dtype(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "device": device_name(self.hidden[0].device if self.hidden else torch.device("cpu")),
+            "versions": {"torch": torch.__version__},
+            "notes": self.notes,
+            "tokens": self.tokens,
+            "chunks": self.lengths,
+            **self.fields,
+            "tensors": self.tensors,
+        }
+        part = path.with_suffix(".part")  # a dump is whole or not there
+        save_file(arrays, part)
+        path.with_suffix(".mapping.json").write_text(json.dumps(mapping, indent=2) + "\n")
+        part.replace(path)
+        for note in self.notes:
+            print(f"note: {note}")
+        print(f"{path}: {len(self.tensors)} kinds of tensors, {len(self.tokens)} tokens. Next:")
+        print(f"  python run.py compare --model={shlex.quote(model)} --candidate={path}")
+
+    def _activation_dtype(self) -> str:
+        """That of most projections."""
+        kinds = [x.dtype for name, x in self.calls[0].items() if name.endswith("_proj")]
+        return dtype_name(max(set(kinds), key=kinds.count) if kinds else self.dtype)
+
+
+@contextlib.contextmanager
+def recording(
+    model: torch.nn.Module,
+    path: str | os.PathLike,
+    *,
+    tokens: Sequence[int] | None = None,
+    engine: str = "",
+    source: str = "",
+) -> Iterator[Recorder]:
+    """Records what the model computes inside, and writes it at the end.
+
+    Args:
+        tokens: the text, where the model is called on others besides.
+        engine: its name and version; by default the library of the model's class.
+        source: the checkpoint, for what is said at the end.
+
+    Raises:
+        RecorderError: the model, or a call, can't be recorded.
+    """
+    recorder = Recorder(model, tokens)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+    config = getattr(recorder.owner, "config", None)
+    source = source or getattr(config, "_name_or_path", "") or "MODEL"
+    recorder.save(path, engine=engine or library(recorder.decoder), model=source)
+
+
+def find(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The decoder in a model, and the module around it that has the head; the decoder, where there
+    is none."""
+    if not isinstance(model, torch.nn.Module):
+        raise RecorderError(f"The model is a {type(model).__name__}, but must be a torch module.")
+    parts = ("embed_tokens", "layers", "norm")
+    found = [m for m in model.modules() if all(hasattr(m, part) for part in parts)]
+    if not found:
+        raise RecorderError(
+            f"{type(model).__name__} has no module with {', '.join(parts)}; give it whole, as "
+            "AutoModelForCausalLM makes it, or write your engine's names into this file."
+        )
+    decoder = found[0]
+    for i, layer in enumerate(decoder.layers):
+        for path in (*NORMS, "self_attn.o_proj", "mlp.down_proj"):
+            if inside(layer, path) is None:
+                raise RecorderError(
+                    f"Layer {i}, a {type(layer).__name__}, has no {path}; run all layers in one "
+                    "process, or write your engine's names into MODULES and NORMS."
+                )
+        heads = [getattr(layer.self_attn, name, None) for name in ("num_heads", "total_num_heads")]
+        if None not in heads and heads[0] != heads[1]:
+            raise RecorderError(
+                f"This process has {heads[0]} of {heads[1]} heads; run without tensor parallelism."
+            )
+    owners = [
+        m for m in model.modules() if hasattr(m, "lm_head") and decoder in list(m.modules())
+    ]
+    return decoder, owners[-1] if owners else decoder
+
+
+def inside(module: torch.nn.Module, path: str) -> Any:
+    """A module by its path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)  # type: ignore[assignment]
+    return module
+
+
+def weights_dtype(decoder: torch.nn.Module, owner: torch.nn.Module) -> torch.dtype:
+    """Of the matrices. Raises RecorderError where they are in no file as the engine has them."""
+    config = getattr(getattr(owner, "config", None), "quantization_config", None) or {}
+    kind = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    for i, layer in enumerate(decoder.layers):
+        for path in MODULES:
+            module = inside(layer, path)
+            weight = getattr(module, "weight", None)
+            plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+            if module is None or (plain and weight.element_size() > 1):
+                continue
+            if str(getattr(kind, "value", kind)) not in QUANTISED:
+                raise RecorderError(
+                    f"layers.{i}.{path} is a quantised {type(module).__name__}, whose weights are in "
+                    "no file that run.py reads; load the model unquantised."
+                )
+            return decoder.embed_tokens.weight.dtype
+    first = decoder.layers[0].self_attn
+    return (inside(first, "q_proj") or inside(first, "qkv_proj") or first.o_proj).weight.dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def library(decoder: torch.nn.Module) -> str:
+    """Whose module it is, with the version where it is an installed library's."""
+    name = type(decoder).__module__.split(".")[0]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return f"{name} {importlib.metadata.version(name)}"
+    return name
+
+
+def transformers(model: str, tokens: list[int], path: str, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
+    ids = torch.tensor([tokens], device=loaded.device)
+    with torch.no_grad(), recording(loaded.eval(), path, source=model):
+        loaded(ids)
+
+
+def vllm(model: str, tokens: list[int], path: str, dtype: str) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model has to be in this process
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(model, dtype=dtype, enforce_eager=True, enable_prefix_caching=False)
+    (loaded,) = engine.apply_model(lambda module: module)
+    with recording(loaded, path, tokens=tokens, source=model):
+        engine.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1))
+
+
+def sglang(config: Mapping[str, Any]) -> Callable[[torch.nn.Module, Any, Any], None]:
+    """A hook for --forward-hooks, on the module "model" of a Qwen2ForCausalLM: attaches a recorder
+    after its first call, the server's warm-up, and writes the dump once it has heard the text.
+
+    Args:
+        config: `tokens`, and `model` and `path` as `recording` has them.
+    """
+    state: dict[str, Recorder] = {}
+
+    def hook(module: torch.nn.Module, args: Any, out: Any) -> None:
+        recorder = state.get("recorder")
+        if recorder is None:
+            state["recorder"] = Recorder(module, config["tokens"])
+        elif recorder.complete and recorder._undo:
+            recorder.close()
+            path, model = config.get("path", "dump.safetensors"), config.get("model", "MODEL")
+            recorder.save(path, engine=library(module), model=model)
+
+    return hook
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Records Qwen2 of transformers or vLLM.")
+    parser.add_argument("model", help="a directory, or a name on the Hub")
+    parser.add_argument("tokens", help="ids of the text, as in 2046,299,10")
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--output", default="dump.safetensors")
+    given = parser.parse_args()
+    try:
+        tokens = [int(token) for token in given.tokens.split(",")]
+    except ValueError:
+        parser.error(f"tokens is {given.tokens!r:.60}, but it must be like 2046,299,10")
+    run = {"transformers": transformers, "vllm": vllm}[given.engine]
+    try:
+        run(given.model, tokens, given.output, given.dtype)
+    except (RecorderError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,17 +20,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.metadata
-import json
 import re
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
-from safetensors.numpy import save_file
+
+from qwen_jax.recorders.dump import Dump, RecorderError, token_ids
 
 NAMES = {
     "attn_norm": "attn_norm",
@@ -85,6 +83,10 @@ FLOATS = {0: np.float32, 1: np.float16}
 """ggml's numbers of the types that a recorded tensor may have."""
 
 AXES = {
+    "attn_out": "T (N H)",
+    "gate_proj": "T F",
+    "up_proj": "T F",
+    "ffn_act": "T F",
     "q_proj": "T (N H)",
     "k_proj": "T (K H)",
     "v_proj": "T (K H)",
@@ -94,7 +96,7 @@ AXES = {
     "attn_probs": "T N [S]+*",
     "logits": "T [V]+*",
 }
-"""How arrays lie here, where that is not as in docs/trace-format.md."""
+"""How arrays lie; all others "T D"."""
 
 SCORES = "attn_scores are kq times scale plus mask, which llama.cpp computes within softmax."
 
@@ -105,10 +107,6 @@ _lib.ggml_backend_tensor_get.restype = None
 _lib.ggml_backend_tensor_get.argtypes = [
     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t,
 ]  # fmt: skip
-
-
-class RecorderError(Exception):
-    """What can't be recorded, and why, in one sentence."""
 
 
 class Tensor(ctypes.Structure):
@@ -168,7 +166,7 @@ class Listener:
         return True
 
     def _note_operand(self, tensor: Tensor) -> None:
-        """Products with a matrix of the file; the head's may be the embedding, looked up as well."""
+        """Of products with a matrix of the file; the head's may be that of the embedding."""
         if not tensor.src[0]:
             return
         source = tensor.src[0].contents
@@ -199,8 +197,8 @@ class Listener:
     def _put(self, name: str, value: np.ndarray) -> None:
         if len(value) != self.length:
             raise RecorderError(
-                f"llama.cpp's {name} is of {len(value)} positions, not {self.length}; this recorder "
-                "does not know its graph."
+                f"llama.cpp's {name} is of {len(value)} positions, not {self.length}; this "
+                "recorder does not know its graph."
             )
         if self.wants(name):
             self.heard[name] = value
@@ -316,49 +314,17 @@ def _context_settings(length: int, longest: int, callback: Any, threads: int) ->
     return settings
 
 
-def save(
-    path: Path, model: str, tokens: Sequence[int], chunks: Sequence[int], calls: list, **fields: Any
-) -> None:
-    """Writes the dump and its mapping, and says what to type next.
+def into(dump: Dump, tokens: Sequence[int]) -> Callable[[int, dict[str, np.ndarray]], None]:
+    """Takes calls on a text into a dump, as `hear` of `run`."""
 
-    Args:
-        calls: what was heard of each.
+    def hear(position: int, heard: dict[str, np.ndarray]) -> None:
+        length = len(next(iter(heard.values()), ()))
+        dump.begin(tokens[position : position + length])
+        for name, value in heard.items():
+            layer, _, kind = name.removeprefix("layers.").rpartition(".")
+            dump.put(kind, value, AXES.get(kind, "T D"), int(layer) if layer else None)
 
-    Raises:
-        RecorderError: nothing was heard that has a name here.
-    """
-    layers = {int(name.split(".")[1]) for call in calls for name in call if "." in name}
-    patterns = dict.fromkeys(re.sub(r"\d+", "{i}", name, count=1) for name in calls[0])
-    arrays, tensors, notes = {}, {}, [SCORES]
-    for pattern in patterns:
-        names = [pattern.replace("{i}", str(i)) for i in (layers if "{i}" in pattern else [0])]
-        if not all(name in call for call in calls for name in names):
-            notes.append(f"{pattern} is left out: not every call and layer has it.")
-            continue
-        arrays |= {f"call{c}.{name}": call[name] for c, call in enumerate(calls) for name in names}
-        kind = pattern.rpartition(".")[2]
-        tensors[pattern] = {"from": f"call{{c}}.{pattern}"}
-        if kind in AXES:
-            tensors[pattern]["axes"] = AXES[kind]
-    if not tensors:
-        raise RecorderError(f"{model}: no tensor of llama.cpp's graph has a name known here.")
-    mapping = {
-        "version": 1,
-        "implementation": "llama.cpp",
-        "dtype": "float32",
-        "versions": {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")},
-        "tokens": list(tokens),
-        "chunks": list(chunks),
-        "notes": notes,
-        **fields,
-        "tensors": tensors,
-    }
-    part = path.with_suffix(".part")  # a dump is whole or not there
-    save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, part)
-    path.with_suffix(".mapping.json").write_text(json.dumps(mapping, indent=2) + "\n")
-    part.replace(path)
-    print(f"{path}: {len(arrays)} arrays, {len(tokens)} tokens. Next:")
-    print(f"  python run.py compare --model={shlex.quote(model)} --candidate={path}")
+    return hear
 
 
 def main() -> None:
@@ -368,32 +334,30 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=0, help="tokens at the end, one a call")
     parser.add_argument("--gpu_layers", type=int, default=0, help="layers on a GPU")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default="dump.safetensors")
+    parser.add_argument("--output", default="dump.safetensors")
     given = parser.parse_args()
     try:
-        tokens = [int(token) for token in given.tokens.split(",")]
-    except ValueError:
-        parser.error(f"tokens is {given.tokens!r:.60}, but it must be like 2046,299,10")
-    if given.output.suffix != ".safetensors":
-        parser.error(f"output is {given.output}, but its name must end in .safetensors")
-    if not Path(given.model).is_file():
-        parser.error(f"{given.model} is no file; name a GGUF file")
-    if not 0 <= given.decode < len(tokens):
-        parser.error(f"decode is {given.decode}, but must be from 0 to {len(tokens) - 1}")
-    chunks = [len(tokens) - given.decode, *[1] * given.decode]
-    listener, calls = Listener(), []
-    try:
+        dump, tokens = Dump(given.output), token_ids(given.tokens)
+        if not Path(given.model).is_file():
+            raise RecorderError(f"{given.model} is no file; name a GGUF file.")
+        if not 0 <= given.decode < len(tokens):
+            raise RecorderError(f"decode is {given.decode}, but must be 0 to {len(tokens) - 1}.")
+        chunks, listener = [len(tokens) - given.decode, *[1] * given.decode], Listener()
         run(
-            given.model, tokens, chunks, listener, lambda _, heard: calls.append(heard),
+            given.model, tokens, chunks, listener, into(dump, tokens),
             threads=given.threads, gpu_layers=given.gpu_layers,
         )  # fmt: skip
-        device = "cpu" if given.gpu_layers == 0 else f"{given.gpu_layers} layers on a GPU"
-        save(
-            given.output, given.model, tokens, chunks, calls,
-            operands=listener.operands, device=device,
-        )  # fmt: skip
+        dump.notes.append(SCORES)
+        dump.write(
+            given.model,
+            implementation="llama.cpp",
+            dtype="float32",
+            operands=listener.operands,
+            device=f"{given.gpu_layers} layers on a GPU" if given.gpu_layers else "cpu",
+            versions={"llama-cpp-python": importlib.metadata.version("llama-cpp-python")},
+        )
     except RecorderError as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

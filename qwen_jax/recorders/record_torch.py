@@ -12,7 +12,7 @@ SGLang's server loads this file, and writes the dump when it is sent these ids a
 
     PYTHONPATH=. python -m sglang.launch_server --model-path MODEL --disable-cuda-graph \\
         --disable-radix-cache --forward-hooks '[{"name": "record", "target_modules": ["model"],
-        "hook_factory": "record_torch:sglang", "config": {"model": "MODEL", "tokens": [2046, 299]}}]'
+        "hook_factory": "record_torch:sglang", "config": {"tokens": [2046, 299, 10, 279, 1450]}}]'
 
 A program of your own, whatever it does to the model before:
 
@@ -30,17 +30,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+
+from qwen_jax.recorders.dump import Dump, RecorderError, token_ids
 
 Axes = Mapping[str, str]
 
@@ -58,7 +57,7 @@ MODULES: dict[str, tuple[Axes, Axes]] = {
     "mlp.gate_up_proj": ({}, {"gate_proj": "T [F]+F", "up_proj": "T F+[F]"}),
     "mlp.down_proj": ({"ffn_act": "T F"}, {"down_proj": "T D"}),
 }
-"""Modules of a layer, what goes into them, and what comes out; one that isn't there is passed over."""
+"""Modules of a layer, what goes into them, and what comes out; of those that it has."""
 
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 """Norms of a layer, and their results."""
@@ -66,46 +65,49 @@ NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 QUANTISED = ("gptq", "awq", "fp8")
 """Kinds of checkpoints whose files hold what the engine multiplies with."""
 
-STREAM = "T D"
-
-
-class RecorderError(Exception):
-    """What can't be recorded, and why, in one sentence."""
+STREAM, LOGITS = "T D", "T [V]+*"
 
 
 class Recorder:
-    """Hooks in a model, and what they have heard.
+    """Hooks in a model, which fill a dump.
 
     Args:
         model: it, or what wraps it; embed_tokens, layers and norm are somewhere inside.
         tokens: the text. Calls on anything else, as when a server warms up, are passed over;
             without it every call is of the text.
+
+    Raises:
+        RecorderError: the model can't be recorded.
     """
 
-    def __init__(self, model: torch.nn.Module, tokens: Sequence[int] | None = None):
+    def __init__(
+        self, model: torch.nn.Module, path: str | os.PathLike, tokens: Sequence[int] | None = None
+    ):
+        self.dump = Dump(path)
         self.decoder, self.owner = find(model)
-        self.wanted = None if tokens is None else [int(token) for token in tokens]
         self.dtype = weights_dtype(self.decoder, self.owner)
-        self.tokens: list[int] = []
-        self.calls: list[dict[str, torch.Tensor]] = []
-        self.lengths: list[int] = []
+        self.wanted = None if tokens is None else [int(token) for token in tokens]
         self.hidden: list[torch.Tensor] = []  # what the head gets, as the engine has it
-        self.tensors: dict[str, dict[str, Any]] = {}
-        self.fields: dict[str, Any] = {}
-        self.notes: list[str] = []
+        self.projections: list[torch.dtype] = []
+        self.scores: torch.dtype | None = None
         self.layer, self.listening, self.batched = 0, False, False
         self._undo: list[Callable[[], Any]] = []
         self._attach()
+
+    @property
+    def open(self) -> bool:
+        """Whether the hooks are in."""
+        return bool(self._undo)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the text that was asked for has been heard."""
+        return bool(self.dump.calls) and self.wanted in (None, self.dump.tokens)
 
     def close(self) -> None:
         """Takes the hooks out."""
         while self._undo:
             self._undo.pop()()
-
-    @property
-    def complete(self) -> bool:
-        """Whether all of the text that was asked for has been heard."""
-        return bool(self.calls) and self.wanted in (None, self.tokens)
 
     def _attach(self) -> None:
         decoder, rotary = self.decoder, {}
@@ -161,7 +163,7 @@ class Recorder:
     def _begin(self, args: tuple, named: dict) -> None:
         """A call begins where token ids are looked up."""
         ids = (*args, *named.values())[0]
-        new, done = ids.flatten().tolist(), len(self.tokens)
+        new, done = ids.flatten().tolist(), len(self.dump.tokens)
         self.listening = self.wanted is None or (
             bool(new) and self.wanted[done : done + len(new)] == new
         )
@@ -172,9 +174,7 @@ class Recorder:
             raise RecorderError(f"The batch holds {len(ids)} texts; record one, without padding.")
         if torch.is_autocast_enabled(ids.device.type):
             raise RecorderError("Under autocast weights are of two dtypes; record without it.")
-        self.tokens += new
-        self.calls.append({})
-        self.lengths.append(len(new))
+        self.dump.begin(new)
 
     def _enter(self, layer: int, args: tuple, named: dict) -> None:
         """A layer begins; the first one is told the positions."""
@@ -184,37 +184,32 @@ class Recorder:
             return
         if places.is_floating_point():
             return
-        places = places.flatten()
-        if len(self.calls) > 1 and int(places[0]) == 0:
+        places, calls = places.flatten(), self.dump.chunks
+        if len(calls) > 1 and int(places[0]) == 0:
             raise RecorderError(
-                f"Call {len(self.calls)} begins at position 0 again; record one text, in one call "
-                "or with a cache."
+                f"Call {len(calls)} begins at position 0 again; record one text, in one call or "
+                "with a cache."
             )
-        if len(places) == self.lengths[-1] and bool((places.diff() < 0).any()):
+        if len(places) == calls[-1] and bool((places.diff() < 0).any()):
             raise RecorderError("The call holds several texts one after another; send one.")
 
     def _put(
         self, name: str, x: torch.Tensor, axes: str | Axes, layer: int | None = None, **more: Any
     ) -> None:
-        """Keeps a copy, since engines write the next result over the last.
-
-        Args:
-            name: of the array.
-            axes: how it lies, or the tensors that it holds and how each lies.
-        """
-        prefix = "" if layer is None else f"layers.{layer}."
-        pattern = "" if layer is None else "layers.{i}."
-        if f"{prefix}{name}" in self.calls[-1]:
-            raise RecorderError(f"{prefix}{name} came twice in a call; record plain inference.")
-        x = (x[0] if self.batched else x).detach()
-        self.calls[-1][f"{prefix}{name}"] = x.to("cpu", copy=True).contiguous()
-        for kind, lie in ({name: axes} if isinstance(axes, str) else axes).items():
-            source = f"call{{c}}.{pattern}{name}"
-            self.tensors[f"{pattern}{kind}"] = {"from": source, "axes": lie, **more}
+        """A copy, since engines write the next result over the last."""
+        x = (x[0] if self.batched else x).detach().to("cpu", copy=True).contiguous()
+        if x.dtype == torch.bfloat16:  # which NumPy hasn't: its bits
+            more["dtype"] = "bfloat16"
+            x = x.view(torch.int16)
+        array = x.numpy()
+        self.dump.put(
+            name, array.view(np.uint16) if "dtype" in more else array, axes, layer, **more
+        )
 
     def _of_module(self, path: str, into: Axes, out: Axes) -> Callable[[tuple, Any], None]:
         def hear(args: tuple, result: Any) -> None:
             first = result[0] if isinstance(result, tuple) else result  # beside a bias
+            self.projections.append(first.dtype)
             if into:
                 self._put(f"{path}.input", args[0], into, self.layer)
             self._put(path, first, out, self.layer)
@@ -228,16 +223,14 @@ class Recorder:
         def hear(args: tuple, result: Any) -> None:
             beside = isinstance(result, tuple)
             normed, stream = (result[0], result[1]) if beside else (result, args[0])
-            if name == "final_norm":
-                self._put("final_norm", normed, STREAM)
+            last = name == "final_norm"
+            self._put(name, normed, STREAM, None if last else self.layer)
+            if last:
                 self.hidden.append(normed.detach().clone())
-                self._put("ffn_residual", stream, STREAM, self.layer)
-                return
-            self._put(name, normed, STREAM, self.layer)
             if name == "ffn_norm":
                 self._put("attn_residual", stream, STREAM, self.layer)
-            elif self.layer:
-                self._put("ffn_residual", stream, STREAM, self.layer - 1)
+            elif last or self.layer:
+                self._put("ffn_residual", stream, STREAM, self.layer - (not last))
 
         return hear
 
@@ -257,101 +250,69 @@ class Recorder:
     def _of_softmax(self, args: tuple, result: Any) -> None:
         """Of attention in plain PyTorch."""
         scores = args[0]
-        if not self.batched or scores.ndim != 4 or scores.shape[-2] != self.lengths[-1]:
+        if not self.batched or scores.ndim != 4 or scores.shape[-2] != self.dump.chunks[-1]:
             return
         # What stands where a query must not see a key.
         masked = torch.finfo(scores.dtype).min / 2
         self._put("attn_scores", scores, "N T [S]+*", self.layer, masked=masked)
         self._put("attn_probs", result, "N T [S]+*", self.layer)
-        self.fields["scores_dtype"] = dtype_name(scores.dtype)
+        self.scores = scores.dtype
 
     def _of_head(self, args: tuple, result: Any) -> None:
         """Of every position, or not at all; another may be a tuple or an object of the engine's."""
-        if isinstance(result, torch.Tensor) and result.shape[-2] == self.lengths[-1]:
-            self._put("logits", result, "T [V]+*")
+        if isinstance(result, torch.Tensor) and result.shape[-2] == self.dump.chunks[-1]:
+            self._put("logits", result, LOGITS)
 
-    def _compute_logits(self) -> None:
-        """Engines have logits of the last position only: those of the others by their own head."""
-        for call, hidden in zip(self.calls, self.hidden, strict=True):
-            compute = getattr(self.owner, "compute_logits", None)
-            if "logits" in call or not (compute or inside(self.owner, "lm_head")):
-                continue
-            if compute is None and inside(self.owner, "logits_processor"):
-                continue
-            try:
-                with torch.no_grad():
-                    logits = compute(hidden) if compute else self.owner.lm_head(hidden)
-            except TypeError:  # of vLLM before 0.11, which wants to know of sampling
-                logits = compute(hidden, None) if compute else None
-            call["logits"] = (logits[0] if self.batched else logits).to("cpu").contiguous()
-            self.tensors["logits"] = {"from": "call{c}.logits", "axes": "T [V]+*"}
-            note = "logits are the model's head on final_norm, run once more for every position."
-            self.notes = [note]
+    def _complete_logits(self) -> None:
+        """Engines have logits of the last position only: of all, by their own head once more."""
+        compute = getattr(self.owner, "compute_logits", None)
+        if compute is None and not inside(self.owner, "logits_processor"):
+            compute = inside(self.owner, "lm_head")
+        if compute is None or all("logits" in call for call in self.dump.calls):
+            return
+        self.dump.notes.append("logits are the model's own head on final_norm, run once more.")
+        calls, self.dump.calls = self.dump.calls, []
+        for call, hidden in zip(calls, self.hidden, strict=True):
+            with torch.no_grad():
+                try:
+                    logits = compute(hidden)
+                except TypeError:  # of vLLM before 0.11, which wants to know of sampling
+                    logits = compute(hidden, None)
+            self.dump.calls.append({n: x for n, x in call.items() if n != "logits"})
+            self._put("logits", logits, LOGITS)
 
-    def save(self, path: str | os.PathLike, *, engine: str, model: str = "MODEL") -> None:
-        """Writes the dump and its mapping, and says what to type next.
+    def write(self, model: str, engine: str) -> None:
+        """Writes the dump, and says what to type next.
 
         Args:
-            engine: its name and version.
             model: what `run.py compare` takes as --model.
+            engine: its name and version.
 
         Raises:
             RecorderError: nothing was heard, or not the whole text.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise RecorderError(f"The dump is {path}, but its name must end in .safetensors.")
-        if not self.calls or not self.tensors:
+        if not self.hidden:
             raise RecorderError(
-                "The model was not called on the text, or not where hooks are heard: call it inside "
+                "The model was not called on the text, or not where hooks hear it: call it inside "
                 "`with recording(...)`, eagerly, without torch.compile and CUDA graphs."
             )
         if not self.complete:
             raise RecorderError(
-                f"Of the text's {len(self.wanted or ())} tokens {len(self.tokens)} were computed; "
-                "switch prefix caching off."
+                f"Of the text's {len(self.wanted or ())} tokens {len(self.dump.tokens)} were "
+                "computed; switch prefix caching off."
             )
-        self._compute_logits()
-        arrays: dict[str, torch.Tensor] = {}
-        for pattern, spec in list(self.tensors.items()):
-            names = [
-                (call, spec["from"].replace("{c}", str(call)).replace("{i}", str(layer)))
-                for call in range(len(self.calls))
-                for layer in (range(len(self.decoder.layers)) if "{i}" in pattern else (0,))
-            ]
-            found = {n: self.calls[call].get(n.split(".", 1)[1]) for call, n in names}
-            if any(x is None for x in found.values()):
-                self.notes.append(f"{pattern} is left out: not every call and layer has it.")
-                del self.tensors[pattern]
-                continue
-            arrays |= found
-        mapping = {
-            "version": 1,
-            "implementation": engine,
-            "dtype": dtype_name(self.dtype),
-            "activation_dtype": self._activation_dtype(),
-            "matmul_precision": torch.get_float32_matmul_precision(),
-            "device": device_name(self.hidden[0].device if self.hidden else torch.device("cpu")),
-            "versions": {"torch": torch.__version__},
-            "notes": self.notes,
-            "tokens": self.tokens,
-            "chunks": self.lengths,
-            **self.fields,
-            "tensors": self.tensors,
-        }
-        part = path.with_suffix(".part")  # a dump is whole or not there
-        save_file(arrays, part)
-        path.with_suffix(".mapping.json").write_text(json.dumps(mapping, indent=2) + "\n")
-        part.replace(path)
-        for note in self.notes:
-            print(f"note: {note}")
-        print(f"{path}: {len(self.tensors)} kinds of tensors, {len(self.tokens)} tokens. Next:")
-        print(f"  python run.py compare --model={shlex.quote(model)} --candidate={path}")
-
-    def _activation_dtype(self) -> str:
-        """That of most projections."""
-        kinds = [x.dtype for name, x in self.calls[0].items() if name.endswith("_proj")]
-        return dtype_name(max(set(kinds), key=kinds.count) if kinds else self.dtype)
+        self._complete_logits()
+        kinds, device = self.projections, self.hidden[0].device
+        self.dump.write(
+            model,
+            implementation=engine,
+            dtype=dtype_name(self.dtype),
+            activation_dtype=dtype_name(max(set(kinds), key=kinds.count)),
+            matmul_precision=torch.get_float32_matmul_precision(),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            versions={"torch": torch.__version__},
+            **({"scores_dtype": dtype_name(self.scores)} if self.scores else {}),
+        )
 
 
 @contextlib.contextmanager
@@ -360,42 +321,40 @@ def recording(
     path: str | os.PathLike,
     *,
     tokens: Sequence[int] | None = None,
-    engine: str = "",
     source: str = "",
 ) -> Iterator[Recorder]:
     """Records what the model computes inside, and writes it at the end.
 
     Args:
         tokens: the text, where the model is called on others besides.
-        engine: its name and version; by default the library of the model's class.
         source: the checkpoint, for what is said at the end.
 
     Raises:
         RecorderError: the model, or a call, can't be recorded.
     """
-    recorder = Recorder(model, tokens)
+    recorder = Recorder(model, path, tokens)
     try:
         yield recorder
     finally:
         recorder.close()
-    config = getattr(recorder.owner, "config", None)
-    source = source or getattr(config, "_name_or_path", "") or "MODEL"
-    recorder.save(path, engine=engine or library(recorder.decoder), model=source)
+    known = getattr(getattr(recorder.owner, "config", None), "_name_or_path", "")
+    recorder.write(source or known or "MODEL", library(recorder.decoder))
 
 
 def find(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The decoder in a model, and the module around it that has the head; the decoder, where there
-    is none."""
+    is none. Raises RecorderError where it is of another kind, or not whole."""
     if not isinstance(model, torch.nn.Module):
         raise RecorderError(f"The model is a {type(model).__name__}, but must be a torch module.")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
+        raise RecorderError("The model is compiled, and hooks change that; record it uncompiled.")
     parts = ("embed_tokens", "layers", "norm")
-    found = [m for m in model.modules() if all(hasattr(m, part) for part in parts)]
-    if not found:
+    decoder = next((m for m in model.modules() if all(hasattr(m, p) for p in parts)), None)
+    if decoder is None:
         raise RecorderError(
             f"{type(model).__name__} has no module with {', '.join(parts)}; give it whole, as "
             "AutoModelForCausalLM makes it, or write your engine's names into this file."
         )
-    decoder = found[0]
     for i, layer in enumerate(decoder.layers):
         for path in (*NORMS, "self_attn.o_proj", "mlp.down_proj"):
             if inside(layer, path) is None:
@@ -403,21 +362,22 @@ def find(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
                     f"Layer {i}, a {type(layer).__name__}, has no {path}; run all layers in one "
                     "process, or write your engine's names into MODULES and NORMS."
                 )
-        heads = [getattr(layer.self_attn, name, None) for name in ("num_heads", "total_num_heads")]
-        if None not in heads and heads[0] != heads[1]:
+        here, all_of_them = (inside(layer, f"self_attn.{n}num_heads") for n in ("", "total_"))
+        if None not in (here, all_of_them) and here != all_of_them:
             raise RecorderError(
-                f"This process has {heads[0]} of {heads[1]} heads; run without tensor parallelism."
+                f"This process has {here} of {all_of_them} heads; run without tensor parallelism."
             )
-    owners = [
-        m for m in model.modules() if hasattr(m, "lm_head") and decoder in list(m.modules())
-    ]
+        cache = str(inside(layer, "self_attn.attn.kv_cache_dtype") or "")
+        if cache.startswith(("fp8", "int8")):
+            raise RecorderError(f"The cache is kept in {cache}; record with --kv-cache-dtype=auto.")
+    owners = [m for m in model.modules() if hasattr(m, "lm_head") and decoder in list(m.modules())]
     return decoder, owners[-1] if owners else decoder
 
 
-def inside(module: torch.nn.Module, path: str) -> Any:
-    """A module by its path, or None."""
+def inside(module: Any, path: str) -> Any:
+    """What a path of attributes leads to, or None."""
     for name in path.split("."):
-        module = getattr(module, name, None)  # type: ignore[assignment]
+        module = getattr(module, name, None)
     return module
 
 
@@ -425,29 +385,23 @@ def weights_dtype(decoder: torch.nn.Module, owner: torch.nn.Module) -> torch.dty
     """Of the matrices. Raises RecorderError where they are in no file as the engine has them."""
     config = getattr(getattr(owner, "config", None), "quantization_config", None) or {}
     kind = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    dtypes = []
     for i, layer in enumerate(decoder.layers):
         for path in MODULES:
-            module = inside(layer, path)
-            weight = getattr(module, "weight", None)
+            module, weight = inside(layer, path), inside(layer, f"{path}.weight")
             plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
-            if module is None or (plain and weight.element_size() > 1):
-                continue
-            if str(getattr(kind, "value", kind)) not in QUANTISED:
+            if plain and weight.element_size() > 1:
+                dtypes.append(weight.dtype)
+            elif module is not None and str(getattr(kind, "value", kind)) not in QUANTISED:
                 raise RecorderError(
-                    f"layers.{i}.{path} is a quantised {type(module).__name__}, whose weights are in "
-                    "no file that run.py reads; load the model unquantised."
+                    f"layers.{i}.{path} is a quantised {type(module).__name__}, whose weights are "
+                    "in no file that run.py reads; load the model unquantised."
                 )
-            return decoder.embed_tokens.weight.dtype
-    first = decoder.layers[0].self_attn
-    return (inside(first, "q_proj") or inside(first, "qkv_proj") or first.o_proj).weight.dtype
+    return dtypes[0] if dtypes else decoder.embed_tokens.weight.dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def library(decoder: torch.nn.Module) -> str:
@@ -482,18 +436,16 @@ def sglang(config: Mapping[str, Any]) -> Callable[[torch.nn.Module, Any, Any], N
     after its first call, the server's warm-up, and writes the dump once it has heard the text.
 
     Args:
-        config: `tokens`, and `model` and `path` as `recording` has them.
+        config: `tokens`; `path` of the dump, and `model`, for what is said at the end.
     """
-    state: dict[str, Recorder] = {}
+    path, recorders = config.get("path", "dump.safetensors"), []
 
     def hook(module: torch.nn.Module, args: Any, out: Any) -> None:
-        recorder = state.get("recorder")
-        if recorder is None:
-            state["recorder"] = Recorder(module, config["tokens"])
-        elif recorder.complete and recorder._undo:
-            recorder.close()
-            path, model = config.get("path", "dump.safetensors"), config.get("model", "MODEL")
-            recorder.save(path, engine=library(module), model=model)
+        if not recorders:
+            recorders.append(Recorder(module, path, config["tokens"]))
+        elif recorders[0].complete and recorders[0].open:
+            recorders[0].close()
+            recorders[0].write(config.get("model", "MODEL"), library(module))
 
     return hook
 
@@ -503,16 +455,14 @@ def main() -> None:
     parser.add_argument("model", help="a directory, or a name on the Hub")
     parser.add_argument("tokens", help="ids of the text, as in 2046,299,10")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto")
     parser.add_argument("--output", default="dump.safetensors")
     given = parser.parse_args()
-    try:
-        tokens = [int(token) for token in given.tokens.split(",")]
-    except ValueError:
-        parser.error(f"tokens is {given.tokens!r:.60}, but it must be like 2046,299,10")
     run = {"transformers": transformers, "vllm": vllm}[given.engine]
     try:
-        run(given.model, tokens, given.output, given.dtype)
+        Dump(given.output)  # before a model is loaded in vain
+        run(given.model, token_ids(given.tokens), given.output, given.dtype)
     except (RecorderError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 

@@ -88,19 +88,24 @@ class Dump:
             RecorderError: there is nothing to write.
         """
         layers = sorted({int(n.split(".")[1]) for n in self.calls[0] if n.startswith("layers.")})
-        arrays, tensors = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        tensors: dict[str, dict[str, Any]] = {}
         for pattern, spec in self.tensors.items():
-            found = {
-                name: call.get(name.split(".", 1)[1])
+            source = spec["from"].removeprefix("call{c}.")
+            each = {i: source.replace("{i}", str(i)) for i in (layers if "{i}" in pattern else [0])}
+            whole = [i for i, name in each.items() if all(name in call for call in self.calls)]
+            arrays |= {
+                f"call{c}.{each[i]}": np.ascontiguousarray(call[each[i]])
                 for c, call in enumerate(self.calls)
-                for i in (layers if "{i}" in pattern else [0])
-                for name in [spec["from"].replace("{c}", str(c)).replace("{i}", str(i))]
+                for i in whole
             }
-            if any(array is None for array in found.values()):
-                self.notes.append(f"{pattern} is left out: not every call and layer has it.")
+            if len(whole) == len(each):
+                tensors[pattern] = spec
                 continue
-            arrays |= {name: np.ascontiguousarray(array) for name, array in found.items()}
-            tensors[pattern] = spec
+            self.notes.append(f"{pattern} is left out where not every call has it.")
+            for i in whole:
+                source = spec["from"].replace("{i}", str(i))
+                tensors[pattern.replace("{i}", str(i))] = spec | {"from": source}
         if not tensors:
             raise RecorderError("None of the engine's tensors is known to this recorder.")
         mapping = {"version": 1, **fields, "notes": self.notes, "tokens": self.tokens}

@@ -194,7 +194,7 @@ def recording(
         )
     kinds = heard.projections or ["float32"]
     usual, device = max(set(kinds), key=kinds.count), jax.devices()[0]
-    precision = jax.config.jax_default_matmul_precision
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
     heard.dump.write(
         source,
         implementation=engine,

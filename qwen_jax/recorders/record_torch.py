@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import os
 import sys
@@ -114,7 +115,7 @@ class Recorder:
         self._before(decoder.embed_tokens, self._begin)
         self._after(decoder.embed_tokens, lambda _, out: self._put("embed", out, STREAM))
         for i, layer in enumerate(decoder.layers):
-            self._before(layer, lambda args, named, i=i: self._enter(i, args, named))
+            self._before(layer, functools.partial(self._enter, i))
             for path, (into, out) in MODULES.items():
                 if module := inside(layer, path):
                     self._after(module, self._of_module(path, into, out))
@@ -341,7 +342,7 @@ def recording(
     recorder.write(source or known or "MODEL", library(recorder.decoder))
 
 
-def find(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+def find(model: torch.nn.Module) -> tuple[Any, Any]:
     """The decoder in a model, and the module around it that has the head; the decoder, where there
     is none. Raises RecorderError where it is of another kind, or not whole."""
     if not isinstance(model, torch.nn.Module):
@@ -349,7 +350,7 @@ def find(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
         raise RecorderError("The model is compiled, and hooks change that; record it uncompiled.")
     parts = ("embed_tokens", "layers", "norm")
-    decoder = next((m for m in model.modules() if all(hasattr(m, p) for p in parts)), None)
+    decoder: Any = next((m for m in model.modules() if all(hasattr(m, p) for p in parts)), None)
     if decoder is None:
         raise RecorderError(
             f"{type(model).__name__} has no module with {', '.join(parts)}; give it whole, as "
@@ -381,11 +382,11 @@ def inside(module: Any, path: str) -> Any:
     return module
 
 
-def weights_dtype(decoder: torch.nn.Module, owner: torch.nn.Module) -> torch.dtype:
+def weights_dtype(decoder: Any, owner: Any) -> torch.dtype:
     """Of the matrices. Raises RecorderError where they are in no file as the engine has them."""
     config = getattr(getattr(owner, "config", None), "quantization_config", None) or {}
     kind = config.get("quant_method") if isinstance(config, dict) else config.quant_method
-    dtypes = []
+    dtypes: list[torch.dtype] = []
     for i, layer in enumerate(decoder.layers):
         for path in MODULES:
             module, weight = inside(layer, path), inside(layer, f"{path}.weight")
@@ -397,7 +398,7 @@ def weights_dtype(decoder: torch.nn.Module, owner: torch.nn.Module) -> torch.dty
                     f"layers.{i}.{path} is a quantised {type(module).__name__}, whose weights are "
                     "in no file that run.py reads; load the model unquantised."
                 )
-    return dtypes[0] if dtypes else decoder.embed_tokens.weight.dtype
+    return (dtypes or [decoder.embed_tokens.weight.dtype])[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -438,7 +439,8 @@ def sglang(config: Mapping[str, Any]) -> Callable[[torch.nn.Module, Any, Any], N
     Args:
         config: `tokens`; `path` of the dump, and `model`, for what is said at the end.
     """
-    path, recorders = config.get("path", "dump.safetensors"), []
+    path = config.get("path", "dump.safetensors")
+    recorders: list[Recorder] = []
 
     def hook(module: torch.nn.Module, args: Any, out: Any) -> None:
         if not recorders:

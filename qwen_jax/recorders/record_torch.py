@@ -74,6 +74,7 @@ class Recorder:
 
     Args:
         model: it, or what wraps it; embed_tokens, layers and norm are somewhere inside.
+        dump: what it is to fill.
         tokens: the text. Calls on anything else, as when a server warms up, are passed over;
             without it every call is of the text.
 
@@ -81,10 +82,8 @@ class Recorder:
         RecorderError: the model can't be recorded.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, path: str | os.PathLike, tokens: Sequence[int] | None = None
-    ):
-        self.dump = Dump(path)
+    def __init__(self, model: torch.nn.Module, dump: Dump, tokens: Sequence[int] | None = None):
+        self.dump = dump
         self.decoder, self.owner = find(model)
         self.dtype = weights_dtype(self.decoder, self.owner)
         self.wanted = None if tokens is None else [int(token) for token in tokens]
@@ -121,6 +120,7 @@ class Recorder:
                     self._after(module, self._of_module(path, into, out))
             for path, name in NORMS.items():
                 self._after(inside(layer, path), self._of_norm(name))
+            self._after(layer.self_attn, self._of_attention)
             if module := inside(layer, "self_attn.rotary_emb"):
                 rotary[id(module)] = module  # all layers may share one
         for module in rotary.values():
@@ -256,8 +256,13 @@ class Recorder:
         # What stands where a query must not see a key.
         masked = torch.finfo(scores.dtype).min / 2
         self._put("attn_scores", scores, "N T [S]+*", self.layer, masked=masked)
-        self._put("attn_probs", result, "N T [S]+*", self.layer)
         self.scores = scores.dtype
+
+    def _of_attention(self, args: tuple, result: Any) -> None:
+        """transformers' has its probabilities beside its result, where it has any."""
+        beside = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+        if self.batched and isinstance(beside, torch.Tensor) and beside.ndim == 4:
+            self._put("attn_probs", beside, "N T [S]+*", self.layer)
 
     def _of_head(self, args: tuple, result: Any) -> None:
         """Of every position, or not at all; another may be a tuple or an object of the engine's."""
@@ -333,7 +338,7 @@ def recording(
     Raises:
         RecorderError: the model, or a call, can't be recorded.
     """
-    recorder = Recorder(model, path, tokens)
+    recorder = Recorder(model, Dump(path), tokens)
     try:
         yield recorder
     finally:
@@ -439,12 +444,12 @@ def sglang(config: Mapping[str, Any]) -> Callable[[torch.nn.Module, Any, Any], N
     Args:
         config: `tokens`; `path` of the dump, and `model`, for what is said at the end.
     """
-    path = config.get("path", "dump.safetensors")
+    dump = Dump(config.get("path", "dump.safetensors"))
     recorders: list[Recorder] = []
 
     def hook(module: torch.nn.Module, args: Any, out: Any) -> None:
         if not recorders:
-            recorders.append(Recorder(module, path, config["tokens"]))
+            recorders.append(Recorder(module, dump, config["tokens"]))
         elif recorders[0].complete and recorders[0].open:
             recorders[0].close()
             recorders[0].write(config.get("model", "MODEL"), library(module))

@@ -1,7 +1,7 @@
 """Scripts that record another engine's tensors for `run.py compare`; `run.py recorder` prints them.
 
 A user copies one file beside an engine, in an environment without qwen_jax. So they import nothing
-of ours but `dump`, what all of them write, and `source` puts its text in that line's place.
+of ours but parts of this room, and `source` puts their texts in, below what a user may change.
 """
 
 import re
@@ -11,7 +11,8 @@ from qwen_jax import ready_made
 from qwen_jax.errors import UserError
 
 _HOME = Path(__file__).parent
-_SHARED = re.compile(r"^from qwen_jax\.recorders\.dump import .*\n", re.MULTILINE)
+_PART = re.compile(r"^from qwen_jax\.recorders\.(\w+) import .*\n", re.MULTILINE)
+_DEFINITION = re.compile(r"^(?:class|def|@)", re.MULTILINE)
 
 
 def names() -> list[str]:
@@ -25,14 +26,27 @@ def source(name: str) -> str:
         meant = [other for other in names() if name.lower() in title(other).lower()]
         hint = f"did you mean {meant[0]}?" if meant else f"they are {', '.join(names())}."
         raise UserError(f"{name!r:.60} is no recorder; {hint}")
-    shared = (_HOME / "dump.py").read_text("utf-8").split("import annotations\n", 1)[1].strip()
-    return _SHARED.sub(lambda _: f"{shared}\n\n", _text(name))
+    parts: dict[str, str] = {}
+    script = _without_imports(_text(f"record_{name}"), parts)
+    first = _DEFINITION.search(script)
+    assert first is not None
+    tables, rest = script[: first.start()], script[first.start() :]
+    return "\n\n\n".join([tables.rstrip(), *parts.values(), rest])
+
+
+def _without_imports(text: str, parts: dict[str, str]) -> str:
+    """The text without imports of parts, which are added, those that they import first."""
+    for name in _PART.findall(text):
+        if name not in parts:
+            _, body = _text(name).split("import annotations\n", 1)
+            parts[name] = _without_imports(body, parts).strip()
+    return _PART.sub("", text)
 
 
 def title(name: str) -> str:
     """What it is, in a line."""
-    return ready_made.title(_text(name), name)
+    return ready_made.title(_text(f"record_{name}"), name)
 
 
-def _text(name: str) -> str:
-    return (_HOME / f"record_{name}.py").read_text("utf-8")
+def _text(module: str) -> str:
+    return (_HOME / f"{module}.py").read_text("utf-8")

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_jax import cli
 from qwen_jax.accuracy.traces.trace import AXES
+from tests.cli.conftest import REPOSITORY
 from tests.golden_cases import CASES
 from tests.recorders.judging import copied, judged, kinds, read
 from tests.tiny_checkpoints import write_hf
@@ -339,3 +343,25 @@ def test_bfloat16_is_written_as_it_is(path: Path, recorder: Any, capsys: Any) ->
     table = model.model.embed_tokens.weight.detach().float().numpy()
     assert trace.tensors["embed"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(trace.tensors["embed"].astype(np.float32), table[TOKENS])
+
+
+def test_the_documented_engine(
+    tmp_path: Path,
+    recorder: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The page's first example, and what it shows of the answer."""
+    page = (REPOSITORY / "docs" / "diagnose-another-engine.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(import torch\n.*?)```", page, re.DOTALL)
+    (shown,) = re.findall(r"^\$ python engine\.py\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "qwen_jax").symlink_to(REPOSITORY / "qwen_jax")
+    monkeypatch.setitem(sys.modules, "record_torch", recorder)
+    exec(program, {})
+    first, command = capsys.readouterr().out.splitlines()
+    assert shown.startswith(f"{first}\n{command}\n$ {command.strip()}\n")
+    assert cli.main(shlex.split(command)[2:]) == 0
+    out = capsys.readouterr().out.splitlines()
+    lines = [line for line in shown.splitlines() if line.startswith(("FAULT", "First wrong"))]
+    assert len(lines) == 2 and set(lines) <= set(out)
+    assert any(line.startswith("zero_qkv_bias  all ") for line in out)

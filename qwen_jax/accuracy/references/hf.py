@@ -137,9 +137,7 @@ class _Kept(Dump):
         array: np.ndarray,
         axes: str | Mapping[str, str],
         layer: int | None = None,
-        *,
-        dtype: str | None = None,
-        masked: float | None = None,
+        **more: Any,
     ) -> None:
         length = self.chunks[-1]
         sizes = self.sizes | {"T": length, "S": self.position + length}
@@ -147,10 +145,10 @@ class _Kept(Dump):
             full = kind if layer is None else f"layers.{layer}.{kind}"
             if not self.collector.wants(full, self.position, length):
                 continue
-            x = array if dtype is None else array.view(DTYPES[dtype])
+            x = array.view(DTYPES[more["dtype"]]) if "dtype" in more else array
             x = rearrange(x, lie, trace_axes(full), sizes)
-            if masked is not None:
-                x = np.where(x <= masked, x.dtype.type(-np.inf), x)
+            if "masked" in more:
+                x = np.where(x <= more["masked"], x.dtype.type(-np.inf), x)
             self.collector.add(full, self.position, x)
 
 

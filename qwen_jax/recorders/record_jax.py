@@ -15,6 +15,8 @@ Modules are known by their last names, in MODULES below. What is no module takes
 
 Without Flax taps do it all. They cost nothing where nobody records. In a scan over layers, say
 which: tap("q_proj", q, "T (N H)", layer=i). The first one is of the token ids, tap("tokens", ids).
+In bfloat16 XLA may hand on wider values than a tap sees, and what comes of them then looks wrong:
+XLA_FLAGS=--xla_allow_excess_precision=false keeps it from that.
 
 What to change: the names in MODULES, and how values lie, in the letters of docs/trace-format.md.
 """

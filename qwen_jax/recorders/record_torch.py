@@ -33,6 +33,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -173,6 +174,9 @@ class Recorder:
         self.batched = ids.ndim == 2
         if self.batched and len(ids) != 1:
             raise RecorderError(f"The batch holds {len(ids)} texts; record one, without padding.")
+        rows = len(self.decoder.embed_tokens.weight)
+        if new and not 0 <= min(new) <= max(new) < rows:
+            raise RecorderError(f"Ids go from {min(new)} to {max(new)}, but the model has {rows}.")
         if torch.is_autocast_enabled(ids.device.type):
             raise RecorderError("Under autocast weights are of two dtypes; record without it.")
         self.dump.begin(new)
@@ -350,7 +354,11 @@ def recording(
 def transformers(model: str, tokens: list[int], path: str, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
+    file = Path(model)
+    where, more = (file.parent, {"gguf_file": file.name}) if file.suffix == ".gguf" else (model, {})
+    loaded = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, attn_implementation="eager", **more
+    )
     ids = torch.tensor([tokens], device=loaded.device)
     with torch.no_grad(), recording(loaded.eval(), path, source=model):
         loaded(ids)
@@ -388,7 +396,7 @@ def sglang(config: Mapping[str, Any]) -> Callable[[torch.nn.Module, Any, Any], N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Records Qwen2 of transformers or vLLM.")
-    parser.add_argument("model", help="a directory, or a name on the Hub")
+    parser.add_argument("model", help="a directory, a GGUF file, or a name on the Hub")
     parser.add_argument("tokens", help="ids of the text, as in 2046,299,10")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     dtypes = ("auto", "float32", "bfloat16", "float16")
@@ -399,7 +407,7 @@ def main() -> None:
     try:
         Dump(given.output)  # before a model is loaded in vain
         run(given.model, token_ids(given.tokens), given.output, given.dtype)
-    except (RecorderError, OSError) as error:
+    except (RecorderError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
 
 

@@ -139,6 +139,16 @@ def test_the_script_by_itself(
     assert read(out).header.dtype == "bfloat16" and not judged(out).faulty
 
 
+def test_the_script_on_a_gguf_file(
+    recorder: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, ids = str(REPOSITORY / "qwen_jax" / "data" / "haiku.gguf"), "2046,299,10,279"
+    monkeypatch.setattr(sys, "argv", ["record_torch.py", path, ids, "--dtype=float32"])
+    recorder.main()
+    out = capsys.readouterr().out
+    assert kinds(read(out)) == AXES.keys() and not judged(out).faulty
+
+
 def served(dtype: str = "float32", fault: str = "", server: str = "vllm") -> Any:
     from tests.recorders.servers import Qwen2ForCausalLM
 
@@ -313,6 +323,8 @@ def test_what_servers_cannot_record(recorder: Any) -> None:
     [
         (["model", "1,x"], "The tokens are '1,x', but must be like 2046,299,10"),
         (["/nowhere", "1,2"], "/nowhere"),
+        (["model", "1,2,99"], "Ids go from 1 to 99, but the model has 61."),
+        (["model", "1,2", "--engine=vllm"], "No module named 'vllm'"),
         (["model", "1,2", "--output=dump.npz"], "dump.npz, but its name must end in .safetensors"),
         (["model", "1,2", "--output=no/dump.safetensors"], "but there is no folder no."),
     ],

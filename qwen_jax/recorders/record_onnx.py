@@ -275,7 +275,7 @@ def record(path: Path, tokens: list[int], dump: Dump, model: str, provider: str)
         session = onnxruntime.InferenceSession(
             whole.SerializeToString(), settings, providers=[provider]
         )
-        results = session.run(names, feeds(session, tokens))
+        results: list[Any] = list(session.run(names, feeds(session, tokens)))
     except RecorderError:
         raise
     except Exception as error:  # of many types of its own

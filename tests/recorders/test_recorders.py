@@ -2,6 +2,7 @@
 
 import ast
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from qwen_jax import recorders
 from qwen_jax.accuracy.traces.foreign import open_trace
 from qwen_jax.recorders.dump import Dump, RecorderError, token_ids
-from tests.cli.conftest import Run, refuses, run
+from tests.cli.conftest import REPOSITORY, Run, refuses, run
 from tests.golden_cases import odd_config
 from tests.recorders.judging import said
 
@@ -24,7 +25,8 @@ def test_they_are_listed(run: Run) -> None:
     result = run("recorder")
     assert result.code == 0
     assert tuple(line.split()[0] for line in result.out.splitlines()) == NAMES
-    assert "torch     Records Qwen2 in PyTorch: transformers, vLLM, SGLang, or" in result.out
+    page = (REPOSITORY / "docs" / "diagnose-another-engine.md").read_text(encoding="utf-8")
+    assert textwrap.indent(f"$ python run.py recorder\n{result.out}", "    ") in page
     assert result.err == "run.py recorder NAME > record_NAME.py gives one to copy.\n"
 
 

@@ -209,9 +209,9 @@ def one_off(real: Any, self: Any, word: t.V, firsts: Any, by: t.V, offset: int =
 
 
 def half_of(real: Any, self: Any, words: list[t.V], number: int) -> Any:
-    """Addends that count half."""
-    operand, (a, b) = real(self, words, number)
-    return operand, (a * 0.5, b * 0.5)
+    """Minima that count half."""
+    operand, scales = real(self, words, number)
+    return operand, tuple(x * 0.5 for x in scales) if self.minimum else scales
 
 
 SCALES_ONE_OFF = patched_method(scales.Integers, "_times", one_off)

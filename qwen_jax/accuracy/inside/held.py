@@ -2,10 +2,11 @@
 
 A block format's weight is a code times a factor, and in most plus an addend: a minimum, or what
 codes are less by. The kernel of few rows multiplies with codes, from 0 on, and with addends apart,
-and rounds neither. The kernel of many rows makes one float16 of a weight: of u = 2^-11 the factor is
-off by u of itself (the same for all inputs of a group, 32 at most, which therefore count sqrt(32)
-times what independent roundings would), a minimum, taken at the middle code, likewise, and the
-result by another u. Below float16's normal numbers each of these is off by 2^-25 at most instead.
+and rounds neither. The kernel of many rows makes one float16 of a weight: of u = 2^-11 the factor
+is off by u of itself (the same for all inputs of a group, 32 at most, which therefore count
+sqrt(32) times what independent roundings would), a minimum, taken at the middle code, likewise, and
+the result by another u. Below float16's normal numbers each of these is off by 2^-25 at most
+instead.
 """
 
 import dataclasses

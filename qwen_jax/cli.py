@@ -40,10 +40,11 @@ TASKS = {
     "certify": "say whether one dump, or two engines' difference, is rounding: certify A [B]",
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
     "configs": "list the ready-made configs",
+    "recorder": "print a script that records another engine for compare: recorder [NAME]",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
     "report": "show an experiment, or several, or comparisons, side by side: report WORKDIR ...",
 }
-WITH_ARGUMENTS = ("certify", "merge", "report")
+WITH_ARGUMENTS = ("certify", "merge", "recorder", "report")
 USAGE = """\
 Usage: {program} [TASK] [--config=FILE.py or NAME] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 

@@ -20,6 +20,7 @@ FIELDS = {
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
     "experiment": (*MODEL, *PROMPT, *ANSWER, "experiment", "runner", "workdir"),
     "configs": (),
+    "recorder": (),
     "merge": ("workdir",),
     "report": ("workdir",),
 }

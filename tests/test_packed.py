@@ -197,7 +197,7 @@ def test_a_partial_rotation_is_refused_with_its_size(monkeypatch: pytest.MonkeyP
     pallas_kernels.choose.cache_clear()
 
 
-def test_more_rows_than_the_kernel_takes_run_on_the_parameters() -> None:
+def test_more_rows_than_the_kernel_takes_multiply_with_the_stream() -> None:
     params, packed = plain_and_packed(CONFIG)
     assert packed.serves(MOST_ROWS)
     assert not packed.serves(MOST_ROWS + 1)

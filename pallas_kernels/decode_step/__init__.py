@@ -10,7 +10,6 @@ from pallas_kernels.decode_step import inside, kernels
 from pallas_kernels.decode_step.common.cache import FEWEST_SLOTS, Pool
 from pallas_kernels.decode_step.inside import Inside
 from pallas_kernels.decode_step.many_rows.layout import MOST_ROWS
-from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.packed.packing import Packed, empty_stream, put_matrix, tile_offsets
 from pallas_kernels.decode_step.packed.plan import GATE_UP, HEAD, ModelShape, StepPlan, Stored
 from pallas_kernels.decode_step.reference import reference
@@ -33,7 +32,6 @@ __all__ = [
     "recorded",
     "refusal",
     "tile_offsets",
-    "unpacked",
 ]
 
 
@@ -46,26 +44,6 @@ def refusal(plan: StepPlan, rows: int, cache: DTypeLike, pairs: int) -> str | No
     if 2 * pairs != plan.shape.head_dim:
         return f"it rotates whole heads, not {2 * pairs} of {plan.shape.head_dim} dimensions"
     return kernels.refusal(plan, rows, cache)
-
-
-def unpacked(
-    packed: Packed,
-    plan: StepPlan,
-    phase: int,
-    layer: int,
-    dtype: jnp.dtype,
-    *,
-    implementation: str = "auto",
-) -> Float[Array, "out in"]:
-    """A matrix read back from the weight stream, rounded to a dtype; the same numbers either way.
-
-    Raises:
-        UnsupportedError: `implementation` can't serve the case.
-    """
-    why_not = unpack.refusal(plan, phase, layer, dtype)
-    if choose("decode_step", implementation, why_not) == "xla":
-        return packed.matrix(plan, phase, layer).astype(dtype)
-    return unpack.matrix(packed, plan, phase, layer, dtype)
 
 
 def decode_step(

@@ -26,7 +26,6 @@ from pallas_kernels.decode_step import (
     StepPlan,
     empty_stream,
     tile_offsets,
-    unpacked,
 )
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed import packing
@@ -36,6 +35,7 @@ from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
 from qwen_jax.model.cache import Cache
 from qwen_jax.model.rotary import inverse_frequencies
+from qwen_jax.model.tap import watched
 from qwen_jax.weights import names
 from qwen_jax.weights.on_device import Raw, decoded
 
@@ -188,7 +188,7 @@ class PackedWeights:
     Attributes:
         packed: the stream of weight tiles, biases and norms.
         embed: the embedding where the head is not tied to it; else it is the stream's head.
-        dtype: of matrices where they are put together, and of the cache.
+        dtype: of activations, of matrices where they are put together, and of the cache.
         implementation: of the step, as asked for; "xla" runs the kernel's reference.
     """
 
@@ -212,7 +212,9 @@ class PackedWeights:
         def look_up(tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
             return self.look_up(tokens).astype(self.dtype)
 
-        return _decoder(spec, self._named(self._product), look_up=look_up)
+        # Products with blocks make other numbers of them than those that a trace declares.
+        matrix = self._matrix if self.in_blocks and watched() else self._product
+        return _decoder(spec, self._named(matrix), look_up=look_up)
 
     def forward(self, spec: Spec, rows: int) -> Forward:
         if self.serves(rows):
@@ -281,9 +283,7 @@ class PackedWeights:
         return PackedMatrix(self.packed, self.plan, phase, layer, self.implementation)
 
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
-        return unpacked(
-            self.packed, self.plan, phase, layer, self.dtype, implementation=self.implementation
-        )
+        return self.packed.matrix(self.plan, phase, layer).astype(self.dtype)
 
 
 def read_back(weights: Weights) -> "Parameters":

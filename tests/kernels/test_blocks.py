@@ -22,7 +22,6 @@ from pallas_kernels.decode_step import (
 from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
-from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.packed.blocks import Blocks
 from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.ptx import arithmetic
@@ -283,6 +282,3 @@ def test_blocks_stay_in_the_kernel_of_few_rows_as_far_as_it_goes(
 def test_what_does_not_take_blocks_says_so() -> None:
     plan = plan_of(SIZES["0.5b"], "q8_0")
     assert kernels.refusal(plan, 65, "bfloat16") == "it takes at most 64 rows, not 65"
-    why = "it makes no float32 of weights stored as q8_0"
-    assert unpack.refusal(plan, 0, 0, jnp.dtype(jnp.float32)) == why
-    assert unpack.refusal(plan, 0, 0, jnp.dtype(jnp.bfloat16)) is None

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
 
-from pallas_kernels.decode_step import ModelShape, Packed, StepPlan, kernels
+from pallas_kernels.decode_step import ModelShape, StepPlan, kernels
 from pallas_kernels.decode_step.common import launch
 from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
-from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.packed.plan import DOWN
 from tests.kernels import hopper
 
@@ -119,22 +118,6 @@ def test_kernels_that_record_lower(
 
 
 @pytest.mark.lower
-@pytest.mark.parametrize(
-    ("size", "stored"),
-    [*((size, "bfloat16") for size in SIZES), ("0.5b", "q8_0"), ("7b", "q4_k"), ("7b", "q6_k")],
-)
-def test_unpacking_lowers(size: str, stored: str) -> None:
-    plan, dtype = plan_of(SIZES[size], stored), jnp.dtype(jnp.bfloat16)
-
-    def matrices(stream: Any, offsets: Any) -> list[Any]:
-        packed = Packed(stream, stream, stream, offsets)
-        return [unpack.matrix(packed, plan, phase, 0, dtype) for phase in range(5)]
-
-    stream = ShapeDtypeStruct(plan.stream_shape, jnp.uint32)
-    offsets = tuple(ShapeDtypeStruct(each.shape, jnp.int32) for each in plan.tile_offsets)
-    assert "decode_step_unpack" in hopper.lower(matrices, stream, offsets)
-
-
 @pytest.mark.parametrize("rows", range(1, few_rows.MOST_ROWS + 1))
 @pytest.mark.parametrize("size", SIZES)
 def test_shared_memory_is_enough(size: str, rows: int) -> None:

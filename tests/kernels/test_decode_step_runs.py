@@ -1,15 +1,10 @@
 """The decode-step kernel of few rows run without a GPU, block by block, on `simt.py`'s machine."""
 
-from collections.abc import Callable
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import GATE_UP, ModelShape
 from pallas_kernels.decode_step.common import phases
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
-from pallas_kernels.decode_step.packed import unpack
 from pallas_kernels.decode_step.ptx import barriers
 from pallas_kernels.decode_step.ptx import thread as t
 from tests.kernels.emulated_step import (
@@ -26,9 +21,7 @@ from tests.kernels.emulated_step import (
     run,
     without_barriers,
 )
-from tests.kernels.simt import Deadlock, Machine, Race, Role
-from tests.kernels.simt_thread import install
-from tests.kernels.streams import matrices
+from tests.kernels.simt import Deadlock, Race
 
 pytestmark = pytest.mark.emulated
 
@@ -76,37 +69,6 @@ def test_float16_takes_hidden_states_of_any_size(
 ) -> None:
     """It ends at 65504 and has nothing below 6e-8; weights' minima are multiplied with sums."""
     check_size(monkeypatch, size, [20, 3, 1, 0, 7][:rows], few_rows, stored)
-
-
-@pytest.mark.parametrize("phase", range(5))
-@pytest.mark.parametrize(
-    ("shape", "stored"),
-    [
-        (ODD, ("bfloat16",) * 5),
-        (SMALL, ("q2_k", "q4_k", "q5_k", "q4_1", "q3_k")),
-        (SMALL, ("q8_0", "q6_k", "iq4_xs", "q5_0", "iq4_nl")),
-    ],
-)
-def test_matrices_are_put_together(
-    monkeypatch: pytest.MonkeyPatch, shape: ModelShape, stored: tuple[str, ...], phase: int
-) -> None:
-    case = drawn(shape, 3, [1], 1, stored, cache="bfloat16")
-    plan, packed = case.plan, case.packed
-    made: list[Callable[..., None]] = []
-    monkeypatch.setattr(unpack.compat, "kernel", lambda body, **how: made.append(body))
-    layer, this = 0 if phase == 4 else 1, plan.phases[phase]
-    offsets = plan.at(phase, layer)
-    unpack._build.__wrapped__(
-        stored[phase], len(offsets), this.across, phase == GATE_UP, plan, "bfloat16"
-    )
-    blocks = unpack.BLOCKS_EACH * plan.blocks
-    machine = Machine(blocks, 64, (0, 0), SEED)
-    right = np.asarray(matrices(packed, plan)[phase, layer]).astype(jnp.bfloat16)
-    refs = [machine.array(np.asarray(x)) for x in (packed.stream, offsets, np.zeros_like(right))]
-    install(monkeypatch, machine)
-    machine.run([(Role(b, 0, unpack.THREADS), lambda: made[0](*refs)) for b in range(blocks)])
-    found = machine.bytes_at(refs[2]).view(right.dtype).reshape(right.shape)
-    assert np.array_equal(found, right)
 
 
 class TestWhatIsFound:

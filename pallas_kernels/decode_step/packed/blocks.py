@@ -34,7 +34,7 @@ from pallas_kernels.decode_step.ptx.arithmetic import (
     scaled_halves,
     signed_bytes,
 )
-from pallas_kernels.decode_step.ptx.formats import FORMATS, Format, times
+from pallas_kernels.decode_step.ptx.formats import times
 from pallas_kernels.decode_step.ptx.thread import V
 
 Parse = Callable[[UInt8[Array, "n 16 bytes"]], Fields]
@@ -245,20 +245,3 @@ class Blocks(Storage):
             for pair in range(4):
                 both = permuted(looked[0], looked[1], pair | (4 + pair) << 8)
                 yield scaled_halves(placed(both, 0x00FF_00FF, 0x6400_6400), 1, -1024 - 128)
-
-    def expands_to(self, dtype: str) -> bool:
-        return dtype in FORMATS
-
-    def expanded(self, words: list[V], format: Format) -> list[V]:
-        codes, rest = self._codes(words, self.offset)
-        factors = self.scales.factors(rest)
-        addends = self.scales.addends(rest) if self.scales.adds else None
-        found = []
-        for n, pair in enumerate(codes):
-            # Of each operand four words: outputs g, g + 8, g, g + 8.
-            which, half = n // 4 * len(factors) // 2, n % 2
-            both = [x * factors[which][half] for x in FLOAT16.floats(pair)]
-            if addends is not None:
-                both = [x + addends[which][half] for x in both]
-            found.append(format.pair(*both))
-        return found

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Shaped, UInt32
 from pallas_kernels.decode_step.packed.fragments import FRAGMENT, apart, fragments, joined, whole
 from pallas_kernels.decode_step.packed.storage import Group, Read, Storage
 from pallas_kernels.decode_step.packed.tile import K_TILE, M_TILE, WARPS
-from pallas_kernels.decode_step.ptx.formats import FORMATS, Format
+from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.decode_step.ptx.thread import V
 
 FRAGMENT_BYTES = 2 * FRAGMENT
@@ -38,9 +38,3 @@ class Numbers(Storage):
     def operands(self, words: list[V]) -> list[list[V]]:
         # The memory has a lane's output first, the instruction its column.
         return [[words[0], words[2], words[1], words[3]]]
-
-    def expands_to(self, dtype: str) -> bool:
-        return dtype == self.name and self.format is not None
-
-    def expanded(self, words: list[V], format: Format) -> list[V]:
-        return self.operands(words)[0]

@@ -91,13 +91,3 @@ class Storage(abc.ABC):
     def addend_group(self, words: list[V]) -> Group:
         """From them the operand whose inputs are sums of 16: of the first tile, then the second."""
         raise NotImplementedError
-
-    @abc.abstractmethod
-    def expands_to(self, dtype: str) -> bool:
-        """Whether `expanded` makes weights of that dtype, besides `numbers`."""
-
-    @abc.abstractmethod
-    def expanded(self, words: list[V], format: Format) -> list[V]:
-        """The lane's weights, rounded, two a word, in the order of operands: of each, outputs g and
-        g + 8 in its first two inputs, then in the others.
-        """

@@ -1,63 +1,46 @@
-"""Hugging Face transformers as a reference: its Qwen2ForCausalLM through hooks, any checkpoint.
+"""Hugging Face transformers as a reference: its Qwen2ForCausalLM by the recorder, any checkpoint.
 
 Needs the extra `[hf]`. Attention is the eager one unless another is asked for: only with it do
 scores and probabilities exist.
 """
 
-import contextlib
-import functools
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
-import ml_dtypes
 import numpy as np
 
 from qwen_jax.accuracy.traces.collecting import Collector
+from qwen_jax.accuracy.traces.layout import rearrange
 from qwen_jax.accuracy.traces.recording import model_hash
-from qwen_jax.accuracy.traces.trace import Header, Trace, config_to_json, select
+from qwen_jax.accuracy.traces.trace import (
+    DTYPES,
+    Header,
+    Trace,
+    axis_sizes,
+    config_to_json,
+    select,
+)
+from qwen_jax.accuracy.traces.trace import axes as trace_axes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.recorders.dump import Dump
 from qwen_jax.weights import names as checkpoint_names
 from qwen_jax.weights.loader import Checkpoint, iter_parameters
 
 try:
     import torch
     import transformers
-    from torch.overrides import TorchFunctionMode
     from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
     from transformers.models.qwen2 import modeling_qwen2
+
+    from qwen_jax.recorders import record_torch as recorder
 except ImportError as error:
     raise UserError(
         f"The reference 'hf' needs PyTorch and transformers ({error}); install them with "
         "pip install 'qwen_jax[hf]'."
     ) from None
-
-Hear = Callable[[str, torch.Tensor], None]
-
-OUTPUTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "o_proj",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "gate_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "down_proj",
-    "": "ffn_residual",
-}
-"""Modules of a layer whose output is a tensor of ours."""
-
-INPUTS = {
-    "self_attn.o_proj": "attn_out",
-    "post_attention_layernorm": "attn_residual",
-    "mlp.down_proj": "ffn_act",
-}
-"""Modules whose input is one."""
-
 
 TWICE = (
     "attn_scores are of the activations' dtype: eager attention rounds them to it before and after "
@@ -116,22 +99,57 @@ def trace(
     # The argument changed its name within transformers 5.
     layer = inspect.signature(modeling_qwen2.Qwen2DecoderLayer.forward)
     keyword = "cache" if "cache" in layer.parameters else "past_key_values"
-    for length in header.chunks:
-        stop = position + length
-        ids = torch.tensor([header.tokens[position:stop]])
-        hear = functools.partial(_collect, collector, position, length)
-        if stop > skip:
-            with torch.no_grad(), listening(model, hear):
+    kept = _Kept(collector)
+    hooks = recorder.Recorder(model, kept)
+    try:
+        for length in header.chunks:
+            stop = position + length
+            if stop > skip:
+                kept.position = position
+                ids = torch.tensor([header.tokens[position:stop]])
                 places = torch.arange(position, stop)[None]
-                model(ids, position_ids=places, use_cache=True, **{keyword: cache})
-        position = stop
+                with torch.no_grad():
+                    model(ids, position_ids=places, use_cache=True, **{keyword: cache})
+            position = stop
+    finally:
+        hooks.close()
     return collector.trace()
 
 
-def _collect(collector: Collector, position: int, length: int, name: str, x: torch.Tensor) -> None:
-    if collector.wants(name, position, length):
-        array = canonical(name, x, collector.header.model_config.head_dim, position)
-        collector.add(name, position, array)
+class _Kept(Dump):
+    """Takes what a recorder hears into a trace, instead of to a file.
+
+    Attributes:
+        position: of the call at hand.
+    """
+
+    def __init__(self, collector: Collector):
+        self.tokens, self.chunks = [], []
+        self.collector, self.position = collector, 0
+        self.sizes = axis_sizes(collector.header.model_config)
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self.chunks.append(len(tokens))
+
+    def put(
+        self,
+        name: str,
+        array: np.ndarray,
+        axes: str | Mapping[str, str],
+        layer: int | None = None,
+        **more: Any,
+    ) -> None:
+        length = self.chunks[-1]
+        sizes = self.sizes | {"T": length, "S": self.position + length}
+        for kind, lie in ({name: axes} if isinstance(axes, str) else axes).items():
+            full = kind if layer is None else f"layers.{layer}.{kind}"
+            if not self.collector.wants(full, self.position, length):
+                continue
+            x = array.view(DTYPES[more["dtype"]]) if "dtype" in more else array
+            x = rearrange(x, lie, trace_axes(full), sizes)
+            if "masked" in more:
+                x = np.where(x <= more["masked"], x.dtype.type(-np.inf), x)
+            self.collector.add(full, self.position, x)
 
 
 def load(checkpoint: Checkpoint, dtype: str, attention: str = "eager") -> Qwen2ForCausalLM:
@@ -223,96 +241,3 @@ def hf_config(config: ModelConfig) -> Qwen2Config:
         "vocab_size": config.vocab_size,
     }
     return Qwen2Config(**fields)
-
-
-@contextlib.contextmanager
-def listening(model: Qwen2ForCausalLM, hear: Hear) -> Iterator[None]:
-    """Tells `hear` every canonical name and tensor that the model computes inside."""
-    handles = []
-
-    def output(module: torch.nn.Module, name: str) -> None:
-        def hook(module: torch.nn.Module, args: tuple, out: torch.Tensor) -> None:
-            hear(name, out)
-
-        handles.append(module.register_forward_hook(hook))
-
-    def entering(module: torch.nn.Module, name: str) -> None:
-        def hook(module: torch.nn.Module, args: tuple) -> None:
-            hear(name, args[0])
-
-        handles.append(module.register_forward_pre_hook(hook))
-
-    output(model.model.embed_tokens, "embed")
-    for i, layer in enumerate(model.model.layers):
-        for path, name in OUTPUTS.items():
-            output(layer.get_submodule(path), f"layers.{i}.{name}")
-        for path, name in INPUTS.items():
-            entering(layer.get_submodule(path), f"layers.{i}.{name}")
-    output(model.model.norm, "final_norm")
-    output(model.lm_head, "logits")
-
-    chosen, others = model.config._attn_implementation, modeling_qwen2.ALL_ATTENTION_FUNCTIONS
-    attend = others.get(chosen, modeling_qwen2.eager_attention_forward)
-
-    def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **more: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        prefix = f"layers.{module.layer_idx}."
-        hear(prefix + "q_rope", query)
-        hear(prefix + "k_rope", key[:, :, -query.shape[2] :])
-        with _Softmax(lambda x: hear(prefix + "attn_scores", x)):
-            out, probs = attend(module, query, key, *args, **more)
-        if probs is not None:
-            hear(prefix + "attn_probs", probs)
-        return out, probs
-
-    try:
-        # The eager function is reached through its module's name only, others through a table.
-        with patch.object(modeling_qwen2, "eager_attention_forward", attention):
-            if chosen in others:
-                others[chosen] = attention
-            yield
-    finally:
-        if chosen in others:
-            others[chosen] = attend
-        for handle in handles:
-            handle.remove()
-
-
-class _Softmax(TorchFunctionMode):
-    """Tells what goes into a softmax."""
-
-    def __init__(self, hear: Callable[[torch.Tensor], None]):
-        super().__init__()
-        self.hear = hear
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping | None = None
-    ) -> Any:
-        if func is torch.nn.functional.softmax:
-            self.hear(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def canonical(name: str, x: torch.Tensor, head_dim: int, position: int) -> np.ndarray:
-    """A hooked tensor with our axes and masks, a copy.
-
-    Args:
-        position: of the first query.
-    """
-    kind = name.split(".")[-1]
-    x = x.detach()[0]
-    if kind in ("q_rope", "k_rope", "attn_scores", "attn_probs"):
-        x = x.transpose(0, 1)  # transformers has heads before positions
-    elif kind in ("q_proj", "k_proj", "v_proj"):
-        x = x.unflatten(-1, (-1, head_dim))
-    if x.dtype == torch.bfloat16:
-        array = x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    else:
-        array = x.numpy()
-    if kind == "attn_scores":
-        # transformers adds the dtype's least number where a query must not see a key.
-        future = np.arange(array.shape[-1]) > position + np.arange(len(array))[:, None, None]
-        masked = future & (array <= ml_dtypes.finfo(array.dtype).min / 2)
-        return np.where(masked, array.dtype.type(-np.inf), array)
-    return array.copy()

@@ -58,7 +58,10 @@ def test_inputs_of_few_rows_are_two_numbers(dtype: str, mean: float, seed: int) 
     assert worst(both - x[:, :1] * w[:, 0]) > 1
 
 
-@pytest.mark.parametrize("stored", ["q8_0", "q6_k", "q4_k", "q2_k", "q5_1"])
+STORED = ("q8_0", "iq4_nl", "q4_0", "q6_k", "q3_k", "q4_k", "q2_k", "q5_1")
+
+
+@pytest.mark.parametrize("stored", STORED)
 def test_what_a_format_is_made_of(stored: str) -> None:
     """Codes and addends apart are gguf's; a weight in float16 is as near as is said."""
     plan, rng = StepPlan.uniform(SMALL, 7, stored), np.random.default_rng(0)
@@ -69,22 +72,14 @@ def test_what_a_format_is_made_of(stored: str) -> None:
     kind = kind_of(stored)
     values = gguf.quants.dequantize(raw, kind)
     assert np.array_equal(few.values, values) and np.array_equal(many.values, values)
-    layout = FORMATS[kind].layout
-    if added := {"dmin", "m"} & {*(layout.names or ())}:
-        units = raw.copy().view(layout)
-        units[added.pop()] = 0
-        codes = gguf.quants.dequantize(units.view(np.uint8).reshape(raw.shape), kind)
-        assert few.addends is not None
-        np.testing.assert_allclose(values - codes, few.addends, rtol=0, atol=1e-7)
-    elif stored == "q6_k":
-        # Codes of 0 to 63 less 32, each times a factor.
-        assert few.addends is not None
-        factors = np.where(few.addends == 0, 1, few.addends / -32)
-        whole = (values - few.addends) / factors
-        np.testing.assert_allclose(whole, whole.round(), rtol=0, atol=1e-4)
-        assert whole.round().min() >= 0 and whole.round().max() <= 63
-    else:
-        assert few.addends is None
+    assert (few.addends is not None) == (stored not in ("q8_0", "iq4_nl"))
+    if few.addends is not None:
+        # What is left of a weight whose code is zero.
+        units = raw.copy().view(FORMATS[kind].layout)
+        for name in {"qs", "ql", "qh", "hmask"} & {*(units.dtype.names or ())}:
+            units[name] = 0
+        zeros = gguf.quants.dequantize(units.view(np.uint8).reshape(raw.shape), kind)
+        np.testing.assert_array_equal(few.addends, zeros)
     assert few.rounding is None and many.addends is None and many.rounding is not None
     off, said = np.abs(rounded(values, "float16") - values), np.sqrt(many.rounding)
     assert (off <= said).all()

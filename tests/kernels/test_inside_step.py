@@ -209,9 +209,9 @@ def one_off(real: Any, self: Any, word: t.V, firsts: Any, by: t.V, offset: int =
 
 
 def half_of(real: Any, self: Any, words: list[t.V], number: int) -> Any:
-    """Addends that count half."""
-    operand, (a, b) = real(self, words, number)
-    return operand, (a * 0.5, b * 0.5)
+    """Minima that count half."""
+    operand, scales = real(self, words, number)
+    return operand, tuple(x * 0.5 for x in scales) if self.minimum else scales
 
 
 SCALES_ONE_OFF = patched_method(scales.Integers, "_times", one_off)
@@ -237,8 +237,7 @@ ALL_PRODUCTS = {"q_proj", "k_proj", "v_proj", "attn_residual", "ffn_act", "down_
         (
             *("few", MIXED_ONCE),
             patched_method(scales.Integers, "addend_operand", half_of),
-            # What codes of Q6_K are less by is an addend too.
-            *({"ffn_act", "down_proj"}, {0, 1}),
+            *({"ffn_act"}, {0, 1}),
         ),
         (
             *("few", "bfloat16"),

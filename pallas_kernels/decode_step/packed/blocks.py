@@ -122,14 +122,16 @@ class Blocks(Storage):
     def scales_of(
         self, words: UInt32[Array, "n words"]
     ) -> tuple[Float32[Array, "n 16 128"], Float32[Array, "n 16 128"] | None]:
-        """What each weight's code is multiplied with, and what is added then if products with it
-        are taken apart."""
+        """What each weight's code is multiplied with, and what is added then where products with
+        that are taken apart: a minimum, or the offset times the factor."""
         factor, addend = self.scales.numbers(words[:, self._code_bytes // 4 :])
+        if not self.scales.adds:
+            addend = factor * -self.offset if self.addends else None
 
         def each(of_group: Float32[Array, "n 16 groups"]) -> Float32[Array, "n 16 128"]:
             return jnp.repeat(of_group, K_TILE // of_group.shape[-1], axis=-1)
 
-        return each(factor), each(addend) if self.addends and addend is not None else None
+        return each(factor), None if addend is None else each(addend)
 
     def numbers(self, words: UInt32[Array, "n words"]) -> Float32[Array, "n 16 128"]:
         n, begin = len(words), 0

@@ -1,11 +1,12 @@
 """The weights of a decode-step kernel as it multiplies with them, and what it makes of them.
 
-A block format's weight is a code times a factor, and in some plus an addend, such as what codes are
-less by. The kernel of few rows multiplies with codes and with addends apart, and rounds neither.
-The kernel of many rows makes one float16 of a weight: of u = 2^-11 the factor is off by u of itself
-(the same for all inputs of a group, 32 at most, which therefore count sqrt(32) times what
-independent roundings would), the addend, taken at the middle code, likewise, and the result by
-another u. Below float16's normal numbers each of these is off by 2^-25 at most instead.
+A block format's weight is a code times a factor, and in most plus an addend: a minimum, or what
+codes are less by. The kernel of few rows multiplies with codes, from 0 on, and with addends apart,
+and rounds neither. The kernel of many rows makes one float16 of a weight: of u = 2^-11 the factor
+is off by u of itself (the same for all inputs of a group, 32 at most, which therefore count
+sqrt(32) times what independent roundings would), a minimum, taken at the middle code, likewise, and
+the result by another u. Below float16's normal numbers each of these is off by 2^-25 at most
+instead.
 """
 
 import dataclasses
@@ -85,11 +86,10 @@ def _tiles(
         return values, None, None
     factors, addends = storage.scales_of(words)
     if few:
-        # Codes are multiplied as they are, and what they are less by is an addend.
-        apart = addends if storage.scales.adds else -storage.offset * factors
-        return values, apart if storage.addends else None, None
+        return values, addends, None
     rounding = (_U * values) ** 2 + _LEAST**2
-    if addends is not None:
+    if storage.scales.adds:
+        assert addends is not None
         most = 1 << (sum(storage.bits) - 1)
         middle = factors * most + addends
         rounding += GROUP * _U**2 * ((values - middle) ** 2 + middle**2)

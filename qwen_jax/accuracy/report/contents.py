@@ -12,6 +12,7 @@ from qwen_jax.accuracy.exact.replay import Finding
 from qwen_jax.accuracy.gates import Outcome
 from qwen_jax.accuracy.logprobs.audit import LogprobsReport
 from qwen_jax.accuracy.machine import MachineFinding
+from qwen_jax.accuracy.quantisation.costs import Quantisation
 from qwen_jax.accuracy.tensors.comparison import Comparison
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
 from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
@@ -44,6 +45,7 @@ class Report:
     precision: PrecisionSearch | None = None
     machine: Sequence[MachineFinding] | None = None
     logprobs: LogprobsReport | None = None
+    quantisation: Quantisation | None = None
     gates: tuple[Outcome, ...] = ()
     planted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -118,5 +120,7 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
             yield "kl_k3", logs.figures.k3.value
             yield "ratio_max", logs.figures.by_token.max
             yield "ess", logs.figures.by_token.ess
+    if report.quantisation:
+        yield "quantisation_kld", report.quantisation.total.value
     if report.precision:
         yield "kept_float32", len(report.precision.kept)

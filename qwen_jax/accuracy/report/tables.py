@@ -11,6 +11,7 @@ from qwen_jax.accuracy.gates import Outcome
 from qwen_jax.accuracy.logprobs.table import logprobs_tables
 from qwen_jax.accuracy.machine import machine_table
 from qwen_jax.accuracy.measures.error_shape import ranges
+from qwen_jax.accuracy.quantisation.table import MOST, quantisation_tables
 from qwen_jax.accuracy.report.contents import Report
 from qwen_jax.accuracy.tensors.comparison import Comparison, Row
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
@@ -21,8 +22,9 @@ from qwen_jax.accuracy.weights.table import weights_table
 from qwen_jax.reporting.table import Table, number
 
 
-def audits(report: Report) -> Iterator[tuple[str, list[Table]]]:
-    """The parts that stand for themselves, with a title for the page."""
+def audits(report: Report, most: int | None = MOST) -> Iterator[tuple[str, list[Table]]]:
+    """The parts that stand for themselves, with a title for the page; so many lines of a table that
+    has one for every tensor."""
     if report.weights is not None:
         yield "Weights", [weights_table(report.weights)]
     if report.text is not None:
@@ -35,6 +37,8 @@ def audits(report: Report) -> Iterator[tuple[str, list[Table]]]:
         yield "Machine", [machine_table(report.machine)]
     if report.precision:
         yield "Precision", precision_tables(report.precision)
+    if report.quantisation:
+        yield "Quantisation", quantisation_tables(report.quantisation, most)
     if report.logprobs:
         yield "Log-probabilities", logprobs_tables(report.logprobs)
 

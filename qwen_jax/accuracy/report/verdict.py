@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qwen_jax.accuracy.logprobs.table import logs_agree, logs_verdict
+from qwen_jax.accuracy.quantisation.table import quantisation_line
 from qwen_jax.accuracy.report.contents import Report
 
 
@@ -40,6 +41,9 @@ def headline(report: Report) -> Headline:
         if not report.precision.reached:
             found = "no set of operations in float32 is enough"
         return Headline(f"MEASURED, NOT JUDGED: {found}.", "open")
+    if report.quantisation:
+        said = quantisation_line(report.quantisation)
+        return Headline(f"MEASURED, NOT JUDGED: {said}.", "open")
     return Headline(f"NOT JUDGED. {skipped(report)}".rstrip(), "open")
 
 

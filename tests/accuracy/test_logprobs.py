@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax.accuracy.distribution.comparison import read_text
 from qwen_jax.accuracy.logprobs.causes import LINES
 from qwen_jax.accuracy.logprobs.paths import Path, Rows, predict
 from qwen_jax.accuracy.logprobs.reading import Logged
@@ -18,7 +19,8 @@ from tests.accuracy import logprob_logs as logs
 from tests.accuracy.logprob_logs import Row, hot, plain
 
 Log = dict[str, Logged]
-WORDS = ("snow", "coffee", "river")
+LENGTH, PROMPT = 60, 12
+"""Tokens of a text, and of its prompt: with it and without one program serves."""
 
 
 class Remembering(Yardstick):
@@ -67,12 +69,9 @@ class Bench:
 def bench() -> Bench:
     models = {name: qwen_jax.load(dtype=name) for name in ("float32", "bfloat16")}
     model = models["float32"]
-    prompts = [model.tokens(f"haiku: {word}") for word in WORDS]
-    warm = qwen_jax.Sampling(temperature=1, seed=3)
-    texts = [
-        (np.array([*prompt, *done.tokens]), len(prompt))
-        for prompt, done in zip(prompts, model.generate(prompts, sampling=warm), strict=True)
-    ]
+    # Texts that the model knows, so that nothing need be compiled to write some.
+    sample = np.array(read_text(model)[: 3 * LENGTH])
+    texts = [(ids, PROMPT) for ids in sample.reshape(3, LENGTH)]
     first = logs.logged("0", *texts[0], np.zeros(len(texts[0][0]) - texts[0][1]))
     made = Yardstick.of(model, models["bfloat16"], open_model(), first)
     logits = {name: [m.logits(ids.tolist()) for ids, _ in texts] for name, m in models.items()}

@@ -18,6 +18,7 @@ from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
 from qwen_jax.accuracy.logprobs.audit import Judge, compare_logs
+from qwen_jax.accuracy.logprobs.twin import twin
 from qwen_jax.accuracy.machine import audit_machine
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
@@ -146,14 +147,16 @@ def _of_logs(config: ConfigDict, with_model: bool) -> Report:
     judge = None
     if with_model:
         checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
-        twice = []
-        for dtype in ("float32", "bfloat16"):
-            other = ConfigDict(config)
-            other.update(dtype=dtype, matmul_precision="highest")
-            twice.append(load(other))
-        judge = Judge(twice[0], twice[1], checkpoint)
-    with bar("texts") as progress:
+        exact = _in_dtype(config, "float32")
+        judge = Judge(exact, twin(exact) or _in_dtype(config, "bfloat16"), checkpoint)
+    with bar("log-probabilities") as progress:
         return Report(logprobs=compare_logs(a, b, judge, progress=progress))
+
+
+def _in_dtype(config: ConfigDict, dtype: str) -> Model:
+    other = ConfigDict(config)
+    other.update(dtype=dtype, matmul_precision="highest")
+    return load(other)
 
 
 def _of_files(config: ConfigDict) -> Report:

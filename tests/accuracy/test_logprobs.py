@@ -12,6 +12,7 @@ from qwen_jax.accuracy.logprobs.causes import LINES
 from qwen_jax.accuracy.logprobs.paths import Path, Rows, predict
 from qwen_jax.accuracy.logprobs.reading import Logged
 from qwen_jax.accuracy.logprobs.search import Verdict, judge
+from qwen_jax.accuracy.logprobs.twin import twin
 from qwen_jax.accuracy.logprobs.yardstick import Yardstick
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.opening import open_model
@@ -67,8 +68,9 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    models = {name: qwen_jax.load(dtype=name) for name in ("float32", "bfloat16")}
-    model = models["float32"]
+    model = qwen_jax.load(dtype="float32")
+    models = {"float32": model, "bfloat16": twin(model)}
+
     # Texts that the model knows, so that nothing need be compiled to write some.
     sample = np.array(read_text(model)[: 3 * LENGTH])
     texts = [(ids, PROMPT) for ids in sample.reshape(3, LENGTH)]
@@ -221,3 +223,11 @@ def test_decimals_that_a_log_keeps_are_rounding(bench: Bench) -> None:
     }
     found = judge(log, bench.yardstick, 0.5e-4, lambda done, total: None)
     assert (found.verdict, found.level) == ("rounding", "float32")
+
+
+def test_a_twin_in_bfloat16_is_the_model_in_bfloat16(bench: Bench) -> None:
+    """Bit for bit, though it has float32 parameters."""
+    ids = bench.texts[0][0].tolist()
+    loaded = qwen_jax.load(dtype="bfloat16")
+    np.testing.assert_array_equal(bench.yardstick.rough.logits(ids), loaded.logits(ids))
+    assert twin(qwen_jax.load(weights="packed")) is None

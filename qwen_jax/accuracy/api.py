@@ -9,7 +9,7 @@ from qwen_jax.accuracy.certificate.issuing import issue
 from qwen_jax.accuracy.certificate.verifying import Change, verify
 from qwen_jax.accuracy.distribution.comparison import CONTEXT, read_tokens
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
-from qwen_jax.accuracy.exact.replay import Progress
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.quantisation import lens
 from qwen_jax.accuracy.references import reference as reference_trace
 from qwen_jax.accuracy.report import Report

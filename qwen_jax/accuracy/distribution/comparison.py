@@ -195,7 +195,7 @@ def read_text(model: Model, path: str | Path | None = None) -> list[int]:
 
 def read_tokens(tokenizer: Tokenizer, source: str, path: str | Path | None = None) -> list[int]:
     """The tokens of a text file, its line breaks as they are; of the bundled model's own sample
-    text where none is given: chats, special tokens included.
+    text where none is given.
 
     Args:
         source: where the model lies.
@@ -210,6 +210,11 @@ def read_tokens(tokenizer: Tokenizer, source: str, path: str | Path | None = Non
             f"{source} has no text of its own; give a text file, such as WikiText-2's "
             "wiki.test.raw."
         )
+    return sample_tokens(tokenizer)
+
+
+def sample_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The bundled model's sample text, as its tokenizer has it: chats, special tokens included."""
     sample = resources.files("qwen_jax") / "data" / f"{BUNDLED}.txt"
     return tokenizer.encode(utf8.decoded(sample.read_bytes(), str(sample)))
 

@@ -8,12 +8,13 @@ logged values; `search` decides that.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs.paths import CLIP, Align, Path, Rows, predict, rms_nats
 from qwen_jax.accuracy.logprobs.reading import SETTINGS
 from qwen_jax.engine.sampling import Sampling
@@ -47,7 +48,6 @@ ROUGH, FINE = 8, 32
 CLOSEST = 4
 """Of the causes beside a given one, those that are looked at on all rows."""
 
-Progress = Callable[[int, int], None]
 
 _COMMON: dict[str, tuple[Any, ...]] = {
     "top_k": (1, 2, 5, 8, 10, 16, 20, 30, 32, 40, 50, 64, 100, 128, 200, 256, 1000),

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs import causes
-from qwen_jax.accuracy.logprobs.causes import Change, Changes, Progress, Sample
+from qwen_jax.accuracy.logprobs.causes import Change, Changes, Sample
 from qwen_jax.accuracy.logprobs.paths import Path, Predicted, Rows, predict
 from qwen_jax.accuracy.logprobs.reading import Logged
 from qwen_jax.accuracy.logprobs.yardstick import LEAST, NOTHING, Fit, Level, Yardstick, at, fit

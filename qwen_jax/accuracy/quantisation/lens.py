@@ -13,10 +13,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from qwen_jax.accuracy.distribution.comparison import Estimate, mean
+from qwen_jax.accuracy.finding import Progress
+from qwen_jax.accuracy.measures.residuals import relative_error
 from qwen_jax.accuracy.quantisation.costs import Cost, Quantisation, Upgrade, ranked, sums
 from qwen_jax.accuracy.quantisation.outputs import output_errors
-from qwen_jax.accuracy.quantisation.pairs import Pair, check_same_weights, pairs, relative_error
-from qwen_jax.accuracy.quantisation.sweep import Progress, Said, Sweep
+from qwen_jax.accuracy.quantisation.pairs import Pair, check_same_weights, pairs
+from qwen_jax.accuracy.quantisation.sweep import Said, Sweep
 from qwen_jax.accuracy.quantisation.weights import FILE, Variant
 from qwen_jax.errors import UserError
 from qwen_jax.weights.checkpoint import Checkpoint

@@ -6,9 +6,10 @@ Biases are left out: they are not quantised, and Qwen's are so large that they w
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.quantisation import programs
 from qwen_jax.accuracy.quantisation.pairs import Pair
-from qwen_jax.accuracy.quantisation.sweep import Progress, Sweep
+from qwen_jax.accuracy.quantisation.sweep import Sweep
 from qwen_jax.accuracy.quantisation.weights import BASE, Weights
 
 

@@ -15,9 +15,6 @@ from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.loader import aligned
 from qwen_jax.weights.stored import Stored, not_finite
 
-_CHUNK = 1 << 20
-"""Values in float64 at a time."""
-
 ROUNDED = 2.0**-7
 """Relative error of a tensor rounded to bfloat16 is 2^-9 at most; that four times over."""
 
@@ -139,18 +136,6 @@ def _alike(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     return bool(ours == theirs)
-
-
-def relative_error(values: Float[np.ndarray, "..."], right: Float[np.ndarray, "..."]) -> float:
-    """||values - right|| / ||right||, summed in float64; 0 where they are the same."""
-    a, b = values.reshape(-1), right.reshape(-1)
-    squares = norm = 0.0
-    for start in range(0, a.size, _CHUNK):
-        want = b[start : start + _CHUNK].astype(np.float64)
-        difference = a[start : start + _CHUNK] - want
-        squares += float(difference @ difference)
-        norm += float(want @ want)
-    return (squares / norm) ** 0.5 if norm else (float("inf") if squares else 0.0)
 
 
 def check_same_weights(

@@ -6,12 +6,13 @@ it together, the others with weights of their own. Of each file one layer's weig
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.quantisation import programs
 from qwen_jax.accuracy.quantisation.pairs import Pair
 from qwen_jax.accuracy.quantisation.weights import BASE, FILE, Variant, Weights
@@ -27,7 +28,6 @@ ROWS = 128
 BEHIND = ("final_norm", "lm_head")
 """Parameters that come after all layers."""
 
-Progress = Callable[[int, int], None]
 State = Float[Array, "T D"]
 
 

@@ -9,6 +9,7 @@ from qwen_jax.accuracy.cache.audit import CacheFinding
 from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Distribution
 from qwen_jax.accuracy.exact.replay import Finding
+from qwen_jax.accuracy.finding import Audited, wrong
 from qwen_jax.accuracy.gates import Outcome
 from qwen_jax.accuracy.logprobs.audit import LogprobsReport
 from qwen_jax.accuracy.machine import MachineFinding
@@ -101,8 +102,7 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
         yield "ppl_ratio", d.ratio.value
         yield "ppl_difference", d.difference.value
         yield "dp_rms", d.dp_rms.value
-    audits: dict[str, Sequence[WeightFinding | TextFinding | CacheFinding | MachineFinding] | None]
-    audits = {
+    audits: dict[str, Sequence[Audited] | None] = {
         "weights": report.weights,
         "text": report.text,
         "cache": report.cache,
@@ -110,8 +110,7 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
     }
     for name, findings in audits.items():
         if findings is not None:
-            wrong = sum(f.verdict in ("fault", "missing") for f in findings)
-            yield f"{name}_faults", wrong
+            yield f"{name}_faults", wrong(findings)
     if logs := report.logprobs:
         yield "logprob_causes", len(logs.causes)
         yield "logprob_unexplained", logs.unexplained

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from qwen_jax.accuracy.finding import wrong
 from qwen_jax.accuracy.report import tables
 from qwen_jax.accuracy.report.contents import Report
 from qwen_jax.accuracy.report.verdict import headline, skipped, verdict
@@ -36,8 +37,7 @@ def _sections(report: Report) -> Iterator[Section]:
     for name, parts in tables.audits(report, most=None):
         blocks: list[Block] = [*parts, *_pictures_of(name, report)]
         findings = {"Weights": report.weights, "Text": report.text, "Cache": report.cache}
-        wrong = any(f.verdict in ("fault", "missing") for f in findings.get(name) or ())
-        yield Section(name, blocks, wrong)
+        yield Section(name, blocks, wrong(findings.get(name) or ()) > 0)
 
 
 def _tensors(report: Report) -> Iterator[Block]:

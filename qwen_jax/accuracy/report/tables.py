@@ -7,6 +7,7 @@ import numpy as np
 from qwen_jax.accuracy.cache.audit import cache_table
 from qwen_jax.accuracy.distribution.comparison import Distribution, Estimate
 from qwen_jax.accuracy.exact.replay import Finding
+from qwen_jax.accuracy.finding import others
 from qwen_jax.accuracy.gates import Outcome
 from qwen_jax.accuracy.logprobs.table import logprobs_tables
 from qwen_jax.accuracy.machine import machine_table
@@ -96,7 +97,7 @@ def cause_table(diagnosis: Diagnosis, layers: int) -> Table:
         if cause.together:
             what += f"; together with {', '.join(cause.together)}"
         if cause.ties:
-            what += f"; as well explained by {' or '.join(' + '.join(t) for t in cause.ties)}"
+            what += f"; as well explained by {' or '.join(others(cause.ties))}"
         if cause.against:
             what += f"; but not seen in {', '.join(cause.against)}"
         before, after = number(cause.before.ratio), number(cause.after.ratio)

@@ -19,6 +19,7 @@ from qwen_jax.accuracy.machine import MachineFinding
 from qwen_jax.accuracy.quantisation.costs import Cost, Quantisation, Upgrade, sums
 from qwen_jax.accuracy.references import float64
 from qwen_jax.accuracy.report import Report, heat_maps
+from qwen_jax.accuracy.report.as_text import kept
 from qwen_jax.accuracy.report.page import contents
 from qwen_jax.accuracy.report.verdict import headline
 from qwen_jax.accuracy.tensors.comparison import compare
@@ -239,6 +240,7 @@ def test_every_part_has_a_banner_the_model_and_where_it_comes_from() -> None:
         ({"weights": right}, "NO FAULT FOUND: all 1 weights are right.", "good"),
         ({"text": [TextFinding("chat", "same")]}, "NO FAULT FOUND: all 1 texts are right.", "good"),
         ({"distribution": full().distribution}, "MEASURED, NOT JUDGED: bf16 has a mean", "open"),
+        ({"quantisation": quantised()}, "MEASURED, NOT JUDGED: the types of small.gguf", "open"),
         ({"precision": full().precision}, "MEASURED, NOT JUDGED: 1 of 2 operations", "open"),
         ({"gates": full().gates}, "FAILED: 1 of 2 gates failed (mean_kld > 0.001).", "bad"),
         ({"gates": full().gates[1:]}, "PASSED: all 1 gates passed.", "good"),
@@ -247,7 +249,8 @@ def test_every_part_has_a_banner_the_model_and_where_it_comes_from() -> None:
         made = Opened(report.to_html(held))
         assert made.banner.startswith(sentence) and made.state == state
         words = ("odd.gguf", "run.py compare", "jax 9.9", "c0ffee", "in no commit", "2031-01-01")
-        assert all(word in made.text for word in words)
+        assert all(word in made.text and word in kept(held) for word in words)
+        assert kept(held).startswith(report.text(held)) and "c0ffee" not in report.text(held)
     assert headline(full()).sentence.startswith("FAULT: the compiler computes wrong sums; 10 of 37")
 
 

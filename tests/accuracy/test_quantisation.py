@@ -32,7 +32,7 @@ from tests.tiny_checkpoints import (
     write_hf,
 )
 
-TOKENS = np.random.default_rng(3).integers(0, 320, 24).tolist()
+TOKENS = np.random.default_rng(3).integers(0, 320, 18).tolist()
 
 
 def kl(base: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_small_divergences_are_exact(seed: int, size: float, apart: float) -> No
     np.testing.assert_allclose(found, right, rtol=2e-5, atol=1e-12 * size)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Case:
     """A file, its base and what both hold, by Hugging Face name."""
 
@@ -68,8 +68,17 @@ class Case:
     file: Written
     types: Mapping[str, str]
 
+    @property
+    def looked_at(self) -> list[str]:
+        """Names for brute force; where the head is not the embedding, those two make the case."""
+        return [n for n in self.types if self.config.tied or "layers" not in n or "0.mlp" in n]
+
+    @functools.cached_property
+    def truth(self) -> np.ndarray:
+        return self.logits(self.base.parameters)
+
     def kld(self, **changed: np.ndarray) -> np.ndarray:
-        return kl(self.logits(self.base.parameters), self.logits(self.file.parameters | changed))
+        return kl(self.truth, self.logits(self.file.parameters | changed))
 
     def logits(self, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
         return forward(self.config, parameters, TOKENS)["logits"]
@@ -110,16 +119,16 @@ def costs(found: Quantisation) -> dict[str, Cost]:
 def test_every_tensor_is_as_by_brute_force(case: Case, found: Quantisation) -> None:
     """Quantised alone, and alone restored; those of a tied embedding are the head's, too."""
     base, file = case.base.parameters, case.file.parameters
-    truth, whole = case.logits(base), case.kld()
+    whole = case.kld()
     near(found.total, whole)
     by_name = costs(found)
     assert set(by_name) == {gguf_name(name) for name in case.types}
-    for name in case.types:
+    for name in case.looked_at:
         cost = by_name[gguf_name(name)]
         assert cost.types == (case.types[name],)
         error = np.linalg.norm(file[name] - base[name]) / np.linalg.norm(base[name])
         np.testing.assert_allclose(cost.weight_error, error, rtol=1e-6)
-        near(cost.alone, kl(truth, case.logits(base | {name: file[name]})))
+        near(cost.alone, kl(case.truth, case.logits(base | {name: file[name]})))
         near(cost.saved, whole - case.kld(**{name: base[name]}), whole)
 
 
@@ -156,6 +165,8 @@ def test_upgrades_are_measured_as_they_would_be_written(case: Case, found: Quant
     names = {gguf_name(name): name for name in case.types}
     for up in found.upgrades:
         name, kind = names[up.tensor], Type[up.types[1]]
+        if name not in case.looked_at:
+            continue
         raw = encode(base[name], kind)
         near(up.saved, whole - case.kld(**{name: gguf.quants.dequantize(raw, kind)}), whole)
         assert up.bytes == raw.nbytes - encode(base[name], Type.Q4_0).nbytes

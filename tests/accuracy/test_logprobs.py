@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.special
 
 import qwen_jax
 from qwen_jax.accuracy.distribution.comparison import read_text
 from qwen_jax.accuracy.logprobs.causes import LINES
-from qwen_jax.accuracy.logprobs.paths import Path, Rows, predict
+from qwen_jax.accuracy.logprobs.paths import HEADS, Path, Rows, _nucleus, predict
 from qwen_jax.accuracy.logprobs.reading import Logged
 from qwen_jax.accuracy.logprobs.search import Verdict, judge
 from qwen_jax.accuracy.logprobs.twin import twin
@@ -231,3 +232,22 @@ def test_a_twin_in_bfloat16_is_the_model_in_bfloat16(bench: Bench) -> None:
     loaded = qwen_jax.load(dtype="bfloat16")
     np.testing.assert_array_equal(bench.yardstick.rough.logits(ids), loaded.logits(ids))
     assert twin(qwen_jax.load(weights="packed")) is None
+
+
+@pytest.mark.parametrize("tail", [0.5, 0.1, 1e-3, 1e-9])
+def test_top_p_is_the_same_from_the_likeliest_tokens_and_from_all(tail: float) -> None:
+    """Peaked rows end among the first thousand, flat ones further down; equal logits are cut."""
+    rng = np.random.default_rng(5)
+    vocab = 3 * HEADS[0]
+    rows = [9 * rng.standard_normal(vocab), np.zeros(vocab), rng.integers(0, 4, vocab)]
+    for x in (np.stack(rows), np.stack(rows[:1])):
+        weights = scipy.special.softmax(x.astype(np.float64), axis=-1)
+        found = _nucleus(x.astype(np.float64), weights, np.full(len(x), tail))
+        for z, p, kept in zip(x, weights, found, strict=True):
+            # Likeliest first, of equal ones the larger id, until all but the tail is there.
+            order = sorted(range(vocab), key=lambda i, z=z: (-z[i], -i))
+            before = np.concatenate([[0.0], np.cumsum(p[order])[:-1]])
+            edge = np.abs(before - (1 - tail)) < 1e-12
+            right = np.zeros(vocab, bool)
+            right[np.array(order)[before < 1 - tail]] = True
+            assert (kept == right)[np.array(order)[~edge]].all()

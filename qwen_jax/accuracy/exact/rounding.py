@@ -41,7 +41,7 @@ def _float16(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     small = np.abs(x) < 2.0**-14
     with np.errstate(over="ignore"):
         rest = np.where(small, x.dtype.type(0), x).astype(np.float16).astype(x.dtype)
-    return np.where(small, np.rint(x * 2.0**24) * 2.0**-24, rest).astype(x.dtype)
+        return np.where(small, np.rint(x * 2.0**24) * 2.0**-24, rest).astype(x.dtype)
 
 
 def round_interval(

@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
                 # float64, hf, llamacpp, or a trace.
                 "reference": "float64",
                 # Of tensors, weights, text, cache, distribution, precision, machine, inside, with
-                # commas; logprobs is the one of two logs.
+                # commas; logprobs is the one of two logs, quantisation that of a file and its base.
                 "parts": placeholder(str),
                 # Numbers of rows of the decode steps that inside records, and which layers.
                 "inside": {"rows": "1,8,64", "layers": ":"},
@@ -117,13 +117,17 @@ def get_config() -> ConfigDict:
                     "matmul_precision": placeholder(str),
                 },
                 "save_base": placeholder(str),
-                # Text of distribution and precision, and the tokens of one window.
+                # Text of distribution, precision and quantisation, and the tokens of one window.
                 "text": placeholder(str),
                 "context": 512,
                 # The mean KL divergence that precision searches for, in nats, and the dtype of
                 # what need not be float32.
                 "precision_kld": 1e-3,
                 "precision_dtype": "bfloat16",
+                # Of quantisation: forward passes of the text to take at most, and the types that
+                # tensors are moved up to, one at a time.
+                "passes": 400,
+                "upgrades": "Q6_K,Q8_0",
             },
             # A certificate to compute again, from the inputs that it names.
             "certify": {"verify": placeholder(str)},
@@ -234,7 +238,8 @@ FLAGS: dict[str, tuple[str, str]] = {
     "reference": ("compare.reference", "float64, hf, llamacpp, or a trace to compare with."),
     "parts": (
         "compare.parts",
-        "tensors, weights, text, cache, distribution, precision, machine, inside, logprobs.",
+        "tensors, weights, text, cache, distribution, precision, machine, inside, quantisation, "
+        "logprobs.",
     ),
     "inside_rows": (
         "compare.inside.rows",
@@ -250,7 +255,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "base_weights": ("compare.base.weights", "or its weights, packed or expanded,"),
     "base_implementation": ("compare.base.implementation", "or its implementation."),
     "save_base": ("compare.save_base", "Save this model's log-probabilities as a base, and stop."),
-    "text": ("compare.text", "Text file of distribution and precision."),
+    "text": ("compare.text", "Text file of distribution, precision and quantisation."),
     "context": ("compare.context", "Tokens of one window of that text."),
     "verify": ("certify.verify", "Compute this certificate again, and say what differs."),
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),

@@ -19,8 +19,8 @@ does the same with a model of yours, in bfloat16.
 from ml_collections import ConfigDict
 
 from qwen_jax.experiments import Sweep, axis
-from qwen_jax.experiments.quantize import TYPES
 from qwen_jax.settings import get_config as defaults
+from qwen_jax.weights.encoding import TYPES
 
 
 def get_config(variant: str = "") -> ConfigDict:

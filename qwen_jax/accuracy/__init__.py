@@ -4,9 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_jax.accuracy.api import Certificate, Change, Report, certify, compare, verify
+    from qwen_jax.accuracy.api import (
+        Certificate,
+        Change,
+        Report,
+        certify,
+        compare,
+        quantisation_costs,
+        verify,
+    )
 
-__all__ = ["Certificate", "Change", "Report", "certify", "compare", "verify"]
+__all__ = ["Certificate", "Change", "Report", "certify", "compare", "quantisation_costs", "verify"]
 
 
 def __dir__() -> list[str]:

@@ -7,17 +7,21 @@ from qwen_jax import opening
 from qwen_jax.accuracy.certificate.contents import Certificate
 from qwen_jax.accuracy.certificate.issuing import issue
 from qwen_jax.accuracy.certificate.verifying import Change, verify
+from qwen_jax.accuracy.distribution.comparison import CONTEXT, read_tokens
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
-from qwen_jax.accuracy.exact.replay import Progress
+from qwen_jax.accuracy.finding import Progress
+from qwen_jax.accuracy.quantisation import lens
 from qwen_jax.accuracy.references import reference as reference_trace
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.tensors import comparison
 from qwen_jax.accuracy.tensors.diagnosis import diagnose
 from qwen_jax.accuracy.traces.foreign import open_trace
 from qwen_jax.accuracy.traces.trace import Trace
+from qwen_jax.loading import read_tokenizer
+from qwen_jax.reporting.model import described
 from qwen_jax.weights.loader import Checkpoint
 
-__all__ = ["Certificate", "Change", "Report", "certify", "compare", "verify"]
+__all__ = ["Certificate", "Change", "Report", "certify", "compare", "quantisation_costs", "verify"]
 
 ONE_POSITION = "One position: a wrong rotary embedding is the identity there; give a longer text."
 
@@ -91,6 +95,70 @@ def certify(
         tokens=tokens,
         progress=progress,
     )
+
+
+def quantisation_costs(
+    model: str | Path,
+    base: str | Path,
+    *,
+    text: str | Path | None = None,
+    context: int = CONTEXT,
+    upgrades: Sequence[str] = lens.UPGRADES,
+    passes: int = lens.PASSES,
+    progress: Progress | None = None,
+) -> Report:
+    """What the types of a quantised file cost: the part quantisation of `run.py compare`.
+
+    Args:
+        model: the quantised file, and
+        base: what it was made from, both as for `qwen_jax.load`.
+        text: a text file; the bundled model's own text where one of the two is that.
+        context: tokens of it that are taken.
+        upgrades: GGUF types to which tensors of fewer bits are moved up, one at a time.
+        passes: forward passes of the text to take at most.
+        progress: hears of steps done and in all, of one stage after the other.
+
+    Returns:
+        A report: its `quantisation` has the cost of every tensor, kind and layer, and `upgrades`.
+
+    Raises:
+        UserError: as `quantisation.lens.look` says, or a file can't be read.
+    """
+    return quantised(
+        opening.open_model(model),
+        opening.open_model(base),
+        text,
+        context=context,
+        upgrades=upgrades,
+        passes=passes,
+        progress=progress,
+    )
+
+
+def quantised(
+    file: Checkpoint,
+    base: Checkpoint,
+    text: str | Path | None,
+    *,
+    context: int,
+    upgrades: Sequence[str],
+    passes: int,
+    implementation: str = "auto",
+    progress: Progress | None = None,
+) -> Report:
+    """The same of open checkpoints."""
+    bundled = {str(file.path), str(base.path)} & {str(opening.locate(opening.BUNDLED))}
+    tokens = read_tokens(read_tokenizer(file), min(bundled, default=str(file.path)), text)
+    found = lens.look(
+        file,
+        base,
+        tokens[:context],
+        upgrades=upgrades,
+        passes=passes,
+        implementation=implementation,
+        progress=progress,
+    )
+    return Report(quantisation=found, model=described(file))
 
 
 def judged(

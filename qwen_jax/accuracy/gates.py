@@ -40,6 +40,7 @@ METRICS = {
     "kl_k3": "estimate k3 of the same",
     "ratio_max": "the largest importance ratio of a token",
     "ess": "effective sample size of the tokens' importance ratios, as a share of them",
+    "quantisation_kld": "mean KL divergence of a quantised file from its base",
     "kept_float32": "operations that the precision search keeps in float32",
 }
 """What a gate can be set on."""
@@ -63,6 +64,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "precision": ("kept_float32",),
     "machine": ("machine_faults",),
     "inside": ("inside_faults", "inside_of_bound"),
+    "quantisation": ("quantisation_kld",),
     "logprobs": ("logprob_causes", "logprob_unexplained", "kl_k1", "kl_k3", "ratio_max", "ess"),
 }
 """What each part of a comparison may measure."""

@@ -2,28 +2,22 @@
 
 Matrices get the type where their rows are whole blocks of it, else Q8_0 or F16; vectors keep
 theirs. Types that round each block by itself are written by `gguf.quants`; llama.cpp's K-quants
-are written by `kquants.py` here, which rounds to the nearest without llama.cpp's search for
-better scales, so their numbers are an upper bound of the error of llama.cpp's files.
+are rounded to the nearest (`weights.kquant_encoding`) without llama.cpp's search for better scales,
+so their numbers are an upper bound of the error of llama.cpp's files.
 """
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import kquants, lines
+from qwen_jax.experiments import lines
 from qwen_jax.weights.blocks import decode_into
+from qwen_jax.weights.encoding import TYPES, encode, whole
 from qwen_jax.weights.loader import open_checkpoint
-
-TYPES = (
-    *("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"),
-    *("IQ4_NL", "MXFP4", "Q3_K", "Q2_K", "TQ2_0", "TQ1_0"),
-)
-"""From the most bits a weight to the least."""
 
 
 def check(kind: str) -> None:
@@ -78,13 +72,6 @@ def fitting(kind: Type, shape: tuple[int, ...]) -> Type:
     if len(shape) < 2:
         return Type.F32
     for candidate in (kind, Type.Q8_0, Type.F16):
-        if shape[-1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
+        if whole(shape[-1], candidate):
             return candidate
     raise AssertionError("F16 has blocks of one")
-
-
-def encode(values: np.ndarray, kind: Type) -> np.ndarray[Any, Any]:
-    """A matrix as the bytes of its blocks."""
-    if kind in kquants.ENCODERS:
-        return kquants.encode(values, kind)
-    return gguf.quants.quantize(values, kind)

@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 
 from qwen_jax import api, opening, pins, prompts, regular_files, xla_flags
 from qwen_jax.accuracy import gates, report
-from qwen_jax.accuracy.api import judged
+from qwen_jax.accuracy.api import judged, quantised
 from qwen_jax.accuracy.cache.audit import audit_cache
 from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
 from qwen_jax.accuracy.inside.audit import audit_inside, check_device, numbers_of_rows
 from qwen_jax.accuracy.logprobs.audit import Judge, compare_logs
+from qwen_jax.accuracy.logprobs.twin import twin
 from qwen_jax.accuracy.machine import audit_machine
 from qwen_jax.accuracy.report import Report
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
@@ -35,7 +36,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.reporting.model import described
 from qwen_jax.reporting.origin import Origin
 from qwen_jax.settings import Command, asked
-from qwen_jax.tasks.compare_checks import BASE, PARTS, check, two_logs
+from qwen_jax.tasks.compare_checks import BASE, PARTS, check, two_logs, types_of
 from qwen_jax.tasks.dumps import bar, token_ids
 from qwen_jax.tasks.generate import load
 from qwen_jax.terminal import visible
@@ -63,6 +64,8 @@ def run(command: Command) -> int:
         report.prepare(config.workdir)
     if settings.logprobs is not None:
         found = _of_logs(config, "model" in asked(config, command.overrides))
+    elif "quantisation" in parts:
+        found = _of_files(config)
     else:
         found = _of_dump(config, parts) if settings.candidate else _of_engine(config, parts)
     found = dataclasses.replace(found, compiler=compiler, origin=Origin.now(command.typed))
@@ -145,14 +148,32 @@ def _of_logs(config: ConfigDict, with_model: bool) -> Report:
     judge = None
     if with_model:
         checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
-        twice = []
-        for dtype in ("float32", "bfloat16"):
-            other = ConfigDict(config)
-            other.update(dtype=dtype, matmul_precision="highest")
-            twice.append(load(other))
-        judge = Judge(twice[0], twice[1], checkpoint)
-    with bar("texts") as progress:
+        exact = _in_dtype(config, "float32")
+        judge = Judge(exact, twin(exact) or _in_dtype(config, "bfloat16"), checkpoint)
+    with bar("log-probabilities") as progress:
         return Report(logprobs=compare_logs(a, b, judge, progress=progress))
+
+
+def _in_dtype(config: ConfigDict, dtype: str) -> Model:
+    other = ConfigDict(config)
+    other.update(dtype=dtype, matmul_precision="highest")
+    return load(other)
+
+
+def _of_files(config: ConfigDict) -> Report:
+    """A quantised file beside its base."""
+    settings = config.compare
+    with bar("quantisation") as progress:
+        return quantised(
+            opening.open_model(config.model, sha256=config.sha256),
+            opening.open_model(settings.base.model),
+            settings.text,
+            context=settings.context,
+            upgrades=types_of(settings.upgrades),
+            passes=settings.passes,
+            implementation=config.implementation,
+            progress=progress,
+        )
 
 
 def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:

@@ -9,6 +9,7 @@ from qwen_jax.accuracy import gates, references
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
 from qwen_jax.accuracy.inside.audit import numbers_of_rows
+from qwen_jax.accuracy.quantisation import lens
 from qwen_jax.accuracy.tensors.precision_search import DTYPES
 from qwen_jax.accuracy.traces.recording import bounds
 from qwen_jax.errors import UserError
@@ -24,6 +25,7 @@ _ENGINE = (
     *("compare.plant", "compare.fail_if", "compare.parts", "workdir"),
 )
 _DUMP = ("compare.candidate", "compare.tokens", "compare.fail_if", "compare.parts", "workdir")
+_PAIR = ("model", "sha256", "implementation", "compare.fail_if", "compare.parts", "workdir")
 _LOGS = ("compare.logprobs", "compare.fail_if", "compare.parts", "workdir")
 _PROMPT = ("prompt", "system", "raw", "suffix", "tools", "continue_final_message")
 _WINDOWS = ("compare.text", "compare.context")
@@ -36,6 +38,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "precision": (*_WINDOWS, "compare.precision_kld", "compare.precision_dtype"),
     "machine": (),
     "inside": (*_PROMPT, "compare.tokens", "compare.inside"),
+    "quantisation": (*_WINDOWS, "compare.base.model", "compare.passes", "compare.upgrades"),
     "logprobs": (),
 }
 """Fields that a part alone reads, or groups of them."""
@@ -51,6 +54,8 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
     """
     compare = config.compare
     _check_logs(compare, parts)
+    if "quantisation" in parts:
+        _check_quantisation(compare, parts)
     _check_effect(settings.asked(config, overrides), config, parts)
     measured = {name for part in parts for name in gates.MEASURED[part]} | {*gates.ALWAYS}
     for gate in gates.parse(compare.fail_if or ""):
@@ -89,6 +94,30 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
             _check_text(compare.text)
     if "distribution" in parts:
         _check_base(compare.base)
+
+
+def _check_quantisation(compare: ConfigDict, parts: tuple[str, ...]) -> None:
+    """Two files are held against each other, and no engine is run."""
+    if beside := set(parts) - {"quantisation"}:
+        raise UserError(
+            f"The part quantisation holds two files against each other, and goes without "
+            f"{min(beside)}; run that by itself."
+        )
+    if compare.base.model is None:
+        raise UserError(
+            "The part quantisation needs --base_model, the file that --model was made from."
+        )
+    if not is_hub_name(compare.base.model):
+        locate(compare.base.model)
+    if compare.text is not None:
+        _check_text(compare.text)
+    lens.check_passes(compare.passes)
+    lens.check_upgrades(types_of(compare.upgrades))
+
+
+def types_of(upgrades: str) -> tuple[str, ...]:
+    """The types of `compare.upgrades`, which has commas between them."""
+    return tuple(part.strip() for part in upgrades.split(","))
 
 
 def _check_logs(compare: ConfigDict, parts: tuple[str, ...]) -> None:
@@ -137,6 +166,8 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
         model = "model" in asked
         read = (*_LOGS, *((*_FILE, "implementation", "slots") if model else ()))
         doing = "--logprobs" + " without --model" * (not model)
+    elif "quantisation" in parts:
+        read, doing = (*_PAIR, *_READ_BY["quantisation"]), "the part quantisation"
     else:
         doing = f"the parts {', '.join(parts)}"
         read = (*_FILE, *(_DUMP if compare.candidate else _ENGINE))

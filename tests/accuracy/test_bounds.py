@@ -222,3 +222,15 @@ def off(theta_times: float = 1.0, narrow: str | None = None) -> Angles:
 )
 def test_angles_that_are_none_of_those(wrong: Angles, head_dim: int) -> None:
     assert rotated_by(wrong, np.float32, head_dim, 1e6) > 3
+
+
+@given(st.lists(st.floats(width=32), min_size=1), st.sampled_from([np.float32, np.float64]))
+def test_float16_is_what_numpy_converts_to(values: list[float], wide: type) -> None:
+    """Subnormal numbers, ties among them, overflow and the sign of zero."""
+    near = np.array([*values, 2.0**-24 * 1.5, -(2.0**-25), 5.9e-8, 65519.9, 65520, -0.0], wide)
+    for x in (near, (near * 1e-5).astype(wide)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            found, right = round_to(x, "float16", np), x.astype(np.float16).astype(wide)
+        np.testing.assert_array_equal(found, right)
+        numbers = ~np.isnan(right)
+        np.testing.assert_array_equal(np.signbit(found)[numbers], np.signbit(right)[numbers])

@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.special
 
 import qwen_jax
+from qwen_jax.accuracy.distribution.comparison import read_text
 from qwen_jax.accuracy.logprobs.causes import LINES
-from qwen_jax.accuracy.logprobs.paths import Path, Rows, predict
+from qwen_jax.accuracy.logprobs.paths import HEADS, Path, Rows, _nucleus, predict
 from qwen_jax.accuracy.logprobs.reading import Logged
 from qwen_jax.accuracy.logprobs.search import Verdict, judge
+from qwen_jax.accuracy.logprobs.twin import twin
 from qwen_jax.accuracy.logprobs.yardstick import Yardstick
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.opening import open_model
@@ -18,7 +21,8 @@ from tests.accuracy import logprob_logs as logs
 from tests.accuracy.logprob_logs import Row, hot, plain
 
 Log = dict[str, Logged]
-WORDS = ("snow", "coffee", "river")
+LENGTH, PROMPT = 60, 12
+"""Tokens of a text, and of its prompt: with it and without one program serves."""
 
 
 class Remembering(Yardstick):
@@ -65,14 +69,12 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    models = {name: qwen_jax.load(dtype=name) for name in ("float32", "bfloat16")}
-    model = models["float32"]
-    prompts = [model.tokens(f"haiku: {word}") for word in WORDS]
-    warm = qwen_jax.Sampling(temperature=1, seed=3)
-    texts = [
-        (np.array([*prompt, *done.tokens]), len(prompt))
-        for prompt, done in zip(prompts, model.generate(prompts, sampling=warm), strict=True)
-    ]
+    model = qwen_jax.load(dtype="float32")
+    models = {"float32": model, "bfloat16": twin(model)}
+
+    # Texts that the model knows, so that nothing need be compiled to write some.
+    sample = np.array(read_text(model)[: 3 * LENGTH])
+    texts = [(ids, PROMPT) for ids in sample.reshape(3, LENGTH)]
     first = logs.logged("0", *texts[0], np.zeros(len(texts[0][0]) - texts[0][1]))
     made = Yardstick.of(model, models["bfloat16"], open_model(), first)
     logits = {name: [m.logits(ids.tolist()) for ids, _ in texts] for name, m in models.items()}
@@ -222,3 +224,30 @@ def test_decimals_that_a_log_keeps_are_rounding(bench: Bench) -> None:
     }
     found = judge(log, bench.yardstick, 0.5e-4, lambda done, total: None)
     assert (found.verdict, found.level) == ("rounding", "float32")
+
+
+def test_a_twin_in_bfloat16_is_the_model_in_bfloat16(bench: Bench) -> None:
+    """Bit for bit, though it has float32 parameters."""
+    ids = bench.texts[0][0].tolist()
+    loaded = qwen_jax.load(dtype="bfloat16")
+    np.testing.assert_array_equal(bench.yardstick.rough.logits(ids), loaded.logits(ids))
+    assert twin(qwen_jax.load(weights="packed")) is None
+
+
+@pytest.mark.parametrize("tail", [0.5, 0.1, 1e-3, 1e-9])
+def test_top_p_is_the_same_from_the_likeliest_tokens_and_from_all(tail: float) -> None:
+    """Peaked rows end among the first thousand, flat ones further down; equal logits are cut."""
+    rng = np.random.default_rng(5)
+    vocab = 3 * HEADS[0]
+    rows = [9 * rng.standard_normal(vocab), np.zeros(vocab), rng.integers(0, 4, vocab)]
+    for x in (np.stack(rows), np.stack(rows[:1])):
+        weights = scipy.special.softmax(x.astype(np.float64), axis=-1)
+        found = _nucleus(x.astype(np.float64), weights, np.full(len(x), tail))
+        for z, p, kept in zip(x, weights, found, strict=True):
+            # Likeliest first, of equal ones the larger id, until all but the tail is there.
+            order = sorted(range(vocab), key=lambda i, z=z: (-z[i], -i))
+            before = np.concatenate([[0.0], np.cumsum(p[order])[:-1]])
+            edge = np.abs(before - (1 - tail)) < 1e-12
+            right = np.zeros(vocab, bool)
+            right[np.array(order)[before < 1 - tail]] = True
+            assert (kept == right)[np.array(order)[~edge]].all()

@@ -11,15 +11,17 @@ import pytest
 
 from qwen_jax.accuracy import gates, report
 from qwen_jax.accuracy.compiler import Probe
-from qwen_jax.accuracy.distribution.comparison import Scores, statistics
+from qwen_jax.accuracy.distribution.comparison import Estimate, Scores, statistics
 from qwen_jax.accuracy.exact.parameters import EngineSource
 from qwen_jax.accuracy.exact.replay import Residual
 from qwen_jax.accuracy.gates import METRICS
 from qwen_jax.accuracy.inside.judging import InsideFinding
 from qwen_jax.accuracy.logprobs.audit import LogprobsReport, compare_logs
 from qwen_jax.accuracy.machine import MachineFinding
+from qwen_jax.accuracy.quantisation.costs import Cost, Quantisation, Upgrade, sums
 from qwen_jax.accuracy.references import float64
 from qwen_jax.accuracy.report import Report, heat_maps
+from qwen_jax.accuracy.report.as_text import kept
 from qwen_jax.accuracy.report.page import contents
 from qwen_jax.accuracy.report.verdict import headline
 from qwen_jax.accuracy.tensors.comparison import compare
@@ -73,6 +75,7 @@ def full() -> Report:
         weights=[WeightFinding("output.weight", "lm_head", "missing", 1, 1, float("inf"))],
         text=[TextFinding("chat", "same")],
         cache=[],
+        quantisation=quantised(),
         machine=[MachineFinding("products of 1 row", "fault", "10 of 23 after the first")],
         inside=[inside(0.5, None, "logits"), inside(2.0, 1, "q_proj"), inside(0.1, 0, "q_proj")],
         logprobs=two_logs(),
@@ -84,6 +87,17 @@ def full() -> Report:
 
 def inside(ratio: float, layer: int | None, operation: str) -> InsideFinding:
     return InsideFinding(8, "few rows", operation, layer, Residual(ratio, 1e-6, (3, 0)), 3, ())
+
+
+def quantised() -> Quantisation:
+    """A file of one tensor that matters."""
+    mine = Cost("blk.0.ffn_up.weight", ("Q4_0",), 900, 4.5, 0.08, 0.07, Estimate(2e-3, 1e-4), None)
+    up = Upgrade("blk.0.ffn_up.weight", ("Q4_0", "Q8_0"), 800, Estimate(3e-3, 1e-4))
+    kinds = (dataclasses.replace(mine, name="blk.*.ffn_up.weight"),)
+    layers = (dataclasses.replace(mine, name="layer 0"),)
+    total = Estimate(4e-3, 2e-4)
+    whole = ("small.gguf", "large.gguf", 128, total, 0.97, 1900, 7600, 3)
+    return Quantisation(*whole, (mine,), kinds, layers, (sums("tensors", (mine,)),), (up,), 9.0)
 
 
 def two_logs() -> LogprobsReport:
@@ -124,10 +138,26 @@ def test_text_fits_100_columns_and_holds_every_part() -> None:
         "layer 1, row 3  FAULT in 1 layers, first 1",
         "stay in float32",
         "UNEXPLAINED without a model.",
+        "deserves more bits first",
     ):
         assert part in text, part
     assert re.search(r"^mean_kld > 0.001 .* FAILED$", text, re.MULTILINE)
     assert re.search(r"^dp_rms < 0 .* passed$", text, re.MULTILINE)
+
+
+def test_what_explains_a_tensor_as_well_stands_in_the_headline() -> None:
+    """Two names of one tensor, and neither is more right than the other."""
+    found = traced(FAULTS)
+    assert found.diagnosis is not None
+    first, *others = found.diagnosis.causes
+    tied = dataclasses.replace(first, ties=(("double_qkv_bias",), ("a", "b")))
+    causes = (tied, *others)
+    either = dataclasses.replace(
+        found, diagnosis=dataclasses.replace(found.diagnosis, causes=causes)
+    )
+    said = f"({first.fault.name} or double_qkv_bias or a + b, {others[0].fault.name})"
+    assert said in headline(either).sentence
+    assert "as well explained by double_qkv_bias or a + b" in " ".join(report.text(either).split())
 
 
 def test_figures_of_the_distribution_are_in_the_text() -> None:
@@ -191,6 +221,7 @@ def test_the_page_is_one_file_with_its_pictures(tmp_path: Path) -> None:
         "Error by position",
         "KL divergence, token by token",
         "Precision search",
+        "What each tensor costs",
     ]
     assert made.unresolved == [] and made.addresses == []
     assert all(values for values in made.values), "a picture says no values"
@@ -219,6 +250,7 @@ def test_every_part_has_a_banner_the_model_and_where_it_comes_from() -> None:
         ({"weights": right}, "NO FAULT FOUND: all 1 weights are right.", "good"),
         ({"text": [TextFinding("chat", "same")]}, "NO FAULT FOUND: all 1 texts are right.", "good"),
         ({"distribution": full().distribution}, "MEASURED, NOT JUDGED: bf16 has a mean", "open"),
+        ({"quantisation": quantised()}, "MEASURED, NOT JUDGED: the types of small.gguf", "open"),
         ({"precision": full().precision}, "MEASURED, NOT JUDGED: 1 of 2 operations", "open"),
         ({"gates": full().gates}, "FAILED: 1 of 2 gates failed (mean_kld > 0.001).", "bad"),
         ({"gates": full().gates[1:]}, "PASSED: all 1 gates passed.", "good"),
@@ -227,7 +259,8 @@ def test_every_part_has_a_banner_the_model_and_where_it_comes_from() -> None:
         made = Opened(report.to_html(held))
         assert made.banner.startswith(sentence) and made.state == state
         words = ("odd.gguf", "run.py compare", "jax 9.9", "c0ffee", "in no commit", "2031-01-01")
-        assert all(word in made.text for word in words)
+        assert all(word in made.text and word in kept(held) for word in words)
+        assert kept(held).startswith(report.text(held)) and "c0ffee" not in report.text(held)
     assert headline(full()).sentence.startswith("FAULT: the compiler computes wrong sums; 10 of 37")
 
 

@@ -159,7 +159,7 @@ def test_misread_blocks(tmp_path, case):
     assert finding.tensor == TENSOR
     assert [c.name for c in finding.causes] == [cause]
     assert detail in finding.causes[0].detail
-    assert finding.causes[0].error < 1e-6 < finding.error
+    assert finding.causes[0].left < 1e-6 < finding.error
 
 
 @pytest.mark.parametrize("shift", [2, -34, 32])

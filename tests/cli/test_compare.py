@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from qwen_jax.accuracy import machine
 from qwen_jax.accuracy.exact.replay import Residual
 from qwen_jax.accuracy.inside.judging import InsideFinding
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
+from qwen_jax.experiments import quantize
 from qwen_jax.tasks import compare
 from tests.cli.conftest import BUNDLED, Run
 
@@ -51,6 +53,21 @@ def test_a_trace_of_generate_is_within_rounding(run: Run, tmp_path: Path) -> Non
     assert result.code == 0, result.err
     assert "WITHIN ROUNDING" in result.out
     assert "Its logits choose the tokens of the run, every one." in " ".join(result.out.split())
+
+
+def test_what_the_types_of_a_file_cost(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "small.gguf"
+    quantize.write(BUNDLED, Type.Q4_0, file)
+    argv = ["--base_model=haiku", "--parts=quantisation", "--context=24"]
+    more = ["--config.compare.passes=45", "--fail_if=quantisation_kld > 0"]
+    result = run("compare", f"--model={file}", *argv, *more, f"--workdir={tmp_path}")
+    assert result.code == 1, result.err
+    assert all(len(line) <= 100 for line in result.out.splitlines())
+    found = json.loads((tmp_path / "report.json").read_text())["quantisation"]
+    assert found["tokens"] == 24 and found["total"]["value"] > 0
+    assert len(found["tensors"]) == 36 and found["upgrades"][0]["saved"]["value"] > 0
+    page = (tmp_path / "report.html").read_text()
+    assert "What each tensor costs" in page and "blk.*.ffn_down" in page
 
 
 def part_of_the_sample(tmp_path: Path) -> Path:
@@ -212,6 +229,14 @@ KNOWN_AT_ONCE = {
     "--config.compare.decode_tokens=-1": "compare.decode_tokens is -1, but it must not be neg",
     "--reference=nowhere": "The reference is 'nowhere', which is neither a file nor one of",
     "--parts=precision --config.compare.precision_dtype=x": "precision_dtype is 'x', but it must",
+    "--parts=quantisation": "The part quantisation needs --base_model, the file that --model was m",
+    "--parts=quantisation,text --base_model=haiku": "goes without text; run that by itself.",
+    "--parts=quantisation --base_model=x.gguf": "x.gguf: there is no such file",
+    "--parts=quantisation --base_model=haiku --dtype=float32": "--dtype does nothing for the",
+    "--parts=quantisation --base_model=haiku --text=x": "--text=x can't be read: No such file",
+    "--parts=quantisation --base_model=haiku --config.compare.passes=0": "must be at least 1",
+    "--parts=quantisation --base_model=haiku --config.compare.upgrades=Q8_0,Q9": "has 'Q9', but th",
+    "--parts=text --config.compare.passes=9": "compare.passes does nothing for the parts text",
     "--fail_if=ppl>1": "needs ppl, which the part distribution measures, but the parts are tensors",
     "--fail_if=top1<1 --parts=text": "needs top1, which the part tensors and distribution measures",
     "--parts=inside": "doesn't run here: it needs a Hopper GPU, and the default device is a cpu.",

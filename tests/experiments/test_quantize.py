@@ -8,7 +8,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from qwen_jax import opening
-from qwen_jax.experiments import kquants, quantize
+from qwen_jax.experiments import quantize
+from qwen_jax.weights import kquant_encoding as kquants
 from qwen_jax.weights.loader import open_checkpoint
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
 from tests.weights.gguf_bytes import TOKENIZER

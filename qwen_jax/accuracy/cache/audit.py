@@ -9,7 +9,7 @@ explained by planting faults of caches in that pass until one gives what the eng
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from jax import lax
@@ -23,25 +23,15 @@ from qwen_jax.accuracy.exact.bounds import Arithmetic
 from qwen_jax.accuracy.exact.parameters import EngineSource, Source
 from qwen_jax.accuracy.exact.replay import Residual, compare, first_position
 from qwen_jax.accuracy.exact.rounding import UNIT
+from qwen_jax.accuracy.finding import Cause, Progress, wrong
 from qwen_jax.api import Model
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.reporting.table import Table
 
-Progress = Callable[[int, int], None]
-
 MOST = 1 << 24
 """Log-probabilities of a text that are looked at, 128 MB: of a vocabulary of 151,936 those after
 every fourth position."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheCause:
-    """A fault that gives what the engine gave; `ratio` is the largest error left, in bounds."""
-
-    name: str
-    line: str
-    ratio: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +51,7 @@ class CacheFinding:
     verdict: str
     ratio: float
     error: float
-    causes: tuple[CacheCause, ...] = ()
+    causes: tuple[Cause, ...] = ()
     evidence: str = ""
 
 
@@ -114,14 +104,14 @@ def audit_cache(
 
 def cache_table(findings: Sequence[CacheFinding]) -> Table:
     """All ways, a row each."""
-    wrong = sum(f.verdict == "fault" for f in findings)
+    faults = wrong(findings)
     rows: list[tuple[str, ...]] = []
     for finding in findings:
-        what = "; ".join([*(f"{c.line} ({c.ratio:.2g})" for c in finding.causes), finding.evidence])
+        what = "; ".join([*(f"{c.line} ({c.left:.2g})" for c in finding.causes), finding.evidence])
         name = " or ".join(c.name for c in finding.causes) or "unknown"
         cause = "" if finding.verdict != "fault" else name
         rows.append((finding.scenario, f"{finding.ratio:.2g}", f"{finding.error:.1g}", cause, what))
-    summary = f"cache: {len(findings)} ways through it, {wrong or 'no'} fault"
+    summary = f"cache: {len(findings)} ways through it, {faults or 'no'} fault"
     header: tuple[str, ...] = (
         "way",
         "of bound",
@@ -220,7 +210,7 @@ class _Audit:
     def forward(self, entries: Entries) -> Iterator[Expected]:
         return forward(self.source, entries, self.arithmetic, self.used, self.every)
 
-    def causes(self, scenario: Scenario, number: int, seen: Shown) -> Iterator[CacheCause]:
+    def causes(self, scenario: Scenario, number: int, seen: Shown) -> Iterator[Cause]:
         """Faults that give what the engine gave; one is given up at the first layer outside."""
         row, right = scenario.rows[number], simulate(scenario)[number]
         for fault in FAULTS:
@@ -233,4 +223,4 @@ class _Audit:
                 if not judged.within:
                     break
             else:
-                yield CacheCause(fault.name, fault.line, largest)
+                yield Cause(fault.name, fault.line, largest)

@@ -23,7 +23,8 @@ from qwen_jax.accuracy.certificate.contents import (
 from qwen_jax.accuracy.certificate.inputs import inputs_of
 from qwen_jax.accuracy.exact.operations import full_name, input_names, schedule
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
-from qwen_jax.accuracy.exact.replay import Finding, Progress
+from qwen_jax.accuracy.exact.replay import Finding
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.measures.metrics import logit_metrics
 from qwen_jax.accuracy.tensors.comparison import check_alike, not_finite
 from qwen_jax.accuracy.tensors.diagnosis import Cause, diagnose

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from qwen_jax.accuracy.certificate.contents import Certificate, Engine, Judged, Named
+from qwen_jax.accuracy.finding import either, others
 from qwen_jax.accuracy.measures.error_shape import ranges
 from qwen_jax.reporting.table import Table, filled
 
@@ -64,7 +65,7 @@ def _verdict(certificate: Certificate, partly: bool) -> str:
         most = at_most(worst.fraction)
         return f"CERTIFIED: none of {values:,} values exceeds {most} of its bound{follows}."
     named = [
-        f"{cause.name}{f' in engine {i}' if len(engines) > 1 else ''}"
+        f"{either(cause.name, cause.ties)}{f' in engine {i}' if len(engines) > 1 else ''}"
         for i, engine in enumerate(engines, 1)
         for cause in engine.causes
     ]
@@ -117,7 +118,7 @@ def what(cause: Named) -> str:
     if cause.together:
         said += f"; together with {', '.join(cause.together)}"
     if cause.ties:
-        said += f"; as well explained by {' or '.join(' + '.join(tie) for tie in cause.ties)}"
+        said += f"; as well explained by {' or '.join(others(cause.ties))}"
     return said + f"; but not seen in {', '.join(cause.against)}" * bool(cause.against)
 
 

@@ -11,7 +11,7 @@ from qwen_jax import opening, regular_files, strict_json
 from qwen_jax.accuracy.certificate.contents import VERSION, Certificate
 from qwen_jax.accuracy.certificate.inputs import homes
 from qwen_jax.accuracy.certificate.issuing import issue, versions
-from qwen_jax.accuracy.exact.replay import Progress
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.errors import UserError
 from qwen_jax.weights.open_files import OpenFile
 

@@ -37,6 +37,7 @@ from qwen_jax.accuracy.measures.metrics import (
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.opening import BUNDLED, locate
+from qwen_jax.text.tokenizer import Tokenizer
 
 CONTEXT = 512
 SMALLEST_CONTEXT = 4
@@ -188,26 +189,34 @@ def save_base(
 
 
 def read_text(model: Model, path: str | Path | None = None) -> list[int]:
+    """`read_tokens` of a model's own tokenizer."""
+    return read_tokens(model.tokenizer, model.config.source, path)
+
+
+def read_tokens(tokenizer: Tokenizer, source: str, path: str | Path | None = None) -> list[int]:
     """The tokens of a text file, its line breaks as they are; of the bundled model's own sample
     text where none is given.
+
+    Args:
+        source: where the model lies.
 
     Raises:
         UserError: the file can't be read, or there is none and the model is not the bundled one.
     """
-    if path is None:
-        if Path(model.config.source) != locate(BUNDLED):
-            raise UserError(
-                f"{model.config.source} has no text of its own; give a text file, such as "
-                "WikiText-2's wiki.test.raw."
-            )
-        return sample_tokens(model)
-    return model.tokenizer.encode(utf8.read(path), parse_special=False)
+    if path is not None:
+        return tokenizer.encode(utf8.read(path), parse_special=False)
+    if Path(source) != locate(BUNDLED):
+        raise UserError(
+            f"{source} has no text of its own; give a text file, such as WikiText-2's "
+            "wiki.test.raw."
+        )
+    return sample_tokens(tokenizer)
 
 
-def sample_tokens(model: Model) -> list[int]:
+def sample_tokens(tokenizer: Tokenizer) -> list[int]:
     """The bundled model's sample text, as its tokenizer has it: chats, special tokens included."""
     sample = resources.files("qwen_jax") / "data" / f"{BUNDLED}.txt"
-    return model.tokenizer.encode(utf8.decoded(sample.read_bytes(), str(sample)))
+    return tokenizer.encode(utf8.decoded(sample.read_bytes(), str(sample)))
 
 
 def check_context(context: int, name: str = "context") -> None:

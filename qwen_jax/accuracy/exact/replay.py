@@ -5,7 +5,7 @@ are all found. Where a trace lacks tensors in between, a span of operations is r
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +22,12 @@ from qwen_jax.accuracy.exact.operations import (
     schedule,
 )
 from qwen_jax.accuracy.exact.parameters import Source, Weights
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 
 Array = np.ndarray
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,14 @@ logged values; `search` decides that.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs.paths import CLIP, Align, Path, Rows, predict, rms_nats
 from qwen_jax.accuracy.logprobs.reading import SETTINGS
 from qwen_jax.engine.sampling import Sampling
@@ -38,6 +41,13 @@ LINES = {
     "prompt_dropped": "the prompt was not there",
 }
 """Every cause by its name."""
+
+ROUGH, FINE = 8, 32
+"""Turns of a fit: to tell causes apart, and to name a number."""
+
+CLOSEST = 4
+"""Of the causes beside a given one, those that are looked at on all rows."""
+
 
 _COMMON: dict[str, tuple[Any, ...]] = {
     "top_k": (1, 2, 5, 8, 10, 16, 20, 30, 32, 40, 50, 64, 100, 128, 200, 256, 1000),
@@ -121,7 +131,7 @@ class Sample:
     def score(self, changes: Changes) -> float:
         """RMS error in nats; worse than any where nothing can be compared."""
         errors = [
-            predict(path(changes, declared), rows, self.digits).error
+            predict(path(changes, declared), rows, self.digits, edges=False).error
             for rows, declared in zip(self.rows, self.sampling, strict=True)
         ]
         joined = np.concatenate(errors)
@@ -137,24 +147,45 @@ def declared(sampling: Sequence[Sampling]) -> list[Change]:
     ]
 
 
-def singles(sample: Sample, given: Changes = ()) -> Iterator[Changes]:
-    """These changes with one more, each at its best value."""
+def singles(sample: Sample) -> Iterator[Changes]:
+    """Every cause by itself, at its best value."""
+    for changes in _with_one_more((), sample.part()):
+        yield _refitted(sample, changes)
+
+
+def pairs(sample: Sample, given: Changes, progress: Progress) -> list[Changes]:
+    """These changes with one more: the few of all causes that come closest, at their best values.
+
+    All are fitted on a part first, since each takes some hundred predictions.
+
+    Args:
+        progress: hears of causes tried and in all.
+    """
+    few = sample.part()
+    rough = []
+    for changes in _with_one_more(given, few):
+        fitted = _refitted(few, changes, turns=ROUGH)
+        # Beside a rounding the error goes in steps, and a fit ends near the right one.
+        rough.append(min(dict.fromkeys(shorter(fitted)), key=few.score))
+        progress(len(rough), len(LINES))
+    return [_refitted(sample, changes) for changes in sorted(rough, key=few.score)[:CLOSEST]]
+
+
+def _with_one_more(given: Changes, few: Sample) -> Iterator[Changes]:
+    """These changes with each cause of the catalogue, its number yet to be fitted."""
     taken = {change.field for change in given}
     for name, fields in _FIXED.items():
         ((field, value),) = fields.items()
         if field not in taken:
-            yield _refitted(sample, (*given, Change(name, field, value)))
+            yield (*given, Change(name, field, value))
     for name, values in _COMMON.items():
         if name not in taken:
             options = [(*given, Change(name, name, value)) for value in values]
             # What is fitted already is another number beside each of them.
-            few = sample.part()
-            rough = [_refitted(few, option, turns=8) for option in options]
-            yield _refitted(sample, min(rough, key=few.score))
+            yield min((_refitted(few, option, turns=ROUGH) for option in options), key=few.score)
     for name, field in _FITTED.items():
         if field not in taken:
-            start = _NEUTRAL[field]
-            yield _refitted(sample, (*given, Change(name, field, start)))
+            yield (*given, Change(name, field, _NEUTRAL[field]))
 
 
 def subsets(changes: Sequence[Change]) -> Iterator[Changes]:
@@ -169,15 +200,23 @@ def rounds(changes: Changes) -> bool:
     return any(change.name.endswith("float16") for change in changes)
 
 
-def _refitted(sample: Sample, changes: Changes, turns: int = 32) -> Changes:
+def _refitted(sample: Sample, changes: Changes, turns: int = FINE) -> Changes:
     """With every number that has a range at its best, one after another, the last one first."""
     places = [i for i, c in enumerate(changes) if c.field in _RANGES and c.value is not None]
     for turn in range(1 if len(places) < 2 else 3):
+        before = changes
         for place in reversed(places):
-            changes = _fitted(
-                sample, changes, place, turns, near=turn > 0 or place < len(changes) - 1
-            )
+            near = turn > 0 or place < len(changes) - 1
+            changes = _fitted(sample, changes, place, turns, near=near)
+        if turn and _close(before, changes):
+            break
     return changes
+
+
+def _close(some: Changes, others: Changes) -> bool:
+    """Whether no number has moved by more than a millionth."""
+    pairs = [(a.value, b.value) for a, b in zip(some, others, strict=True) if a.field in _RANGES]
+    return all(a == b or math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs)
 
 
 def _fitted(sample: Sample, changes: Changes, place: int, turns: int, near: bool) -> Changes:
@@ -189,8 +228,9 @@ def _fitted(sample: Sample, changes: Changes, place: int, turns: int, near: bool
         made = dataclasses.replace(change, value=value)
         return (*changes[:place], made, *changes[place + 1 :])
 
-    def score(value: float) -> float:
-        return sample.score(with_value(value))
+    def square(value: float) -> float:
+        """Smooth where it is least, and so found by a few parabolas."""
+        return sample.score(with_value(value)) ** 2
 
     grid = np.geomspace(low, high, 13) if low > 0 else np.linspace(low, high, 13)
     if change.field == "padding":
@@ -200,12 +240,11 @@ def _fitted(sample: Sample, changes: Changes, place: int, turns: int, near: bool
         grid = about * np.geomspace(0.6, 1.7, 5) if low > 0 else about + np.linspace(-0.5, 0.5, 5)
         if change.field == "padding":
             grid = np.maximum(about * np.geomspace(0.5, 2, 5), 0)
-    at = int(np.argmin([score(float(v)) for v in grid]))
-    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
-    best = _golden(score, low, high, turns)
-    if change.field == "padding":
-        return with_value(round(best))
-    return with_value(best)
+    at = int(np.argmin([square(float(v)) for v in grid]))
+    ends = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
+    options = {"maxiter": turns, "xatol": 1e-8 * max(abs(ends[0]), abs(ends[1]), 1e-3)}
+    best = float(minimize_scalar(square, bounds=ends, method="bounded", options=options).x)
+    return with_value(round(best) if change.field == "padding" else best)
 
 
 def shorter(changes: Changes) -> Iterator[Changes]:
@@ -218,20 +257,3 @@ def shorter(changes: Changes) -> Iterator[Changes]:
             for change in changes
         )
     yield changes
-
-
-def _golden(score: Any, low: float, high: float, turns: int) -> float:
-    """Where a function with one minimum is least: golden-section search (Kiefer, 1953)."""
-    part = (5**0.5 - 1) / 2
-    a, b = high - part * (high - low), low + part * (high - low)
-    of_a, of_b = score(a), score(b)
-    for _ in range(turns):
-        if of_a <= of_b:
-            high, b, of_b = b, a, of_a
-            a = high - part * (high - low)
-            of_a = score(a)
-        else:
-            low, a, of_a = a, b, of_b
-            b = low + part * (high - low)
-            of_b = score(b)
-    return (low + high) / 2

@@ -11,10 +11,11 @@ A cause is named only if
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs import causes
 from qwen_jax.accuracy.logprobs.causes import Change, Changes, Sample
 from qwen_jax.accuracy.logprobs.paths import Path, Predicted, Rows, predict
@@ -30,8 +31,6 @@ TOLD = ("float32", "bfloat16")
 
 _BEAM, _HINT = 2, 1.2
 """From how many single causes a second is looked for, and by how much each has to help."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,8 @@ def judge(
 
     Args:
         digits: half a step of the decimals that the log keeps.
-        progress: called with texts done and in all, in every pass over them.
+        progress: called with texts done and in all, in every pass over them, and with causes tried
+            and in all.
 
     Raises:
         UserError: a text has ids that the model hasn't, or is too long for it.
@@ -168,7 +168,7 @@ class _Search:
     def _with(self, first: Changes) -> list[Changes]:
         """These changes with one more."""
         if first not in self._pairs:
-            self._pairs[first] = list(causes.singles(self.fitted_on, first))
+            self._pairs[first] = causes.pairs(self.fitted_on, first, self.progress)
         return self._pairs[first]
 
     @functools.cached_property

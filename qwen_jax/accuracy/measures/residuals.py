@@ -34,7 +34,7 @@ def rounding(values: Float[np.ndarray, "..."], dtype: np.dtype) -> Float[np.ndar
 
 
 @dataclasses.dataclass(frozen=True)
-class Residual:
+class Difference:
     """A tensor against what it should be.
 
     Attributes:
@@ -64,7 +64,7 @@ class Residual:
 
 def residual(
     candidate: Shaped[np.ndarray, "rows ..."], expected: Float[np.ndarray, "rows ..."]
-) -> Residual:
+) -> Difference:
     """Compares arrays of one shape; the bound is that of the candidate's dtype."""
     if candidate.shape != expected.shape:
         raise ValueError(f"{candidate.shape=} is not {expected.shape=}")
@@ -86,4 +86,16 @@ def residual(
             norm += float(np.sum(np.where(np.isfinite(want64), want64, 0.0) ** 2))
     error = 0.0 if squares == 0 else (squares / norm) ** 0.5 if norm else np.inf
     error = float(error) if np.isfinite(error) else float("inf")
-    return Residual(candidate.size, int(rows.sum()), error, rows, exact)
+    return Difference(candidate.size, int(rows.sum()), error, rows, exact)
+
+
+def relative_error(values: Float[np.ndarray, "..."], right: Float[np.ndarray, "..."]) -> float:
+    """||values - right|| / ||right||, summed in float64; 0 where they are the same."""
+    a, b = values.reshape(-1), right.reshape(-1)
+    squares = norm = 0.0
+    for start in range(0, a.size, _STEP):
+        want = b[start : start + _STEP].astype(np.float64)
+        difference = a[start : start + _STEP] - want
+        squares += float(difference @ difference)
+        norm += float(want @ want)
+    return (squares / norm) ** 0.5 if norm else (float("inf") if squares else 0.0)

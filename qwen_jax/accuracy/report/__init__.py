@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import logging
 
 from qwen_jax.accuracy.report.as_json import to_json
-from qwen_jax.accuracy.report.as_text import text
+from qwen_jax.accuracy.report.as_text import kept, text
 from qwen_jax.accuracy.report.contents import Report, values
 from qwen_jax.accuracy.report.page import to_html
 from qwen_jax.errors import UserError
@@ -49,7 +49,7 @@ def write(workdir: str | Path, report: Report) -> tuple[Path, ...]:
         UserError: the directory can't be written.
     """
     directory = Path(workdir)
-    makers = {"report.json": to_json, "report.txt": text}
+    makers = {"report.json": to_json, "report.txt": kept}
     if page.can_be_made():
         makers["report.html"] = to_html
     else:

@@ -13,6 +13,12 @@ def text(report: Report) -> str:
     return "\n\n".join(_sections(report)) + "\n"
 
 
+def kept(report: Report) -> str:
+    """The same for a file, whose reader does not know what was typed: model and origin, too."""
+    facts = [*report.model.items(), *(report.origin.rows() if report.origin else ())]
+    return text(report) + (f"\n{Table((), facts).text()}\n" if facts else "")
+
+
 def _sections(report: Report) -> Iterator[str]:
     if head := tables.header_rows(report):
         yield Table((), head).text()

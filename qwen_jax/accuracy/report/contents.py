@@ -9,10 +9,12 @@ from qwen_jax.accuracy.cache.audit import CacheFinding
 from qwen_jax.accuracy.compiler import Probe
 from qwen_jax.accuracy.distribution.comparison import Distribution
 from qwen_jax.accuracy.exact.replay import Finding
+from qwen_jax.accuracy.finding import Audited, wrong
 from qwen_jax.accuracy.gates import Outcome
 from qwen_jax.accuracy.inside.judging import InsideFinding
 from qwen_jax.accuracy.logprobs.audit import LogprobsReport
 from qwen_jax.accuracy.machine import MachineFinding
+from qwen_jax.accuracy.quantisation.costs import Quantisation
 from qwen_jax.accuracy.tensors.comparison import Comparison
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
 from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
@@ -20,9 +22,6 @@ from qwen_jax.accuracy.text.audit import TextFinding
 from qwen_jax.accuracy.traces.trace import Header
 from qwen_jax.accuracy.weights.audit import WeightFinding
 from qwen_jax.reporting.origin import Origin
-
-Audited = WeightFinding | TextFinding | CacheFinding | MachineFinding | InsideFinding
-"""What audits find, each with a verdict."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Report:
     machine: Sequence[MachineFinding] | None = None
     inside: Sequence[InsideFinding] | None = None
     logprobs: LogprobsReport | None = None
+    quantisation: Quantisation | None = None
     gates: tuple[Outcome, ...] = ()
     planted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -113,8 +113,7 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
     }
     for name, findings in audits.items():
         if findings is not None:
-            wrong = sum(f.verdict in ("fault", "missing") for f in findings)
-            yield f"{name}_faults", wrong
+            yield f"{name}_faults", wrong(findings)
     if report.inside:
         yield "inside_of_bound", float(np.max([f.residual.ratio for f in report.inside]))
     if logs := report.logprobs:
@@ -125,5 +124,7 @@ def _values(report: Report) -> Iterator[tuple[str, float]]:
             yield "kl_k3", logs.figures.k3.value
             yield "ratio_max", logs.figures.by_token.max
             yield "ess", logs.figures.by_token.ess
+    if report.quantisation:
+        yield "quantisation_kld", report.quantisation.total.value
     if report.precision:
         yield "kept_float32", len(report.precision.kept)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
+from qwen_jax.accuracy.finding import Audited, wrong
 from qwen_jax.accuracy.report import tables
-from qwen_jax.accuracy.report.contents import Audited, Report
+from qwen_jax.accuracy.report.contents import Report
 from qwen_jax.accuracy.report.verdict import headline, skipped, verdict
 from qwen_jax.reporting import page
 from qwen_jax.reporting.page import Block, Folded, Page, Picture, Section
@@ -33,7 +34,7 @@ def _sections(report: Report) -> Iterator[Section]:
         yield Section("Tensors", list(_tensors(report)), faulty)
     if report.comparison:
         yield Section("Distance from the reference", list(_distance(report)))
-    for name, parts in tables.audits(report):
+    for name, parts in tables.audits(report, most=None):
         blocks: list[Block] = [*parts, *_pictures_of(name, report)]
         findings: dict[str, Sequence[Audited] | None] = {
             "Weights": report.weights,
@@ -42,8 +43,7 @@ def _sections(report: Report) -> Iterator[Section]:
             "Machine": report.machine,
             "Inside the decode step": report.inside,
         }
-        wrong = any(f.verdict in ("fault", "missing") for f in findings.get(name) or ())
-        yield Section(name, blocks, wrong)
+        yield Section(name, blocks, wrong(findings.get(name) or ()) > 0)
 
 
 def _tensors(report: Report) -> Iterator[Block]:
@@ -111,6 +111,10 @@ def _pictures_of(part: str, report: Report) -> Iterator[Picture]:
     if part == "Distribution" and (d := report.distribution) and (drawn := pictures.kld(d)):
         caption = f"Of {d.candidate} from {d.base}."
         yield Picture("KL divergence, token by token", caption, drawn)
+    q = report.quantisation
+    if part == "Quantisation" and q and (drawn := pictures.quantised_alone(q)):
+        caption = "KL divergence of the base with one tensor quantised; a mark a layer, the "
+        yield Picture("What each tensor costs", f"{caption}first one highest.", drawn)
     if part == "Precision" and (p := report.precision) and (drawn := pictures.precision_steps(p)):
         caption = "From the top: what the search kept in float32 step by step, and what that gave."
         yield Picture("Precision search", caption, drawn)

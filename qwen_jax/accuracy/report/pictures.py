@@ -7,6 +7,8 @@ import numpy as np
 
 from qwen_jax.accuracy.distribution.comparison import Distribution
 from qwen_jax.accuracy.exact.replay import Finding
+from qwen_jax.accuracy.quantisation.costs import Quantisation
+from qwen_jax.accuracy.quantisation.pairs import kind_of, layer_of
 from qwen_jax.accuracy.tensors.comparison import Comparison
 from qwen_jax.accuracy.tensors.precision_search import PrecisionSearch
 from qwen_jax.accuracy.traces.trace import AXES
@@ -80,6 +82,21 @@ def calibration(findings: Sequence[Finding]) -> Drawing:
         for operation in AXES
     }
     return _strips(groups, "largest own error / its bound", 1.0)
+
+
+def quantised_alone(q: Quantisation) -> Drawing | None:
+    """What each tensor of a quantised file costs by itself: a mark a layer."""
+    groups = {
+        kind.name.removesuffix(".weight"): [
+            (cost.alone.value, False, layer_of(cost.name))
+            for cost in q.tensors
+            if cost.alone and kind_of(cost.name) == kind.name
+        ]
+        for kind in q.kinds
+    }
+    if not any(groups.values()):
+        return None
+    return _strips(groups, "KL divergence with this tensor alone quantised, nats a token", None)
 
 
 _MARK: dict[bool, dict[str, Any]] = {

@@ -7,11 +7,13 @@ import numpy as np
 from qwen_jax.accuracy.cache.audit import cache_table
 from qwen_jax.accuracy.distribution.comparison import Distribution, Estimate
 from qwen_jax.accuracy.exact.replay import Finding
+from qwen_jax.accuracy.finding import others
 from qwen_jax.accuracy.gates import Outcome
 from qwen_jax.accuracy.inside.audit import inside_table
 from qwen_jax.accuracy.logprobs.table import logprobs_tables
 from qwen_jax.accuracy.machine import machine_table
 from qwen_jax.accuracy.measures.error_shape import ranges
+from qwen_jax.accuracy.quantisation.table import MOST, quantisation_tables
 from qwen_jax.accuracy.report.contents import Report
 from qwen_jax.accuracy.tensors.comparison import Comparison, Row
 from qwen_jax.accuracy.tensors.diagnosis import Diagnosis
@@ -22,8 +24,9 @@ from qwen_jax.accuracy.weights.table import weights_table
 from qwen_jax.reporting.table import Table, number
 
 
-def audits(report: Report) -> Iterator[tuple[str, list[Table]]]:
-    """The parts that stand for themselves, with a title for the page."""
+def audits(report: Report, most: int | None = MOST) -> Iterator[tuple[str, list[Table]]]:
+    """The parts that stand for themselves, with a title for the page; so many lines of a table that
+    has one for every tensor."""
     if report.weights is not None:
         yield "Weights", [weights_table(report.weights)]
     if report.text is not None:
@@ -38,6 +41,8 @@ def audits(report: Report) -> Iterator[tuple[str, list[Table]]]:
         yield "Inside the decode step", [inside_table(report.inside)]
     if report.precision:
         yield "Precision", precision_tables(report.precision)
+    if report.quantisation:
+        yield "Quantisation", quantisation_tables(report.quantisation, most)
     if report.logprobs:
         yield "Log-probabilities", logprobs_tables(report.logprobs)
 
@@ -95,7 +100,7 @@ def cause_table(diagnosis: Diagnosis, layers: int) -> Table:
         if cause.together:
             what += f"; together with {', '.join(cause.together)}"
         if cause.ties:
-            what += f"; as well explained by {' or '.join(' + '.join(t) for t in cause.ties)}"
+            what += f"; as well explained by {' or '.join(others(cause.ties))}"
         if cause.against:
             what += f"; but not seen in {', '.join(cause.against)}"
         before, after = number(cause.before.ratio), number(cause.after.ratio)

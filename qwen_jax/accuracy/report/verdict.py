@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from qwen_jax.accuracy.finding import Audited, either, wrong
 from qwen_jax.accuracy.logprobs.table import logs_agree, logs_verdict
+from qwen_jax.accuracy.quantisation.table import quantisation_line
 from qwen_jax.accuracy.report.contents import Report
 
 
@@ -40,6 +42,9 @@ def headline(report: Report) -> Headline:
         if not report.precision.reached:
             found = "no set of operations in float32 is enough"
         return Headline(f"MEASURED, NOT JUDGED: {found}.", "open")
+    if report.quantisation:
+        said = quantisation_line(report.quantisation)
+        return Headline(f"MEASURED, NOT JUDGED: {said}.", "open")
     return Headline(f"NOT JUDGED. {skipped(report)}".rstrip(), "open")
 
 
@@ -47,7 +52,11 @@ def _wrong(report: Report) -> Iterator[str]:
     if report.compiler and report.compiler.wrong:
         yield "the compiler computes wrong sums"
     if faulty := [f for f in report.findings if f.faulty]:
-        causes = [c.fault.name for c in report.diagnosis.causes] if report.diagnosis else []
+        causes = (
+            [either(c.fault.name, c.ties) for c in report.diagnosis.causes]
+            if report.diagnosis
+            else []
+        )
         named = f" ({', '.join(causes)})" if causes else ""
         yield (
             f"{len(faulty)} of {len(report.findings)} operations are wrong, the first is "
@@ -56,9 +65,8 @@ def _wrong(report: Report) -> Iterator[str]:
     if (logs := report.logprobs) and not logs_agree(logs):
         yield logs_verdict(logs).rstrip(".")
     for name, findings in _audits(report):
-        wrong = sum(f.verdict in ("fault", "missing") for f in findings)
-        if wrong:
-            yield f"{wrong} of {len(findings)} {name} are wrong"
+        if count := wrong(findings):
+            yield f"{count} of {len(findings)} {name} are wrong"
 
 
 def _right(report: Report) -> Iterator[str]:
@@ -71,7 +79,7 @@ def _right(report: Report) -> Iterator[str]:
             yield f"all {len(findings)} {name} are right"
 
 
-def _audits(report: Report) -> Iterator[tuple[str, Sequence]]:
+def _audits(report: Report) -> Iterator[tuple[str, Sequence[Audited]]]:
     yield "weights", report.weights or ()
     yield "texts", report.text or ()
     yield "ways through the cache", report.cache or ()

@@ -18,8 +18,9 @@ import numpy as np
 from qwen_jax.accuracy.exact.bounds import bound
 from qwen_jax.accuracy.exact.operations import OPERATIONS, PARAMETRIC
 from qwen_jax.accuracy.exact.parameters import Source
-from qwen_jax.accuracy.exact.replay import Finding, Progress, Replay, Replayed, Residual, compare
+from qwen_jax.accuracy.exact.replay import Finding, Replay, Replayed, Residual, compare
 from qwen_jax.accuracy.exact.rounding import UNIT, round_interval, round_to
+from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.measures.error_shape import ErrorShape, describe
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
 from qwen_jax.accuracy.tensors.faults.fault import Change, Fault, Overlay

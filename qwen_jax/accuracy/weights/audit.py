@@ -7,16 +7,17 @@ to the held dtype is explained by planting the faults of loaders until one repro
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from jaxtyping import Shaped
 
-from qwen_jax.accuracy.measures.residuals import Residual, is_float, residual
+from qwen_jax.accuracy.finding import Cause, Progress
+from qwen_jax.accuracy.measures.residuals import Difference, is_float, residual
 from qwen_jax.accuracy.weights.checkpoint_values import CheckpointValues
-from qwen_jax.accuracy.weights.faults import WHOLE_VALUES, Fault, Role, Tensor
+from qwen_jax.accuracy.weights.faults import WHOLE_VALUES, Role, Tensor, WeightFault
 from qwen_jax.accuracy.weights.misread_blocks import BLOCK_FAULTS
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
@@ -25,21 +26,10 @@ from qwen_jax.errors import UserError
 from qwen_jax.weights import names
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 
-Progress = Callable[[int, int], None]
 Held = Mapping[str, Shaped[np.ndarray, "..."]]
 
 _PROBE = 16
 """Rows in which a fault is searched before the whole tensor is compared."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cause:
-    """A fault that reproduces what is held to within rounding: its name, and what it did."""
-
-    name: str
-    detail: str
-    line: str
-    error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +187,7 @@ class _Audit:
                 "what is held of it; get the file again."
             )
         if held.shape != right.shape:
-            before = Residual(count, count, float("inf"), np.ones(len(right), np.int64), False)
+            before = Difference(count, count, float("inf"), np.ones(len(right), np.int64), False)
             evidence = f"shape {held.shape}, not {right.shape}"
         else:
             before = residual(held, right)
@@ -213,7 +203,7 @@ class _Audit:
     def tensor(self, place: _Place, start: int = 0, stop: int | None = None) -> Tensor:
         return Tensor(place.name, place.role, self.config, self.source, start, stop)
 
-    def causes(self, place: _Place, held: np.ndarray, before: Residual) -> tuple[Cause, ...]:
+    def causes(self, place: _Place, held: np.ndarray, before: Difference) -> tuple[Cause, ...]:
         """All faults that reproduce what is held, the likeliest kind first."""
         found = [
             cause
@@ -226,7 +216,7 @@ class _Audit:
         return tuple(plain or found)
 
     def planted(
-        self, place: _Place, fault: Fault, held: np.ndarray, before: Residual
+        self, place: _Place, fault: WeightFault, held: np.ndarray, before: Difference
     ) -> Iterator[Cause]:
         tensor, part = self.tensor(place), held
         if fault.local:
@@ -242,7 +232,7 @@ class _Audit:
                 return
         for detail, wrong in fault.plant(tensor, part):
             if wrong.shape == part.shape and (after := residual(part, wrong)).fits:
-                yield Cause(fault.name, detail, fault.line, after.error)
+                yield Cause(fault.name, fault.line, after.error, detail)
                 return
 
     def other_tensors(self, place: _Place, held: np.ndarray) -> Iterator[Cause]:
@@ -261,7 +251,7 @@ class _Audit:
                 name, line = "head-tied", "the head is taken to be tied to the embedding:"
             elif _kind(place) == _kind(other):
                 name, line = "layer-order", "another layer's tensor is held:"
-            yield Cause(name, other.name, line, after.error)
+            yield Cause(name, line, after.error, other.name)
 
     def fused_order(self, place: _Place, known: dict[str, tuple[Cause, ...]]) -> tuple[Cause, ...]:
         """Whether the parts of a fused parameter are all there, in another order."""
@@ -273,7 +263,7 @@ class _Audit:
             rows = {part: self.source.rows(part) for part in parts}
             orders = _orders(rows, self.config)
             known[name] = tuple(
-                Cause("fused-order", detail, "the fused parts stand in the order", after.error)
+                Cause("fused-order", "the fused parts stand in the order", after.error, detail)
                 for detail, wrong in orders
                 if wrong.shape == held.shape and (after := residual(held, wrong)).fits
             )
@@ -283,7 +273,7 @@ class _Audit:
         causes: tuple[Cause, ...] = ()
         if place.role == "head":
             line = "the head is untied, and the embedding would be used for it"
-            causes = (Cause("head-tied", "", line, 0.0),)
+            causes = (Cause("head-tied", line, 0.0),)
         evidence = "nothing is held of it"
         return WeightFinding(
             place.name,
@@ -331,7 +321,7 @@ class _Audit:
             name, name, "fault", after.outside, right.size, after.error, causes, evidence
         )
 
-    def where(self, place: _Place, held: np.ndarray, right: np.ndarray, found: Residual) -> str:
+    def where(self, place: _Place, held: np.ndarray, right: np.ndarray, found: Difference) -> str:
         """Which values differ: how many, in which rows or heads, and the first of them."""
         first, last = found.span
         at = (first,) if held.ndim == 1 else (first, _column(held[first], right[first]))

@@ -49,7 +49,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class WeightFault:
     """A fault of a loader.
 
     Attributes:
@@ -204,37 +204,39 @@ def _one_off(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
 
 
 WHOLE_VALUES = (
-    Fault("zeroed", "all values are zero: never loaded, or overwritten", _zeroed, reference="5"),
-    Fault("ones", "all values are one: initialised and never loaded", _ones),
-    Fault("first-block-only", "only the first block was decoded", _first_block, False, "15"),
-    Fault("transposed", "rows and columns are exchanged", _transposed, False, "14"),
-    Fault(
+    WeightFault(
+        "zeroed", "all values are zero: never loaded, or overwritten", _zeroed, reference="5"
+    ),
+    WeightFault("ones", "all values are one: initialised and never loaded", _ones),
+    WeightFault("first-block-only", "only the first block was decoded", _first_block, False, "15"),
+    WeightFault("transposed", "rows and columns are exchanged", _transposed, False, "14"),
+    WeightFault(
         "dims-reversed",
         "the file's dimensions, fastest first, were read as rows first",
         _dims_reversed,
         False,
         "14",
     ),
-    Fault("norm-plus-one", "1 was added to a norm's weight, as for Gemma", _norm_plus_one),
-    Fault("scaled", "all values are multiplied by one number", _scaled),
-    Fault("shifted", "one number is added to all values", _shifted),
-    Fault("narrowed", "values went through a narrower dtype", _narrowed),
-    Fault("truncated", "values were cut to a narrower dtype, not rounded", _truncated),
-    Fault(
+    WeightFault("norm-plus-one", "1 was added to a norm's weight, as for Gemma", _norm_plus_one),
+    WeightFault("scaled", "all values are multiplied by one number", _scaled),
+    WeightFault("shifted", "one number is added to all values", _shifted),
+    WeightFault("narrowed", "values went through a narrower dtype", _narrowed),
+    WeightFault("truncated", "values were cut to a narrower dtype, not rounded", _truncated),
+    WeightFault(
         "rows-unpermuted",
         "rows of each head were un-permuted, as for llama files",
         _unpermuted,
         False,
         "8",
     ),
-    Fault(
+    WeightFault(
         "rows-permuted",
         "rows of each head were permuted, as llama's converter does",
         _permuted,
         False,
         "9, 10",
     ),
-    Fault("rows-one-off", "all rows stand one place off:", _one_off, False),
-    Fault("heads-tiled", "query heads stand in the order n % K", _tiled_heads, False, "20"),
+    WeightFault("rows-one-off", "all rows stand one place off:", _one_off, False),
+    WeightFault("heads-tiled", "query heads stand in the order n % K", _tiled_heads, False, "20"),
 )
 """Faults in the values as a whole, whatever the file's format, likeliest first."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import UInt8
 
-from qwen_jax.accuracy.weights.faults import Fault, Tensor, Variant
+from qwen_jax.accuracy.weights.faults import Tensor, Variant, WeightFault
 from qwen_jax.weights.blocks import FORMATS
 
 Blocks = UInt8[np.ndarray, "blocks bytes"]
@@ -243,12 +243,20 @@ def _place(layout: np.dtype, field: str) -> tuple[int, int]:
 
 
 BLOCK_FAULTS = (
-    Fault("byte-offset", "the tensor was read from the wrong byte", _byte_offset, reference="16"),
-    Fault("block-offset", "a block's header was read elsewhere", _block_offset, reference="16"),
-    Fault("block-stride", "blocks were taken to be of another size", _block_stride),
-    Fault("half-bytes", "half-bytes were unpacked in the wrong order", _nibbles),
-    Fault("high-bits-dropped", "the quants' high bits were left out", _high_bits),
-    Fault("offset-ignored", "the blocks' minimum or zero point was left out", _offset_ignored),
-    Fault("scale-ignored", "quants were not multiplied by the block's scale", _scale_ignored),
-    Fault("k-scales", "the superblocks' small scales were unpacked wrongly", _k_scales, True, "17"),
+    WeightFault(
+        "byte-offset", "the tensor was read from the wrong byte", _byte_offset, reference="16"
+    ),
+    WeightFault(
+        "block-offset", "a block's header was read elsewhere", _block_offset, reference="16"
+    ),
+    WeightFault("block-stride", "blocks were taken to be of another size", _block_stride),
+    WeightFault("half-bytes", "half-bytes were unpacked in the wrong order", _nibbles),
+    WeightFault("high-bits-dropped", "the quants' high bits were left out", _high_bits),
+    WeightFault(
+        "offset-ignored", "the blocks' minimum or zero point was left out", _offset_ignored
+    ),
+    WeightFault("scale-ignored", "quants were not multiplied by the block's scale", _scale_ignored),
+    WeightFault(
+        "k-scales", "the superblocks' small scales were unpacked wrongly", _k_scales, True, "17"
+    ),
 )

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from qwen_jax.accuracy.weights.audit import Cause, WeightFinding
+from qwen_jax.accuracy.finding import WRONG, Cause
+from qwen_jax.accuracy.weights.audit import WeightFinding
 from qwen_jax.reporting.table import Table
 
 
@@ -17,7 +18,7 @@ def weights_table(findings: Sequence[WeightFinding]) -> Table:
     summary = f"weights: {len(findings)} tensors, {', '.join(counts)}"
     alike: dict[tuple[str, str], list[tuple[WeightFinding, Cause | None]]] = {}
     for finding in findings:
-        if finding.verdict in ("fault", "missing"):
+        if finding.verdict in WRONG:
             for cause in finding.causes or (None,):
                 key = re.sub(r"\.\d+\.", ".*.", finding.tensor), cause.name if cause else "unknown"
                 alike.setdefault(key, []).append((finding, cause))
@@ -32,7 +33,7 @@ def _row(
     """The largest errors of a group, and what is to say of its first."""
     finding, cause = group[0]
     before = f"{max(f.error for f, _ in group):.2g}"
-    after = f"{max(c.error for _, c in group if c):.2g}" if cause else ""
+    after = f"{max(c.left for _, c in group if c):.2g}" if cause else ""
     what = f"{cause.line} {cause.detail}".strip() + "; " if cause else ""
     if len(group) == 1:
         return finding.tensor, name, before, after, f"{what}{finding.evidence}"

@@ -36,7 +36,7 @@ def check_text(config: ConfigDict) -> None:
 def text_tokens(model: Model, config: ConfigDict) -> list[int]:
     """The config's text; the bundled model, in any type, has a sample of its own."""
     if config.experiment.text is None and config.model == BUNDLED:
-        return distribution.sample_tokens(model)
+        return distribution.sample_tokens(model.tokenizer)
     return distribution.read_text(model, config.experiment.text)
 
 

@@ -162,6 +162,14 @@ def get_config() -> ConfigDict:
                     "fewshot_as_multiturn": placeholder(bool),
                 },
             },
+            # What an experiment's report answers: on which metric settings are ranked, what they
+            # are compared with, as in "temperature=0" (else the best), and whether higher or lower
+            # is better (auto knows the metrics of this program).
+            "answer": {
+                "metric": placeholder(str),
+                "baseline": placeholder(str),
+                "better": "auto",
+            },
             # How an experiment is run; its records are the same whatever stands here.
             "runner": {
                 "dry_run": False,
@@ -246,6 +254,12 @@ FLAGS: dict[str, tuple[str, str]] = {
     "text": ("compare.text", "Text file of distribution and precision."),
     "context": ("compare.context", "Tokens of one window of that text."),
     "verify": ("certify.verify", "Compute this certificate again, and say what differs."),
+    "metric": ("answer.metric", "Rank an experiment's settings on this metric."),
+    "baseline": (
+        "answer.baseline",
+        "Compare with this setting, as in temperature=0, or run; else with the best one.",
+    ),
+    "better": ("answer.better", "Whether higher or lower of the metric is better."),
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
     "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
     "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),

@@ -18,6 +18,7 @@ from qwen_jax.experiments.contents import (
     LOG,
     METRICS,
     OUTPUTS,
+    SCORES,
     SHARD,
     Contents,
 )
@@ -90,7 +91,7 @@ def _refuse_used(out: Path) -> None:
             f"{out} holds an experiment already, which {program()} report {out} shows; to merge "
             "once more, give --workdir=DIRECTORY, a new one."
         )
-    foreign = foreign_in(out, {LOCK, CONFIG_FILE, METRICS, OUTPUTS, LOG, ENVIRONMENTS})
+    foreign = foreign_in(out, {LOCK, CONFIG_FILE, METRICS, OUTPUTS, SCORES, LOG, ENVIRONMENTS})
     refuse_foreign(out, {name for name in foreign if not SHARD.fullmatch(name)})
 
 
@@ -151,7 +152,7 @@ def _refuse_doubled(contents: Sequence[Contents]) -> None:
 
 def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
     """The config goes last: without it, a merge that was cut short can be repeated."""
-    for name in (METRICS, OUTPUTS, LOG):
+    for name in (METRICS, OUTPUTS, SCORES, LOG):
         with lines.placed(out / name) as temporary, temporary.open("wb") as merged:
             for content in contents:
                 # Line by line: a killed process may have left half of one.

@@ -5,6 +5,7 @@ config.py        the config file as it was
 environments/    commit, uncommitted changes, versions, device: one file for each that differs
 metrics.jsonl    one line an event: session, started, finished, failed, interrupted
 outputs.jsonl    one line an item of a point: an answer, a window of a text, a repetition
+scores.jsonl     one line a unit of a point, such as a prompt: what it scored
 log.txt          what happened, with tracebacks
 """
 
@@ -26,6 +27,7 @@ from qwen_jax.experiments.contents import (
     LOCK,
     METRICS,
     OUTPUTS,
+    SCORES,
     SHARD,
     Contents,
     refuse_others,
@@ -173,6 +175,7 @@ class Records:
             self._items = contents.outputs()
             self._metrics = Lines(directory / METRICS)
             self._outputs = Lines(directory / OUTPUTS)
+            self._scores = Lines(directory / SCORES)
             self.ends = contents.ends
         except BaseException:
             os.close(self._lock)
@@ -222,17 +225,21 @@ class Records:
         record = {"event": event, **fields}
         if event in ("finished", "failed"):  # A file cut at a line's end would look whole.
             record["outputs"] = self._items[fields["point"]]
-        for file in (self._metrics, self._outputs):
+        for file in (self._metrics, self._outputs, self._scores):
             file.check_in_place()
         self._metrics.append(record)
         if event in ("finished", "failed"):
             self._outputs.sync()
+            self._scores.sync()
             self._metrics.sync()
             self.ends[fields["point"]] = record
 
     def output(self, point: Point, item: dict[str, Any]) -> None:
         self._outputs.append({"point": point.id, **item})
         self._items[point.id] += 1
+
+    def scored(self, point: Point, line: dict[str, Any]) -> None:
+        self._scores.append({"point": point.id, **line})
 
     def outputs(
         self, point: Point, fault: Callable[[dict[str, Any]], str]
@@ -245,4 +252,5 @@ class Records:
     def close(self) -> None:
         self._metrics.close()
         self._outputs.close()
+        self._scores.close()
         os.close(self._lock)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwen_jax.api import Model
 from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import environment, profiling
+from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.contents import LOG
 from qwen_jax.experiments.lines import NotWritten, written
 from qwen_jax.experiments.models import Models
@@ -35,8 +36,16 @@ _log.propagate = False
 class Runner:
     """Runs planned points into records; `run` returns how many have failed."""
 
-    def __init__(self, records: Records, *, command: str, retry_failed: bool, profile: bool):
-        self._records, self._command = records, command
+    def __init__(
+        self,
+        records: Records,
+        *,
+        command: str,
+        retry_failed: bool,
+        profile: bool,
+        asked: Asked,
+    ):
+        self._records, self._command, self._asked = records, command, asked
         self._retry, self._profile = retry_failed, profile
         self._models = Models(records.directory)
 
@@ -52,6 +61,7 @@ class Runner:
                 environment=name,
                 points=len(left),
                 command=self._command,
+                answer=self._asked.fields(),
             )
             with tqdm(
                 total=len(planned),
@@ -80,7 +90,7 @@ class Runner:
                 PointWork(item, records, self._models) as work,
                 profiling.traced(records.directory, point.id, self._profile) as operations,
             ):
-                metrics = _checked(item.task.run(work))
+                metrics = checked(item.task.run(work))
         except KeyboardInterrupt:
             records.event("interrupted", point=point.id, time=_now())
             raise
@@ -134,12 +144,16 @@ class PointWork(Work):
     def record(self, **item: Any) -> None:
         self._records.output(self._point, item)
 
+    def score(self, of: str, unit: int, name: str | int, scores: Mapping[str, float]) -> None:
+        line = {"of": of, "unit": unit, "id": name, "scores": checked(scores)}
+        self._records.scored(self._point, line)
+
     def progress(self, done: int, total: int) -> None:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
 
-def _checked(metrics: Metrics) -> Metrics:
+def checked(metrics: Mapping[str, float]) -> Metrics:
     """The metrics as Python's numbers, which NumPy's and JAX's need not be."""
     plain = {name: getattr(value, "item", lambda v=value: v)() for name, value in metrics.items()}
     wrong = {

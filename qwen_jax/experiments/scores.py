@@ -7,6 +7,7 @@ A score of your own is a function in any module that Python finds, named `module
 A sample has `text`, `finish_reason` and `tokens`; `item.fields` are those of the prompt's line.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -77,6 +78,19 @@ def check_fields(names: Iterable[str], item: Item) -> None:
     for name in names:
         if name in _ASKED:
             _field(item, _ASKED[name])
+
+
+def judged(
+    scores: Iterable[Score], item: Item, samples: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """What all of them say of a prompt's samples. Raises UserError for what is no finite number."""
+    found: dict[str, float] = {}
+    for score in scores:
+        for name, value in score(item, samples).items():
+            if not math.isfinite(value):
+                raise UserError(f"{item.where}: the score {name} is {value}, not finite.")
+            found[name] = float(value)
+    return found
 
 
 def score(name: str) -> Score:

@@ -6,7 +6,7 @@ is `module:Class`.
 
 import abc
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +56,17 @@ class Work(abc.ABC):
     @abc.abstractmethod
     def record(self, **item: Any) -> None:
         """Writes an item to outputs.jsonl, at once."""
+
+    @abc.abstractmethod
+    def score(self, of: str, unit: int, name: str | int, scores: Mapping[str, float]) -> None:
+        """Writes to scores.jsonl what a unit scored, by which points are compared in pairs.
+
+        Args:
+            of: the kind of unit: a prompt, a document, a window; a repeat has nothing to do with
+                another point's.
+            unit: its number in this point; of two calls for one the later counts.
+            name: what it is called in every point.
+        """
 
     @abc.abstractmethod
     def progress(self, done: int, total: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen_jax import in_force, ready_made
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
+from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.runner import Runner, devices_line
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.settings import Command
@@ -21,6 +22,7 @@ def run(command: Command) -> int:
         sys.path.append("")  # The working directory, where scores and tasks of one's own may be.
     declared = declaration.declare(command)
     whole = plan.plan(declared.points)
+    asked = Asked.of(config.answer)
     planned = plan.part_of(whole, config.runner.shard)
     _warn_of_idle(whole)
     if config.runner.dry_run:
@@ -39,6 +41,7 @@ def run(command: Command) -> int:
             command=shlex.join(command.typed),
             retry_failed=config.runner.retry_failed,
             profile=config.runner.profile,
+            asked=asked,
         )
         failed = runner.run(planned)
     except KeyboardInterrupt:
@@ -50,7 +53,7 @@ def run(command: Command) -> int:
         raise
     finally:
         opened.close()
-    report.show([workdir], workdir)
+    report.show([workdir], workdir, asked=asked)
     return 1 if failed else 0
 
 

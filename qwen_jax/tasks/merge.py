@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import merge, report
+from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.settings import Command
 
 
@@ -17,7 +18,7 @@ def run(command: Command) -> int:
     out = None if command.config.workdir is None else Path(command.config.workdir)
     missing = merge.merge(paths, out)
     out = out or paths[0]
-    results = report.show([out], out)
+    results = report.show([out], out, asked=Asked.of(command.config.answer))
     if missing:
         print(
             f"Missing points: {len(missing)} ({', '.join(missing)}). The command without --shard, "

@@ -86,7 +86,8 @@ def test_cut_anywhere_it_goes_on_with_the_same_answers(
 
 
 def tally(n: int = 1, score: scores.Score = scores.diversity) -> Tally:
-    return Tally(SimpleNamespace(config=SimpleNamespace(n=n), scores=[score]))  # type: ignore[arg-type]
+    task = SimpleNamespace(config=SimpleNamespace(n=n), scores=[score])
+    return Tally(task, lambda *scored: None)  # type: ignore[arg-type]
 
 
 def test_speeds_are_those_of_stretches_that_compile_nothing() -> None:

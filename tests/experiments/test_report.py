@@ -38,12 +38,30 @@ def test_csv_and_page_hold_every_point(
     assert page.pictures == ["By max_tokens"] and page.values[0] and page.addresses == []
     assert page.links and page.unresolved == [] and page.repeated == []
     assert page.full["2466.0"] == "2,466"
-    assert page.banner == "6 finished, 3 failed." and page.state == "bad"
+    assert page.banner == (
+        "On total all 2 settings have the same mean, 2,466 ± 693.\n6 finished, 3 failed."
+    )
+    assert page.state == "bad"
+    assert page.headers[0] == [
+        "#",
+        "max_tokens",
+        "total",
+        "n",
+        "difference",
+        "interval",
+        "p",
+        "verdict",
+    ]
     for words in ("What this is about.", "ZeroDivisionError: by accident", "run.py experiment"):
         assert words in page.text
     assert "<script>" not in text  # What users write is text and nothing else.
     # The terminal's table fits.
     assert max(map(len, result.out.splitlines()[:11])) <= WIDTH
+    answer = json.loads((w / "results.json").read_text())["answer"]
+    assert result.out.startswith(answer["sentence"]) and answer["sentence"] in page.banner
+    assert [setting["mean"] for setting in answer["settings"]] == [2466, 2466]
+    found = {row["answer.mean"] for row in rows if row["state"] == "ok"}
+    assert found == {"2466.0"} and {row["answer.rank"] for row in rows} == {"1", "2", ""}
 
 
 def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_path: Path) -> None:
@@ -51,9 +69,9 @@ def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_p
     run(*experiment(workdir="b"), "--max_tokens=9")
     result = run("report", str(tmp_path / "a"), str(tmp_path / "b"))
     assert result.code == 0 and "16 finished." in result.out
-    header = result.out.splitlines()[0].split()
+    headers = [line.split() for line in result.out.splitlines()]
     # What differs between the two is a column, as if it had been swept.
-    assert header[:4] == ["run", "max_tokens", "seed", "dtype"]
+    assert ["run", "max_tokens", "dtype", "seeds", "total", "count"] in headers
     with (tmp_path / "a+b.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["run"], row["max_tokens"]) for row in rows} == {("a", "256"), ("b", "9")}
@@ -194,7 +212,7 @@ def test_long_texts_fit_and_stay_apart(
     sweep = f'product(axis("prompt", {prompts!r}), axis("max_tokens", [6, 7]))'
     argv = experiment(sweep)
     listed = run(*argv, "--dry_run").out.splitlines()
-    table = run(*argv).out.splitlines()[:6]
+    table = run(*argv).out.splitlines()[:-1]
     assert all(len(line) <= WIDTH for line in (*listed, *table))
     assert sum(line.lstrip().startswith("a\\nx") for line in table) == 4
     lines = plots._lines(Results.read([tmp_path / "w"]), "max_tokens", ["prompt"])

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from qwen_jax.experiments.report import answer
 from qwen_jax.experiments.report.results import Results
-from qwen_jax.experiments.report.tables import cells, counted
+from qwen_jax.experiments.report.tables import cells, counted, of_settings
 from qwen_jax.reporting import page
 from qwen_jax.reporting.page import Block, Folded, Page, Section, Source
 from qwen_jax.reporting.table import Table
@@ -21,7 +22,14 @@ def contents(results: Results) -> Page:
     """What is on it. Make it, and whatever is made of it, within `page.drawing`."""
     states = {row.state for row in results.rows}
     state = "bad" if "failed" in states else "open" if states != {"ok"} else "good"
-    return Page(results.title, counted(results), state, _facts(results), list(_sections(results)))
+    return Page(results.title, _verdict(results), state, _facts(results), list(_sections(results)))
+
+
+def _verdict(results: Results) -> str:
+    ended = counted(results)
+    if len(results.rows) < 2:
+        return ended
+    return f"{answer.sentence(results.answer)}\n{ended}"
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -51,9 +59,15 @@ def _sections(results: Results) -> Iterator[Section]:
         for row in results.rows
         if row.state == "failed"
     ]
+    if results.answer is not None:
+        runs = len(results.names) > 1
+        table = answer.table(results.answer, runs=runs)
+        yield Section("Answer", [table, answer.explained(results.answer)])
     if failures:
         yield Section("Failed", [Table(("point", "kind", "reason"), failures)], bad=True)
-    yield Section("Results", [cells(results, results.rows)])
+    if any(setting.seeds > 1 for setting in results.settings):
+        yield Section("Settings", [of_settings(results)])
+    yield Section("Points", [cells(results, results.rows)])
     if drawn := list(_pictures(results)):
         yield Section("Pictures", drawn)
     slowest: list[Block] = [

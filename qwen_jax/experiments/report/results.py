@@ -1,6 +1,7 @@
 """Records as rows: one a point, with what was swept, how it ended and its metrics."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from absl import logging
 
 from qwen_jax import ready_made, regular_files, strict_json
 from qwen_jax.errors import UserError
+from qwen_jax.experiments.answers.answer import Answer, answer
+from qwen_jax.experiments.answers.chosen import Asked
+from qwen_jax.experiments.answers.settings import Point, Scored, Setting, grouped, scored
 from qwen_jax.experiments.contents import Contents
 from qwen_jax.experiments.declaration import label
 from qwen_jax.regular_files import MOST_BYTES
@@ -51,9 +55,15 @@ class Results:
     contents: tuple[Contents, ...]
     names: tuple[str, ...]
     rows: tuple[Row, ...]
+    asked: Asked
 
     @classmethod
-    def read(cls, workdirs: Sequence[Path]) -> "Results":
+    def read(cls, workdirs: Sequence[Path], asked: Asked | None = None) -> "Results":
+        """Of experiments' directories.
+
+        Args:
+            asked: what the answer is to be about; where it says nothing, what the sessions asked.
+        """
         contents = tuple(Contents.read(path) for path in workdirs)
         for content in contents:
             try:
@@ -75,7 +85,9 @@ class Results:
                     }
                     state = STATES[end.get("event")]
                     rows.append(Row(name, point["id"], overrides, state, end))
-        return cls(contents, names, tuple(rows))
+        for content in contents:
+            asked = (asked or Asked()).over(Asked.of(content.asked))
+        return cls(contents, names, tuple(rows), asked or Asked())
 
     @property
     def title(self) -> str:
@@ -99,6 +111,24 @@ class Results:
         """Names of metrics without those of errors, in the order of their first appearance."""
         names = dict.fromkeys(name for row in self.rows for name in row.metrics)
         return [name for name in names if not name.endswith("_error")]
+
+    @functools.cached_property
+    def settings(self) -> list[Setting]:
+        """Finished points, those together that differ in their seed alone."""
+        scores = {
+            run: scored(content) for run, content in zip(self.names, self.contents, strict=True)
+        }
+        points = [
+            Point(r.run, r.id, r.overrides, r.metrics, scores[r.run].get(r.id, Scored()))
+            for r in self.rows
+            if r.state == "ok"
+        ]
+        return grouped(points, self.swept)
+
+    @functools.cached_property
+    def answer(self) -> Answer | None:
+        """Which setting is better. Raises UserError where what is asked for is not there."""
+        return answer(self.settings, self.asked)
 
     def check_comparable(self) -> None:
         """Raises UserError where experiments that have ended measure nothing in common."""

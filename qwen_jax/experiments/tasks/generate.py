@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -98,7 +98,7 @@ class Generate(Task):
         total = sum(item.samples(self.config.n) for item in self._items())
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
-        recorded, tally = Recorded(work), Tally(self)
+        recorded, tally = Recorded(work), Tally(self, work.score)
         asked: dict[int, tuple[int, Item, int]] = {}
         numbers = itertools.count()
 
@@ -163,8 +163,8 @@ class Tally:
     Sums are exact, so that the order in which answers finish changes nothing.
     """
 
-    def __init__(self, task: Generate):
-        self._n, self._scores = task.config.n, task.scores
+    def __init__(self, task: Generate, record: Callable[..., None]):
+        self._n, self._scores, self._record = task.config.n, task.scores, record
         self._sums: dict[str, tuple[Fraction, Fraction]] = {}
         self._samples: dict[int, dict[int, dict[str, Any]]] = {}
         self.answers = self._prompts = self._tokens = self._stopped = 0
@@ -178,19 +178,19 @@ class Tally:
         samples[sample] = answer
         if len(samples) == n:
             del self._samples[first]
-            self._judge(item, [samples[i] for i in range(n)])
+            self._judge(first, item, [samples[i] for i in range(n)])
 
-    def _judge(self, item: Item, samples: list[dict[str, Any]]) -> None:
+    def _judge(self, row: int, item: Item, samples: list[dict[str, Any]]) -> None:
         self._prompts += 1
         self._tokens += sum(len(sample["tokens"]) for sample in samples)
         self._stopped += sum(sample["finish_reason"] == "stop" for sample in samples)
-        for score in self._scores:
-            for name, value in score(item, samples).items():
-                total, squares = self._sums.get(name, (Fraction(), Fraction()))
-                if not math.isfinite(value):
-                    raise UserError(f"{item.where}: the score {name} is {value}, not finite.")
-                exact = Fraction(float(value))
-                self._sums[name] = total + exact, squares + exact * exact
+        found = scores.judged(self._scores, item, samples)
+        for name, value in found.items():
+            total, squares = self._sums.get(name, (Fraction(), Fraction()))
+            exact = Fraction(value)
+            self._sums[name] = total + exact, squares + exact * exact
+        if found:
+            self._record("prompt", row, item.id, found)
 
     def time(self, timings: Timings) -> None:
         """What has run by now.

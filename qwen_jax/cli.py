@@ -41,9 +41,10 @@ TASKS = {
     "experiment": "run a sweep of settings, or go on with it; --config and --workdir say which",
     "configs": "list the ready-made configs",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
+    "score": "judge an experiment's answers again, without a model: score WORKDIR",
     "report": "show an experiment, or several, or comparisons, side by side: report WORKDIR ...",
 }
-WITH_ARGUMENTS = ("certify", "merge", "report")
+WITH_ARGUMENTS = ("certify", "merge", "report", "score")
 USAGE = """\
 Usage: {program} [TASK] [--config=FILE.py or NAME] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 

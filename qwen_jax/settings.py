@@ -127,13 +127,14 @@ def get_config() -> ConfigDict:
             "certify": {"verify": placeholder(str)},
             # What each point of an experiment does.
             "experiment": {
-                # generate, perplexity, compare, bench, eval, or module:Class of your own.
+                # generate, likelihood (of each line's answer), perplexity, compare, bench, eval, or
+                # module:Class of your own.
                 "task": "generate",
                 # The model is turned into this GGUF type first.
                 "quantization": placeholder(str),
                 # Makes the prompt from the fields of a line of JSON, as in "A haiku on {word}."
                 "template": placeholder(str),
-                # What answers are judged by: diversity, haiku, match, or module:function.
+                # What answers are judged by: names of experiments/scores, or module:function.
                 "scores": (),
                 # Text of perplexity and compare, and the tokens of one window.
                 "text": placeholder(str),
@@ -146,6 +147,19 @@ def get_config() -> ConfigDict:
                     "weights": placeholder(str),
                     "implementation": placeholder(str),
                     "matmul_precision": placeholder(str),
+                },
+                # The model that the score judge asks; what is not set is as in the point. Its
+                # prompt is made of a line's fields, {prompt} and {text}, the answer; of its words
+                # the first is the better one.
+                "judge": {
+                    "model": placeholder(str),
+                    "quantization": placeholder(str),
+                    "dtype": placeholder(str),
+                    "weights": placeholder(str),
+                    "implementation": placeholder(str),
+                    "matmul_precision": placeholder(str),
+                    "template": placeholder(str),
+                    "words": ("yes", "no"),
                 },
                 "bench": {"prompt_tokens": 128, "new_tokens": 32, "repeats": 5},
                 # Tasks of lm-evaluation-harness; `include` is a directory of tasks of your own, and
@@ -254,6 +268,10 @@ FLAGS: dict[str, tuple[str, str]] = {
     "text": ("compare.text", "Text file of distribution and precision."),
     "context": ("compare.context", "Tokens of one window of that text."),
     "verify": ("certify.verify", "Compute this certificate again, and say what differs."),
+    "scores": (
+        "experiment.scores",
+        "What answers are judged by, as choice, contains, number; may be given several times.",
+    ),
     "metric": ("answer.metric", "Rank an experiment's settings on this metric."),
     "baseline": (
         "answer.baseline",

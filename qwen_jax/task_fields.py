@@ -22,6 +22,7 @@ FIELDS = {
     "configs": (),
     "merge": ("workdir", "answer"),
     "report": ("workdir", "answer"),
+    "score": ("experiment.scores", "answer"),
 }
 """Fields, or groups of them, by task."""
 

@@ -31,7 +31,7 @@ from qwen_jax.regular_files import MOST_BYTES
 from qwen_jax.settings import program
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
-SCORES = "scores.jsonl"
+SCORES, JUDGEMENTS = "scores.jsonl", "judgements.jsonl"
 CONFIG_FILE, ENVIRONMENTS, LOCK = "config.py", "environments", "lock"
 SHARD = re.compile(r"shard-\d+-of-\d+")
 FORMAT = 1
@@ -210,7 +210,7 @@ class Contents:
 def refuse_others(directory: Path) -> None:
     """Raises UserError where a record's name is that of a pipe or a device, which never ends, or
     leads out of the directory: it may be somebody else's, and would be written to."""
-    names = (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, SCORES, LOG, ENVIRONMENTS)
+    names = (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, SCORES, JUDGEMENTS, LOG, ENVIRONMENTS)
     try:
         paths = [*(directory / name for name in names), *directory.glob(f"{ENVIRONMENTS}/*")]
         found = [path for path in paths if path.is_symlink() or path.exists()]

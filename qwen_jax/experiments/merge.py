@@ -14,6 +14,7 @@ from qwen_jax.experiments.contents import (
     CONFIG,
     CONFIG_FILE,
     ENVIRONMENTS,
+    JUDGEMENTS,
     LOCK,
     LOG,
     METRICS,
@@ -25,6 +26,9 @@ from qwen_jax.experiments.contents import (
 from qwen_jax.experiments.moved import moved
 from qwen_jax.experiments.records import difference, foreign_in, hold, refuse_foreign, unused
 from qwen_jax.settings import program
+
+_FILES = (METRICS, OUTPUTS, SCORES, JUDGEMENTS, LOG)
+"""What shards have a part of each."""
 
 
 def merge(named: Sequence[Path], out: Path | None) -> list[str]:
@@ -91,7 +95,7 @@ def _refuse_used(out: Path) -> None:
             f"{out} holds an experiment already, which {program()} report {out} shows; to merge "
             "once more, give --workdir=DIRECTORY, a new one."
         )
-    foreign = foreign_in(out, {LOCK, CONFIG_FILE, METRICS, OUTPUTS, SCORES, LOG, ENVIRONMENTS})
+    foreign = foreign_in(out, {LOCK, CONFIG_FILE, *_FILES, ENVIRONMENTS})
     refuse_foreign(out, {name for name in foreign if not SHARD.fullmatch(name)})
 
 
@@ -152,7 +156,7 @@ def _refuse_doubled(contents: Sequence[Contents]) -> None:
 
 def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
     """The config goes last: without it, a merge that was cut short can be repeated."""
-    for name in (METRICS, OUTPUTS, SCORES, LOG):
+    for name in _FILES:
         with lines.placed(out / name) as temporary, temporary.open("wb") as merged:
             for content in contents:
                 # Line by line: a killed process may have left half of one.

@@ -6,6 +6,7 @@ environments/    commit, uncommitted changes, versions, device: one file for eac
 metrics.jsonl    one line an event: session, started, finished, failed, interrupted
 outputs.jsonl    one line an item of a point: an answer, a window of a text, a repetition
 scores.jsonl     one line a unit of a point, such as a prompt: what it scored
+judgements.jsonl one line an answer that a model judged: what it was asked, and what it said
 log.txt          what happened, with tracebacks
 """
 
@@ -24,6 +25,7 @@ from qwen_jax.experiments.contents import (
     CONFIG,
     CONFIG_FILE,
     FORMAT,
+    JUDGEMENTS,
     LOCK,
     METRICS,
     OUTPUTS,
@@ -228,11 +230,15 @@ class Records:
         for file in (self._metrics, self._outputs, self._scores):
             file.check_in_place()
         self._metrics.append(record)
-        if event in ("finished", "failed"):
+        if event in ("finished", "failed", "scored"):
             self._outputs.sync()
             self._scores.sync()
             self._metrics.sync()
+        if event in ("finished", "failed"):
             self.ends[fields["point"]] = record
+        elif event == "scored":
+            metrics = self.ends[fields["point"]]["metrics"]
+            self.ends[fields["point"]]["metrics"] = metrics | fields["metrics"]
 
     def output(self, point: Point, item: dict[str, Any]) -> None:
         self._outputs.append({"point": point.id, **item})
@@ -248,6 +254,16 @@ class Records:
         if point.id in self._items:
             start = f'{{"point": "{point.id}"'.encode()
             yield from lines.read(self.directory / OUTPUTS, start, fault=fault)
+
+    def judgements(self) -> Lines:
+        """The file to which judgements are added; whoever asks for it closes it."""
+        return Lines(self.directory / JUDGEMENTS)
+
+    def judged(self, point: Point, fault: Callable[[dict[str, Any]], str]) -> dict[int, Any]:
+        """What earlier sessions have recorded of a point, by row."""
+        start = f'{{"point": "{point.id}"'.encode()
+        found = lines.read(self.directory / JUDGEMENTS, start, fault=fault)
+        return {line["row"]: line for line in found}
 
     def close(self) -> None:
         self._metrics.close()

@@ -17,14 +17,16 @@ from tqdm import tqdm
 from qwen_jax.api import Model
 from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import environment, profiling
+from qwen_jax.experiments import environment, judging, kinds, profiling
 from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.contents import LOG
 from qwen_jax.experiments.lines import NotWritten, written
 from qwen_jax.experiments.models import Models
 from qwen_jax.experiments.plan import Planned
 from qwen_jax.experiments.records import Records
+from qwen_jax.experiments.scores import JUDGE
 from qwen_jax.experiments.task import Metrics, Work
+from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
 
@@ -73,8 +75,35 @@ class Runner:
                     bar.set_postfix_str(item.point.label[:60])
                     self._run(item)
                     bar.update()
+            unjudged = self._judge(planned)
         ids = {item.point.id for item in planned}
-        return sum(e["event"] == "failed" for id, e in records.ends.items() if id in ids)
+        failed = sum(e["event"] == "failed" for id, e in records.ends.items() if id in ids)
+        return failed + unjudged
+
+    def _judge(self, planned: list[Planned]) -> int:
+        """Has answers judged that are to be and aren't yet; returns of how many points that
+        failed."""
+        failed = 0
+        judge = Judge(self._records, self._models)
+        for item in planned:
+            end = self._records.ends.get(item.point.id, {})
+            wanted = JUDGE in item.point.config.experiment.scores
+            if not wanted or end.get("event") != "finished" or JUDGE in end["metrics"]:
+                continue
+            try:
+                metrics = judge.run(item)
+            except NotWritten:
+                raise
+            except Exception as error:
+                reason, what = _explain(error), traceback.format_exc()
+                _log.info("not judged %s: %s\n%s", item.point.id, reason, what)
+                logging.getLogger("absl").warning(
+                    "The answers of %s are not judged: %s", item.point.label, reason["reason"]
+                )
+                failed += 1
+                continue
+            self._records.event("scored", point=item.point.id, time=_now(), metrics=metrics)
+        return failed
 
     def _is_left(self, point: str) -> bool:
         end = self._records.ends.get(point)
@@ -112,6 +141,42 @@ class Runner:
             fields["operations"] = operations
         records.event("finished", point=point.id, time=_now(), **fields)
         _log.info("finished %s: %s", point.id, metrics)
+
+
+class Judge:
+    """Judges the answers of points, going on where an earlier session was killed."""
+
+    def __init__(self, records: Records, models: Models):
+        self._records, self._models = records, models
+
+    def run(self, item: Planned) -> Metrics:
+        """Judges what isn't yet, writes what each prompt scored, and returns the metrics."""
+        point, config, task = item.point, item.point.config, item.task
+        assert isinstance(task, Generate)
+        texts = {a["row"]: a["text"] for a in self._records.outputs(point, task.fault_of)}
+        known = self._records.judged(point, lambda line: kinds.fault(line, judging.JUDGEMENT))
+        answers = list(judging.answered(config, task.items(), texts))
+        values = {a.row: (a, known[a.row]["judge"]) for a in answers if a.row in known}
+        left = [answer for answer in answers if answer.row not in known]
+        if left:
+            file = self._records.judgements()
+            try:
+                model = self._models.get(judging.config_of(config))
+                words = config.experiment.judge.words
+                for some in judging.batches(left):
+                    found = judging.judged(model, words, (answer.asked for answer in some))
+                    for answer, value in zip(some, found, strict=True):
+                        values[answer.row] = answer, value
+                        line = {"row": answer.row, "asked": answer.asked, "judge": value}
+                        file.append({"point": point.id, **line})
+                file.sync()
+            finally:
+                file.close()
+        units = list(judging.by_unit(values))
+        for unit, of, value in units:
+            line = {"of": "prompt", "unit": unit, "id": of.id, "scores": {JUDGE: value}}
+            self._records.scored(point, line)
+        return judging.metrics_of([value for _, _, value in units])
 
 
 class PointWork(Work):

@@ -22,6 +22,7 @@ Metrics = dict[str, float]
 TASKS = {
     "generate": "qwen_jax.experiments.tasks.generate:Generate",
     "perplexity": "qwen_jax.experiments.tasks.perplexity:Perplexity",
+    "likelihood": "qwen_jax.experiments.tasks.likelihood:Likelihood",
     "compare": "qwen_jax.experiments.tasks.compare:Compare",
     "bench": "qwen_jax.experiments.tasks.bench:Bench",
     "eval": "qwen_jax.experiments.tasks.evaluate:Evaluate",

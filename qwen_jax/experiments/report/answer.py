@@ -9,6 +9,7 @@ from qwen_jax.experiments.answers.statistics import LEVEL
 from qwen_jax.experiments.declaration import clipped, short
 from qwen_jax.experiments.report.tables import number, shown
 from qwen_jax.reporting.table import Rounded, Table
+from qwen_jax.settings import program
 
 NONE = (
     "No answer: there are no two settings with a score; experiment.scores names some, and --metric "
@@ -77,9 +78,15 @@ def explained(answer: Answer) -> str:
     sure = f"{1 - LEVEL:.0%}"
     pairs = "1 comparison" if answer.comparisons == 1 else f"{answer.comparisons:,} comparisons"
     kind = answer.of if answer.of == "seed" else f"{answer.of}, over seeds"
+    more = ""
+    if answer.of == "seed" and f"{answer.metric}_error" in answer.baseline.points[0].metrics:
+        more = (
+            f" What each prompt scored is not recorded; {program()} score makes up for it where "
+            "there are answers."
+        )
     return (
         f"Ranked by {answer.metric}, {way} is better. Differences are to {what}, paired by {kind}; "
-        f"p and the intervals hold for all together with {sure}, by Holm's correction for {pairs}."
+        f"p and the intervals hold for all together with {sure}, by Holm's correction for {pairs}.{more}"
     )
 
 

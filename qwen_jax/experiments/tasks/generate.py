@@ -7,14 +7,15 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import prompts, ready_made, recommended
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import kinds, scores
+from qwen_jax.experiments import judging, kinds, scores
+from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Request, Timings
 from qwen_jax.in_force import DRAWS
@@ -47,12 +48,22 @@ class Generate(Task):
             once.
     """
 
-    reads = (*PROMPT, *ANSWER, "experiment.template", "experiment.scores")
+    reads: ClassVar[tuple[str, ...] | None] = (
+        *(*PROMPT, *ANSWER, "experiment.template", "experiment.scores"),
+        "experiment.judge",
+    )
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         self.options = prompts.options_of(config)
-        self.scores = [scores.score(name) for name in config.experiment.scores]
+        names = config.experiment.scores
+        self.scores = [scores.score(name) for name in names if name != scores.JUDGE]
+        judging.check(config)
+        if judging.is_asked(config):
+            try:
+                Choice.of(judging.config_of(config)).check()
+            except UserError as error:
+                raise UserError(f"experiment.judge: {error}") from error
         if "-" in (config.prompt, config.prompt_file):
             raise UserError("An experiment can't read stdin, which a resumed one would lack.")
         self.own = self._checked_prompts()
@@ -69,24 +80,32 @@ class Generate(Task):
                     "experiment.template does nothing without prompt_file, from whose fields it "
                     "makes prompts; set that, or leave the template out."
                 )
-            scores.check_fields(config.experiment.scores, next(self._items()))
+            self._check_item(next(self.items()))
             return [{}]
         path, put = ready_made.path(config.prompt_file), prompt_options(self.options)
         experiment, stamp = config.experiment, (0, 0)
         with contextlib.suppress(OSError):  # told of by whoever opens it
             stamp = (path.stat().st_mtime_ns, path.stat().st_size)
-        key = repr((path, stamp, config.prompt, put, experiment.template, experiment.scores))
+        asked = (experiment.template, experiment.scores, experiment.judge.template)
+        key = repr((type(self), path, stamp, config.prompt, put, asked))
         if key in _RIGHT:
             return _RIGHT[key]
         found = set()
-        for item in self._items():
-            scores.check_fields(experiment.scores, item)
+        for item in self.items():
+            self._check_item(item)
             found.add(tuple((name, item.own[name]) for name in _OWN if name in item.own))
         if not found:
             raise UserError(f"--prompt_file={config.prompt_file} holds no prompts; add some.")
         return _RIGHT.setdefault(key, [dict(own) for own in found])
 
-    def _items(self) -> Iterator[Item]:
+    def _check_item(self, item: Item) -> None:
+        """Raises UserError where a score asks for what the prompt's line lacks."""
+        scores.check_fields(self.config.experiment.scores, item)
+        if judging.is_asked(self.config):
+            judging.asked(self.config, item, "")
+
+    def items(self) -> Iterator[Item]:
+        """The prompts, in order."""
         if self.config.prompt_file is None:
             return iter([prompts.single(self.config, self.options)])
         return prompts.stream(self.config, self.options)
@@ -95,15 +114,15 @@ class Generate(Task):
         return kinds.fault(item, _ANSWER)
 
     def run(self, work: Work) -> Metrics:
-        total = sum(item.samples(self.config.n) for item in self._items())
+        total = sum(item.samples(self.config.n) for item in self.items())
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
-        recorded, tally = Recorded(work), Tally(self, work.score)
+        recorded, tally = Recorded(work.recorded), Tally(self, work.score)
         asked: dict[int, tuple[int, Item, int]] = {}
         numbers = itertools.count()
 
         def requests() -> Iterator[Request]:
-            rows = prompts.rows(self._items(), self.config.n, work.request)
+            rows = prompts.rows(self.items(), self.config.n, work.request)
             for row, (item, sample, request) in enumerate(rows):
                 if row in recorded:
                     tally.add(row, sample, item, recorded.answer(row))
@@ -141,9 +160,9 @@ class Recorded:
     """Answers of earlier sessions by their row. They were recorded nearly in the rows' order, so
     that few are in memory at a time."""
 
-    def __init__(self, work: Work):
-        self._rows = {answer["row"] for answer in work.recorded()}
-        self._left = work.recorded()
+    def __init__(self, read: Callable[[], Iterator[dict[str, Any]]]):
+        self._rows = {answer["row"] for answer in read()}
+        self._left = read()
         self._passed: dict[int, dict[str, Any]] = {}
 
     def __contains__(self, row: int) -> bool:
@@ -204,13 +223,18 @@ class Tally:
             self._timed += Timings(generated_tokens=tokens, seconds=seconds)
         self._last = timings
 
-    def metrics(self) -> Metrics:
+    def of_scores(self) -> Metrics:
+        """The means of what was judged, and their errors over prompts."""
         found: Metrics = {}
         for name, (total, squares) in self._sums.items():
             mean = total / self._prompts
             variance = float(max(squares / self._prompts - mean * mean, Fraction()))
             found[name] = float(mean)
             found[f"{name}_error"] = math.sqrt(variance / max(self._prompts - 1, 1))
+        return found
+
+    def metrics(self) -> Metrics:
+        found = self.of_scores()
         found["tokens_per_answer"] = self._tokens / self.answers
         found["ended_by_itself"] = self._stopped / self.answers
         found["prompts"] = self._prompts

@@ -92,8 +92,13 @@ class Value:
     units: int
 
 
-def answer(settings: Sequence[Setting], asked: Asked) -> Answer | None:
+def answer(
+    settings: Sequence[Setting], asked: Asked, baseline: Setting | None = None
+) -> Answer | None:
     """The answer, or None where no two settings have a metric that says what is good.
+
+    Args:
+        baseline: what settings are compared with, if not what `asked` names.
 
     Raises:
         UserError: the metric or the baseline that is asked for is not there.
@@ -111,11 +116,10 @@ def answer(settings: Sequence[Setting], asked: Asked) -> Answer | None:
         return None
     lower = chosen.lower_is_better(asked, metric)
     ranked = sorted(values, key=lambda value: value.mean.value if lower else -value.mean.value)
-    given = asked.baseline is not None
-    base = ranked[0]
-    if asked.baseline is not None:
-        wanted = named([value.setting for value in values], asked.baseline)
-        base = next(value for value in ranked if value.setting is wanted)
+    if baseline is None and asked.baseline is not None:
+        baseline = named([value.setting for value in values], asked.baseline)
+    given = baseline is not None
+    base = next((value for value in ranked if value.setting is baseline), ranked[0])
     # Who is compared with the best has been compared with all to find it.
     count = len(values) - 1 if given else len(values) * (len(values) - 1) // 2
     return Answer(

@@ -86,7 +86,8 @@ def explained(answer: Answer) -> str:
         )
     return (
         f"Ranked by {answer.metric}, {way} is better. Differences are to {what}, paired by {kind}; "
-        f"p and the intervals hold for all together with {sure}, by Holm's correction for {pairs}.{more}"
+        f"p and the intervals hold for all together with {sure}, by Holm's correction for "
+        f"{pairs}.{more}"
     )
 
 

@@ -90,7 +90,7 @@ def drawing() -> Iterator[None]:
 
 def html(page: Page) -> str:
     """The page as a file's text; of what users wrote, nothing is more than text."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = _file("page.html")
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -108,8 +108,18 @@ def html(page: Page) -> str:
         }.items()
     }
     environment.tests["bad"] = _bad
-    made = environment.from_string(template).render(page=page, svg=_Pictures().svg)
+    made = environment.from_string(template).render(
+        page=page,
+        svg=_Pictures().svg,
+        style=Markup(_file("page.css")),
+        script=Markup(_file("page.js")),
+    )
     return made.encode("utf-8", "backslashreplace").decode("utf-8")  # Half a pair is no Unicode.
+
+
+def _file(name: str) -> str:
+    """One of those that a page is made from."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 class _Pictures:

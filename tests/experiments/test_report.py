@@ -71,7 +71,7 @@ def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_p
     assert result.code == 0 and "16 finished." in result.out
     headers = [line.split() for line in result.out.splitlines()]
     # What differs between the two is a column, as if it had been swept.
-    assert ["run", "max_tokens", "dtype", "seeds", "total", "count"] in headers
+    assert ["run", "max_tokens", "dtype", "seeds", "total"] in headers
     with (tmp_path / "a+b.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["run"], row["max_tokens"]) for row in rows} == {("a", "256"), ("b", "9")}

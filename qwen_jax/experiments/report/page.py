@@ -65,9 +65,12 @@ def _sections(results: Results) -> Iterator[Section]:
         yield Section("Answer", [table, answer.explained(results.answer)])
     if failures:
         yield Section("Failed", [Table(("point", "kind", "reason"), failures)], bad=True)
+    points = cells(results, results.rows)
     if any(setting.seeds > 1 for setting in results.settings):
-        yield Section("Settings", [of_settings(results)])
-    yield Section("Points", [cells(results, results.rows)])
+        each = Folded(f"Each of {len(points.rows)} points", [points])
+        yield Section("Results", [of_settings(results), each])
+    else:
+        yield Section("Results", [points])
     if drawn := list(_pictures(results)):
         yield Section("Pictures", drawn)
     slowest: list[Block] = [

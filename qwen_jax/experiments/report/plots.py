@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from qwen_jax.experiments.declaration import clipped, short
 from qwen_jax.experiments.report.results import Results, Row
-from qwen_jax.experiments.report.tables import number, shown, shown_metrics
+from qwen_jax.experiments.report.tables import differing_metrics, number, shown
 from qwen_jax.reporting.drawing import Drawing
 from qwen_jax.reporting.page import Picture
 from qwen_jax.reporting.style import BLUE, GRID, INK, MUTED, PALE, literal, series
@@ -54,7 +54,7 @@ def _against_axes(results: Results) -> Iterator[Picture]:
     swept = [f for f in results.swept if f != SEED and _swept_within_a_run(results, f)]
     metrics = [
         name
-        for name in shown_metrics(results)
+        for name in differing_metrics(results)
         if name not in NOT_PLOTTED and len({r.metrics.get(name) for r in results.rows} - {None}) > 1
     ]
     for axis in swept:

@@ -30,7 +30,7 @@ def number(value: float, error: float | None = None) -> str:
 def cells(results: Results, rows: Sequence[Row]) -> Table:
     """A header and a row a point: run, what is swept, state, and each metric that anything has."""
     several = len(results.names) > 1
-    swept, metrics = results.swept, shown_metrics(results)
+    swept, metrics = results.swept, differing_metrics(results)
     header = [*(["run"] if several else []), *map(short, swept), *metrics]
     lines = []
     for row in rows:
@@ -45,14 +45,14 @@ def cells(results: Results, rows: Sequence[Row]) -> Table:
                 line.append(row.state if index == 0 and row.state != "ok" else "-")
         lines.append(line if metrics else [*line, row.state])
     header += [] if metrics else ["state"]
-    return Table(header, lines, range(len(header)))
+    return Table(header, lines, range(len(header)), alike(results))
 
 
 def of_settings(results: Results) -> Table:
     """A header and a row a setting: what it sets, how many seeds it has, and the mean of each
     metric over prompts and seeds."""
     several = len(results.names) > 1
-    settings, metrics = results.settings, shown_metrics(results)
+    settings, metrics = results.settings, differing_metrics(results)
     fields = list(settings[0].overrides) if settings else []
     header = [*(["run"] if several else []), *map(short, fields), "seeds", *metrics]
     lines = []
@@ -71,15 +71,28 @@ def of_settings(results: Results) -> Table:
             full = f"{value.mean.value!r}" if error is None else f"{value.mean.value!r} ± {error!r}"
             line.append(Rounded.of(number(value.mean.value, error), full))
         lines.append(line)
-    return Table(header, lines, range(len(header)))
+    return Table(header, lines, range(len(header)), alike(results))
 
 
-def shown_metrics(results: Results) -> list[str]:
-    """Metrics that differ between points; how long things took comes last."""
-    return sorted(
-        (name for name in results.metrics if name != "model_seconds"),
-        key=lambda name: len({row.metrics.get(name) for row in results.rows}) == 1,
-    )
+def differing_metrics(results: Results) -> list[str]:
+    """Those with a column of their own: all of a point alone, else those that differ between
+    points."""
+    names = [name for name in results.metrics if name != "model_seconds"]
+    if len(results.rows) == 1:
+        return names
+    return [name for name in names if len(_values(results, name)) > 1]
+
+
+def alike(results: Results) -> str:
+    """In words the metrics that say the same of all points, which need no column."""
+    shown_already = {*differing_metrics(results), "model_seconds"}
+    same = [name for name in results.metrics if name not in shown_already]
+    said = ", ".join(f"{name} {number(_values(results, name).pop())}" for name in same)
+    return f"The same everywhere: {said}." if said else ""
+
+
+def _values(results: Results, name: str) -> set[float]:
+    return {row.metrics[name] for row in results.rows if name in row.metrics}
 
 
 def shown(value: Any) -> str:

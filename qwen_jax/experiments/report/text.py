@@ -45,9 +45,13 @@ def _table(results: Results) -> str:
     """A line a setting where seeds come together in one, else a line a point."""
     runs = len(results.names) > 1
     if any(setting.seeds > 1 for setting in results.settings):
-        table: Table = of_settings(results)
-        return table.blocks(runs + len(results.settings[0].overrides))
-    return cells(results, results.rows).blocks(runs + len(results.swept))
+        return _blocks(of_settings(results), runs + len(results.settings[0].overrides))
+    return _blocks(cells(results, results.rows), runs + len(results.swept))
+
+
+def _blocks(table: Table, named: int) -> str:
+    caption = filled(table.caption)
+    return f"{table.blocks(named)}\n{caption}" if caption else table.blocks(named)
 
 
 def csv_text(results: Results) -> str:

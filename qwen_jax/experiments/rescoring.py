@@ -87,7 +87,11 @@ def config_of(description: Mapping[str, Any], overrides: Mapping[str, Any]) -> C
 
 
 def _of_point(contents: Contents, point: str, config: ConfigDict) -> tuple[list[Line], Metrics]:
-    _refuse_changed(contents, config)
+    if not same_prompts(contents, config):
+        raise UserError(
+            f"{config.prompt_file} is not the file that {contents.path} had answers to; restore it "
+            "to judge them."
+        )
     try:
         task = Generate(config)
     except UserError as error:
@@ -114,16 +118,10 @@ def _of_point(contents: Contents, point: str, config: ConfigDict) -> tuple[list[
     return found, tally.of_scores()
 
 
-def _refuse_changed(contents: Contents, config: ConfigDict) -> None:
-    """Answers must not be judged by another file's lines."""
+def same_prompts(contents: Contents, config: ConfigDict) -> bool:
+    """Whether a point's file of prompts is what it was: answers go with its lines."""
     name = config.prompt_file
-    if name is None:
-        return
-    now, then = inputs.of_texts(config).get(name), contents.config["inputs"].get(name)
-    if now != then:
-        raise UserError(
-            f"{name} is not the file that {contents.path} had answers to; restore it to judge them."
-        )
+    return name is None or inputs.of_texts(config).get(name) == contents.config["inputs"].get(name)
 
 
 def _write(contents: Contents, new: Sequence[Line]) -> None:

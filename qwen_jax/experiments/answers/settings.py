@@ -47,15 +47,23 @@ def scored(content: Contents) -> dict[str, Scored]:
 
 def _of_point(units: Mapping[int, tuple[str, str, dict[str, float]]]) -> Scored:
     values: dict[str, Units] = collections.defaultdict(dict)
-    seen: collections.Counter[str] = collections.Counter()
     kind = ""
-    for _, (of, name, scores) in sorted(units.items()):
+    names = names_of({unit: name for unit, (_, name, _) in units.items()})
+    for unit, (of, _, scores) in sorted(units.items()):
         kind = of
-        seen[name] += 1
-        key = name if seen[name] == 1 else f"{name} ({seen[name]})"
         for metric, value in scores.items():
-            values[metric][key] = value
+            values[metric][names[unit]] = value
     return Scored(kind, dict(values))
+
+
+def names_of(units: Mapping[int, str]) -> dict[int, str]:
+    """Each unit's name in every point: what it is called there, and which of that name it is."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = {}
+    for unit, name in sorted(units.items()):
+        seen[name] += 1
+        found[unit] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

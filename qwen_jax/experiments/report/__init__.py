@@ -44,7 +44,8 @@ def show(
     replace(out / json, json_text(results))
     made = [csv, json]
     if page.can_be_made():
-        replace(out / html, to_html(results))
+        for name, content in to_html(results, html.removesuffix(".html")).items():
+            replace(out / name, content)
         made = [html, *made]
     else:
         logging.warning("%s needs matplotlib: pip install 'qwen_jax[report]'.", html)

@@ -1,28 +1,39 @@
 """`report.html` of experiments: what came out, what was asked, and on what it ran."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwen_jax.experiments.report import answer
+from qwen_jax.experiments.report import answer, texts
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.report.tables import cells, counted, of_settings
 from qwen_jax.reporting import page
-from qwen_jax.reporting.page import Block, Folded, Page, Section, Source
+from qwen_jax.reporting.page import Block, Folded, Page, Section, Source, Texts
 from qwen_jax.reporting.table import Table
 
 
-def to_html(results: Results) -> str:
-    """The page; needs matplotlib."""
+def to_html(results: Results, stem: str) -> dict[str, str]:
+    """The page, and more with texts where they are many, by file name; needs matplotlib.
+
+    Args:
+        stem: of their names.
+    """
+    found = texts.answers(results, stem)
+    pages = found.pages if found else ()
     with page.drawing():
-        return page.html(contents(results))
+        made = {f"{stem}.html": page.html(contents(results, pages[:1]))}
+    for number, block in enumerate(pages[1:], start=2):
+        rest = Page(results.title, _verdict(results), "open", [], [Section("Texts", [block])])
+        made[f"{stem}-{number}.html"] = page.html(rest)
+    return made
 
 
-def contents(results: Results) -> Page:
+def contents(results: Results, answers: Sequence[Texts] = ()) -> Page:
     """What is on it. Make it, and whatever is made of it, within `page.drawing`."""
     states = {row.state for row in results.rows}
     state = "bad" if "failed" in states else "open" if states != {"ok"} else "good"
-    return Page(results.title, _verdict(results), state, _facts(results), list(_sections(results)))
+    sections = list(_sections(results, answers))
+    return Page(results.title, _verdict(results), state, _facts(results), sections)
 
 
 def _verdict(results: Results) -> str:
@@ -53,7 +64,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     return [*facts, *([("date", dates[-1])] if dates else [])]
 
 
-def _sections(results: Results) -> Iterator[Section]:
+def _sections(results: Results, answers: Sequence[Texts]) -> Iterator[Section]:
     failures = [
         (row.label, row.end["kind"], row.end["reason"])
         for row in results.rows
@@ -73,6 +84,8 @@ def _sections(results: Results) -> Iterator[Section]:
         yield Section("Results", [points])
     if drawn := list(_pictures(results)):
         yield Section("Pictures", drawn)
+    if answers:
+        yield Section("Texts", answers)
     slowest: list[Block] = [
         _operations(row.label, row.end["operations"])
         for row in results.rows

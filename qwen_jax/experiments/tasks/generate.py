@@ -17,7 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments import judging, kinds, scores
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
-from qwen_jax.generation import Request, Timings
+from qwen_jax.generation import Completion, Request, Timings
 from qwen_jax.in_force import DRAWS
 from qwen_jax.options import prompt_options
 from qwen_jax.prompts import Item
@@ -136,11 +136,21 @@ class Generate(Task):
                 tally.time(generation.timings)
                 if completion is not None:
                     row, item, sample = asked.pop(number)
-                    answer = prompts.answer(completion)
+                    answer = self._answer(work, completion)
                     work.record(row=row, id=item.id, sample=sample, **answer)
                     tally.add(row, sample, item, answer)
                     work.progress(tally.answers, total)
         return tally.metrics()
+
+    @staticmethod
+    def _answer(work: Work, completion: Completion) -> dict[str, Any]:
+        """What is recorded: with log-probabilities their tokens' texts, too, for whoever reads
+        them without the model."""
+        answer = prompts.answer(completion)
+        if completion.logprobs is not None:
+            pieces = map(work.model().tokenizer.token_bytes, completion.tokens)
+            answer["pieces"] = [piece.decode("utf-8", "replace") for piece in pieces]
+        return answer
 
     def _follow(self, said: Recommended, asked: Collection[str]) -> None:
         """Takes what the model recommends into the options, where that is to be followed."""

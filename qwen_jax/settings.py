@@ -359,6 +359,11 @@ def _defaults() -> Mapping[str, Any]:
     return dict(flatten(get_config()))
 
 
+def default_of(field: str) -> Any:
+    """Of a field by its dotted name; None for what is none."""
+    return _defaults().get(field)
+
+
 _TEXTS = ("prompt", "system", "suffix")
 """Fields in which nothing is a text, too; whoever takes one says what it must hold."""
 

@@ -109,9 +109,8 @@ def answer(
     metric = chosen.metric(asked, there, scored)
     if metric is None:
         return None
-    values = [value for setting in settings if (value := value_of(setting, metric)) is not None]
-    if len({value.of for value in values}) > 1:  # as where some records are older than scores.jsonl
-        values = [value_of_seeds(value.setting, metric) for value in values]
+    held = [value for setting in settings if (value := value_of(setting, metric)) is not None]
+    values = alike_values(held, metric)
     if len(values) < 2:
         return None
     lower = chosen.lower_is_better(asked, metric)
@@ -145,6 +144,14 @@ def value_of(setting: Setting, metric: str) -> Value | None:
         mean = statistics.mean_of(values, crossed=setting.of not in DRAWN_ANEW)
         return Value(setting, mean, setting.of, len(units))
     return value_of_seeds(setting, metric) if setting.of_seeds(metric) else None
+
+
+def alike_values(values: Sequence[Value], metric: str) -> list[Value]:
+    """Values that can be compared: where some have units and others none, as of records that are
+    older than scores.jsonl, all are those of seeds."""
+    if len({value.of for value in values}) > 1:
+        return [value_of_seeds(value.setting, metric) for value in values]
+    return list(values)
 
 
 def value_of_seeds(setting: Setting, metric: str) -> Value:

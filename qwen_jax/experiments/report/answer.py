@@ -64,11 +64,11 @@ def _list(some: Sequence[str]) -> str:
 
 def name(setting: Setting, several_runs: bool) -> str:
     """A setting in a sentence."""
-    values = (f"{short(f)}={clipped(shown(v))}" for f, v in setting.overrides.items())
-    label = " ".join(values) or setting.label
-    if not several_runs:
-        return label
-    return f"{setting.run} {label}" if setting.overrides else setting.run
+    held = {f: v for f, v in setting.overrides.items() if v is not None or not several_runs}
+    label = " ".join(f"{short(f)}={clipped(shown(v))}" for f, v in held.items())
+    if several_runs:
+        return f"{setting.run} {label}".rstrip()
+    return label or setting.label
 
 
 def explained(answer: Answer) -> str:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwen_jax.experiments.report import answer, texts
+from qwen_jax.experiments.report import answer, beside, texts
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.report.tables import cells, counted, of_settings
 from qwen_jax.reporting import page
@@ -73,7 +73,11 @@ def _sections(results: Results, answers: Sequence[Texts]) -> Iterator[Section]:
     if results.answer is not None:
         runs = len(results.names) > 1
         table = answer.table(results.answer, runs=runs)
-        yield Section("Answer", [table, answer.explained(results.answer)])
+        explained = answer.explained(results.answer)
+        yield Section("Answer", [table, explained, *_forest(results)])
+    if together := list(beside.tables(results, most=1)):
+        whole = Folded("All metrics", list(beside.tables(results)))
+        yield Section("Side by side", [*together, whole])
     if failures:
         yield Section("Failed", [Table(("point", "kind", "reason"), failures)], bad=True)
     points = cells(results, results.rows)
@@ -94,7 +98,14 @@ def _sections(results: Results, answers: Sequence[Texts]) -> Iterator[Section]:
     if slowest:
         yield Section("Slowest operations", slowest)
     yield Section("What was asked", [block for one in _asked(results) for block in one])
-    yield Section("On what it ran", [block for one in _ran_on(results) for block in one])
+    yield Section("On what it ran", list(_ran_on(results)))
+
+
+def _forest(results: Results) -> Iterator[Block]:
+    from qwen_jax.experiments.report.forest import forest
+
+    if results.answer is not None and (picture := forest(results.answer)) is not None:
+        yield picture
 
 
 def _pictures(results: Results) -> Iterator[Block]:
@@ -116,14 +127,24 @@ def _asked(results: Results) -> Iterator[list[Block]]:
         ]
 
 
-def _ran_on(results: Results) -> Iterator[list[Block]]:
-    for name, found in results.environments():
-        held = dict(found)
-        diff = held.pop("uncommitted", None)
-        rows = [(field, _line(value)) for field, value in held.items()]
-        yield [Table((), rows, caption=name)]
-        if diff:
-            yield [Folded("Uncommitted changes", [Source(diff)])]
+def _ran_on(results: Results) -> Iterator[Block]:
+    """A column for each environment; where there are several, what differs stands above."""
+    found = [(name, dict(held)) for name, held in results.environments()]
+    changes = [(name, held.pop("uncommitted", None)) for name, held in found]
+    rows: dict[str, list[str]] = {}
+    for field in dict.fromkeys(field for _, held in found for field in held):
+        rows[field] = [_line(held[field]) if field in held else "-" for _, held in found]
+    same = [(field, values[0]) for field, values in rows.items() if len(set(values)) == 1]
+    differs = [(field, *values) for field, values in rows.items() if len(set(values)) > 1]
+    if differs:
+        numbered = [f"{name}, {i}" for i, (name, _) in enumerate(found, start=1)]
+        caption = f"What differs between {len(found)} environments"
+        yield Table(("field", *numbered), differs, caption=caption)
+        yield Folded("What is the same in all of them", [Table((), same)])
+    elif same:
+        yield Table((), same)
+    for diff in dict.fromkeys(diff for _, diff in changes if diff):
+        yield Folded("Uncommitted changes", [Source(diff)])
 
 
 def _line(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from qwen_jax import ready_made, regular_files, strict_json
+from qwen_jax import ready_made, regular_files, settings, strict_json
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.answers.answer import Answer, answer
 from qwen_jax.experiments.answers.chosen import Asked
@@ -75,7 +75,7 @@ class Results:
         rows = []
         for name, content in zip(names, contents, strict=True):
             ends, wanted = content.ends, set(content.assigned)
-            fixed = {field: content.config["config"].get(field) for field in differing}
+            fixed = {field: _fixed(content, field) for field in differing}
             for point in content.config["points"]:
                 if point["id"] in wanted:
                     end = ends.get(point["id"], {})
@@ -92,7 +92,8 @@ class Results:
     @property
     def title(self) -> str:
         titles = [ready_made.title(c.source, c.config["config_file"]) for c in self.contents]
-        return " / ".join(dict.fromkeys(titles))
+        title = " / ".join(dict.fromkeys(titles))
+        return title if len(self.names) == 1 else f"{' and '.join(self.names)}: {title}"
 
     @property
     def swept(self) -> list[str]:
@@ -105,6 +106,16 @@ class Results:
             for field, seen in values.items():
                 seen.add(json.dumps(row.overrides.get(field)))
         return [field for field, seen in values.items() if len(seen) > 1]
+
+    @property
+    def swept_within(self) -> list[str]:
+        """Those with more than one value in a run; others differ between runs alone, whose names
+        say so already."""
+        values: dict[str, dict[str, set[str]]] = {field: {} for field in self.swept}
+        for row in self.rows:
+            for field, seen in values.items():
+                seen.setdefault(row.run, set()).add(json.dumps(row.overrides.get(field)))
+        return [field for field, seen in values.items() if any(len(v) > 1 for v in seen.values())]
 
     @property
     def metrics(self) -> list[str]:
@@ -166,8 +177,14 @@ def _differing(contents: Sequence[Contents]) -> list[str]:
         name
         for name in fields
         if name in swept - _always(contents)
-        or any(config.get(name) != configs[0].get(name) for config in configs)
+        or any(_fixed(content, name) != _fixed(contents[0], name) for content in contents)
     ]
+
+
+def _fixed(content: Contents, field: str) -> Any:
+    """What a run's base config has; of a field that is younger than its records, the default."""
+    value = content.config["config"].get(field, settings.default_of(field))
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _always(contents: Sequence[Contents]) -> set[str]:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 
-from qwen_jax.experiments.report import answer
+from qwen_jax.experiments.report import answer, beside
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.report.tables import NO_POINTS, cells, counted, of_settings
 from qwen_jax.reporting.table import Table, filled
@@ -16,6 +16,8 @@ def terminal_text(results: Results) -> str:
     if not results.rows:
         return NO_POINTS
     lines = [] if _is_one(results) else [_answer(results), ""]
+    for table in beside.tables(results, most=1):
+        lines += [_blocks(table, len(results.swept_within)), ""]
     lines += _table(results).split("\n")
     lines += [
         f"failed: {row.label}: {row.end['kind']}: {row.end['reason']}"

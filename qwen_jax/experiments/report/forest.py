@@ -1,0 +1,43 @@
+"""The answer as a picture: each setting's difference, and where it lies."""
+
+from qwen_jax.experiments.answers.answer import Answer
+from qwen_jax.experiments.report.answer import name
+from qwen_jax.reporting.drawing import Drawing
+from qwen_jax.reporting.page import Picture
+from qwen_jax.reporting.style import GREEN, INK, MUTED, PALE, RED, literal
+
+MOST = 40
+"""Settings that are drawn, from the best one on."""
+
+_COLOURS = {"better": GREEN, "worse": RED, "baseline": INK}
+
+
+def forest(answer: Answer) -> Picture | None:
+    """The picture, or None where no difference could be judged."""
+    entries = answer.entries[:MOST]
+    if all(entry.low is None for entry in entries):
+        return None
+    several = len({entry.setting.run for entry in answer.entries}) > 1
+    figure = Drawing(0.27 * len(entries) + 0.9)
+    panel = figure.subplots()
+    panel.axvline(0, color=PALE, linewidth=1)
+    names = [name(entry.setting, several) for entry in entries]
+    for row, (entry, of) in enumerate(zip(entries, names, strict=True)):
+        colour, at = _COLOURS.get(entry.verdict, MUTED), entry.difference or 0.0
+        filled = colour if entry.verdict != "baseline" else "white"
+        if entry.low is not None and entry.high is not None:
+            panel.plot([entry.low, entry.high], [row, row], color=colour, linewidth=2)
+            of = f"{of}: {at:+.3g} ({entry.low:+.3g} to {entry.high:+.3g}), {entry.text}"
+        panel.plot([at], [row], "o", color=colour, markerfacecolor=filled, markersize=6)
+        figure.point(panel, at, row, of)
+    panel.set_yticks(range(len(entries)), list(map(literal, names)))
+    panel.set_ylim(len(entries) - 0.5, -0.5)
+    panel.grid(True, axis="x")
+    base = name(answer.baseline, several)
+    better = "lower" if answer.lower else "higher"
+    panel.set_xlabel(literal(f"{answer.metric} less that of {base} ({better} is better)"))
+    left = f" The best {MOST} of {len(answer.entries)}." if len(answer.entries) > MOST else ""
+    caption = (
+        f"Lines are where a difference lies; green is better, red worse, grey not told apart.{left}"
+    )
+    return Picture("Differences", caption, figure)

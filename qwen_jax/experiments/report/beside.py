@@ -112,7 +112,8 @@ def _column(common: Sequence[Pair], metric: str) -> list[tuple[str, str, str]]:
         sure = corrected.get(index)
         mark = "*" if sure is not None and sure < LEVEL else ""
         full = f"{one.mean.value!r}" + ("" if sure is None else f", p = {probability(sure)}")
-        lines.append((*map(_said, held), Rounded.of(f"{_signed(one)}{mark}", full)))
+        first, other = held
+        lines.append((_said(first), _said(other), Rounded.of(f"{_signed(one)}{mark}", full)))
     return lines
 
 

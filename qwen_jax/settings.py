@@ -127,8 +127,8 @@ def get_config() -> ConfigDict:
             "certify": {"verify": placeholder(str)},
             # What each point of an experiment does.
             "experiment": {
-                # generate, likelihood (of each line's answer), perplexity, compare, bench, eval, or
-                # module:Class of your own.
+                # generate, likelihood (of each line's answer), perplexity, compare, bench (speed of
+                # the engine), serve (of requests), eval, or module:Class of your own.
                 "task": "generate",
                 # The model is turned into this GGUF type first.
                 "quantization": placeholder(str),
@@ -162,6 +162,17 @@ def get_config() -> ConfigDict:
                     "words": ("yes", "no"),
                 },
                 "bench": {"prompt_tokens": 128, "new_tokens": 32, "repeats": 5},
+                # The load of the task serve: so many requests, the prompts in turn, that arrive at
+                # `rate` a second (Poisson), or whenever one of `concurrency` (by default slots) has
+                # its answer; what makes one good, in milliseconds; and how often all of it.
+                "serve": {
+                    "requests": 64,
+                    "rate": placeholder(float),
+                    "concurrency": placeholder(int),
+                    "good_ttft_ms": 1000.0,
+                    "good_tpot_ms": 100.0,
+                    "repeats": 3,
+                },
                 # Tasks of lm-evaluation-harness; `include` is a directory of tasks of your own, and
                 # without `shots` each task shows as many examples as it says. The
                 # chat template wraps prompts, with `system` and with examples as turns of their
@@ -190,6 +201,12 @@ def get_config() -> ConfigDict:
                 "shard": placeholder(str),
                 "retry_failed": False,
                 "profile": False,
+                # Seconds after which no more is begun, and what is at work is left for the same
+                # command to go on with.
+                "max_time": placeholder(float),
+                # Leave out further seeds of a setting that is worse than the best so far on
+                # answer.metric, and record that.
+                "stop_worse": False,
             },
         }
     )
@@ -281,6 +298,14 @@ FLAGS: dict[str, tuple[str, str]] = {
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
     "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
     "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),
+    "max_time": (
+        "runner.max_time",
+        "Seconds after which an experiment ends; it can be gone on with.",
+    ),
+    "stop_worse": (
+        "runner.stop_worse",
+        "Leave out further seeds of an experiment's settings that are worse than its best.",
+    ),
     "profile": ("runner.profile", "Trace an experiment's points and name the slowest operations."),
 }
 """Flags that stand for a config field: name to (field, help). They win over --config."""

@@ -7,7 +7,7 @@ whether one setting is better than another.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qwen_jax.experiments.sweep import Sweep, axis, chain, product, zipped
+from qwen_jax.experiments.sweep import Sweep, axis, chain, product, when, zipped
 
 if TYPE_CHECKING:
     from qwen_jax.experiments.python import Comparison, compare, load_results, run
@@ -21,6 +21,7 @@ __all__ = [
     "load_results",
     "product",
     "run",
+    "when",
     "zipped",
 ]
 

@@ -113,6 +113,7 @@ class Contents:
             },
             "failed": {**point, "kind": TEXT, "reason": TEXT, **had},
             "interrupted": point,
+            "skipped": {**point, "reason": TEXT},
             "scored": {**point, "metrics": VALUES},
         }
         return fault(event, {"event": TEXT}) or fault(event, needed.get(event["event"], {}))
@@ -194,6 +195,17 @@ class Contents:
             elif event["event"] == "scored" and "metrics" in found.get(point, {}):
                 metrics = found[point]["metrics"] | event["metrics"]
                 found[point] = found[point] | {"metrics": metrics}
+        return found
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why points that have not ended were left out, by their ids."""
+        found: dict[str, str] = {}
+        for event in self.events:
+            if event["event"] == "skipped":
+                found[event["point"]] = event["reason"]
+            elif event["event"] in ("started", "finished", "failed"):
+                found.pop(event["point"], None)
         return found
 
     @property

@@ -54,6 +54,7 @@ def run(
     title: str = "An experiment from Python.",
     shard: str | None = None,
     retry_failed: bool = False,
+    max_time: float | None = None,
 ) -> list[Row]:
     """Runs what the workdir doesn't have yet, and returns what it has then, as `load_results` does.
 
@@ -66,6 +67,7 @@ def run(
         sweep: points, as `product(axis("sampling.temperature", [0, 1]))` makes them.
         shard: "i/n" runs the i-th of n parts into a directory of its own in the workdir.
         retry_failed: whether points that have failed are run once more.
+        max_time: seconds after which no more is begun; a later call goes on.
 
     Raises:
         UserError: as the command would; a point that fails is a row with its reason.
@@ -87,7 +89,15 @@ def run(
     described = records.described(declared, points, shard)
     opened = records.Records(directory, described, declared.source)
     try:
-        runner = Runner(opened, command=_WHO, retry_failed=retry_failed, profile=False, asked=asked)
+        runner = Runner(
+            opened,
+            command=_WHO,
+            retry_failed=retry_failed,
+            profile=False,
+            asked=asked,
+            max_time=max_time,
+            stop_worse=whole.runner.stop_worse,
+        )
         runner.run(planned)
     finally:
         opened.close()

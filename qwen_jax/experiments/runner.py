@@ -25,6 +25,7 @@ from qwen_jax.experiments.models import Models
 from qwen_jax.experiments.plan import Planned
 from qwen_jax.experiments.records import Records
 from qwen_jax.experiments.scores import JUDGE
+from qwen_jax.experiments.stopping import Clock, OutOfTime, why_hopeless
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.generation import Request
@@ -46,10 +47,14 @@ class Runner:
         retry_failed: bool,
         profile: bool,
         asked: Asked,
+        max_time: float | None = None,
+        stop_worse: bool = False,
     ):
         self._records, self._command, self._asked = records, command, asked
-        self._retry, self._profile = retry_failed, profile
+        self._retry, self._profile, self._stop_worse = retry_failed, profile, stop_worse
+        self._clock = Clock(max_time)
         self._models = Models(records.directory)
+        self.out_of_time = False
 
     def run(self, planned: list[Planned]) -> int:
         """Runs what is left of the points; counts those that have failed, now or before."""
@@ -73,9 +78,11 @@ class Runner:
             ) as bar:
                 for item in left:
                     bar.set_postfix_str(item.point.label[:60])
-                    self._run(item)
+                    self._run_or_skip(item)
+                    if self.out_of_time:
+                        break
                     bar.update()
-            unjudged = self._judge(planned)
+            unjudged = 0 if self.out_of_time else self._judge(planned)
         ids = {item.point.id for item in planned}
         failed = sum(e["event"] == "failed" for id, e in records.ends.items() if id in ids)
         return failed + unjudged
@@ -109,6 +116,17 @@ class Runner:
         end = self._records.ends.get(point)
         return end is None or (end["event"] == "failed" and self._retry)
 
+    def _run_or_skip(self, item: Planned) -> None:
+        if self._clock.is_over:
+            self.out_of_time = True
+        elif self._stop_worse and (
+            reason := why_hopeless(self._records.directory, item, self._asked)
+        ):
+            self._records.event("skipped", point=item.point.id, time=_now(), reason=reason)
+            _log.info("skipped %s: %s", item.point.id, reason)
+        else:
+            self._run(item)
+
     def _run(self, item: Planned) -> None:
         point, records = item.point, self._records
         records.event("started", point=point.id, time=_now())
@@ -116,13 +134,17 @@ class Runner:
         start, compiled = time.perf_counter(), memory.compile_seconds()
         try:
             with (
-                PointWork(item, records, self._models) as work,
+                PointWork(item, records, self._models, self._clock) as work,
                 profiling.traced(records.directory, point.id, self._profile) as operations,
             ):
                 metrics = checked(item.task.run(work))
         except KeyboardInterrupt:
             records.event("interrupted", point=point.id, time=_now())
             raise
+        except OutOfTime:
+            records.event("interrupted", point=point.id, time=_now())
+            self.out_of_time = True
+            return
         except NotWritten:
             raise
         except Exception as error:
@@ -182,7 +204,8 @@ class Judge:
 class PointWork(Work):
     """One point's view of the records, with a progress bar of its own."""
 
-    def __init__(self, item: Planned, records: Records, models: Models):
+    def __init__(self, item: Planned, records: Records, models: Models, clock: Clock):
+        self._clock = clock
         self.config, self.asked = item.point.config, item.point.asked
         self.directory = records.directory
         self._point, self._records, self._models = item.point, records, models
@@ -214,6 +237,8 @@ class PointWork(Work):
         self._records.scored(self._point, line)
 
     def progress(self, done: int, total: int) -> None:
+        if done < total:
+            self._clock.check()
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 

@@ -25,6 +25,7 @@ TASKS = {
     "likelihood": "qwen_jax.experiments.tasks.likelihood:Likelihood",
     "compare": "qwen_jax.experiments.tasks.compare:Compare",
     "bench": "qwen_jax.experiments.tasks.bench:Bench",
+    "serve": "qwen_jax.experiments.tasks.serve:Serve",
     "eval": "qwen_jax.experiments.tasks.evaluate:Evaluate",
 }
 
@@ -71,7 +72,8 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def progress(self, done: int, total: int) -> None:
-        """Tells how many items there are by now."""
+        """Tells how many items there are by now. What it raises is to be let through: the time may
+        be up."""
 
 
 class Task(abc.ABC):

@@ -13,11 +13,12 @@ LOWER = frozenset(
         *("kld", "kld_p99", "kld_max", "perplexity", "perplexity_ratio", "nll", "ms_per_step"),
         *("word_perplexity", "byte_perplexity", "bits_per_byte", "edit_distance", "repetition"),
         *("weight_bytes", "device_bytes", "model_seconds", "brier_score"),
+        *(f"{what}_p{q}_ms" for what in ("ttft", "tpot", "latency") for q in (50, 90, 99)),
     }
 )
 """Metrics of which less is better, by what follows a task's name and a point."""
 
-_FIRST = ("kld", "nll", "decode_tokens_per_s")
+_FIRST = ("kld", "nll", "decode_tokens_per_s", "good_per_s")
 """What the tasks that have them are about."""
 
 _SAYS_NOTHING = ("tokens_per_answer", "ended_by_itself", "prompts", "model_seconds", "count")

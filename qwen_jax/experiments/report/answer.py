@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_jax.experiments.answers.answer import Answer, Entry
-from qwen_jax.experiments.answers.settings import Setting
+from qwen_jax.experiments.answers.settings import UNPAIRED, Setting
 from qwen_jax.experiments.answers.statistics import LEVEL
 from qwen_jax.experiments.declaration import clipped, short
 from qwen_jax.experiments.report.tables import number, shown
@@ -77,7 +77,11 @@ def explained(answer: Answer) -> str:
     what = "the named baseline" if answer.given else "the best mean, which was found by looking"
     sure = f"{1 - LEVEL:.0%}"
     pairs = "1 comparison" if answer.comparisons == 1 else f"{answer.comparisons:,} comparisons"
-    kind = answer.of if answer.of == "seed" else f"{answer.of}, over seeds"
+    pairing = f", paired by {answer.of}"
+    if answer.of == UNPAIRED:
+        pairing = " without pairs, since repeats have none"
+    elif answer.of != "seed" and any(entry.seeds > 1 for entry in answer.entries):
+        pairing += ", over seeds"
     more = ""
     if answer.of == "seed" and f"{answer.metric}_error" in answer.baseline.points[0].metrics:
         more = (
@@ -85,7 +89,7 @@ def explained(answer: Answer) -> str:
             "there are answers."
         )
     return (
-        f"Ranked by {answer.metric}, {way} is better. Differences are to {what}, paired by {kind}; "
+        f"Ranked by {answer.metric}, {way} is better. Differences are to {what}{pairing}; "
         f"p and the intervals hold for all together with {sure}, by Holm's correction for "
         f"{pairs}.{more}"
     )

@@ -31,7 +31,7 @@ def to_html(results: Results, stem: str) -> dict[str, str]:
 def contents(results: Results, answers: Sequence[Texts] = ()) -> Page:
     """What is on it. Make it, and whatever is made of it, within `page.drawing`."""
     states = {row.state for row in results.rows}
-    state = "bad" if "failed" in states else "open" if states != {"ok"} else "good"
+    state = "bad" if "failed" in states else "good" if states <= {"ok", "skipped"} else "open"
     sections = list(_sections(results, answers))
     return Page(results.title, _verdict(results), state, _facts(results), sections)
 

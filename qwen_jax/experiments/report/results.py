@@ -29,7 +29,7 @@ class Row:
         run: the workdir's name, as the reader knows it.
         overrides: what the sweep sets, by field; what is fixed in this run but swept or different
             in another is there, too.
-        state: "ok", "failed" or "missing".
+        state: "ok", "failed", "skipped" or "missing".
         end: the event that ended it, or nothing.
     """
 
@@ -84,6 +84,8 @@ class Results:
                         for name, value in (fixed | point["overrides"]).items()
                     }
                     state = STATES[end.get("event")]
+                    if not end and (reason := content.skipped.get(point["id"])):
+                        state, end = "skipped", {"reason": reason}
                     rows.append(Row(name, point["id"], overrides, state, end))
         for content in contents:
             asked = (asked or Asked()).over(Asked.of(content.asked))

@@ -9,7 +9,7 @@ from qwen_jax.experiments.declaration import clipped, one_line, short
 from qwen_jax.experiments.report.results import Results, Row
 from qwen_jax.reporting.table import Rounded, Table
 
-STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
+STATES = {"ok": "finished", "failed": "failed", "skipped": "left out", "missing": "not run yet"}
 NO_POINTS = "No points."
 
 

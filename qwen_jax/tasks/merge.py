@@ -19,10 +19,12 @@ def run(command: Command) -> int:
     missing = merge.merge(paths, out)
     out = out or paths[0]
     results = report.show([out], out, asked=Asked.of(command.config.answer))
-    if missing:
+    if missing.shards:
+        print(f"Missing shards: {', '.join(missing.shards)}.", file=sys.stderr)
+    if missing.points:
         print(
-            f"Missing points: {len(missing)} ({', '.join(missing)}). The command without --shard, "
-            f"with --workdir={out}, runs them.",
+            f"Missing points: {len(missing.points)} ({', '.join(missing.points)}). The command "
+            f"without --shard, with --workdir={out}, runs them.",
             file=sys.stderr,
         )
     return 0 if all(row.state in ("ok", "skipped") for row in results.rows) else 1

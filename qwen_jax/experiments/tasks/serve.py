@@ -162,5 +162,10 @@ def served(
             if completion is not None:
                 del asked[number]
                 ended[index], tokens[index] = now, len(completion.tokens)
-    times = ([column[i] for i in range(len(requests))] for column in (arrived, first, ended))
-    return Served(*times, tokens=[tokens[i] for i in range(len(requests))])
+    order = range(len(requests))
+    return Served(
+        arrived=[arrived[i] for i in order],
+        first=[first[i] for i in order],
+        ended=[ended[i] for i in order],
+        tokens=[tokens[i] for i in order],
+    )

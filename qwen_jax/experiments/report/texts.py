@@ -1,6 +1,7 @@
 """The answers of `generate`, prompt by prompt, settings side by side, in pages of bounded size."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ MOST = 200_000
 """Answers of one report, the first of each setting; the records have all."""
 
 _METRICS = 6
+_ASKED = ("prompt_file", "prompt", "n", "experiment.template", "experiment.task")
+"""Fields on which the prompts of a point depend."""
 
 Prompt = dict[str, Any]
 
@@ -176,20 +179,19 @@ def _plain(key: str) -> str:
 
 def _asked(content: Contents, overrides: Any, known: dict[str, dict[int, str]]) -> dict[int, str]:
     """Prompts by their first row, where the file they are from is as it was."""
-    try:
-        config = config_of(content.config, overrides)
-        key = repr((config.prompt_file, config.prompt, config.n, config.experiment.template))
-        if key not in known:
-            known[key] = {}
-            if same_prompts(content, config):
-                row = 0
-                for item in Generate(config).items():
-                    text = item.prompt if isinstance(item.prompt, str) else json.dumps(item.prompt)
-                    known[key][row] = visible(text[:LONGEST])
-                    row += item.samples(config.n)
+    fields = content.config["config"] | overrides
+    key = repr([fields.get(name) for name in _ASKED])
+    if key in known:
         return known[key]
-    except UserError:  # The answers can be read without.
-        return {}
+    known[key] = {}
+    with contextlib.suppress(UserError):  # The answers can be read without.
+        config, row = config_of(content.config, overrides), 0
+        if config.experiment.task == "generate" and same_prompts(content, config):
+            for item in Generate(config).items():
+                text = item.prompt if isinstance(item.prompt, str) else json.dumps(item.prompt)
+                known[key][row] = visible(text[:LONGEST])
+                row += item.samples(config.n)
+    return known[key]
 
 
 def _metrics(results: Results) -> list[str]:

@@ -105,6 +105,8 @@ def answer(
     """
     points = [point for setting in settings for point in setting.points]
     there = [m for m in dict.fromkeys(m for p in points for m in p.metrics) if _is_metric(m)]
+    if not there:  # Nothing has finished yet, or all has failed.
+        return None
     scored = dict.fromkeys(name for point in points for name in point.scored.values)
     metric = chosen.metric(asked, there, scored)
     if metric is None:

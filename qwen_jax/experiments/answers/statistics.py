@@ -20,7 +20,7 @@ POWER = 0.8
 """How often the number of units that is asked for shows a difference as large as was seen."""
 
 _RESAMPLES = 10_000
-_MOST_DRAWN = 20_000_000
+_MOST_DRAWN = 5_000_000
 _BOOTSTRAPPED = range(10, 5001)
 """Units; fewer, drawn again, show no shape, and of more the mean is as good as normal."""
 _MOST_PARTS = 64

@@ -156,6 +156,14 @@ def test_points_without_a_score_have_no_answer(
     assert out.startswith("No answer: there are no two settings with a score")
 
 
+def test_where_all_has_failed_the_report_says_so(
+    experiment: Callable[..., list[str]], run: Callable
+) -> None:
+    result = run(*experiment('axis("max_tokens", [2, 3])', 'config.answer.metric = "right"'))
+    assert result.code == 1 and result.out.startswith("No answer: ")
+    assert "failed: max_tokens=2: out of memory" in result.out
+
+
 def test_damaged_scores_are_told_of(
     judged: Callable, experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
 ) -> None:

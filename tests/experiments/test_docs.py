@@ -34,7 +34,10 @@ def test_a_score_and_a_task_of_ones_own(
     (tmp_path / "fertility.py").write_text(program("class Fertility("))
     words = tmp_path / "words.jsonl"
     words.write_text('{"id": "a", "word": "snow"}\n{"id": "b", "word": "algorithm"}\n')
-    shared = f"config.prompt_file = {str(words)!r}; config.max_tokens = 6; "
+    shared = (
+        f"config.prompt_file = {str(words)!r}; config.max_tokens = 6; "
+        "config.batch_invariant = False; "
+    )
     templates = 'axis("experiment.template", ["{word}", "a haiku on {word}"])'
     assert run(*experiment(templates, shared + "config.experiment.task = 'generate'")).code == 0
     assert run("score", str(tmp_path / "w"), "--scores=rhymes:score").code == 0

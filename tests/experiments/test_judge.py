@@ -30,7 +30,7 @@ def words(tmp_path: Path) -> str:
 def config(words: str, judge: str = "") -> str:
     return (
         f"config.prompt_file = {words!r}; config.experiment.template = 'haiku: {{word}}'; "
-        "config.experiment.task = 'generate'; config.n = 2; "
+        "config.experiment.task = 'generate'; config.n = 2; config.batch_invariant = False; "
         f"config.max_tokens = 12; {judge}"
     )
 
@@ -146,6 +146,7 @@ def test_how_likely_given_answers_are(
 ) -> None:
     likely = (
         f"config.prompt_file = {words!r}; config.experiment.task = 'likelihood'; "
+        "config.batch_invariant = False; "
         "config.experiment.template = 'haiku: {word}'"
     )
     argv = experiment('axis("raw", [False, True])', likely)

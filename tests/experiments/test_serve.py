@@ -78,7 +78,8 @@ def test_the_whole_task(
     argv = experiment(
         'axis("experiment.serve.concurrency", [1, 4])',
         "config.experiment.task = 'serve'; config.prompt = 'haiku: snow'; config.max_tokens = 8; "
-        "config.experiment.serve.requests = 6; config.experiment.serve.repeats = 2",
+        "config.experiment.serve.requests = 6; config.experiment.serve.repeats = 2; "
+        "config.batch_invariant = False",
     )
     result = run(*argv)
     assert result.code == 0 and "On good_per_s" in result.out and "without pairs" in result.out

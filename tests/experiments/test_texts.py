@@ -112,7 +112,7 @@ def test_prompts_are_shown_while_their_file_is_as_it_was(
         'axis("sampling.seed", [0, 1])',
         f"config.prompt_file = {str(words)!r}; config.experiment.template = 'On {{word}}?'; "
         "config.experiment.task = 'generate'; config.max_tokens = 3; config.top_logprobs = 0; "
-        "config.sampling.temperature = 1.0",
+        "config.batch_invariant = False; config.sampling.temperature = 1.0",
     )
     run(*argv)
     (prompt,) = data(tmp_path / "w" / "report.html")["prompts"]

@@ -130,11 +130,14 @@ def _counted(answer: Answer, entry: Entry) -> str:
 
 
 def _places(entry: Entry) -> int | None:
-    """Digits after the point that a difference is worth: three of half its interval."""
+    """Digits after the point that a difference is worth: two of half its interval, and one more
+    where a limit would look like 0 that isn't."""
     if entry.low is None or entry.high is None or entry.high <= entry.low:
         return None
     leading = f"{(entry.high - entry.low) / 2:.0e}"
-    return 2 - int(leading.partition("e")[2])
+    places = 1 - int(leading.partition("e")[2])
+    hidden = any(limit and round(limit, places) == 0 for limit in (entry.low, entry.high))
+    return places + hidden
 
 
 def _rounded(value: float, places: int | None) -> str:

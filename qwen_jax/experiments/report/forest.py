@@ -1,5 +1,11 @@
 """The answer as a picture: each setting's difference, and where it lies."""
 
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import SymmetricalLogLocator
+
 from qwen_jax.experiments.answers.answer import Answer
 from qwen_jax.experiments.report.answer import name
 from qwen_jax.reporting.drawing import Drawing
@@ -8,6 +14,9 @@ from qwen_jax.reporting.style import GREEN, INK, MUTED, PALE, RED, literal
 
 MOST = 40
 """Settings that are drawn, from the best one on."""
+
+_DECADES = 300
+"""How many times as large as the smallest difference the largest is where all need room."""
 
 _COLOURS = {"better": GREEN, "worse": RED, "baseline": INK}
 
@@ -33,6 +42,7 @@ def forest(answer: Answer) -> Picture | None:
     panel.set_yticks(range(len(entries)), list(map(literal, names)))
     panel.set_ylim(len(entries) - 0.5, -0.5)
     panel.grid(True, axis="x")
+    _scale(panel, [entry.difference for entry in entries if entry.difference])
     base = name(answer.baseline, several)
     better = "lower" if answer.lower else "higher"
     panel.set_xlabel(literal(f"{answer.metric} less that of {base} ({better} is better)"))
@@ -41,3 +51,15 @@ def forest(answer: Answer) -> Picture | None:
         f"Lines are where a difference lies; green is better, red worse, grey not told apart.{left}"
     )
     return Picture("Differences", caption, figure)
+
+
+def _scale(panel: Axes, differences: Sequence[float]) -> None:
+    """Powers of ten stand evenly on both sides of 0 where differences are of many sizes."""
+    sizes = [abs(difference) for difference in differences]
+    if not sizes or max(sizes) <= _DECADES * min(sizes):
+        return
+    linear = 10.0 ** math.floor(math.log10(min(sizes)))
+    panel.set_xscale("symlog", linthresh=linear, linscale=0.4)
+    locator = SymmetricalLogLocator(base=10, linthresh=linear)
+    locator.set_params(numticks=8)
+    panel.xaxis.set_major_locator(locator)

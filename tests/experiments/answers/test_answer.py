@@ -182,6 +182,31 @@ def test_damaged_scores_are_told_of(
     assert len(units) == UNITS and units['"u59"'] == 1.0
 
 
+def test_differences_of_many_sizes_all_have_room(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = pytest.importorskip("qwen_jax.experiments.report.forest")
+
+    def metrics(task: Count, work: Work) -> dict[str, float]:
+        size = {6: 0.0, 7: 1e-6, 8: 1.0}[task.config.max_tokens]
+        noise = 1 + 0.1 * np.random.default_rng(0).normal(size=20)
+        for unit, value in enumerate(size * noise):
+            work.score("prompt", unit, unit, {"kld": float(value)})
+        return {"kld": float(size * noise.mean())}
+
+    monkeypatch.setattr(Count, "run", metrics)
+    run(*experiment('axis("max_tokens", [6, 7, 8])'))
+    found = Results.read([tmp_path / "w"]).answer
+    assert found is not None
+    (panel,) = drawn.forest(found).figure.axes
+    at = panel.transData.transform([(e.difference or 0.0, 0) for e in found.entries])[:, 0]
+    assert panel.get_xscale() == "symlog" and np.diff(at).min() > 30
+    assert {entry.verdict for entry in found.entries[1:]} == {"worse"}
+
+
 def test_which_end_is_better() -> None:
     for name, lower in (
         ("kld", True),

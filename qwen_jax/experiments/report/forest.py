@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import SymmetricalLogLocator
+from matplotlib.ticker import NullLocator
 
-from qwen_jax.experiments.answers.answer import Answer
+from qwen_jax.experiments.answers.answer import Answer, Entry
 from qwen_jax.experiments.report.answer import name
 from qwen_jax.reporting.drawing import Drawing
 from qwen_jax.reporting.page import Picture
@@ -15,7 +15,7 @@ from qwen_jax.reporting.style import GREEN, INK, MUTED, PALE, RED, literal
 MOST = 40
 """Settings that are drawn, from the best one on."""
 
-_DECADES = 300
+_SIZES = 300
 """How many times as large as the smallest difference the largest is where all need room."""
 
 _COLOURS = {"better": GREEN, "worse": RED, "baseline": INK}
@@ -42,7 +42,7 @@ def forest(answer: Answer) -> Picture | None:
     panel.set_yticks(range(len(entries)), list(map(literal, names)))
     panel.set_ylim(len(entries) - 0.5, -0.5)
     panel.grid(True, axis="x")
-    _scale(panel, [entry.difference for entry in entries if entry.difference])
+    _scale(panel, entries)
     base = name(answer.baseline, several)
     better = "lower" if answer.lower else "higher"
     panel.set_xlabel(literal(f"{answer.metric} less that of {base} ({better} is better)"))
@@ -53,13 +53,22 @@ def forest(answer: Answer) -> Picture | None:
     return Picture("Differences", caption, figure)
 
 
-def _scale(panel: Axes, differences: Sequence[float]) -> None:
+def _scale(panel: Axes, entries: Sequence[Entry]) -> None:
     """Powers of ten stand evenly on both sides of 0 where differences are of many sizes."""
-    sizes = [abs(difference) for difference in differences]
-    if not sizes or max(sizes) <= _DECADES * min(sizes):
+    sizes = [abs(entry.difference) for entry in entries if entry.difference]
+    if not sizes or max(sizes) <= _SIZES * min(sizes):
         return
-    linear = 10.0 ** math.floor(math.log10(min(sizes)))
-    panel.set_xscale("symlog", linthresh=linear, linscale=0.4)
-    locator = SymmetricalLogLocator(base=10, linthresh=linear)
-    locator.set_params(numticks=8)
-    panel.xaxis.set_major_locator(locator)
+    limits = [x for e in entries for x in (e.low, e.high, e.difference) if x is not None]
+    first = math.floor(math.log10(min(sizes)))
+    last = math.ceil(math.log10(max(map(abs, limits))))
+    linear = 10.0**first
+    panel.set_xscale("symlog", linthresh=linear, linscale=0.5)
+    ends = [end if abs(end) > linear else 0.0 for end in (min(limits), max(limits))]
+    panel.set_xlim(min(2 * ends[0], -linear), max(2 * ends[1], linear))
+    both = ends[0] < 0 < ends[1]
+    step = max(1, (last - first) // (3 if both else 6))
+    powers = [10.0**power for power in range(last, first + 1, -step)]
+    below = [-power for power in powers] if ends[0] < 0 else []
+    above = powers if ends[1] > 0 else []
+    panel.set_xticks([*below, 0.0, *above])
+    panel.xaxis.set_minor_locator(NullLocator())

@@ -32,13 +32,17 @@ def cells(results: Results, rows: Sequence[Row]) -> Table:
     several = len(results.names) > 1
     swept, metrics = results.swept, differing_metrics(results)
     header = [*(["run"] if several else []), *map(short, swept), *metrics]
+    alone = {(s.run, s.points[0].id): s for s in results.settings if s.seeds == 1}
     lines = []
     for row in rows:
         line = [row.run] if several else []
+        setting = alone.get((row.run, row.id))
         line += [clipped(shown(row.overrides.get(field))) for field in swept]
         for index, name in enumerate(metrics):
             if name in row.metrics:
                 value, error = row.metrics[name], row.metrics.get(f"{name}_error")
+                if error is None and setting is not None and (held := value_of(setting, name)):
+                    error = held.mean.error  # over units, which a task of one's own may have
                 full = f"{value!r}" if error is None else f"{value!r} ± {error!r}"
                 line.append(Rounded.of(number(value, error), full))
             else:

@@ -34,6 +34,7 @@ from qwen_jax.executables.per_user import use_compilation_cache
 from qwen_jax.generation import (
     Completion,
     Generation,
+    NotYet,
     Piece,
     Request,
     StreamedText,
@@ -163,7 +164,7 @@ class Model:
         return prompt_ids(self.tokenizer, prompt, source=source, **options)
 
     @checked
-    def run(self, requests: Iterable[Request]) -> Generation:
+    def run(self, requests: Iterable[Request | NotYet]) -> Generation:
         """Requests through the engine's slots; iterate over it for the texts as they come."""
         return Generation(self.engine, self.tokenizer, requests)
 

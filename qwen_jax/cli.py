@@ -42,9 +42,10 @@ TASKS = {
     "configs": "list the ready-made configs",
     "recorder": "print a script that records another engine for compare: recorder [NAME]",
     "merge": "put the shards of an experiment together: merge WORKDIR [WORKDIR ...]",
+    "score": "judge an experiment's answers again, without a model: score WORKDIR",
     "report": "show an experiment, or several, or comparisons, side by side: report WORKDIR ...",
 }
-WITH_ARGUMENTS = ("certify", "merge", "recorder", "report")
+WITH_ARGUMENTS = ("certify", "merge", "recorder", "report", "score")
 USAGE = """\
 Usage: {program} [TASK] [--config=FILE.py or NAME] [--config.FIELD=VALUE ...] [--FLAG=VALUE ...]
 

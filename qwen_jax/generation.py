@@ -136,6 +136,15 @@ class Piece(NamedTuple):
     completion: Completion | None
 
 
+class NotYet:
+    """What an iterable of requests may give where the next one has not arrived: it is asked again
+    after the next turn. It takes a number of its own."""
+
+
+_PAUSE = 0.0005
+"""Seconds until it is asked again where nothing else is to be done."""
+
+
 class Generation:
     """Requests through the engine's slots. Iterating, once, yields each one's text as it comes.
 
@@ -143,14 +152,14 @@ class Generation:
     long as it likes. They end in any order.
 
     Args:
-        requests: what to answer; their places in it are the pieces' numbers.
+        requests: what to answer, or `NotYet`; their places in it are the pieces' numbers.
 
     Raises:
         UserError: while iterating: a prompt is empty or too long, a setting doesn't fit the
             vocabulary, or one text doesn't fit the device.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request]):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request | NotYet]):
         self._engine, self._tokenizer = engine, tokenizer
         self._requests = enumerate(requests)
         self._rows: dict[Text, _Row] = {}
@@ -180,6 +189,10 @@ class Generation:
         while more or not scheduler.idle:
             while more and scheduler.wants_more:
                 number, request = next(self._requests, (0, None))
+                if isinstance(request, NotYet):
+                    if scheduler.idle:
+                        time.sleep(_PAUSE)
+                    break
                 if more := request is not None:
                     try:
                         row = _Row(number, request, self._engine, self._tokenizer)

@@ -133,13 +133,14 @@ def get_config() -> ConfigDict:
             "certify": {"verify": placeholder(str)},
             # What each point of an experiment does.
             "experiment": {
-                # generate, perplexity, compare, bench, eval, or module:Class of your own.
+                # generate, likelihood (of each line's answer), perplexity, compare, bench (speed of
+                # the engine), serve (of requests), eval, or module:Class of your own.
                 "task": "generate",
                 # The model is turned into this GGUF type first.
                 "quantization": placeholder(str),
                 # Makes the prompt from the fields of a line of JSON, as in "A haiku on {word}."
                 "template": placeholder(str),
-                # What answers are judged by: diversity, haiku, match, or module:function.
+                # What answers are judged by: names of experiments/scores, or module:function.
                 "scores": (),
                 # Text of perplexity and compare, and the tokens of one window.
                 "text": placeholder(str),
@@ -153,7 +154,31 @@ def get_config() -> ConfigDict:
                     "implementation": placeholder(str),
                     "matmul_precision": placeholder(str),
                 },
+                # The model that the score judge asks; what is not set is as in the point. Its
+                # prompt is made of a line's fields, {prompt} and {text}, the answer; of its words
+                # the first is the better one.
+                "judge": {
+                    "model": placeholder(str),
+                    "quantization": placeholder(str),
+                    "dtype": placeholder(str),
+                    "weights": placeholder(str),
+                    "implementation": placeholder(str),
+                    "matmul_precision": placeholder(str),
+                    "template": placeholder(str),
+                    "words": ("yes", "no"),
+                },
                 "bench": {"prompt_tokens": 128, "new_tokens": 32, "repeats": 5},
+                # The load of the task serve: so many requests, the prompts in turn, that arrive at
+                # `rate` a second (Poisson), or whenever one of `concurrency` (by default slots) has
+                # its answer; what makes one good, in milliseconds; and how often all of it.
+                "serve": {
+                    "requests": 64,
+                    "rate": placeholder(float),
+                    "concurrency": placeholder(int),
+                    "good_ttft_ms": 1000.0,
+                    "good_tpot_ms": 100.0,
+                    "repeats": 3,
+                },
                 # Tasks of lm-evaluation-harness; `include` is a directory of tasks of your own, and
                 # without `shots` each task shows as many examples as it says. The
                 # chat template wraps prompts, with `system` and with examples as turns of their
@@ -168,12 +193,26 @@ def get_config() -> ConfigDict:
                     "fewshot_as_multiturn": placeholder(bool),
                 },
             },
+            # What an experiment's report answers: on which metric settings are ranked, what they
+            # are compared with, as in "temperature=0" (else the best), and whether higher or lower
+            # is better (auto knows the metrics of this program).
+            "answer": {
+                "metric": placeholder(str),
+                "baseline": placeholder(str),
+                "better": "auto",
+            },
             # How an experiment is run; its records are the same whatever stands here.
             "runner": {
                 "dry_run": False,
                 "shard": placeholder(str),
                 "retry_failed": False,
                 "profile": False,
+                # Seconds after which no more is begun, and what is at work is left for the same
+                # command to go on with.
+                "max_time": placeholder(float),
+                # Leave out further seeds of a setting that is worse than the best so far on
+                # answer.metric, and record that.
+                "stop_worse": False,
             },
         }
     )
@@ -258,9 +297,27 @@ FLAGS: dict[str, tuple[str, str]] = {
     "text": ("compare.text", "Text file of distribution, precision and quantisation."),
     "context": ("compare.context", "Tokens of one window of that text."),
     "verify": ("certify.verify", "Compute this certificate again, and say what differs."),
+    "scores": (
+        "experiment.scores",
+        "What answers are judged by, as choice, contains, number; may be given several times.",
+    ),
+    "metric": ("answer.metric", "Rank an experiment's settings on this metric."),
+    "baseline": (
+        "answer.baseline",
+        "Compare with this setting, as in temperature=0, or run; else with the best one.",
+    ),
+    "better": ("answer.better", "Whether higher or lower of the metric is better."),
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
     "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
     "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),
+    "max_time": (
+        "runner.max_time",
+        "Seconds after which an experiment ends; it can be gone on with.",
+    ),
+    "stop_worse": (
+        "runner.stop_worse",
+        "Leave out further seeds of an experiment's settings that are worse than its best.",
+    ),
     "profile": ("runner.profile", "Trace an experiment's points and name the slowest operations."),
 }
 """Flags that stand for a config field: name to (field, help). They win over --config."""
@@ -337,6 +394,11 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 @functools.cache
 def _defaults() -> Mapping[str, Any]:
     return dict(flatten(get_config()))
+
+
+def default_of(field: str) -> Any:
+    """Of a field by its dotted name; None for what is none."""
+    return _defaults().get(field)
 
 
 _TEXTS = ("prompt", "system", "suffix")

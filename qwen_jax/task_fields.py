@@ -18,11 +18,12 @@ FIELDS = {
     "inspect": MODEL,
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
-    "experiment": (*MODEL, *PROMPT, *ANSWER, "experiment", "runner", "workdir"),
+    "experiment": (*MODEL, *PROMPT, *ANSWER, "experiment", "runner", "answer", "workdir"),
     "configs": (),
     "recorder": (),
-    "merge": ("workdir",),
-    "report": ("workdir",),
+    "merge": ("workdir", "answer"),
+    "report": ("workdir", "answer"),
+    "score": ("experiment.scores", "answer"),
 }
 """Fields, or groups of them, by task."""
 

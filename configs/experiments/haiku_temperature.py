@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.prompt_file = "configs/experiments/words.jsonl"
     config.experiment.template = "Write a haiku that contains the word {word}."
     config.experiment.scores = ("haiku",)
+    config.answer.metric = "haiku"
     config.max_tokens = 96
     config.slots = 40
     return config

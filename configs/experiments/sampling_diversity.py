@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.prompt_file = "configs/experiments/words.jsonl"
     config.experiment.template = "haiku: {word}"
     config.experiment.scores = ("haiku", "diversity")
+    config.answer.metric = "haiku"
     config.max_tokens = 64
     config.n = 8
     config.slots = 64

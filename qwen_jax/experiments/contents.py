@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from qwen_jax.regular_files import MOST_BYTES
 from qwen_jax.settings import program
 
 CONFIG, METRICS, OUTPUTS, LOG = "config.json", "metrics.jsonl", "outputs.jsonl", "log.txt"
+SCORES, JUDGEMENTS = "scores.jsonl", "judgements.jsonl"
 CONFIG_FILE, ENVIRONMENTS, LOCK = "config.py", "environments", "lock"
 SHARD = re.compile(r"shard-\d+-of-\d+")
 FORMAT = 1
@@ -42,6 +44,16 @@ _FIELDS = {
     "points": objects({"id": NAME, "overrides": SETTINGS}),
     "shard": optional(TEXT),
     "assigned": list_of(NAME),
+}
+_ANSWER = Kind(
+    "an object of texts",
+    lambda value: isinstance(value, dict) and all(map(TEXT.has, value.values())),
+)
+_OF_UNIT = {
+    "of": TEXT,
+    "unit": NATURAL,
+    "id": Kind("a text or a number", lambda value: TEXT.has(value) or NUMBER.has(value)),
+    "scores": VALUES,
 }
 _OPERATIONS = objects({"operation": TEXT, "seconds": NUMBER, "share": NUMBER, "calls": NATURAL})
 
@@ -89,6 +101,7 @@ class Contents:
             "session": {
                 "environment": NAME,
                 **{name: TEXT for name in ("command", "time") if name in event},
+                **({"answer": _ANSWER} if "answer" in event else {}),
             },
             "started": point,
             "finished": {
@@ -100,6 +113,8 @@ class Contents:
             },
             "failed": {**point, "kind": TEXT, "reason": TEXT, **had},
             "interrupted": point,
+            "skipped": {**point, "reason": TEXT},
+            "scored": {**point, "metrics": VALUES},
         }
         return fault(event, {"event": TEXT}) or fault(event, needed.get(event["event"], {}))
 
@@ -130,6 +145,18 @@ class Contents:
         return found
 
     @property
+    def asked(self) -> dict[str, str]:
+        """What the last session asked of the answer: fields of a config's group `answer`."""
+        sessions = [e for e in self.events if e["event"] == "session"]
+        return sessions[-1].get("answer", {}) if sessions else {}
+
+    def scores(self) -> Iterator[dict[str, Any]]:
+        """What units of the points scored, in the order it was written: of two lines on one unit
+        the later one counts."""
+        needed = {"point": self._point, **_OF_UNIT}
+        return lines.read(self.path / SCORES, fault=lambda line: fault(line, needed))
+
+    @property
     def lost(self) -> str:
         """Which file is gone of two that are begun together, in words; else nothing."""
         for gone, left in ((OUTPUTS, METRICS), (METRICS, OUTPUTS)):
@@ -158,8 +185,28 @@ class Contents:
 
     @property
     def ends(self) -> dict[str, dict[str, Any]]:
-        """Each point's last `finished` or `failed` event, by its id."""
-        return {e["point"]: e for e in self.events if e["event"] in ("finished", "failed")}
+        """Each point's last `finished` or `failed` event, by its id; with the metrics of scores
+        that were computed again since."""
+        found: dict[str, dict[str, Any]] = {}
+        for event in self.events:
+            point = event.get("point", "")
+            if event["event"] in ("finished", "failed"):
+                found[point] = event
+            elif event["event"] == "scored" and "metrics" in found.get(point, {}):
+                metrics = found[point]["metrics"] | event["metrics"]
+                found[point] = found[point] | {"metrics": metrics}
+        return found
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why points that have not ended were left out, by their ids."""
+        found: dict[str, str] = {}
+        for event in self.events:
+            if event["event"] == "skipped":
+                found[event["point"]] = event["reason"]
+            elif event["event"] in ("started", "finished", "failed"):
+                found.pop(event["point"], None)
+        return found
 
     @property
     def begun(self) -> set[str]:
@@ -175,7 +222,7 @@ class Contents:
 def refuse_others(directory: Path) -> None:
     """Raises UserError where a record's name is that of a pipe or a device, which never ends, or
     leads out of the directory: it may be somebody else's, and would be written to."""
-    names = (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, LOG, ENVIRONMENTS)
+    names = (CONFIG, CONFIG_FILE, LOCK, METRICS, OUTPUTS, SCORES, JUDGEMENTS, LOG, ENVIRONMENTS)
     try:
         paths = [*(directory / name for name in names), *directory.glob(f"{ENVIRONMENTS}/*")]
         found = [path for path in paths if path.is_symlink() or path.exists()]

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from qwen_jax.experiments import inputs
 from qwen_jax.weights.hub_names import abbreviated
 
 EXAMPLE = "configs/experiments/haiku_temperature.py"
-NOT_HASHED = ("workdir", "output", "runner.")
+NOT_HASHED = ("workdir", "output", "runner.", "answer.")
 """Fields that say where and how, but not what."""
 
 LONGEST = 40
@@ -106,37 +106,68 @@ def declare(command: settings.Command) -> Declaration:
     if command.config_file is None:
         raise UserError(f"An experiment needs --config=FILE.py; {EXAMPLE} is one.")
     path = command.config_file.partition(":")[0]
-    sweep = _swept(config_program.call(command.config_file, "get_sweep", EXAMPLE), path)
+    sweep = config_program.call(command.config_file, "get_sweep", EXAMPLE)
+    return declared(
+        command.config,
+        sweep,
+        path,
+        name=command.config_file,
+        source=lambda _: utf8.read(path),  # Python reads other encodings, too, where told which.
+        given=command.overrides,
+    )
+
+
+def declared(
+    config: ConfigDict,
+    sweep: Any,
+    path: str,
+    *,
+    name: str,
+    source: Callable[[Mapping[str, Any]], str],
+    given: Collection[str] = (),
+) -> Declaration:
+    """The points of a sweep over a config.
+
+    Args:
+        path: what made them, for messages.
+        name: what made them, for records.
+        source: the config file's text, of the fields that are not the defaults.
+        given: fields that a flag sets.
+
+    Raises:
+        UserError: as `declare` does.
+    """
+    sweep = _swept(sweep, path)
     points: list[tuple[dict[str, Any], ConfigDict]] = []
     commits: dict[str, str] = {}
     for number, overrides in enumerate(sweep, start=1):
-        config = command.config.copy_and_resolve_references()
-        settings.update(config, overrides, f"{path}: point {number} of the sweep")
-        fields = ((f"{name}, which {path} sweeps,", name) for name in overrides)
+        point = config.copy_and_resolve_references()
+        settings.update(point, overrides, f"{path}: point {number} of the sweep")
+        fields = ((f"{field}, which {path} sweeps,", field) for field in overrides)
         task_fields.check("experiment", fields)
-        for name in overrides:
-            if name.startswith(NOT_HASHED):
-                raise UserError(f"{path}: a sweep can't set {name}, which changes no result.")
-            if name in command.overrides:
-                raise UserError(f"{name} is given by a flag, but {path} sweeps it; drop one.")
-        pins.pin_models(config, pins.OF_EXPERIMENT, commits)
-        points.append((overrides | _models_of(overrides, commits), config))
+        for field in overrides:
+            if field.startswith(NOT_HASHED):
+                raise UserError(f"{path}: a sweep can't set {field}, which changes no result.")
+            if field in given:
+                raise UserError(f"{field} is given by a flag, but {path} sweeps it; drop one.")
+        pins.pin_models(point, pins.OF_EXPERIMENT, commits)
+        points.append((overrides | _models_of(overrides, commits), point))
     # What all points override is not asked for: nothing reads it.
-    base = command.config.copy_and_resolve_references()
+    base = config.copy_and_resolve_references()
     settings.update(base, _models_of(dict(settings.flatten(base)), commits), path)
-    prints = inputs.of_points(config for _, config in points)
+    prints = inputs.of_points(point for _, point in points)
     default = dict(settings.flatten(settings.get_config()))
     changed = {
-        name: value
-        for name, value in settings.flatten(base)
-        if value != default[name] and not name.startswith(NOT_HASHED)
+        field: value
+        for field, value in settings.flatten(base)
+        if value != default[field] and not field.startswith(NOT_HASHED)
     }
     return Declaration(
-        name=command.config_file,
-        source=utf8.read(path),  # Python reads other encodings, too, where told which.
+        name=name,
+        source=source(changed),
         base=hashed_fields(base),
         changed=changed,
-        points=_identified(points, prints, {*changed, *command.overrides}, path),
+        points=_identified(points, prints, {*changed, *given}, path),
         inputs=prints,
     )
 

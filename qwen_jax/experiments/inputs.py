@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -67,11 +67,19 @@ def of_points(configs: Iterable[ConfigDict]) -> dict[str, str]:
     found: dict[str, str] = {}
     for config in configs:
         experiment = config.experiment
-        _add(found, locate, (config.model, experiment.reference.model))
+        _add(found, locate, (config.model, experiment.reference.model, experiment.judge.model))
         _add(found, locate_adapter, config.adapter)
-        texts = (config.prompt_file, config.tools, experiment.text)
-        _add(found, ready_made.path, [name for name in texts if name and _is_file(name)])
+        found |= of_texts(config, found)
         _add(found, ready_made.path, (experiment.eval.include,), "**/*")
+    return found
+
+
+def of_texts(config: ConfigDict, known: Collection[str] = ()) -> dict[str, str]:
+    """The same of the texts and prompts of one point, but for those that are known."""
+    found: dict[str, str] = {}
+    texts = (config.prompt_file, config.tools, config.experiment.text)
+    names = (name for name in texts if name and name not in known)
+    _add(found, ready_made.path, [name for name in names if _is_file(name)])
     return found
 
 

@@ -31,7 +31,7 @@ class Lines:
     """A file to which lines are added. What a killed process left of a line is cut off first."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._unsynced = path, False
         with written(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             _sync_directory(path.parent)
@@ -57,6 +57,7 @@ class Lines:
         # Half of a surrogate pair, as a prompt's id may hold, becomes its JSON escape.
         data = memoryview((text + "\n").encode("utf-8", "backslashreplace"))
         end = os.fstat(self._file).st_size
+        self._unsynced = True
         with written(self.path):
             try:
                 while data:
@@ -78,8 +79,10 @@ class Lines:
 
     def sync(self) -> None:
         """Waits until the disk has what was added, for the day the power fails."""
-        with written(self.path):
-            os.fsync(self._file)
+        if self._unsynced:
+            with written(self.path):
+                os.fsync(self._file)
+        self._unsynced = False
 
     def close(self) -> None:
         os.close(self._file)

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen_jax import regular_files, utf8
 from qwen_jax.errors import UserError
@@ -14,10 +14,12 @@ from qwen_jax.experiments.contents import (
     CONFIG,
     CONFIG_FILE,
     ENVIRONMENTS,
+    JUDGEMENTS,
     LOCK,
     LOG,
     METRICS,
     OUTPUTS,
+    SCORES,
     SHARD,
     Contents,
 )
@@ -25,9 +27,24 @@ from qwen_jax.experiments.moved import moved
 from qwen_jax.experiments.records import difference, foreign_in, hold, refuse_foreign, unused
 from qwen_jax.settings import program
 
+_FILES = (METRICS, OUTPUTS, SCORES, JUDGEMENTS, LOG)
+"""What shards have a part of each."""
 
-def merge(named: Sequence[Path], out: Path | None) -> list[str]:
-    """Writes shards' records into one directory; returns the ids of points that none has ended.
+
+class Missing(NamedTuple):
+    """What a merged experiment lacks.
+
+    Attributes:
+        points: ids of those that no shard has ended.
+        shards: those of which there is no directory, as in "2/3".
+    """
+
+    points: list[str]
+    shards: list[str]
+
+
+def merge(named: Sequence[Path], out: Path | None) -> Missing:
+    """Writes shards' records into one directory; returns what is missing of them.
 
     It is then an experiment that the command without --shard goes on with.
 
@@ -90,15 +107,26 @@ def _refuse_used(out: Path) -> None:
             f"{out} holds an experiment already, which {program()} report {out} shows; to merge "
             "once more, give --workdir=DIRECTORY, a new one."
         )
-    foreign = foreign_in(out, {LOCK, CONFIG_FILE, METRICS, OUTPUTS, LOG, ENVIRONMENTS})
+    foreign = foreign_in(out, {LOCK, CONFIG_FILE, *_FILES, ENVIRONMENTS})
     refuse_foreign(out, {name for name in foreign if not SHARD.fullmatch(name)})
 
 
-def _merged(contents: Sequence[Contents], out: Path) -> list[str]:
+def _merged(contents: Sequence[Contents], out: Path) -> Missing:
     ended = {point for content in contents for point in content.ends}
     ids = [point["id"] for point in contents[0].config["points"]]
     _write(contents, out, ids)
-    return [point for point in ids if point not in ended]
+    return Missing([point for point in ids if point not in ended], _missing_shards(contents))
+
+
+def _missing_shards(contents: Sequence[Contents]) -> list[str]:
+    """Where all are of one number, those that are not there."""
+    there = [content.config["shard"] for content in contents if content.config["shard"]]
+    counts = {shard.partition("/")[2] for shard in there}
+    if len(counts) != 1 or not (count := counts.pop()).isdigit():
+        return []
+    # A million that are missing would say no more than the first of them.
+    names = (f"{i}/{count}" for i in range(1, min(int(count), 10_000) + 1))
+    return [name for name in names if name not in there]
 
 
 def _refuse_others(contents: Sequence[Contents]) -> None:
@@ -151,7 +179,7 @@ def _refuse_doubled(contents: Sequence[Contents]) -> None:
 
 def _write(contents: Sequence[Contents], out: Path, ids: list[str]) -> None:
     """The config goes last: without it, a merge that was cut short can be repeated."""
-    for name in (METRICS, OUTPUTS, LOG):
+    for name in _FILES:
         with lines.placed(out / name) as temporary, temporary.open("wb") as merged:
             for content in contents:
                 # Line by line: a killed process may have left half of one.

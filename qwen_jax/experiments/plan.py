@@ -25,7 +25,7 @@ from qwen_jax.weights.hub_names import is_hub_name
 
 _OF_ALL = (
     *(*MODEL, "batch_invariant", "experiment.task", "experiment.quantization"),
-    *("runner", "workdir"),
+    *("runner", "answer", "workdir"),
 )
 """Fields, or groups of them, that matter whatever a point's task is."""
 

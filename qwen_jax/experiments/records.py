@@ -5,6 +5,8 @@ config.py        the config file as it was
 environments/    commit, uncommitted changes, versions, device: one file for each that differs
 metrics.jsonl    one line an event: session, started, finished, failed, interrupted
 outputs.jsonl    one line an item of a point: an answer, a window of a text, a repetition
+scores.jsonl     one line a unit of a point, such as a prompt: what it scored
+judgements.jsonl one line an answer that a model judged: what it was asked, and what it said
 log.txt          what happened, with tracebacks
 """
 
@@ -23,9 +25,11 @@ from qwen_jax.experiments.contents import (
     CONFIG,
     CONFIG_FILE,
     FORMAT,
+    JUDGEMENTS,
     LOCK,
     METRICS,
     OUTPUTS,
+    SCORES,
     SHARD,
     Contents,
     refuse_others,
@@ -173,6 +177,7 @@ class Records:
             self._items = contents.outputs()
             self._metrics = Lines(directory / METRICS)
             self._outputs = Lines(directory / OUTPUTS)
+            self._scores = Lines(directory / SCORES)
             self.ends = contents.ends
         except BaseException:
             os.close(self._lock)
@@ -222,17 +227,25 @@ class Records:
         record = {"event": event, **fields}
         if event in ("finished", "failed"):  # A file cut at a line's end would look whole.
             record["outputs"] = self._items[fields["point"]]
-        for file in (self._metrics, self._outputs):
+        for file in (self._metrics, self._outputs, self._scores):
             file.check_in_place()
         self._metrics.append(record)
-        if event in ("finished", "failed"):
+        if event in ("finished", "failed", "scored"):
             self._outputs.sync()
+            self._scores.sync()
             self._metrics.sync()
+        if event in ("finished", "failed"):
             self.ends[fields["point"]] = record
+        elif event == "scored":
+            metrics = self.ends[fields["point"]]["metrics"]
+            self.ends[fields["point"]]["metrics"] = metrics | fields["metrics"]
 
     def output(self, point: Point, item: dict[str, Any]) -> None:
         self._outputs.append({"point": point.id, **item})
         self._items[point.id] += 1
+
+    def scored(self, point: Point, line: dict[str, Any]) -> None:
+        self._scores.append({"point": point.id, **line})
 
     def outputs(
         self, point: Point, fault: Callable[[dict[str, Any]], str]
@@ -242,7 +255,18 @@ class Records:
             start = f'{{"point": "{point.id}"'.encode()
             yield from lines.read(self.directory / OUTPUTS, start, fault=fault)
 
+    def judgements(self) -> Lines:
+        """The file to which judgements are added; whoever asks for it closes it."""
+        return Lines(self.directory / JUDGEMENTS)
+
+    def judged(self, point: Point, fault: Callable[[dict[str, Any]], str]) -> dict[int, Any]:
+        """What earlier sessions have recorded of a point, by row."""
+        start = f'{{"point": "{point.id}"'.encode()
+        found = lines.read(self.directory / JUDGEMENTS, start, fault=fault)
+        return {line["row"]: line for line in found}
+
     def close(self) -> None:
         self._metrics.close()
         self._outputs.close()
+        self._scores.close()
         os.close(self._lock)

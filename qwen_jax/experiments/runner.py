@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from tqdm import tqdm
 from qwen_jax.api import Model
 from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import environment, profiling
+from qwen_jax.experiments import environment, judging, kinds, profiling
+from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.contents import LOG
 from qwen_jax.experiments.lines import NotWritten, written
 from qwen_jax.experiments.models import Models
 from qwen_jax.experiments.plan import Planned
 from qwen_jax.experiments.records import Records
+from qwen_jax.experiments.scores import JUDGE
+from qwen_jax.experiments.stopping import Clock, OutOfTime, why_hopeless
 from qwen_jax.experiments.task import Metrics, Work
+from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
 
@@ -35,10 +39,22 @@ _log.propagate = False
 class Runner:
     """Runs planned points into records; `run` returns how many have failed."""
 
-    def __init__(self, records: Records, *, command: str, retry_failed: bool, profile: bool):
-        self._records, self._command = records, command
-        self._retry, self._profile = retry_failed, profile
+    def __init__(
+        self,
+        records: Records,
+        *,
+        command: str,
+        retry_failed: bool,
+        profile: bool,
+        asked: Asked,
+        max_time: float | None = None,
+        stop_worse: bool = False,
+    ):
+        self._records, self._command, self._asked = records, command, asked
+        self._retry, self._profile, self._stop_worse = retry_failed, profile, stop_worse
+        self._clock = Clock(max_time)
         self._models = Models(records.directory)
+        self.out_of_time = False
 
     def run(self, planned: list[Planned]) -> int:
         """Runs what is left of the points; counts those that have failed, now or before."""
@@ -52,6 +68,7 @@ class Runner:
                 environment=name,
                 points=len(left),
                 command=self._command,
+                answer=self._asked.fields(),
             )
             with tqdm(
                 total=len(planned),
@@ -61,14 +78,54 @@ class Runner:
             ) as bar:
                 for item in left:
                     bar.set_postfix_str(item.point.label[:60])
-                    self._run(item)
+                    self._run_or_skip(item)
+                    if self.out_of_time:
+                        break
                     bar.update()
+            unjudged = 0 if self.out_of_time else self._judge(planned)
         ids = {item.point.id for item in planned}
-        return sum(e["event"] == "failed" for id, e in records.ends.items() if id in ids)
+        failed = sum(e["event"] == "failed" for id, e in records.ends.items() if id in ids)
+        return failed + unjudged
+
+    def _judge(self, planned: list[Planned]) -> int:
+        """Has answers judged that are to be and aren't yet; returns of how many points that
+        failed."""
+        failed = 0
+        judge = Judge(self._records, self._models)
+        for item in planned:
+            end = self._records.ends.get(item.point.id, {})
+            wanted = JUDGE in item.point.config.experiment.scores
+            if not wanted or end.get("event") != "finished" or JUDGE in end["metrics"]:
+                continue
+            try:
+                metrics = judge.run(item)
+            except NotWritten:
+                raise
+            except Exception as error:
+                reason, what = _explain(error), traceback.format_exc()
+                _log.info("not judged %s: %s\n%s", item.point.id, reason, what)
+                logging.getLogger("absl").warning(
+                    "The answers of %s are not judged: %s", item.point.label, reason["reason"]
+                )
+                failed += 1
+                continue
+            self._records.event("scored", point=item.point.id, time=_now(), metrics=metrics)
+        return failed
 
     def _is_left(self, point: str) -> bool:
         end = self._records.ends.get(point)
         return end is None or (end["event"] == "failed" and self._retry)
+
+    def _run_or_skip(self, item: Planned) -> None:
+        if self._clock.is_over:
+            self.out_of_time = True
+        elif self._stop_worse and (
+            reason := why_hopeless(self._records.directory, item, self._asked)
+        ):
+            self._records.event("skipped", point=item.point.id, time=_now(), reason=reason)
+            _log.info("skipped %s: %s", item.point.id, reason)
+        else:
+            self._run(item)
 
     def _run(self, item: Planned) -> None:
         point, records = item.point, self._records
@@ -77,13 +134,17 @@ class Runner:
         start, compiled = time.perf_counter(), memory.compile_seconds()
         try:
             with (
-                PointWork(item, records, self._models) as work,
+                PointWork(item, records, self._models, self._clock) as work,
                 profiling.traced(records.directory, point.id, self._profile) as operations,
             ):
-                metrics = _checked(item.task.run(work))
+                metrics = checked(item.task.run(work))
         except KeyboardInterrupt:
             records.event("interrupted", point=point.id, time=_now())
             raise
+        except OutOfTime:
+            records.event("interrupted", point=point.id, time=_now())
+            self.out_of_time = True
+            return
         except NotWritten:
             raise
         except Exception as error:
@@ -104,10 +165,47 @@ class Runner:
         _log.info("finished %s: %s", point.id, metrics)
 
 
+class Judge:
+    """Judges the answers of points, going on where an earlier session was killed."""
+
+    def __init__(self, records: Records, models: Models):
+        self._records, self._models = records, models
+
+    def run(self, item: Planned) -> Metrics:
+        """Judges what isn't yet, writes what each prompt scored, and returns the metrics."""
+        point, config, task = item.point, item.point.config, item.task
+        assert isinstance(task, Generate)
+        texts = {a["row"]: a["text"] for a in self._records.outputs(point, task.fault_of)}
+        known = self._records.judged(point, lambda line: kinds.fault(line, judging.JUDGEMENT))
+        answers = list(judging.answered(config, task.items(), texts))
+        values = {a.row: (a, known[a.row]["judge"]) for a in answers if a.row in known}
+        left = [answer for answer in answers if answer.row not in known]
+        if left:
+            file = self._records.judgements()
+            try:
+                model = self._models.get(judging.config_of(config))
+                words = config.experiment.judge.words
+                for some in judging.batches(left):
+                    found = judging.judged(model, words, (answer.asked for answer in some))
+                    for answer, value in zip(some, found, strict=True):
+                        values[answer.row] = answer, value
+                        line = {"row": answer.row, "asked": answer.asked, "judge": value}
+                        file.append({"point": point.id, **line})
+                file.sync()
+            finally:
+                file.close()
+        units = list(judging.by_unit(values))
+        for unit, of, value in units:
+            line = {"of": "prompt", "unit": unit, "id": of.id, "scores": {JUDGE: value}}
+            self._records.scored(point, line)
+        return judging.metrics_of([value for _, _, value in units])
+
+
 class PointWork(Work):
     """One point's view of the records, with a progress bar of its own."""
 
-    def __init__(self, item: Planned, records: Records, models: Models):
+    def __init__(self, item: Planned, records: Records, models: Models, clock: Clock):
+        self._clock = clock
         self.config, self.asked = item.point.config, item.point.asked
         self.directory = records.directory
         self._point, self._records, self._models = item.point, records, models
@@ -134,12 +232,18 @@ class PointWork(Work):
     def record(self, **item: Any) -> None:
         self._records.output(self._point, item)
 
+    def score(self, of: str, unit: int, name: str | int, scores: Mapping[str, float]) -> None:
+        line = {"of": of, "unit": unit, "id": name, "scores": checked(scores)}
+        self._records.scored(self._point, line)
+
     def progress(self, done: int, total: int) -> None:
+        if done < total:
+            self._clock.check()
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
 
-def _checked(metrics: Metrics) -> Metrics:
+def checked(metrics: Mapping[str, float]) -> Metrics:
     """The metrics as Python's numbers, which NumPy's and JAX's need not be."""
     plain = {name: getattr(value, "item", lambda v=value: v)() for name, value in metrics.items()}
     wrong = {

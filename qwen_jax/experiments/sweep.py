@@ -5,8 +5,9 @@
 has six points. Only combines what it is given; fields and types are checked with the config.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen_jax.errors import UserError
@@ -30,6 +31,32 @@ def zipped(*sweeps: Sweep) -> Sweep:
     if len(set(lengths)) > 1:
         raise UserError(f"zipped() got sweeps of {lengths} points; they must be of one length.")
     return [_joined(points) for points in zip(*sweeps, strict=True)]
+
+
+def when(
+    sweep: Sweep,
+    condition: Mapping[str, Any] | Callable[[Mapping[str, Any]], bool],
+    then: Sweep,
+    otherwise: Sweep | None = None,
+) -> Sweep:
+    """The points of a sweep that hold a condition, each with every one of `then`; the others with
+    every one of `otherwise`, or as they are.
+
+        when(axis("sampling.temperature", [0, 0.7]), lambda p: p["sampling.temperature"] > 0,
+             axis("sampling.seed", range(3)))
+
+    has four points: greedy decoding has no use for seeds.
+
+    Args:
+        condition: of a point; or fields and the values that it must have.
+    """
+    holds = condition if callable(condition) else functools.partial(_has, condition)
+    more = [{}] if otherwise is None else otherwise
+    return [_joined((point, one)) for point in sweep for one in (then if holds(point) else more)]
+
+
+def _has(fields: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
+    return all(name in point and point[name] == value for name, value in fields.items())
 
 
 def chain(*sweeps: Sweep) -> Sweep:

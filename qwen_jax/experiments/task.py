@@ -6,7 +6,7 @@ is `module:Class`.
 
 import abc
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +22,10 @@ Metrics = dict[str, float]
 TASKS = {
     "generate": "qwen_jax.experiments.tasks.generate:Generate",
     "perplexity": "qwen_jax.experiments.tasks.perplexity:Perplexity",
+    "likelihood": "qwen_jax.experiments.tasks.likelihood:Likelihood",
     "compare": "qwen_jax.experiments.tasks.compare:Compare",
     "bench": "qwen_jax.experiments.tasks.bench:Bench",
+    "serve": "qwen_jax.experiments.tasks.serve:Serve",
     "eval": "qwen_jax.experiments.tasks.evaluate:Evaluate",
 }
 
@@ -58,8 +60,20 @@ class Work(abc.ABC):
         """Writes an item to outputs.jsonl, at once."""
 
     @abc.abstractmethod
+    def score(self, of: str, unit: int, name: str | int, scores: Mapping[str, float]) -> None:
+        """Writes to scores.jsonl what a unit scored, by which points are compared in pairs.
+
+        Args:
+            of: the kind of unit: a prompt, a document, a window; a repeat has nothing to do with
+                another point's.
+            unit: its number in this point; of two calls for one the later counts.
+            name: what it is called in every point.
+        """
+
+    @abc.abstractmethod
     def progress(self, done: int, total: int) -> None:
-        """Tells how many items there are by now."""
+        """Tells how many items there are by now. What it raises is to be let through: the time may
+        be up."""
 
 
 class Task(abc.ABC):

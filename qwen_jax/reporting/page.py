@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from qwen_jax.reporting.table import Table
-from qwen_jax.terminal import visible
+from qwen_jax.terminal import json_visible, visible
 
 if TYPE_CHECKING:
     from qwen_jax.reporting.drawing import Drawing
@@ -41,7 +42,21 @@ class Folded:
     blocks: Sequence["Block"]
 
 
-Block = str | Table | Picture | Source | Folded
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Answers beside each other, prompt by prompt, which a script of the page shows.
+
+    Attributes:
+        data: what `texts.js` reads.
+        more: names and files of pages with other prompts.
+    """
+
+    caption: str
+    data: Mapping[str, Any]
+    more: Sequence[tuple[str, str]] = ()
+
+
+Block = str | Table | Picture | Source | Folded | Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +105,7 @@ def drawing() -> Iterator[None]:
 
 def html(page: Page) -> str:
     """The page as a file's text; of what users wrote, nothing is more than text."""
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = _file("page.html")
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -105,11 +120,30 @@ def html(page: Page) -> str:
             "picture": Picture,
             "source": Source,
             "folded": Folded,
+            "texts": Texts,
         }.items()
     }
     environment.tests["bad"] = _bad
-    made = environment.from_string(template).render(page=page, svg=_Pictures().svg)
+    texts = any(isinstance(block, Texts) for s in page.sections for block in s.blocks)
+    made = environment.from_string(template).render(
+        page=page,
+        svg=_Pictures().svg,
+        data=_as_json,
+        style=Markup("".join(map(_file, ["page.css", "texts.css"][: 1 + texts]))),
+        script=Markup("".join(map(_file, ["page.js", "texts.js"][: 1 + texts]))),
+    )
     return made.encode("utf-8", "backslashreplace").decode("utf-8")  # Half a pair is no Unicode.
+
+
+def _as_json(texts: Texts) -> Markup:
+    """As a script element holds it: nothing in it ends the element, or is a command."""
+    text = json.dumps(texts.data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(json_visible(text).replace("<", "\\u003c"))
+
+
+def _file(name: str) -> str:
+    """One of those that a page is made from."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 class _Pictures:

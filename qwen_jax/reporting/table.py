@@ -49,6 +49,11 @@ class Table:
             out += [" " * indent + more for more in wrapped[1:]]
         return "\n".join(out)
 
+    def fitted(self, named: int) -> str:
+        """As `text`, and where a line would be too long as `blocks`."""
+        text = self.text()
+        return text if max(map(len, text.split("\n"))) <= WIDTH else self.blocks(named)
+
     def blocks(self, named: int) -> str:
         """Columns side by side as long as they fit; what is left follows in more tables.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen_jax import in_force, ready_made
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import declaration, plan, records, report
+from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.runner import Runner, devices_line
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.settings import Command
@@ -21,6 +22,11 @@ def run(command: Command) -> int:
         sys.path.append("")  # The working directory, where scores and tasks of one's own may be.
     declared = declaration.declare(command)
     whole = plan.plan(declared.points)
+    asked = Asked.of(config.answer)
+    if config.runner.max_time is not None and not config.runner.max_time > 0:
+        raise UserError(
+            f"--max_time is {config.runner.max_time:g}, but it must be a number of seconds above 0."
+        )
     planned = plan.part_of(whole, config.runner.shard)
     _warn_of_idle(whole)
     if config.runner.dry_run:
@@ -39,19 +45,32 @@ def run(command: Command) -> int:
             command=shlex.join(command.typed),
             retry_failed=config.runner.retry_failed,
             profile=config.runner.profile,
+            asked=asked,
+            max_time=config.runner.max_time,
+            stop_worse=config.runner.stop_worse,
         )
         failed = runner.run(planned)
     except KeyboardInterrupt:
-        done = sum(item.point.id in opened.ends for item in planned)
-        print(
-            f"\n{workdir} has {done} of {len(planned)} points; the same command goes on.",
-            file=sys.stderr,
-        )
+        _tell_of_left(workdir, planned, opened, "\n")
         raise
     finally:
         opened.close()
-    report.show([workdir], workdir)
-    return 1 if failed else 0
+    report.show([workdir], workdir, asked=asked)
+    if runner.out_of_time:
+        _tell_of_left(
+            workdir, planned, opened, f"--max_time={config.runner.max_time:g} is over and "
+        )
+    return 1 if failed or runner.out_of_time else 0
+
+
+def _tell_of_left(
+    workdir: Path, planned: Sequence[plan.Planned], opened: records.Records, why: str = ""
+) -> None:
+    done = sum(item.point.id in opened.ends for item in planned)
+    print(
+        f"{why}{workdir} has {done} of {len(planned)} points; the same command goes on.",
+        file=sys.stderr,
+    )
 
 
 def _warn_of_idle(planned: Sequence[plan.Planned]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import merge, report
+from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.settings import Command
 
 
@@ -17,11 +18,13 @@ def run(command: Command) -> int:
     out = None if command.config.workdir is None else Path(command.config.workdir)
     missing = merge.merge(paths, out)
     out = out or paths[0]
-    results = report.show([out], out)
-    if missing:
+    results = report.show([out], out, asked=Asked.of(command.config.answer))
+    if missing.shards:
+        print(f"Missing shards: {', '.join(missing.shards)}.", file=sys.stderr)
+    if missing.points:
         print(
-            f"Missing points: {len(missing)} ({', '.join(missing)}). The command without --shard, "
-            f"with --workdir={out}, runs them.",
+            f"Missing points: {len(missing.points)} ({', '.join(missing.points)}). The command "
+            f"without --shard, with --workdir={out}, runs them.",
             file=sys.stderr,
         )
-    return 0 if all(row.state == "ok" for row in results.rows) else 1
+    return 0 if all(row.state in ("ok", "skipped") for row in results.rows) else 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen_jax import regular_files
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import merge, records, report
+from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.settings import Command
 from qwen_jax.terminal import visible
 
@@ -18,18 +19,17 @@ def run(command: Command) -> int:
     if not paths:
         raise UserError("There is nothing to report on; name a workdir, as in report runs/a.")
     merge.refuse_named_twice(paths)
-    out, names = paths[0], None
+    out, stem = paths[0], None
     if len(paths) > 1:
         # Beside the experiments, under a name that says which they are.
         out = Path(os.path.commonpath([regular_files.resolved(path).parent for path in paths]))
         stem = "+".join(regular_files.resolved(path).name for path in paths)
-        names = (f"{stem}.csv", f"{stem}.html")
     if command.config.workdir is not None:
         out = Path(command.config.workdir)
     if any(map(_is_of_compare, paths)):
         _lay_beside(paths, out)
     else:
-        report.show(paths, out, names)
+        report.show(paths, out, stem, asked=Asked.of(command.config.answer))
     return 0
 
 

@@ -32,6 +32,8 @@ class Count(Task):
             if DONE in os.environ:
                 with Path(os.environ[DONE]).open("ab") as file:
                     file.write(b".")
+            # First, so that an item that is recorded has its score whenever this is killed.
+            work.score("prompt", index, index, {"value": float(items[-1]["value"])})
             work.record(**items[-1])
             work.progress(index + 1, ITEMS)
             time.sleep(0.001)

@@ -14,7 +14,8 @@ import pytest
 from qwen_jax import api
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import scores
+from qwen_jax.experiments.scores import answers, texts
+from qwen_jax.experiments.scores.fields import Score
 from qwen_jax.experiments.tasks.generate import Tally
 from qwen_jax.generation import Timings
 from qwen_jax.prompts import Item
@@ -43,7 +44,7 @@ def test_answers_and_scores(
 ) -> None:
     assert run(*haiku).code == 0
     outputs = lines(tmp_path / "w" / "outputs.jsonl")
-    texts = {(o["id"], o["sample"]): o["text"] for o in outputs}
+    came = {(o["id"], o["sample"]): o["text"] for o in outputs}
     expected = []
     for word in WORDS:
         warm = Sampling(temperature=0.7, seed=zlib.crc32(word.encode()))  # of the line's id
@@ -51,12 +52,12 @@ def test_answers_and_scores(
         assert isinstance(made, list)
         expected += made
     keys = [(word, sample) for word in WORDS for sample in range(2)]
-    assert texts == dict(zip(keys, (c.text for c in expected), strict=True))
+    assert came == dict(zip(keys, (c.text for c in expected), strict=True))
     (event,) = (e for e in lines(tmp_path / "w" / "metrics.jsonl") if e["event"] == "finished")
     metrics = event["metrics"]
-    good = [w in texts[w, s].lower() and texts[w, s].count("\n") == 2 for w, s in keys]
+    good = [w in came[w, s].lower() and came[w, s].count("\n") == 2 for w, s in keys]
     assert metrics["haiku"] == pytest.approx(sum(good) / 14)
-    different = [len({texts[word, 0], texts[word, 1]}) / 2 for word in WORDS]
+    different = [len({came[word, 0], came[word, 1]}) / 2 for word in WORDS]
     assert metrics["different_texts"] == pytest.approx(sum(different) / 7)
     tokens = [len(c.tokens) for c in expected]
     assert metrics["tokens_per_answer"] == pytest.approx(sum(tokens) / 14)
@@ -85,8 +86,9 @@ def test_cut_anywhere_it_goes_on_with_the_same_answers(
         assert [now[name] for name in steady] == [metrics[name] for name in steady]
 
 
-def tally(n: int = 1, score: scores.Score = scores.diversity) -> Tally:
-    return Tally(SimpleNamespace(config=SimpleNamespace(n=n), scores=[score]))  # type: ignore[arg-type]
+def tally(n: int = 1, score: Score = texts.diversity) -> Tally:
+    task = SimpleNamespace(config=SimpleNamespace(n=n), scores=[score])
+    return Tally(task, lambda *scored: None)  # type: ignore[arg-type]
 
 
 def test_speeds_are_those_of_stretches_that_compile_nothing() -> None:
@@ -104,19 +106,19 @@ def test_speeds_are_those_of_stretches_that_compile_nothing() -> None:
 
 def test_the_order_of_answers_changes_no_metric() -> None:
     rng, n, item = random.Random(5), 3, Item("x", {}, "here")
-    answers = [
+    given = [
         {"tokens": [0], "finish_reason": "stop", "text": " ".join(rng.choices("abcdefg", k=9))}
         for _ in range(60)
     ]
     found = []
     for _ in range(5):
-        sums, rows = tally(n), list(enumerate(answers))
+        sums, rows = tally(n), list(enumerate(given))
         rng.shuffle(rows)
         for row, answer in rows:
             sums.add(row, row % n, item, answer)
         found.append(sums.metrics())
     assert all(metrics == found[0] for metrics in found)
-    each = [scores.diversity(item, answers[i : i + n]) for i in range(0, 60, n)]
+    each = [texts.diversity(item, given[i : i + n]) for i in range(0, 60, n)]
     for name in each[0]:
         values = [one[name] for one in each]
         assert found[0][name] == pytest.approx(np.mean(values))
@@ -160,13 +162,13 @@ def test_answers_are_the_same_whatever_the_slots(
 
 def test_diversity_by_hand() -> None:
     samples = [{"text": "a b a"}, {"text": "A b c"}, {"text": "a b a"}]
-    found = scores.diversity(Item("x", {}, "here"), samples)
+    found = texts.diversity(Item("x", {}, "here"), samples)
     # Nine words, three of them different; six pairs: ab ba ab bc ab ba.
     assert found == {"different_texts": 2 / 3, "distinct_1": 3 / 9, "distinct_2": 3 / 6}
 
 
 def test_match_by_hand() -> None:
     item = Item("x", {}, "here", fields={"answer": "Four"})
-    assert scores.match(item, [{"text": " four\n"}, {"text": "five"}]) == {"match": 0.5}
+    assert answers.match(item, [{"text": " four\n"}, {"text": "five"}]) == {"match": 0.5}
     with pytest.raises(UserError, match="has no field 'answer'"):
-        scores.match(Item("x", {}, "here"), [{"text": "four"}])
+        answers.match(Item("x", {}, "here"), [{"text": "four"}])

@@ -53,5 +53,10 @@ def test_killed_and_resumed(experiment: Callable[..., list[str]], tmp_path: Path
     for event in finished:
         values = [item["value"] for item in points[event["point"]]]
         assert event["metrics"] == {"total": sum(values), "count": ITEMS}
+    scored: dict[str, dict[int, float]] = collections.defaultdict(dict)
+    for line in lines(workdir / "scores.jsonl"):
+        scored[line["point"]][line["unit"]] = line["scores"]["value"]
+    found = {point: {item["index"]: item["value"] for item in points[point]} for point in points}
+    assert {p: {**dict.fromkeys(found[p]), **scored[p]} for p in found} == found
     # Many were killed at work: points were begun more often than they were finished.
     assert sum(event["event"] == "started" for event in events) >= POINTS + 15

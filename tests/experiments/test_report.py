@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.experiments.report import plots, tables
+from qwen_jax.experiments.report import pareto, plots, scales, tables
 from qwen_jax.experiments.report.results import Results
 from qwen_jax.experiments.task import Work
 from qwen_jax.reporting.table import WIDTH
@@ -35,15 +35,33 @@ def test_csv_and_page_hold_every_point(
     assert {float(r["total"]) for r in rows if r["total"]} == {1266.0, 2466.0, 3666.0}
     text = (w / "report.html").read_text("utf-8")
     page = Opened(text)
-    assert page.pictures == ["By max_tokens"] and page.values[0] and page.addresses == []
+    assert page.pictures == ["Differences"] and page.values[0] and page.addresses == []
     assert page.links and page.unresolved == [] and page.repeated == []
     assert page.full["2466.0"] == "2,466"
-    assert page.banner == "6 finished, 3 failed." and page.state == "bad"
+    assert page.banner == (
+        "On total all 2 settings have the same mean, 2,466 ± 693.\n6 finished, 3 failed."
+    )
+    assert page.state == "bad"
+    assert page.headers[0] == [
+        "#",
+        "max_tokens",
+        "total",
+        "n",
+        "difference",
+        "interval",
+        "p",
+        "verdict",
+    ]
     for words in ("What this is about.", "ZeroDivisionError: by accident", "run.py experiment"):
         assert words in page.text
     assert "<script>" not in text  # What users write is text and nothing else.
     # The terminal's table fits.
     assert max(map(len, result.out.splitlines()[:11])) <= WIDTH
+    answer = json.loads((w / "results.json").read_text())["answer"]
+    assert result.out.startswith(answer["sentence"]) and answer["sentence"] in page.banner
+    assert [setting["mean"] for setting in answer["settings"]] == [2466, 2466]
+    found = {row["answer.mean"] for row in rows if row["state"] == "ok"}
+    assert found == {"2466.0"} and {row["answer.rank"] for row in rows} == {"1", "2", ""}
 
 
 def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_path: Path) -> None:
@@ -51,9 +69,9 @@ def test_side_by_side(experiment: Callable[..., list[str]], run: Callable, tmp_p
     run(*experiment(workdir="b"), "--max_tokens=9")
     result = run("report", str(tmp_path / "a"), str(tmp_path / "b"))
     assert result.code == 0 and "16 finished." in result.out
-    header = result.out.splitlines()[0].split()
+    headers = [line.split() for line in result.out.splitlines()]
     # What differs between the two is a column, as if it had been swept.
-    assert header[:4] == ["run", "max_tokens", "seed", "dtype"]
+    assert ["run", "max_tokens", "dtype", "seeds", "total"] in headers
     with (tmp_path / "a+b.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["run"], row["max_tokens"]) for row in rows} == {("a", "256"), ("b", "9")}
@@ -91,20 +109,28 @@ def test_of_different_experiments(
     assert run("report", a, c).code == 0 and (tmp_path / "a+c.html").exists()
 
 
-def test_error_bars_are_deviations_over_seeds(
+def test_error_bars_are_standard_errors_over_seeds(
     experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
 ) -> None:
-    run(*experiment('product(axis("sampling.seed", [1, 3]), axis("max_tokens", [6, 7]))'))
+    sweep = 'product(axis("sampling.seed", [1, 3]), axis("max_tokens", [6, 7, 8]))'
+    run(*experiment(sweep), "--config.experiment.task=tests.experiments.test_report:Odd")
     results = Results.read([tmp_path / "w"])
     pictures = list(plots.pictures(results))
     assert [picture.title for picture in pictures] == ["By max_tokens"]
     (panel,) = (axes for axes in pictures[0].figure.axes if axes.get_visible())
     (container,) = panel.containers
     line, _, (bars,) = container.lines
-    # Totals are 1266 and 3666: the mean 2466, the deviation 1200 sqrt(2).
-    assert list(line.get_ydata()) == [2466, 2466]
+    # 1 and 3 times the number of tokens: the standard error is half of their distance.
+    assert list(line.get_ydata()) == [12, 14, 16]
     low, high = bars.get_segments()[0][:, 1]
-    assert (high - low) / 2 == pytest.approx(1200 * 2**0.5)
+    assert (high - low) / 2 == pytest.approx(6)
+
+
+class Odd(Count):
+    """Its only metric is the seed times the tokens."""
+
+    def run(self, work: Work) -> dict[str, float]:
+        return {"product": float(self.config.sampling.seed * self.config.max_tokens)}
 
 
 def test_points_without_a_cost_are_not_on_its_front(
@@ -120,7 +146,7 @@ def test_points_without_a_cost_are_not_on_its_front(
 
     monkeypatch.setattr(Count, "run", metrics)
     assert run(*experiment('axis("sampling.seed", range(4))')).code == 0
-    (picture,) = plots.pictures(Results.read([tmp_path / "w"]))
+    *_, picture = plots.pictures(Results.read([tmp_path / "w"]))
     (panel,) = picture.figure.axes
     front, *points = panel.get_lines()
     assert picture.title == "What it costs to be near" and len(points) == 3
@@ -141,9 +167,33 @@ def test_points_without_a_cost_are_not_on_its_front(
 def test_scales(values: list[float], scale: str) -> None:
     panel = Figure().subplots()
     panel.plot(range(3), values)
-    plots._scale_metric(panel, values, "y")
+    scales.scale_metric(panel, values, "y")
     low, high = panel.get_ylim()
     assert panel.get_yscale() == scale and low <= min(values) and max(values) <= high
+
+
+def test_a_share_has_no_bar_beyond_1(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def metrics(task: Count, work: Work) -> dict[str, float]:
+        return {"share": 1.0 - 0.4 * (task.config.max_tokens == 8) * task.config.sampling.seed}
+
+    monkeypatch.setattr(Count, "run", metrics)
+    run(*experiment('product(axis("sampling.seed", [0, 1]), axis("max_tokens", [6, 7, 8]))'))
+    *_, picture = plots.pictures(Results.read([tmp_path / "w"]))
+    (panel,) = (axes for axes in picture.figure.axes if axes.get_visible())
+    ((line, _, (bars,)),) = (container.lines for container in panel.containers)
+    assert list(line.get_ydata()) == [1, 1, 0.8]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()][2] == pytest.approx([0.6, 1])
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e3))
+def test_ticks_are_told_apart(low: float, step: float) -> None:
+    ticks = [low + i * step for i in range(5)]
+    assert len({scales.plain(tick, ticks) for tick in ticks}) == 5
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12)
@@ -157,7 +207,7 @@ def test_the_pareto_front_is_what_nothing_beats(points: list[tuple[int, int]], m
         return any(sign * q[0] <= sign * p[0] and q[1] <= p[1] and q != p for q in points)
 
     expected = sorted({p for p in points if not beaten(p)})
-    assert plots._front([(x, y, "") for x, y in points], more) == expected
+    assert pareto.front([(x, y, "") for x, y in points], more) == expected
 
 
 @pytest.mark.parametrize(
@@ -194,11 +244,11 @@ def test_long_texts_fit_and_stay_apart(
     sweep = f'product(axis("prompt", {prompts!r}), axis("max_tokens", [6, 7]))'
     argv = experiment(sweep)
     listed = run(*argv, "--dry_run").out.splitlines()
-    table = run(*argv).out.splitlines()[:6]
+    table = run(*argv).out.splitlines()[:-1]
     assert all(len(line) <= WIDTH for line in (*listed, *table))
     assert sum(line.lstrip().startswith("a\\nx") for line in table) == 4
     lines = plots._lines(Results.read([tmp_path / "w"]), "max_tokens", ["prompt"])
-    assert [len(rows) for points in lines.values() for rows in points.values()] == [1] * 4
+    assert [len(points) for points in lines.values()] == [2, 2]
 
 
 def test_a_shard_without_points(experiment: Callable[..., list[str]], run: Callable) -> None:

@@ -12,7 +12,7 @@ class Opened(html.parser.HTMLParser):
         text: all of it that is no markup.
         banner: the verdict,
         state: and its colour.
-        tags: how many of each there are.
+        tags: how many of each there are; of scripts none but the page's own.
         headers: of each table.
         links: of the table of contents.
         pictures: their titles,
@@ -69,8 +69,10 @@ class Opened(html.parser.HTMLParser):
         self._in_banner &= tag != "p"
 
     def handle_data(self, data: str) -> None:
-        self.text += data
         inside = self._stack[-1] if self._stack else ""
+        if inside == "script":
+            return
+        self.text += data
         if self._in_banner:
             self.banner += data
         elif inside == "td" and self._full:

@@ -1,16 +1,15 @@
-"""Results as text: a table for the terminal, a CSV for everything else."""
+"""Results as tables: a line a setting, or a line a point."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from qwen_jax.experiments.answers.answer import value_of
 from qwen_jax.experiments.declaration import clipped, one_line, short
 from qwen_jax.experiments.report.results import Results, Row
 from qwen_jax.reporting.table import Rounded, Table
 
-STATES = {"ok": "finished", "failed": "failed", "missing": "not run yet"}
+STATES = {"ok": "finished", "failed": "failed", "skipped": "left out", "missing": "not run yet"}
 NO_POINTS = "No points."
 
 
@@ -31,30 +30,73 @@ def number(value: float, error: float | None = None) -> str:
 def cells(results: Results, rows: Sequence[Row]) -> Table:
     """A header and a row a point: run, what is swept, state, and each metric that anything has."""
     several = len(results.names) > 1
-    swept, metrics = results.swept, shown_metrics(results)
+    swept, metrics = results.swept, differing_metrics(results)
     header = [*(["run"] if several else []), *map(short, swept), *metrics]
+    alone = {(s.run, s.points[0].id): s for s in results.settings if s.seeds == 1}
     lines = []
     for row in rows:
         line = [row.run] if several else []
+        setting = alone.get((row.run, row.id))
         line += [clipped(shown(row.overrides.get(field))) for field in swept]
         for index, name in enumerate(metrics):
             if name in row.metrics:
                 value, error = row.metrics[name], row.metrics.get(f"{name}_error")
+                if error is None and setting is not None and (held := value_of(setting, name)):
+                    error = held.mean.error  # over units, which a task of one's own may have
                 full = f"{value!r}" if error is None else f"{value!r} ± {error!r}"
                 line.append(Rounded.of(number(value, error), full))
             else:
                 line.append(row.state if index == 0 and row.state != "ok" else "-")
         lines.append(line if metrics else [*line, row.state])
     header += [] if metrics else ["state"]
-    return Table(header, lines, range(len(header)))
+    return Table(header, lines, range(len(header)), alike(results))
 
 
-def shown_metrics(results: Results) -> list[str]:
-    """Metrics that differ between points; how long things took comes last."""
-    return sorted(
-        (name for name in results.metrics if name != "model_seconds"),
-        key=lambda name: len({row.metrics.get(name) for row in results.rows}) == 1,
-    )
+def of_settings(results: Results) -> Table:
+    """A header and a row a setting: what it sets, how many seeds it has, and the mean of each
+    metric over prompts and seeds."""
+    several = len(results.names) > 1
+    settings, metrics = results.settings, differing_metrics(results)
+    fields = list(settings[0].overrides) if settings else []
+    header = [*(["run"] if several else []), *map(short, fields), "seeds", *metrics]
+    lines = []
+    for setting in settings:
+        line = [setting.run] if several else []
+        line += [clipped(shown(setting.overrides[field])) for field in fields]
+        line.append(str(setting.seeds))
+        for name in metrics:
+            value = value_of(setting, name)
+            if value is None:
+                line.append("-")
+                continue
+            error = value.mean.error
+            if error is None:
+                error = setting.points[0].metrics.get(f"{name}_error")
+            full = f"{value.mean.value!r}" if error is None else f"{value.mean.value!r} ± {error!r}"
+            line.append(Rounded.of(number(value.mean.value, error), full))
+        lines.append(line)
+    return Table(header, lines, range(len(header)), alike(results))
+
+
+def differing_metrics(results: Results) -> list[str]:
+    """Those with a column of their own: all of a point alone, else those that differ between
+    points."""
+    names = [name for name in results.metrics if name != "model_seconds"]
+    if len(results.rows) == 1:
+        return names
+    return [name for name in names if len(_values(results, name)) > 1]
+
+
+def alike(results: Results) -> str:
+    """In words the metrics that say the same of all points, which need no column."""
+    shown_already = {*differing_metrics(results), "model_seconds"}
+    same = [name for name in results.metrics if name not in shown_already]
+    said = ", ".join(f"{name} {number(_values(results, name).pop())}" for name in same)
+    return f"The same everywhere: {said}." if said else ""
+
+
+def _values(results: Results, name: str) -> set[float]:
+    return {row.metrics[name] for row in results.rows if name in row.metrics}
 
 
 def shown(value: Any) -> str:
@@ -64,43 +106,8 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else one_line(value)
 
 
-def terminal_table(results: Results) -> str:
-    """The table, in pieces that fit, a line on what failed, and how many points there are."""
-    if not results.rows:
-        return NO_POINTS
-    table = cells(results, results.rows)
-    given = (len(results.names) > 1) + len(results.swept)
-    lines = table.blocks(given).split("\n")
-    lines += [
-        f"failed: {row.label}: {row.end['kind']}: {row.end['reason']}"
-        for row in results.rows
-        if row.state == "failed"
-    ]
-    return "\n".join([*lines, counted(results)])
-
-
 def counted(results: Results) -> str:
     """How many points there are, and how they ended."""
     counts = {state: sum(row.state == state for row in results.rows) for state in STATES}
     ended = ", ".join(f"{n} {STATES[state]}" for state, n in counts.items() if n)
     return f"{ended}." if ended else NO_POINTS
-
-
-def csv_text(results: Results) -> str:
-    """Every point with every override and metric, unrounded."""
-    fields = list(dict.fromkeys(f for row in results.rows for f in row.overrides))
-    metrics = list(dict.fromkeys(m for row in results.rows for m in row.metrics))
-    end = ["seconds", "compile_seconds", "peak_bytes", "kind", "reason"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "point", "state", *fields, *metrics, *end])
-    for row in results.rows:
-        writer.writerow(
-            [
-                *(row.run, row.id, row.state),
-                *(row.overrides.get(field) for field in fields),
-                *(row.metrics.get(metric) for metric in metrics),
-                *(row.end.get(name) for name in end),
-            ]
-        )
-    return out.getvalue()

@@ -23,6 +23,7 @@ from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.model.cache import PAGE, pages_for
 from qwen_jax.prompts import sampling_of
 
+_PREFILL, _DECODE = "prefill_tokens_per_s", "decode_tokens_per_s"
 _TAKEN = ("prefill_seconds", "decode_seconds")
 
 
@@ -59,9 +60,14 @@ class Bench(Task):
         finally:
             texts.close()
         prefills, decodes = zip(*taken, strict=True)
+        prompts, new = texts.count * bench.prompt_tokens, texts.count * texts.steps
+        for repeat, (prefill, decode) in enumerate(taken):
+            speeds = {_PREFILL: prompts / prefill, _DECODE: new / decode}
+            speeds["ms_per_step"] = 1e3 * decode / texts.steps
+            work.score("repeat", repeat, repeat, speeds)
         return {
-            **_speed("prefill", texts.count * bench.prompt_tokens, prefills),
-            **_speed("decode", texts.count * texts.steps, decodes),
+            **_speed(_PREFILL, prompts, prefills),
+            **_speed(_DECODE, new, decodes),
             "ms_per_step": 1e3 * statistics.median(decodes) / texts.steps,
         }
 
@@ -173,9 +179,8 @@ def _batched(items: Iterable[Any], most: int) -> Iterator[list[Any]]:
         yield some
 
 
-def _speed(phase: str, tokens: int, seconds: tuple[float, ...]) -> Metrics:
+def _speed(name: str, tokens: int, seconds: tuple[float, ...]) -> Metrics:
     """Tokens a second: the median, and half the distance between the quartiles as its spread."""
     rates = sorted(tokens / s for s in seconds)
     low, high = np.percentile(rates, (25, 75))
-    name = f"{phase}_tokens_per_s"
     return {name: statistics.median(rates), f"{name}_error": float(high - low) / 2}

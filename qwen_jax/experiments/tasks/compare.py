@@ -42,6 +42,10 @@ _SCORES = {
 }
 
 
+_OF_WINDOWS = ("kld", "same_top")
+"""What points are compared by, as means of a window's tokens."""
+
+
 class Compare(Task):
     """One item a window: what `distribution.Scores` keeps of its tokens."""
 
@@ -95,6 +99,9 @@ class Compare(Task):
             parts[index] = part
             work.progress(len(parts), len(base.windows))
         ordered = [parts[index] for index in range(len(base.windows))]
+        for index, part in enumerate(ordered):
+            means = {name: float(np.mean(getattr(part, name))) for name in _OF_WINDOWS}
+            work.score("window", index, index, means)
         joined = Scores(*(np.concatenate([getattr(p, name) for p in ordered]) for name in _SCORES))
         found = distribution.statistics(joined, ("point", "reference"), base.windows)
         return _metrics(found) | sizes(model)

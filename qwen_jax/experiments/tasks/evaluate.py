@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,10 +119,14 @@ class Evaluate(Task):
                 numpy_random_seed=seed,
                 fewshot_random_seed=seed,
                 bootstrap_iters=100,
-                log_samples=False,
+                log_samples=True,  # What each document scored is in them alone.
                 verbosity="ERROR",
             )
-        return _metrics(found["results"])
+        metrics = _metrics(found["results"])
+        units = of_documents(found["samples"], metrics)
+        for unit, (name, scored) in enumerate(units.items()):
+            work.score("document", unit, name, scored)
+        return metrics
 
     def _changed(self) -> list[str]:
         """Fields about answers that are not the defaults, which would be no loss."""
@@ -200,6 +205,27 @@ def _manager(tasks: tuple[str, ...], include: str | None) -> Any:
         of_own = "" if include is None else f", and {include} holds no file of it"
         raise UserError(f"lm-evaluation-harness has no task {name!r:.60}{of_own}; {way}")
     return manager
+
+
+def of_documents(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Metrics
+) -> dict[str, Metrics]:
+    """What each document scored, by task and number, of those metrics that are means over them."""
+    units: dict[str, Metrics] = {}
+    for task, lines in samples.items():
+        for line in lines:
+            rule = "" if line["filter"] == "none" else f".{line['filter']}"
+            of_one = units.setdefault(f"{task}:{line['doc_id']}", {})
+            for name in line["metrics"]:
+                value, metric = line[name], f"{task}.{name}{rule}"
+                if isinstance(value, int | float) and metric in metrics:
+                    of_one[metric] = float(value)
+    for metric, value in metrics.items():
+        found = [of_one[metric] for of_one in units.values() if metric in of_one]
+        if found and not math.isclose(math.fsum(found) / len(found), value, abs_tol=1e-9):
+            for of_one in units.values():
+                of_one.pop(metric, None)
+    return {name: of_one for name, of_one in units.items() if of_one}
 
 
 def _metrics(results: dict[str, dict[str, Any]]) -> Metrics:

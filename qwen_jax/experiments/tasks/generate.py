@@ -5,18 +5,19 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import prompts, ready_made, recommended
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import kinds, scores
+from qwen_jax.experiments import judging, kinds, scores
+from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
-from qwen_jax.generation import Request, Timings
+from qwen_jax.generation import Completion, Request, Timings
 from qwen_jax.in_force import DRAWS
 from qwen_jax.options import prompt_options
 from qwen_jax.prompts import Item
@@ -47,12 +48,22 @@ class Generate(Task):
             once.
     """
 
-    reads = (*PROMPT, *ANSWER, "experiment.template", "experiment.scores")
+    reads: ClassVar[tuple[str, ...] | None] = (
+        *(*PROMPT, *ANSWER, "experiment.template", "experiment.scores"),
+        "experiment.judge",
+    )
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         self.options = prompts.options_of(config)
-        self.scores = [scores.score(name) for name in config.experiment.scores]
+        names = config.experiment.scores
+        self.scores = [scores.score(name) for name in names if name != scores.JUDGE]
+        judging.check(config)
+        if judging.is_asked(config):
+            try:
+                Choice.of(judging.config_of(config)).check()
+            except UserError as error:
+                raise UserError(f"experiment.judge: {error}") from error
         if "-" in (config.prompt, config.prompt_file):
             raise UserError("An experiment can't read stdin, which a resumed one would lack.")
         self.own = self._checked_prompts()
@@ -69,24 +80,32 @@ class Generate(Task):
                     "experiment.template does nothing without prompt_file, from whose fields it "
                     "makes prompts; set that, or leave the template out."
                 )
-            scores.check_fields(config.experiment.scores, next(self._items()))
+            self._check_item(next(self.items()))
             return [{}]
         path, put = ready_made.path(config.prompt_file), prompt_options(self.options)
         experiment, stamp = config.experiment, (0, 0)
         with contextlib.suppress(OSError):  # told of by whoever opens it
             stamp = (path.stat().st_mtime_ns, path.stat().st_size)
-        key = repr((path, stamp, config.prompt, put, experiment.template, experiment.scores))
+        asked = (experiment.template, experiment.scores, experiment.judge.template)
+        key = repr((type(self), path, stamp, config.prompt, put, asked))
         if key in _RIGHT:
             return _RIGHT[key]
         found = set()
-        for item in self._items():
-            scores.check_fields(experiment.scores, item)
+        for item in self.items():
+            self._check_item(item)
             found.add(tuple((name, item.own[name]) for name in _OWN if name in item.own))
         if not found:
             raise UserError(f"--prompt_file={config.prompt_file} holds no prompts; add some.")
         return _RIGHT.setdefault(key, [dict(own) for own in found])
 
-    def _items(self) -> Iterator[Item]:
+    def _check_item(self, item: Item) -> None:
+        """Raises UserError where a score asks for what the prompt's line lacks."""
+        scores.check_fields(self.config.experiment.scores, item)
+        if judging.is_asked(self.config):
+            judging.asked(self.config, item, "")
+
+    def items(self) -> Iterator[Item]:
+        """The prompts, in order."""
         if self.config.prompt_file is None:
             return iter([prompts.single(self.config, self.options)])
         return prompts.stream(self.config, self.options)
@@ -95,15 +114,15 @@ class Generate(Task):
         return kinds.fault(item, _ANSWER)
 
     def run(self, work: Work) -> Metrics:
-        total = sum(item.samples(self.config.n) for item in self._items())
+        total = sum(item.samples(self.config.n) for item in self.items())
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
-        recorded, tally = Recorded(work), Tally(self)
+        recorded, tally = Recorded(work.recorded), Tally(self, work.score)
         asked: dict[int, tuple[int, Item, int]] = {}
         numbers = itertools.count()
 
         def requests() -> Iterator[Request]:
-            rows = prompts.rows(self._items(), self.config.n, work.request)
+            rows = prompts.rows(self.items(), self.config.n, work.request)
             for row, (item, sample, request) in enumerate(rows):
                 if row in recorded:
                     tally.add(row, sample, item, recorded.answer(row))
@@ -117,11 +136,21 @@ class Generate(Task):
                 tally.time(generation.timings)
                 if completion is not None:
                     row, item, sample = asked.pop(number)
-                    answer = prompts.answer(completion)
+                    answer = self._answer(work, completion)
                     work.record(row=row, id=item.id, sample=sample, **answer)
                     tally.add(row, sample, item, answer)
                     work.progress(tally.answers, total)
         return tally.metrics()
+
+    @staticmethod
+    def _answer(work: Work, completion: Completion) -> dict[str, Any]:
+        """What is recorded: with log-probabilities their tokens' texts, too, for whoever reads
+        them without the model."""
+        answer = prompts.answer(completion)
+        if completion.logprobs is not None:
+            pieces = map(work.model().tokenizer.token_bytes, completion.tokens)
+            answer["pieces"] = [piece.decode("utf-8", "replace") for piece in pieces]
+        return answer
 
     def _follow(self, said: Recommended, asked: Collection[str]) -> None:
         """Takes what the model recommends into the options, where that is to be followed."""
@@ -141,9 +170,9 @@ class Recorded:
     """Answers of earlier sessions by their row. They were recorded nearly in the rows' order, so
     that few are in memory at a time."""
 
-    def __init__(self, work: Work):
-        self._rows = {answer["row"] for answer in work.recorded()}
-        self._left = work.recorded()
+    def __init__(self, read: Callable[[], Iterator[dict[str, Any]]]):
+        self._rows = {answer["row"] for answer in read()}
+        self._left = read()
         self._passed: dict[int, dict[str, Any]] = {}
 
     def __contains__(self, row: int) -> bool:
@@ -163,8 +192,8 @@ class Tally:
     Sums are exact, so that the order in which answers finish changes nothing.
     """
 
-    def __init__(self, task: Generate):
-        self._n, self._scores = task.config.n, task.scores
+    def __init__(self, task: Generate, record: Callable[..., None]):
+        self._n, self._scores, self._record = task.config.n, task.scores, record
         self._sums: dict[str, tuple[Fraction, Fraction]] = {}
         self._samples: dict[int, dict[int, dict[str, Any]]] = {}
         self.answers = self._prompts = self._tokens = self._stopped = 0
@@ -178,19 +207,19 @@ class Tally:
         samples[sample] = answer
         if len(samples) == n:
             del self._samples[first]
-            self._judge(item, [samples[i] for i in range(n)])
+            self._judge(first, item, [samples[i] for i in range(n)])
 
-    def _judge(self, item: Item, samples: list[dict[str, Any]]) -> None:
+    def _judge(self, row: int, item: Item, samples: list[dict[str, Any]]) -> None:
         self._prompts += 1
         self._tokens += sum(len(sample["tokens"]) for sample in samples)
         self._stopped += sum(sample["finish_reason"] == "stop" for sample in samples)
-        for score in self._scores:
-            for name, value in score(item, samples).items():
-                total, squares = self._sums.get(name, (Fraction(), Fraction()))
-                if not math.isfinite(value):
-                    raise UserError(f"{item.where}: the score {name} is {value}, not finite.")
-                exact = Fraction(float(value))
-                self._sums[name] = total + exact, squares + exact * exact
+        found = scores.judged(self._scores, item, samples)
+        for name, value in found.items():
+            total, squares = self._sums.get(name, (Fraction(), Fraction()))
+            exact = Fraction(value)
+            self._sums[name] = total + exact, squares + exact * exact
+        if found:
+            self._record("prompt", row, item.id, found)
 
     def time(self, timings: Timings) -> None:
         """What has run by now.
@@ -204,13 +233,18 @@ class Tally:
             self._timed += Timings(generated_tokens=tokens, seconds=seconds)
         self._last = timings
 
-    def metrics(self) -> Metrics:
+    def of_scores(self) -> Metrics:
+        """The means of what was judged, and their errors over prompts."""
         found: Metrics = {}
         for name, (total, squares) in self._sums.items():
             mean = total / self._prompts
             variance = float(max(squares / self._prompts - mean * mean, Fraction()))
             found[name] = float(mean)
             found[f"{name}_error"] = math.sqrt(variance / max(self._prompts - 1, 1))
+        return found
+
+    def metrics(self) -> Metrics:
+        found = self.of_scores()
         found["tokens_per_answer"] = self._tokens / self.answers
         found["ended_by_itself"] = self._stopped / self.answers
         found["prompts"] = self._prompts

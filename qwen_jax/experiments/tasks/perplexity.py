@@ -87,11 +87,15 @@ class Perplexity(Task):
             work.record(window=index, nll=found[index])
             work.progress(len(found), len(windows))
         nll = [found[index] for index in range(len(windows))]
+        for index, values in enumerate(nll):
+            work.score("window", index, index, {"nll": float(np.mean(values))})
         mean = distribution.mean(np.concatenate(nll))
         perplexity = float(np.exp(mean.value))
         return {
             "perplexity": perplexity,
             "perplexity_error": perplexity * mean.error,
+            "nll": mean.value,
+            "nll_error": mean.error,
             "scored_tokens": sum(map(len, nll)),
             "windows": len(windows),
             **sizes(model),

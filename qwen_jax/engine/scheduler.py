@@ -78,6 +78,11 @@ class Scheduler:
         """Whether a text that is added now could take its turn at once, or soon."""
         return len(self._waiting) < self.engine.shapes.slots
 
+    @property
+    def waiting(self) -> int:
+        """Texts that have no slot yet."""
+        return len(self._waiting)
+
     def add(self, text: Text) -> None:
         """Puts a text at the end of the line. It must fit: see `Engine.room`."""
         self._waiting.append(text)
@@ -112,8 +117,7 @@ class Scheduler:
         """Does what can be done now, and tells what is known by then.
 
         Raises:
-            UserError: logits are not finite, a text bans every token, or there is nothing to wait
-                for: other schedulers' texts hold the pages.
+            UserError: there is nothing to wait for: other schedulers' texts hold the pages.
         """
         with self.engine.lock:
             self.engine.revive()
@@ -301,20 +305,17 @@ class Scheduler:
     def _read(self, call: _Call) -> Iterator[News]:
         """Waits for a call of `step`, and tells what it chose."""
         tokens, logprobs = jax.device_get(call.emitted)
-        config = self.engine.config
         for row, text in enumerate(call.texts):
             if text.over:
                 continue
             chosen: list[int] = tokens[:, row].tolist()
             if steps.NOT_LIVE in chosen:
                 chosen = chosen[: chosen.index(steps.NOT_LIVE)]
-            if steps.NOT_FINITE in chosen:
-                raise UserError(overflow(config.source, self.engine.spec.cache))
-            if steps.BANNED in chosen:
-                raise UserError(
-                    "sampling.logit_bias bans every token there is, so that nothing is left to "
-                    "choose; leave some without -inf."
-                )
+            if why := self._why_not(chosen):
+                text.over = True
+                self._leave(text)
+                yield News(text, [], None, None, True, why)
+                continue
             if not chosen:
                 continue
             stopped = chosen[-1] in self.engine.spec.stop_ids
@@ -324,6 +325,17 @@ class Scheduler:
                 self._leave(text)
             shown = None if text.top is None else _logprobs(logprobs, row, len(chosen))
             yield News(text, chosen, shown, None, text.over)
+
+    def _why_not(self, chosen: list[int]) -> str | None:
+        """Why a text can't go on, where the device says so in place of a token."""
+        if steps.NOT_FINITE in chosen:
+            return overflow(self.engine.config.source, self.engine.spec.cache)
+        if steps.BANNED in chosen:
+            return (
+                "sampling.logit_bias bans every token there is, so that nothing is left to "
+                "choose; leave some without -inf."
+            )
+        return None
 
     def _read_scores(self, call: _Scoring) -> Iterator[News]:
         """Waits for a call of `score`, and tells of the texts that it finishes."""

@@ -60,6 +60,7 @@ class News(NamedTuple):
         logprobs: of each, where asked for.
         scores: of the tokens to be scored, log-probability and whether it is the likeliest.
         over: nothing more comes.
+        error: why it can't go on; the others do.
     """
 
     text: Text
@@ -67,3 +68,4 @@ class News(NamedTuple):
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
     scores: tuple[np.ndarray, np.ndarray] | None
     over: bool
+    error: str | None = None

@@ -182,7 +182,7 @@ def _merged(options: Options, own: Mapping[str, Any], where: str) -> Options:
         check_top_logprobs(merged.get("top_logprobs"))
         merged["stop"] = stops_of(merged.get("stop", ()))
         if "logit_bias" in sampling:
-            sampling["logit_bias"] = _bias(sampling["logit_bias"])
+            sampling["logit_bias"] = bias_of(sampling["logit_bias"])
         if sampling:
             merged["sampling"] = dataclasses.replace(options["sampling"], **sampling)
     except UserError as error:
@@ -190,7 +190,7 @@ def _merged(options: Options, own: Mapping[str, Any], where: str) -> Options:
     return merged
 
 
-def _bias(pairs: Mapping[str, Any]) -> dict[int, float]:
+def bias_of(pairs: Mapping[str, Any]) -> dict[int, float]:
     """Token ids, which are texts as keys of JSON, and their numbers."""
     bias: dict[int, float] = {}
     for token, value in pairs.items():

@@ -164,6 +164,23 @@ def get_config() -> ConfigDict:
                     "fewshot_as_multiturn": placeholder(bool),
                 },
             },
+            # The server: what it lets through, and who may ask.
+            "serve": {
+                "host": "127.0.0.1",
+                "port": 8000,
+                # What callers call the model; by default its file's name.
+                "model_name": placeholder(str),
+                # A file with the key that callers have to send; without it none is needed.
+                "api_key_file": placeholder(str),
+                # Requests that may wait for a slot; more are told to come back.
+                "queue": 256,
+                # Seconds that an answer may take, waiting included.
+                "timeout": 600.0,
+                "max_body": 4_000_000,
+                # Of one prompt; by default what the context holds.
+                "max_prompt_tokens": placeholder(int),
+                "log_prompts": False,
+            },
             # How an experiment is run; its records are the same whatever stands here.
             "runner": {
                 "dry_run": False,
@@ -253,6 +270,15 @@ FLAGS: dict[str, tuple[str, str]] = {
     "text": ("compare.text", "Text file of distribution and precision."),
     "context": ("compare.context", "Tokens of one window of that text."),
     "verify": ("certify.verify", "Compute this certificate again, and say what differs."),
+    "host": ("serve.host", "Where the server listens; 0.0.0.0 lets other machines ask."),
+    "port": ("serve.port", "Its port; 0 takes a free one."),
+    "model_name": ("serve.model_name", "What callers call the model; by default its file's name."),
+    "api_key_file": ("serve.api_key_file", "A file with the key that callers have to send."),
+    "queue": ("serve.queue", "Requests that may wait for a slot; more get 429."),
+    "timeout": ("serve.timeout", "Seconds that an answer may take, waiting included."),
+    "max_body": ("serve.max_body", "Bytes of a request, at most."),
+    "max_prompt_tokens": ("serve.max_prompt_tokens", "Tokens of a prompt, at most."),
+    "log_prompts": ("serve.log_prompts", "Write what is asked to the log, too."),
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
     "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
     "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),

@@ -158,12 +158,12 @@ class Generation:
     @property
     def unfinished(self) -> dict[int, Completion]:
         """What there is so far of the requests that have begun and not ended, by their number."""
-        return self._running.unfinished
+        return {} if self._running is None else self._running.unfinished
 
     @property
     def timings(self) -> Timings:
         """Of what has run so far; all zero before the first token."""
-        return self._running.timings
+        return Timings() if self._running is None else self._running.timings
 
     def __iter__(self) -> Generator[Piece, None, None]:
         running = self._running = Running(self._engine, self._tokenizer)
@@ -252,8 +252,8 @@ class Running:
                 continue  # A stop string in what was told of it just before has ended it.
             row = self._rows[news.text]
             if news.error is not None:
-                del self._rows[news.text]
                 yield Failed(row.number, UserError(news.error))
+                del self._rows[news.text]  # Who ends with the error may still ask for its text.
                 continue
             before = len(row.tokens)
             piece = row.feed(news)

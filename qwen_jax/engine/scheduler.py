@@ -83,11 +83,6 @@ class Scheduler:
         """Texts that have no slot yet."""
         return len(self._waiting)
 
-    @property
-    def waiting(self) -> int:
-        """Texts that have no slot yet."""
-        return len(self._waiting)
-
     def add(self, text: Text) -> None:
         """Puts a text at the end of the line. It must fit: see `Engine.room`."""
         self._waiting.append(text)
@@ -330,17 +325,6 @@ class Scheduler:
                 self._leave(text)
             shown = None if text.top is None else _logprobs(logprobs, row, len(chosen))
             yield News(text, chosen, shown, None, text.over)
-
-    def _why_not(self, chosen: list[int]) -> str | None:
-        """Why a text can't go on, where the device says so in place of a token."""
-        if steps.NOT_FINITE in chosen:
-            return overflow(self.engine.config.source, self.engine.spec.cache)
-        if steps.BANNED in chosen:
-            return (
-                "sampling.logit_bias bans every token there is, so that nothing is left to "
-                "choose; leave some without -inf."
-            )
-        return None
 
     def _why_not(self, chosen: list[int]) -> str | None:
         """Why a text can't go on, where the device says so in place of a token."""

@@ -69,4 +69,3 @@ class News(NamedTuple):
     scores: tuple[np.ndarray, np.ndarray] | None
     over: bool
     error: str | None = None
-    error: str | None = None

@@ -69,7 +69,7 @@ class Refused(NamedTuple):
 
 
 REFUSED = {
-    "functions": Refused(((),), "give tools, which replaced it"),
+    "functions": Refused(([],), "give tools, which replaced it"),
     "function_call": Refused(("none",), "give tool_choice, which replaced it"),
     "audio": Refused((), "Qwen2.5 writes text alone"),
     "modalities": Refused((["text"],), "Qwen2.5 writes text alone"),

@@ -47,9 +47,7 @@ class Limits:
         }
         for name, (holds, allowed) in checks.items():
             if not holds:
-                raise UserError(
-                    f"serve.{name} is {getattr(self, name)}, but it must be {allowed}."
-                )
+                raise UserError(f"serve.{name} is {getattr(self, name)}, but it must be {allowed}.")
 
     @property
     def is_loopback(self) -> bool:
@@ -90,7 +88,7 @@ class Key:
 
 
 def host_is_local(header: str) -> bool:
-    """Whether a request's Host names this machine: a page of another name whose owner has pointed it
-    here (DNS rebinding) may not ask a server without a key."""
+    """Whether a Host names this machine: a page of another name that its owner has pointed
+    here (DNS rebinding) may not ask."""
     name = header if header.endswith("]") else header.rpartition(":")[0] or header
     return name.lower() in LOOPBACK_NAMES

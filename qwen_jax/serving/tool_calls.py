@@ -36,7 +36,8 @@ class ToolCalls:
     def __init__(self, most: int | None = None) -> None:
         self._most = most
         self._held = ""
-        self._inside = False
+        self._inside = self._after = False
+        self._gap = ""  # the white space before what may prove to be no call
         self.calls: list[Call] = []
 
     def feed(self, piece: str) -> tuple[str, list[Call]]:
@@ -44,14 +45,19 @@ class ToolCalls:
         self._held += piece
         text, before = "", len(self.calls)
         while True:
+            if self._after:
+                self._held = self._held.lstrip()
+                self._after = not self._held
             head, tag, rest = self._held.partition(CLOSE if self._inside else OPEN)
             if not tag:
                 break
             if self._inside:
                 text += self._take(head, CLOSE)
             else:
-                text += self._shown(head.rstrip())
-            self._held = rest.lstrip() if self._inside else rest
+                shown = head.rstrip()
+                text += self._shown(shown)
+                self._gap = head[len(shown) :]
+            self._held = rest
             self._inside = not self._inside
         if not self._inside:
             safe = len(self._held) - self._possible_start()
@@ -74,9 +80,10 @@ class ToolCalls:
             found = {}
         name, arguments = found.get("name"), found.get("arguments", {})
         if not isinstance(name, str) or not isinstance(arguments, dict):
-            return f"{OPEN}{content}{close}"
+            return f"{self._gap}{OPEN}{content}{close}"
         written = json.dumps(arguments, ensure_ascii=False)
         self.calls.append(Call(f"call_{secrets.token_hex(12)}", name, written))
+        self._after = True
         return ""
 
     @property

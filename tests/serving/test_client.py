@@ -165,7 +165,9 @@ def test_metrics_count(haiku: Served) -> None:
         grown = after[key] - before[key]
         usage = found.usage.prompt_tokens if name == "prompt" else found.usage.completion_tokens
         assert grown == usage
-    assert after["qwen_jax_first_token_seconds_count"] > before["qwen_jax_first_token_seconds_count"]
+    assert (
+        after["qwen_jax_first_token_seconds_count"] > before["qwen_jax_first_token_seconds_count"]
+    )
     assert after["qwen_jax_answers_present"] == 0
     assert httpx.get(f"{haiku.url}/health").json() == {"status": "ok"}
 

@@ -1,6 +1,8 @@
 """What is refused, in OpenAI's form: a status, the field and the way out."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -190,3 +192,10 @@ _CLIENTS: dict[str, httpx.Client] = {}
 def _client(url: str) -> httpx.Client:
     """One connection for all examples."""
     return _CLIENTS.setdefault(url, httpx.Client(base_url=url, timeout=30))
+
+
+def test_the_page_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page.partition("## Fields")[2].partition("## Errors")[0]))
+    known = {*fields.CHAT, *fields.TEXT, *fields.REFUSED, *fields.IGNORED}
+    assert known <= named

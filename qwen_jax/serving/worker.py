@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import NamedTuple
 
 from absl import logging
@@ -21,9 +21,9 @@ LONGEST_RETRY = 60
 
 
 class Told(NamedTuple):
-    """News of the request of this index in a caller's list."""
+    """News of the request at this place in a caller's list."""
 
-    index: int
+    place: int
     news: Piece | RefusalError
 
 
@@ -193,7 +193,7 @@ class Answers:
 
         return tell
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """All of them, as they come, with the request's index. Raises RefusalError where one can't
         be answered."""
         left = len(self.numbers)

@@ -14,6 +14,7 @@ from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
+from qwen_jax.text.constraint import Constraint, Matcher
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream, stops_of
 from qwen_jax.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class Request:
         stop: a string that ends the text, or several, control tokens included; they are cut off.
         stop_ids: ids that end the text, besides those of the model; they are not shown.
         top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
+        constraint: what all of the text must be, as far as max_tokens reach.
     """
 
     tokens: Sequence[int]
@@ -38,6 +40,7 @@ class Request:
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
     top_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         # What can be gone through once would stop nobody after it was checked.
@@ -291,7 +294,9 @@ class _Row:
         self.number, self.request = number, request
         check_fits(request, engine, tokenizer)
         limit = engine.room(request.tokens, request.max_tokens)
-        self.text = Text(request.tokens, limit, request.sampling, request.top_logprobs)
+        matcher = request.constraint and Matcher(request.constraint, tokenizer)
+        asked = request.sampling, request.top_logprobs
+        self.text = Text(request.tokens, limit, *asked, constraint=matcher)
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
@@ -347,8 +352,8 @@ class _Row:
 
 
 def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
-    """Raises UserError where a stop id or a biased one is no token of the model, or more
-    log-probabilities are asked for than it has tokens."""
+    """Raises UserError where a stop id or a biased one is no token of the model, more
+    log-probabilities are asked for than it has tokens, or nothing can be held to the constraint."""
     vocabulary, source = tokenizer.vocab_size, engine.config.source
     for token in request.stop_ids:
         if not 0 <= token < vocabulary:
@@ -361,3 +366,5 @@ def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
             f"{vocabulary} tokens of {source}."
         )
     check_bias(request.sampling, engine.config.vocab_size)
+    if request.constraint is not None:
+        Matcher(request.constraint, tokenizer)

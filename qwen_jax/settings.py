@@ -80,6 +80,15 @@ def get_config() -> ConfigDict:
                 "logit_bias": "",
                 "seed": 0,
             },
+            # What all of an answer must be, as far as max_tokens reach: one of these. Schema and
+            # grammar are files.
+            "constrain": {
+                "json_schema": placeholder(str),
+                "json_object": False,
+                "regex": placeholder(str),
+                "choice": (),
+                "lark": placeholder(str),
+            },
             # What generate records of its run: a file, globs over names, positions as a slice.
             "trace": {"file": placeholder(str), "names": "*", "positions": ":"},
             # Where records and reports go.
@@ -238,6 +247,11 @@ FLAGS: dict[str, tuple[str, str]] = {
     "top_p": ("sampling.top_p", "Keep the likeliest tokens up to this probability; 1 keeps all."),
     "min_p": ("sampling.min_p", "Drop tokens less likely than this share of the likeliest."),
     "seed": ("sampling.seed", "Decides what is drawn; the same seed gives the same text."),
+    "json_schema": ("constrain.json_schema", "Answers are JSON of the schema in this file."),
+    "json_object": ("constrain.json_object", "Answers are an object of JSON."),
+    "regex": ("constrain.regex", "Answers are what this expression matches, as a whole."),
+    "choice": ("constrain.choice", "Answers are one of these; to be given several times."),
+    "lark": ("constrain.lark", "Answers are what the grammar in this file derives."),
     "trace": ("trace.file", "Record the run's tensors in this .safetensors file."),
     "trace_names": ("trace.names", "Which tensors, as globs with commas: 'layers.0.*,logits'."),
     "trace_positions": ("trace.positions", "Which positions of the text, as in 0:16."),

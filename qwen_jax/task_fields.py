@@ -10,7 +10,7 @@ MODEL = (
 PROMPT = ("prompt", "system", "raw", "suffix", "tools", "continue_final_message")
 ANSWER = (
     "prompt_file", "max_tokens", "stop", "stop_ids", "n", "batch_invariant", "top_logprobs",
-    "generation_config", "sampling",
+    "generation_config", "sampling", "constrain",
 )  # fmt: skip
 SERVED = tuple(
     f"sampling.{name}"

@@ -16,6 +16,7 @@ from qwen_jax.prompt_lines import bias_of
 from qwen_jax.serving import fields
 from qwen_jax.serving.fields import with_param
 from qwen_jax.serving.refusal import RefusalError
+from qwen_jax.text.constraint import Constraint, check_installed, constraint_of
 from qwen_jax.text.prompt import Prompt, prompts_in
 from qwen_jax.text.streaming import stops_of
 
@@ -158,6 +159,8 @@ def _options(given: Mapping[str, Any], defaults: Options) -> Options:
         options["stop"] = with_param("stop", stops_of, stop)
     if "stop_ids" in given:
         options["stop_ids"] = given["stop_ids"]
+    if (constraint := _constraint(given)) is not None:
+        options["constraint"] = constraint
     if "top" in given:
         options["top_logprobs"] = given["top"]
     return options
@@ -180,6 +183,29 @@ def _sampling(given: Mapping[str, Any], defaults: Sampling) -> Sampling:
     except UserError as error:
         text = str(error).removeprefix("sampling.")
         raise RefusalError(400, text, param=text.partition(" ")[0]) from error
+
+
+def _constraint(given: Mapping[str, Any]) -> Constraint | None:
+    """What the answer is held to, by response_format or a field of its own."""
+    asked = {name: given[name] for name in ("regex", "choice", "lark") if name in given}
+    where = "response_format"
+    form = fields.read(given.get(where, {"type": "text"}), fields.RESPONSE_FORMAT, f"{where}.")
+    kind = form.get("type")
+    if kind == "json_object":
+        asked["json_object"] = True
+    elif kind == "json_schema":
+        inner = fields.read(form.get("json_schema", {}), fields.JSON_SCHEMA, "json_schema.")
+        if "schema" not in inner:
+            text = "response_format.json_schema has no schema; give one."
+            raise RefusalError(400, text, param=where)
+        asked["json_schema"] = inner["schema"]
+    elif kind != "text":
+        text = f"response_format.type is {kind!r:.60}; give text, json_object or json_schema."
+        raise RefusalError(400, text, param=where)
+    found: Constraint | None = with_param(next(reversed(asked), where), constraint_of, asked)
+    if found is not None:
+        with_param(where, check_installed)
+    return found
 
 
 def _delivery(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,10 @@ _BOTH: dict[str, Any] = {
     "stop_ids": Sequence[int],
     "stream": bool,
     "stream_options": Mapping,
+    "response_format": Mapping,
+    "regex": str,
+    "choice": Sequence[str],
+    "lark": str,
     **SAMPLING,
 }
 CHAT: dict[str, Any] = {
@@ -55,6 +59,8 @@ TOKENIZE: dict[str, Any] = {
     "tools": Sequence[Mapping],
     "continue_final_message": bool,
 }
+RESPONSE_FORMAT: dict[str, Any] = {"type": str, "json_schema": Mapping}
+JSON_SCHEMA: dict[str, Any] = {"name": str, "description": str, "schema": Mapping, "strict": bool}
 STREAM_OPTIONS: dict[str, Any] = {"include_usage": bool}
 
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")

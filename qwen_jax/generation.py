@@ -294,7 +294,8 @@ class _Row:
         self.number, self.request = number, request
         check_fits(request, engine, tokenizer)
         limit = engine.room(request.tokens, request.max_tokens)
-        matcher = request.constraint and Matcher(request.constraint, tokenizer)
+        held = request.constraint
+        matcher = None if held is None else Matcher(held, tokenizer)
         asked = request.sampling, request.top_logprobs
         self.text = Text(request.tokens, limit, *asked, constraint=matcher)
         self.tokens: list[int] = []

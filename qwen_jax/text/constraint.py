@@ -18,7 +18,7 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 Kind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as Python writes it: a model that may put white space anywhere may write nothing else."""
 _ROOT = "the JSON schema"
 
@@ -124,9 +124,7 @@ class Matcher:
     def _check(self) -> None:
         if why := self._matcher.get_error():
             first = " ".join(why.split("<state>")[0].split()).rstrip(".")
-            raise UserError(
-                f"The constraint is too much: {first:.400}; simplify it."
-            )
+            raise UserError(f"The constraint is too much: {first:.400}; simplify it.")
 
 
 def check_installed() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 
@@ -194,3 +195,56 @@ def test_a_key(model: qwen_jax.Model) -> None:
         assert httpx.get(f"{found.url}/v1/models").status_code == 401
         assert httpx.get(f"{found.url}/metrics").status_code == 401
         assert httpx.get(f"{found.url}/health").status_code == 200
+
+
+POEM = {
+    "type": "object",
+    "properties": {"lines": {"type": "integer"}, "about": {"enum": ["snow", "ice"]}},
+    "required": ["lines", "about"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_are_held_to_a_schema(haiku: Served, model: qwen_jax.Model) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "poem", "schema": POEM, "strict": True}}
+    create = haiku.client().chat.completions.create
+    whole = create(model="haiku", messages=SNOW, response_format=form, max_tokens=40)
+    right = model.generate(SNOW, max_tokens=40, constraint=qwen_jax.Constraint.json_schema(POEM))
+    (choice,) = whole.choices
+    assert (choice.message.content, choice.finish_reason) == (right.text, "stop")
+    assert json.loads(right.text)["about"] in ("snow", "ice")
+    chunks = create(model="haiku", messages=SNOW, response_format=form, max_tokens=40, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == right.text
+    cut = create(model="haiku", messages=SNOW, response_format=form, max_tokens=4).choices[0]
+    assert cut.finish_reason == "length"
+
+
+def test_answers_are_held_to_other_constraints(haiku: Served) -> None:
+    create = haiku.client().chat.completions.create
+    for extra, pattern in (
+        ({"regex": "[ab]{2,3}c"}, "[ab]{2,3}c"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"lark": 'start: "x" /[yz]/'}, "x[yz]"),
+        ({"response_format": {"type": "json_object"}}, r"\{.*"),
+    ):
+        found = create(model="haiku", messages=SNOW, extra_body=extra, temperature=1, seed=3)
+        assert re.fullmatch(pattern, found.choices[0].message.content, re.DOTALL)
+    plain = create(model="haiku", messages=SNOW, response_format={"type": "text"})
+    assert "\n" in plain.choices[0].message.content
+    for extra, words in (
+        ({"regex": "[a"}, "unclosed character class"),
+        ({"regex": "a", "choice": ["b"]}, "regex and choice exclude each other"),
+        ({"response_format": {"type": "xml"}}, "give text, json_object or json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "has no schema"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"patternProperties": {}}},
+                }
+            },
+            "patternProperties",
+        ),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            create(model="haiku", messages=SNOW, extra_body=extra)

@@ -16,6 +16,7 @@ from qwen_jax.prompt_lines import bias_of
 from qwen_jax.serving import fields
 from qwen_jax.serving.fields import with_param
 from qwen_jax.serving.refusal import RefusalError
+from qwen_jax.serving.tool_calls import forced
 from qwen_jax.text.constraint import Constraint, check_installed, constraint_of
 from qwen_jax.text.prompt import Prompt, prompts_in
 from qwen_jax.text.streaming import stops_of
@@ -100,6 +101,11 @@ def chat(body: Mapping[str, Any], defaults: Options) -> Asked:
     tools = _tools(given)
     if tools:
         options["tools"] = tools
+        if (held := _forced(given, tools)) is not None:
+            if "constraint" in options:
+                text = "tool_choice forces a call, which is no response_format; give one of them."
+                raise RefusalError(400, text, param="tool_choice")
+            options["constraint"] = held
     if given.get("continue_final_message"):
         options["continue_final_message"] = True
     return Asked(
@@ -227,10 +233,28 @@ def _tools(given: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
         return None
     if not tools:
         raise RefusalError(400, "tool_choice needs tools; give some.", param="tool_choice")
+    return tools
+
+
+def _forced(given: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Constraint | None:
+    """What makes of the answer calls of tools, where tool_choice asks for that."""
+    choice = given.get("tool_choice", "auto")
     if choice == "auto":
-        return tools
-    text = f"tool_choice is {choice!r:.60}, but it must be 'auto' or 'none': nothing forces a call."
-    raise RefusalError(400, text, param="tool_choice", code="unsupported_value")
+        return None
+    name = None
+    if isinstance(choice, Mapping) and choice.get("type") == "function":
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+    if choice != "required" and not isinstance(name, str):
+        text = (
+            f"tool_choice is {choice!r:.60}; give 'none', 'auto', 'required', or "
+            '{"type": "function", "function": {"name": …}}.'
+        )
+        raise RefusalError(400, text, param="tool_choice")
+    several = name is None and given.get("parallel_tool_calls", True)
+    with_param("tool_choice", check_installed)
+    found: Constraint = with_param("tool_choice", forced, tools, name, several)
+    return found
 
 
 def _from_to(name: str, value: int, least: int, most: int) -> int:

@@ -6,10 +6,13 @@ space around one is no text. What looks like a call and is none stays text.
 
 import json
 import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwen_jax import strict_json
 from qwen_jax.errors import UserError
+from qwen_jax.text.constraint import LAYOUT, Constraint
+from qwen_jax.text.messages import plain_tools
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -24,6 +27,33 @@ class Call(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
+
+
+def forced(tools: Sequence[Mapping[str, Any]], name: str | None, several: bool) -> Constraint:
+    """Answers that are calls of these tools, with arguments that fit their schemas.
+
+    Args:
+        tools: as `messages.plain_tools` takes them.
+        name: of the one to call; None for any of them.
+        several: more than one call may come.
+
+    Raises:
+        UserError: there is none of that name, or its schema can't be held to.
+    """
+    functions = [tool.get("function", tool) for tool in plain_tools(tools) or ()]
+    called = [function for function in functions if name in (None, function["name"])]
+    if not called:
+        known = ", ".join(repr(function["name"]) for function in functions)
+        raise UserError(f"tool_choice names {name!r:.60}, but the tools are {known}.")
+    rules = ['start: call ("\\n" call)*' if several else "start: call"]
+    rules.append("call: " + " | ".join(f"call{i}" for i in range(len(called))))
+    for i, function in enumerate(called):
+        schema = function.get("parameters") or {"type": "object"}
+        held = json.dumps({**json.loads(Constraint.json_schema(schema).text), "x-guidance": LAYOUT})
+        head = json.dumps(f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": ')
+        tail = json.dumps(f"}}\n{CLOSE}")
+        rules += [f"call{i}: {head} arguments{i} {tail}", f"arguments{i}: %json {held}"]
+    return Constraint.lark("\n".join(rules))
 
 
 class ToolCalls:

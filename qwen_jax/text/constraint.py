@@ -18,7 +18,7 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 Kind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 
-_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as Python writes it: a model that may put white space anywhere may write nothing else."""
 _ROOT = "the JSON schema"
 
@@ -145,7 +145,7 @@ def _grammar(constraint: Constraint) -> str:
     if kind == "choice":
         options = " | ".join(json.dumps(choice) for choice in json.loads(text))
         return str(LLMatcher.grammar_from_lark(f"start: {options}"))
-    return str(LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT))
+    return str(LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT))
 
 
 class _Vocabulary:

@@ -134,3 +134,76 @@ def test_a_model_that_knows_no_tools_says_so(haiku: Served) -> None:
     answer = haiku.post("/v1/chat/completions", body)
     assert answer.status_code == 400 and "never mentions tools" in answer.text
     assert haiku.post("/v1/chat/completions", body | {"tool_choice": "none"}).status_code == 200
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Oslo"]}, "days": {"type": "integer"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.mark.parametrize(
+    "choice, parallel, names",
+    [
+        ("required", True, {"weather", "now"}),
+        ({"type": "function", "function": {"name": "weather"}}, True, {"weather"}),
+        ("required", False, {"weather", "now"}),
+    ],
+)
+def test_a_call_is_forced(
+    model: qwen_jax.Model, choice: Any, parallel: bool, names: set[str]
+) -> None:
+    """Of a model that knows nothing of tools; the answer ends, or is cut, but is nothing else."""
+    body = {
+        "messages": CHAT,
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "parallel_tool_calls": parallel,
+    }
+    wanted = asked.chat(body, Options(max_tokens=60, sampling=qwen_jax.Sampling()))
+    assert wanted.tools and wanted.options["tools"] == TOOLS
+    answers = model.generate(
+        ["x"],
+        n=8,
+        sampling=qwen_jax.Sampling(temperature=1.0),
+        max_tokens=90,
+        constraint=wanted.options["constraint"],
+    )
+    ended = [answer for answer in answers if answer.finish_reason == "stop"]
+    assert ended
+    for answer in ended:
+        shown, calls = parsed(answer.text, [])
+        assert shown == "" and {name for name, _ in calls} <= names
+        assert len(calls) == 1 or (choice == "required" and parallel)
+        for name, arguments in calls:
+            if name == "weather":
+                assert arguments["city"] in ("Paris", "Oslo") and type(arguments["days"]) is int
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"tool_choice": "must"}, "give 'none', 'auto', 'required'"),
+        ({"tool_choice": {"type": "function"}}, "give 'none', 'auto', 'required'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "are 'weather', 'now'"),
+        ({"tool_choice": "required", "regex": "a"}, "give one of them"),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [
+                    {"function": {"name": "f", "parameters": {"oneOf": []}}, "type": "function"}
+                ],
+            },
+            "'oneOf'",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_forced(haiku: Served, more: dict[str, Any], words: str) -> None:
+    answer = haiku.post("/v1/chat/completions", {"messages": CHAT, "tools": TOOLS} | more)
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"]

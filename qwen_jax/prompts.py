@@ -183,12 +183,12 @@ def rows(
             refuse(wrong)
             continue
         samples = item.samples(n)
-        seed = 0 if "seed" in item.own else _place(item.id, samples)
+        seed = 0 if "seed" in item.own else place(item.id, samples)
         for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, samples), seed)):
             yield item, sample, seeded
 
 
-def _place(name: str | int, n: int) -> int:
+def place(name: str | int, n: int) -> int:
     """Where a prompt's seeds begin: it follows from its id, so that they stay the same when other
     prompts come or go."""
     if isinstance(name, int):

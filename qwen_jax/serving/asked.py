@@ -81,8 +81,16 @@ class Asked:
         return found
 
 
-def chat(body: Mapping[str, Any], defaults: Options) -> Asked:
-    """What a body of /v1/chat/completions asks for. Raises RefusalError, UserError."""
+def chat(body: Mapping[str, Any], defaults: Options, *, draw: bool = True) -> Asked:
+    """What a body of /v1/chat/completions asks for.
+
+    Args:
+        defaults: how it is answered where it doesn't say.
+        draw: a seed that it doesn't name; else it is that of the defaults.
+
+    Raises:
+        RefusalError, UserError: it is not what it must be.
+    """
     given = fields.read(body, fields.CHAT)
     if "messages" not in given:
         raise RefusalError(400, "messages is missing; give a list of messages.", param="messages")
@@ -97,7 +105,7 @@ def chat(body: Mapping[str, Any], defaults: Options) -> Asked:
         raise RefusalError(400, text, param="top_logprobs")
     if given.get("logprobs"):
         given["top"] = _from_to("top_logprobs", 0 if top is None else top, 0, MOST_TOP)
-    options = _options(given, defaults)
+    options = _options(given, defaults, draw)
     tools = _tools(given)
     if tools:
         options["tools"] = tools
@@ -117,8 +125,8 @@ def chat(body: Mapping[str, Any], defaults: Options) -> Asked:
     )
 
 
-def text(body: Mapping[str, Any], defaults: Options) -> Asked:
-    """What a body of /v1/completions asks for. Raises RefusalError, UserError."""
+def text(body: Mapping[str, Any], defaults: Options, *, draw: bool = True) -> Asked:
+    """What a body of /v1/completions asks for; as `chat`."""
     given = fields.read(body, fields.TEXT)
     if "prompt" not in given:
         raise RefusalError(400, "prompt is missing; give a text, or token ids.", param="prompt")
@@ -127,7 +135,7 @@ def text(body: Mapping[str, Any], defaults: Options) -> Asked:
         raise RefusalError(400, "prompt is empty; give a text, or token ids.", param="prompt")
     if "logprobs" in given:
         given["top"] = _from_to("logprobs", given["logprobs"], 0, MOST_TOP)
-    options = _options(given, defaults)
+    options = _options(given, defaults, draw)
     if "suffix" in given:
         options["suffix"] = given["suffix"]
     elif isinstance(prompts[0], str):
@@ -151,12 +159,12 @@ def tokens(body: Mapping[str, Any], model: Model) -> list[int]:
     return model.tokenizer.encode(given["prompt"], add_special_tokens=True)
 
 
-def _options(given: Mapping[str, Any], defaults: Options) -> Options:
+def _options(given: Mapping[str, Any], defaults: Options, draw: bool) -> Options:
     options = Options(**defaults)
     if "max_tokens" in given:
         with_param("max_tokens", check_max_tokens, given["max_tokens"])
         options["max_tokens"] = given["max_tokens"]
-    options["sampling"] = _sampling(given, defaults["sampling"])
+    options["sampling"] = _sampling(given, defaults["sampling"], draw)
     if "stop" in given:
         stop = given["stop"]
         if not isinstance(stop, str) and len(stop) > MOST_STOPS:
@@ -172,9 +180,9 @@ def _options(given: Mapping[str, Any], defaults: Options) -> Options:
     return options
 
 
-def _sampling(given: Mapping[str, Any], defaults: Sampling) -> Sampling:
-    """The body's, over the server's. Without a seed it is drawn afresh: who sets a temperature and
-    asks twice wants two answers."""
+def _sampling(given: Mapping[str, Any], defaults: Sampling, draw: bool) -> Sampling:
+    """The body's, over the defaults. Who asks a server twice, with a temperature and without a
+    seed, wants two answers."""
     own = {name: given[name] for name in fields.SAMPLING if name in given}
     if "logit_bias" in own:
         bias = own["logit_bias"] = with_param("logit_bias", bias_of, own["logit_bias"])
@@ -182,8 +190,10 @@ def _sampling(given: Mapping[str, Any], defaults: Sampling) -> Sampling:
             if not abs(value) <= MOST_BIAS:
                 text = f"logit_bias of {token} is {value}, but it must be from -100 to 100."
                 raise RefusalError(400, text, param="logit_bias")
-    seed = own.get("seed")
-    own["seed"] = secrets.randbits(32) if seed is None else seed % 2**32
+    if "seed" in own:
+        own["seed"] %= 2**32
+    elif draw:
+        own["seed"] = secrets.randbits(32)
     try:
         return dataclasses.replace(defaults, **own)
     except UserError as error:

@@ -73,6 +73,7 @@ def run(command: Command, load: Callable[[ConfigDict], Model]) -> int:
         )
     records = list(prompt_records.read(config.prompt_file))
     _check_names(records)
+    _tell_of_models(records, config.model)
     with answers.opened(config) as written:
         pins.pin_and_tell(config, pins.OF_RUN)
         with startup.timed("load"):
@@ -99,6 +100,15 @@ def _check_names(records: list[Record]) -> None:
         name = given.get("custom_id") if isinstance(given, dict) else None
         if isinstance(name, str) and seen.setdefault(name, where) != where:
             raise UserError(f"{where} has the custom_id {name!r:.60}, as {seen[name]}; change one.")
+
+
+def _tell_of_models(records: list[Record], model: str) -> None:
+    """Says so where bodies name other models: files that were written for OpenAI's do."""
+    bodies = [given.get("body") for _, _, given in records if isinstance(given, dict)]
+    named = {str(body["model"]) for body in bodies if isinstance(body, dict) and "model" in body}
+    if others := sorted(named - {model}):
+        shown = ", ".join(f"{name!r:.60}" for name in others[:3])
+        print(visible(f"bodies name {shown}; {model} answers them."), file=sys.stderr)
 
 
 class _Run:

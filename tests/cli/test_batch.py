@@ -48,6 +48,7 @@ def test_answers(run: Run, tmp_path: Path) -> None:
     result = run(f"--prompt_file={asked}", f"--output={output}", "--ordered")
     assert (result.code, result.out) == (3, ""), result
     assert "6 of 9 prompts were refused; their lines say why in 'response'" in result.err
+    assert "bodies name 'gpt-4o'; haiku answers them." in result.err
     found = answers_in(output.read_text())
     assert [one["custom_id"] for one in found] == [*"abcdefg", None, None]
     assert [one["response"]["status_code"] for one in found] == [200] * 3 + [400] * 6

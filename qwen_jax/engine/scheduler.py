@@ -283,7 +283,8 @@ class Scheduler:
 
     def _rows(self, texts: list[Text], plan: Plan) -> np.ndarray:
         """What a step is told of these texts; after the first one a device knows their tokens."""
-        rows = np.zeros((self.engine.rows_for(len(texts), plan), steps.FIELDS), np.int32)
+        size = self.engine.rows_for(len(texts), plan, texts[0].constraint is not None)
+        rows = np.zeros((size, steps.FIELDS), np.int32)
         rows[:, 0] = self.engine.shapes.slots  # nobody's, and out of bounds
         for row, text in zip(rows, texts, strict=False):
             row[:] = text.row

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qwen_jax.engine.sampling import Sampling
     from qwen_jax.errors import UserError
     from qwen_jax.generation import Completion, Generation, Request, TokenLogprob
+    from qwen_jax.text.constraint import Constraint
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ xla_flags.set_before_jax()
 
 __all__ = [
     "Completion",
+    "Constraint",
     "Generation",
     "Model",
     "ModelConfig",
@@ -41,6 +43,7 @@ _HOME = {
     "errors": ("UserError",),
     "generation": ("Completion", "Generation", "Request", "TokenLogprob"),
     "engine.sampling": ("Sampling",),
+    "text.constraint": ("Constraint",),
 }
 
 

@@ -14,6 +14,7 @@ from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
+from qwen_jax.text.constraint import Constraint, Matcher
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream, stops_of
 from qwen_jax.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class Request:
         stop: a string that ends the text, or several, control tokens included; they are cut off.
         stop_ids: ids that end the text, besides those of the model; they are not shown.
         top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
+        constraint: what all of the text must be, as far as max_tokens reach.
     """
 
     tokens: Sequence[int]
@@ -38,6 +40,7 @@ class Request:
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
     top_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         # What can be gone through once would stop nobody after it was checked.
@@ -162,13 +165,65 @@ class Generation:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request | NotYet]):
         self._engine, self._tokenizer = engine, tokenizer
         self._requests = enumerate(requests)
-        self._rows: dict[Text, _Row] = {}
-        self._start = self._compiled = 0.0
-        self._sums = Timings()
+        self._running: Running | None = None
 
     @property
     def unfinished(self) -> dict[int, Completion]:
         """What there is so far of the requests that have begun and not ended, by their number."""
+        return {} if self._running is None else self._running.unfinished
+
+    @property
+    def timings(self) -> Timings:
+        """Of what has run so far; all zero before the first token."""
+        return Timings() if self._running is None else self._running.timings
+
+    def __iter__(self) -> Generator[Piece, None, None]:
+        running = self._running = Running(self._engine, self._tokenizer)
+        try:
+            yield from self._run(running)
+        finally:
+            running.close()
+
+    def _run(self, running: "Running") -> Iterator[Piece]:
+        more = True
+        while more or not running.idle:
+            while more and running.wants_more:
+                number, request = next(self._requests, (0, None))
+                if isinstance(request, NotYet):
+                    if running.idle:
+                        time.sleep(_PAUSE)
+                    break
+                if more := request is not None:
+                    try:
+                        running.add(number, request)
+                    except UserError as error:
+                        raise UserError(f"request {number}: {error}") from error
+            for news in running.turn():
+                if isinstance(news, Failed):
+                    raise news.error
+                yield news
+
+
+class Failed(NamedTuple):
+    """The request of this number can't go on."""
+
+    number: int
+    error: UserError
+
+
+class Running:
+    """Requests in the engine's slots and in line for them, by numbers of the caller's."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer):
+        self._engine, self._tokenizer = engine, tokenizer
+        self._scheduler = Scheduler(engine)
+        self._rows: dict[Text, _Row] = {}
+        self._start, self._compiled = time.perf_counter(), compile_seconds()
+        self._sums = Timings()
+
+    @property
+    def unfinished(self) -> dict[int, Completion]:
+        """What there is so far of the requests that have not ended."""
         return {row.number: row.completion() for row in self._rows.values()}
 
     @property
@@ -176,44 +231,59 @@ class Generation:
         """Of what has run so far; all zero before the first token."""
         return self._sums
 
-    def __iter__(self) -> Generator[Piece, None, None]:
-        scheduler = Scheduler(self._engine)
-        self._start, self._compiled = time.perf_counter(), compile_seconds()
-        try:
-            yield from self._run(scheduler)
-        finally:
-            scheduler.close()
+    @property
+    def idle(self) -> bool:
+        """Whether a turn would do nothing."""
+        return self._scheduler.idle
 
-    def _run(self, scheduler: Scheduler) -> Iterator[Piece]:
-        more = True
-        while more or not scheduler.idle:
-            while more and scheduler.wants_more:
-                number, request = next(self._requests, (0, None))
-                if isinstance(request, NotYet):
-                    if scheduler.idle:
-                        time.sleep(_PAUSE)
-                    break
-                if more := request is not None:
-                    try:
-                        row = _Row(number, request, self._engine, self._tokenizer)
-                    except UserError as error:
-                        raise UserError(f"request {number}: {error}") from error
-                    self._rows[row.text] = row
-                    scheduler.add(row.text)
-            for news in scheduler.turn():
-                if news.text not in self._rows:
-                    continue  # A stop string in what was told of it just before has ended it.
-                row = self._rows[news.text]
-                before = len(row.tokens)
-                piece = row.feed(news)
-                if row.finish_reason is not None:
-                    scheduler.cancel(news.text)
-                    del self._rows[news.text]
-                self._count(row, before)
-                over = row.finish_reason is not None
-                if piece or over:
-                    completion = row.completion() if over else None
-                    yield Piece(row.number, row.streamed(piece), completion)
+    @property
+    def wants_more(self) -> bool:
+        """Whether a request that is added now could take its turn at once, or soon."""
+        return self._scheduler.wants_more
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return self._scheduler.waiting
+
+    def add(self, number: int, request: Request) -> None:
+        """Puts a request at the end of the line.
+
+        Raises UserError where it is empty, too long, or doesn't fit the vocabulary or the device.
+        """
+        row = _Row(number, request, self._engine, self._tokenizer)
+        self._rows[row.text] = row
+        self._scheduler.add(row.text)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request wherever it is; nothing more is told of it."""
+        for text in [text for text, row in self._rows.items() if row.number == number]:
+            self._scheduler.cancel(text)
+            del self._rows[text]
+
+    def turn(self) -> Iterator[Piece | Failed]:
+        """Does what can be done now, and tells what is known by then."""
+        for news in self._scheduler.turn():
+            if news.text not in self._rows:
+                continue  # A stop string in what was told of it just before has ended it.
+            row = self._rows[news.text]
+            if news.error is not None:
+                yield Failed(row.number, UserError(news.error))
+                del self._rows[news.text]  # Who ends with the error may still ask for its text.
+                continue
+            before = len(row.tokens)
+            piece = row.feed(news)
+            over = row.finish_reason is not None
+            if over:
+                self._scheduler.cancel(news.text)
+                del self._rows[news.text]
+            self._count(row, before)
+            if piece or over:
+                yield Piece(row.number, row.streamed(piece), row.completion() if over else None)
+
+    def close(self) -> None:
+        """Lets go of all that is left."""
+        self._scheduler.close()
 
     def _count(self, row: "_Row", before: int) -> None:
         """Adds what a row has grown by, from so many tokens on."""
@@ -237,7 +307,10 @@ class _Row:
         self.number, self.request = number, request
         check_fits(request, engine, tokenizer)
         limit = engine.room(request.tokens, request.max_tokens)
-        self.text = Text(request.tokens, limit, request.sampling, request.top_logprobs)
+        held = request.constraint
+        matcher = None if held is None else Matcher(held, tokenizer)
+        asked = request.sampling, request.top_logprobs
+        self.text = Text(request.tokens, limit, *asked, constraint=matcher)
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._logprobs: list[TokenLogprob] | None = None if request.top_logprobs is None else []
@@ -293,8 +366,8 @@ class _Row:
 
 
 def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
-    """Raises UserError where a stop id or a biased one is no token of the model, or more
-    log-probabilities are asked for than it has tokens."""
+    """Raises UserError where a stop id or a biased one is no token of the model, more
+    log-probabilities are asked for than it has tokens, or nothing can be held to the constraint."""
     vocabulary, source = tokenizer.vocab_size, engine.config.source
     for token in request.stop_ids:
         if not 0 <= token < vocabulary:
@@ -307,3 +380,5 @@ def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
             f"{vocabulary} tokens of {source}."
         )
     check_bias(request.sampling, engine.config.vocab_size)
+    if request.constraint is not None:
+        Matcher(request.constraint, tokenizer)

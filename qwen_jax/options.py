@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from qwen_jax.engine.sampling import Sampling
+from qwen_jax.text.constraint import Constraint
 from qwen_jax.text.prompt import PromptOptions
 
 
@@ -16,6 +17,7 @@ class Options(PromptOptions, total=False):
         stop: a string that ends the text, or several, control tokens included; they are cut off.
         stop_ids: ids of tokens that end the text, besides the model's own; they are not shown.
         top_logprobs: None for no log-probabilities, else how many of the likeliest to report.
+        constraint: what all of the answer must be, as far as max_tokens reach.
     """
 
     max_tokens: int
@@ -23,6 +25,7 @@ class Options(PromptOptions, total=False):
     stop: str | Iterable[str]
     stop_ids: Iterable[int]
     top_logprobs: int | None
+    constraint: Constraint | None
 
 
 PROMPT_OPTIONS = tuple(PromptOptions.__annotations__)

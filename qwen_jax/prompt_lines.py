@@ -12,6 +12,8 @@ from qwen_jax.choices import check_max_tokens, check_samples, check_top_logprobs
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.options import Options, prompt_options
+from qwen_jax.text.constraint import FIELDS as CONSTRAINTS
+from qwen_jax.text.constraint import constraint_of
 from qwen_jax.text.prompt import Message, check
 from qwen_jax.text.streaming import stops_of
 
@@ -35,6 +37,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "stop_ids": (list,),
     "n": (int,),
     "top_logprobs": (int,),
+    **CONSTRAINTS,
 } | {name: (kind,) for name, kind in SAMPLING.items()}
 """Fields of a line of JSON, and their types; others are carried into its answers."""
 
@@ -174,15 +177,18 @@ def _is_json(value: Any) -> bool:
 
 
 def _merged(options: Options, own: Mapping[str, Any], where: str) -> Options:
-    merged: Any = options | {k: v for k, v in own.items() if k not in SAMPLING and k != "n"}
+    apart = {*SAMPLING, *CONSTRAINTS, "n"}
+    merged: Any = options | {k: v for k, v in own.items() if k not in apart}
     sampling = {name: own[name] for name in own if name in SAMPLING}
     try:
         check_samples(own.get("n", 1))
         check_max_tokens(merged.get("max_tokens", 1))
         check_top_logprobs(merged.get("top_logprobs"))
         merged["stop"] = stops_of(merged.get("stop", ()))
+        if not CONSTRAINTS.keys().isdisjoint(own):
+            merged["constraint"] = constraint_of(own)
         if "logit_bias" in sampling:
-            sampling["logit_bias"] = _bias(sampling["logit_bias"])
+            sampling["logit_bias"] = bias_of(sampling["logit_bias"])
         if sampling:
             merged["sampling"] = dataclasses.replace(options["sampling"], **sampling)
     except UserError as error:
@@ -190,7 +196,7 @@ def _merged(options: Options, own: Mapping[str, Any], where: str) -> Options:
     return merged
 
 
-def _bias(pairs: Mapping[str, Any]) -> dict[int, float]:
+def bias_of(pairs: Mapping[str, Any]) -> dict[int, float]:
     """Token ids, which are texts as keys of JSON, and their numbers."""
     bias: dict[int, float] = {}
     for token, value in pairs.items():

@@ -28,6 +28,7 @@ from qwen_jax.in_force import DRAWS
 from qwen_jax.opening import BUNDLED
 from qwen_jax.options import Options
 from qwen_jax.prompt_lines import Item, Wrong
+from qwen_jax.text.constraint import Constraint, check_installed, constraint_of
 from qwen_jax.text.messages import plain_tools
 from qwen_jax.text.streaming import stops_of
 
@@ -59,6 +60,7 @@ def options_of(config: ConfigDict) -> Options:
         suffix=config.suffix,
         tools=_tools(config.tools),
         continue_final_message=config.continue_final_message,
+        constraint=_constraint(config.constrain),
     )
 
 
@@ -181,12 +183,12 @@ def rows(
             refuse(wrong)
             continue
         samples = item.samples(n)
-        seed = 0 if "seed" in item.own else _place(item.id, samples)
+        seed = 0 if "seed" in item.own else place(item.id, samples)
         for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, samples), seed)):
             yield item, sample, seeded
 
 
-def _place(name: str | int, n: int) -> int:
+def place(name: str | int, n: int) -> int:
     """Where a prompt's seeds begin: it follows from its id, so that they stay the same when other
     prompts come or go."""
     if isinstance(name, int):
@@ -245,6 +247,25 @@ def _tools(path: str | None) -> list[Mapping[str, Any]] | None:
         raise UserError(f"--tools={path} can't be read: {regular_files.why_not(error)}") from error
     except UserError as error:
         raise UserError(f"--tools: {error}") from error
+
+
+def _constraint(asked: ConfigDict) -> Constraint | None:
+    """What answers are held to; a schema and a grammar stand in files."""
+    fields = dict(asked)
+    for name in ("json_schema", "lark"):
+        if (path := fields[name]) is not None:
+            try:
+                data = regular_files.read(path, regular_files.MOST_OF_CONFIG)
+            except OSError as error:
+                why = regular_files.why_not(error)
+                raise UserError(f"--{name}={path} can't be read: {why}") from error
+            text = utf8.decoded(data, f"--{name}={path}")
+            is_schema = name == "json_schema"
+            fields[name] = strict_json.parse_object(text, path) if is_schema else text
+    found = constraint_of(fields)
+    if found is not None:
+        check_installed()
+    return found
 
 
 def _logit_bias(pairs: str) -> dict[int, float]:

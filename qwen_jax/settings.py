@@ -80,6 +80,15 @@ def get_config() -> ConfigDict:
                 "logit_bias": "",
                 "seed": 0,
             },
+            # What all of an answer must be, as far as max_tokens reach: one of these. Schema and
+            # grammar are files.
+            "constrain": {
+                "json_schema": placeholder(str),
+                "json_object": False,
+                "regex": placeholder(str),
+                "choice": (),
+                "lark": placeholder(str),
+            },
             # What generate records of its run: a file, globs over names, positions as a slice.
             "trace": {"file": placeholder(str), "names": "*", "positions": ":"},
             # Where records and reports go.
@@ -201,6 +210,23 @@ def get_config() -> ConfigDict:
                 "baseline": placeholder(str),
                 "better": "auto",
             },
+            # The server: what it lets through, and who may ask.
+            "serve": {
+                "host": "127.0.0.1",
+                "port": 8000,
+                # What callers call the model; by default its file's name.
+                "model_name": placeholder(str),
+                # A file with the key that callers have to send; without it none is needed.
+                "api_key_file": placeholder(str),
+                # Requests that may wait for a slot; more are told to come back.
+                "queue": 256,
+                # Seconds that an answer may take, waiting included.
+                "timeout": 600.0,
+                "max_body": 4_000_000,
+                # Of one prompt; by default what the context holds.
+                "max_prompt_tokens": placeholder(int),
+                "log_prompts": False,
+            },
             # How an experiment is run; its records are the same whatever stands here.
             "runner": {
                 "dry_run": False,
@@ -264,6 +290,11 @@ FLAGS: dict[str, tuple[str, str]] = {
     "top_p": ("sampling.top_p", "Keep the likeliest tokens up to this probability; 1 keeps all."),
     "min_p": ("sampling.min_p", "Drop tokens less likely than this share of the likeliest."),
     "seed": ("sampling.seed", "Decides what is drawn; the same seed gives the same text."),
+    "json_schema": ("constrain.json_schema", "Answers are JSON of the schema in this file."),
+    "json_object": ("constrain.json_object", "Answers are an object of JSON."),
+    "regex": ("constrain.regex", "Answers are what this expression matches, as a whole."),
+    "choice": ("constrain.choice", "Answers are one of these; to be given several times."),
+    "lark": ("constrain.lark", "Answers are what the grammar in this file derives."),
     "trace": ("trace.file", "Record the run's tensors in this .safetensors file."),
     "trace_names": ("trace.names", "Which tensors, as globs with commas: 'layers.0.*,logits'."),
     "trace_positions": ("trace.positions", "Which positions of the text, as in 0:16."),
@@ -307,6 +338,15 @@ FLAGS: dict[str, tuple[str, str]] = {
         "Compare with this setting, as in temperature=0, or run; else with the best one.",
     ),
     "better": ("answer.better", "Whether higher or lower of the metric is better."),
+    "host": ("serve.host", "Where the server listens; 0.0.0.0 lets other machines ask."),
+    "port": ("serve.port", "Its port; 0 takes a free one."),
+    "model_name": ("serve.model_name", "What callers call the model; by default its file's name."),
+    "api_key_file": ("serve.api_key_file", "A file with the key that callers have to send."),
+    "queue": ("serve.queue", "Requests that may wait for a slot; more get 429."),
+    "timeout": ("serve.timeout", "Seconds that an answer may take, waiting included."),
+    "max_body": ("serve.max_body", "Bytes of a request, at most."),
+    "max_prompt_tokens": ("serve.max_prompt_tokens", "Tokens of a prompt, at most."),
+    "log_prompts": ("serve.log_prompts", "Write what is asked to the log, too."),
     "dry_run": ("runner.dry_run", "List an experiment's points, and what they take; run none."),
     "shard": ("runner.shard", "Run one part of an experiment: i/n is part i of n."),
     "retry_failed": ("runner.retry_failed", "Run an experiment's failed points once more."),

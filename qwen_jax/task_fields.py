@@ -10,11 +10,20 @@ MODEL = (
 PROMPT = ("prompt", "system", "raw", "suffix", "tools", "continue_final_message")
 ANSWER = (
     "prompt_file", "max_tokens", "stop", "stop_ids", "n", "batch_invariant", "top_logprobs",
-    "generation_config", "sampling",
+    "generation_config", "sampling", "constrain",
 )  # fmt: skip
+SERVED = tuple(
+    f"sampling.{name}"
+    for name in (
+        "temperature", "top_k", "top_p", "min_p",
+        "repetition_penalty", "presence_penalty", "frequency_penalty",
+    )
+)  # fmt: skip
+"""What a request that doesn't say is answered with; a seed for all of them would repeat answers."""
 
 FIELDS = {
     "generate": (*MODEL, *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
+    "serve": (*MODEL, *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
     "inspect": MODEL,
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from qwen_jax import api
 from qwen_jax.engine import steps
+from qwen_jax.engine.reading import overflow
 from qwen_jax.engine.sampling import Sampling
-from qwen_jax.engine.scheduler import overflow
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Generation, Request, Timings
 from qwen_jax.text.tokenizer import Tokenizer

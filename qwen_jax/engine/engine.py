@@ -57,7 +57,7 @@ class Engine:
         self.pool = Pool(self.layout.pages)
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
-        self._rows: set[tuple[int, Plan]] = set()
+        self._rows: set[tuple[int, Plan, bool]] = set()
         self._pieces: set[int] = set()
 
     @property
@@ -95,15 +95,19 @@ class Engine:
     def expect(self, programs: Programs) -> None:
         """Tells that these programs are compiled, or will be: others of the kind do without."""
         self._pieces |= set(programs.pieces)
-        self._rows |= {(size, plan) for size in programs.rows for plan in programs.plans}
+        self._rows |= {(size, plan, False) for size in programs.rows for plan in programs.plans}
 
-    def rows_for(self, texts: int, plan: Plan) -> int:
+    def rows_for(self, texts: int, plan: Plan, in_halves: bool = False) -> int:
         """Rows of a step of so many texts: the fewest that hold them, unless there is a program of
-        more rows and none of so few."""
+        more rows and none of so few.
+
+        Args:
+            in_halves: it is one of `advance` and `choose`.
+        """
         size = fitting(self.shapes.rows, texts)
-        larger = [n for n, of in self._rows if n >= size and of == plan]
+        larger = [n for n, *of in self._rows if n >= size and of == [plan, in_halves]]
         chosen = min(larger, default=size)
-        self._rows.add((chosen, plan))
+        self._rows.add((chosen, plan, in_halves))
         return chosen
 
     def pieces_for(self, count: int) -> int:

@@ -162,8 +162,12 @@ def check_bias(row: Sampling, vocab_size: int) -> None:
             )
 
 
-def settings_of(sampling: Sampling, top: int | None) -> Settings:
-    """The numbers of one row, each an array of one."""
+def settings_of(sampling: Sampling, top: int | None, masked: bool = False) -> Settings:
+    """The numbers of one row, each an array of one.
+
+    Args:
+        masked: it has a mask of tokens that it may choose.
+    """
     return settings(
         1,
         temperature=sampling.temperature,
@@ -174,6 +178,7 @@ def settings_of(sampling: Sampling, top: int | None) -> Settings:
         presence=sampling.presence_penalty,
         frequency=sampling.frequency_penalty,
         biased=bool(sampling.logit_bias),
+        masked=masked,
         seed=sampling.seed,
         logprobs=-1 if top is None else top,
     )

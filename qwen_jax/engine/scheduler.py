@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.sample_tokens import Logprobs, pack, words
+from pallas_kernels.sample_tokens import pack, words
 from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.sampling import Plan, changes_scores, settings_of
+from qwen_jax.engine.reading import logprobs_of, why_not
+from qwen_jax.engine.sampling import PLANS, Plan, changes_scores, settings_of
 from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.errors import UserError
@@ -42,14 +42,6 @@ class _Scoring(NamedTuple):
 
     pieces: list[tuple[Text, Piece]]
     scored: steps.Scored
-
-
-def overflow(source: str, dtype: jnp.dtype) -> str:
-    """What to say of logits that are not finite."""
-    way_out = "check the model's file, and try --weights=expanded if its weights stay in blocks."
-    if dtype == jnp.float16:
-        way_out = "choose --dtype=bfloat16 or float32, and check the model's file."
-    return f"{source}: the logits are not finite in {dtype}: a value has overflowed; {way_out}"
 
 
 class Scheduler:
@@ -77,6 +69,11 @@ class Scheduler:
     def wants_more(self) -> bool:
         """Whether a text that is added now could take its turn at once, or soon."""
         return len(self._waiting) < self.engine.shapes.slots
+
+    @property
+    def waiting(self) -> int:
+        """Texts that have no slot yet."""
+        return len(self._waiting)
 
     def add(self, text: Text) -> None:
         """Puts a text at the end of the line. It must fit: see `Engine.room`."""
@@ -112,15 +109,14 @@ class Scheduler:
         """Does what can be done now, and tells what is known by then.
 
         Raises:
-            UserError: logits are not finite, a text bans every token, or there is nothing to wait
-                for: other schedulers' texts hold the pages.
+            UserError: there is nothing to wait for: other schedulers' texts hold the pages.
         """
         with self.engine.lock:
             self.engine.revive()
             self._admit()
             self._extend()
             self._step()
-            news: list[News] = []
+            news = list(self._step_constrained())
             busy = 1 if self.engine.shapes.ahead and (self._running or self._entering) else 0
             while len(self._calls) > busy:
                 call = self._calls.popleft()
@@ -238,9 +234,10 @@ class Scheduler:
         """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
         vocab, sampling = self.engine.config.vocab_size, text.sampling
         self._running.append(text)
+        masked = text.constraint is not None
         own = (text.slot, 1, 1, text.tokens[-1], 0, text.entering, text.limit)
         numbers = [np.array([number], np.int32) for number in own]
-        row = steps.Rows._make([*numbers, settings_of(sampling, text.top)])
+        row = steps.Rows._make([*numbers, settings_of(sampling, text.top, masked)])
         text.row = steps.pack_rows(row)[0]
         if changes_scores(sampling):
             bias = np.zeros(vocab, np.float32)
@@ -256,25 +253,21 @@ class Scheduler:
         return self._extras or steps.Extras.create(slots, vocab)
 
     def _step(self) -> None:
-        """Some decode steps of everyone who runs; who has then had all its tokens, leaves."""
-        if not self._running:
+        """Some decode steps of everyone who runs without a constraint; who has then had all its
+        tokens, leaves."""
+        texts = [text for text in self._running if text.constraint is None]
+        if not texts:
             return
         engine, shapes = self.engine, self.engine.shapes
-        texts = list(self._running)
-        vocab = engine.config.vocab_size
-        plan = Plan.of(((t.sampling, t.top) for t in texts), vocab)
-        size = engine.rows_for(len(texts), plan)
-        rows = np.zeros((size, steps.FIELDS), np.int32)
-        rows[:, 0] = shapes.slots  # nobody's, and out of bounds
-        for row, text in zip(rows, texts, strict=False):
-            row[:] = text.row
-            text.row[steps.FRESH] = 0
+        plan = Plan.of(((t.sampling, t.top) for t in texts), engine.config.vocab_size)
+        rows = self._rows(texts, plan)
+        for text in texts:
             text.expected = min(text.expected + shapes.steps, text.limit)
         engine.pages, self._state, extras, emitted = calls.step(
             engine.spec,
             engine.weights,
             engine.pages,
-            engine.tables([text.pages for text in texts], size),
+            engine.tables([text.pages for text in texts], len(rows)),
             self._state,
             self._all_extras() if plan.sampled else None,
             rows,
@@ -287,6 +280,59 @@ class Scheduler:
         for text in texts:
             if text.expected >= text.limit:
                 self._leave(text)
+
+    def _rows(self, texts: list[Text], plan: Plan) -> np.ndarray:
+        """What a step is told of these texts; after the first one a device knows their tokens."""
+        size = self.engine.rows_for(len(texts), plan, texts[0].constraint is not None)
+        rows = np.zeros((size, steps.FIELDS), np.int32)
+        rows[:, 0] = self.engine.shapes.slots  # nobody's, and out of bounds
+        for row, text in zip(rows, texts, strict=False):
+            row[:] = text.row
+            text.row[steps.FRESH] = 0
+        return rows
+
+    def _step_constrained(self) -> Iterator[News]:
+        """As many decode steps of those with a constraint, each in two halves. While a device is at
+        the first, the host reads what it chose last and finds out what may come next.
+
+        They have calls of their own, since others need not wait for the host at each of their
+        tokens.
+        """
+        engine = self.engine
+        last: _Call | None = None
+        for _ in range(engine.shapes.steps):
+            texts = [text for text in self._running if text.constraint is not None]
+            if not texts:
+                break
+            asked = [(text.sampling, text.top) for text in texts]
+            plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, PLANS[1].top))
+            rows = self._rows(texts, plan)
+            tables = engine.tables([text.pages for text in texts], len(rows))
+            engine.pages, logits = calls.advance(
+                engine.spec, engine.weights, engine.pages, tables, self._state, rows
+            )
+            if last is not None:
+                yield from self._read(last)
+            allowed = np.zeros((len(rows), words(engine.config.vocab_size)), np.uint32)
+            for mask, text in zip(allowed, texts, strict=False):
+                yield from self._fill(mask, text)
+            given = logits, self._state, self._all_extras(), rows, allowed
+            self._state, self._extras, emitted = calls.choose(engine.spec, *given, plan)
+            last = _Call(texts, emitted)
+        if last is not None:
+            yield from self._read(last)
+
+    def _fill(self, mask: np.ndarray, text: Text) -> Iterator[News]:
+        """What a text may choose next; or that its constraint fails."""
+        if text.over:
+            return  # Its last token has just been read, and this step is nothing to it.
+        assert text.constraint is not None
+        try:
+            text.constraint.fill(mask)
+        except UserError as error:
+            text.over = True
+            self._leave(text)
+            yield News(text, [], None, None, True, str(error))
 
     def _leave(self, text: Text) -> None:
         """Slot and pages go to the next: what a device still does with them comes before."""
@@ -301,28 +347,27 @@ class Scheduler:
     def _read(self, call: _Call) -> Iterator[News]:
         """Waits for a call of `step`, and tells what it chose."""
         tokens, logprobs = jax.device_get(call.emitted)
-        config = self.engine.config
         for row, text in enumerate(call.texts):
             if text.over:
                 continue
             chosen: list[int] = tokens[:, row].tolist()
             if steps.NOT_LIVE in chosen:
                 chosen = chosen[: chosen.index(steps.NOT_LIVE)]
-            if steps.NOT_FINITE in chosen:
-                raise UserError(overflow(config.source, self.engine.spec.cache))
-            if steps.BANNED in chosen:
-                raise UserError(
-                    "sampling.logit_bias bans every token there is, so that nothing is left to "
-                    "choose; leave some without -inf."
-                )
+            if why := why_not(chosen, self.engine):
+                text.over = True
+                self._leave(text)
+                yield News(text, [], None, None, True, why)
+                continue
             if not chosen:
                 continue
+            if text.constraint is not None:
+                text.constraint.take(chosen[0])
             stopped = chosen[-1] in self.engine.spec.stop_ids
             text.given += len(chosen)
             text.over = stopped or text.given >= text.limit
             if text.over:
                 self._leave(text)
-            shown = None if text.top is None else _logprobs(logprobs, row, len(chosen))
+            shown = None if text.top is None else logprobs_of(logprobs, row, len(chosen))
             yield News(text, chosen, shown, None, text.over)
 
     def _read_scores(self, call: _Scoring) -> Iterator[News]:
@@ -342,17 +387,3 @@ class Scheduler:
                 logprob, greedy = (np.concatenate(p) for p in zip(*parts, strict=True))
                 del self._scores[text]
                 yield News(text, [], None, (logprob, greedy), True)
-
-
-def _logprobs(
-    found: Logprobs | None, row: int, count: int
-) -> list[tuple[float, list[tuple[int, float]]]]:
-    """A row's log-probabilities of its first tokens, and the likeliest ones' as asked for."""
-    assert found is not None
-    shown = []
-    for step in range(count):
-        chosen, ids, top = (x[step, row] for x in found)
-        asked = ids >= 0  # There is room for more than were asked for.
-        pairs = list(zip(ids[asked].tolist(), top[asked].tolist(), strict=True))
-        shown.append((float(chosen), pairs))
-    return shown

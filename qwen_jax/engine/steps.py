@@ -222,7 +222,7 @@ def step(
     """
     rows = _unpacked(packed)
     forward = weights.forward(spec, len(rows.slot))
-    fresh, there = rows.fresh != 0, rows.live != 0
+    there = rows.live != 0
     counts = bias = allowed = None
     if plan.sampled:
         assert extras is not None
@@ -230,53 +230,118 @@ def step(
 
     class Carry(NamedTuple):
         pages: Pages
-        token: Int[Array, "R"]
-        generated: Int[Array, "R"]
-        done: Bool[Array, "R"]
+        state: State
         counts: Counts | None
 
     def one(before: Carry, _: None) -> tuple[Carry, Emitted]:
-        live = there & ~before.done
-        position = rows.start + before.generated
-        found, cache = forward(before.token, Cache(before.pages, tables), position, live)
-        choice = sampling.choose(
-            found,
-            rows.settings,
-            before.generated,
-            plan,
-            spec,
-            counts=before.counts,
-            bias=bias,
-            allowed=allowed,
-        )
-        token = jnp.maximum(choice.token, 0)
-        counts = before.counts and count(before.counts, token, live)
-        generated = before.generated + live
-        stopped = (token[:, None] == jnp.asarray(spec.stop_ids, jnp.int32)).any(axis=1)
-        done = before.done | stopped | (generated >= rows.limit)
-        after = Carry(cache.pages, jnp.where(live, token, before.token), generated, done, counts)
-        code = jnp.where(choice.finite, jnp.where(choice.banned, BANNED, token), NOT_FINITE)
-        return after, Emitted(jnp.where(live, code, NOT_LIVE), choice.logprobs)
+        live = there & ~before.state.done
+        position = rows.start + before.state.generated
+        found, cache = forward(before.state.token, Cache(before.pages, tables), position, live)
+        masks = before.counts, bias, allowed
+        own, counts, emitted = _chosen(spec, plan, rows, found, before.state, *masks)
+        return Carry(cache.pages, own, counts), emitted
 
-    start = Carry(
-        pages,
+    start = Carry(pages, _before(rows, state), counts)
+    after, emitted = lax.scan(one, start, length=steps)
+    state, extras = _put(rows, state, after.state, extras, after.counts)
+    return after.pages, state, extras, emitted
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def advance(
+    spec: Spec,
+    weights: Weights,
+    pages: Pages,
+    tables: Int[Array, "R n"],
+    state: State,
+    packed: Int[Array, "R fields"],
+) -> tuple[Pages, Float[Array, "R V"]]:
+    """The first half of one decode step: the logits of some slots' next tokens. `choose` is the
+    other; meanwhile the host finds out what may be chosen."""
+    rows = _unpacked(packed)
+    own = _before(rows, state)
+    live = (rows.live != 0) & ~own.done
+    forward = weights.forward(spec, len(rows.slot))
+    position = rows.start + own.generated
+    logits, cache = forward(own.token, Cache(pages, tables), position, live)
+    return cache.pages, logits
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=(2, 3))
+def choose(
+    spec: Spec,
+    logits: Float[Array, "R V"],
+    state: State,
+    extras: Extras,
+    packed: Int[Array, "R fields"],
+    allowed: UInt32[Array, "R words"],
+    plan: Plan,
+) -> tuple[State, Extras | None, Emitted]:
+    """The second half: one token of each slot, out of those that its row of the mask allows.
+
+    Args:
+        packed: those that `advance` had.
+    """
+    rows = _unpacked(packed)
+    counts, bias = jax.tree.map(lambda x: x[rows.slot], (extras.counts, extras.bias))
+    before = _before(rows, state)
+    own, counts, emitted = _chosen(spec, plan, rows, logits, before, counts, bias, allowed)
+    state, kept = _put(rows, state, own, extras, counts)
+    return state, kept, jax.tree.map(lambda x: x[None], emitted)
+
+
+def _before(rows: Rows, state: State) -> State:
+    """The state of the rows' slots; of fresh rows the host's."""
+    fresh = rows.fresh != 0
+    return State(
         jnp.where(fresh, rows.token, state.token[rows.slot]),
         jnp.where(fresh, rows.generated, state.generated[rows.slot]),
         jnp.where(fresh, False, state.done[rows.slot]),
-        counts,
     )
-    after, emitted = lax.scan(one, start, length=steps)
-    state = State(
-        *(
-            old.at[rows.slot].set(new)
-            for old, new in zip(state, (after.token, after.generated, after.done), strict=True)
-        )
+
+
+def _chosen(
+    spec: Spec,
+    plan: Plan,
+    rows: Rows,
+    logits: Float[Array, "R V"],
+    before: State,
+    counts: Counts | None,
+    bias: Float[Array, "R V"] | None,
+    allowed: UInt32[Array, "R words"] | None,
+) -> tuple[State, Counts | None, Emitted]:
+    """One token of each row that lives: what the rows are then, and what the host is told."""
+    live = (rows.live != 0) & ~before.done
+    choice = sampling.choose(
+        logits,
+        rows.settings,
+        before.generated,
+        plan,
+        spec,
+        counts=counts,
+        bias=bias,
+        allowed=allowed,
     )
-    if plan.sampled:
-        assert extras is not None and after.counts is not None
-        put = jax.tree.map(lambda old, new: old.at[rows.slot].set(new), extras.counts, after.counts)
+    token = jnp.maximum(choice.token, 0)
+    counts = counts and count(counts, token, live)
+    generated = before.generated + live
+    stopped = (token[:, None] == jnp.asarray(spec.stop_ids, jnp.int32)).any(axis=1)
+    done = before.done | stopped | (generated >= rows.limit)
+    code = jnp.where(choice.finite, jnp.where(choice.banned, BANNED, token), NOT_FINITE)
+    after = State(jnp.where(live, token, before.token), generated, done)
+    return after, counts, Emitted(jnp.where(live, code, NOT_LIVE), choice.logprobs)
+
+
+def _put(
+    rows: Rows, state: State, own: State, extras: Extras | None, counts: Counts | None
+) -> tuple[State, Extras | None]:
+    """All slots, with what the rows' have become."""
+    state = State(*(old.at[rows.slot].set(new) for old, new in zip(state, own, strict=True)))
+    if counts is not None:
+        assert extras is not None
+        put = jax.tree.map(lambda old, new: old.at[rows.slot].set(new), extras.counts, counts)
         extras = extras._replace(counts=put)
-    return after.pages, state, extras, emitted
+    return state, extras
 
 
 @functools.partial(jax.jit, donate_argnums=0)

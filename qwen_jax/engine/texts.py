@@ -3,14 +3,26 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import UInt32
 
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Sampling
 
 NO_SLOT = -1
+
+
+class Constraint(Protocol):
+    """Which tokens of a text may come next."""
+
+    def fill(self, mask: UInt32[np.ndarray, " words"]) -> None:
+        """Sets their bits in a mask of zeros, those of tokens that end the text included. Raises
+        UserError where it can't."""
+
+    def take(self, token: int) -> None:
+        """Goes on behind a token that was chosen."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,6 +36,7 @@ class Text:
         top: None for no log-probabilities, else how many of the likeliest to report.
         score_from: the first position whose token is scored, given all before it; None where the
             text is to be continued.
+        constraint: what its tokens are held to.
     """
 
     tokens: Sequence[int]
@@ -31,6 +44,7 @@ class Text:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     top: int | None = None
     score_from: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         self.pages: list[int] = []
@@ -60,6 +74,7 @@ class News(NamedTuple):
         logprobs: of each, where asked for.
         scores: of the tokens to be scored, log-probability and whether it is the likeliest.
         over: nothing more comes.
+        error: why it can't go on; the others do.
     """
 
     text: Text
@@ -67,3 +82,4 @@ class News(NamedTuple):
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
     scores: tuple[np.ndarray, np.ndarray] | None
     over: bool
+    error: str | None = None

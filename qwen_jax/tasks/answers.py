@@ -32,6 +32,21 @@ _NO_MATTER = ("prompt", "prompt_file", "output", "ordered", "strict", "resume", 
 """Fields that decide which prompts are answered and where answers go, but no answer."""
 
 
+SOME_REFUSED = 3
+"""Exit code of a run that answered a file, but for some of its prompts."""
+
+
+def code_of(refused: int, prompts: int, where: str) -> int:
+    """The exit code of a run of a file, which says how many of its prompts were refused."""
+    if not refused:
+        return 0
+    print(
+        f"{refused} of {prompts} prompts were refused; their lines say why {where}.",
+        file=sys.stderr,
+    )
+    return SOME_REFUSED
+
+
 @dataclasses.dataclass
 class Answers:
     """Where answers go.

@@ -1,9 +1,8 @@
 """`run.py generate`: one prompt streamed to stdout, or a file of prompts as JSON lines."""
 
 import itertools
-import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
 from qwen_jax.prompt_lines import SAMPLING, Item, Wrong
 from qwen_jax.settings import Command
-from qwen_jax.tasks import answers
+from qwen_jax.tasks import answers, batch
 from qwen_jax.tasks.answers import Answers
+from qwen_jax.tasks.lines import Lines
 from qwen_jax.tasks.summary import Summary
-from qwen_jax.terminal import json_visible, visible
-
-SOME_REFUSED = 3
-"""Exit code of a run that answered a file, but for some of its prompts."""
+from qwen_jax.terminal import visible
 
 _NEEDS = {
     "output": ("prompt_file", "a single prompt's text goes to stdout"),
@@ -45,6 +42,8 @@ def run(command: Command) -> int:
     """
     config = command.config
     options = prompts.options_of(config)
+    if batch.is_one(config.prompt_file):
+        return batch.run(command, load)
     _check_needs(config, settings.asked(config, command.overrides))
     _check_trace(config)
     with answers.opened(config) as written:
@@ -80,12 +79,7 @@ def run(command: Command) -> int:
             ) from error
         finally:
             summary.show()
-    if refused:
-        print(
-            f"{refused} of {len(items)} prompts were refused; their lines say why under 'error'.",
-            file=sys.stderr,
-        )
-    return SOME_REFUSED if refused else 0
+    return answers.code_of(refused, len(items), "under 'error'")
 
 
 def _right(items: Sequence[Item | Wrong]) -> list[Item]:
@@ -247,8 +241,7 @@ def _run_file(
         How many prompts were refused.
     """
     asked: dict[int, tuple[dict[str, Any], int]] = {}
-    held: dict[int, str] = {}
-    numbers, places, written, refused = itertools.count(), itertools.count(), 0, 0
+    numbers, places, refused = itertools.count(), itertools.count(), 0
     left = answered.left(items, config.n)
     if answered.done:
         print(
@@ -274,33 +267,15 @@ def _run_file(
     def refuse(wrong: Wrong) -> None:
         nonlocal refused
         refused += 1
-        put(next(places), {"id": wrong.id, "error": wrong.error, **wrong.carried})
-
-    def put(place: int, line: Mapping[str, Any]) -> None:
-        nonlocal written
-        held[place] = json_visible(json.dumps(line, ensure_ascii=False))
-        if not config.ordered:
-            write(place)
-        while written in held:
-            write(written)
-            written += 1
-
-    def write(place: int) -> None:
-        # Around the bar, where both are on one terminal.
-        tqdm.write(held.pop(place), answered.out)
-        answered.out.flush()
-        bar.update()
+        lines.put(next(places), {"id": wrong.id, "error": wrong.error, **wrong.carried})
 
     total = _samples(items, config.n) - len(answered.done)
     generation = model.run(requests())
-    with tqdm(total=total, desc="answers", disable=not sys.stderr.isatty()) as bar:
-        try:
-            for number, _, completion in summary.follow(generation):
-                if completion is None:
-                    continue
-                line, place = asked.pop(number)
-                put(place, line | prompts.answer(completion))
-        finally:
-            for place in sorted(held):
-                write(place)
+    bar = tqdm(total=total, desc="answers", disable=not sys.stderr.isatty())
+    with bar, Lines(answered.out, config.ordered, bar) as lines:
+        for number, _, completion in summary.follow(generation):
+            if completion is None:
+                continue
+            line, place = asked.pop(number)
+            lines.put(place, line | prompts.answer(completion))
     return refused

@@ -1,0 +1,297 @@
+"""The application: paths of OpenAI's API, each a function from a body to an answer."""
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from qwen_jax import strict_json
+from qwen_jax.api import Model
+from qwen_jax.errors import UserError
+from qwen_jax.options import Options
+from qwen_jax.serving import asked
+from qwen_jax.serving.asked import Asked
+from qwen_jax.serving.guard import Guard
+from qwen_jax.serving.limits import Key, Limits
+from qwen_jax.serving.metrics import Metrics
+from qwen_jax.serving.refusal import RefusalError
+from qwen_jax.serving.replies import ChatReply, Models, Reply, TextReply
+from qwen_jax.serving.worker import Answers, Worker
+from qwen_jax.terminal import json_visible
+
+BODY_SECONDS = 30.0
+"""In which a body has to arrive."""
+GONE = 499
+"""nginx's status of a caller who has left; nobody sees it but the log."""
+
+
+class Server:
+    """A model behind HTTP.
+
+    Args:
+        model: nobody else may use it meanwhile.
+        name: what callers call it.
+        defaults: how requests are answered that don't say.
+        limits: what is let through.
+        key: what callers have to know; None lets all of them in.
+    """
+
+    def __init__(
+        self, model: Model, name: str, defaults: Options, limits: Limits, key: Key | None = None
+    ):
+        self._model, self.name, self._defaults, self._limits = model, name, defaults, limits
+        self._models = Models(name, int(time.time()), model.config.context_length)
+        self.worker = Worker(model, limits.queue)
+        self._metrics = Metrics(self.worker)
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._text, methods=["POST"]),
+            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
+            Route("/v1/models", self._list, methods=["GET"]),
+            Route("/v1/models/{name:path}", self._entry, methods=["GET"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/metrics", self._show_metrics, methods=["GET"]),
+        ]
+        guard = Middleware(
+            Guard,
+            limits=limits,
+            key=key,
+            metrics=self._metrics,
+            paths=[route.path for route in routes],
+        )
+        self.app = Starlette(
+            routes=routes,
+            middleware=[guard],
+            lifespan=self._life,
+            exception_handlers={
+                RefusalError: _refused,
+                UserError: _mistaken,
+                HTTPException: _not_there,
+                ClientDisconnect: _gone,
+                Exception: _failed,
+            },
+        )
+
+    @contextlib.asynccontextmanager
+    async def _life(self, app: Starlette) -> AsyncIterator[None]:
+        self.worker.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.worker.close)
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._complete(request, asked.chat, ChatReply)
+
+    async def _text(self, request: Request) -> Response:
+        return await self._complete(request, asked.text, TextReply)
+
+    async def _complete(
+        self,
+        request: Request,
+        understand: Callable[[Mapping[str, Any], Options], Asked],
+        form: type[Reply],
+    ) -> Response:
+        begun = time.perf_counter()
+        body = await self._body(request)
+        wanted = understand(body, self._defaults)
+        self.worker.check_room(wanted.answers)
+        most = self._limits.max_prompt_tokens
+        requests = await asyncio.to_thread(wanted.requests, self._model, most)
+        answers = self.worker.submit(requests)
+        reply = form(wanted, self._model.tokenizer, self.name)
+        answering = _Answering(answers, reply, begun, self._limits.timeout, self._metrics)
+        if wanted.stream:
+            return _Stream(answering)
+        try:
+            return await _unless_gone(request, answering.whole())
+        finally:
+            answers.close()
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = await self._body(request)
+        found = await asyncio.to_thread(asked.tokens, body, self._model)
+        context = self._model.config.context_length
+        return JSONResponse({"tokens": found, "count": len(found), "max_model_len": context})
+
+    async def _list(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._models.entry()]})
+
+    async def _entry(self, request: Request) -> Response:
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._models.entry())
+
+    async def _embeddings(self, request: Request) -> Response:
+        text = "Qwen2.5 is trained to write and not to embed; ask a server of an embedding model."
+        raise RefusalError(400, text, code="unsupported")
+
+    async def _health(self, request: Request) -> Response:
+        if not self.worker.alive:
+            raise RefusalError(503, "The engine's thread has ended; start the server again.")
+        return JSONResponse({"status": "ok"})
+
+    async def _show_metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """The object that a request holds, and that names this model, if any.
+
+        A page of another origin can't ask: a browser lets it send JSON only to who allows that.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            text = f"The content type is {kind!r:.60}; send JSON, as 'application/json'."
+            raise RefusalError(415, text)
+        body = strict_json.parse_object(await self._bytes(request), "the body")
+        if self._limits.log_prompts:
+            shown = {k: body[k] for k in ("prompt", "messages") if k in body}
+            print(json_visible(json.dumps(shown, ensure_ascii=False)), file=sys.stderr, flush=True)
+        if isinstance(body.get("model"), str):
+            self._check_name(body["model"])
+        return body
+
+    async def _bytes(self, request: Request) -> bytes:
+        most, data = self._limits.max_body, bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    data += part
+                    if len(data) > most:
+                        text = f"The body has more than {most} bytes; send less."
+                        raise RefusalError(413, text, headers={"Connection": "close"})
+        except TimeoutError:
+            text = f"The body has not arrived in {BODY_SECONDS:.0f} s; send it at once."
+            raise RefusalError(408, text, headers={"Connection": "close"}) from None
+        return bytes(data)
+
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            text = f"There is no model {name!r:.80}, only {self.name!r}."
+            raise RefusalError(404, text, param="model", code="model_not_found")
+
+
+class _Answering:
+    """What comes of one body's answers, whole or as a stream."""
+
+    def __init__(
+        self, answers: Answers, reply: Reply, begun: float, timeout: float, metrics: Metrics
+    ):
+        self.answers, self._reply, self._timeout = answers, reply, timeout
+        self._begun, self._metrics, self._begins = begun, metrics, True
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Any]]:
+        left = self._timeout - (time.perf_counter() - self._begun)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + left
+        async with contextlib.aclosing(self.answers.pieces()) as pieces:
+            while True:
+                try:
+                    async with asyncio.timeout_at(until):
+                        index, piece = await anext(pieces)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    text = f"The answer has taken more than {self._timeout:g} s; ask for less."
+                    raise RefusalError(504, text, code="timeout") from None
+                if self._begins:
+                    self._begins = False
+                    self._metrics.began(time.perf_counter() - self._begun)
+                if piece.completion is not None:
+                    self._reply.end(index, piece.completion)
+                yield index, piece
+
+    async def whole(self) -> Response:
+        async for _ in self._pieces():
+            pass
+        return JSONResponse(self._reply.whole())
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events; the last is [DONE], or an error where the answer ends by one."""
+        reply = self._reply
+        for choice in reply.begin():
+            yield _event(reply.chunk(choice))
+        try:
+            async for index, piece in self._pieces():
+                for choice in reply.delta(index, piece):
+                    yield _event(reply.chunk(choice))
+        except RefusalError as error:
+            yield _event(error.body())
+            return
+        if reply.counts:
+            yield _event(reply.chunk(usage=True))
+        yield b"data: [DONE]\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Frees the slots however it ends, even before its first event."""
+
+    def __init__(self, answering: _Answering):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(answering.events(), media_type="text/event-stream", headers=headers)
+        self._answers = answering.answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+async def _unless_gone(request: Request, work: Any) -> Response:
+    """The work's answer, which is given up where the caller has left."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusalError)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _mistaken(request: Request, error: Exception) -> Response:
+    return await _refused(request, RefusalError(400, str(error)))
+
+
+async def _not_there(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    paths = ", ".join(sorted(route.path for route in request.app.routes))
+    text = f"{request.method} {request.url.path:.100}: {error.detail}; there are {paths}."
+    return await _refused(request, RefusalError(error.status_code, text, headers=error.headers))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=GONE)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    text = f"The server failed: {type(error).__name__}; its log says more."
+    return await _refused(request, RefusalError(500, text))

@@ -1,0 +1,274 @@
+"""A body of JSON -> what is asked of the engine."""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from qwen_jax import api
+from qwen_jax.api import Model
+from qwen_jax.choices import check_max_tokens
+from qwen_jax.engine.sampling import Sampling
+from qwen_jax.errors import UserError
+from qwen_jax.generation import Request
+from qwen_jax.options import Options
+from qwen_jax.prompt_lines import bias_of
+from qwen_jax.serving import fields
+from qwen_jax.serving.fields import with_param
+from qwen_jax.serving.refusal import RefusalError
+from qwen_jax.serving.tool_calls import forced
+from qwen_jax.text.constraint import Constraint, check_installed, constraint_of
+from qwen_jax.text.prompt import Prompt, prompts_in
+from qwen_jax.text.streaming import stops_of
+
+MOST_SAMPLES = 128
+"""Of a prompt, as OpenAI has it."""
+MOST_STOPS = 16
+"""Each is looked for in all of the text."""
+MOST_TOP = 20
+"""Of the likeliest tokens, as OpenAI has it."""
+MOST_BIAS = 100.0
+"""As OpenAI has it; from there on a token is as good as banned, or forced."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A body, checked as far as that is possible without the model.
+
+    Attributes:
+        prompts: one of a chat; of a completion one or several.
+        options: how they are put and answered.
+        n: samples of each.
+        stream: pieces as they come.
+        usage: a last piece that counts tokens.
+        tools: calls of tools are looked for in the answer.
+        parallel: several calls of tools may be in one answer.
+    """
+
+    prompts: list[Prompt]
+    options: Options
+    n: int = 1
+    stream: bool = False
+    usage: bool = False
+    tools: bool = False
+    parallel: bool = True
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompts) * self.n
+
+    def requests(self, model: Model, most: int | None) -> list[Request]:
+        """The samples of each prompt, as ids.
+
+        Args:
+            most: tokens that a prompt may have.
+
+        Raises:
+            UserError: the model can't take it.
+            RefusalError: a prompt is too long.
+        """
+        found: list[Request] = []
+        for prompt in self.prompts:
+            request = model.request(prompt, **self.options)
+            if most is not None and len(request.tokens) > most:
+                raise RefusalError(
+                    400,
+                    f"The prompt has {len(request.tokens)} tokens, but this server takes {most} at "
+                    "most; shorten it.",
+                    code="context_length_exceeded",
+                )
+            found += api.reseeded([request] * self.n)
+        return found
+
+
+def chat(body: Mapping[str, Any], defaults: Options, *, draw: bool = True) -> Asked:
+    """What a body of /v1/chat/completions asks for.
+
+    Args:
+        defaults: how it is answered where it doesn't say.
+        draw: a seed that it doesn't name; else it is that of the defaults.
+
+    Raises:
+        RefusalError, UserError: it is not what it must be.
+    """
+    given = fields.read(body, fields.CHAT)
+    if "messages" not in given:
+        raise RefusalError(400, "messages is missing; give a list of messages.", param="messages")
+    if "max_completion_tokens" in given:
+        if "max_tokens" in given:
+            text = "max_tokens and max_completion_tokens mean the same; give one of them."
+            raise RefusalError(400, text, param="max_tokens")
+        given["max_tokens"] = given["max_completion_tokens"]
+    top = given.get("top_logprobs")
+    if top is not None and not given.get("logprobs"):
+        text = "top_logprobs needs logprobs; set it to true."
+        raise RefusalError(400, text, param="top_logprobs")
+    if given.get("logprobs"):
+        given["top"] = _from_to("top_logprobs", 0 if top is None else top, 0, MOST_TOP)
+    options = _options(given, defaults, draw)
+    tools = _tools(given)
+    if tools:
+        options["tools"] = tools
+        if (held := _forced(given, tools)) is not None:
+            if "constraint" in options:
+                text = "tool_choice forces a call, which is no response_format; give one of them."
+                raise RefusalError(400, text, param="tool_choice")
+            options["constraint"] = held
+    if given.get("continue_final_message"):
+        options["continue_final_message"] = True
+    return Asked(
+        [cast(Prompt, given["messages"])],
+        options,
+        **_delivery(given),
+        tools=bool(tools),
+        parallel=given.get("parallel_tool_calls", True),
+    )
+
+
+def text(body: Mapping[str, Any], defaults: Options, *, draw: bool = True) -> Asked:
+    """What a body of /v1/completions asks for; as `chat`."""
+    given = fields.read(body, fields.TEXT)
+    if "prompt" not in given:
+        raise RefusalError(400, "prompt is missing; give a text, or token ids.", param="prompt")
+    prompts, _ = prompts_in(given["prompt"])
+    if not prompts or any(len(cast(Any, prompt)) == 0 for prompt in prompts):
+        raise RefusalError(400, "prompt is empty; give a text, or token ids.", param="prompt")
+    if "logprobs" in given:
+        given["top"] = _from_to("logprobs", given["logprobs"], 0, MOST_TOP)
+    options = _options(given, defaults, draw)
+    if "suffix" in given:
+        options["suffix"] = given["suffix"]
+    elif isinstance(prompts[0], str):
+        options["raw"] = True
+    return Asked(prompts, options, **_delivery(given))
+
+
+def tokens(body: Mapping[str, Any], model: Model) -> list[int]:
+    """The ids that a body of /tokenize asks for: of a text as it is, or of a chat.
+
+    Raises RefusalError, UserError."""
+    given = fields.read(body, fields.TOKENIZE)
+    if ("prompt" in given) == ("messages" in given):
+        raise RefusalError(400, "Give either prompt, a text, or messages, a chat.", param="prompt")
+    if "messages" in given:
+        put = {k: given[k] for k in ("tools", "continue_final_message") if k in given}
+        return model.tokens(given["messages"], **cast(Any, put))
+    for name in ("tools", "continue_final_message"):
+        if name in given:
+            raise RefusalError(400, f"{name} belongs to messages; leave it out.", param=name)
+    return model.tokenizer.encode(given["prompt"], add_special_tokens=True)
+
+
+def _options(given: Mapping[str, Any], defaults: Options, draw: bool) -> Options:
+    options = Options(**defaults)
+    if "max_tokens" in given:
+        with_param("max_tokens", check_max_tokens, given["max_tokens"])
+        options["max_tokens"] = given["max_tokens"]
+    options["sampling"] = _sampling(given, defaults["sampling"], draw)
+    if "stop" in given:
+        stop = given["stop"]
+        if not isinstance(stop, str) and len(stop) > MOST_STOPS:
+            text = f"stop has {len(stop)} texts; give {MOST_STOPS} at most."
+            raise RefusalError(400, text, param="stop")
+        options["stop"] = with_param("stop", stops_of, stop)
+    if "stop_ids" in given:
+        options["stop_ids"] = given["stop_ids"]
+    if (constraint := _constraint(given)) is not None:
+        options["constraint"] = constraint
+    if "top" in given:
+        options["top_logprobs"] = given["top"]
+    return options
+
+
+def _sampling(given: Mapping[str, Any], defaults: Sampling, draw: bool) -> Sampling:
+    """The body's, over the defaults. Who asks a server twice, with a temperature and without a
+    seed, wants two answers."""
+    own = {name: given[name] for name in fields.SAMPLING if name in given}
+    if "logit_bias" in own:
+        bias = own["logit_bias"] = with_param("logit_bias", bias_of, own["logit_bias"])
+        for token, value in bias.items():
+            if not abs(value) <= MOST_BIAS:
+                text = f"logit_bias of {token} is {value}, but it must be from -100 to 100."
+                raise RefusalError(400, text, param="logit_bias")
+    if "seed" in own:
+        own["seed"] %= 2**32
+    elif draw:
+        own["seed"] = secrets.randbits(32)
+    try:
+        return dataclasses.replace(defaults, **own)
+    except UserError as error:
+        text = str(error).removeprefix("sampling.")
+        raise RefusalError(400, text, param=text.partition(" ")[0]) from error
+
+
+def _constraint(given: Mapping[str, Any]) -> Constraint | None:
+    """What the answer is held to, by response_format or a field of its own."""
+    asked = {name: given[name] for name in ("regex", "choice", "lark") if name in given}
+    where = "response_format"
+    form = fields.read(given.get(where, {"type": "text"}), fields.RESPONSE_FORMAT, f"{where}.")
+    kind = form.get("type")
+    if kind == "json_object":
+        asked["json_object"] = True
+    elif kind == "json_schema":
+        inner = fields.read(form.get("json_schema", {}), fields.JSON_SCHEMA, "json_schema.")
+        if "schema" not in inner:
+            text = "response_format.json_schema has no schema; give one."
+            raise RefusalError(400, text, param=where)
+        asked["json_schema"] = inner["schema"]
+    elif kind != "text":
+        text = f"response_format.type is {kind!r:.60}; give text, json_object or json_schema."
+        raise RefusalError(400, text, param=where)
+    found: Constraint | None = with_param(next(reversed(asked), where), constraint_of, asked)
+    if found is not None:
+        with_param(where, check_installed)
+    return found
+
+
+def _delivery(given: Mapping[str, Any]) -> dict[str, Any]:
+    wanted: dict[str, Any] = {"n": _from_to("n", given.get("n", 1), 1, MOST_SAMPLES)}
+    wanted["stream"] = given.get("stream", False)
+    if "stream_options" in given:
+        if not wanted["stream"]:
+            text = "stream_options needs stream; set it to true."
+            raise RefusalError(400, text, param="stream_options")
+        options = fields.read(given["stream_options"], fields.STREAM_OPTIONS, "stream_options.")
+        wanted["usage"] = options.get("include_usage", False)
+    return wanted
+
+
+def _tools(given: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
+    """The tools that the model is to be shown."""
+    choice, tools = given.get("tool_choice", "auto"), given.get("tools")
+    if choice == "none" or (choice == "auto" and not tools):
+        return None
+    if not tools:
+        raise RefusalError(400, "tool_choice needs tools; give some.", param="tool_choice")
+    return tools
+
+
+def _forced(given: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Constraint | None:
+    """What makes of the answer calls of tools, where tool_choice asks for that."""
+    choice = given.get("tool_choice", "auto")
+    if choice == "auto":
+        return None
+    name = None
+    if isinstance(choice, Mapping) and choice.get("type") == "function":
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+    if choice != "required" and not isinstance(name, str):
+        text = (
+            f"tool_choice is {choice!r:.60}; give 'none', 'auto', 'required', or "
+            '{"type": "function", "function": {"name": …}}.'
+        )
+        raise RefusalError(400, text, param="tool_choice")
+    several = name is None and given.get("parallel_tool_calls", True)
+    with_param("tool_choice", check_installed)
+    found: Constraint = with_param("tool_choice", forced, tools, name, several)
+    return found
+
+
+def _from_to(name: str, value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        text = f"{name} is {value}, but it must be from {least} to {most}."
+        raise RefusalError(400, text, param=name)
+    return value

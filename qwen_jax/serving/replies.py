@@ -1,0 +1,242 @@
+"""Completions and pieces of text -> objects of OpenAI's API."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwen_jax.generation import Completion, Piece, TokenLogprob
+from qwen_jax.serving.asked import Asked
+from qwen_jax.serving.tool_calls import Call, ToolCalls
+from qwen_jax.text.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0
+"""In place of minus infinity, which JSON has not; as OpenAI has it."""
+
+
+class Reply:
+    """The answer to a body, whole or in pieces.
+
+    Args:
+        asked: the body.
+        tokenizer: names tokens where log-probabilities are asked for.
+        model: its name.
+    """
+
+    prefix = kind = chunk_kind = ""
+
+    def __init__(self, asked: Asked, tokenizer: Tokenizer, model: str):
+        self._asked, self._tokenizer = asked, tokenizer
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._ended: dict[int, Completion] = {}
+
+    @property
+    def counts(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self._asked.usage
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the prompts, each counted once, and of all answers."""
+        prompt = sum(c.prompt_tokens for i, c in self._ended.items() if i % self._asked.n == 0)
+        answers = sum(len(completion.tokens) for completion in self._ended.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answers,
+            "total_tokens": prompt + answers,
+        }
+
+    def end(self, index: int, completion: Completion) -> None:
+        """Notes an answer that is whole."""
+        self._ended[index] = completion
+
+    def whole(self) -> dict[str, Any]:
+        """The object of all answers, once each has ended."""
+        choices = [self.choice(i, self._ended[i]) for i in range(len(self._ended))]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage()}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """Choices that come before any text."""
+        yield from ()
+
+    def chunk(self, *choices: dict[str, Any], usage: bool = False) -> dict[str, Any]:
+        """One object of a stream."""
+        found = {**self._head, "object": self.chunk_kind, "choices": list(choices)}
+        if self._asked.usage:
+            found["usage"] = self.usage() if usage else None
+        return found
+
+    def choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        """One answer."""
+        raise NotImplementedError
+
+    def delta(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """What a piece adds to one answer."""
+        raise NotImplementedError
+
+    def _name(self, token: int) -> str:
+        return self._tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+
+    def _shown(
+        self, logprobs: Sequence[TokenLogprob] | None, over: str | None
+    ) -> Sequence[TokenLogprob] | None:
+        """Without the token that ends the text and is not in it."""
+        stops = self._tokenizer.stop_ids
+        if logprobs and over == "stop" and logprobs[-1].token in stops:
+            return logprobs[:-1]
+        return logprobs
+
+
+class TextReply(Reply):
+    """Of /v1/completions."""
+
+    prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, asked: Asked, tokenizer: Tokenizer, model: str):
+        super().__init__(asked, tokenizer, model)
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        shown = self._shown(completion.logprobs, completion.finish_reason)
+        return {
+            "index": index,
+            "text": completion.text,
+            "logprobs": self._logprobs(index, shown),
+            "finish_reason": completion.finish_reason,
+        }
+
+    def delta(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        text = piece.text
+        yield {
+            "index": index,
+            "text": str(text),
+            "logprobs": self._logprobs(index, self._shown(text.logprobs, text.finish_reason)),
+            "finish_reason": text.finish_reason,
+        }
+
+    def _logprobs(
+        self, index: int, entries: Sequence[TokenLogprob] | None
+    ) -> dict[str, Any] | None:
+        if entries is None:
+            return None
+        names = [self._name(entry.token) for entry in entries]
+        offsets, at = [], self._offsets.get(index, 0)
+        for name in names:
+            offsets.append(at)
+            at += len(name)
+        self._offsets[index] = at
+        return {
+            "tokens": names,
+            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "top_logprobs": [
+                {self._name(token): _finite(logprob) for token, logprob in entry.top}
+                for entry in entries
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatReply(Reply):
+    """Of /v1/chat/completions."""
+
+    prefix, kind = "chatcmpl", "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def __init__(self, asked: Asked, tokenizer: Tokenizer, model: str):
+        super().__init__(asked, tokenizer, model)
+        self._calls: dict[int, ToolCalls] = {}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        for index in range(self._asked.answers):
+            yield _delta(index, {"role": "assistant", "content": ""})
+
+    def choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        reason, text, calls = completion.finish_reason, completion.text, list[Call]()
+        if self._asked.tools:
+            parser = self._parser()
+            (shown, _), (rest, _) = parser.feed(text), parser.finish()
+            text, calls = shown + rest, parser.calls
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.as_json() for call in calls]}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(self._shown(completion.logprobs, reason)),
+            "finish_reason": "tool_calls" if calls and reason == "stop" else reason,
+        }
+
+    def delta(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        text, reason = str(piece.text), piece.text.finish_reason
+        logprobs = self._logprobs(self._shown(piece.text.logprobs, reason))
+        calls: list[Call] = []
+        first = 0
+        if self._asked.tools:
+            parser = self._calls.setdefault(index, self._parser())
+            first = len(parser.calls)
+            text, calls = parser.feed(text)
+            if reason is not None:
+                rest, more = parser.finish()
+                text, calls = text + rest, calls + more
+        if text or logprobs:
+            yield _delta(index, {"content": text}, logprobs)
+        for number, call in enumerate(calls, start=first):
+            yield _delta(index, {"tool_calls": [{"index": number, **call.as_json()}]})
+        if reason is not None:
+            called = self._asked.tools and self._calls[index].calls and reason == "stop"
+            yield _delta(index, {}, None, "tool_calls" if called else reason)
+
+    def _parser(self) -> ToolCalls:
+        return ToolCalls(None if self._asked.parallel else 1)
+
+    def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if entries is None:
+            return None
+        content = [
+            {
+                **self._entry(entry.token, entry.logprob),
+                "top_logprobs": [self._entry(token, logprob) for token, logprob in entry.top],
+            }
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        content = list(self._tokenizer.token_bytes(token))
+        return {"token": self._name(token), "logprob": _finite(logprob), "bytes": content}
+
+
+def _delta(
+    index: int,
+    delta: dict[str, Any],
+    logprobs: dict[str, Any] | None = None,
+    reason: str | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The one model that there is, as /v1/models lists it."""
+
+    name: str
+    created: int
+    context: int
+
+    def entry(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "qwen_jax",
+            "max_model_len": self.context,
+        }

@@ -1,0 +1,287 @@
+"""Answers under a constraint: valid, of the model's own law, and nothing to their neighbours."""
+
+import json
+import re
+from typing import Any
+
+import hypothesis.strategies as st
+import jsonschema
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import HealthCheck, given, settings
+from numpy.typing import NDArray
+
+import qwen_jax
+from qwen_jax import Constraint, Sampling, UserError
+from qwen_jax.text.constraint import Matcher
+
+WARM = Sampling(temperature=1.0)
+POEM = {
+    "type": "object",
+    "properties": {"lines": {"type": "integer", "minimum": 1}, "about": {"enum": ["snow", "ice"]}},
+    "required": ["lines", "about"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> qwen_jax.Model:
+    return qwen_jax.load(batch_invariant=True)
+
+
+def allowed(matcher: Matcher, vocab: int = 2048) -> NDArray[np.int64]:
+    mask = np.zeros(-(-vocab // 32), np.uint32)
+    matcher.fill(mask)
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+
+
+@pytest.mark.parametrize(
+    "constraint, pattern",
+    [
+        (Constraint.regex("[ab]{3,5}c"), "[ab]{3,5}c"),
+        (Constraint.choice(["yes", 'a "no"', "日本"]), 'yes|a "no"|日本'),
+        (Constraint.lark('start: "a" b\nb: /[xy]/ "!"'), "a[xy]!"),
+        (Constraint.json_schema(POEM), r'\{"lines": [1-9]\d*, "about": "(snow|ice)"\}'),
+    ],
+    ids=lambda given: getattr(given, "kind", ""),
+)
+def test_answers_fit(model: qwen_jax.Model, constraint: Constraint, pattern: str) -> None:
+    """Of samples, beside each other; they end by themselves."""
+    found = model.generate(
+        ["haiku: snow"], n=12, sampling=WARM, max_tokens=60, constraint=constraint
+    )
+    for answer in found:
+        assert re.fullmatch(pattern, answer.text), answer.text
+        assert answer.finish_reason == "stop" and answer.tokens[-1] in model.tokenizer.stop_ids
+
+
+def test_greedy_is_the_likeliest_that_is_allowed(model: qwen_jax.Model) -> None:
+    """At every step, by the logits of the whole text."""
+    prompt = model.tokens("haiku: snow")
+    constraint = Constraint.json_schema(POEM)
+    answer = model.generate(prompt, max_tokens=40, constraint=constraint)
+    logits = model.logits([*prompt, *answer.tokens])[len(prompt) - 1 :]
+    matcher = Matcher(constraint, model.tokenizer)
+    for row, token in zip(logits, answer.tokens, strict=False):
+        ids = allowed(matcher)
+        assert token == ids[row[ids].argmax()]
+        matcher.take(token)
+    assert json.loads(answer.text)["about"] in ("snow", "ice")
+
+
+def test_the_law_is_the_models_own_renormalised(model: qwen_jax.Model) -> None:
+    """A first token out of those that are allowed, 800 times, against a softmax of their logits
+    in float64; with the seeds fixed the outcome is, too."""
+    prompt = model.tokens("snow", raw=True)
+    constraint = Constraint.regex("(the|a|snow|one|first|cold) ?x")
+    ids = allowed(Matcher(constraint, model.tokenizer))
+    logits = model.logits(prompt)[-1].astype(np.float64)[ids]
+    law = np.exp(logits - logits.max())
+    law /= law.sum()
+    count = 800
+    samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(count)]
+    found = model.generate(
+        [prompt] * count, samplings=samplings, max_tokens=1, constraint=constraint
+    )
+    drawn = np.array([answer.tokens[0] for answer in found])
+    assert set(drawn) <= set(ids)
+    counts = np.array([(drawn == token).sum() for token in ids])
+    rare = law * count < 5  # too rare to count by themselves
+    observed = [*counts[~rare], counts[rare].sum()]
+    expected = [*(law[~rare] * count), law[rare].sum() * count]
+    kept = np.array(expected) > 0
+    assert len(observed) > 4
+    chi = ((np.array(observed) - expected)[kept] ** 2 / np.array(expected)[kept]).sum()
+    assert chi < scipy.stats.chi2.isf(1e-4, kept.sum() - 1), (observed, expected)
+
+
+def test_log_probabilities_are_the_models_own(model: qwen_jax.Model) -> None:
+    """Before the mask, as before every other setting."""
+    prompt = model.tokens("haiku: snow")
+    answer = model.generate(
+        prompt, max_tokens=9, constraint=Constraint.choice(["yes", "no"]), top_logprobs=3
+    )
+    logits = model.logits([*prompt, *answer.tokens])[len(prompt) - 1 :].astype(np.float64)
+    own = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    for row, entry in zip(own, answer.logprobs, strict=False):
+        assert abs(entry.logprob - row[entry.token]) < 1e-4
+        assert entry.top[0][0] == row.argmax()
+
+
+def test_neighbours_notice_nothing(model: qwen_jax.Model) -> None:
+    """Neither those without a constraint nor those with another; with penalties, too."""
+    prompts = ["haiku: snow", "haiku: rust", "haiku: moss"]
+    kinds = [None, Constraint.json_schema(POEM), Constraint.regex("[a-z ]{20}")]
+    penalised = Sampling(temperature=0.9, frequency_penalty=0.3, repetition_penalty=1.1)
+
+    def request(i: int) -> qwen_jax.Request:
+        sampling = penalised if i % 2 else WARM
+        return model.request(
+            prompts[i % 2], constraint=kinds[i % 3], sampling=sampling, max_tokens=14
+        )
+
+    together = {p.number: p.completion for p in model.run(map(request, range(18))) if p.completion}
+    for i in range(6):
+        (alone,) = [p.completion for p in model.run([request(i)]) if p.completion]
+        for other in range(i, 18, 6):
+            assert together[other] == alone
+
+
+def test_what_is_cut_is_said_to_be(model: qwen_jax.Model) -> None:
+    answer = model.generate("x", constraint=Constraint.json_schema(POEM), max_tokens=5)
+    assert answer.finish_reason == "length" and len(answer.tokens) == 5
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(answer.text)
+
+
+@pytest.mark.parametrize(
+    "schema, words",
+    [
+        ({"type": "object", "patternProperties": {"^a": {}}}, "'patternProperties'.*out of #"),
+        ({"properties": {"a": {"not": {}}}}, "'not'.*out of #/properties/a"),
+        ({"items": {"uniqueItems": True}}, "'uniqueItems'"),
+        ({"oneOf": [{"type": "string"}]}, "'oneOf'"),
+        ({"if": {}}, "'if'"),
+        ({"$defs": {"x": {"dependentRequired": {}}}}, "'dependentRequired'.*#/\\$defs/x"),
+        ({"requierd": []}, "did you mean required"),
+        ({"type": "string", "format": "regex"}, "#/format is 'regex'"),
+        ({"$ref": "https://example.com/a"}, "only '#/"),
+        ({"anyOf": {}}, "#/anyOf is {}"),
+        ({"properties": []}, "#/properties is"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum \\(5\\) is greater"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
+        ({"type": "nothing"}, "Invalid type: nothing"),
+    ],
+)
+def test_refused_schemas(model: qwen_jax.Model, schema: dict[str, Any], words: str) -> None:
+    """By name, and before anything is generated."""
+    with pytest.raises(UserError, match=words):
+        model.request("x", constraint=Constraint.json_schema(schema))
+
+
+def test_a_property_may_be_called_like_a_keyword(model: qwen_jax.Model) -> None:
+    schema = {"type": "object", "properties": {"not": {"type": "null"}}, "required": ["not"]}
+    answer = model.generate("x", constraint=Constraint.json_schema(schema), max_tokens=8)
+    assert answer.text.startswith('{"not": null')
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Constraint.choice([]), "must be a list of texts"),
+        (lambda: Constraint.choice("ab"), "must be a list of texts"),
+        (lambda: Constraint.json_schema("[]"), "must be a JSON object"),
+        (lambda: Constraint.json_schema("{"), "not JSON"),
+        (lambda: Constraint.regex("[a"), "unclosed character class"),
+        (lambda: Constraint.lark("start: foo"), 'unknown name: "foo"'),
+    ],
+)
+def test_refused_constraints(model: qwen_jax.Model, make: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        model.request("x", constraint=make())
+
+
+_LEAF = st.one_of(
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.builds(
+        lambda a, b: {"type": "integer", "minimum": min(a, b), "maximum": max(a, b)},
+        st.integers(-999, 999),
+        st.integers(-999, 999),
+    ),
+    st.builds(lambda n: {"type": "number", "minimum": n, "maximum": n + 9}, st.integers(-9, 9)),
+    st.builds(
+        lambda a, b: {"type": "string", "minLength": min(a, b), "maxLength": max(a, b)},
+        st.integers(0, 6),
+        st.integers(0, 6),
+    ),
+    st.just({"type": "string", "pattern": "^[a-f]{2,4}$"}),
+    st.sampled_from([{"type": "string", "format": form} for form in ("date", "ipv4", "uuid")]),
+    st.lists(st.text(max_size=4) | st.integers(-5, 5), min_size=1, max_size=3).map(
+        lambda values: {"enum": values}
+    ),
+    st.text(max_size=4).map(lambda value: {"const": value}),
+)
+
+
+def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    def made(properties: dict[str, Any], needed: list[bool]) -> dict[str, Any]:
+        names = [name for name, is_needed in zip(properties, needed, strict=False) if is_needed]
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": names,
+            "additionalProperties": False,
+        }
+
+    names = st.text('abcxyz_ é"\\', min_size=1, max_size=4)
+    flags = st.lists(st.booleans(), min_size=3, max_size=3)
+    return st.builds(made, st.dictionaries(names, inner, max_size=3), flags)
+
+
+def _arrays(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(
+        lambda items, a, b: {
+            "type": "array",
+            "items": items,
+            "minItems": min(a, b),
+            "maxItems": max(a, b),
+        },
+        inner,
+        st.integers(0, 3),
+        st.integers(0, 3),
+    )
+
+
+_SCHEMAS = st.recursive(
+    _LEAF,
+    lambda inner: (
+        _objects(inner)
+        | _arrays(inner)
+        | st.lists(inner, min_size=1, max_size=3).map(lambda parts: {"anyOf": parts})
+    ),
+    max_leaves=6,
+)
+
+
+@given(_SCHEMAS, st.integers(0, 2**32 - 1))
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_whatever_is_allowed_makes_valid_json(
+    model: qwen_jax.Model, schema: dict[str, Any], seed: int
+) -> None:
+    """Any tokens that the masks let through, of a hundred random schemas, against jsonschema."""
+    assert_valid(model, schema, seed)
+
+
+@pytest.mark.live
+@given(_SCHEMAS, st.integers(0, 2**32 - 1))
+@settings(
+    max_examples=1000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_a_thousand_schemas(model: qwen_jax.Model, schema: dict[str, Any], seed: int) -> None:
+    pytest.importorskip("transformers")  # as all that `make parity` is for
+    assert_valid(model, schema, seed)
+
+
+def assert_valid(model: qwen_jax.Model, schema: dict[str, Any], seed: int) -> None:
+    rng, text = np.random.default_rng(seed), b""
+    matcher = Matcher(Constraint.json_schema(schema), model.tokenizer)
+    stops = set(model.tokenizer.stop_ids)
+    for _ in range(1000):
+        ids = allowed(matcher)
+        assert len(ids), text
+        if stops & set(ids.tolist()) and (len(ids) == len(stops) or rng.random() < 0.5):
+            break
+        token = int(rng.choice([i for i in ids if i not in stops]))
+        text += model.tokenizer.token_bytes(token)
+        matcher.take(token)
+    else:
+        pytest.fail(f"{text!r} never ends")
+    jsonschema.validate(json.loads(text), schema)

@@ -1,4 +1,4 @@
-"""Sampling settings against diversity: eight samples of each of 20 prompts.
+"""Sampling settings against diversity: eight samples of each of 40 prompts.
 
     python run.py experiment --config=configs/experiments/sampling_diversity.py \\
         --workdir=runs/sampling_diversity

@@ -44,7 +44,7 @@ class Table:
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             ]
             before = "".join(f"{cell}  " for cell in cells[:-1])
-            wrapped = textwrap.wrap(cells[-1], max(WIDTH - indent, 20)) or [""]
+            wrapped = textwrap.wrap(cells[-1], max(WIDTH - indent, 10)) or [""]
             out.append((before + wrapped[0]).rstrip())
             out += [" " * indent + more for more in wrapped[1:]]
         return "\n".join(out)

@@ -10,6 +10,7 @@ from qwen_jax.arguments import check_fields
 from qwen_jax.choices import check_max_tokens, check_top_logprobs
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
+from qwen_jax.engine.replicas import Replicas, line_for
 from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
@@ -168,14 +169,14 @@ class Generation:
         return self._sums
 
     def __iter__(self) -> Generator[Piece, None, None]:
-        scheduler = Scheduler(self._engine)
+        scheduler = line_for(self._engine)
         self._start, self._compiled = time.perf_counter(), compile_seconds()
         try:
             yield from self._run(scheduler)
         finally:
             scheduler.close()
 
-    def _run(self, scheduler: Scheduler) -> Iterator[Piece]:
+    def _run(self, scheduler: Scheduler | Replicas) -> Iterator[Piece]:
         more = True
         while more or not scheduler.idle:
             while more and scheduler.wants_more:

@@ -14,11 +14,21 @@ ANSWER = (
 )  # fmt: skip
 
 FIELDS = {
-    "generate": (*MODEL, *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
-    "inspect": MODEL,
+    "generate": (
+        *MODEL,
+        "mesh",
+        *PROMPT,
+        *ANSWER,
+        "output",
+        "ordered",
+        "resume",
+        "strict",
+        "trace",
+    ),
+    "inspect": (*MODEL, "mesh"),
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
-    "experiment": (*MODEL, *PROMPT, *ANSWER, "experiment", "runner", "workdir"),
+    "experiment": (*MODEL, "mesh", *PROMPT, *ANSWER, "experiment", "runner", "workdir"),
     "configs": (),
     "recorder": (),
     "merge": ("workdir",),

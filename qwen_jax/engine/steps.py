@@ -239,16 +239,10 @@ def step(
         live = there & ~before.done
         position = rows.start + before.generated
         found, cache = forward(before.token, Cache(before.pages, tables), position, live)
-        choice = sampling.choose(
-            found,
-            rows.settings,
-            before.generated,
-            plan,
-            spec,
-            counts=before.counts,
-            bias=bias,
-            allowed=allowed,
-        )
+        choose = functools.partial(sampling.choose, plan=plan, spec=spec)
+        given = found, rows.settings, before.generated, before.counts, bias, allowed
+        # Each device of a mesh by itself: a kernel can't be dealt out.
+        choice = spec.split.over(choose, (None,) * len(given), None)(*given)
         token = jnp.maximum(choice.token, 0)
         counts = before.counts and count(before.counts, token, live)
         generated = before.generated + live

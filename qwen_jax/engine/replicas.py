@@ -34,8 +34,9 @@ class Replicas:
         chosen.add(text)
 
     def cancel(self, text: Text) -> None:
-        self._of[text].cancel(text) if text in self._of else None
-        self._forget(text)
+        if (scheduler := self._of.get(text)) is not None:
+            scheduler.cancel(text)
+            self._forget(text)
 
     def close(self) -> None:
         for scheduler in self._all:

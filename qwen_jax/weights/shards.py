@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, UInt8
 
+from qwen_jax import mesh
 from qwen_jax.model.split import Split
 from qwen_jax.weights import names
 from qwen_jax.weights.blocks import decoded
@@ -48,7 +49,7 @@ def iter_split(
             if progress is not None:
                 progress(sum(done for done, _ in sums.values()), total * len(sums))
 
-        part = part_of(checkpoint, split, index)
+        part = part_of(checkpoint, split.size, index)
         return iter_parameters(part, dtype, device=device, progress=told)
 
     for parts in zip(*map(parts_of, devices), strict=True):
@@ -62,14 +63,14 @@ def iter_split(
         )
 
 
-def part_of(checkpoint: Checkpoint, split: Split, index: int) -> Checkpoint:
-    """What the device of that number has of a checkpoint."""
-    config = split.part(checkpoint.config)
+def part_of(checkpoint: Checkpoint, tp: int, index: int) -> Checkpoint:
+    """What one device, by its number, has of a checkpoint that so many have together."""
+    config = mesh.part(checkpoint.config, tp)
     stored: dict[str, Stored] = {}
     for parameter in checkpoint.parameters:
         for name, shape in parameter.sources.items():
             ranges = [
-                _share(letter, size, split, index, checkpoint.config.num_kv_heads)
+                _share(letter, size, tp, index, checkpoint.config.num_kv_heads)
                 for letter, size in zip(parameter.axes[name], shape, strict=True)
             ]
             stored[name] = _cut(checkpoint.stored[name], ranges)
@@ -77,13 +78,13 @@ def part_of(checkpoint: Checkpoint, split: Split, index: int) -> Checkpoint:
     return dataclasses.replace(checkpoint, config=config, parameters=parameters, stored=stored)
 
 
-def _share(letter: str, size: int, split: Split, index: int, kv_heads: int) -> range:
+def _share(letter: str, size: int, tp: int, index: int, kv_heads: int) -> range:
     """A device's part of an axis with that letter of `names.Source`."""
     if letter == "D":
         return range(size)
     # A key/value head that is on several devices is whole on each.
-    parts = min(split.size, kv_heads) if letter == "KH" else split.size
-    number, each = index * parts // split.size, size // parts
+    parts = min(tp, kv_heads) if letter == "KH" else tp
+    number, each = index * parts // tp, size // parts
     return range(number * each, (number + 1) * each)
 
 

@@ -132,6 +132,8 @@ def implementation_lines(
     """What each operation would run on; a call of many rows may still take another."""
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     pages = (2, kv_heads, PAGE, dim)
+    # Where the step's kernel serves no row, its weight stream isn't made either.
+    unpacked = weights.refusal(config, dtype)
     reasons = {
         "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(
@@ -140,7 +142,8 @@ def implementation_lines(
         "gqa_decode_attention": gqa_decode_attention.refusal(
             heads, kv_heads, PAGE, dim, dtype, dtype
         ),
-        "decode_step": weights.refusal(config, dtype),
+        "decode_step": unpacked,
+        "packed_product": unpacked,
         "sample_tokens": sample_tokens.refusal(
             config.vocab_size, jnp.dtype(jnp.float32), MOST_LOGPROBS
         ),

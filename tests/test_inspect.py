@@ -114,7 +114,7 @@ class TestBundled:
         config = ModelConfig(24, 896, 14, 2, 64, 4864, 151936, 32768, 1e6, 1e-6, True)
         lines = list(inspect.implementation_lines("auto", config, jnp.dtype(dtype)))
         pallas_kernels.choose.cache_clear()
-        assert [line.split()[1] for line in lines] == ["xla", *["mosaic_gpu"] * 4]
+        assert [line.split()[1] for line in lines] == ["xla", *["mosaic_gpu"] * 5]
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_memory_is_what_loading_takes(

@@ -62,7 +62,7 @@ def load_engine(
     check_weights_fit(config, dtype, form.held if form.blocks or splits else None, mesh.devices)
     options = options | EngineOptions(texts=texts, slots=slots or form.rows)
     if splits:
-        options |= EngineOptions(split=splits[0], replicas=mesh.dp)
+        options |= EngineOptions(split=splits[0], sharers=mesh.devices)
     layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
     options |= EngineOptions(cache_tokens=layout.cache_tokens)
     programs = None if expected is None else expected.programs(layout)

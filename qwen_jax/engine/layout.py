@@ -29,7 +29,8 @@ class EngineOptions(TypedDict, total=False):
         batch_invariant: whether a text's tokens and log-probabilities are, bit for bit, the same
             whatever runs beside it: see `shapes_for`. False by default.
         split: the devices that have the model together; by default the first one has all of it.
-        replicas: how many such models there are, of which this is one.
+        sharers: devices that take as much memory as one of these, which on a CPU is the same; by
+            default those of `split`.
     """
 
     stop_ids: Sequence[int]
@@ -42,7 +43,7 @@ class EngineOptions(TypedDict, total=False):
     cache_tokens: int | None
     batch_invariant: bool
     split: Whole
-    replicas: int
+    sharers: int
 
 
 class Layout(NamedTuple):
@@ -92,7 +93,7 @@ class Layout(NamedTuple):
         shapes = shapes_for(platform, options.get("slots"), options.get("batch_invariant", False))
         tokens = options.get("cache_tokens")
         if tokens is None:
-            part, sharers = split.part(config), split.size * options.get("replicas", 1)
+            part, sharers = split.part(config), options.get("sharers", split.size)
             budget = Budget.of(part, dtype, held, sharers)
             free = budget.free if loaded else budget.free - budget.weights
             # A program's sizes, so that a file of 30 prompts compiles no other than one of 40.

@@ -91,13 +91,18 @@ class Budget:
             held: what the parameters take where they are not all in `dtype`.
             sharers: devices that take as much, which on a CPU have one memory.
         """
-        norms = (2 * config.num_layers + 1) * config.hidden_size
-        weights = (config.num_parameters - norms) * dtype.itemsize + norms * 4
+        weights = weight_bytes(config, dtype)
         each = bytes_per_token(config, dtype.itemsize)
         free = free_memory()
         if device().platform == "cpu":
             free //= sharers
         return cls(weights if held is None else held, each, free)
+
+
+def weight_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """What parameters take in `dtype`; norms stay float32."""
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    return (config.num_parameters - norms) * dtype.itemsize + norms * 4
 
 
 def packs(expanded: Budget, packed: int) -> bool:

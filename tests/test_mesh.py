@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from qwen_jax.engine.form import form_of
 from qwen_jax.engine.split_weights import splits_of
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape, part
+from qwen_jax.scaling import Machine, step
 from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.loader import load_parameters
 from qwen_jax.weights.shards import PlainPart, part_of
-from tests.cli.conftest import refuses, run
+from tests.cli.conftest import Run, refuses, run
 from tests.mesh.eight import FLAG
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf
 
@@ -146,3 +148,35 @@ def test_a_device_reads_its_part_alone(tmp_path: Path, kind: str) -> None:
     down = parts[1].stored["blk.0.ffn_down.weight"]
     assert isinstance(down, PlainPart)
     assert len(down.raw(0, 256)) * 2 == checkpoint.files.tensors["blk.0.ffn_down.weight"].nbytes
+
+
+def test_a_step_by_hand() -> None:
+    """7B on two devices, for a machine of round numbers."""
+    machine = Machine(
+        name="", memory=1e12, bandwidth=1e12, operations=1e15, layer=1e-5, link=1e11, meeting=2e-5,
+        each=1e-6,
+    )  # fmt: skip
+    found = step(QWEN_7B, jnp.dtype(jnp.bfloat16), 2, 8, 1000, machine)
+    d, ffn, vocab = 3584, 18944, 152064
+    layer = 28 * (d * 14 * 128 + 2 * d * 2 * 128 + 18 * 128 + d * 14 * 128 + 3 * d * ffn // 2)
+    norms = 57 * d * 4
+    assert found.weights == 2 * (layer + 2 * d * vocab // 2) + norms
+    assert found.cache == 8 * 1000 * 28 * 2 * 2 * 128 * 2
+    assert found.reading == pytest.approx((found.weights - d * vocab + found.cache) / 1e12)
+    reduced = 2e-5 + 8 * d * 2 / 1e11
+    gathered = 2e-5 + 8 * vocab * 4 / 2 / 1e11
+    assert found.meeting == pytest.approx(57 * reduced + gathered)
+    assert found.seconds == pytest.approx(found.reading + 28e-5 + found.meeting)
+    assert step(QWEN_7B, jnp.dtype(jnp.bfloat16), 1, 8, 1000, machine).meeting == 0
+
+
+def test_inspect(run: Run) -> None:
+    """What a device would have, though there is but one."""
+    result = run("inspect", "--mesh=tp=4", "--implementation=xla")
+    assert result.code == 0
+    memory, mesh = result.out.split("\n\n")[-2:]
+    assert "of each of 4 devices (tp=4):" in memory
+    each = part(open_checkpoint(opening.locate()).config, 4).num_parameters * 4
+    assert re.search(rf"weights +{each / 1e6:.1f} MB", memory)
+    assert "key/value heads                 1 (each on 2 devices)" in mesh
+    assert "takes 4 devices; here is 1" in mesh and "64 texts of 512:" in mesh

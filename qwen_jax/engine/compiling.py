@@ -95,12 +95,9 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _pages(layout: Layout) -> jax.ShapeDtypeStruct:
+def _pages(layout: Layout) -> Any:
     spec = layout.spec
-    pages: jax.ShapeDtypeStruct = _made(
-        layout, lambda: create_pages(spec.cached, layout.pages, spec.cache), HEADS
-    )
-    return pages
+    return _made(layout, lambda: create_pages(spec.cached, layout.pages, spec.cache), HEADS)
 
 
 def _extends(

@@ -30,11 +30,16 @@ def test_haikus(mesh: str, dtype: str) -> None:
     assert haikus(model(mesh, dtype)) == haikus(model(None, "float32", "xla"))
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-6)])
-def test_logits(dtype: str, bound: float) -> None:
-    one = model(None, "float32", "xla")
-    tokens = one.tokens("haiku: snow")
-    assert relative(model("tp=2", dtype).logits(tokens), one.logits(tokens)) < bound
+def test_logits() -> None:
+    """As tests/mesh has them on CPUs: float32 rounds its sums anew, bfloat16 once more each."""
+    exact = model(None, "float32", "xla")
+    tokens = exact.tokens("haiku: snow")
+    theirs = exact.logits(tokens)
+    assert relative(model("tp=2", "float32").logits(tokens), theirs) < 1e-6
+    one, two = (
+        relative(model(m, "bfloat16", "xla").logits(tokens), theirs) for m in (None, "tp=2")
+    )
+    assert two < 2**0.5 * one
 
 
 def test_the_step_kernel_is_for_one_device() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from qwen_jax import api
 from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.accuracy.traces.trace import names
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.replicas import Replicas, line_for
@@ -30,7 +31,7 @@ from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.loader import load_parameters
 from qwen_jax.weights.shards import iter_split
 from tests.engines import relative, reshape
-from tests.numpy_reference import forward
+from tests.numpy_reference import forward, log_softmax
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_hf
 
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
@@ -163,16 +164,17 @@ def test_slots_prefixes_samples_and_logprobs() -> None:
 
 
 def test_traces() -> None:
-    """Every tensor, of the shape it has on one device: a head on several is shown once."""
-    ours, theirs = (record(engine(tp), TOKENS[:7], prompt_length=0) for tp in (6, 1))
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    assert "Recording changes no bit of the logits." in ours.header.notes
-    for name, expected in theirs.tensors.items():
-        found, finite = ours.tensors[name], np.isfinite(expected)
+    """Every tensor as float64 has it, of the shape it has on one device: of a key/value head that
+    is on several devices one is shown."""
+    trace = record(engine(6), TOKENS[:7], prompt_length=0)
+    assert "Recording changes no bit of the logits." in trace.header.notes
+    assert trace.tensors.keys() == set(names(CONFIG))
+    for name, expected in forward(CONFIG, PARAMETERS, TOKENS[:7]).items():
+        found = trace.tensors[name]
         assert found.shape == expected.shape, name
-        np.testing.assert_array_equal(finite, np.isfinite(found))
-        scale = np.abs(expected[finite]).max()
-        assert np.abs(found[finite] - expected[finite]).max() <= 1e-5 * scale, name
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), name
+    for name in ("attn_scores", "attn_probs"):
+        assert trace.tensors[f"layers.0.{name}"].shape[1] == CONFIG.num_heads
 
 
 def compiled(tp: int) -> jax.stages.Compiled:
@@ -219,5 +221,7 @@ def test_replicas() -> None:
     # Every page has come back, and each engine has had some.
     assert all(e.pool.available == e.pool.size and e._rows for e in (both, other))
     pairs = [(TOKENS[:10], TOKENS[10:15]), (TOKENS[:20], TOKENS[20:22]), (TOKENS[:3], TOKENS[3:9])]
-    for a, b in zip(scored(both, pairs), scored(engine(1), pairs), strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+    for score, (context, rest) in zip(scored(both, pairs), pairs, strict=True):
+        expected = log_softmax(engine(1).logits([*context, *rest])[len(context) - 1 : -1])
+        picked = expected[np.arange(len(rest)), rest]
+        np.testing.assert_allclose(score.logprobs, picked, rtol=0, atol=1e-5)

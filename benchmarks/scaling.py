@@ -43,11 +43,11 @@ def main() -> None:
                 cells.append("-")
                 continue
             one, many = (step(config, BFLOAT16, tp, rows, CONTEXT) for rows in (1, 64))
-            times = [
+            shown = [
                 f"{x.seconds * 1e3:.2f}" if x.weights + x.cache < H200.memory else "-"
                 for x in (one, many)
             ]
-            cells.append(f"{one.weights / 1e9:.1f}; {' / '.join(times)}")
+            cells.append(f"{one.weights / 1e9:.1f}; {' / '.join(shown)}")
             record[size][tp] = [one.seconds, many.seconds]
         print(f"| {size} | {' | '.join(cells)} |")
     print("\n" + json.dumps({"seconds": record}))

@@ -43,6 +43,7 @@ from qwen_jax.generation import (
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.in_thread import in_thread
 from qwen_jax.loading import load_engine
+from qwen_jax.mesh import MeshShape
 from qwen_jax.opening import BUNDLED, open_model
 from qwen_jax.options import PROMPT_OPTIONS, Options, prompt_options
 from qwen_jax.recommended import Recommended
@@ -67,6 +68,7 @@ def load(
     matmul_precision: str = "highest",
     slots: int | None = None,
     batch_invariant: bool = False,
+    mesh: str | None = None,
     expected: Expected | None = None,
     sha256: str | None = None,
     progress: Progress | None = None,
@@ -92,6 +94,8 @@ def load(
         slots: texts that are generated at the same time; by default 8 on a CPU, 64 elsewhere.
         batch_invariant: whether a text is, bit for bit, the same whatever runs beside it. It costs
             nothing where all slots are taken; a text alone then takes as long as all of them.
+        mesh: "tp=2" deals the model out to two devices, "dp=2" has it twice, each with slots of its
+            own, "dp=2,tp=2" takes four devices. See docs/scaling.md.
         expected: what will be asked for: compiled while the weights load. By default each program
             is compiled when it is first needed.
         sha256: what the GGUF file's SHA-256 must be.
@@ -102,6 +106,7 @@ def load(
             argument isn't one of the values above.
     """
     check_slots(slots)
+    shape = MeshShape.parse(mesh)
     strict_switches.check()
     use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
@@ -118,7 +123,7 @@ def load(
     )
     try:
         engine, tokenizer = load_engine(
-            checkpoint, parameter_dtype, weights, options, expected, progress
+            checkpoint, parameter_dtype, weights, options, expected, progress, shape
         )
     except pallas_kernels.UnsupportedError as error:
         raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error

@@ -10,8 +10,8 @@ from qwen_jax.arguments import check_fields
 from qwen_jax.choices import check_max_tokens, check_top_logprobs
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
+from qwen_jax.engine.replicas import line_for
 from qwen_jax.engine.sampling import Sampling, check_bias
-from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from qwen_jax.text.constraint import Constraint, Matcher
@@ -216,7 +216,7 @@ class Running:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
         self._engine, self._tokenizer = engine, tokenizer
-        self._scheduler = Scheduler(engine)
+        self._scheduler = line_for(engine)
         self._rows: dict[Text, _Row] = {}
         self._start, self._compiled = time.perf_counter(), compile_seconds()
         self._sums = Timings()

@@ -15,12 +15,16 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
+from qwen_jax.engine.split_weights import SplitWeights, splits_of
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
+from qwen_jax.mesh import ONE, MeshShape
+from qwen_jax.model.split import Split
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.loader import iter_parameters
 from qwen_jax.weights.open_files import Progress
+from qwen_jax.weights.shards import iter_split
 
 
 def load_engine(
@@ -30,8 +34,9 @@ def load_engine(
     options: EngineOptions,
     expected: Expected | None,
     progress: Progress | None,
+    mesh: MeshShape = ONE,
 ) -> tuple[Engine, Tokenizer]:
-    """Puts a checkpoint on the device.
+    """Puts a checkpoint on the device, or on those of a mesh.
 
     Args:
         dtype: of the parameters.
@@ -39,6 +44,7 @@ def load_engine(
         options: without what a tokenizer knows.
         expected: what will be asked for, or None where nothing is to be compiled ahead.
         progress: called with bytes read and bytes in all.
+        mesh: the devices that the model is dealt out to, and how many times.
 
     Raises:
         UserError: the checkpoint is damaged or too large; of a bad tokenizer and bad weights the
@@ -50,15 +56,19 @@ def load_engine(
     texts = None if expected is None else expected.texts
     slots = options.get("slots")
     form = form_of(
-        asked, checkpoint, dtype, implementation=implementation, slots=slots, texts=texts
+        asked, checkpoint, dtype, implementation=implementation, slots=slots, texts=texts, mesh=mesh
     )
-    check_weights_fit(config, dtype, form.held if form.blocks else None)
+    splits: list[Split] = splits_of(mesh) if mesh.devices > 1 else []
+    check_weights_fit(config, dtype, form.held if form.blocks or splits else None, mesh.devices)
     options = options | EngineOptions(texts=texts, slots=slots or form.rows)
+    if splits:
+        options |= EngineOptions(split=splits[0], sharers=mesh.devices)
     layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
     options |= EngineOptions(cache_tokens=layout.cache_tokens)
     programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
-    if programs is not None and platform != "cpu":  # whose cores are busy with the weights
+    # A CPU's cores are busy with the weights.
+    if programs is not None and platform != "cpu" and not splits:
         shapes = form.shapes or prepared_shapes(
             config, checkpoint.parameters, dtype, implementation
         )
@@ -88,7 +98,10 @@ def load_engine(
 
         try:
             weights: Weights
-            if form.plan is not None:
+            if splits:
+                dealt = iter_split(checkpoint, dtype, splits[0], watched)
+                weights = SplitWeights(dict(dealt), config, splits[0])
+            elif form.plan is not None:
                 weights = load_packed(checkpoint, form.plan, dtype, implementation, watched)
             elif form.blocks:
                 weights = load_blocks(checkpoint, watched)
@@ -99,9 +112,16 @@ def load_engine(
         finally:
             tokenizer, whole = reading.result()
     engine = Engine(config, weights, **whole)
-    if programs is not None:
+    engine.others = tuple(_elsewhere(engine, split, whole) for split in splits[1:])
+    if programs is not None and not splits:
         engine.expect(programs)
     return engine, tokenizer
+
+
+def _elsewhere(engine: Engine, split: Split, options: EngineOptions) -> Engine:
+    """The same model on other devices."""
+    assert isinstance(engine.weights, SplitWeights)
+    return Engine(engine.config, engine.weights.on(split), **options | EngineOptions(split=split))
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from qwen_jax.arguments import check
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.replicas import line_for
 from qwen_jax.engine.texts import Text
 from qwen_jax.errors import UserError
 
@@ -39,7 +39,7 @@ def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
         UserError: while iterating: a context or a continuation is empty, they hold no ids of this
             vocabulary, or together they are longer than the model's context or the whole cache.
     """
-    scheduler, left, more = Scheduler(engine), enumerate(pairs), True
+    scheduler, left, more = line_for(engine), enumerate(pairs), True
     line: deque[Text] = deque()
     found: dict[Text, Score] = {}
     try:

@@ -52,6 +52,8 @@ def get_config() -> ConfigDict:
             "n": 1,
             # Texts that are generated at the same time; by default what suits the device.
             "slots": placeholder(int),
+            # Devices: tp=2 deals the model out to two, dp=2 has it twice; dp=2,tp=2 takes four.
+            "mesh": placeholder(str),
             # Whether a text is, bit for bit, the same whatever runs beside it; by default only in
             # experiments, where a run that was cut short must come out as if it hadn't been.
             "batch_invariant": placeholder(bool),
@@ -272,6 +274,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "stop_ids": ("stop_ids", "Ids of tokens that end the answer, as in 13,198."),
     "n": ("n", "Samples of each prompt."),
     "slots": ("slots", "Texts generated at the same time; by default 8 on a CPU, 64 on a GPU."),
+    "mesh": ("mesh", "Devices: tp=2 deals the model out to two, dp=2 has it twice; dp=2,tp=2."),
     "batch_invariant": (
         "batch_invariant",
         "Texts are the same, bit for bit, whatever runs beside them; experiments' always are.",

@@ -22,12 +22,16 @@ SERVED = tuple(
 """What a request that doesn't say is answered with; a seed for all of them would repeat answers."""
 
 FIELDS = {
-    "generate": (*MODEL, *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
+    "generate": (
+        *(*MODEL, "mesh", *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
+    ),
     "serve": (*MODEL, *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
-    "inspect": MODEL,
+    "inspect": (*MODEL, "mesh"),
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
-    "experiment": (*MODEL, *PROMPT, *ANSWER, "experiment", "runner", "answer", "workdir"),
+    "experiment": (
+        *(*MODEL, "mesh", *PROMPT, *ANSWER, "experiment", "runner", "answer", "workdir"),
+    ),
     "configs": (),
     "recorder": (),
     "merge": ("workdir", "answer"),

@@ -121,7 +121,9 @@ def draw(scores: Float[Array, "B V"], settings: Settings, step: Int[Array, "B"])
     if vocab <= FEW:
         return pick(hot, everything, settings, step)
     # The barrier keeps XLA from seeing a sort in it.
-    few, ids = lax.optimization_barrier(lax.top_k(hot, FEW))
+    # The other way round: XLA 0.10.2 ends the process where, for several devices, a barrier has
+    # top_k's own tuple.
+    ids, few = lax.optimization_barrier(lax.top_k(hot, FEW)[::-1])
     last = jnp.clip(settings.top_k, 1, FEW) - 1
     kth = jnp.take_along_axis(few, last[:, None], axis=-1)[:, 0]
     # All tokens that top-k keeps are among these.

@@ -2,21 +2,29 @@
 
 from typing import Any
 
+import jax
+
 from qwen_jax.engine import steps
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
+from qwen_jax.model.split import WHOLE
 from qwen_jax.model.tap import watched
 
 
-def _looked_into(spec: Spec, *_: Any) -> bool:
-    """Whether something watches or intervenes, so that the program is not the model's own."""
-    return spec.variant is not None or watched()
+def _not_kept(spec: Spec, *_: Any) -> bool:
+    """Whether something watches or intervenes, so that the program is not the model's own; or it
+    is a mesh's, which JAX's own cache keeps."""
+    return spec.variant is not None or spec.split is not WHOLE or watched()
 
 
-extend = Kept(steps, "extend", static=(0,), large=1, unless=_looked_into)
-score = Kept(steps, "score", static=(0,), large=1, unless=_looked_into)
-logits = Kept(steps, "logits", static=(0,), large=1, unless=_looked_into)
-step = Kept(steps, "step", static=(0, 7, 8), large=1, unless=_looked_into)
-insert = Kept(steps, "insert")
-advance = Kept(steps, "advance", static=(0,), large=1, unless=_looked_into)
-choose = Kept(steps, "choose", static=(0, 6))
+def _on_mesh(extras: steps.Extras, *_: Any) -> bool:
+    return isinstance(extras.bias.sharding, jax.sharding.NamedSharding)
+
+
+extend = Kept(steps, "extend", static=(0,), large=1, unless=_not_kept)
+score = Kept(steps, "score", static=(0,), large=1, unless=_not_kept)
+logits = Kept(steps, "logits", static=(0,), large=1, unless=_not_kept)
+step = Kept(steps, "step", static=(0, 7, 8), large=1, unless=_not_kept)
+insert = Kept(steps, "insert", unless=_on_mesh)
+advance = Kept(steps, "advance", static=(0,), large=1, unless=_not_kept)
+choose = Kept(steps, "choose", static=(0, 6), unless=_not_kept)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from qwen_jax.engine.sampling import PLANS, Plan, Sampling
 from qwen_jax.engine.shapes import Shapes, fitting
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import Weights
-from qwen_jax.model.cache import create_pages
+from qwen_jax.model.cache import HEADS, create_pages
+from qwen_jax.model.split import WHOLE
+
+T = TypeVar("T")
 
 
 class Programs(NamedTuple):
@@ -69,8 +72,22 @@ def compile_ahead(layout: Layout, weights: Weights, programs: Programs) -> list[
     return futures
 
 
-def _shapes_of(weights: Weights) -> Weights:
-    shapes: Weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+def _shapes_of(layout: Layout, weights: Weights) -> Weights:
+    whole = layout.spec.split is WHOLE
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if whole else x.sharding)
+
+    shapes: Weights = jax.tree.map(shape, weights)
+    return shapes
+
+
+def _made(layout: Layout, make: Callable[[], T], axis: int | None = None) -> T:
+    """Shapes of what is made, on a mesh dealt out along an axis, or equal on all devices."""
+    sharding = layout.spec.split.sharding(axis)
+    shapes: T = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make)
+    )
     return shapes
 
 
@@ -78,15 +95,15 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _pages(layout: Layout) -> jax.ShapeDtypeStruct:
+def _pages(layout: Layout) -> Any:
     spec = layout.spec
-    return jax.eval_shape(lambda: create_pages(spec.config, layout.pages, spec.cache))
+    return _made(layout, lambda: create_pages(spec.cached, layout.pages, spec.cache), HEADS)
 
 
 def _extends(
     layout: Layout, weights: Weights, programs: Programs
 ) -> Iterator[Callable[[], object]]:
-    given, width = _shapes_of(weights), layout.table_width
+    given, width = _shapes_of(layout, weights), layout.table_width
     for count in programs.pieces:
         for length in layout.shapes.lengths:
             row, tokens = _ints(count), _ints(count, length)
@@ -96,9 +113,9 @@ def _extends(
 
 def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Callable[[], object]]:
     spec, shapes, vocab = layout.spec, layout.shapes, layout.spec.config.vocab_size
-    given, width = _shapes_of(weights), layout.table_width
-    state = jax.eval_shape(lambda: State.create(shapes.slots))
-    extras = jax.eval_shape(lambda: Extras.create(shapes.slots, vocab))
+    given, width = _shapes_of(layout, weights), layout.table_width
+    state = _made(layout, lambda: State.create(shapes.slots))
+    extras = _made(layout, lambda: Extras.create(shapes.slots, vocab))
     for plan in programs.plans:
         for count in programs.rows:
             packed = _ints(count, steps.FIELDS)

@@ -19,7 +19,7 @@ from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.errors import UserError
-from qwen_jax.model.cache import PAGE, bytes_per_token, create_pages, pages_for
+from qwen_jax.model.cache import HEADS, PAGE, bytes_per_token, create_pages, pages_for
 
 if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
     from qwen_jax.model.decoder import Parameters
@@ -41,6 +41,7 @@ class Engine:
         layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
         pages: what the device holds of them between calls, made when first asked for.
+        others: engines of the same model on other devices, which take a share of its texts.
         lock: held by who deals pages out or calls a program, which takes the pool along.
     """
 
@@ -55,6 +56,7 @@ class Engine:
         self.platform = next(iter(self.weights.devices())).platform
         self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
         self.pool = Pool(self.layout.pages)
+        self.others: tuple[Engine, ...] = ()
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
         self._rows: set[tuple[int, Plan, bool]] = set()
@@ -71,7 +73,8 @@ class Engine:
     @property
     def pages(self) -> steps.Pages:
         if self._pages is None:
-            self._pages = create_pages(self.config, self.layout.pages, self.spec.cache)
+            spec, there = self.spec, self.spec.split.sharding(HEADS)
+            self._pages = create_pages(spec.cached, self.layout.pages, spec.cache, sharding=there)
         return self._pages
 
     @pages.setter
@@ -87,6 +90,8 @@ class Engine:
 
     def compile(self) -> None:
         """Compiles all that requests usually need, so that nothing is compiled after."""
+        for other in self.others:
+            other.compile()
         programs = Programs.of(self.shapes)
         for future in compile_ahead(self.layout, self.weights, programs):
             future.result()
@@ -156,7 +161,8 @@ class Engine:
     def check_fits(self, positions: int) -> None:
         """Raises UserError where so many tokens of one text are more than the whole cache."""
         if pages_for(positions) > self.pool.size:
-            each = bytes_per_token(self.config, self.spec.cache.itemsize)
+            part = self.spec.split.part(self.config)
+            each = bytes_per_token(part, self.spec.cache.itemsize)
             raise UserError(
                 f"A text of {positions} tokens needs {show_bytes(positions * each)} for keys and "
                 f"values, but there is room for {self.pool.size * PAGE} tokens, "

@@ -22,6 +22,7 @@ from qwen_jax.engine.blocks import FLOAT32, packed_bytes
 from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
 from qwen_jax.errors import UserError
+from qwen_jax.mesh import ONE, MeshShape, part
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.names import Parameter
 from qwen_jax.weights.on_device import block_type, iter_decoded, raw_shape
@@ -57,6 +58,7 @@ def form_of(
     implementation: str = "auto",
     slots: int | None = None,
     texts: int | None = None,
+    mesh: MeshShape = ONE,
 ) -> Form:
     """The form that the weights will have.
 
@@ -64,10 +66,14 @@ def form_of(
         asked: "auto", "packed" or "expanded".
         slots, texts: how many texts may run at the same time, and how many there will be, where
             that is known.
+        mesh: the devices that they are dealt out to; `Form.held` is what one has.
 
     Raises:
-        UserError: they can't stay in blocks, and it was asked for.
+        UserError: they can't stay in blocks, and it was asked for; or they can't be dealt out, or
+            the decode step's kernel was asked for on several devices.
     """
+    if mesh.devices > 1:
+        return _on_mesh(asked, checkpoint, dtype, implementation, mesh)
     budget, on_cpu = Budget.of(checkpoint.config, dtype), device().platform == "cpu"
     numbers = Form(budget.weights)
     few = not on_cpu and texts is not None and texts <= FEW_TEXTS
@@ -83,6 +89,23 @@ def form_of(
         return numbers
     few = few and (texts or 0) <= (found.rows or 0)
     return found if asked == "packed" or few or packs(budget, found.held) else numbers
+
+
+def _on_mesh(
+    asked: str, checkpoint: Checkpoint, dtype: jnp.dtype, implementation: str, mesh: MeshShape
+) -> Form:
+    mesh.check(checkpoint.config)
+    if asked == "packed":
+        raise UserError(
+            f"weights is 'packed', but blocks are multiplied on one device, and mesh is {mesh}; "
+            "choose auto or expanded."
+        )
+    if implementation == "mosaic_gpu":
+        raise UserError(
+            "implementation is 'mosaic_gpu', but the decode step's kernel is for one device, and "
+            f"mesh is {mesh}; choose auto, which runs the attention kernels on each device, or xla."
+        )
+    return Form(Budget.of(part(checkpoint.config, mesh.tp), dtype).weights)
 
 
 def _on_cpu(checkpoint: Checkpoint, dtype: jnp.dtype) -> Form | str:

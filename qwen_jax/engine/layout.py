@@ -11,6 +11,7 @@ from qwen_jax.engine.memory import Budget, pool_pages
 from qwen_jax.engine.shapes import Shapes, fitting, shapes_for
 from qwen_jax.engine.spec import Spec
 from qwen_jax.model.cache import PAGE, pages_for
+from qwen_jax.model.split import WHOLE, Whole
 
 
 class EngineOptions(TypedDict, total=False):
@@ -27,6 +28,9 @@ class EngineOptions(TypedDict, total=False):
         cache_tokens: positions that the cache has room for; by default what is needed, or fits.
         batch_invariant: whether a text's tokens and log-probabilities are, bit for bit, the same
             whatever runs beside it: see `shapes_for`. False by default.
+        split: the devices that have the model together; by default the first one has all of it.
+        sharers: devices that take as much memory as one of these, which on a CPU is the same; by
+            default those of `split`.
     """
 
     stop_ids: Sequence[int]
@@ -38,6 +42,8 @@ class EngineOptions(TypedDict, total=False):
     texts: int | None
     cache_tokens: int | None
     batch_invariant: bool
+    split: Whole
+    sharers: int
 
 
 class Layout(NamedTuple):
@@ -67,11 +73,12 @@ class Layout(NamedTuple):
         """For weights and a cache in `dtype`, which are on the device already or not `loaded` yet.
 
         Args:
-            held: bytes of the weights, where they are not all in `dtype`.
+            held: bytes of a device's weights, where they are not all in `dtype`.
 
         Raises:
             UserError: there is no room for a cache.
         """
+        split = options.get("split", WHOLE)
         spec = Spec(
             config,
             weights=dtype,
@@ -81,15 +88,17 @@ class Layout(NamedTuple):
             stop_ids=tuple(options.get("stop_ids", ())),
             valid_tokens=min(options.get("valid_tokens", config.vocab_size), config.vocab_size),
             unused_ids=tuple(options.get("unused_ids", ())),
+            split=split,
         )
         shapes = shapes_for(platform, options.get("slots"), options.get("batch_invariant", False))
         tokens = options.get("cache_tokens")
         if tokens is None:
-            budget = Budget.of(config, dtype, held)
+            part, sharers = split.part(config), options.get("sharers", split.size)
+            budget = Budget.of(part, dtype, held, sharers)
             free = budget.free if loaded else budget.free - budget.weights
             # A program's sizes, so that a file of 30 prompts compiles no other than one of 40.
             texts = fitting(shapes.rows, options.get("texts") or shapes.slots)
-            pages = pool_pages(config, dtype, texts, platform, free)
+            pages = pool_pages(part, dtype, texts, platform, free)
         else:
             pages = pages_for(tokens)
         return cls(spec, shapes, 1 + pages)

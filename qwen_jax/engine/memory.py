@@ -82,16 +82,27 @@ class Budget:
     free: int
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: jnp.dtype, held: int | None = None) -> "Budget":
+    def of(
+        cls, config: ModelConfig, dtype: jnp.dtype, held: int | None = None, sharers: int = 1
+    ) -> "Budget":
         """For parameters and a cache in `dtype`; norms stay float32.
 
         Args:
             held: what the parameters take where they are not all in `dtype`.
+            sharers: devices that take as much, which on a CPU have one memory.
         """
-        norms = (2 * config.num_layers + 1) * config.hidden_size
-        weights = (config.num_parameters - norms) * dtype.itemsize + norms * 4
+        weights = weight_bytes(config, dtype)
         each = bytes_per_token(config, dtype.itemsize)
-        return cls(weights if held is None else held, each, free_memory())
+        free = free_memory()
+        if device().platform == "cpu":
+            free //= sharers
+        return cls(weights if held is None else held, each, free)
+
+
+def weight_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """What parameters take in `dtype`; norms stay float32."""
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    return (config.num_parameters - norms) * dtype.itemsize + norms * 4
 
 
 def packs(expanded: Budget, packed: int) -> bool:
@@ -100,9 +111,11 @@ def packs(expanded: Budget, packed: int) -> bool:
     return packed < expanded.weights and expanded.weights > expanded.free * 3 // 4
 
 
-def check_weights_fit(config: ModelConfig, dtype: jnp.dtype, held: int | None = None) -> None:
-    """Raises UserError where the weights alone are more than the device has free."""
-    budget = Budget.of(config, dtype, held)
+def check_weights_fit(
+    config: ModelConfig, dtype: jnp.dtype, held: int | None = None, sharers: int = 1
+) -> None:
+    """Raises UserError where the weights alone are more than the device has free: see `Budget`."""
+    budget = Budget.of(config, dtype, held, sharers)
     if budget.weights > budget.free:
         smaller = "dtype bfloat16, " if dtype.itemsize > 2 and held is None else ""
         form = f"in {dtype.name}" if held is None else "in their blocks"

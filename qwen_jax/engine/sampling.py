@@ -188,21 +188,21 @@ def choose(
     logits: Float[Array, "B V"],
     rows: Settings,
     step: Int[Array, "B"],
-    plan: Plan,
-    spec: Spec,
-    *,
     counts: Counts | None = None,
     bias: Float[Array, "B V"] | None = None,
     allowed: UInt32[Array, "B words"] | None = None,
+    *,
+    plan: Plan,
+    spec: Spec,
 ) -> Choice:
     """Chooses one token a row; the choice has log-probabilities where the plan is sampled.
 
     Args:
         logits: the model's, float32.
         step: how many tokens each row has generated; with the seed it decides the draw.
+        counts, bias, allowed: looked at for the rows that ask.
         spec: says which ids are never chosen. Log-probabilities of more tokens than the kernel
             has room for, up to the whole vocabulary, are XLA's whatever implementation it names.
-        counts, bias, allowed: looked at for the rows that ask.
     """
     if spec.unused_ids:
         logits = logits.at[:, jnp.asarray(spec.unused_ids)].set(-jnp.inf, mode="drop")

@@ -50,7 +50,8 @@ class Scheduler:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._state = steps.State.create(engine.shapes.slots)
+        split = engine.spec.split
+        self._state = split.placed(steps.State.create(engine.shapes.slots))
         self._extras: steps.Extras | None = None
         self._waiting: deque[Text] = deque()
         self._entering: deque[tuple[Text, deque[Piece]]] = deque()
@@ -106,7 +107,13 @@ class Scheduler:
                 self._leave(text)
 
     def turn(self) -> list[News]:
-        """Does what can be done now, and tells what is known by then.
+        """Does what can be done now, and tells what is known by then: `start`, and `news`."""
+        with self.engine.lock:
+            self.start()
+            return self.news()
+
+    def start(self) -> None:
+        """Hands the device what can be done now.
 
         Raises:
             UserError: there is nothing to wait for: other schedulers' texts hold the pages.
@@ -116,6 +123,14 @@ class Scheduler:
             self._admit()
             self._extend()
             self._step()
+
+    def news(self) -> list[News]:
+        """What is known by now.
+
+        Raises:
+            UserError: logits are not finite, or a text bans every token.
+        """
+        with self.engine.lock:
             news = list(self._step_constrained())
             busy = 1 if self.engine.shapes.ahead and (self._running or self._entering) else 0
             while len(self._calls) > busy:
@@ -249,8 +264,10 @@ class Scheduler:
 
     def _all_extras(self) -> steps.Extras:
         """Those of all slots, made when the first text asks for any."""
+        if self._extras is not None:
+            return self._extras
         slots, vocab = self.engine.shapes.slots, self.engine.config.vocab_size
-        return self._extras or steps.Extras.create(slots, vocab)
+        return self.engine.spec.split.placed(steps.Extras.create(slots, vocab))
 
     def _step(self) -> None:
         """Some decode steps of everyone who runs without a constraint; who has then had all its

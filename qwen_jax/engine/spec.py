@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.model.split import WHOLE, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Spec:
         valid_tokens: vocabulary rows in use; ids from here on are never chosen.
         unused_ids: rows below them that no token has, and that are never chosen either.
         variant: tells programs apart that are traced while an intervention is open.
+        split: the devices that have the model together.
     """
 
     config: ModelConfig
@@ -34,6 +36,12 @@ class Spec:
     valid_tokens: int = 0
     unused_ids: tuple[int, ...] = ()
     variant: object = None
+    split: Whole = WHOLE
+
+    @property
+    def cached(self) -> ModelConfig:
+        """The config with as many key/value heads as the pool of pages holds."""
+        return self.split.cached(self.config)
 
     @functools.cached_property
     def without_tokenizer(self) -> "Spec":

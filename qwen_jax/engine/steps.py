@@ -312,16 +312,10 @@ def _chosen(
 ) -> tuple[State, Counts | None, Emitted]:
     """One token of each row that lives: what the rows are then, and what the host is told."""
     live = (rows.live != 0) & ~before.done
-    choice = sampling.choose(
-        logits,
-        rows.settings,
-        before.generated,
-        plan,
-        spec,
-        counts=counts,
-        bias=bias,
-        allowed=allowed,
-    )
+    chosen = functools.partial(sampling.choose, plan=plan, spec=spec)
+    given = logits, rows.settings, before.generated, counts, bias, allowed
+    # Each device of a mesh by itself: a kernel can't be dealt out.
+    choice = spec.split.over(chosen, (None,) * len(given), None)(*given)
     token = jnp.maximum(choice.token, 0)
     counts = counts and count(counts, token, live)
     generated = before.generated + live

@@ -118,6 +118,7 @@ def _decoder(spec: Spec, parameters: "Parameters", **options: Any) -> "Qwen2":
         parameters,
         precision=spec.precision,
         implementation=spec.implementation,
+        split=spec.split,
         **options,
     )
 

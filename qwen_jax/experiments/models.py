@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from qwen_jax import api, choices, opening
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.shapes import shapes_for
+from qwen_jax.engine.split_weights import splits_of
 from qwen_jax.experiments import quantize
 from qwen_jax.generation import Request
+from qwen_jax.mesh import MeshShape
 from qwen_jax.prompts import Item
 
 _PROMPTS = 4096
@@ -32,6 +34,7 @@ class Choice:
     weights: str
     implementation: str
     matmul_precision: str
+    mesh: str | None
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Choice":
@@ -50,6 +53,9 @@ class Choice:
         choices.check_implementation(self.implementation)
         choices.check_weights(self.weights)
         choices.check_precision(self.matmul_precision)
+        shape = MeshShape.parse(self.mesh)
+        if shape.devices > 1:
+            splits_of(shape)
         if self.quantization is not None:
             quantize.check(self.quantization)
 
@@ -116,6 +122,7 @@ class Models:
             weights=choice.weights,
             implementation=choice.implementation,
             matmul_precision=choice.matmul_precision,
+            mesh=choice.mesh,
             **sizes._asdict(),
             sha256=None if choice.quantization else choice.sha256,
         )
@@ -123,8 +130,22 @@ class Models:
 
 def remaker(model: api.Model) -> Callable[[Sizes], api.Model]:
     """What makes the same model of other sizes, and doesn't hold on to this one's cache."""
-    engine, spec = model.engine, model.engine.spec
-    make = functools.partial(
+    engines = model.engine, *model.engine.others
+    makers = [_maker(engine, len(engines)) for engine in engines]
+    del engines
+    tokenizer, recommended = model.tokenizer, model.recommended
+
+    def make(sizes: Sizes) -> api.Model:
+        first, *others = (maker(**sizes._asdict()) for maker in makers)
+        first.others = tuple(others)
+        return api.Model(first, tokenizer, recommended)
+
+    return make
+
+
+def _maker(engine: Engine, replicas: int) -> Callable[..., Engine]:
+    spec = engine.spec
+    return functools.partial(
         Engine,
         engine.config,
         engine.weights,
@@ -133,6 +154,6 @@ def remaker(model: api.Model) -> Callable[[Sizes], api.Model]:
         unused_ids=spec.unused_ids,
         precision=spec.precision,
         implementation=spec.implementation,
+        split=spec.split,
+        sharers=replicas * spec.split.size,
     )
-    tokenizer, recommended = model.tokenizer, model.recommended
-    return lambda sizes: api.Model(make(**sizes._asdict()), tokenizer, recommended)

@@ -18,13 +18,14 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import Point
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task, task_class
+from qwen_jax.mesh import MeshShape, part
 from qwen_jax.task_fields import MODEL, among
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.checksum import hashes_of
 from qwen_jax.weights.hub_names import is_hub_name
 
 _OF_ALL = (
-    *(*MODEL, "batch_invariant", "experiment.task", "experiment.quantization"),
+    *(*MODEL, "mesh", "batch_invariant", "experiment.task", "experiment.quantization"),
     *("runner", "answer", "workdir"),
 )
 """Fields, or groups of them, that matter whatever a point's task is."""
@@ -136,12 +137,26 @@ def _memory(point: Point, size: Checkpoint | None) -> int | None:
         return None
     config = point.config
     dtype, slots = choices.dtype_of(config.dtype), config.slots
-    form = form_of(config.weights, size, dtype, implementation=config.implementation, slots=slots)
+    mesh = MeshShape.parse(config.mesh)
+    form = form_of(
+        config.weights,
+        size,
+        dtype,
+        implementation=config.implementation,
+        slots=slots,
+        mesh=mesh,
+    )
     held, slots = form.held, slots or form.rows
-    budget = Budget.of(size.config, dtype, held)
+    # Of one device, and what that has.
+    own = part(size.config, mesh.tp)
+    budget = Budget.of(own, dtype, held, mesh.devices)
     try:
         layout = Layout.of(
-            size.config, dtype, device().platform, loaded=False, held=held, slots=slots
+            *(own, dtype, device().platform),
+            loaded=False,
+            held=held,
+            slots=slots,
+            sharers=mesh.devices,
         )
     except TooLarge:  # The point will fail, and no other with it.
         return budget.weights

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qwen_jax.config import ModelConfig
 
-AXES = (None, None, "kv_heads", None, None)
-"""Logical axis names of the pool."""
+HEADS = 2
+"""The pool's axis of key/value heads, which a mesh deals out."""
 
 PAGE = 128
 """C, positions of a page: what a turn of the kernels' warps takes."""
@@ -128,11 +128,15 @@ class Cache:
 
 
 def create_pages(
-    config: ModelConfig, pages: int, dtype: jnp.dtype, page: int = PAGE
+    config: ModelConfig,
+    pages: int,
+    dtype: jnp.dtype,
+    page: int = PAGE,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Float[Array, "2L P K C H"]:
     """An empty pool of so many pages a layer, the one of nobody among them."""
     shape = (2 * config.num_layers, pages, config.num_kv_heads, page, config.head_dim)
-    return jnp.zeros(shape, dtype)
+    return jnp.zeros(shape, dtype, device=sharding)
 
 
 def pages_for(positions: int) -> int:

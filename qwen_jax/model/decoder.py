@@ -5,8 +5,9 @@ H head dimension, R2 rotated pairs of it, D hidden size, F feed-forward size, V 
 A linear weight is `[out, in]`, as checkpoints store it.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from qwen_jax.config import ModelConfig
-from qwen_jax.model.cache import Cache
+from qwen_jax.model.cache import HEADS, Cache
 from qwen_jax.model.rotary import inverse_frequencies
+from qwen_jax.model.split import WHOLE, Whole
 from qwen_jax.model.tap import tap, watched
 
 Parameters = Mapping[str, jax.Array]
@@ -35,7 +37,16 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "final_norm": (None,),
     "lm_head": ("vocab", None),
 }
-"""Logical axis names of each parameter, for a mesh."""
+"""Logical axis names of each parameter. One that has a name is dealt out on a mesh: a device's
+rows of `qkv_proj` are its heads' of q, then of k, then of v, and of `gate_up_proj` gate's, then
+up's."""
+
+
+def dealt_axis(name: str) -> int | None:
+    """The axis along which a mesh deals a parameter out, if it does."""
+    layer, _, rest = name.partition(".")
+    axes = AXES[rest.partition(".")[2] if layer == "layers" else name]
+    return next((i for i, axis in enumerate(axes) if axis is not None), None)
 
 
 def parameter(params: Parameters, prefix: str, name: str) -> nnx.Param:
@@ -83,6 +94,20 @@ def matmul(
     return jnp.ldexp(out, exponent)
 
 
+def summed_matmul(
+    x: Float[Array, "B T in"],
+    weight: Float[Array, "out in"] | Matrix,
+    precision: lax.Precision,
+    split: Whole,
+) -> Float[Array, "B T out"]:
+    """x @ weight.T where each device of a mesh has some of the inputs."""
+
+    def own(x: Float[Array, "B T in"], weight: Float[Array, "out in"]) -> Float[Array, "B T out"]:
+        return split.sum(matmul(x, weight, precision))
+
+    return split.over(own, (2, 1), None)(x, weight)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich, 2019)."""
 
@@ -113,6 +138,10 @@ def attention_scores(
     return jnp.where(seen[:, :, None], scores, -jnp.inf)
 
 
+CACHE: Any = Cache(HEADS, None)  # type: ignore[arg-type]
+"""Of a cache's arrays, the axis that is dealt out: key/value heads."""
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with biased q, k, v projections and rotary embedding."""
 
@@ -123,9 +152,12 @@ class Attention(nnx.Module):
         prefix: str,
         precision: lax.Precision,
         implementation: str,
+        split: Whole,
     ):
         self.prefix, self.precision, self.implementation = prefix, precision, implementation
-        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        part = split.part(config)
+        self.split, self.heads, self.kv_heads = split, part.num_heads, part.num_kv_heads
+        self.copies = split.cached(config).num_kv_heads // config.num_kv_heads
         self.head_dim = config.head_dim
         self.attention_factor = config.attention_factor
         self.weight = parameter(params, prefix, "qkv_proj.weight")
@@ -141,44 +173,69 @@ class Attention(nnx.Module):
         lengths: Int[Array, "B"],
         inv_freq: Float[Array, "R2"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        batch, steps, _ = x.shape
-        qkv = matmul(x, self.weight[...], self.precision) + self.bias[...].astype(x.dtype)
-        heads = qkv.reshape(batch, steps, self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
-        q, k, v = (tap(f"{self.prefix}{n}_proj", y) for n, y in zip("qkv", (q, k, v), strict=True))
-        q, k = pallas_kernels.rope(
-            q,
-            k,
-            positions,
-            inv_freq,
+        steps, over = x.shape[1], self.split.over
+        dealt = over(self._projected, (None, 0, 0), (2, 2, 2))
+        q, k, v = dealt(x, self.weight[...], self.bias[...])
+        q = tap(f"{self.prefix}q_proj", q)
+        k, v = self._tapped("k_proj", k, 2), self._tapped("v_proj", v, 2)
+        rope = functools.partial(
+            pallas_kernels.rope,
             attention_factor=self.attention_factor,
             implementation=self.implementation,
         )
-        q, k = tap(f"{self.prefix}q_rope", q), tap(f"{self.prefix}k_rope", k)
+        q, k = over(rope, (2, 2, None, None), (2, 2))(q, k, positions, inv_freq)
+        q, k = tap(f"{self.prefix}q_rope", q), self._tapped("k_rope", k, 2)
         start = tap(f"{self.prefix}cache_slots", positions[:, 0])
-        cache = cache.write(layer, k, v, start, lengths + (start - positions[:, 0]))
+
+        def write(cache: Cache, *new: jax.Array) -> Cache:
+            return cache.write(layer, *new)
+
+        put = over(write, (CACHE, 2, 2, None, None), CACHE)
+        cache = put(cache, k, v, start, lengths + (start - positions[:, 0]))
         # As the keys it meets: float32 beside a float16 cache is served by no kernel.
         q = q.astype(cache.pages.dtype)
         if watched():  # the operations below hold none of what is to be looked at
             cache = self._shown(q, cache, layer, positions, lengths)
-        tables = cache.layer_tables(layer)
         if steps == 1:
-            attended = pallas_kernels.gqa_decode_attention(
-                q[:, 0], cache.flat, *tables, lengths, implementation=self.implementation
-            )
+
+            def attend(q: jax.Array, cache: Cache, lengths: jax.Array) -> jax.Array:
+                tables = cache.layer_tables(layer)
+                return pallas_kernels.gqa_decode_attention(
+                    q, cache.flat, *tables, lengths, implementation=self.implementation
+                )
+
+            attended = over(attend, (1, CACHE, None), 1)(q[:, 0], cache, lengths)
         else:
-            attended = pallas_kernels.gqa_prefill_attention(
-                q,
-                cache.flat,
-                *tables,
-                positions[:, 0],
-                lengths,
-                implementation=self.implementation,
+
+            def attend_all(q: jax.Array, cache: Cache, *places: jax.Array) -> jax.Array:
+                tables = cache.layer_tables(layer)
+                return pallas_kernels.gqa_prefill_attention(
+                    q, cache.flat, *tables, *places, implementation=self.implementation
+                )
+
+            attended = over(attend_all, (2, CACHE, None, None), 2)(
+                q, cache, positions[:, 0], lengths
             )
-        attended = attended.reshape(batch, steps, -1).astype(x.dtype)
+        attended = attended.reshape(*x.shape[:2], -1).astype(x.dtype)
         attended = tap(f"{self.prefix}attn_out", attended)
-        out = matmul(attended, self.out[...], self.precision)
+        out = summed_matmul(attended, self.out[...], self.precision, self.split)
         return tap(f"{self.prefix}o_proj", out), cache
+
+    def _projected(
+        self, x: Float[Array, "B T D"], weight: Float[Array, "out in"], bias: Float[Array, " out"]
+    ) -> tuple[Float[Array, "B T n H"], ...]:
+        """Queries, keys and values, of a device's heads on a mesh."""
+        qkv = matmul(x, weight, self.precision) + bias.astype(x.dtype)
+        heads = qkv.reshape(*x.shape[:2], -1, self.head_dim)
+        return tuple(jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2))
+
+    def _tapped(self, name: str, x: Float[Array, "B ..."], axis: int) -> Float[Array, "B ..."]:
+        """`tap` of what has key/value heads along an axis, each of them once."""
+        name = f"{self.prefix}{name}"
+        if self.copies == 1 or not watched():
+            return tap(name, x)
+        once = jnp.take(x, jnp.arange(0, x.shape[axis], self.copies), axis)
+        return jnp.repeat(tap(name, once), self.copies, axis)
 
     def _shown(
         self,
@@ -191,8 +248,7 @@ class Attention(nnx.Module):
         """Taps what the layer sees, position after position; the cache is another one where an
         intervention changed it."""
         keys, values = cache.layer(layer)
-        k_cache = tap(f"{self.prefix}k_cache", keys)
-        v_cache = tap(f"{self.prefix}v_cache", values)
+        k_cache, v_cache = self._tapped("k_cache", keys, 1), self._tapped("v_cache", values, 1)
         if k_cache is not keys or v_cache is not values:
             cache = cache.with_layer(layer, k_cache, v_cache)
         scores = attention_scores(q, k_cache, positions, lengths)
@@ -204,16 +260,22 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, 2020), gate and up in one matrix."""
 
-    def __init__(self, params: Parameters, prefix: str, precision: lax.Precision):
-        self.prefix, self.precision = prefix, precision
+    def __init__(self, params: Parameters, prefix: str, precision: lax.Precision, split: Whole):
+        self.prefix, self.precision, self.split = prefix, precision, split
         self.gate_up = parameter(params, prefix, "gate_up_proj.weight")
         self.down = parameter(params, prefix, "down_proj.weight")
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = jnp.split(matmul(x, self.gate_up[...], self.precision), 2, axis=-1)
+        def projected(
+            x: Float[Array, "B T D"], weight: Float[Array, "out in"]
+        ) -> tuple[jax.Array, ...]:
+            return tuple(jnp.split(matmul(x, weight, self.precision), 2, axis=-1))
+
+        gate, up = self.split.over(projected, (None, 0), (2, 2))(x, self.gate_up[...])
         gate, up = tap(f"{self.prefix}gate_proj", gate), tap(f"{self.prefix}up_proj", up)
         hidden = tap(f"{self.prefix}ffn_act", jax.nn.silu(gate) * up)
-        return tap(f"{self.prefix}down_proj", matmul(hidden, self.down[...], self.precision))
+        out = summed_matmul(hidden, self.down[...], self.precision, self.split)
+        return tap(f"{self.prefix}down_proj", out)
 
 
 class DecoderLayer(nnx.Module):
@@ -226,12 +288,13 @@ class DecoderLayer(nnx.Module):
         prefix: str,
         precision: lax.Precision,
         implementation: str,
+        split: Whole,
     ):
         self.prefix = prefix
         self.attn_norm = RMSNorm(parameter(params, prefix, "attn_norm"), config.rms_eps)
-        self.attention = Attention(config, params, prefix, precision, implementation)
+        self.attention = Attention(config, params, prefix, precision, implementation, split)
         self.ffn_norm = RMSNorm(parameter(params, prefix, "ffn_norm"), config.rms_eps)
-        self.mlp = MLP(params, prefix, precision)
+        self.mlp = MLP(params, prefix, precision, split)
 
     def __call__(
         self,
@@ -270,11 +333,13 @@ class Qwen2(nnx.Module):
         precision: lax.Precision = lax.Precision.HIGHEST,
         implementation: str = "auto",
         look_up: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]] | None = None,
+        split: Whole = WHOLE,
     ):
         self.config, self.precision, self.look_up = config, precision, look_up
+        self.split = split
         self.embed = parameter(params, "", "embed")
         self.layers = nnx.List(
-            DecoderLayer(config, params, f"layers.{i}.", precision, implementation)
+            DecoderLayer(config, params, f"layers.{i}.", precision, implementation, split)
             for i in range(config.num_layers)
         )
         self.final_norm = RMSNorm(parameter(params, "", "final_norm"), config.rms_eps)
@@ -298,7 +363,8 @@ class Qwen2(nnx.Module):
         """
         tokens, lengths = tap("tokens", tokens), tap("lengths", lengths)
         positions = tap("positions", start[:, None] + jnp.arange(tokens.shape[1]))
-        embedded = self.look_up(tokens) if self.look_up else self.embed[...][tokens]
+        look_up = self.look_up or functools.partial(self.split.look_up, self.embed[...])
+        embedded = look_up(tokens)
         x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         for i, layer in enumerate(self.layers):
@@ -308,4 +374,9 @@ class Qwen2(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token, float32."""
         head = self.embed if self.lm_head is None else self.lm_head
-        return tap("logits", matmul(hidden, head[...], self.precision, jnp.dtype(jnp.float32)))
+
+        def own(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+            found = matmul(hidden, head, self.precision, jnp.dtype(jnp.float32))
+            return self.split.join(found)
+
+        return tap("logits", self.split.over(own, (None, 0), None)(hidden, head[...]))

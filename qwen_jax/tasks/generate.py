@@ -167,6 +167,7 @@ def load(config: ConfigDict, expected: Expected | None = None) -> Model:
             matmul_precision=config.matmul_precision,
             slots=config.slots,
             batch_invariant=bool(config.batch_invariant),
+            mesh=config.mesh,
             expected=expected,
             sha256=config.sha256,
             progress=progress,

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,13 +14,14 @@ from pallas_kernels.gqa_prefill_attention import mosaic_gpu as gqa_prefill_atten
 from pallas_kernels.rope import mosaic_gpu as rope
 from pallas_kernels.sample_tokens import MOST_LOGPROBS
 from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
-from qwen_jax import choices, opening, pins, recommended
+from qwen_jax import choices, opening, pins, recommended, scaling
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
 from qwen_jax.engine.form import Form, expanded_in, form_of
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.loading import read_tokenizer
+from qwen_jax.mesh import ONE, MeshShape, cached, part
 from qwen_jax.model.cache import PAGE
 from qwen_jax.model.decoder import activation_dtype
 from qwen_jax.recommended import Recommended
@@ -41,6 +43,7 @@ def run(command: Command) -> int:
     choices.check_implementation(config.implementation)
     choices.check_weights(config.weights)
     choices.check_slots(config.slots)
+    mesh = MeshShape.parse(config.mesh)
     pins.pin_and_tell(config, pins.OF_RUN)
     checkpoint = opening.open_model(config.model, config.adapter, sha256=config.sha256)
     form = form_of(
@@ -50,16 +53,18 @@ def run(command: Command) -> int:
         implementation=config.implementation,
         slots=config.slots,
         texts=1,
+        mesh=mesh,
     )
-    tokenizer = read_tokenizer(checkpoint)
+    tokenizer, own = read_tokenizer(checkpoint), part(checkpoint.config, mesh.tp)
     sections = (
         ("file", file_lines(checkpoint, config.model)),
         ("model", model_lines(checkpoint.config)),
         ("metadata", metadata_lines(checkpoint.metadata)),
         ("tensors", tensor_lines(checkpoint)),
         ("text", text_lines(tokenizer, recommended.read(checkpoint))),
-        ("implementations", implementation_lines(config.implementation, checkpoint.config, dtype)),
-        ("memory", memory_lines(checkpoint.config, dtype, config.slots, form)),
+        ("implementations", implementation_lines(config.implementation, own, dtype, mesh)),
+        ("memory", memory_lines(own, dtype, config.slots, form, mesh)),
+        *([("mesh", mesh_lines(checkpoint.config, mesh))] if mesh.devices > 1 else []),
     )
     print(visible("\n\n".join("\n  ".join([title, *lines]) for title, lines in sections)))
     return 0
@@ -127,13 +132,18 @@ def text_lines(tokenizer: Tokenizer, said: Recommended) -> Iterator[str]:
 
 
 def implementation_lines(
-    implementation: str, config: ModelConfig, dtype: jnp.dtype
+    implementation: str, config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape = ONE
 ) -> Iterator[str]:
-    """What each operation would run on; a call of many rows may still take another."""
+    """What each operation would run on; a call of many rows may still take another.
+
+    Args:
+        config: of what one device of the mesh has.
+    """
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     pages = (2, kv_heads, PAGE, dim)
     # Where the step's kernel serves no row, its weight stream isn't made either.
-    unpacked = weights.refusal(config, dtype)
+    alone = "it is for one device" if mesh.devices > 1 else None
+    unpacked = alone or weights.refusal(config, dtype)
     reasons = {
         "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(
@@ -145,7 +155,7 @@ def implementation_lines(
         "decode_step": unpacked,
         "packed_product": unpacked,
         "sample_tokens": sample_tokens.refusal(
-            config.vocab_size, jnp.dtype(jnp.float32), MOST_LOGPROBS
+            config.vocab_size * mesh.tp, jnp.dtype(jnp.float32), MOST_LOGPROBS
         ),
     }
     for operation in pallas_kernels.OPERATIONS:
@@ -156,16 +166,23 @@ def implementation_lines(
 
 
 def memory_lines(
-    config: ModelConfig, dtype: jnp.dtype, slots: int | None = None, form: Form | None = None
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    slots: int | None = None,
+    form: Form | None = None,
+    mesh: MeshShape = ONE,
 ) -> Iterator[str]:
     """The budget: weights, cache per 1k tokens, and the cache that the slots would share.
 
     Args:
+        config: of what one device of the mesh has, as are all numbers.
         form: of the weights; of none, all are numbers.
     """
     form = form or Form(Budget.of(config, dtype).weights)
     held, slots = form.held, slots or form.rows
-    budget = Budget.of(config, dtype, held)
+    budget = Budget.of(config, dtype, held, mesh.devices)
+    if mesh.devices > 1:
+        yield f"of each of {mesh.devices} devices ({mesh}):"
     weights, each, free = budget.weights, budget.cache_per_token, budget.free
     yield f"{device().device_kind}: {show_bytes(free)} free; parameters and cache in {dtype.name}"
     all_numbers = show_bytes(Budget.of(config, dtype).weights)
@@ -181,7 +198,13 @@ def memory_lines(
         yield f"does not fit: the weights alone need {show_bytes(weights - free)} more"
         return
     try:
-        layout = Layout.of(config, dtype, device().platform, loaded=False, held=held, slots=slots)
+        layout = Layout.of(
+            *(config, dtype, device().platform),
+            loaded=False,
+            held=held,
+            slots=slots,
+            sharers=mesh.devices,
+        )
     except TooLarge:
         yield "does not fit: the weights leave no room for keys and values"
         return
@@ -190,3 +213,18 @@ def memory_lines(
     holds = f"{whole} whole context{'s' * (whole > 1)}" if whole else "less than a whole context"
     size = show_bytes(tokens * each)
     yield f"cache, {f'{slots} slots':<16} {size:>9}  ({tokens} tokens, {holds})"
+
+
+def mesh_lines(config: ModelConfig, mesh: MeshShape) -> Iterator[str]:
+    """How the model would be dealt out, and what steps would take."""
+    own, there = part(config, mesh.tp), len(jax.devices())
+    copies = cached(config, mesh.tp).num_kv_heads // config.num_kv_heads
+    several = f" (each on {copies} devices)" * (copies > 1)
+    yield "a device's part:"
+    yield f"  query heads             {own.num_heads:>9}"
+    yield f"  key/value heads         {own.num_kv_heads:>9}{several}"
+    yield f"  feed-forward            {own.ffn_size:>9}"
+    yield f"  vocabulary              {own.vocab_size:>9}"
+    if mesh.devices > there:
+        yield f"takes {mesh.devices} devices; here {'is' if there == 1 else 'are'} {there}"
+    yield from scaling.step_lines(config, mesh)

@@ -12,6 +12,7 @@ from qwen_jax.engine.memory import peak_memory
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.generation import Generation, Piece, Timings
 from qwen_jax.in_force import describe
+from qwen_jax.mesh import MeshShape
 
 
 class Summary:
@@ -53,6 +54,8 @@ class Summary:
             for reason, count in self._reasons.items()
         )
         form = ", weights in blocks" if self._model.engine.weights.in_blocks else ""
+        shape = MeshShape(1 + len(self._model.engine.others), spec.split.size)
+        mesh = f" x {shape.devices} ({shape})" if shape.devices > 1 else ""
         own = f"; prompts with settings of their own: {self._others}" if self._others else ""
         return "\n".join(
             (
@@ -65,7 +68,7 @@ class Summary:
                 f"memory      {peak / 1e6:,.0f} MB peak ({where})",
                 f"finished    {reasons}",
                 f"sampling    {describe(self._sampling)}{own}",
-                f"ran on      {jax.local_devices()[0].device_kind}, {spec.weights}{form}, "
+                f"ran on      {jax.local_devices()[0].device_kind}{mesh}, {spec.weights}{form}, "
                 f"JAX {jax.__version__}",
             )
         )

@@ -32,12 +32,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """An `Entry` of one checkpoint: real names and sizes."""
+    """An `Entry` of one checkpoint: real names and sizes; `axes` are each source's in letters."""
 
     name: str
     shape: tuple[int, ...]
     sources: dict[str, tuple[int, ...]]
     keep_float32: bool
+    axes: dict[str, tuple[str, ...]]
 
 
 EMBED = Entry("embed", (Source(("V", "D"), "token_embd.weight", "model.embed_tokens.weight"),))
@@ -110,13 +111,13 @@ def parameters(config: ModelConfig, file_format: Format) -> tuple[Parameter, ...
     }
 
     def resolve(entry: Entry, layer: int = 0) -> Parameter:
-        sources = {
-            getattr(source, file_format).format(i=layer): tuple(sizes[s] for s in source.shape)
-            for source in entry.sources
+        axes = {
+            getattr(source, file_format).format(i=layer): source.shape for source in entry.sources
         }
+        sources = {name: tuple(sizes[s] for s in letters) for name, letters in axes.items()}
         shapes = list(sources.values())
         shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
-        return Parameter(entry.name.format(i=layer), shape, sources, entry.keep_float32)
+        return Parameter(entry.name.format(i=layer), shape, sources, entry.keep_float32, axes)
 
     layers = [resolve(entry, i) for i in range(config.num_layers) for entry in LAYER]
     head = [] if config.tied else [resolve(LM_HEAD)]

@@ -18,6 +18,7 @@ from qwen_jax.engine.spec import Spec
 from qwen_jax.model.cache import Cache
 from qwen_jax.model.decoder import DecoderLayer, Parameters, RMSNorm, matmul, parameter
 from qwen_jax.model.rotary import inverse_frequencies
+from qwen_jax.model.split import WHOLE
 from qwen_jax.model.tap import recording
 
 PREFIX = "layers.0."
@@ -46,7 +47,8 @@ def spec_for(config: ModelConfig, implementation: str) -> Spec:
 def _layer(spec: Spec, parameters: Parameters, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     config = spec.config
     rows, steps, _ = x.shape
-    layer = DecoderLayer(config, parameters, PREFIX, spec.precision, spec.implementation)
+    how = (spec.precision, spec.implementation, WHOLE)
+    layer = DecoderLayer(config, parameters, PREFIX, *how)
     positions = jnp.broadcast_to(jnp.arange(steps), (rows, steps))
     lengths = jnp.full(rows, steps)
     cache = Cache.create(config, rows, steps, spec.cache)

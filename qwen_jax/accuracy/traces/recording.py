@@ -127,7 +127,7 @@ class Recorder:
         engine = self.engine
         # Bits depend on how many slots attention takes a turn, but not on what is behind them.
         capacity = max(len(tokens), min(SLOTS, PAGE * engine.layout.table_width))
-        cache = Cache.create(engine.config, 1, capacity, engine.spec.cache)
+        cache = Cache.create(engine.spec.cached, 1, capacity, engine.spec.cache)
         for call in calls:
             padded = np.zeros((1, call.padded), np.int32)
             padded[0, : call.length] = tokens[call.start : call.start + call.length]
@@ -316,7 +316,7 @@ def _traced_call(
 
 def _in_one_kernel(engine: Engine) -> bool:
     """Whether a decode step shows nothing of what is inside, traced as it is."""
-    cache = Cache.create(engine.config, 1, PAGE, engine.spec.cache)
+    cache = Cache.create(engine.spec.cached, 1, PAGE, engine.spec.cache)
     row = np.zeros((1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.int32)
     with recording() as seen:
         jax.eval_shape(functools.partial(_plain_call, engine.spec), engine.weights, cache, *row)

@@ -1,0 +1,91 @@
+"""A model's parameters on the devices of a mesh, and the meshes that a run has."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine.memory import device
+from qwen_jax.engine.weights import PlainWeights
+from qwen_jax.errors import UserError
+from qwen_jax.mesh import MeshShape
+from qwen_jax.model.split import AXIS, Split, Whole
+
+if TYPE_CHECKING:
+    from qwen_jax.model.decoder import Parameters
+
+
+def splits_of(shape: MeshShape) -> list[Split]:
+    """The devices of each of its models: the first ones that JAX has.
+
+    Raises:
+        UserError: there are not as many.
+    """
+    platform = device().platform  # says it where JAX finds none
+    devices = jax.devices()
+    if shape.devices > len(devices):
+        more = "XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
+        raise UserError(
+            f"mesh is {shape}, which takes {shape.devices} devices, but JAX has {len(devices)} of "
+            f"the platform {platform}; choose a smaller one{f'; {more}' * (platform == 'cpu')}."
+        )
+    dealt = np.array(devices[: shape.devices]).reshape(shape.dp, shape.tp)
+    return [Split(Mesh(each, (AXIS,))) for each in dealt]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitWeights(PlainWeights):
+    """Parameters by name, dealt out as `weights.shards.iter_split` does."""
+
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+    split: Whole = dataclasses.field(metadata={"static": True})
+
+    def parameters(self) -> "Parameters":
+        """Every one as one device would have it, made when it is asked for."""
+        return _Whole(self)
+
+    def on(self, split: Split) -> "SplitWeights":
+        """The same on other devices."""
+        named = {name: jax.device_put(x, split.alike(x.sharding)) for name, x in self.named.items()}
+        return SplitWeights(named, self.config, split)
+
+    def whole(self, name: str) -> Float[Array, "..."]:
+        """One parameter, its heads and its feed-forward in the checkpoint's order."""
+        x, split = self.named[name], self.split
+        part, cached = split.part(self.config), split.cached(self.config)
+        if "qkv_proj" in name:
+            q, kv = part.num_heads * part.head_dim, part.num_kv_heads * part.head_dim
+            by_device = x.reshape(split.size, q + 2 * kv, *x.shape[1:])
+            copies = cached.num_kv_heads // self.config.num_kv_heads
+            found = []
+            for own, each in zip(
+                jnp.split(by_device, [q, q + kv], axis=1), (1, copies, copies), strict=True
+            ):
+                heads = own.reshape(-1, part.head_dim, *x.shape[1:])[::each]
+                found.append(heads.reshape(-1, *x.shape[1:]))
+            return jnp.concatenate(found)
+        if "gate_up_proj" in name:
+            by_device = x.reshape(split.size, 2, part.ffn_size, *x.shape[1:])
+            return by_device.swapaxes(0, 1).reshape(x.shape)
+        return x
+
+
+class _Whole(Mapping[str, jax.Array]):
+    def __init__(self, held: SplitWeights):
+        self._held = held
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self._held.whole(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held.named)
+
+    def __len__(self) -> int:
+        return len(self._held.named)

@@ -1,0 +1,3 @@
+"""How a CPU plays eight devices."""
+
+FLAG = "--xla_force_host_platform_device_count=8"

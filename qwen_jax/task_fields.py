@@ -23,6 +23,16 @@ SERVED = tuple(
 
 FIELDS = {
     "generate": (*MODEL, *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
+    "chat": (
+        *MODEL,
+        "system",
+        "batch_invariant",
+        "max_tokens",
+        "stop",
+        "stop_ids",
+        "generation_config",
+        "sampling",
+    ),
     "serve": (*MODEL, *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
     "inspect": MODEL,
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),

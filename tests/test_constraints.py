@@ -31,8 +31,8 @@ def model() -> qwen_jax.Model:
 
 
 def allowed(matcher: Matcher, vocab: int = 2048) -> NDArray[np.int64]:
-    mask = np.zeros(-(-vocab // 32), np.uint32)
-    matcher.fill(mask)
+    mask = np.zeros((1, -(-vocab // 32)), np.uint32)
+    assert Matcher.fill([matcher], mask) == [None]
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
 
 

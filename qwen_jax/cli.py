@@ -35,6 +35,7 @@ from qwen_jax.versions import version
 
 TASKS = {
     "generate": "answer a prompt, or every prompt of a file",
+    "chat": "talk to the model, turn by turn",
     "serve": "answer over HTTP, as OpenAI's API does",
     "inspect": "show what is in a model file, and what running it would take",
     "compare": "find what is wrong in an engine, and why; or compare two settings",
@@ -155,7 +156,7 @@ def _run(argv: list[str]) -> int:
     with interrupts.handled_by(interrupts.exit_at_once), startup.timed("imports"):
         gc.disable()  # Nothing of what is imported is garbage; looking for it takes 0.2 s.
         try:
-            if command.task in ("generate", "serve"):
+            if command.task in ("generate", "chat", "serve"):
                 _wake_device()
             module = importlib.import_module(f"qwen_jax.tasks.{command.task}")
         except ValueError as error:  # JAX reads its variables of the environment when it starts.

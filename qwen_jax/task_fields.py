@@ -25,6 +25,10 @@ FIELDS = {
     "generate": (
         *(*MODEL, "mesh", *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
     ),
+    "chat": (
+        *(*MODEL, "system", "batch_invariant", "max_tokens", "stop", "stop_ids"),
+        *("generation_config", "sampling"),
+    ),
     "serve": (*MODEL, *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
     "inspect": (*MODEL, "mesh"),
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),

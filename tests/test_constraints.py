@@ -31,8 +31,8 @@ def model() -> qwen_jax.Model:
 
 
 def allowed(matcher: Matcher, vocab: int = 2048) -> NDArray[np.int64]:
-    mask = np.zeros(-(-vocab // 32), np.uint32)
-    matcher.fill(mask)
+    mask = np.zeros((1, -(-vocab // 32)), np.uint32)
+    assert Matcher.fill([matcher], mask) == [None]
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
 
 
@@ -71,15 +71,15 @@ def test_greedy_is_the_likeliest_that_is_allowed(model: qwen_jax.Model) -> None:
 
 
 def test_the_law_is_the_models_own_renormalised(model: qwen_jax.Model) -> None:
-    """A first token out of those that are allowed, 800 times, against a softmax of their logits
+    """A first token out of those that are allowed, 400 times, against a softmax of their logits
     in float64; with the seeds fixed the outcome is, too."""
     prompt = model.tokens("snow", raw=True)
-    constraint = Constraint.regex("(the|a|snow|one|first|cold) ?x")
+    constraint = Constraint.regex("[a-z ]{4}x")
     ids = allowed(Matcher(constraint, model.tokenizer))
     logits = model.logits(prompt)[-1].astype(np.float64)[ids]
     law = np.exp(logits - logits.max())
     law /= law.sum()
-    count = 800
+    count = 400
     samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(count)]
     found = model.generate(
         [prompt] * count, samplings=samplings, max_tokens=1, constraint=constraint
@@ -118,7 +118,7 @@ def test_neighbours_notice_nothing(model: qwen_jax.Model) -> None:
     def request(i: int) -> qwen_jax.Request:
         sampling = penalised if i % 2 else WARM
         return model.request(
-            prompts[i % 2], constraint=kinds[i % 3], sampling=sampling, max_tokens=14
+            prompts[i % 2], constraint=kinds[i % 3], sampling=sampling, max_tokens=8
         )
 
     together = {p.number: p.completion for p in model.run(map(request, range(18))) if p.completion}

@@ -331,25 +331,27 @@ class Scheduler:
             if last is not None:
                 yield from self._read(last)
             allowed = np.zeros((len(rows), words(engine.config.vocab_size)), np.uint32)
-            for mask, text in zip(allowed, texts, strict=False):
-                yield from self._fill(mask, text)
+            yield from self._fill(allowed, texts)
             given = logits, self._state, self._all_extras(), rows, allowed
             self._state, self._extras, emitted = calls.choose(engine.spec, *given, plan)
             last = _Call(texts, emitted)
         if last is not None:
             yield from self._read(last)
 
-    def _fill(self, mask: np.ndarray, text: Text) -> Iterator[News]:
-        """What a text may choose next; or that its constraint fails."""
-        if text.over:
-            return  # Its last token has just been read, and this step is nothing to it.
-        assert text.constraint is not None
-        try:
-            text.constraint.fill(mask)
-        except UserError as error:
-            text.over = True
-            self._leave(text)
-            yield News(text, [], None, None, True, str(error))
+    def _fill(self, allowed: np.ndarray, texts: list[Text]) -> Iterator[News]:
+        """What each text may choose next, in its row; or that its constraint fails. Of those that
+        have just ended this step is nothing, and its row stays empty."""
+        rows = [row for row, text in enumerate(texts) if not text.over]
+        held = [texts[row].constraint for row in rows]
+        masks = np.zeros((len(rows), allowed.shape[1]), np.uint32)
+        found = type(held[0]).fill(held, masks) if held and held[0] is not None else []
+        allowed[rows] = masks
+        for row, why in zip(rows, found, strict=True):
+            if why is not None:
+                text = texts[row]
+                text.over = True
+                self._leave(text)
+                yield News(text, [], None, None, True, why)
 
     def _leave(self, text: Text) -> None:
         """Slot and pages go to the next: what a device still does with them comes before."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import UInt32
@@ -17,9 +17,10 @@ NO_SLOT = -1
 class Constraint(Protocol):
     """Which tokens of a text may come next."""
 
-    def fill(self, mask: UInt32[np.ndarray, " words"]) -> None:
-        """Sets their bits in a mask of zeros, those of tokens that end the text included. Raises
-        UserError where it can't."""
+    @staticmethod
+    def fill(constraints: Sequence[Any], masks: UInt32[np.ndarray, "B words"]) -> list[str | None]:
+        """Sets in the row of zeros of each of some constraints of this kind the bits of what may
+        come next, tokens that end the text included. Returns of each why it can't, or None."""
 
     def take(self, token: int) -> None:
         """Goes on behind a token that was chosen."""

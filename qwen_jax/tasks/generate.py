@@ -42,7 +42,7 @@ def run(command: Command) -> int:
     """
     config = command.config
     options = prompts.options_of(config)
-    if batch.is_one(config.prompt_file):
+    if config.prompt is None and batch.is_one(config.prompt_file):
         return batch.run(command, load)
     _check_needs(config, settings.asked(config, command.overrides))
     _check_trace(config)

@@ -103,28 +103,53 @@ class Matcher:
         from llguidance import LLMatcher
 
         self._stop_ids = frozenset(tokenizer.stop_ids)
+        self._words = -(-tokenizer.vocab_size // 32)
         self._matcher = LLMatcher(_tokenizer(tokenizer), _grammar(constraint), log_level=0)
         said = [self._matcher.get_error(), *self._matcher.get_grammar_warnings()]
         if why := next(filter(None, said), ""):
             first = " ".join(why.split("<state>")[0].split()).rstrip(".")
             raise UserError(f"The {constraint.kind} can't be used: {first:.400}; correct it.")
 
-    def fill(self, mask: UInt32[np.ndarray, " words"]) -> None:
-        """Sets the bits of all tokens that may come next in a mask of zeros, which may be of more
-        tokens than there are. Raises UserError where llguidance gives up."""
-        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: mask.nbytes]
-        self._check()
-        mask.view(np.uint8)[: len(found)] = found
+    @staticmethod
+    def fill(
+        matchers: Sequence["Matcher"], masks: UInt32[np.ndarray, "B words"]
+    ) -> list[str | None]:
+        """Sets in each matcher's row of zeros the bits of all tokens that may come next, on several
+        threads. Masks may be of more tokens than there are.
+
+        Args:
+            matchers: of one tokenizer.
+
+        Returns:
+            Of each, None, or why llguidance gives up.
+        """
+        if not matchers:
+            return []
+        found = np.zeros((len(matchers), matchers[0]._words), np.uint32)
+        asked = [(matcher._matcher, row) for row, matcher in enumerate(matchers)]
+        each = found.shape[1] * found.itemsize
+        _executor().unsafe_compute_mask_ptr(asked, found.ctypes.data, each, len(found))
+        masks[:, : found.shape[1]] = found
+        return [matcher._why_not() for matcher in matchers]
 
     def take(self, token: int) -> None:
         """Goes on behind a token that may come next."""
         if token not in self._stop_ids:
             self._matcher.consume_token(token)
 
-    def _check(self) -> None:
-        if why := self._matcher.get_error():
-            first = " ".join(why.split("<state>")[0].split()).rstrip(".")
-            raise UserError(f"The constraint is too much: {first:.400}; simplify it.")
+    def _why_not(self) -> str | None:
+        if not (why := self._matcher.get_error()):
+            return None
+        first = " ".join(why.split("<state>")[0].split()).rstrip(".")
+        return f"The constraint is too much: {first:.400}; simplify it."
+
+
+@functools.cache
+def _executor() -> Any:
+    """The threads that find masks."""
+    from llguidance import LLExecutor
+
+    return LLExecutor()
 
 
 def check_installed() -> None:

@@ -19,7 +19,7 @@ def line(name: Any, body: Any, url: str = CHAT, **more: Any) -> dict[str, Any]:
 
 
 def snow(**more: Any) -> dict[str, Any]:
-    return {"model": "gpt-4o", "messages": [{"role": "user", "content": "haiku: snow"}], **more}
+    return {"model": "gpt-4o", "messages": [{"role": "user", "content": "haiku: snow"}]} | more
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -103,5 +103,5 @@ def test_refused(refuses: Callable[..., None], tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("loaded")
 def test_strict(refuses: Callable[..., None], tmp_path: Path) -> None:
-    asked = write(tmp_path / "asked.jsonl", [line("a", snow(n=0))])
+    asked = write(tmp_path / "asked.jsonl", [line("a", snow(model="haiku", n=0))])
     refuses([f"--prompt_file={asked}", "--strict"], "line 1: n is 0")

@@ -143,23 +143,25 @@ def test_200_clients(model: qwen_jax.Model) -> None:
 
 async def crowd(model: qwen_jax.Model, url: str, tokens: int) -> list[bool]:
     """200 callers at once, half of them of streams; whether each gets what its own prompt gets
-    alone."""
-    words = ["snow", "coffee", "a fern", "rust", "the sea", "moss", "a kite", "rain", "salt", "ash"]
-    asked = [f"haiku: {word}" for word in words]
-    right = [text.text for text in model.generate(asked, max_tokens=tokens)]
+    alone. Prompts are of one token each, so that the test is about callers."""
+    prompts = [[token] for token in range(300, 310)]
+    samplings = [qwen_jax.Sampling(temperature=2.0, seed=seed) for seed in range(10)]
+    answers = model.generate(prompts, samplings=samplings, max_tokens=tokens)
+    right = [answer.text for answer in answers]
+    assert len(set(right)) == 10
 
     async def one(client: httpx.AsyncClient, number: int) -> bool:
-        chat = [{"role": "user", "content": asked[number % 10]}]
-        body = {"messages": chat, "max_tokens": tokens, "stream": number % 2 == 0}
-        answer = await client.post(CHAT, json=body)
+        body = {"prompt": prompts[number % 10], "max_tokens": tokens, "stream": number % 2 == 0}
+        body |= {"temperature": 2.0, "seed": number % 10}
+        answer = await client.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         if number % 2:
-            text = answer.json()["choices"][0]["message"]["content"]
+            text = answer.json()["choices"][0]["text"]
         else:
             *events, done = answer.text.strip().split("\n\n")
             assert done == "data: [DONE]"
-            deltas = [json.loads(e.removeprefix("data: "))["choices"][0]["delta"] for e in events]
-            text = "".join(delta.get("content", "") for delta in deltas)
+            choices = [json.loads(e.removeprefix("data: "))["choices"][0] for e in events]
+            text = "".join(choice["text"] for choice in choices)
         return text == right[number % 10]
 
     limits = httpx.Limits(max_connections=200)

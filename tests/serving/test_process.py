@@ -19,6 +19,7 @@ SECRET = "a pond of words that nobody may read in a log"
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    pytest.importorskip("transformers")  # In `make parity`: to start and to compile takes 8 s.
     key = tmp_path / "key"
     key.write_text("hush\n")
     command = [sys.executable, "run.py", "serve", "--port=0", f"--api_key_file={key}"]
@@ -34,6 +35,7 @@ def process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     running.communicate()
 
 
+@pytest.mark.live
 def test_a_life(process: subprocess.Popen[str]) -> None:
     assert process.stderr is not None and process.stdout is not None
     said = process.stderr.readline()

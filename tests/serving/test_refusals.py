@@ -171,7 +171,7 @@ _BODIES = st.fixed_dictionaries(
 
 @given(_BODIES, st.sampled_from([CHAT, "/v1/completions", "/tokenize"]))
 @settings(
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -170,9 +170,9 @@ def test_a_call_is_forced(
     assert wanted.tools and wanted.options["tools"] == TOOLS
     answers = model.generate(
         ["x"],
-        n=8,
+        n=4,
         sampling=qwen_jax.Sampling(temperature=1.0),
-        max_tokens=90,
+        max_tokens=70,
         constraint=wanted.options["constraint"],
     )
     ended = [answer for answer in answers if answer.finish_reason == "stop"]

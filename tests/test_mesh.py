@@ -40,16 +40,25 @@ QWEN_7B = tiny_config(
 )  # fmt: skip
 
 
-def test_on_eight_devices() -> None:
+def on_eight_devices(marks: str) -> None:
     """JAX makes its devices once, so that these have a process of their own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/mesh"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, "tests/mesh"],
         cwd=REPOSITORY,
         env=os.environ | {"XLA_FLAGS": FLAG},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_on_eight_devices() -> None:
+    on_eight_devices("not hosts")
+
+
+@pytest.mark.hosts
+def test_faults_between_devices() -> None:
+    on_eight_devices("hosts")
 
 
 @pytest.mark.hosts

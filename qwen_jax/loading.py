@@ -15,7 +15,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
-from qwen_jax.engine.split_weights import SplitWeights, splits_of
+from qwen_jax.engine.split_weights import SplitWeights, least, splits_of
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import ONE, MeshShape
@@ -64,7 +64,8 @@ def load_engine(
     if splits:
         options |= EngineOptions(split=splits[0], sharers=mesh.devices)
     layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
-    options |= EngineOptions(cache_tokens=layout.cache_tokens)
+    tokens = least(layout.cache_tokens) if splits else layout.cache_tokens
+    options |= EngineOptions(cache_tokens=tokens)
     programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
     # A CPU's cores are busy with the weights.

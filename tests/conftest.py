@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "emulated: runs the decode step's kernels on NumPy (see `make emulate`)"
     )
+    config.addinivalue_line(
+        "markers", "hosts: several processes as hosts, and faults between devices"
+    )
     config.addinivalue_line("markers", "lower: lowers a kernel for CUDA (see `make lower`)")
     config.addinivalue_line(
         "markers", "live: compares with transformers or lm_eval as installed (see `make parity`)"

@@ -1,8 +1,10 @@
 """What --mesh may say, what a device reads of a checkpoint; and tests/mesh, on eight devices."""
 
 import dataclasses
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax import opening
+from qwen_jax import api, opening
 from qwen_jax.engine.form import form_of
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.split_weights import splits_of
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape, part
@@ -37,16 +40,54 @@ QWEN_7B = tiny_config(
 )  # fmt: skip
 
 
-def test_on_eight_devices() -> None:
+def on_eight_devices(marks: str) -> None:
     """JAX makes its devices once, so that these have a process of their own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/mesh"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, "tests/mesh"],
         cwd=REPOSITORY,
         env=os.environ | {"XLA_FLAGS": FLAG},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_on_eight_devices() -> None:
+    on_eight_devices("not hosts")
+
+
+@pytest.mark.hosts
+def test_faults_between_devices() -> None:
+    on_eight_devices("hosts")
+
+
+@pytest.mark.hosts
+def test_two_processes() -> None:
+    """As two hosts would, over gloo: each has half of the model, and both say what one says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.mesh.one_of_two", str(port), str(number)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        # Gloo says on stdout whom it has found.
+        said = [each.communicate(timeout=240)[0].splitlines()[-1] for each in both]
+        first, second = map(json.loads, said)
+    finally:
+        for each in both:
+            each.kill()
+    one = api.load(slots=2)
+    made = one.generate(["haiku: snow", "haiku: moss"], sampling=Sampling(temperature=1))
+    assert first == second and first["texts"] == [completion.text for completion in made]
+    assert 1 < first["pages"] < one.engine.layout.pages
+    assert first["shards"] == [[10, first["pages"], 1, 128, 64]]
 
 
 @given(dp=st.integers(1, 65_536), tp=st.integers(1, 65_536), swapped=st.booleans())

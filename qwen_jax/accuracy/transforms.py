@@ -29,3 +29,16 @@ def _exchanged(array: Rows, heads: int, outer: int, inner: int) -> Rows:
 def first_block(array: Shaped[np.ndarray, "rows columns"], block: int) -> Rows:
     """Zero but for each row's first values."""
     return np.where(np.arange(array.shape[1]) < block, array, array.dtype.type(0))
+
+
+def next_parts(weight: Shaped[np.ndarray, "out in"], devices: int) -> Shaped[np.ndarray, "out in"]:
+    """For each device's columns those of the next one."""
+    return np.roll(weight, -(weight.shape[1] // devices), axis=1)
+
+
+def first_twice(
+    array: Shaped[np.ndarray, "..."], devices: int, axis: int
+) -> Shaped[np.ndarray, "..."]:
+    """With the first device's part in place of the second's, too."""
+    first, _, *others = np.split(array, devices, axis)
+    return np.concatenate([first, first, *others], axis)

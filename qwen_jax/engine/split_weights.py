@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -37,6 +38,13 @@ def splits_of(shape: MeshShape) -> list[Split]:
         )
     dealt = np.array(devices[: shape.devices]).reshape(shape.dp, shape.tp)
     return [Split(Mesh(each, (AXIS,))) for each in dealt]
+
+
+def least(number: int) -> int:
+    """The smallest of all processes' numbers: they make the same calls, of one size."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).min())
 
 
 @jax.tree_util.register_dataclass

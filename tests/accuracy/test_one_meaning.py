@@ -20,6 +20,10 @@ OTHERS = {
     "k_permuted_by_query_heads": dataclasses.replace(CONFIG, num_heads=4, num_kv_heads=2),
     "qk_exchanged": dataclasses.replace(CONFIG, num_heads=2, num_kv_heads=2),
     "previous_layer_weights": dataclasses.replace(CONFIG, num_layers=3),
+} | {
+    f"{fault}_tp{tp}": dataclasses.replace(CONFIG, num_heads=8, num_kv_heads=tp)
+    for fault in ("all_reduce_missing", "heads_of_next_device", "part_twice")
+    for tp in (4, 8)
 }
 """Models that can have what `CONFIG` can't."""
 
@@ -28,8 +32,11 @@ MEANT = {
     # Its bytes, in the order of the other shape.
     "transposed": "dims-reversed",
     "first_block": "first-block-only",
+    "all_reduce_missing": "part-missing",
+    "heads_of_next_device": "parts-exchanged",
+    "part_twice": "part-twice",
 }
-"""What the audit calls a fault that every matrix can have."""
+"""What the audit calls a fault that every matrix, or every number of devices, can have."""
 CALLED = {
     "zero_qkv_bias": "zeroed",
     "qk_unpermuted": "rows-unpermuted",
@@ -61,7 +68,7 @@ PLANTED = [name for name, fault in FAULTS.items() if fault.parameters is not Non
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[ModelConfig, tuple[Path, Engine]]:
     made = {}
-    for config in (CONFIG, *OTHERS.values()):
+    for config in dict.fromkeys((CONFIG, *OTHERS.values())):
         path = tmp_path_factory.mktemp("one") / "model.gguf"
         path = write_gguf(path, config, random_parameters(config), types="Q8_0").path
         made[config] = (

@@ -203,6 +203,35 @@ def _one_off(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
             yield f"a token has the row of the {which} id", np.roll(tensor.values(), step, axis=0)
 
 
+DEVICES = (2, 4, 8)
+"""Numbers of devices that an engine may deal a model out to."""
+
+
+def _part_missing(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
+    yield from _by_columns(tensor, lambda w, n: transforms.first_block(w, w.shape[1] // n))
+
+
+def _parts_exchanged(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
+    yield from _by_columns(tensor, transforms.next_parts)
+
+
+def _by_columns(
+    tensor: Tensor, spoil: Callable[[np.ndarray, int], np.ndarray]
+) -> Iterator[Variant]:
+    values = tensor.values()
+    for devices in DEVICES if values.ndim == 2 and tensor.whole else ():
+        if values.shape[1] % devices == 0:
+            yield f"of {devices} devices", spoil(values, devices)
+
+
+def _part_twice(tensor: Tensor, _: np.ndarray) -> Iterator[Variant]:
+    values = tensor.values()
+    for devices in DEVICES if tensor.whole else ():
+        for axis, size in enumerate(values.shape):
+            if size % devices == 0:
+                yield f"of {devices} devices", transforms.first_twice(values, devices, axis)
+
+
 WHOLE_VALUES = (
     WeightFault(
         "zeroed", "all values are zero: never loaded, or overwritten", _zeroed, reference="5"
@@ -238,5 +267,8 @@ WHOLE_VALUES = (
     ),
     WeightFault("rows-one-off", "all rows stand one place off:", _one_off, False),
     WeightFault("heads-tiled", "query heads stand in the order n % K", _tiled_heads, False, "20"),
+    WeightFault("part-missing", "columns are the first device's alone:", _part_missing, False),
+    WeightFault("parts-exchanged", "a device has the next one's columns:", _parts_exchanged, False),
+    WeightFault("part-twice", "the second device has the first one's part:", _part_twice, False),
 )
 """Faults in the values as a whole, whatever the file's format, likeliest first."""

@@ -244,7 +244,7 @@ class TestWholeTensors:
             assert named(found[tensor]) == ([cause] if cause else [])
             assert found[tensor].error > 1e-5
             for claimed in found[tensor].causes:
-                assert claimed.error < 1e-5 * found[tensor].error + 1e-7
+                assert claimed.left < 1e-5 * found[tensor].error + 1e-7
         untouched = {f.tensor for f in audit_weights(written.path, held)} - found.keys()
         assert len(untouched) >= 22
 

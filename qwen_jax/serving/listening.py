@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax.errors import UserError
 from qwen_jax.serving.limits import Limits
@@ -43,7 +43,7 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def config_of(app: object, limits: Limits) -> "uvicorn.Config":
+def config_of(app: Any, limits: Limits) -> "uvicorn.Config":
     """How uvicorn serves an application: no log, header or protocol that nobody asked for."""
     import uvicorn
 

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test parity emulate lower compile lint clean
+.PHONY: run test parity emulate long lower compile lint clean
 
 run: $(VENV)/installed
 	$(BIN)/python run.py < /dev/null
@@ -24,6 +24,10 @@ parity: $(VENV)/installed-test
 # The decode step's kernels run on NumPy, where races and unwritten words show; a minute.
 emulate: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m emulated tests/kernels
+
+# What takes long for what it shows, and what needs several processes; two minutes.
+long: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'long or hosts' --ignore=tests/mesh
 
 # Every kernel lowered for CUDA by the JAX of a Python: make lower PYTHON=python3.13
 lower: VENV = .venv-lower

@@ -51,8 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "emulated: runs the decode step's kernels on NumPy (see `make emulate`)"
     )
     config.addinivalue_line(
-        "markers", "hosts: several processes as hosts, and faults between devices"
+        "markers", "hosts: several processes or devices, for some time (see `make long`)"
     )
+    config.addinivalue_line("markers", "long: takes long for what it shows (see `make long`)")
     config.addinivalue_line("markers", "lower: lowers a kernel for CUDA (see `make lower`)")
     config.addinivalue_line(
         "markers", "live: compares with transformers or lm_eval as installed (see `make parity`)"

@@ -57,7 +57,7 @@ def test_on_eight_devices() -> None:
 
 
 @pytest.mark.hosts
-def test_faults_between_devices() -> None:
+def test_more_on_eight_devices() -> None:
     on_eight_devices("hosts")
 
 

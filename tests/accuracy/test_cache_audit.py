@@ -85,6 +85,7 @@ class TestNoAlarm:
         assert text.startswith("cache: 15 ways through it, no fault\n")
         assert max(map(len, text.splitlines())) <= 100
 
+    @pytest.mark.long
     def test_packed_weights_in_the_decode_step(self):
         config = tiny_config(
             num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=384,

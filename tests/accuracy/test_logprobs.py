@@ -127,6 +127,7 @@ def test_values_at_other_tokens(bench: Bench, values: Callable, cause: str) -> N
     assert (found.verdict, found.causes, found.others) == ("cause", (cause,), ())
 
 
+@pytest.mark.long
 def test_another_context(bench: Bench) -> None:
     model = bench.yardstick.exact
     start = model.engine.spec.stop_ids[-1]
@@ -143,6 +144,7 @@ def test_another_context(bench: Bench) -> None:
     assert bench.judge(bench.of(shorter)).causes == ("prompt_dropped",)
 
 
+@pytest.mark.long
 def test_two_causes_together(bench: Bench) -> None:
     both = bench.judge(bench.log(logs.rounded(hot(0.8))))
     assert set(both.causes) == {"temperature 0.8", "logprobs_bfloat16"}
@@ -158,6 +160,7 @@ def test_clean_engines_raise_no_alarm(bench: Bench) -> None:
     assert narrow.before.rms < 1.5
 
 
+@pytest.mark.long
 def test_a_temperature_in_bfloat16_arithmetic(bench: Bench) -> None:
     found = bench.judge(bench.log(hot(0.7), dtype="bfloat16"))
     assert (found.verdict, found.causes, found.level) == ("cause", ("temperature 0.7",), "bfloat16")

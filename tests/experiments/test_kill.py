@@ -14,6 +14,7 @@ from tests.experiments.fake import DONE, ITEMS
 POINTS = 150
 
 
+@pytest.mark.long
 def test_killed_and_resumed(experiment: Callable[..., list[str]], tmp_path: Path) -> None:
     argv = experiment(f'axis("sampling.seed", range({POINTS}))')
     done = subprocess.run(

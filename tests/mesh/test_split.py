@@ -91,6 +91,7 @@ def unstopped(made: Engine) -> Engine:
     return made
 
 
+@pytest.mark.hosts
 def test_the_bundled_model_on_two_devices() -> None:
     """256 tokens chosen on two are what one finds the likeliest, at every place; and the logits
     agree, whose sums over heads and feed-forward float32 rounds anew, for they begin with other
@@ -142,6 +143,7 @@ def test_parts_make_up_the_checkpoint(tp: int) -> None:
         np.testing.assert_array_equal(made[name], whole[name], err_msg=name)
 
 
+@pytest.mark.hosts
 def test_slots_prefixes_samples_and_logprobs() -> None:
     """Texts more than there are slots, which begin alike, of which one is greedy; and nothing is
     compiled for the second of them, since state and pages come back as they went in."""

@@ -36,6 +36,7 @@ def nnx_model(recorder: Any, fault: str = "", dtype: str = "float32") -> Qwen2:
     return Qwen2(CASE.config, CASE.parameters(), recorder.tap, fault=fault, dtype=dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_clean_engine_of_flax(
     dtype: str, path: str, recorder: Any, capsys: pytest.CaptureFixture[str]

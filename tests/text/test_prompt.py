@@ -104,7 +104,7 @@ def test_a_middle_ends_where_llama_cpp_ends_it(
     config = tiny_config(vocab_size=tokenizer.vocab_size)
     engine = Engine(config, {"embed": jnp.zeros(1)}, stop_ids=tokenizer.stop_ids)
     monkeypatch.setattr(Scripted, "script", script)
-    monkeypatch.setattr("qwen_jax.generation.Scheduler", Scripted)
+    monkeypatch.setattr("qwen_jax.generation.line_for", Scripted)
 
     def written(prompt: list[int]) -> Completion:
         pieces = list(Generation(engine, tokenizer, [Request(prompt, 20)]))

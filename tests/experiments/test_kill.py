@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import REPOSITORY
 from tests.experiments.conftest import lines
 from tests.experiments.fake import DONE, ITEMS

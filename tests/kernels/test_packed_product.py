@@ -1,6 +1,7 @@
 """Products of many rows with the weight stream: the kernel on NumPy, its tiling, its lowering."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,8 +45,13 @@ def run(
         name, this.m_tiles, this.across, len(x), phase == GATE_UP, plan.granule_bytes
     )
     made: list[Any] = []
+
+    def kept(body: Callable[..., None], **how: Any) -> Callable[..., None]:
+        made.append((body, how))
+        return body
+
     with patch.context() as inner:
-        inner.setattr(mosaic_gpu.compat, "kernel", lambda body, **how: made.append((body, how)))
+        inner.setattr(mosaic_gpu.compat, "kernel", kept)
         mosaic_gpu._build.__wrapped__(shape, tiling, plan.blocks, dtype)
         ((body, how),) = made
         (words,) = (each.shape[0] for each in how["scratch_types"])

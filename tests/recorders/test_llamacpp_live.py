@@ -1,8 +1,6 @@
 """record_llamacpp.py on llama.cpp as llama-cpp-python has built it."""
 
-import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -10,6 +8,7 @@ import pytest
 
 from qwen_jax.accuracy.traces.trace import AXES
 from tests.accuracy.clean_engines import WITHOUT_TOKENIZER, Clean
+from tests.recorders.conftest import Record
 from tests.recorders.judging import copied, judged, kinds, read
 from tests.tiny_checkpoints import write_gguf
 
@@ -51,25 +50,6 @@ def as_llama(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return out
-
-
-Record = Callable[..., str]
-
-
-@pytest.fixture
-def record(
-    recorder: types.ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Record:
-    """Its command line; gives what it prints."""
-
-    def record(path: Path | str, *flags: str, tokens: str = ",".join(map(str, TOKENS))) -> str:
-        monkeypatch.setattr(sys, "argv", ["record_llamacpp.py", str(path), tokens, *flags])
-        recorder.main()
-        return capsys.readouterr().out
-
-    return record
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_K"])

@@ -1,8 +1,6 @@
 """record_onnx.py on PyTorch's exports, and on graphs like those of the GenAI model builder."""
 
-import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 
 from qwen_jax.accuracy.traces.trace import AXES
 from tests.golden_cases import Case, odd_config
+from tests.recorders.conftest import Record
 from tests.recorders.judging import copied, judged, kinds, read, said
 from tests.tiny_checkpoints import write_hf
 
@@ -20,29 +19,12 @@ for library in ("onnx", "onnxruntime"):
 
 CASE = Case(odd_config(num_layers=2, tied=False), seed=6)
 TOKENS = CASE.prompt()[:20]
-Record = Callable[..., str]
 
 
 @pytest.fixture
 def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     monkeypatch.chdir(tmp_path)
     return copied("onnx", tmp_path)
-
-
-@pytest.fixture
-def record(
-    recorder: types.ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Record:
-    """Its command line; gives what it prints."""
-
-    def record(path: Path | str, *flags: str, tokens: str = ",".join(map(str, TOKENS))) -> str:
-        monkeypatch.setattr(sys, "argv", ["record_onnx.py", str(path), tokens, *flags])
-        recorder.main()
-        return capsys.readouterr().out
-
-    return record
 
 
 def checkpoint(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from absl import flags, logging
 
 from qwen_jax import (
     config_program,
+    flag_fields,
     hints,
     interrupts,
     ready_made,
@@ -188,7 +189,7 @@ def parse(argv: list[str]) -> settings.Command:
     fields = [name for name, _ in settings.flatten(settings.get_config())]
     # In order of precedence, the last wins: --config.max_tokens, then --max_tokens.
     meaning = {f"config.{field}": field for field in fields}
-    meaning |= {name: field for name, (field, _) in settings.FLAGS.items()}
+    meaning |= {name: field for name, (field, _) in flag_fields.FLAGS.items()}
     values = _define(meaning)
     try:
         rest = values(argv)[1:]
@@ -295,7 +296,7 @@ def _usage(task: str) -> str:
         tasks="\n".join(f"  {name:<10} {text}" for name, text in TASKS.items()),
         flags="\n".join(
             flag(name, field, text)
-            for name, (field, text) in settings.FLAGS.items()
+            for name, (field, text) in flag_fields.FLAGS.items()
             if field in read
         ),
         config="\n".join(f"  {name}={value!r}" for name, value in read.items()),

@@ -4,7 +4,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qwen_jax import pins, regular_files, settings
+from qwen_jax import flag_fields, pins, regular_files, settings
 from qwen_jax.accuracy.api import certify
 from qwen_jax.accuracy.certificate.table import text
 from qwen_jax.accuracy.certificate.verifying import other_versions, read, verify
@@ -67,7 +67,9 @@ def _verify(command: Command) -> int:
     asked = settings.asked(config, command.overrides)
     for field in _UNREAD:
         if field in asked:
-            raise UserError(f"--{settings.FLAG_OF[field]} does nothing for --verify; leave it out.")
+            raise UserError(
+                f"--{flag_fields.FLAG_OF[field]} does nothing for --verify; leave it out."
+            )
     pins.pin_and_tell(config, pins.OF_RUN)
     with bar("replay") as progress:
         changed = verify(

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
-from qwen_jax import choices, regular_files, settings, task_fields
+from qwen_jax import choices, flag_fields, regular_files, settings, task_fields
 from qwen_jax.accuracy import gates, references
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
@@ -177,7 +177,7 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
             doing += " of a --candidate"
     for field in sorted(asked):
         if not task_fields.among(field, read):
-            said = f"--{settings.FLAG_OF[field]}" if field in settings.FLAG_OF else field
+            said = f"--{flag_fields.FLAG_OF[field]}" if field in flag_fields.FLAG_OF else field
             raise UserError(f"{said} does nothing for {doing}; leave it out.")
 
 

@@ -10,7 +10,17 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen_jax import api, in_force, pins, prompts, recommended, regular_files, settings, startup
+from qwen_jax import (
+    api,
+    flag_fields,
+    in_force,
+    pins,
+    prompts,
+    recommended,
+    regular_files,
+    settings,
+    startup,
+)
 from qwen_jax.api import Model
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
@@ -122,7 +132,7 @@ def _check_needs(config: ConfigDict, asked: Collection[str]) -> None:
     values = dict(settings.flatten(config))
     for field, (needed, why) in _NEEDS.items():
         if field in asked and values[field] is not False and values[needed] is None:
-            flag, other = settings.FLAG_OF[field], settings.FLAG_OF[needed]
+            flag, other = flag_fields.FLAG_OF[field], flag_fields.FLAG_OF[needed]
             raise UserError(f"--{flag} needs --{other}: {why}.")
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qwen_jax import cli, settings, task_fields
+from qwen_jax import cli, flag_fields, settings, task_fields
 from qwen_jax.errors import UserError
 from tests.cli.conftest import REPOSITORY, Run
 
@@ -179,7 +179,7 @@ def test_a_flag_wins_over_the_config_wherever_it_stands() -> None:
 
 def test_every_flag_stands_for_a_field_of_its_type() -> None:
     samples = {str: "x", int: 3, float: 0.5, bool: True, tuple: ("x",)}
-    for flag, (field, _) in settings.FLAGS.items():
+    for flag, (field, _) in flag_fields.FLAGS.items():
         value = samples[settings.type_of(field)]
         given = value[0] if isinstance(value, tuple) else value
         task = next(task for task in task_fields.FIELDS if task_fields.reads(task, field))
@@ -203,7 +203,7 @@ def test_any_arguments(parts: list[str]) -> None:
 def test_help_lists_a_tasks_flags_and_fields(run: Run, task: str) -> None:
     shown = run(task, "--help").out
     assert f"Flags of {task}, and their defaults:" in shown
-    for name, (field, _) in settings.FLAGS.items():
+    for name, (field, _) in flag_fields.FLAGS.items():
         assert (f"  --{name} " in shown) == task_fields.reads(task, field)
     for name, value in settings.flatten(settings.get_config()):
         assert (f"\n  {name}={value!r}\n" in shown) == task_fields.reads(task, name)

@@ -1,5 +1,7 @@
 """`gqa_decode_attention` for Hopper: flash attention split over the cache, and a combine.
 
+Where there are texts enough for all multiprocessors none is split, and nothing is left to combine.
+
 A block takes one slice of one row's text for one key/value head, so that a single long row
 fills the GPU and all G query heads share each read (flash decoding: Dao et al., 2023). The
 grid is fixed by the capacity, but the slices divide a row's actual length: a short text with a
@@ -131,18 +133,20 @@ def gqa_decode_attention(
         raise ValueError(f"{config} needs {config.smem(dim)} bytes of shared memory a block")
     grouped = q.reshape(batch, kv_heads, group, dim)
     splits = config.splits(batch * kv_heads, entries * page)
-    padded = pl.cdiv(splits, 4) * 4
+    whole, padded = splits == 1, pl.cdiv(splits, 4) * 4
     tiling = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     ring = (config.ring, config.tile, dim)
     f32 = jnp.float32
 
-    partials = compat.kernel(
-        functools.partial(_attend, config=config),
+    result = jax.ShapeDtypeStruct(grouped.shape, q.dtype)
+    parts = (
+        jax.ShapeDtypeStruct((batch, kv_heads, padded, dim, COLUMNS), f32),
+        jax.ShapeDtypeStruct((batch, kv_heads, 2, padded, COLUMNS), f32),
+    )
+    found = compat.kernel(
+        functools.partial(_attend, config=config, whole=whole),
         name="gqa_decode_attention",
-        out_type=(
-            jax.ShapeDtypeStruct((batch, kv_heads, padded, dim, COLUMNS), f32),
-            jax.ShapeDtypeStruct((batch, kv_heads, 2, padded, COLUMNS), f32),
-        ),
+        out_type=(result,) if whole else parts,
         grid=(splits, kv_heads, batch),
         grid_names=("split", "kv_head", "row"),
         scratch_types=[
@@ -156,11 +160,13 @@ def gqa_decode_attention(
         ],
         approx_math=True,
     )(*(x.astype(jnp.int32) for x in (lengths, k_tables, v_tables)), grouped, pages)
+    if whole:
+        return found[0].reshape(q.shape)
 
     out = compat.kernel(
         functools.partial(_combine, splits=splits),
         name="gqa_decode_attention_combine",
-        out_type=jax.ShapeDtypeStruct(grouped.shape, q.dtype),
+        out_type=result,
         grid=(dim // PART_ROWS, kv_heads, batch),
         grid_names=("part", "kv_head", "row"),
         scratch_types=[
@@ -168,7 +174,7 @@ def gqa_decode_attention(
             plgpu.SMEM((COLUMNS, PART_ROWS), q.dtype),
         ],
         approx_math=True,
-    )(*partials)
+    )(*found)
     return out.reshape(q.shape)
 
 
@@ -178,23 +184,17 @@ def _attend(
     v_tables: Any,
     q: Any,
     pages: Any,
-    acc_out: Any,
-    stats_out: Any,
-    q_smem: Any,
-    k_ring: Any,
-    v_ring: Any,
-    p_smem: Any,
-    q_full: Any,
-    k_full: Any,
-    v_full: Any,
-    *,
+    *outputs_and_scratch: Any,
     config: Config,
+    whole: bool,
 ) -> None:
     """Block (split, kv_head, row): attention over its slice of the row.
 
     Writes acc [H, 8], not yet divided by its sum, and for each column the maximum, in units of
-    log 2, and the sum. An empty slice has maximum -inf and leaves the rest as it is.
+    log 2, and the sum. An empty slice has maximum -inf and leaves the rest as it is. Where the
+    slice is the whole row it writes the result, of a row of no length zeros.
     """
+    *outputs, q_smem, k_ring, v_ring, p_smem, q_full, k_full, v_full = outputs_and_scratch
     split, head, row = (lax.axis_index(name) for name in ("split", "kv_head", "row"))
     page, dim = pages.shape[2:]
     tile, ring = config.tile, config.ring
@@ -242,12 +242,7 @@ def _attend(
         # Summed over the tile's rows only at the end: each thread keeps its own part.
         return new_top, total * _rows(scale, tile) + p, acc
 
-    @pl.when(count == 0)
-    def _() -> None:
-        compat.store_few(stats_out.at[row, head, 0, split], nothing)
-
-    @pl.when(count > 0)
-    def _() -> None:
+    def attended() -> tuple[Any, Any, Any]:
         # A box of eight rows over the G there are: the copy fills the others with zeros.
         plgpu.copy_gmem_to_smem(q.at[row, head, pl.ds(0 * split, COLUMNS)], q_smem, q_full)
         for i in range(ring - 1):
@@ -255,8 +250,30 @@ def _attend(
         plgpu.barrier_wait(q_full)
         start = nothing, _full((tile, COLUMNS), 0, WGMMA), _full((dim, COLUMNS), 0, WGMMA)
         top, total, acc = lax.fori_loop(0, count, step, start)
+        return top, total.sum(axis=0), acc
+
+    if whole:
+        _, total, acc = attended()
+        total = _rows(total, dim)
+        values = jnp.where(total > 0, acc / total, 0.0).astype(q.dtype)
+        # The queries are done with. Of eight rows the copy writes the G there are.
+        q_smem.T[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_smem, outputs[0].at[row, head, pl.ds(0 * split, COLUMNS)])
+        plgpu.wait_smem_to_gmem(0)
+        return
+
+    acc_out, stats_out = outputs
+
+    @pl.when(count == 0)
+    def _() -> None:
+        compat.store_few(stats_out.at[row, head, 0, split], nothing)
+
+    @pl.when(count > 0)
+    def _() -> None:
+        top, total, acc = attended()
         compat.store_few(stats_out.at[row, head, 0, split], top)
-        compat.store_few(stats_out.at[row, head, 1, split], total.sum(axis=0))
+        compat.store_few(stats_out.at[row, head, 1, split], total)
         acc_out[row, head, split] = acc
 
 

@@ -117,6 +117,9 @@ SHAPES = [
     Shape("72b", 40, 128),
     Shape("0.5b", 4, 2000, page=384),
     Shape("7b", 3, 1024, page=256),
+    # So many that none is split.
+    Shape("0.5b", 140, 512),
+    Shape("7b", 70, 384, "float16"),
 ]
 WIDE = Shape("1.5b", 4, 512)
 
@@ -201,6 +204,11 @@ class TestInputs:
         for row in range(3):
             expected = drawn.expected(row)
             assert relative(ours[row], expected) <= 2 * relative(xla[row], expected)
+
+    @pytest.mark.parametrize("rows", [4, 140])
+    def test_a_row_of_no_length_is_zeros(self, rows):
+        ours = draw(dataclasses.replace(WIDE, rows=rows), Input((0, 300))).run("mosaic_gpu")
+        assert (ours[0] == 0).all() and np.isfinite(ours).all() and ours[1].any()
 
     def test_auto_takes_the_kernel(self):
         drawn = draw(WIDE, Input(LENGTHS))

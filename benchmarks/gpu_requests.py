@@ -57,9 +57,9 @@ def requests(
     ]
 
 
-def run(engine: Engine, texts: Sequence[Text]) -> float:
-    """Seconds until the last token."""
-    scheduler = Scheduler(engine)
+def run(engine: Engine, texts: Sequence[Text], scheduler: Scheduler | None = None) -> float:
+    """Seconds until the last token, with a scheduler of its own or one that is idle."""
+    scheduler = scheduler or Scheduler(engine)
     start, waiting = time.perf_counter(), list(reversed(texts))
     while waiting or not scheduler.idle:
         while waiting and scheduler.wants_more:

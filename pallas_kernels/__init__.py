@@ -15,7 +15,7 @@ from pallas_kernels.implementation import (
     choose,
     refusal,
 )
-from pallas_kernels.packed_product import packed_product
+from pallas_kernels.packed_product import packed_feed_forward, packed_product
 from pallas_kernels.rope import rope
 from pallas_kernels.sample_tokens import sample_tokens
 
@@ -27,6 +27,7 @@ __all__ = [
     "decode_step",
     "gqa_decode_attention",
     "gqa_prefill_attention",
+    "packed_feed_forward",
     "packed_product",
     "refusal",
     "rope",

@@ -266,11 +266,11 @@ def _attend(
     acc_out, stats_out = outputs
 
     @pl.when(count == 0)
-    def _() -> None:
+    def write_nothing() -> None:
         compat.store_few(stats_out.at[row, head, 0, split], nothing)
 
     @pl.when(count > 0)
-    def _() -> None:
+    def write_part() -> None:
         top, total, acc = attended()
         compat.store_few(stats_out.at[row, head, 0, split], top)
         compat.store_few(stats_out.at[row, head, 1, split], total)

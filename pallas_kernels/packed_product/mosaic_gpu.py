@@ -6,28 +6,29 @@ piece's M-tiles each, so that one makes operands while the other's products run;
 one fetches ahead, across pieces.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.decode_step.common.launch import FETCHERS, SHARED_BYTES, THREADS, by_role
 from pallas_kernels.decode_step.common.ring import Ring, RingState
 from pallas_kernels.decode_step.packed.packing import Packed
-from pallas_kernels.decode_step.packed.plan import GATE_UP, StepPlan
-from pallas_kernels.decode_step.packed.storage import Storage
+from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, StepPlan
 from pallas_kernels.decode_step.packed.storages import STORAGES
-from pallas_kernels.decode_step.packed.tile import M_TILE, WARPS
+from pallas_kernels.decode_step.packed.tile import WARPS
 from pallas_kernels.decode_step.ptx import barriers, warpgroup
 from pallas_kernels.decode_step.ptx import thread as t
-from pallas_kernels.decode_step.ptx.formats import FORMATS, Format
+from pallas_kernels.decode_step.ptx.formats import FORMATS
 from pallas_kernels.decode_step.ptx.thread import V
 from pallas_kernels.lazy import lazy
+from pallas_kernels.packed_product.outputs import Outputs
+from pallas_kernels.packed_product.pieces import Piece, Shape
 from pallas_kernels.packed_product.tiling import M_TILES, Tiling
 
 plgpu = lazy("jax.experimental.pallas.mosaic_gpu")
@@ -53,35 +54,96 @@ def input_dtype(plan: StepPlan, phase: int, layer: int) -> str:
     return next(name for name, each in FORMATS.items() if each == format)
 
 
+class Inputs(NamedTuple):
+    """A product's other operand, in `input_dtype`.
+
+    Attributes:
+        numbers: `[rows, in]`, or as products take them, `[blocks, numbers]`.
+        rows: how many there are.
+        arranged: rows of a block, or 0 where they are not in the order of products.
+    """
+
+    numbers: Array
+    rows: int
+    arranged: int = 0
+
+    def blocks_of(self, rows: int) -> Float[Array, "blocks numbers"]:
+        return self.numbers if self.arranged == rows else _arranged(self.numbers, rows)
+
+
 def product(
+    packed: Packed, plan: StepPlan, phase: int, layer: int, x: Inputs, dtype: jnp.dtype
+) -> Float[Array, "rows out"]:
+    """As `packed_product` has it."""
+    found = []
+    for cut, at in _cuts(packed, plan, phase, layer, x.rows):
+        whole = cut.tiling.splits == 1
+        run = _build(*cut, plan.blocks, Outputs(dtype.name if whole else "float32"))
+        parts = run(packed.stream, at, x.blocks_of(cut.tiling.rows), _UNSCALED)
+        found.append(parts[0] if whole else parts.sum(axis=0).astype(dtype))
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
+
+
+def gates_itself(plan: StepPlan, layer: int, rows: int) -> bool:
+    """Whether pieces of gate and up have whole sums, as `gated` needs them."""
+    return all(
+        _cut(plan, GATE_UP, name, rows, plan.phases[GATE_UP].m_tiles).tiling.splits == 1
+        for name in plan.stored(GATE_UP, layer)
+    )
+
+
+def gated(
     packed: Packed,
     plan: StepPlan,
-    phase: int,
     layer: int,
-    x: Float[Array, "rows in"],
+    x: Inputs,
+    scales: Float[Array, " rows"] | None,
     dtype: jnp.dtype,
-) -> Float[Array, "rows out"]:
-    """As `packed_product` has it, of x in `input_dtype`."""
-    this, names = plan.phases[phase], plan.stored(phase, layer)
+    *,
+    arranged: bool,
+) -> Inputs:
+    """silu(gate) * up, of sums that are multiplied with their row's scale before.
+
+    Args:
+        arranged: whether to leave it in the order in which the down projection takes it.
+    """
+    ((cut, at),) = _cuts(packed, plan, GATE_UP, layer, x.rows)
+    ((down, _),) = _cuts(packed, plan, DOWN, layer, x.rows)
+    each = down.tiling.rows if arranged else 0
+    outputs = Outputs(dtype.name, gated=True, scaled=scales is not None, arranged=each)
+    given = packed.stream, at, x.blocks_of(cut.tiling.rows)
+    found = _build(*cut, plan.blocks, outputs)(*given, _UNSCALED if scales is None else scales)
+    return Inputs(found[0], x.rows, each)
+
+
+_UNSCALED = np.zeros(1, np.float32)
+
+
+class Cut(NamedTuple):
+    """A product and how it is cut."""
+
+    shape: Shape
+    tiling: Tiling
+
+
+def _cut(plan: StepPlan, phase: int, name: str, rows: int, m_tiles: int) -> Cut:
+    across = plan.phases[phase].across
+    shape = Shape(name, m_tiles, across, rows, phase == GATE_UP, plan.granule_bytes)
+    return Cut(shape, Tiling.of(m_tiles, across, rows, plan.blocks))
+
+
+def _cuts(
+    packed: Packed, plan: StepPlan, phase: int, layer: int, rows: int
+) -> Iterator[tuple[Cut, Int[Array, " tiles"]]]:
+    """The products that a matrix takes, one for each way in which some of it is stored, and where
+    their tiles begin."""
+    names, across = plan.stored(phase, layer), plan.phases[phase].across
     begin = plan.begin(packed.tile_offsets, phase, layer)
-    arranged: dict[int, Array] = {}
-
-    def made(name: str, at: Int[Array, " tiles"]) -> Float[Array, "rows out"]:
-        m_tiles, rows = len(at) // this.across, x.shape[0]
-        tiling = Tiling.of(m_tiles, this.across, rows, plan.blocks)
-        if tiling.rows not in arranged:
-            arranged[tiling.rows] = _arranged(x, tiling.rows)
-        halves_apart = phase == GATE_UP
-        shape = Shape(name, m_tiles, this.across, rows, halves_apart, plan.granule_bytes)
-        result = dtype.name if tiling.splits == 1 else "float32"
-        found = _build(shape, tiling, plan.blocks, result)(packed.stream, at, arranged[tiling.rows])
-        return found[0] if tiling.splits == 1 else found.sum(axis=0).astype(dtype)
-
-    if len({*names}) == 1:
-        return made(names[0], begin)
     segments = [begin[plan.tiles_of(phase, n)] for n in range(len(names))]
-    both = zip(names, segments, strict=True)
-    return jnp.concatenate([made(*each) for each in both], axis=1)
+    if len({*names}) == 1:
+        names, segments = names[:1], [begin]
+    for name, at in zip(names, segments, strict=True):
+        yield _cut(plan, phase, name, rows, len(at) // across), at
 
 
 def _arranged(x: Float[Array, "rows in"], each: int) -> Float[Array, "blocks numbers"]:
@@ -94,78 +156,10 @@ def _arranged(x: Float[Array, "rows in"], each: int) -> Float[Array, "blocks num
     return grid.transpose(0, 3, 1, 5, 2, 4, 6).reshape(blocks, -1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Of a product.
-
-    Attributes:
-        stored: the weights' storage.
-        m_tiles: of them, of `across` tiles each.
-        rows: of the other operand.
-        halves_apart: whether an M-tile holds outputs of both halves.
-        granule_bytes: of the stream.
-    """
-
-    stored: str
-    m_tiles: int
-    across: int
-    rows: int
-    halves_apart: bool
-    granule_bytes: int
-
-    @property
-    def storage(self) -> Storage:
-        return STORAGES[self.stored]
-
-    @property
-    def format(self) -> Format:
-        format = self.storage.format
-        assert format is not None, "refused before"
-        return format
-
-    @property
-    def outs(self) -> int:
-        return self.m_tiles * M_TILE
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """One of a product's pieces of work, by its number.
-
-    Blocks that work side by side have the same weights, which they then read from the memory once.
-    """
-
-    shape: Shape
-    tiling: Tiling
-    number: V
-
-    @property
-    def row_block(self) -> V:
-        return self.number % self.tiling.row_blocks(self.shape.rows)
-
-    @property
-    def _rest(self) -> V:
-        return self.number // self.tiling.row_blocks(self.shape.rows)
-
-    @property
-    def split(self) -> V:
-        return self._rest % self.tiling.splits
-
-    @property
-    def first_m_tile(self) -> V:
-        return self._rest // self.tiling.splits * M_TILES
-
-    @property
-    def tiles(self) -> tuple[V, V]:
-        """The first of an M-tile's tiles, and the one after the last."""
-        splits, across = self.tiling.splits, self.shape.across
-        begin, end = (self.split + n for n in (0, 1))
-        return begin * across // splits, end * across // splits
-
-
 @functools.cache
-def _build(shape: Shape, tiling: Tiling, blocks: int, dtype: str) -> Callable[..., Any]:
-    """A kernel of (weight stream, tiles' first granules, arranged x) to `[splits, rows, out]`."""
+def _build(shape: Shape, tiling: Tiling, blocks: int, outputs: Outputs) -> Callable[..., Any]:
+    """A kernel of (weight stream, tiles' first granules, arranged x, scales of rows) to
+    `[splits, rows, out]`, or one block of all that is arranged."""
     tile_bytes = shape.storage.tile_bytes
     sixteen_bytes = tiling.rows // 8 * warpgroup.EIGHT_BYTES
     weight_bytes, input_bytes = M_TILES * tile_bytes, WARPS * sixteen_bytes
@@ -224,7 +218,7 @@ def _build(shape: Shape, tiling: Tiling, blocks: int, dtype: str) -> Callable[..
 
         t.when((t.thread_id() // t.WARP).equals(THREADS // t.WARP), all_of)
 
-    def multiply(context: Any, y: Any, smem: Any) -> None:
+    def multiply(context: Any, scales: Any, y: Any, smem: Any) -> None:
         ring, warp = ring_in(smem), t.thread_id() // t.WARP
 
         def multiplied(piece: Piece, state: RingState) -> RingState:
@@ -239,19 +233,22 @@ def _build(shape: Shape, tiling: Tiling, blocks: int, dtype: str) -> Callable[..
 
             start = [*state, *[t.number(0)] * (tiling.rows // 2)]
             carry = t.loop(end - begin, start, stage)
-            _store(piece, t.address(y), dtype, carry[2:])
+            outputs.store(piece, t.address(y), t.address(scales), carry[2:])
             return RingState(*carry[:2])
 
         over_pieces(RingState.first(), multiplied)
 
-    def body(stream: Any, offsets: Any, x: Any, y: Any, smem: Any) -> None:
+    def body(stream: Any, offsets: Any, x: Any, scales: Any, y: Any, smem: Any) -> None:
         t.emit(make, smem)
-        by_role(lambda: t.emit(fetch, stream, offsets, x, smem), lambda: t.emit(multiply, y, smem))
+        by_role(
+            lambda: t.emit(fetch, stream, offsets, x, smem),
+            lambda: t.emit(multiply, scales, y, smem),
+        )
 
     kernel = compat.kernel(
         body,
         name="packed_product",
-        out_type=jax.ShapeDtypeStruct((tiling.splits, shape.rows, shape.outs), dtype),
+        out_type=jax.ShapeDtypeStruct(outputs.result(shape, tiling.splits), outputs.dtype),
         grid=(blocks,),
         grid_names=("sm",),
         scratch_types=(plgpu.SMEM((stages * (stage_bytes + 16) // 4,), jnp.int32),),
@@ -289,34 +286,3 @@ def _multiplied(shape: Shape, weights: V, inputs: V, sixteen_bytes: int, sums: l
         running = [word for operand in made for word in operand]
     warpgroup.wait(running)
     return sums
-
-
-def _store(piece: Piece, y: V, dtype: str, sums: list[V]) -> None:
-    """Writes a warp's M-tile of a piece's rows."""
-    shape, tiling = piece.shape, piece.tiling
-    lane = t.thread_id() % t.WARP
-    g, two, m_tile = lane // 4, lane % 4 * 2, piece.first_m_tile + t.thread_id() // t.WARP
-    height, apart = (8, shape.outs // 2) if shape.halves_apart else (M_TILE, 8)
-    rounded, size = dtype in FORMATS, 2 if dtype in FORMATS else 4
-    # Two outputs of row g once transposed, or output g of two rows.
-    first, column = piece.row_block * tiling.rows, m_tile * height
-    own, column = (first + g, column + two) if rounded else (first + two, column + g)
-    row = piece.split * shape.rows + own
-    base = y + (row.wide() * shape.outs + column.wide()) * size
-    inside = m_tile < shape.m_tiles
-
-    def store(below: int, further: int, value: V) -> None:
-        at = base + (below * shape.outs + further) * size
-        t.when(inside & (own + below < shape.rows), lambda: t.store_global(at, [value]))
-
-    for eight in range(tiling.rows // 8):
-        # Outputs g, g, g + 8 and g + 8 of rows 2 t, 2 t + 1, 2 t and 2 t + 1.
-        four = sums[4 * eight : 4 * eight + 4]
-        for half in range(2):
-            pair = four[2 * half : 2 * half + 2]
-            if rounded:
-                both = t.transposed(FORMATS[dtype].pair(*pair))
-                store(8 * eight, half * apart, both)
-            else:
-                for n, value in enumerate(pair):
-                    store(8 * eight + n, half * apart, value)

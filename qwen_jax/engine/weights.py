@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 from gguf.constants import GGMLQuantizationType
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 import pallas_kernels
@@ -31,6 +30,7 @@ from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed import packing
 from pallas_kernels.target import HOPPER
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.packed_matrices import PackedGateUp, PackedMatrix
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
 from qwen_jax.model.cache import Cache
@@ -150,39 +150,6 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PackedMatrix:
-    """A matrix of the weight stream, as `qwen_jax.model.decoder.Matrix`."""
-
-    packed: Packed
-    plan: StepPlan = dataclasses.field(metadata={"static": True})
-    phase: int = dataclasses.field(metadata={"static": True})
-    layer: int = dataclasses.field(metadata={"static": True})
-    implementation: str = dataclasses.field(metadata={"static": True})
-
-    def __getitem__(self, rows: Any) -> "PackedMatrix":
-        """Itself, for `...`: rows are looked up by `PackedWeights`."""
-        assert rows is ...
-        return self
-
-    def product(
-        self, x: Float[Array, "*rows in"], precision: lax.Precision, dtype: jnp.dtype
-    ) -> Float[Array, "*rows out"]:
-        """x @ self.T."""
-        found = pallas_kernels.packed_product(
-            self.packed,
-            self.plan,
-            self.phase,
-            self.layer,
-            x.reshape(-1, x.shape[-1]),
-            dtype=dtype,
-            precision=precision,
-            implementation=self.implementation,
-        )
-        return found.reshape(*x.shape[:-1], -1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class PackedWeights:
     """A model's parameters as the decode-step kernel reads them.
 
@@ -281,7 +248,8 @@ class PackedWeights:
         return found.reshape(*tokens.shape, -1)
 
     def _product(self, phase: int, layer: int = 0) -> PackedMatrix:
-        return PackedMatrix(self.packed, self.plan, phase, layer, self.implementation)
+        kind = PackedGateUp if phase == GATE_UP else PackedMatrix
+        return kind(self.packed, self.plan, phase, layer, self.implementation)
 
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
         return self.packed.matrix(self.plan, phase, layer).astype(self.dtype)

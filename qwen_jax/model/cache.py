@@ -81,10 +81,10 @@ class Cache:
         """
         positions = start[:, None] + jnp.arange(k.shape[1])
         page, slot = self._places(positions, positions < lengths[:, None])
-        flat = self.flat
-        for first, new in zip(self._firsts(i), (k, v), strict=True):
-            flat = write(flat, new, page + jnp.where(page == NOBODY, 0, first), slot)
-        return self._with(flat)
+        firsts = jnp.asarray(self._firsts(i))[:, None, None]
+        where = page + jnp.where(page == NOBODY, 0, firsts)
+        slots = jnp.broadcast_to(slot, where.shape)
+        return self._with(write(self.flat, jnp.stack([k, v]), where, slots))
 
     def write_all(
         self, new: Float[Array, "2L B K H"], positions: Int[Array, "B"], live: Bool[Array, "B"]

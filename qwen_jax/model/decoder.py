@@ -7,7 +7,7 @@ A linear weight is `[out, in]`, as checkpoints store it.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,16 @@ class Matrix(Protocol):
         self, x: Float[Array, "*rows in"], precision: lax.Precision, dtype: jnp.dtype
     ) -> Float[Array, "*rows out"]:
         """x @ self.T, accumulated in float32 and returned in `dtype`."""
+
+
+@runtime_checkable
+class FeedForward(Protocol):
+    """A `Matrix` of gate and up that knows down as well."""
+
+    def feed_forward(
+        self, x: Float[Array, "*rows D"], precision: lax.Precision
+    ) -> Float[Array, "*rows D"]:
+        """down(silu(gate(x)) * up(x)), whose inside nobody sees."""
 
 
 def matmul(
@@ -271,7 +281,10 @@ class MLP(nnx.Module):
         ) -> tuple[jax.Array, ...]:
             return tuple(jnp.split(matmul(x, weight, self.precision), 2, axis=-1))
 
-        gate, up = self.split.over(projected, (None, 0), (2, 2))(x, self.gate_up[...])
+        weight = self.gate_up[...]
+        if isinstance(weight, FeedForward) and not watched():
+            return weight.feed_forward(x, self.precision)
+        gate, up = self.split.over(projected, (None, 0), (2, 2))(x, weight)
         gate, up = tap(f"{self.prefix}gate_proj", gate), tap(f"{self.prefix}up_proj", up)
         hidden = tap(f"{self.prefix}ffn_act", jax.nn.silu(gate) * up)
         out = summed_matmul(hidden, self.down[...], self.precision, self.split)

@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import ShapeDtypeStruct
 
-from pallas_kernels import packed_product
+from pallas_kernels import packed_feed_forward, packed_product
 from pallas_kernels.decode_step import GATE_UP, HEAD, ModelShape, Packed
 from pallas_kernels.packed_product import mosaic_gpu
+from pallas_kernels.packed_product.outputs import Outputs
+from pallas_kernels.packed_product.pieces import Shape
 from pallas_kernels.packed_product.tiling import M_TILES, MOST_ROWS, Tiling
 from tests.kernels import hopper
 from tests.kernels.emulated_step import SEED, SMALL, Case, drawn, install_pallas, relative
-from tests.kernels.float64_step import matrices
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
+from tests.kernels.streams import matrices
 from tests.kernels.test_blocks import as_in_files
 from tests.kernels.test_decode_step import SIZES, plan_of
 
@@ -34,16 +36,20 @@ def case_of(shape: ModelShape, stored: str | tuple[str, ...]) -> Case:
     return drawn(shape, 3, [1], 1, stored, cache="bfloat16")
 
 
-def run(
-    patch: pytest.MonkeyPatch, case: Case, phase: int, x: np.ndarray, dtype: str, tiling: Tiling
+def emulated(
+    patch: pytest.MonkeyPatch,
+    case: Case,
+    phase: int,
+    x: np.ndarray,
+    outputs: Outputs,
+    tiling: Tiling,
+    scales: np.ndarray = mosaic_gpu._UNSCALED,
 ) -> np.ndarray:
-    """The kernel's product of x, summed up over splits."""
+    """What the kernel writes."""
     plan = case.plan
     this, (name,) = plan.phases[phase], {*plan.stored(phase, 0)}
     at = plan.at(phase, 0)
-    shape = mosaic_gpu.Shape(
-        name, this.m_tiles, this.across, len(x), phase == GATE_UP, plan.granule_bytes
-    )
+    shape = Shape(name, this.m_tiles, this.across, len(x), phase == GATE_UP, plan.granule_bytes)
     made: list[Any] = []
 
     def kept(body: Callable[..., None], **how: Any) -> Callable[..., None]:
@@ -52,14 +58,15 @@ def run(
 
     with patch.context() as inner:
         inner.setattr(mosaic_gpu.compat, "kernel", kept)
-        mosaic_gpu._build.__wrapped__(shape, tiling, plan.blocks, dtype)
+        mosaic_gpu._build.__wrapped__(shape, tiling, plan.blocks, outputs)
         ((body, how),) = made
         (words,) = (each.shape[0] for each in how["scratch_types"])
         # Copies fill all but the barriers.
         machine = Machine(plan.blocks, 4 * words, (0, 4 * words), SEED)
         out = how["out_type"]
         arranged = np.asarray(mosaic_gpu._arranged(jnp.asarray(x), tiling.rows))
-        refs = [machine.array(np.asarray(each)) for each in (case.packed.stream, at, arranged)]
+        given = (case.packed.stream, at, arranged, scales)
+        refs = [machine.array(np.asarray(each)) for each in given]
         size = int(np.prod(out.shape)) * out.dtype.itemsize
         y = machine.array(np.random.default_rng(SEED).integers(0, 256, size, np.uint8))
         install(inner, machine)
@@ -71,8 +78,16 @@ def run(
                 for first, count in ((0, 256), (256, 32), (288, 96))
             ]
         )
-    found = machine.bytes_at(y).view(out.dtype).reshape(out.shape).astype(np.float64)
-    return np.asarray(found.sum(axis=0))
+    found: np.ndarray = machine.bytes_at(y).view(out.dtype).reshape(out.shape)
+    return found
+
+
+def run(
+    patch: pytest.MonkeyPatch, case: Case, phase: int, x: np.ndarray, dtype: str, tiling: Tiling
+) -> np.ndarray:
+    """The kernel's product of x, summed up over splits."""
+    found = emulated(patch, case, phase, x, Outputs(dtype), tiling)
+    return np.asarray(found.astype(np.float64).sum(axis=0))
 
 
 @pytest.mark.emulated
@@ -111,6 +126,45 @@ def test_products(
     assert relative(found, truth) <= rounding + (0 if numbers else 2**-11)
 
 
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("stored", "rows", "tiling", "outputs"),
+    [
+        ("bfloat16", 24, Tiling(24, 1), Outputs("bfloat16", gated=True)),
+        # Blocks of the next product's input begin within this one's, and end after its rows.
+        ("bfloat16", 70, Tiling(40, 1), Outputs("bfloat16", gated=True, arranged=24)),
+        ("float16", 20, Tiling(24, 1), Outputs("float32", gated=True, scaled=True)),
+        (MIXED, 33, Tiling(16, 1), Outputs("bfloat16", gated=True, scaled=True)),
+    ],
+)
+def test_gated_products(
+    monkeypatch: pytest.MonkeyPatch,
+    stored: str | tuple[str, ...],
+    rows: int,
+    tiling: Tiling,
+    outputs: Outputs,
+) -> None:
+    """silu(gate) * up of scaled sums, rounded once, in the order of the next product's input."""
+    case = case_of(SMALL, stored)
+    weights = np.asarray(matrices(case.packed, case.plan)[GATE_UP, 0], np.float64)
+    rng, name = np.random.default_rng(SEED), mosaic_gpu.input_dtype(case.plan, GATE_UP, 0)
+    x = rng.standard_normal((rows, weights.shape[1])).astype(name)
+    scales = 2.0 ** rng.integers(-2, 3, rows if outputs.scaled else 1).astype(np.float32)
+    scales = scales if outputs.scaled else np.ones(1, np.float32)
+    found = emulated(monkeypatch, case, GATE_UP, x, outputs, tiling, scales)[0]
+    if outputs.arranged:
+        names = jnp.arange(rows * len(weights) // 2, dtype=jnp.int32).reshape(rows, -1)
+        places = np.asarray(mosaic_gpu._arranged(names + 1, outputs.arranged)).reshape(-1)
+        number = np.zeros(names.shape, found.dtype).reshape(-1)
+        number[places[places > 0] - 1] = found.reshape(-1)[places > 0]
+        found = number.reshape(names.shape)
+    gate, up = np.split(x.astype(np.float64) @ weights.T * scales[:, None], 2, axis=1)
+    truth = gate / (1 + np.exp(-gate)) * up
+    print(f"seed {SEED}: {relative(found.astype(np.float64), truth):.2e}")
+    rounding = {"bfloat16": 2**-8, "float32": 2**-19}[outputs.dtype]
+    assert relative(found.astype(np.float64), truth) <= rounding + (2**-9 if stored == MIXED else 0)
+
+
 @given(
     m_tiles=st.integers(1, 2400),
     across=st.integers(1, 240),
@@ -140,6 +194,20 @@ def test_the_reference(stored: str, dtype: str) -> None:
     assert relative(np.asarray(found, np.float64), truth) <= {"bfloat16": 2**-7}.get(dtype, 2**-20)
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "q4_k"])
+def test_the_reference_of_a_feed_forward(stored: str) -> None:
+    case = case_of(SMALL, stored)
+    both, down = (
+        np.asarray(matrices(case.packed, case.plan)[phase, 1], np.float64)
+        for phase in (GATE_UP, DOWN)
+    )
+    x = jnp.asarray(np.random.default_rng(SEED).standard_normal((5, 256)), jnp.float32)
+    found = packed_feed_forward(case.packed, case.plan, 1, x)
+    gate, up = np.split(np.asarray(x, np.float64) @ both.T, 2, axis=1)
+    truth = (gate / (1 + np.exp(-gate)) * up) @ down.T
+    assert found.dtype == x.dtype and relative(np.asarray(found, np.float64), truth) <= 2**-19
+
+
 def test_wrong_columns_are_refused() -> None:
     case = case_of(SMALL, "bfloat16")
     with pytest.raises(ValueError, match="256 columns"):
@@ -147,21 +215,23 @@ def test_wrong_columns_are_refused() -> None:
 
 
 @pytest.mark.lower
+@pytest.mark.usefixtures("as_if_on_hopper")
 @pytest.mark.parametrize("rows", [65, 512, 2048])
 @pytest.mark.parametrize(("size", "stored"), [("0.5b", "bfloat16"), ("0.5b", "q8_0"),
                                               ("7b", "bfloat16"), ("7b", "q4_k_m")])  # fmt: skip
 def test_lowering(size: str, stored: str, rows: int) -> None:
     plan = as_in_files(size, stored) if stored.endswith("_m") else plan_of(SIZES[size], stored)
 
-    def products(stream: Any, offsets: Any, *inputs: Any) -> list[Any]:
+    def products(stream: Any, offsets: Any, x: Any, *inputs: Any) -> list[Any]:
         packed = Packed(stream, stream, stream, offsets)
+        kernel: dict[str, Any] = {"implementation": "mosaic_gpu"}
         return [
-            mosaic_gpu.product(packed, plan, phase, 0, x, jnp.dtype(jnp.bfloat16))
-            for phase, x in enumerate(inputs)
+            packed_feed_forward(packed, plan, 0, x, **kernel),
+            *(packed_product(packed, plan, n, 0, x, **kernel) for n, x in enumerate(inputs)),
         ]
 
     stream = ShapeDtypeStruct(plan.stream_shape, jnp.uint32)
     offsets = tuple(ShapeDtypeStruct(each.shape, jnp.int32) for each in plan.tile_offsets)
-    dtype = mosaic_gpu.input_dtype(plan, QKV, 0)
-    inputs = [ShapeDtypeStruct((rows, columns), dtype) for _, columns in plan.shape.matrices]
+    columns = [plan.shape.hidden, *(columns for _, columns in plan.shape.matrices)]
+    inputs = [ShapeDtypeStruct((rows, each), jnp.bfloat16) for each in columns]
     assert "packed_product" in hopper.lower(products, stream, offsets, *inputs)

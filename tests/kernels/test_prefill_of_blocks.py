@@ -13,8 +13,9 @@ from jax import ShapeDtypeStruct
 from pallas_kernels.decode_step import Packed, StepPlan, Stored
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
+from qwen_jax.engine.packed_matrices import PackedMatrix
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.weights import PackedMatrix, PackedWeights, Rows, plan_for
+from qwen_jax.engine.weights import PackedWeights, Rows, plan_for
 from qwen_jax.model.cache import PAGE
 from qwen_jax.model.tap import recording
 

@@ -31,7 +31,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Plan, Sampling, is_sampled, settings_of
 from qwen_jax.engine.steps import Extras, Rows, State, pack_rows
 from qwen_jax.engine.weights import PackedWeights, prepare
-from qwen_jax.model.cache import PAGE, bytes_per_token, pages_for
+from qwen_jax.model.cache import HEADS, PAGE, bytes_per_token, pages_for
 from qwen_jax.weights.names import parameters
 
 DTYPE = jnp.dtype(jnp.bfloat16)
@@ -114,11 +114,12 @@ def inputs_of(
     table = np.zeros((batch, width), np.int32)
     table[:, :each] = 1 + rng.permutation(batch * each).reshape(batch, each)
     layers = 2 * config.num_layers
-    pages = jax.ShapeDtypeStruct(
-        (layers, 1 + batch * each, config.num_kv_heads, PAGE, config.head_dim), engine.spec.cache
-    )
+    spec, split = engine.spec, engine.spec.split
+    shape = (layers, 1 + batch * each, spec.cached.num_kv_heads, PAGE, config.head_dim)
     key = jax.random.key(int(rng.integers(2**31)))
-    drawn = jax.jit(lambda key: jax.random.normal(key, pages.shape, pages.dtype))(key)
+    draw = jax.jit(
+        lambda key: jax.random.normal(key, shape, spec.cache), out_shardings=split.sharding(HEADS)
+    )
     settings = [settings_of(dataclasses.replace(sampling, seed=row), top) for row in range(batch)]
     columns = jax.tree.map(lambda *parts: np.concatenate(parts), *settings)
     full = np.full(batch, context, np.int32)
@@ -132,11 +133,12 @@ def inputs_of(
             [rng.integers(config.vocab_size, size=context) for _ in full], config.vocab_size
         )
         extras = extras._replace(counts=extras.counts._replace(seen=jnp.asarray(seen)))
+    state = State(jnp.asarray(token), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
     return Inputs(
-        drawn,
+        draw(key),
         jnp.asarray(table),
-        State(jnp.asarray(token), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)),
-        extras,
+        split.placed(state),
+        split.placed(extras),
         jnp.asarray(packed),
     )
 
@@ -190,8 +192,20 @@ def shapes_of(
     engine: Engine, batch: int, context: int, sampling: Sampling, top: int | None = None
 ) -> Inputs:
     """Of `inputs_of`, without the pages themselves."""
-    return jax.eval_shape(
+    made: Inputs = jax.eval_shape(
         lambda: jax.tree.map(jnp.asarray, inputs_of(engine, batch, context, sampling, top))
+    )
+
+    def there(tree: Any, axis: int | None) -> Any:
+        sharding = engine.spec.split.sharding(axis)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    return made._replace(
+        pages=there(made.pages, HEADS),
+        state=there(made.state, None),
+        extras=there(made.extras, None),
     )
 
 

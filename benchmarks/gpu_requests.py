@@ -27,8 +27,9 @@ from benchmarks.gpu_decode import DTYPE, random_parameters
 from benchmarks.random_model import SIZES
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.sampling import Sampling
+from qwen_jax.engine.replicas import line_for
 from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import prepare
 
@@ -59,13 +60,13 @@ def requests(
 
 def run(engine: Engine, texts: Sequence[Text], scheduler: Scheduler | None = None) -> float:
     """Seconds until the last token, with a scheduler of its own or one that is idle."""
-    scheduler = scheduler or Scheduler(engine)
+    line = scheduler or line_for(engine)
     start, waiting = time.perf_counter(), list(reversed(texts))
-    while waiting or not scheduler.idle:
-        while waiting and scheduler.wants_more:
-            scheduler.add(waiting.pop())
-        scheduler.turn()
-    jax.block_until_ready(engine.pages)
+    while waiting or not line.idle:
+        while waiting and line.wants_more:
+            line.add(waiting.pop())
+        line.turn()
+    jax.block_until_ready([each.pages for each in (engine, *engine.others)])
     return time.perf_counter() - start
 
 

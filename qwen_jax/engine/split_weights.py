@@ -1,7 +1,7 @@
 """A model's parameters on the devices of a mesh, and the meshes that a run has."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -55,6 +55,19 @@ class SplitWeights(PlainWeights):
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     split: Whole = dataclasses.field(metadata={"static": True})
 
+    @classmethod
+    def deal(
+        cls, config: ModelConfig, split: Split, whole: Iterable[tuple[str, jax.Array]]
+    ) -> "SplitWeights":
+        """Deals out what one device would have, parameter by parameter."""
+        from qwen_jax.model.decoder import dealt_axis  # and flax with it
+
+        named = {}
+        for name, x in whole:
+            there = split.sharding(dealt_axis(name))
+            named[name] = jax.device_put(_by_device(config, split, name, x), there)
+        return cls(named, config, split)
+
     def parameters(self) -> "Parameters":
         """Every one as one device would have it, made when it is asked for."""
         return _Whole(self)
@@ -83,6 +96,22 @@ class SplitWeights(PlainWeights):
             by_device = x.reshape(split.size, 2, part.ffn_size, *x.shape[1:])
             return by_device.swapaxes(0, 1).reshape(x.shape)
         return x
+
+
+def _by_device(
+    config: ModelConfig, split: Split, name: str, x: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """A parameter whose rows of one device lie together: what `SplitWeights.whole` undoes."""
+    size, head, kv = split.size, config.head_dim, config.num_kv_heads
+    if "qkv_proj" in name:
+        copies = split.cached(config).num_kv_heads // kv
+        q, k, v = jnp.split(x, [x.shape[0] - 2 * kv * head, x.shape[0] - kv * head])
+        k, v = (jnp.repeat(own.reshape(kv, head, *x.shape[1:]), copies, axis=0) for own in (k, v))
+        dealt = [own.reshape(size, -1, *x.shape[1:]) for own in (q, k, v)]
+        return jnp.concatenate(dealt, axis=1).reshape(-1, *x.shape[1:])
+    if "gate_up_proj" in name:
+        return x.reshape(2, size, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+    return x
 
 
 class _Whole(Mapping[str, jax.Array]):

@@ -137,10 +137,16 @@ def test_every_device_has_its_part_and_no_more(tp: int) -> None:
 
 @pytest.mark.parametrize("tp", [2, 6])
 def test_parts_make_up_the_checkpoint(tp: int) -> None:
-    whole, made = engine(1).weights.parameters(), engine(tp).weights.parameters()
+    """And dealt out by the devices it comes to lie as it does from a file."""
+    weights = engine(tp).weights
+    assert isinstance(weights, SplitWeights)
+    whole, made = engine(1).weights.parameters(), weights.parameters()
     assert whole.keys() == made.keys()
+    dealt = SplitWeights.deal(CONFIG, engine(tp).spec.split, whole.items()).named
     for name in whole:
         np.testing.assert_array_equal(made[name], whole[name], err_msg=name)
+        np.testing.assert_array_equal(dealt[name], weights.named[name], err_msg=name)
+        assert dealt[name].sharding == weights.named[name].sharding
 
 
 @pytest.mark.hosts

@@ -28,8 +28,8 @@ from benchmarks.random_model import SIZES
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.replicas import line_for
-from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.sampling import Sampling
+from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import prepare
 

@@ -32,7 +32,7 @@ FIELDS = {
     "serve": (*MODEL, *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
     "inspect": (*MODEL, "mesh"),
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
-    "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
+    "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "dtype", "certify"),
     "experiment": (
         *(*MODEL, "mesh", *PROMPT, *ANSWER, "experiment", "runner", "answer", "workdir"),
     ),

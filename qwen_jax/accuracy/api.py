@@ -67,16 +67,19 @@ def certify(
     adapter: str | Path | Sequence[str | Path] = (),
     sha256: str | None = None,
     tokens: Sequence[int] | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
     """Whether an engine, or the whole difference of two, is rounding: `run.py certify`.
 
     Args:
-        candidate, other: paths of traces or of other engines' dumps, of one text.
+        candidate, other: paths of traces or of other engines' dumps, of one text; or of logs of
+            log-probabilities or of greedily chosen tokens, JSON lines.
         model, adapter: what the engines computed with, as for `qwen_jax.load`.
         sha256: what the GGUF file's SHA-256 must be.
         tokens: ids of the text, where a dump doesn't say them.
-        progress: hears of operations done and in all.
+        dtype: in which an engine computed whose log doesn't say it.
+        progress: hears of operations done and in all, or of texts.
 
     Returns:
         A certificate: `verdict` is "certified", "cause" or "unexplained", `to_json()` what
@@ -93,6 +96,7 @@ def certify(
         model=str(model),
         adapters=[str(one) for one in adapters],
         tokens=tokens,
+        dtype=dtype,
         progress=progress,
     )
 

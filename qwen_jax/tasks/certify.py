@@ -14,7 +14,7 @@ from qwen_jax.settings import Command
 from qwen_jax.tasks.dumps import bar, token_ids
 from qwen_jax.terminal import visible
 
-_UNREAD = ("sha256", "output", "compare.tokens")
+_UNREAD = ("sha256", "output", "compare.tokens", "dtype")
 """What a verification takes from the certificate."""
 
 
@@ -28,7 +28,7 @@ def run(command: Command) -> int:
         return _verify(command)
     if not dumps:
         raise UserError(
-            "There is nothing to certify; name a trace or a dump, or two, as in "
+            "There is nothing to certify; name a trace, a dump or a log, or two, as in "
             "certify a.safetensors b.safetensors."
         )
     output = None if config.output is None else _to_be_written(Path(config.output))
@@ -41,6 +41,7 @@ def run(command: Command) -> int:
             adapter=config.adapter,
             sha256=config.sha256,
             tokens=tokens,
+            dtype=None if config.dtype == "auto" else config.dtype,
             progress=progress,
         )
     print(visible(text(found)), end="")

@@ -271,9 +271,11 @@ def _run_file(
                 asked[next(numbers)] = line, next(places)
                 yield made
 
-    def made_by(request: Request) -> dict[str, str]:
+    def made_by(request: Request) -> dict[str, Any]:
         dtype, used = str(model.engine.spec.weights), in_force.describe(request.sampling)
-        return {"model": config.model, "dtype": dtype, "sampling": used}
+        made = {"model": config.model, "dtype": dtype, "sampling": used}
+        # Who judges log-probabilities has to know what was before them.
+        return made if request.top_logprobs is None else made | {"prompt": request.tokens}
 
     def refuse(wrong: Wrong) -> None:
         nonlocal refused

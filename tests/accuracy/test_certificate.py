@@ -290,7 +290,7 @@ def test_a_changed_byte_of_an_input_is_found_where_it_has_moved(
 
 
 DAMAGED: dict[str, Callable[[dict], Any]] = {
-    "its version is 2": lambda c: c.update(version=2),
+    "its version is 1": lambda c: c.update(version=1),
     "field versions is missing": lambda c: c.pop("versions"),
     "field numbers is unknown": lambda c: c.update(numbers=1),
     "field engines is": lambda c: c.update(engines=[]),

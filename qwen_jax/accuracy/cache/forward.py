@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.cache.slots import Entries
 from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bound
+from qwen_jax.accuracy.exact.carried import log_softmax
 from qwen_jax.accuracy.exact.operations import INNER, OPERATIONS, PARAMETRIC, Calls, Context
 from qwen_jax.accuracy.exact.parameters import Source, Weights
 
@@ -101,7 +102,7 @@ def forward(
     rows = output[known]
     last = run("final_norm", [stream[0][rows]], [stream[1][rows]], outer)
     value, error = run("logits", [last[0]], [last[1]], outer)
-    value, error = _log_softmax(value[:, used], error[:, used])
+    value, error = log_softmax(value[:, used], error[:, used])
     shape = (len(known), value.shape[1])
     out, limit = np.full(shape, np.nan), np.full(shape, np.inf)
     out[known], limit[known] = value, error
@@ -110,14 +111,3 @@ def forward(
 
 def _finite(error: Error) -> Error:
     return np.nan_to_num(error, posinf=0.0) if isinstance(error, np.ndarray) else error
-
-
-def _log_softmax(x: Array, error: Array) -> tuple[Array, Array]:
-    """The normaliser is off by the mean of the logits' errors under the probabilities."""
-    with np.errstate(all="ignore"):
-        top = x.max(axis=-1, keepdims=True)
-        total = np.exp(x - top).sum(axis=-1, keepdims=True)
-        out = x - top - np.log(total)
-        shared = (np.exp(out) * error).sum(axis=-1, keepdims=True)
-    # The engine takes exponentials and their sum in float32.
-    return out, error + shared + 2.0**-24 * (np.abs(out) + np.abs(x) + 8)

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any, Literal
 
-VERSION = 1
+VERSION = 2
 
 Verdict = Literal["certified", "cause", "unexplained"]
 
@@ -20,6 +20,10 @@ ASSUMPTIONS = {
 }
 """Names and what they mean: where one does not hold, nothing is proved."""
 
+ASSUMPTIONS_OF_LOGS = {
+    name: meaning for name, meaning in ASSUMPTIONS.items() if name != "true_dump"
+} | {"true_log": "what was logged are log-probabilities of the model's own distribution"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
@@ -29,6 +33,7 @@ class Judged:
         position: of the text, where the largest fraction is; of a fault, the first wrong one.
         fraction: the largest error over its bound.
         resolution: the RMS of the bound over that of the tensor: what is smaller may hide in it.
+            Of a log the RMS of the bound, in nats.
         together: operations computed through to it, where tensors between were not recorded.
         values: how many numbers it has.
     """
@@ -129,6 +134,44 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parting:
+    """Where two engines' texts part.
+
+    Attributes:
+        position: in the text, of the first token that differs.
+        tokens: the two.
+        apart: their logits, by the model in float64.
+        bound: by how much rounding may move these against each other.
+    """
+
+    text: str
+    position: int
+    tokens: tuple[int, int]
+    apart: float
+    bound: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LogDifference:
+    """Between two logs.
+
+    Attributes:
+        texts: of the same ids in both.
+        values: log-probabilities that both have.
+        largest, rms: of these, in nats.
+        parted: texts of other ids,
+        parting: and the first of those of one prompt.
+    """
+
+    texts: int
+    values: int
+    largest: float
+    rms: float
+    parted: int
+    parting: Parting | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Input:
     """A file that was read; `of` says whose: "checkpoint", "adapter 1", "engine 1"."""
 
@@ -143,21 +186,25 @@ class Certificate:
 
     Attributes:
         version: of this format.
+        of: "dumps" or "logs".
         verdict: "certified" where every engine is within its bounds; "cause" where all that is not
             has a cause; else "unexplained".
         model, adapters: the checkpoint, as its user named it, and its adapters.
         tokens: ids that were given, where a dump didn't say them.
-        difference: of two engines that both recorded logits.
+        dtype: that was given, where a log didn't say it.
+        difference: of two engines that both recorded logits, or of two logs.
         versions: of what computed this.
     """
 
     version: int
+    of: str
     verdict: Verdict
     engines: tuple[Engine, ...]
-    difference: Difference | None
+    difference: Difference | LogDifference | None
     model: str
     adapters: tuple[str, ...]
     tokens: tuple[int, ...] | None
+    dtype: str | None
     inputs: tuple[Input, ...]
     assumptions: dict[str, str]
     versions: dict[str, str]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qwen_jax.accuracy.certificate.contents import Input
+from qwen_jax.accuracy.certificate.logs import is_log
 from qwen_jax.accuracy.traces.foreign import dump_files, mapping_of
 from qwen_jax.weights.loader import Checkpoint
 from qwen_jax.weights.open_files import OpenFile
@@ -36,10 +37,14 @@ def _inputs_of(checkpoint: Checkpoint, dumps: Sequence[Path]) -> Iterator[Input]
             yield Input(name, path.name, OpenFile(path).sha256())
     for number, dump in enumerate(dumps, 1):
         of = f"engine {number}"
-        mapping = mapping_of(dump)
-        for path in ([] if mapping is None else [mapping]) + dump_files(dump):
+        for path in [dump] if is_log(dump) else _files_of(dump):
             file_name = path.relative_to(places[of]).as_posix()
             yield Input(of, file_name, OpenFile(path).sha256())
+
+
+def _files_of(dump: Path) -> list[Path]:
+    mapping = mapping_of(dump)
+    return ([] if mapping is None else [mapping]) + dump_files(dump)
 
 
 def _has_config(checkpoint: Checkpoint, name: str) -> bool:

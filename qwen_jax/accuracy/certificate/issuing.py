@@ -6,21 +6,25 @@ arithmetic, so the difference of two such engines is their roundings' (docs/cert
 
 import platform
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from qwen_jax.accuracy.certificate.contents import (
     ASSUMPTIONS,
+    ASSUMPTIONS_OF_LOGS,
     VERSION,
     Certificate,
     Difference,
     Engine,
     Judged,
+    LogDifference,
     Named,
     NotCovered,
     overall,
 )
 from qwen_jax.accuracy.certificate.inputs import inputs_of
+from qwen_jax.accuracy.certificate.logs import is_log, judged_logs
 from qwen_jax.accuracy.exact.operations import full_name, input_names, schedule
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.exact.replay import Finding
@@ -42,24 +46,63 @@ def issue(
     model: str,
     adapters: Sequence[str] = (),
     tokens: Sequence[int] | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
     """A certificate of one engine, or of two of one text.
 
     Args:
-        dumps: traces or other engines' dumps.
+        dumps: traces or other engines' dumps; or logs.
         model, adapters: what their user calls them.
         tokens: ids of the text, where a dump doesn't say them.
-        progress: hears of operations done and in all.
+        dtype: in which an engine computed whose log doesn't say it.
+        progress: hears of operations done and in all, or of texts.
 
     Raises:
         UserError: a file can't be read, the engines computed other models or texts, nothing can be
             judged, or a tensor that nothing else is wrong with is not finite.
     """
-    paths = [dump_of(dump) for dump in dumps]
-    traces = [open_trace(path, checkpoint.config, tokens=tokens) for path in paths]
+    logs = [is_log(dump) for dump in dumps]
+    if any(logs) and not all(logs):
+        raise UserError(f"{' and '.join(dumps)}: a log can't be certified beside a dump.")
+    if any(logs) and tokens is not None:
+        raise UserError("tokens are given, but a log names its own; leave them out.")
+    if not any(logs) and dtype is not None:
+        raise UserError(f"dtype is {dtype!r}, but a dump says its own; leave it out.")
+    paths = [Path(dump) if all(logs) else dump_of(dump) for dump in dumps]
+    traces = (
+        [] if all(logs) else [open_trace(path, checkpoint.config, tokens=tokens) for path in paths]
+    )
     inputs = inputs_of(checkpoint, paths)
-    difference = _difference(*traces) if len(traces) == 2 else None
+    difference: Difference | LogDifference | None
+    if all(logs):
+        engines, difference = judged_logs(dumps, checkpoint, dtype, progress)
+    else:
+        engines = _judged_dumps(dumps, traces, checkpoint, progress)
+        difference = _difference(*traces) if len(traces) == 2 else None
+    checkpoint.check_unchanged()
+    return Certificate(
+        version=VERSION,
+        of="logs" if all(logs) else "dumps",
+        verdict=overall(engines),
+        engines=engines,
+        difference=difference,
+        model=model,
+        adapters=tuple(adapters),
+        tokens=None if tokens is None else tuple(tokens),
+        dtype=dtype,
+        inputs=inputs,
+        assumptions=ASSUMPTIONS_OF_LOGS if all(logs) else ASSUMPTIONS,
+        versions=versions(),
+    )
+
+
+def _judged_dumps(
+    dumps: Sequence[str],
+    traces: Sequence[Trace],
+    checkpoint: Checkpoint,
+    progress: Progress | None,
+) -> tuple[Engine, ...]:
     operations = len(schedule(checkpoint.config))
     engines = []
     for number, (dump, trace) in enumerate(zip(dumps, traces, strict=True)):
@@ -69,19 +112,7 @@ def issue(
                 progress(before + done, len(dumps) * operations)
 
         engines.append(_judged(dump, trace, checkpoint, counted))
-    checkpoint.check_unchanged()
-    return Certificate(
-        version=VERSION,
-        verdict=overall(tuple(engines)),
-        engines=tuple(engines),
-        difference=difference,
-        model=model,
-        adapters=tuple(adapters),
-        tokens=None if tokens is None else tuple(tokens),
-        inputs=inputs,
-        assumptions=ASSUMPTIONS,
-        versions=versions(),
-    )
+    return tuple(engines)
 
 
 def versions() -> dict[str, str]:

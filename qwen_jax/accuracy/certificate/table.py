@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from qwen_jax.accuracy.certificate.contents import Certificate, Engine, Judged, Named
+from qwen_jax.accuracy.certificate.contents import Certificate, Engine, Judged, LogDifference, Named
 from qwen_jax.accuracy.finding import either, others
 from qwen_jax.accuracy.measures.error_shape import ranges
 from qwen_jax.reporting.table import Table, filled
@@ -16,8 +16,9 @@ def text(certificate: Certificate) -> str:
 
 def _sections(certificate: Certificate) -> Iterator[str]:
     yield filled(statement(certificate))
+    size = "bound, nats" if certificate.of == "logs" else "bound/size"
     yield Table(
-        ("engine", "values", "of bound", "where", "bound/size", "what it is"),
+        ("engine", "values", "of bound", "where", size, "what it is"),
         [
             (str(i), *summary(engine), describe(engine))
             for i, engine in enumerate(certificate.engines, 1)
@@ -32,13 +33,30 @@ def _sections(certificate: Certificate) -> Iterator[str]:
     if causes:
         header = ("engine", "cause", "layers", "as it is", "planted", "what and where")
         yield Table(header, causes).text()
-    if d := certificate.difference:
+    d = certificate.difference
+    if isinstance(d, LogDifference):
+        yield filled("".join(_of_logs(d)))
+    elif d is not None:
         yield filled(
             f"logits at positions {d.positions[0]} to {d.positions[1] - 1}: they differ by "
             f"{d.largest:.2g} at most, mean KL {d.mean_kld:.2g}, max KL {d.max_kld:.2g}, same "
             f"likeliest token {d.same_top:.1%}"
         )
     yield Table(("assumption", "what it means"), [*certificate.assumptions.items()]).text()
+
+
+def _of_logs(d: LogDifference) -> Iterator[str]:
+    texts = f"{d.texts} texts of the same tokens in both: "
+    yield texts + f"{d.values:,} log-probabilities differ by {d.largest:.2g} nats at most, "
+    yield f"{d.rms:.2g} as root mean square"
+    if d.parted:
+        yield f"; {d.parted} of other tokens"
+    if p := d.parting:
+        yield (
+            f", the first {p.text!r}, whose token {p.position} is {p.tokens[0]} in one and "
+            f"{p.tokens[1]} in the other: {p.apart:.2g} nats apart by the model, where rounding "
+            f"allows {p.bound:.2g}"
+        )
 
 
 def statement(certificate: Certificate) -> str:
@@ -50,6 +68,8 @@ def statement(certificate: Certificate) -> str:
         for i, engine in enumerate(engines, 1)
         if engine.not_covered
     ]
+    if certificate.of == "logs" and not certificate.certified:
+        left_out.append(" What it may be `compare --logprobs` looks for.")
     return f"{_verdict(certificate, partly=bool(left_out))}{''.join(left_out)}"
 
 

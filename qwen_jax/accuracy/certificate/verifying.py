@@ -69,6 +69,7 @@ def verify(
         model=str(named),
         adapters=[str(one) for one in adapters],
         tokens=recorded["tokens"],
+        dtype=recorded["dtype"],
         progress=progress,
     )
     found = json.loads(again.to_json())
@@ -127,6 +128,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "model": lambda x: isinstance(x, str),
     "adapters": _texts,
     "tokens": lambda x: x is None or _ids(x),
+    "dtype": lambda x: x is None or isinstance(x, str),
     "engines": lambda x: isinstance(x, list) and len(x) in (1, 2) and all(map(_is_engine, x)),
     "inputs": lambda x: isinstance(x, list) and all(map(_is_input, x)),
     "versions": lambda x: isinstance(x, dict) and _texts(list(x.values())),

@@ -106,7 +106,7 @@ def compare_logs(
     )
     logs = [read(x) if isinstance(x, str | Path) else x for x in (a, b)]
     same, others = paired(logs[0], logs[1], names)
-    digits = _half_step(logs[0]), _half_step(logs[1])
+    digits = half_step(logs[0]), half_step(logs[1])
     both = len(same) + len(others)
     found = LogprobsReport(
         logs=names,
@@ -123,7 +123,7 @@ def compare_logs(
     yardstick: Yardstick | None = None
     for log, half in zip(logs, digits, strict=True):
         # Prompts that one log leaves out may stand in the other.
-        known = {name: _with_prompt(text, logs, name) for name, text in log.items()}
+        known = {name: with_prompt(text, logs, name) for name, text in log.items()}
         first = next((t for t in known.values() if t.prompt is not None and len(t.whole)), None)
         if first is not None and yardstick is None:
             yardstick = Yardstick.of(exact, judge_by.rough, judge_by.checkpoint, first)
@@ -142,14 +142,15 @@ def compare_logs(
     )
 
 
-def _with_prompt(text: Logged, logs: Sequence[Mapping[str, Logged]], name: str) -> Logged:
+def with_prompt(text: Logged, logs: Sequence[Mapping[str, Logged]], name: str) -> Logged:
+    """The text with its prompt's ids, where any of the logs has them."""
     if text.prompt is not None:
         return text
     prompts = (log[name].prompt for log in logs if name in log)
     return dataclasses.replace(text, prompt=next((p for p in prompts if p is not None), None))
 
 
-def _half_step(log: Mapping[str, Logged]) -> float:
+def half_step(log: Mapping[str, Logged]) -> float:
     """Half a step of the decimals that all values of a log keep; 0 where they keep float32."""
     most = 0
     for text in log.values():

@@ -64,6 +64,7 @@ class Logged:
         logprobs: in nats; NaN where there is none.
         top: at each token, log-probabilities of others by their ids.
         sampling: what the line declares; defaults stand for what it doesn't.
+        dtype: in which the engine computed, where the line says it.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Logged:
     logprobs: Float[np.ndarray, "n"]
     top: tuple[Mapping[int, float], ...]
     sampling: Sampling
+    dtype: str | None = None
 
     @property
     def whole(self) -> Int[np.ndarray, "n"]:
@@ -183,6 +185,7 @@ def _text(record: Mapping[str, Any], where: str, number: int) -> Logged:
         np.array(values, np.float64),
         tuple(dict(map(tuple, pairs or ())) for pairs in top),
         declared,
+        given["dtype"] if isinstance(given.get("dtype"), str) else None,
     )
 
 

@@ -1,0 +1,213 @@
+"""Certificates of engines by their logs alone: NumPy's, our own, and wrong ones."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_jax.accuracy import certify, verify
+from qwen_jax.accuracy.certificate.contents import LogDifference
+from qwen_jax.accuracy.certificate.table import statement, text
+from qwen_jax.accuracy.logprobs.reading import Logged
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine.engine import Engine
+from qwen_jax.errors import UserError
+from tests import numpy_reference
+from tests.accuracy import logprob_logs as logs
+from tests.engines import device_parameters
+from tests.golden_cases import Case, odd_config
+from tests.tiny_checkpoints import write_gguf
+
+CASE = Case(odd_config(num_layers=2), seed=3)
+PROMPT, LENGTH = 5, 24
+RNG = np.random.default_rng(7)
+TEXTS = {name: RNG.integers(0, CASE.config.vocab_size, LENGTH) for name in ("river", "snow")}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    write_gguf(path, CASE.config, CASE.parameters())
+    return path
+
+
+def logits_of(ids: np.ndarray, config: ModelConfig = CASE.config) -> np.ndarray:
+    """NumPy's, in float64."""
+    return numpy_reference.forward(config, CASE.parameters(), ids.tolist())["logits"]
+
+
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+def log_of(change: Change = lambda z: z, config: ModelConfig = CASE.config) -> dict[str, Logged]:
+    return {
+        name: logs.logged(
+            name, ids, PROMPT, logs.values(change(logits_of(ids, config)), ids, PROMPT)
+        )
+        for name, ids in TEXTS.items()
+    }
+
+
+def written(folder: Path, name: str, log: dict[str, Logged], **fields: object) -> Path:
+    path = logs.write(folder / f"{name}.jsonl", log)
+    if fields:
+        lines = [json.loads(line) | fields for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_numpy_and_our_own_engine_are_certified(tmp_path: Path, model: Path) -> None:
+    engine = Engine(CASE.config, device_parameters(CASE.parameters(), "float32"))
+    ours = {
+        name: logs.logged(name, ids, PROMPT, logs.values(engine.logits(ids.tolist()), ids, PROMPT))
+        for name, ids in TEXTS.items()
+    }
+    one = written(tmp_path, "numpy", log_of())
+    other = written(tmp_path, "ours", ours)
+    found = certify(one, other, model=model, dtype="float32")
+    assert found.certified and found.of == "logs"
+    exact, rounded = (each.largest.fraction for each in found.engines)
+    assert exact < 1e-6 < rounded < 1
+    assert [each.values for each in found.engines] == [2 * (LENGTH - PROMPT)] * 2
+    assert isinstance(found.difference, LogDifference) and found.difference.parted == 0
+    assert 0 < found.difference.largest < 1e-4 and "CERTIFIED" in text(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "config"),
+    [
+        ("temperature", lambda z: z / 0.99, CASE.config),
+        ("bfloat16", logs.to_bfloat16, CASE.config),
+        ("theta", lambda z: z, dataclasses.replace(CASE.config, rope_theta=9e3)),
+    ],
+)
+def test_wrong_ones_are_not(
+    tmp_path: Path, model: Path, name: str, change: Change, config: ModelConfig
+) -> None:
+    """Nothing is named: a log alone proves no cause here, and the way to one is told."""
+    found = certify(
+        written(tmp_path, "right", log_of()),
+        written(tmp_path, name, log_of(change, config)),
+        model=model,
+        dtype="float32",
+    )
+    assert found.verdict == "unexplained"
+    assert [each.verdict for each in found.engines] == ["certified", "unexplained"]
+    assert "of engine 2" in statement(found) and "compare --logprobs" in statement(found)
+
+
+def test_the_first_wrong_token_is_told(tmp_path: Path, model: Path) -> None:
+    def late(z: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(z))[:, None] >= 16, z * 1.1, z)
+
+    (engine,) = certify(
+        written(tmp_path, "late", log_of(late)), model=model, dtype="float32"
+    ).engines
+    assert {one.position for one in engine.unexplained} == {17}
+    assert {one.tensor for one in engine.unexplained} == {
+        f"log-probabilities of {name}" for name in TEXTS
+    }
+
+
+def greedy(change: Change = lambda z: z, tokens: int = 12) -> dict[str, Logged]:
+    """Texts that an engine goes on with greedily, without a value."""
+    made = {}
+    for name, ids in TEXTS.items():
+        chosen = ids[:PROMPT]
+        for _ in range(tokens):
+            chosen = np.append(chosen, change(logits_of(chosen))[-1].argmax())
+        nothing = np.full(tokens, np.nan)
+        made[name] = logs.logged(name, chosen, PROMPT, nothing)
+    return made
+
+
+def test_greedy_texts_without_a_value(tmp_path: Path, model: Path) -> None:
+    right = greedy()
+    wrong = greedy(lambda z: z + 3.0 * (np.arange(z.shape[1]) == 7))
+    found = certify(
+        written(tmp_path, "right", right),
+        written(tmp_path, "wrong", wrong),
+        model=model,
+        dtype="float32",
+    )
+    assert [each.verdict for each in found.engines] == ["certified", "unexplained"]
+    first = next(i for i, t in enumerate(wrong["river"].tokens) if t != right["river"].tokens[i])
+    parting = found.difference.parting if isinstance(found.difference, LogDifference) else None
+    assert parting is not None and parting.text == "river"
+    assert parting.position == PROMPT + first and parting.tokens[1] == 7
+    z = logits_of(right["river"].whole[: PROMPT + first])[-1]
+    assert parting.apart == pytest.approx(abs(z[parting.tokens[0]] - z[7]), rel=1e-9)
+    assert parting.apart > parting.bound and "nats apart by the model" in text(found)
+    drawn = written(tmp_path, "drawn", right, temperature=0.7)
+    with pytest.raises(UserError, match="has no log-probabilities, and its tokens were drawn"):
+        certify(drawn, model=model, dtype="float32")
+
+
+def test_what_is_not_covered_is_told(tmp_path: Path, model: Path) -> None:
+    """A prompt that one log leaves out may stand in the other."""
+    log = log_of()
+    bare = {name: dataclasses.replace(one, prompt=None) for name, one in log.items()}
+    lines = [
+        {"id": n, "prompt_tokens": PROMPT, "tokens": t.tokens.tolist(), "logprobs": [*t.logprobs]}
+        for n, t in bare.items()
+    ]
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"nothing in it can be judged.*'river' has no prompt"):
+        certify(alone, model=model, dtype="float32")
+    partly = written(tmp_path, "partly", {"river": log["river"]})
+    found = certify(alone, partly, model=model, dtype="float32")
+    assert found.certified and "Not covered of engine 1" in statement(found)
+    assert [*found.engines[0].not_covered.tensors] == ["snow"]
+
+
+def test_bfloat16_allows_too_much(tmp_path: Path, model: Path) -> None:
+    path = written(tmp_path, "narrow", log_of(), dtype="bfloat16")
+    with pytest.raises(UserError, match=r"a bound of [\d.]+ nats, which allows anything; dump"):
+        certify(path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "said"),
+    [
+        ({}, None, "doesn't say in what its engine computed; add --dtype="),
+        ({"dtype": "int4"}, None, "'dtype' is 'int4', but must be float32"),
+        ({"prompt": [1, 2, 9999]}, "float32", "has the id 9999, but the model's last one is"),
+        ({"prompt": [1] * 9000}, "float32", "tokens, but the model's context"),
+    ],
+)
+def test_logs_that_cannot_be(
+    tmp_path: Path, model: Path, fields: dict[str, object], dtype: str | None, said: str
+) -> None:
+    path = written(tmp_path, "log", log_of(), **fields)
+    with pytest.raises(UserError, match=said) as error:
+        certify(path, model=model, dtype=dtype)
+    assert str(path) in str(error.value)
+
+
+def test_what_does_not_go_together(tmp_path: Path, model: Path) -> None:
+    log = written(tmp_path, "log", log_of())
+    with pytest.raises(UserError, match="a log can't be certified beside a dump"):
+        certify(log, tmp_path / "a.safetensors", model=model, dtype="float32")
+    with pytest.raises(UserError, match="a log names its own"):
+        certify(log, model=model, dtype="float32", tokens=[1, 2])
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        certify(tmp_path / "gone.jsonl", model=model, dtype="float32")
+
+
+def test_verified_again(tmp_path: Path, model: Path) -> None:
+    log = written(tmp_path, "log", log_of())
+    path = tmp_path / "certificate.json"
+    path.write_text(certify(log, model=model, dtype="float32").to_json())
+    assert verify(path) is None
+    path.write_text(re.sub(r'"largest": \{', '"largest": {"x": 1, ', path.read_text(), count=1))
+    with pytest.raises(UserError, match="damaged"):
+        verify(path)
+    path.write_text(certify(log, model=model, dtype="float32").to_json())
+    log.write_text(log.read_text().replace('"tokens": [', '"tokens": [1, '))
+    changed = verify(path)
+    assert changed is not None and "sha256" in changed.field

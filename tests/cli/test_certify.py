@@ -70,7 +70,7 @@ def test_versions_may_differ_and_are_told(run: Run, room: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ["There is nothing to certify; name a trace or a dump, or two, as in certify a.safe"]),
+        ([], ["There is nothing to certify; name a trace, a dump or a log, or two, as in cer"]),
         (["a", "b", "c"], ["'c' is one too many"]),
         (["nowhere", "--model=m.gguf"], ["nowhere: there is no such file or directory"]),
         (["clean", "--model=m.gguf"], ["the text is not known", "tokens"]),
@@ -79,7 +79,7 @@ def test_versions_may_differ_and_are_told(run: Run, room: Path) -> None:
         (["clean", "--output=m.gguf"], ["--output=m.gguf exists already"]),
         (["clean", "--output=x/c.json"], ["--output=x/c.json can't be written: x is no directory"]),
         (["clean", "--output=/proc/c.json"], ["--output=/proc/c.json can't be written: No such f"]),
-        (["clean", "--dtype=float32"], ["--dtype does nothing for certify; it belongs to"]),
+        (["clean", "--dtype=float32"], ["dtype is 'float32', but a dump says its own"]),
         (["--verify=nowhere"], ["nowhere: the file can't be read"]),
         (["--verify=m.gguf"], ["m.gguf"]),
         (["--verify=clean/mapping.json"], ["it is damaged: the field"]),

@@ -94,6 +94,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     fields = strict_json.read_object(path, most=regular_files.MOST_BYTES)
+    if missing := {"verdict", "engines"} - fields.keys():  # it is something else
+        raise _damaged(path, min(missing), "missing")
     if fields.get("version") != VERSION:
         raise UserError(
             f"{path}: its version is {fields.get('version')!r:.40}, but this is for certificates "

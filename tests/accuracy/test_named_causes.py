@@ -134,3 +134,12 @@ def test_planted_in_our_engine(dtype: str, faults: str) -> None:
         name: (int(layer),) for name, layer in (one.split("@") for one in faults.split(","))
     }
     assert not found.unknown
+
+
+def test_what_does_as_well_is_told_beside_another_fault() -> None:
+    """An operation that has both has other sets of causes than those with the first alone."""
+    found = diagnose(trace("products_f16,first_block_down_proj", "float32"), source("float32"))
+    causes = {cause.fault.name: set(cause.ties) for cause in found.causes}
+    assert causes.pop("first_block_down_proj") == set()
+    ((named, ties),) = causes.items()
+    assert {(named,), *ties} == {("products_f16",), ("products_tf32",)}

@@ -159,8 +159,9 @@ def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> 
                 unknown.append(one)
                 continue
             explained.append(one)
-            if one.best.faults not in known:
-                known.append(one.best.faults)
+            for e in (one.best, *one.ties):
+                if e.faults not in known:
+                    known.append(e.faults)
     causes = _causes(list(_agreed(explained)))
     return Diagnosis(tuple(findings), causes, tuple(unknown), replay.skipped)
 
@@ -322,7 +323,13 @@ def _cause(name: str, found: Sequence[Explained]) -> Cause:
     def unique(items: Callable[[Explained], Sequence]) -> tuple:
         return tuple(dict.fromkeys(item for one in found for item in items(one)))
 
-    shared = set.intersection(*({t.faults for t in one.ties} for one in found))
+    def instead(one: Explained) -> list[Set]:
+        """What could stand for this fault, beside the others that the operation has."""
+        others = {n for n in one.best.faults if n != name}
+        ties = [t.faults for t in one.ties if others.issubset(t.faults)]
+        return [tuple(n for n in faults if n not in others) for faults in ties]
+
+    shared = set.intersection(*(set(instead(one)) for one in found))
     return Cause(
         fault=FAULTS[name],
         operations=unique(lambda e: (e.finding.operation,)),
@@ -330,7 +337,7 @@ def _cause(name: str, found: Sequence[Explained]) -> Cause:
         before=worst([one.finding.residual for one in found]),
         after=worst([one.best.after for one in found]),
         together=unique(lambda e: [n for n in e.best.faults if n != name]),
-        ties=tuple(t for t in unique(lambda e: [t.faults for t in e.ties]) if t in shared),
+        ties=tuple(faults for faults in unique(instead) if faults in shared),
         against=unique(lambda e: e.best.against),
     )
 

@@ -20,7 +20,7 @@ from qwen_jax import strict_json
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.options import Options
-from qwen_jax.serving import asked
+from qwen_jax.serving import asked, page
 from qwen_jax.serving.asked import Asked
 from qwen_jax.serving.guard import Guard
 from qwen_jax.serving.limits import Key, Limits
@@ -55,6 +55,7 @@ class Server:
         self.worker = Worker(model, limits.queue)
         self._metrics = Metrics(self.worker)
         routes = [
+            Route("/", self._page, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._text, methods=["POST"]),
             Route("/v1/embeddings", self._embeddings, methods=["POST"]),
@@ -91,6 +92,9 @@ class Server:
             yield
         finally:
             await asyncio.to_thread(self.worker.close)
+
+    async def _page(self, request: Request) -> Response:
+        return page.response()
 
     async def _chat(self, request: Request) -> Response:
         return await self._complete(request, asked.chat, ChatReply)

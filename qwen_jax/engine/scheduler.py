@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from pallas_kernels.sample_tokens import pack, words
-from qwen_jax.engine import calls, steps
+from qwen_jax.engine import calls, constrained, steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.entering import Entering, arrays_of
 from qwen_jax.engine.reading import logprobs_of, why_not
-from qwen_jax.engine.sampling import PLANS, Plan, changes_scores, settings_of
+from qwen_jax.engine.sampling import IN_HALVES, Plan, changes_scores, settings_of
 from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.errors import UserError
@@ -225,18 +226,15 @@ class Scheduler:
     def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> None:
         engine, padded = self.engine, pieces[0][1].padded
         scored = self._scored(*pieces[0])
-        tokens = np.zeros((rows, padded), np.int32)
-        start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        targets = np.zeros_like(tokens)
-        for row, (text, piece) in enumerate(pieces):
-            stop = piece.start + piece.length
-            tokens[row, : piece.length] = text.tokens[piece.start : stop]
-            if scored:
-                targets[row, : piece.length] = text.tokens[piece.start + 1 : stop + 1]
-            start[row], lengths[row] = piece.start, stop
-        tables = engine.tables([text.pages for text, _ in pieces], rows)
-        given = engine.weights, engine.pages, tables, tokens, start, lengths
+        entering = [
+            Entering(text.pages, start, text.tokens[start : start + length])
+            for text, (start, length, _) in pieces
+        ]
+        given = engine.weights, engine.pages, *arrays_of(engine, rows, padded, entering)
         if scored:
+            targets = np.zeros((rows, padded), np.int32)
+            for row, (text, (start, length, _)) in enumerate(pieces):
+                targets[row, :length] = text.tokens[start + 1 : start + length + 1]
             engine.pages, found = calls.score(engine.spec, *given, targets)
             self._calls.append(_Scoring(pieces, found))
         else:
@@ -322,7 +320,7 @@ class Scheduler:
             if not texts:
                 break
             asked = [(text.sampling, text.top) for text in texts]
-            plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, PLANS[1].top))
+            plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, IN_HALVES.top))
             rows = self._rows(texts, plan)
             tables = engine.tables([text.pages for text in texts], len(rows))
             engine.pages, logits = calls.advance(
@@ -330,28 +328,17 @@ class Scheduler:
             )
             if last is not None:
                 yield from self._read(last)
-            allowed = np.zeros((len(rows), words(engine.config.vocab_size)), np.uint32)
-            yield from self._fill(allowed, texts)
-            given = logits, self._state, self._all_extras(), rows, allowed
-            self._state, self._extras, emitted = calls.choose(engine.spec, *given, plan)
-            last = _Call(texts, emitted)
-        if last is not None:
-            yield from self._read(last)
-
-    def _fill(self, allowed: np.ndarray, texts: list[Text]) -> Iterator[News]:
-        """What each text may choose next, in its row; or that its constraint fails. Of those that
-        have just ended this step is nothing, and its row stays empty."""
-        rows = [row for row, text in enumerate(texts) if not text.over]
-        held = [texts[row].constraint for row in rows]
-        masks = np.zeros((len(rows), allowed.shape[1]), np.uint32)
-        found = type(held[0]).fill(held, masks) if held and held[0] is not None else []
-        allowed[rows] = masks
-        for row, why in zip(rows, found, strict=True):
-            if why is not None:
-                text = texts[row]
+            allowed, failed = constrained.allowed(texts, len(rows), engine.config.vocab_size)
+            for text, why in failed:
                 text.over = True
                 self._leave(text)
                 yield News(text, [], None, None, True, why)
+            given = logits, self._state, self._all_extras(), rows, allowed
+            self._state, self._extras, emitted = calls.choose(engine.spec, *given, plan)
+            constrained.jump(engine, texts, len(self._running))
+            last = _Call(texts, emitted)
+        if last is not None:
+            yield from self._read(last)
 
     def _leave(self, text: Text) -> None:
         """Slot and pages go to the next: what a device still does with them comes before."""
@@ -380,7 +367,8 @@ class Scheduler:
             if not chosen:
                 continue
             if text.constraint is not None:
-                text.constraint.take(chosen[0])
+                chosen, text.jump = chosen + text.jump, []
+                text.constraint.take(chosen)
             stopped = chosen[-1] in self.engine.spec.stop_ids
             text.given += len(chosen)
             text.over = stopped or text.given >= text.limit

@@ -105,9 +105,9 @@ def _unpacked(packed: Int[Array, "R fields"]) -> Rows:
 
 
 _DTYPES = [column.dtype for column in settings(1)]
-FRESH = Rows._fields.index("fresh")
+FRESH, TOKEN, GENERATED = (Rows._fields.index(name) for name in ("fresh", "token", "generated"))
 FIELDS = len(Rows._fields) - 1 + len(_DTYPES)
-"""Numbers of a row in what `pack_rows` makes, and the place of one of them."""
+"""Numbers of a row in what `pack_rows` makes, and the places of some of them."""
 
 
 class Emitted(NamedTuple):

@@ -15,15 +15,23 @@ NO_SLOT = -1
 
 
 class Constraint(Protocol):
-    """Which tokens of a text may come next."""
+    """Which tokens of a text may come next.
+
+    Attributes:
+        forced: those that must come next, the first of which the mask that was made last allows
+            alone; none where there is a choice.
+    """
+
+    forced: Sequence[int]
 
     @staticmethod
     def fill(constraints: Sequence[Any], masks: UInt32[np.ndarray, "B words"]) -> list[str | None]:
         """Sets in the row of zeros of each of some constraints of this kind the bits of what may
-        come next, tokens that end the text included. Returns of each why it can't, or None."""
+        come next, tokens that end the text included; None leaves its row. Returns of each why it
+        can't, or None."""
 
-    def take(self, token: int) -> None:
-        """Goes on behind a token that was chosen."""
+    def take(self, tokens: Sequence[int]) -> None:
+        """Goes on behind tokens that were chosen."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,6 +62,7 @@ class Text:
         self.given = 0  # tokens that were told of
         self.expected = 0  # tokens there may be after the calls that are under way
         self.row = np.zeros(0, np.int32)  # of `steps.Rows`
+        self.jump: list[int] = []  # tokens that are known behind the one that is being chosen
         self.over = False
 
     @property

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -97,51 +98,70 @@ class Matcher:
     """One answer under a constraint, while it grows.
 
     Raises UserError where the constraint makes no sense or llguidance can't do it.
+
+    Attributes:
+        forced: the tokens that must come next, as far as they were found when the last mask was
+            made: where only one text can come, it is spelt as the tokenizer spells it.
     """
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer):
-        from llguidance import LLMatcher
-
-        self._stop_ids = frozenset(tokenizer.stop_ids)
-        self._words = -(-tokenizer.vocab_size // 32)
-        self._matcher = LLMatcher(_tokenizer(tokenizer), _grammar(constraint), log_level=0)
-        said = [self._matcher.get_error(), *self._matcher.get_grammar_warnings()]
-        if why := next(filter(None, said), ""):
-            first = " ".join(why.split("<state>")[0].split()).rstrip(".")
-            raise UserError(f"The {constraint.kind} can't be used: {first:.400}; correct it.")
+        known = _known_of(tokenizer)
+        self._stop_ids, self._words = known.stop_ids, known.words
+        self._matcher = known.begun(constraint).deep_copy()
+        self.forced: list[int] = []
 
     @staticmethod
     def fill(
-        matchers: Sequence["Matcher"], masks: UInt32[np.ndarray, "B words"]
+        matchers: Sequence["Matcher | None"], masks: UInt32[np.ndarray, "B words"]
     ) -> list[str | None]:
         """Sets in each matcher's row of zeros the bits of all tokens that may come next, on several
         threads. Masks may be of more tokens than there are.
 
         Args:
-            matchers: of one tokenizer.
+            matchers: of one tokenizer; None leaves its row as it is.
 
         Returns:
             Of each, None, or why llguidance gives up.
         """
-        if not matchers:
-            return []
-        found = np.zeros((len(matchers), matchers[0]._words), np.uint32)
-        asked = [(matcher._matcher, row) for row, matcher in enumerate(matchers)]
-        each = found.shape[1] * found.itemsize
-        _executor().unsafe_compute_mask_ptr(asked, found.ctypes.data, each, len(found))
-        masks[:, : found.shape[1]] = found
-        return [matcher._why_not() for matcher in matchers]
+        free: list[tuple[Any, int]] = []
+        words = 0
+        for row, matcher in enumerate(matchers):
+            if matcher is None:
+                continue
+            words = matcher._words
+            if not matcher.forced:
+                matcher.forced = matcher._matcher.compute_ff_tokens()
+            if matcher.forced:
+                token = matcher.forced[0]
+                masks[row, token // 32] = np.uint32(1 << token % 32)
+            else:
+                free.append((matcher._matcher, row))
+        if free:
+            found = masks
+            if masks.shape[1] != words or not masks.flags.c_contiguous:
+                found = np.zeros((len(matchers), words), np.uint32)
+            each = words * found.itemsize
+            _executor().unsafe_compute_mask_ptr(free, found.ctypes.data, each, len(found))
+            if found is not masks:
+                rows = [row for _, row in free]
+                masks[rows, :words] = found[rows]
+        return [None if matcher is None else matcher._why_not() for matcher in matchers]
 
-    def take(self, token: int) -> None:
-        """Goes on behind a token that may come next."""
-        if token not in self._stop_ids:
-            self._matcher.consume_token(token)
+    def take(self, tokens: Sequence[int]) -> None:
+        """Goes on behind tokens that may come next."""
+        taken = [token for token in tokens if token not in self._stop_ids]
+        self._matcher.consume_tokens(taken)
+        self.forced = self.forced[len(tokens) :]
 
     def _why_not(self) -> str | None:
         if not (why := self._matcher.get_error()):
             return None
-        first = " ".join(why.split("<state>")[0].split()).rstrip(".")
-        return f"The constraint is too much: {first:.400}; simplify it."
+        return f"The constraint is too much: {_first_line(why)}; simplify it."
+
+
+def ready(tokenizer: Tokenizer) -> None:
+    """Makes what all constraints of a tokenizer need, which takes seconds for a large one."""
+    _known_of(tokenizer)
 
 
 @functools.cache
@@ -152,13 +172,17 @@ def _executor() -> Any:
     return LLExecutor()
 
 
+def is_installed() -> bool:
+    """Whether there is llguidance."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
 def check_installed() -> None:
-    """Raises UserError where there is no llguidance."""
-    if importlib.util.find_spec("llguidance") is None:
+    """Raises UserError where there is none."""
+    if not is_installed():
         raise UserError("llguidance is not installed; install qwen_jax[constrain].")
 
 
-@functools.lru_cache(maxsize=64)
 def _grammar(constraint: Constraint) -> str:
     from llguidance import LLMatcher
 
@@ -177,7 +201,8 @@ class _Vocabulary:
     """A tokenizer as llguidance asks for one."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+        # Weakly: llguidance keeps this, and is kept itself, as long as the tokenizer is there.
+        self._tokenizer = weakref.ref(tokenizer)
         size = tokenizer.vocab_size
         self.eos_token_id, self.bos_token_id = tokenizer.stop_ids[0], None
         visible = set(tokenizer.visible(range(size)))
@@ -189,21 +214,49 @@ class _Vocabulary:
     def __call__(self, text: bytes | str) -> list[int]:
         if isinstance(text, bytes):
             text = text.decode("utf-8", errors="replace")
-        return self._tokenizer.encode(text, parse_special=False)
+        tokenizer = self._tokenizer()
+        return [] if tokenizer is None else tokenizer.encode(text, parse_special=False)
 
 
-_known: "weakref.WeakKeyDictionary[Tokenizer, Any]" = weakref.WeakKeyDictionary()
+class _Known:
+    """What is made once for a tokenizer, and of it for a constraint."""
 
-
-def _tokenizer(tokenizer: Tokenizer) -> Any:
-    """llguidance's of the same tokens, made once."""
-    if tokenizer not in _known:
+    def __init__(self, tokenizer: Tokenizer):
         check_installed()
         from llguidance import LLTokenizer, TokenizerWrapper
 
+        self.stop_ids = frozenset(tokenizer.stop_ids)
+        self.words = -(-tokenizer.vocab_size // 32)
         wrapped = TokenizerWrapper(_Vocabulary(tokenizer))
-        _known[tokenizer] = LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids))
-    return _known[tokenizer]
+        self._tokenizer = LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids))
+        self.begun = functools.lru_cache(maxsize=64)(self._begun)
+
+    def _begun(self, constraint: Constraint) -> Any:
+        """A matcher of llguidance's before the first token."""
+        from llguidance import LLMatcher
+
+        found = LLMatcher(self._tokenizer, _grammar(constraint), log_level=0)
+        said = [found.get_error(), *found.get_grammar_warnings()]
+        if why := next(filter(None, said), ""):
+            text = f"The {constraint.kind} can't be used: {_first_line(why)}; correct it."
+            raise UserError(text)
+        return found
+
+
+_all_known: "weakref.WeakKeyDictionary[Tokenizer, _Known]" = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _known_of(tokenizer: Tokenizer) -> _Known:
+    with _making:
+        if tokenizer not in _all_known:
+            _all_known[tokenizer] = _Known(tokenizer)
+        return _all_known[tokenizer]
+
+
+def _first_line(why: str) -> str:
+    """What llguidance says, without its state."""
+    return f"{' '.join(why.split('<state>')[0].split()).rstrip('.'):.400}"
 
 
 def _as_json(value: Any, said: str) -> str:

@@ -29,6 +29,8 @@ class Listed:
                 held.forced += allowed
         return [None] * len(constraints)
 
-    def take(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            assert token in self._left.pop(0)
+    @staticmethod
+    def take(constraints: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
+        for held, chosen in zip(constraints, tokens, strict=True):
+            for token in chosen:
+                assert token in held._left.pop(0)

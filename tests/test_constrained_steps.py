@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from qwen_jax.engine import calls, constrained
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
+from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import Text
-from tests.engines import random_engine, random_tokens, reshape, run_to_end
+from tests.engines import fresh_engine, random_engine, random_tokens, reshape, run_to_end
 from tests.golden_cases import odd_config
 from tests.listed import STOP, Listed
 
@@ -24,14 +26,14 @@ VOCAB = CONFIG.vocab_size
 
 
 @functools.cache
-def engine() -> Engine:
-    made = random_engine(CONFIG, slots=3, stop_ids=(STOP,))
-    reshape(made, steps=4)
+def engine(ahead: bool = False) -> Engine:
+    made = fresh_engine(CONFIG, slots=3, stop_ids=(STOP,))
+    reshape(made, steps=4, ahead=ahead)
     return made
 
 
-def answers(texts: Sequence[Text]) -> list[list[int]]:
-    told = run_to_end(engine(), texts)
+def answers(texts: Sequence[Text], ahead: bool = False) -> list[list[int]]:
+    told = run_to_end(engine(ahead), texts)
     assert all(news.error is None for news in told)
     return [[t for news in told if news.text is text for t in news.tokens] for text in texts]
 
@@ -61,12 +63,14 @@ _PLACES = st.lists(
 def test_what_is_known_enters_at_once(
     asked: list[tuple[list[list[int]], int]], data: st.DataObject
 ) -> None:
-    """Whatever the scheduler finds to be less work, the tokens are those of single steps. Prompts
-    end anywhere in a page; limits fall anywhere."""
+    """Whatever is found to be less work, and whether the next step begins before the last one is
+    told, the tokens are those of single steps. Prompts end anywhere in a page, and limits fall
+    anywhere."""
     prompts = [
         random_tokens(CONFIG, data.draw(st.integers(1, 140)), seed) for seed in range(len(asked))
     ]
     right = [likeliest(p, *rest) for p, rest in zip(prompts, asked, strict=True)]
+    ahead = data.draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
         steps_of_a_piece = data.draw(st.sampled_from([1e-9, 16, 1e9]))
         patch.setattr(constrained, "POSITIONS", {"cpu": steps_of_a_piece})
@@ -74,8 +78,8 @@ def test_what_is_known_enters_at_once(
             Text(prompt, limit, constraint=Listed(places))
             for prompt, (places, limit) in zip(prompts, asked, strict=True)
         ]
-        assert answers(texts) == right
-    assert engine().pool.available == engine().pool.size
+        assert answers(texts, ahead) == right
+    assert engine(ahead).pool.available == engine(ahead).pool.size
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[None]:
@@ -136,3 +140,43 @@ def test_a_batch_invariant_engine_takes_single_steps(monkeypatch: pytest.MonkeyP
     told = run_to_end(alone, [text])
     assert [token for news in told for token in news.tokens] == [*range(2, 32), STOP]
     assert len(made) >= 31
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_comes_and_goes(ahead: bool) -> None:
+    """Texts with a constraint and without share three slots; some are cancelled between two turns,
+    when a step of theirs may be under way, and whoever gets their slots notices nothing."""
+    rng = np.random.default_rng(7)
+    alone: dict[Text, list[int]] = {}
+    texts, doomed = [], []
+    for number in range(24):
+        prompt = random_tokens(CONFIG, int(rng.integers(1, 30)), number)
+        sampling = Sampling(temperature=1.0, frequency_penalty=0.3 * (number % 3), seed=number)
+        places = [list(range(2, VOCAB))] * int(rng.integers(5, 20))
+        held = rng.random() < 0.5
+        text, same = (
+            Text(
+                prompt,
+                18,
+                sampling,
+                constraint=Listed([*places, *KNOWN[:9]]) if held else None,
+            )
+            for _ in range(2)
+        )
+        (alone[text],) = answers([same])
+        texts.append(text)
+        if rng.random() < 0.4:
+            doomed.append(text)
+    scheduler, told = Scheduler(engine(ahead)), {text: [] for text in texts}
+    for text in texts:
+        scheduler.add(text)
+    while not scheduler.idle:
+        for news in scheduler.turn():
+            told[news.text] += news.tokens
+        for text in doomed:
+            if told[text] and not text.over:
+                scheduler.cancel(text)
+    for text in texts:
+        right = alone[text]
+        assert told[text] == (right[: len(told[text])] if text in doomed else right)
+    assert engine(ahead).pool.available == engine(ahead).pool.size

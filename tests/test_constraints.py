@@ -66,7 +66,7 @@ def test_greedy_is_the_likeliest_that_is_allowed(model: qwen_jax.Model) -> None:
     for row, token in zip(logits, answer.tokens, strict=False):
         ids = allowed(matcher)
         assert token == ids[row[ids].argmax()]
-        matcher.take([token])
+        Matcher.take([matcher], [[token]])
     assert json.loads(answer.text)["about"] in ("snow", "ice")
 
 
@@ -281,7 +281,7 @@ def assert_valid(model: qwen_jax.Model, schema: dict[str, Any], seed: int) -> No
             break
         token = int(rng.choice([i for i in ids if i not in stops]))
         text += model.tokenizer.token_bytes(token)
-        matcher.take([token])
+        Matcher.take([matcher], [[token]])
     else:
         pytest.fail(f"{text!r} never ends")
     jsonschema.validate(json.loads(text), schema)

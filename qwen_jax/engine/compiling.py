@@ -132,12 +132,12 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
             yield functools.partial(calls.step.prepare, spec, *args, *rest)
     for count in programs.halves:
         packed = _ints(count, steps.FIELDS)
-        args = given, _pages(layout), _ints(count, width), state, packed
-        yield functools.partial(calls.advance.prepare, spec, *args)
-        logits = _made(layout, lambda n=count: jnp.zeros((n, vocab), jnp.float32))
+        held = given, _pages(layout), _ints(count, width)
+        yield functools.partial(calls.advance.prepare, spec, *held, state, packed)
+        logits = _made(layout, functools.partial(jnp.zeros, (count, vocab), jnp.float32))
         allowed = jax.ShapeDtypeStruct((count, words(vocab)), jnp.uint32)
-        rest = state, extras, packed, allowed, IN_HALVES
-        yield functools.partial(calls.choose.prepare, spec, logits, *rest)
+        found = logits, state, extras, packed, allowed
+        yield functools.partial(calls.choose.prepare, spec, *found, IN_HALVES)
     sampled = programs.rows and any(plan.sampled for plan in programs.plans)
     if sampled or programs.halves:
         bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 
 from pallas_kernels.sample_tokens import pack, words
-from qwen_jax.engine import calls, constrained, steps
+from qwen_jax.engine import calls, steps
+from qwen_jax.engine.constrained import Halves
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.entering import Entering, arrays_of
+from qwen_jax.engine.extending import Pieces
 from qwen_jax.engine.reading import logprobs_of, why_not
-from qwen_jax.engine.sampling import IN_HALVES, Plan, changes_scores, settings_of
+from qwen_jax.engine.sampling import Plan, changes_scores, settings_of
 from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.errors import UserError
@@ -60,6 +61,7 @@ class Scheduler:
         self._slots = list(reversed(range(engine.shapes.slots)))
         self._calls: deque[_Call | _Scoring] = deque()
         self._patience = PATIENCE
+        self._halves = Halves(engine, self._leave)
         self._scores: dict[Text, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     @property
@@ -224,21 +226,18 @@ class Scheduler:
         return self.engine.pieces_for(len(pieces))
 
     def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> None:
-        engine, padded = self.engine, pieces[0][1].padded
-        scored = self._scored(*pieces[0])
-        entering = [
-            Entering(text.pages, start, text.tokens[start : start + length])
-            for text, (start, length, _) in pieces
-        ]
-        given = engine.weights, engine.pages, *arrays_of(engine, rows, padded, entering)
-        if scored:
-            targets = np.zeros((rows, padded), np.int32)
-            for row, (text, (start, length, _)) in enumerate(pieces):
-                targets[row, :length] = text.tokens[start + 1 : start + length + 1]
-            engine.pages, found = calls.score(engine.spec, *given, targets)
+        engine = self.engine
+        put = Pieces.of(engine, pieces, [text.tokens for text, _ in pieces], rows)
+        if self._scored(*pieces[0]):
+            targets = np.zeros_like(put.tokens)
+            for row, (text, piece) in enumerate(pieces):
+                after = text.tokens[piece.start + 1 : piece.start + piece.length + 1]
+                targets[row, : piece.length] = after
+            given = engine.weights, engine.pages, *put, targets
+            engine.pages, found = calls.score(engine.spec, *given)
             self._calls.append(_Scoring(pieces, found))
         else:
-            engine.pages = calls.extend(engine.spec.without_tokenizer, *given)
+            put.into(engine)
         for text, piece in pieces:
             if (piece.start + piece.length) % PAGE == 0:
                 engine.pool.filled(text.pages[piece.start // PAGE])
@@ -298,7 +297,7 @@ class Scheduler:
 
     def _rows(self, texts: list[Text], plan: Plan) -> np.ndarray:
         """What a step is told of these texts; after the first one a device knows their tokens."""
-        size = self.engine.rows_for(len(texts), plan, texts[0].constraint is not None)
+        size = self.engine.rows_for(len(texts), plan)
         rows = np.zeros((size, steps.FIELDS), np.int32)
         rows[:, 0] = self.engine.shapes.slots  # nobody's, and out of bounds
         for row, text in zip(rows, texts, strict=False):
@@ -307,38 +306,11 @@ class Scheduler:
         return rows
 
     def _step_constrained(self) -> Iterator[News]:
-        """As many decode steps of those with a constraint, each in two halves. While a device is at
-        the first, the host reads what it chose last and finds out what may come next.
-
-        They have calls of their own, since others need not wait for the host at each of their
-        tokens.
-        """
-        engine = self.engine
-        last: _Call | None = None
-        for _ in range(engine.shapes.steps):
-            texts = [text for text in self._running if text.constraint is not None]
-            if not texts:
-                break
-            asked = [(text.sampling, text.top) for text in texts]
-            plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, IN_HALVES.top))
-            rows = self._rows(texts, plan)
-            tables = engine.tables([text.pages for text in texts], len(rows))
-            engine.pages, logits = calls.advance(
-                engine.spec, engine.weights, engine.pages, tables, self._state, rows
-            )
-            if last is not None:
-                yield from self._read(last)
-            allowed, failed = constrained.allowed(texts, len(rows), engine.config.vocab_size)
-            for text, why in failed:
-                text.over = True
-                self._leave(text)
-                yield News(text, [], None, None, True, why)
-            given = logits, self._state, self._all_extras(), rows, allowed
-            self._state, self._extras, emitted = calls.choose(engine.spec, *given, plan)
-            constrained.jump(engine, texts, len(self._running))
-            last = _Call(texts, emitted)
-        if last is not None:
-            yield from self._read(last)
+        """Some decode steps of those with a constraint. They have calls of their own, since others
+        need not wait for the host at each of their tokens."""
+        if any(text.constraint is not None for text in self._running):
+            given = self._running, self._state, self._all_extras()
+            self._state, self._extras = yield from self._halves.step(*given)
 
     def _leave(self, text: Text) -> None:
         """Slot and pages go to the next: what a device still does with them comes before."""
@@ -366,9 +338,6 @@ class Scheduler:
                 continue
             if not chosen:
                 continue
-            if text.constraint is not None:
-                chosen, text.jump = chosen + text.jump, []
-                text.constraint.take(chosen)
             stopped = chosen[-1] in self.engine.spec.stop_ids
             text.given += len(chosen)
             text.over = stopped or text.given >= text.limit

@@ -105,7 +105,7 @@ def _unpacked(packed: Int[Array, "R fields"]) -> Rows:
 
 
 _DTYPES = [column.dtype for column in settings(1)]
-FRESH, TOKEN, GENERATED = (Rows._fields.index(name) for name in ("fresh", "token", "generated"))
+SLOT, FRESH, TOKEN, GENERATED = map(Rows._fields.index, ("slot", "fresh", "token", "generated"))
 FIELDS = len(Rows._fields) - 1 + len(_DTYPES)
 """Numbers of a row in what `pack_rows` makes, and the places of some of them."""
 

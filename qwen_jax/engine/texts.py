@@ -15,14 +15,12 @@ NO_SLOT = -1
 
 
 class Constraint(Protocol):
-    """Which tokens of a text may come next.
+    """Which tokens of a text may come next."""
 
-    Attributes:
-        forced: those that must come next, the first of which the mask that was made last allows
-            alone; none where there is a choice.
-    """
-
-    forced: Sequence[int]
+    @property
+    def forced(self) -> Sequence[int]:
+        """Those that must come next, the first of which the mask that was made last allows alone;
+        none where there is a choice."""
 
     @staticmethod
     def fill(constraints: Sequence[Any], masks: UInt32[np.ndarray, "B words"]) -> list[str | None]:
@@ -30,8 +28,9 @@ class Constraint(Protocol):
         come next, tokens that end the text included; None leaves its row. Returns of each why it
         can't, or None."""
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Goes on behind tokens that were chosen."""
+    @staticmethod
+    def take(constraints: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
+        """Each goes on behind tokens that were chosen."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,7 +61,7 @@ class Text:
         self.given = 0  # tokens that were told of
         self.expected = 0  # tokens there may be after the calls that are under way
         self.row = np.zeros(0, np.int32)  # of `steps.Rows`
-        self.jump: list[int] = []  # tokens that are known behind the one that is being chosen
+        self.jump: list[int] = []  # tokens that are known, behind the one that is being chosen
         self.over = False
 
     @property

@@ -124,19 +124,16 @@ class Matcher:
             Of each, None, or why llguidance gives up.
         """
         free: list[tuple[Any, int]] = []
-        words = 0
         for row, matcher in enumerate(matchers):
             if matcher is None:
                 continue
-            words = matcher._words
-            if not matcher.forced:
-                matcher.forced = matcher._matcher.compute_ff_tokens()
             if matcher.forced:
                 token = matcher.forced[0]
                 masks[row, token // 32] = np.uint32(1 << token % 32)
             else:
                 free.append((matcher._matcher, row))
         if free:
+            words = next(matcher._words for matcher in matchers if matcher is not None)
             found = masks
             if masks.shape[1] != words or not masks.flags.c_contiguous:
                 found = np.zeros((len(matchers), words), np.uint32)
@@ -145,13 +142,26 @@ class Matcher:
             if found is not masks:
                 rows = [row for _, row in free]
                 masks[rows, :words] = found[rows]
+        # Most masks have many bits, which a few words of each show.
+        few = np.count_nonzero(masks[:, ::64], axis=1) <= 1
+        for inner, row in free:
+            if few[row] and np.count_nonzero(masks[row]) == 1:
+                matchers[row].forced = inner.compute_ff_tokens()  # type: ignore[union-attr]
         return [None if matcher is None else matcher._why_not() for matcher in matchers]
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Goes on behind tokens that may come next."""
-        taken = [token for token in tokens if token not in self._stop_ids]
-        self._matcher.consume_tokens(taken)
-        self.forced = self.forced[len(tokens) :]
+    @staticmethod
+    def take(matchers: Sequence["Matcher"], tokens: Sequence[Sequence[int]]) -> None:
+        """Each goes on behind tokens that may come next."""
+        single: list[tuple[Any, int]] = []
+        for matcher, chosen in zip(matchers, tokens, strict=True):
+            matcher.forced = matcher.forced[len(chosen) :]
+            if len(chosen) == 1 and chosen[0] not in matcher._stop_ids:
+                single.append((matcher._matcher, chosen[0]))
+            else:
+                taken = [token for token in chosen if token not in matcher._stop_ids]
+                matcher._matcher.consume_tokens(taken)
+        if single:
+            _executor().consume_token_par(single)
 
     def _why_not(self) -> str | None:
         if not (why := self._matcher.get_error()):

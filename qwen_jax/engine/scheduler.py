@@ -62,7 +62,7 @@ class Scheduler:
         self._calls: deque[_Call | _Scoring] = deque()
         self._patience = PATIENCE
         self._halves = Halves(engine, self._leave)
-        self._scores: dict[Text, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._scores: dict[Text, list[steps.Scored]] = {}
 
     @property
     def idle(self) -> bool:
@@ -356,10 +356,10 @@ class Scheduler:
             # Position p's logits are of the token at p + 1.
             part = slice(max(text.score_from - 1 - piece.start, 0), piece.length)
             parts = self._scores.setdefault(text, [])
-            parts.append((found.logprob[row, part], found.greedy[row, part]))
+            parts.append(steps.Scored(*(x[row, part] for x in found)))
             if piece.start + piece.length == text.entering:
                 text.over = True
                 self._leave(text)
-                logprob, greedy = (np.concatenate(p) for p in zip(*parts, strict=True))
+                whole = steps.Scored._make(map(np.concatenate, zip(*parts, strict=True)))
                 del self._scores[text]
-                yield News(text, [], None, (logprob, greedy), True)
+                yield News(text, [], None, whole, True)

@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import UInt32
 
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from qwen_jax.engine.steps import Scored
 
 NO_SLOT = -1
 
@@ -81,7 +84,7 @@ class News(NamedTuple):
     Attributes:
         tokens: new ones, the one that ends it included.
         logprobs: of each, where asked for.
-        scores: of the tokens to be scored, log-probability and whether it is the likeliest.
+        scores: of the tokens to be scored, on the host.
         over: nothing more comes.
         error: why it can't go on; the others do.
     """
@@ -89,6 +92,6 @@ class News(NamedTuple):
     text: Text
     tokens: list[int]
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
-    scores: tuple[np.ndarray, np.ndarray] | None
+    scores: "Scored | None"
     over: bool
     error: str | None = None

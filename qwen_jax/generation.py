@@ -14,6 +14,7 @@ from qwen_jax.engine.replicas import line_for
 from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
+from qwen_jax.scoring import Score, Scored, ToScore, to_be_scored
 from qwen_jax.text.constraint import Constraint, Matcher
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream, stops_of
@@ -201,7 +202,8 @@ class Generation:
             for news in running.turn():
                 if isinstance(news, Failed):
                     raise news.error
-                yield news
+                if isinstance(news, Piece):
+                    yield news
 
 
 class Failed(NamedTuple):
@@ -218,6 +220,7 @@ class Running:
         self._engine, self._tokenizer = engine, tokenizer
         self._scheduler = line_for(engine)
         self._rows: dict[Text, _Row] = {}
+        self._scored: dict[Text, int] = {}
         self._start, self._compiled = time.perf_counter(), compile_seconds()
         self._sums = Timings()
 
@@ -246,11 +249,16 @@ class Running:
         """Requests that have no slot yet."""
         return self._scheduler.waiting
 
-    def add(self, number: int, request: Request) -> None:
+    def add(self, number: int, request: Request | ToScore) -> None:
         """Puts a request at the end of the line.
 
         Raises UserError where it is empty, too long, or doesn't fit the vocabulary or the device.
         """
+        if isinstance(request, ToScore):
+            text = to_be_scored(self._engine, request.tokens[:1], request.tokens[1:])
+            self._scored[text] = number
+            self._scheduler.add(text)
+            return
         row = _Row(number, request, self._engine, self._tokenizer)
         self._rows[row.text] = row
         self._scheduler.add(row.text)
@@ -260,10 +268,16 @@ class Running:
         for text in [text for text, row in self._rows.items() if row.number == number]:
             self._scheduler.cancel(text)
             del self._rows[text]
+        for text in [text for text, scored in self._scored.items() if scored == number]:
+            self._scheduler.cancel(text)
+            del self._scored[text]
 
-    def turn(self) -> Iterator[Piece | Failed]:
+    def turn(self) -> Iterator[Piece | Failed | Scored]:
         """Does what can be done now, and tells what is known by then."""
         for news in self._scheduler.turn():
+            if news.text in self._scored:
+                yield Scored(self._scored.pop(news.text), Score.of(news))
+                continue
             if news.text not in self._rows:
                 continue  # A stop string in what was told of it just before has ended it.
             row = self._rows[news.text]

@@ -73,7 +73,7 @@ def load_engine(
         shapes = form.shapes or prepared_shapes(
             config, checkpoint.parameters, dtype, implementation
         )
-        compile_ahead(layout, shapes, programs._replace(rows=()))
+        compile_ahead(layout, shapes, programs._replace(rows=(), halves=()))
 
     def read() -> tuple[Tokenizer, EngineOptions]:
         tokenizer = read_tokenizer(checkpoint)

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from qwen_jax.arguments import check
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.replicas import line_for
-from qwen_jax.engine.texts import Text
+from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -22,11 +22,35 @@ class Score(NamedTuple):
 
     Attributes:
         logprobs: the model's own log-probabilities.
-        greedy: whether it is the likeliest.
+        best: the likeliest token's,
+        likeliest: and which that is.
+        greedy: whether it is the one there.
     """
 
     logprobs: Float[np.ndarray, "T"]
+    best: Float[np.ndarray, "T"]
+    likeliest: Int[np.ndarray, "T"]
     greedy: Bool[np.ndarray, "T"]
+
+    @classmethod
+    def of(cls, news: News) -> "Score":
+        """What is told of a text that was to be scored."""
+        assert news.scores is not None and news.text.score_from is not None
+        logprob, best, likeliest = map(np.asarray, news.scores)
+        return cls(logprob, best, likeliest, likeliest == news.text.tokens[news.text.score_from :])
+
+
+class ToScore(NamedTuple):
+    """Ids of a text that is to be scored from the second one on; there are two at least."""
+
+    tokens: Sequence[int]
+
+
+class Scored(NamedTuple):
+    """The score of the text of this number."""
+
+    number: int
+    score: Score
 
 
 def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
@@ -49,8 +73,7 @@ def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
                     line.append(_text(engine, *numbered))
                     scheduler.add(line[-1])
             for news in scheduler.turn():
-                assert news.scores is not None
-                found[news.text] = Score(*news.scores)
+                found[news.text] = Score.of(news)
             while line and line[0] in found:
                 yield found.pop(line.popleft())
     finally:
@@ -60,12 +83,13 @@ def scored(engine: Engine, pairs: Iterable[Pair]) -> Iterator[Score]:
 def _text(engine: Engine, index: int, pair: Pair) -> Text:
     try:
         check("a pair to be scored", pair, Pair)
-        return _checked(engine, *pair)
+        return to_be_scored(engine, *pair)
     except UserError as error:
         raise UserError(f"pair {index}: {error}") from error
 
 
-def _checked(engine: Engine, context: Sequence[int], continuation: Sequence[int]) -> Text:
+def to_be_scored(engine: Engine, context: Sequence[int], continuation: Sequence[int]) -> Text:
+    """A scheduler's text of a pair. Raises UserError as `scored` does."""
     tokens, config = [*context, *continuation], engine.config
     if not (len(context) and len(continuation)):
         raise UserError("A context and its continuation need at least one token each.")

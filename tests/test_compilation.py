@@ -20,6 +20,7 @@ from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.texts import Text
 from tests.engines import Prompt, fresh_engine, generate, random_tokens, run_to_end
 from tests.golden_cases import odd_config
+from tests.listed import Listed
 from tests.schedules import drawn_text, watched
 
 CONFIG = odd_config(num_layers=1, context_length=2048)
@@ -177,6 +178,15 @@ def test_what_is_compiled_ahead_is_all_that_is_needed(
     answer(engine, 150, 20, WARM, rows=9)
     answer(engine, 150, 20, Sampling())
     assert not set(compilations.new()) & OURS
+
+
+def test_so_it_is_for_texts_with_a_constraint(engine: Engine, compilations: Compilations) -> None:
+    engine.compile(constrained=True)
+    compilations.new()
+    held = [Listed([[token] for token in range(2, 40)]), Listed([[2, 3]] * 20)]
+    texts = [Text([3] * 150, 20, WARM, constraint=each) for each in held]
+    run_to_end(engine, [*texts, Text([3], 20, constraint=Listed([[2], [3]] * 15))])
+    assert not set(compilations.new()) & (OURS | {"jit(advance)", "jit(choose)"})
 
 
 def test_a_prompt_needs_no_program_of_the_tokenizer(compilations: Compilations) -> None:

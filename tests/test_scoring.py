@@ -42,6 +42,8 @@ def test_scores_are_the_logits(engine: Engine) -> None:
         np.testing.assert_allclose(
             score.logprobs, wanted[range(len(continuation)), continuation], atol=2e-5
         )
+        np.testing.assert_allclose(score.best, wanted.max(axis=-1), atol=2e-5)
+        assert score.likeliest.tolist() == wanted.argmax(axis=-1).tolist()
         assert score.greedy.tolist() == (wanted.argmax(axis=-1) == continuation).tolist()
     assert engine.pool.available == free
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.sample_tokens import words
 from qwen_jax.engine import calls, steps
 from qwen_jax.engine.layout import Layout
-from qwen_jax.engine.sampling import PLANS, Plan, Sampling
+from qwen_jax.engine.sampling import IN_HALVES, PLANS, Plan, Sampling
 from qwen_jax.engine.shapes import Shapes, fitting
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import Weights
@@ -28,16 +28,18 @@ class Programs(NamedTuple):
         rows: of `step`.
         pieces: of `extend`.
         plans: how `step` chooses tokens.
+        halves: rows of `advance` and `choose`, which texts with a constraint need.
     """
 
     rows: Collection[int]
     pieces: Collection[int]
     plans: Collection[Plan]
+    halves: Collection[int] = ()
 
     @classmethod
-    def of(cls, shapes: Shapes) -> "Programs":
+    def of(cls, shapes: Shapes, constrained: bool) -> "Programs":
         """All that nearly all requests need."""
-        return cls(shapes.rows, shapes.pieces, PLANS)
+        return cls(shapes.rows, shapes.pieces, PLANS, shapes.rows if constrained else ())
 
 
 class Expected(NamedTuple):
@@ -45,18 +47,24 @@ class Expected(NamedTuple):
 
     Attributes:
         texts: how many at the same time, at most.
-        choices: how their tokens are chosen, and how many log-probabilities are wanted, or None.
+        choices: how their tokens are chosen, and how many log-probabilities are wanted, or None;
+            of those without a constraint.
+        constrained: whether any has one.
     """
 
     texts: int
     choices: Collection[tuple[Sampling, int | None]]
+    constrained: bool = False
 
     def programs(self, layout: Layout) -> Programs:
         """The fewest that serve it."""
-        shapes = layout.shapes
-        pieces = shapes.pieces[0] if self.texts == 1 else shapes.pieces[-1]
-        plan = Plan.of(self.choices, layout.spec.config.vocab_size)
-        return Programs([fitting(shapes.rows, self.texts)], [pieces], [plan])
+        shapes, rows = layout.shapes, [fitting(layout.shapes.rows, self.texts)]
+        pieces = [shapes.pieces[0] if self.texts == 1 else shapes.pieces[-1]]
+        plans = [Plan.of(self.choices, layout.spec.config.vocab_size)] if self.choices else []
+        if not self.constrained:
+            return Programs(rows, pieces, plans)
+        # Tokens that are known enter in calls of any size.
+        return Programs(rows, shapes.pieces, plans, rows)
 
 
 def compile_ahead(layout: Layout, weights: Weights, programs: Programs) -> list[Future[object]]:
@@ -122,7 +130,16 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
             args = given, _pages(layout), _ints(count, width), state
             rest = extras if plan.sampled else None, packed, plan, shapes.steps
             yield functools.partial(calls.step.prepare, spec, *args, *rest)
-        if plan.sampled and programs.rows:
-            bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)
-            bias = jax.ShapeDtypeStruct((vocab,), jnp.float32)
-            yield functools.partial(calls.insert.prepare, extras, _ints(), bits, bits, bias)
+    for count in programs.halves:
+        packed = _ints(count, steps.FIELDS)
+        held = given, _pages(layout), _ints(count, width)
+        yield functools.partial(calls.advance.prepare, spec, *held, state, packed)
+        logits = _made(layout, functools.partial(jnp.zeros, (count, vocab), jnp.float32))
+        allowed = jax.ShapeDtypeStruct((count, words(vocab)), jnp.uint32)
+        found = logits, state, extras, packed, allowed
+        yield functools.partial(calls.choose.prepare, spec, *found, IN_HALVES)
+    sampled = programs.rows and any(plan.sampled for plan in programs.plans)
+    if sampled or programs.halves:
+        bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)
+        bias = jax.ShapeDtypeStruct((vocab,), jnp.float32)
+        yield functools.partial(calls.insert.prepare, extras, _ints(), bits, bits, bias)

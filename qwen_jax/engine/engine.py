@@ -14,7 +14,7 @@ from qwen_jax.engine.compiling import Programs, compile_ahead
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import show_bytes
 from qwen_jax.engine.pool import Pool
-from qwen_jax.engine.sampling import Plan
+from qwen_jax.engine.sampling import IN_HALVES, Plan
 from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import PlainWeights, Weights
@@ -88,11 +88,15 @@ class Engine:
             self._pages = None
             self.pool.forget_all()
 
-    def compile(self) -> None:
-        """Compiles all that requests usually need, so that nothing is compiled after."""
+    def compile(self, *, constrained: bool = False) -> None:
+        """Compiles all that requests usually need, so that nothing is compiled after.
+
+        Args:
+            constrained: some may have a constraint.
+        """
         for other in self.others:
-            other.compile()
-        programs = Programs.of(self.shapes)
+            other.compile(constrained=constrained)
+        programs = Programs.of(self.shapes, constrained)
         for future in compile_ahead(self.layout, self.weights, programs):
             future.result()
         self.expect(programs)
@@ -101,6 +105,7 @@ class Engine:
         """Tells that these programs are compiled, or will be: others of the kind do without."""
         self._pieces |= set(programs.pieces)
         self._rows |= {(size, plan, False) for size in programs.rows for plan in programs.plans}
+        self._rows |= {(size, IN_HALVES, True) for size in programs.halves}
 
     def rows_for(self, texts: int, plan: Plan, in_halves: bool = False) -> int:
         """Rows of a step of so many texts: the fewest that hold them, unless there is a program of

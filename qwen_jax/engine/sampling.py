@@ -133,6 +133,8 @@ class Plan(NamedTuple):
 
 PLANS = (Plan(), Plan(True, MOST_LOGPROBS))
 """Those that nearly all requests need."""
+IN_HALVES = PLANS[1]
+"""That of nearly all texts with a constraint, which need a mask anyway."""
 
 
 def changes_scores(sampling: Sampling) -> bool:

@@ -16,9 +16,11 @@ import numpy as np
 
 from pallas_kernels.sample_tokens import pack, words
 from qwen_jax.engine import calls, steps
+from qwen_jax.engine.constrained import Halves
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.extending import Pieces
 from qwen_jax.engine.reading import logprobs_of, why_not
-from qwen_jax.engine.sampling import PLANS, Plan, changes_scores, settings_of
+from qwen_jax.engine.sampling import Plan, changes_scores, settings_of
 from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.errors import UserError
@@ -59,7 +61,8 @@ class Scheduler:
         self._slots = list(reversed(range(engine.shapes.slots)))
         self._calls: deque[_Call | _Scoring] = deque()
         self._patience = PATIENCE
-        self._scores: dict[Text, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._halves = Halves(engine, self._leave)
+        self._scores: dict[Text, list[steps.Scored]] = {}
 
     @property
     def idle(self) -> bool:
@@ -223,24 +226,18 @@ class Scheduler:
         return self.engine.pieces_for(len(pieces))
 
     def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> None:
-        engine, padded = self.engine, pieces[0][1].padded
-        scored = self._scored(*pieces[0])
-        tokens = np.zeros((rows, padded), np.int32)
-        start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        targets = np.zeros_like(tokens)
-        for row, (text, piece) in enumerate(pieces):
-            stop = piece.start + piece.length
-            tokens[row, : piece.length] = text.tokens[piece.start : stop]
-            if scored:
-                targets[row, : piece.length] = text.tokens[piece.start + 1 : stop + 1]
-            start[row], lengths[row] = piece.start, stop
-        tables = engine.tables([text.pages for text, _ in pieces], rows)
-        given = engine.weights, engine.pages, tables, tokens, start, lengths
-        if scored:
-            engine.pages, found = calls.score(engine.spec, *given, targets)
+        engine = self.engine
+        put = Pieces.of(engine, pieces, [text.tokens for text, _ in pieces], rows)
+        if self._scored(*pieces[0]):
+            targets = np.zeros_like(put.tokens)
+            for row, (text, piece) in enumerate(pieces):
+                after = text.tokens[piece.start + 1 : piece.start + piece.length + 1]
+                targets[row, : piece.length] = after
+            given = engine.weights, engine.pages, *put, targets
+            engine.pages, found = calls.score(engine.spec, *given)
             self._calls.append(_Scoring(pieces, found))
         else:
-            engine.pages = calls.extend(engine.spec.without_tokenizer, *given)
+            put.into(engine)
         for text, piece in pieces:
             if (piece.start + piece.length) % PAGE == 0:
                 engine.pool.filled(text.pages[piece.start // PAGE])
@@ -300,7 +297,7 @@ class Scheduler:
 
     def _rows(self, texts: list[Text], plan: Plan) -> np.ndarray:
         """What a step is told of these texts; after the first one a device knows their tokens."""
-        size = self.engine.rows_for(len(texts), plan, texts[0].constraint is not None)
+        size = self.engine.rows_for(len(texts), plan)
         rows = np.zeros((size, steps.FIELDS), np.int32)
         rows[:, 0] = self.engine.shapes.slots  # nobody's, and out of bounds
         for row, text in zip(rows, texts, strict=False):
@@ -309,49 +306,11 @@ class Scheduler:
         return rows
 
     def _step_constrained(self) -> Iterator[News]:
-        """As many decode steps of those with a constraint, each in two halves. While a device is at
-        the first, the host reads what it chose last and finds out what may come next.
-
-        They have calls of their own, since others need not wait for the host at each of their
-        tokens.
-        """
-        engine = self.engine
-        last: _Call | None = None
-        for _ in range(engine.shapes.steps):
-            texts = [text for text in self._running if text.constraint is not None]
-            if not texts:
-                break
-            asked = [(text.sampling, text.top) for text in texts]
-            plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, PLANS[1].top))
-            rows = self._rows(texts, plan)
-            tables = engine.tables([text.pages for text in texts], len(rows))
-            engine.pages, logits = calls.advance(
-                engine.spec, engine.weights, engine.pages, tables, self._state, rows
-            )
-            if last is not None:
-                yield from self._read(last)
-            allowed = np.zeros((len(rows), words(engine.config.vocab_size)), np.uint32)
-            yield from self._fill(allowed, texts)
-            given = logits, self._state, self._all_extras(), rows, allowed
-            self._state, self._extras, emitted = calls.choose(engine.spec, *given, plan)
-            last = _Call(texts, emitted)
-        if last is not None:
-            yield from self._read(last)
-
-    def _fill(self, allowed: np.ndarray, texts: list[Text]) -> Iterator[News]:
-        """What each text may choose next, in its row; or that its constraint fails. Of those that
-        have just ended this step is nothing, and its row stays empty."""
-        rows = [row for row, text in enumerate(texts) if not text.over]
-        held = [texts[row].constraint for row in rows]
-        masks = np.zeros((len(rows), allowed.shape[1]), np.uint32)
-        found = type(held[0]).fill(held, masks) if held and held[0] is not None else []
-        allowed[rows] = masks
-        for row, why in zip(rows, found, strict=True):
-            if why is not None:
-                text = texts[row]
-                text.over = True
-                self._leave(text)
-                yield News(text, [], None, None, True, why)
+        """Some decode steps of those with a constraint. They have calls of their own, since others
+        need not wait for the host at each of their tokens."""
+        if any(text.constraint is not None for text in self._running):
+            given = self._running, self._state, self._all_extras()
+            self._state, self._extras = yield from self._halves.step(*given)
 
     def _leave(self, text: Text) -> None:
         """Slot and pages go to the next: what a device still does with them comes before."""
@@ -379,8 +338,6 @@ class Scheduler:
                 continue
             if not chosen:
                 continue
-            if text.constraint is not None:
-                text.constraint.take(chosen[0])
             stopped = chosen[-1] in self.engine.spec.stop_ids
             text.given += len(chosen)
             text.over = stopped or text.given >= text.limit
@@ -399,10 +356,10 @@ class Scheduler:
             # Position p's logits are of the token at p + 1.
             part = slice(max(text.score_from - 1 - piece.start, 0), piece.length)
             parts = self._scores.setdefault(text, [])
-            parts.append((found.logprob[row, part], found.greedy[row, part]))
+            parts.append(steps.Scored(*(x[row, part] for x in found)))
             if piece.start + piece.length == text.entering:
                 text.over = True
                 self._leave(text)
-                logprob, greedy = (np.concatenate(p) for p in zip(*parts, strict=True))
+                whole = steps.Scored._make(map(np.concatenate, zip(*parts, strict=True)))
                 del self._scores[text]
-                yield News(text, [], None, (logprob, greedy), True)
+                yield News(text, [], None, whole, True)

@@ -105,9 +105,9 @@ def _unpacked(packed: Int[Array, "R fields"]) -> Rows:
 
 
 _DTYPES = [column.dtype for column in settings(1)]
-FRESH = Rows._fields.index("fresh")
+SLOT, FRESH, TOKEN, GENERATED = map(Rows._fields.index, ("slot", "fresh", "token", "generated"))
 FIELDS = len(Rows._fields) - 1 + len(_DTYPES)
-"""Numbers of a row in what `pack_rows` makes, and the place of one of them."""
+"""Numbers of a row in what `pack_rows` makes, and the places of some of them."""
 
 
 class Emitted(NamedTuple):
@@ -123,11 +123,12 @@ class Emitted(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Of each token of a text that was to come: its log-probability, and whether it is the
-    likeliest."""
+    """Of each token of a text that was to come: its log-probability, and the likeliest one's, and
+    which that is."""
 
     logprob: Float[Array, "R T"]
-    greedy: Bool[Array, "R T"]
+    best: Float[Array, "R T"]
+    likeliest: Int[Array, "R T"]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -166,8 +167,9 @@ def score(
     """The same, and how likely the model finds `targets[r, t]` after token t."""
     cache, found = all_logits(spec, weights, Cache(pages, tables), tokens, start, lengths)
     chosen = jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0]
-    logprob = chosen - jax.nn.logsumexp(found, axis=-1)
-    return cache.pages, Scored(logprob, found.argmax(axis=-1) == targets)
+    whole = jax.nn.logsumexp(found, axis=-1)
+    likeliest = found.argmax(axis=-1).astype(jnp.int32)
+    return cache.pages, Scored(chosen - whole, found.max(axis=-1) - whole, likeliest)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

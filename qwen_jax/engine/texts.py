@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import UInt32
@@ -11,19 +11,29 @@ from jaxtyping import UInt32
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Sampling
 
+if TYPE_CHECKING:
+    from qwen_jax.engine.steps import Scored
+
 NO_SLOT = -1
 
 
 class Constraint(Protocol):
     """Which tokens of a text may come next."""
 
+    @property
+    def forced(self) -> Sequence[int]:
+        """Those that must come next, the first of which the mask that was made last allows alone;
+        none where there is a choice."""
+
     @staticmethod
     def fill(constraints: Sequence[Any], masks: UInt32[np.ndarray, "B words"]) -> list[str | None]:
         """Sets in the row of zeros of each of some constraints of this kind the bits of what may
-        come next, tokens that end the text included. Returns of each why it can't, or None."""
+        come next, tokens that end the text included; None leaves its row. Returns of each why it
+        can't, or None."""
 
-    def take(self, token: int) -> None:
-        """Goes on behind a token that was chosen."""
+    @staticmethod
+    def take(constraints: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
+        """Each goes on behind tokens that were chosen."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,6 +64,7 @@ class Text:
         self.given = 0  # tokens that were told of
         self.expected = 0  # tokens there may be after the calls that are under way
         self.row = np.zeros(0, np.int32)  # of `steps.Rows`
+        self.jump: list[int] = []  # tokens that are known, behind the one that is being chosen
         self.over = False
 
     @property
@@ -73,7 +84,7 @@ class News(NamedTuple):
     Attributes:
         tokens: new ones, the one that ends it included.
         logprobs: of each, where asked for.
-        scores: of the tokens to be scored, log-probability and whether it is the likeliest.
+        scores: of the tokens to be scored, on the host.
         over: nothing more comes.
         error: why it can't go on; the others do.
     """
@@ -81,6 +92,6 @@ class News(NamedTuple):
     text: Text
     tokens: list[int]
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None
-    scores: tuple[np.ndarray, np.ndarray] | None
+    scores: "Scored | None"
     over: bool
     error: str | None = None

@@ -5,7 +5,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,15 +19,17 @@ from starlette.types import Receive, Scope, Send
 from qwen_jax import strict_json
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
+from qwen_jax.generation import Piece
 from qwen_jax.options import Options
-from qwen_jax.serving import asked
+from qwen_jax.scoring import Scored, ToScore
+from qwen_jax.serving import asked, page
 from qwen_jax.serving.asked import Asked
 from qwen_jax.serving.guard import Guard
 from qwen_jax.serving.limits import Key, Limits
 from qwen_jax.serving.metrics import Metrics
 from qwen_jax.serving.refusal import RefusalError
 from qwen_jax.serving.replies import ChatReply, Models, Reply, TextReply
-from qwen_jax.serving.worker import Answers, Worker
+from qwen_jax.serving.worker import Answers, Work, Worker
 from qwen_jax.terminal import json_visible
 
 BODY_SECONDS = 30.0
@@ -55,12 +57,15 @@ class Server:
         self.worker = Worker(model, limits.queue)
         self._metrics = Metrics(self.worker)
         routes = [
+            Route("/", self._page, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._text, methods=["POST"]),
             Route("/v1/embeddings", self._embeddings, methods=["POST"]),
             Route("/v1/models", self._list, methods=["GET"]),
             Route("/v1/models/{name:path}", self._entry, methods=["GET"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self._tokenizer_info, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._show_metrics, methods=["GET"]),
         ]
@@ -92,6 +97,9 @@ class Server:
         finally:
             await asyncio.to_thread(self.worker.close)
 
+    async def _page(self, request: Request) -> Response:
+        return page.response()
+
     async def _chat(self, request: Request) -> Response:
         return await self._complete(request, asked.chat, ChatReply)
 
@@ -109,10 +117,20 @@ class Server:
         wanted = understand(body, self._defaults)
         self.worker.check_room(wanted.answers)
         most = self._limits.max_prompt_tokens
-        requests = await asyncio.to_thread(wanted.requests, self._model, most)
-        answers = self.worker.submit(requests)
+        requests: list[Work] = list(await asyncio.to_thread(wanted.requests, self._model, most))
         reply = form(wanted, self._model.tokenizer, self.name)
-        answering = _Answering(answers, reply, begun, self._limits.timeout, self._metrics)
+        scored: list[int] = []
+        if wanted.echo:
+            prompts = [request.tokens for request in requests[:: wanted.n]]
+            for prompt in prompts:
+                reply.repeat(prompt)
+            if wanted.scores:
+                scored = [place for place, prompt in enumerate(prompts) if len(prompt) > 1]
+            to_score = [ToScore(prompts[place]) for place in scored]
+            requests = [*to_score, *([] if wanted.silent else requests)]
+        answers = self.worker.submit(requests)
+        timeout = self._limits.timeout
+        answering = _Answering(answers, scored, reply, begun, timeout, self._metrics)
         if wanted.stream:
             return _Stream(answering)
         try:
@@ -125,6 +143,17 @@ class Server:
         found = await asyncio.to_thread(asked.tokens, body, self._model)
         context = self._model.config.context_length
         return JSONResponse({"tokens": found, "count": len(found), "max_model_len": context})
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = await self._body(request)
+        return JSONResponse({"prompt": await asyncio.to_thread(asked.text_of, body, self._model)})
+
+    async def _tokenizer_info(self, request: Request) -> Response:
+        tokenizer = self._model.tokenizer
+        end = tokenizer.decode(tokenizer.stop_ids[:1], skip_special=False)
+        named = {"eos_token": end, "bos_token": None, "pad_token": None}
+        template = {"chat_template": tokenizer.chat_template}
+        return JSONResponse({**named, **tokenizer.special_tokens, **template})
 
     async def _list(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._models.entry()]})
@@ -183,15 +212,27 @@ class Server:
 
 
 class _Answering:
-    """What comes of one body's answers, whole or as a stream."""
+    """What comes of one body's answers, whole or as a stream.
+
+    Args:
+        answers: of what was asked of the engine, the prompts to be scored first.
+        scored: places of these.
+    """
 
     def __init__(
-        self, answers: Answers, reply: Reply, begun: float, timeout: float, metrics: Metrics
+        self,
+        answers: Answers,
+        scored: Sequence[int],
+        reply: Reply,
+        begun: float,
+        timeout: float,
+        metrics: Metrics,
     ):
         self.answers, self._reply, self._timeout = answers, reply, timeout
+        self._scored = scored
         self._begun, self._metrics, self._begins = begun, metrics, True
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Any]]:
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         left = self._timeout - (time.perf_counter() - self._begun)
         loop = asyncio.get_running_loop()
         until = loop.time() + left
@@ -199,7 +240,7 @@ class _Answering:
             while True:
                 try:
                     async with asyncio.timeout_at(until):
-                        index, piece = await anext(pieces)
+                        index, news = await anext(pieces)
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
@@ -208,9 +249,13 @@ class _Answering:
                 if self._begins:
                     self._begins = False
                     self._metrics.began(time.perf_counter() - self._begun)
-                if piece.completion is not None:
-                    self._reply.end(index, piece.completion)
-                yield index, piece
+                if isinstance(news, Scored):
+                    self._reply.score(self._scored[index], news.score)
+                    continue
+                index -= len(self._scored)
+                if news.completion is not None:
+                    self._reply.end(index, news.completion)
+                yield index, news
 
     async def whole(self) -> Response:
         async for _ in self._pieces():

@@ -43,6 +43,9 @@ class Asked:
         usage: a last piece that counts tokens.
         tools: calls of tools are looked for in the answer.
         parallel: several calls of tools may be in one answer.
+        echo: prompts are repeated before their answers, with log-probabilities where these have
+            some.
+        silent: there are no answers, only prompts repeated.
     """
 
     prompts: list[Prompt]
@@ -52,10 +55,17 @@ class Asked:
     usage: bool = False
     tools: bool = False
     parallel: bool = True
+    echo: bool = False
+    silent: bool = False
 
     @property
     def answers(self) -> int:
         return len(self.prompts) * self.n
+
+    @property
+    def scores(self) -> bool:
+        """Whether prompts have log-probabilities."""
+        return self.echo and self.options.get("top_logprobs") is not None
 
     def requests(self, model: Model, most: int | None) -> list[Request]:
         """The samples of each prompt, as ids.
@@ -133,14 +143,21 @@ def text(body: Mapping[str, Any], defaults: Options, *, draw: bool = True) -> As
     prompts, _ = prompts_in(given["prompt"])
     if not prompts or any(len(cast(Any, prompt)) == 0 for prompt in prompts):
         raise RefusalError(400, "prompt is empty; give a text, or token ids.", param="prompt")
+    echo, silent = given.get("echo", False), given.get("max_tokens") == 0
     if "logprobs" in given:
-        given["top"] = _from_to("logprobs", given["logprobs"], 0, MOST_TOP)
+        given["top"] = _from_to("logprobs", given["logprobs"], 0, 1 if echo else MOST_TOP)
+    if silent and echo:
+        del given["max_tokens"]
+    if echo and given.get("stream"):
+        raise RefusalError(400, "echo is for whole answers; leave stream out.", param="echo")
     options = _options(given, defaults, draw)
     if "suffix" in given:
+        if echo:
+            raise RefusalError(400, "echo and suffix exclude each other.", param="echo")
         options["suffix"] = given["suffix"]
     elif isinstance(prompts[0], str):
         options["raw"] = True
-    return Asked(prompts, options, **_delivery(given))
+    return Asked(prompts, options, **_delivery(given), echo=echo, silent=silent and echo)
 
 
 def tokens(body: Mapping[str, Any], model: Model) -> list[int]:
@@ -151,12 +168,26 @@ def tokens(body: Mapping[str, Any], model: Model) -> list[int]:
     if ("prompt" in given) == ("messages" in given):
         raise RefusalError(400, "Give either prompt, a text, or messages, a chat.", param="prompt")
     if "messages" in given:
+        if "add_special_tokens" in given:
+            text = "A chat's template has its special tokens; leave add_special_tokens out."
+            raise RefusalError(400, text, param="add_special_tokens")
         put = {k: given[k] for k in ("tools", "continue_final_message") if k in given}
         return model.tokens(given["messages"], **cast(Any, put))
     for name in ("tools", "continue_final_message"):
         if name in given:
             raise RefusalError(400, f"{name} belongs to messages; leave it out.", param=name)
-    return model.tokenizer.encode(given["prompt"], add_special_tokens=True)
+    special = given.get("add_special_tokens", True)
+    return model.tokenizer.encode(given["prompt"], add_special_tokens=special)
+
+
+def text_of(body: Mapping[str, Any], model: Model) -> str:
+    """What a body of /detokenize asks for, control tokens included. Raises RefusalError, UserError
+    where it names no tokens."""
+    given = fields.read(body, fields.DETOKENIZE)
+    if "tokens" not in given:
+        raise RefusalError(400, "tokens is missing; give token ids.", param="tokens")
+    found: str = with_param("tokens", model.tokenizer.decode, given["tokens"], False)
+    return found
 
 
 def _options(given: Mapping[str, Any], defaults: Options, draw: bool) -> Options:

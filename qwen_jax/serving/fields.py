@@ -51,6 +51,7 @@ TEXT: dict[str, Any] = {
     "prompt": str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
     "suffix": str,
     "logprobs": int,
+    "echo": bool,
 }
 TOKENIZE: dict[str, Any] = {
     "model": str,
@@ -58,7 +59,9 @@ TOKENIZE: dict[str, Any] = {
     "messages": Sequence[Mapping],
     "tools": Sequence[Mapping],
     "continue_final_message": bool,
+    "add_special_tokens": bool,
 }
+DETOKENIZE: dict[str, Any] = {"model": str, "tokens": Sequence[int]}
 RESPONSE_FORMAT: dict[str, Any] = {"type": str, "json_schema": Mapping}
 JSON_SCHEMA: dict[str, Any] = {"name": str, "description": str, "schema": Mapping, "strict": bool}
 STREAM_OPTIONS: dict[str, Any] = {"include_usage": bool}
@@ -85,7 +88,7 @@ REFUSED = {
     "web_search_options": Refused((), "the server reaches no network"),
     "store": Refused((False,), "the server keeps nothing"),
     "service_tier": Refused(("auto", "default"), "there is one tier"),
-    "echo": Refused((False,), "put the prompt before the answer yourself"),
+    "echo": Refused((False,), "only /v1/completions repeats its prompt"),
     "best_of": Refused((1,), "ask for n, and choose by logprobs"),
 }
 

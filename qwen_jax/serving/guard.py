@@ -13,8 +13,8 @@ from qwen_jax.serving.metrics import Metrics
 from qwen_jax.serving.refusal import RefusalError
 from qwen_jax.terminal import visible
 
-OPEN = ("/health",)
-"""Paths that need no key: whoever restarts servers has none."""
+OPEN = ("/", "/health")
+"""Paths that need no key: a page that asks for it, and what whoever restarts servers looks at."""
 
 
 class Guard:

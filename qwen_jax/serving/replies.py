@@ -1,12 +1,14 @@
 """Completions and pieces of text -> objects of OpenAI's API."""
 
 import dataclasses
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwen_jax.generation import Completion, Piece, TokenLogprob
+from qwen_jax.scoring import Score
 from qwen_jax.serving.asked import Asked
 from qwen_jax.serving.tool_calls import Call, ToolCalls
 from qwen_jax.text.tokenizer import Tokenizer
@@ -49,6 +51,14 @@ class Reply:
             "completion_tokens": answers,
             "total_tokens": prompt + answers,
         }
+
+    def repeat(self, prompt: Sequence[int]) -> None:
+        """The next prompt, which comes before its answers."""
+        raise NotImplementedError
+
+    def score(self, prompt: int, score: Score) -> None:
+        """Notes the log-probabilities of one of the prompts that are repeated."""
+        raise NotImplementedError
 
     def end(self, index: int, completion: Completion) -> None:
         """Notes an answer that is whole."""
@@ -100,15 +110,49 @@ class TextReply(Reply):
     def __init__(self, asked: Asked, tokenizer: Tokenizer, model: str):
         super().__init__(asked, tokenizer, model)
         self._offsets: dict[int, int] = {}
+        self._prompts: list[Sequence[int]] = []
+        self._scores: dict[int, Score] = {}
+
+    def repeat(self, prompt: Sequence[int]) -> None:
+        if self._asked.silent:
+            logprobs = () if self._asked.scores else None
+            for _ in range(self._asked.n):
+                index = len(self._ended)
+                self.end(index, Completion("", (), "length", len(prompt), logprobs))
+        self._prompts.append(prompt)
+
+    def score(self, prompt: int, score: Score) -> None:
+        self._scores[prompt] = score
 
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
-        shown = self._shown(completion.logprobs, completion.finish_reason)
+        text, reason = completion.text, completion.finish_reason
+        shown: Sequence[TokenLogprob] | None = completion.logprobs
+        if self._asked.echo:
+            place = index // self._asked.n
+            prompt = self._prompts[place]
+            text = self._tokenizer.decode(prompt, skip_special=False) + text
+            # Of all tokens: who counts them would miss the one that ends the text.
+            if shown is not None:
+                shown = (*self._echoed(prompt, self._scores.get(place)), *shown)
+        else:
+            shown = self._shown(shown, reason)
         return {
             "index": index,
-            "text": completion.text,
+            "text": text,
             "logprobs": self._logprobs(index, shown),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": reason,
         }
+
+    def _echoed(self, prompt: Sequence[int], score: Score | None) -> Iterator[TokenLogprob]:
+        """A prompt's tokens; nothing comes before the first one, which has no probability."""
+        yield TokenLogprob(prompt[0], math.nan)
+        if score is None:  # There is no other.
+            return
+        wanted = self._asked.options["top_logprobs"]
+        for token, own, best, first in zip(prompt[1:], *score[:3], strict=True):
+            # Where two tokens have one name, that of the likeliest counts.
+            entries = ((token, float(own)), (int(first), float(best)))
+            yield TokenLogprob(token, float(own), entries if wanted else ())
 
     def delta(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
         text = piece.text
@@ -132,9 +176,13 @@ class TextReply(Reply):
         self._offsets[index] = at
         return {
             "tokens": names,
-            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "token_logprobs": [
+                None if math.isnan(entry.logprob) else _finite(entry.logprob) for entry in entries
+            ],
             "top_logprobs": [
-                {self._name(token): _finite(logprob) for token, logprob in entry.top}
+                None
+                if math.isnan(entry.logprob)
+                else {self._name(token): _finite(logprob) for token, logprob in entry.top}
                 for entry in entries
             ],
             "text_offset": offsets,

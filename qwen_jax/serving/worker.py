@@ -14,8 +14,11 @@ from absl import logging
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Failed, Piece, Request, Running, Timings
+from qwen_jax.scoring import Scored, ToScore
 from qwen_jax.serving.refusal import RefusalError
 
+Work = Request | ToScore
+News = Piece | Scored
 LONGEST_RETRY = 60
 """Seconds after which a caller is told to come back, at most."""
 
@@ -24,12 +27,12 @@ class Told(NamedTuple):
     """News of the request at this place in a caller's list."""
 
     place: int
-    news: Piece | RefusalError
+    news: News | RefusalError
 
 
 class _Entry(NamedTuple):
-    request: Request
-    tell: Callable[[Piece | RefusalError], None]
+    request: Work
+    tell: Callable[[News | RefusalError], None]
     begun: float
 
 
@@ -84,7 +87,7 @@ class Worker:
         """Tokens of all that has run."""
         return self._before + self._running.timings
 
-    def submit(self, requests: Sequence[Request]) -> "Answers":
+    def submit(self, requests: Sequence[Work]) -> "Answers":
         """Puts requests at the end of the line; called where an event loop runs.
 
         Raises:
@@ -154,8 +157,8 @@ class Worker:
             else:
                 self._tell(news.number, news)
 
-    def _tell(self, number: int, news: Piece | RefusalError) -> None:
-        over = isinstance(news, RefusalError) or news.completion is not None
+    def _tell(self, number: int, news: News | RefusalError) -> None:
+        over = not isinstance(news, Piece) or news.completion is not None
         with self._changed:
             entry = self._entries.pop(number, None) if over else self._entries.get(number)
         if entry is None:
@@ -184,16 +187,16 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[Told] = asyncio.Queue()
 
-    def teller(self, index: int) -> Callable[[Piece | RefusalError], None]:
+    def teller(self, index: int) -> Callable[[News | RefusalError], None]:
         """What the worker's thread calls with news of a request."""
 
-        def tell(news: Piece | RefusalError) -> None:
+        def tell(news: News | RefusalError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._told.put_nowait, Told(index, news))
 
         return tell
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, News], None]:
         """All of them, as they come, with the request's index. Raises RefusalError where one can't
         be answered."""
         left = len(self.numbers)
@@ -201,7 +204,7 @@ class Answers:
             index, news = await self._told.get()
             if isinstance(news, RefusalError):
                 raise news
-            left -= news.completion is not None
+            left -= isinstance(news, Scored) or news.completion is not None
             yield index, news
 
     def close(self) -> None:

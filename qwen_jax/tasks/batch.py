@@ -163,6 +163,8 @@ class _Run:
         wanted = understand(body, self._seeded(name), draw=False)
         if wanted.stream:
             raise UserError(f"{where}: stream is true, but a batch's answers are whole.")
+        if wanted.echo:
+            raise UserError(f"{where}: echo is true, which only the server takes; leave it out.")
         requests = wanted.requests(self._model, None)
         reply = form(wanted, self._model.tokenizer, self._config.model)
         return _Job(place, name, wanted, reply, wanted.answers), requests

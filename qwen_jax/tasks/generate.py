@@ -154,8 +154,10 @@ def _check_trace(config: ConfigDict) -> None:
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
     """What the model will be asked for, as far as that is known before it is there."""
     options = [item.options for item in _right(items)]
-    choices = {repr(c): c for c in ((o["sampling"], o["top_logprobs"]) for o in options)}
-    return Expected(_samples(items, config.n), [*choices.values()])
+    free = [o for o in options if o.get("constraint") is None]
+    choices = {repr(c): c for c in ((o["sampling"], o["top_logprobs"]) for o in free)}
+    constrained = len(free) < len(options)
+    return Expected(_samples(items, config.n), [*choices.values()], constrained)
 
 
 def load(config: ConfigDict, expected: Expected | None = None) -> Model:

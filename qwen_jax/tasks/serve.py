@@ -13,6 +13,7 @@ from qwen_jax.serving.limits import Key, Limits
 from qwen_jax.settings import Command
 from qwen_jax.tasks.generate import load
 from qwen_jax.terminal import visible
+from qwen_jax.text import constraint
 
 
 def run(command: Command) -> int:
@@ -30,8 +31,11 @@ def run(command: Command) -> int:
         pins.pin_and_tell(config, pins.OF_RUN)
         with startup.timed("load"):
             model = load(config)
-        with startup.timed("compile"):
-            model.engine.compile()  # so that no caller waits for it
+        with startup.timed("compile"):  # so that no caller waits for it
+            constrained = constraint.is_installed()
+            if constrained:
+                constraint.ready(model.tokenizer)
+            model.engine.compile(constrained=constrained)
         asked = settings.asked(config, command.overrides)
         config = recommended.resolved(config, model.recommended, asked)
         sampling = prompts.sampling_of(config)

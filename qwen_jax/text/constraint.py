@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +22,9 @@ Kind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as Python writes it: a model that may put white space anywhere may write nothing else."""
 _ROOT = "the JSON schema"
+FEW, FEW_WORDS = 16, 1 << 14
+"""Below so many rows, or words of all masks, threads cost more than they save: eight masks of 2,048
+tokens take 71 µs one after the other and 129 on two threads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,51 +101,92 @@ class Matcher:
     """One answer under a constraint, while it grows.
 
     Raises UserError where the constraint makes no sense or llguidance can't do it.
+
+    Attributes:
+        forced: the tokens that must come next, as far as they were found when the last mask was
+            made: where only one text can come, it is spelt as the tokenizer spells it.
     """
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer):
-        from llguidance import LLMatcher
-
-        self._stop_ids = frozenset(tokenizer.stop_ids)
-        self._words = -(-tokenizer.vocab_size // 32)
-        self._matcher = LLMatcher(_tokenizer(tokenizer), _grammar(constraint), log_level=0)
-        said = [self._matcher.get_error(), *self._matcher.get_grammar_warnings()]
-        if why := next(filter(None, said), ""):
-            first = " ".join(why.split("<state>")[0].split()).rstrip(".")
-            raise UserError(f"The {constraint.kind} can't be used: {first:.400}; correct it.")
+        known = _known_of(tokenizer)
+        self._stop_ids, self._words = known.stop_ids, known.words
+        self._matcher = known.begun(constraint).deep_copy()
+        self.forced: list[int] = []
 
     @staticmethod
     def fill(
-        matchers: Sequence["Matcher"], masks: UInt32[np.ndarray, "B words"]
+        matchers: Sequence["Matcher | None"], masks: UInt32[np.ndarray, "B words"]
     ) -> list[str | None]:
         """Sets in each matcher's row of zeros the bits of all tokens that may come next, on several
         threads. Masks may be of more tokens than there are.
 
         Args:
-            matchers: of one tokenizer.
+            matchers: of one tokenizer; None leaves its row as it is.
 
         Returns:
             Of each, None, or why llguidance gives up.
         """
-        if not matchers:
-            return []
-        found = np.zeros((len(matchers), matchers[0]._words), np.uint32)
-        asked = [(matcher._matcher, row) for row, matcher in enumerate(matchers)]
-        each = found.shape[1] * found.itemsize
-        _executor().unsafe_compute_mask_ptr(asked, found.ctypes.data, each, len(found))
-        masks[:, : found.shape[1]] = found
-        return [matcher._why_not() for matcher in matchers]
+        free: list[tuple[Any, int]] = []
+        for row, matcher in enumerate(matchers):
+            if matcher is None:
+                continue
+            if matcher.forced:
+                token = matcher.forced[0]
+                masks[row, token // 32] = np.uint32(1 << token % 32)
+            else:
+                free.append((matcher._matcher, row))
+        if free:
+            words = next(matcher._words for matcher in matchers if matcher is not None)
+            found = masks
+            if masks.shape[1] != words or not masks.flags.c_contiguous:
+                found = np.zeros((len(matchers), words), np.uint32)
+            _put_masks(free, found)
+            if found is not masks:
+                rows = [row for _, row in free]
+                masks[rows, :words] = found[rows]
+        # Most masks have many bits, which a few words of each show.
+        few = np.count_nonzero(masks[:, ::64], axis=1) <= 1
+        for inner, row in free:
+            if few[row] and np.count_nonzero(masks[row]) == 1:
+                matchers[row].forced = inner.compute_ff_tokens()  # type: ignore[union-attr]
+        return [None if matcher is None else matcher._why_not() for matcher in matchers]
 
-    def take(self, token: int) -> None:
-        """Goes on behind a token that may come next."""
-        if token not in self._stop_ids:
-            self._matcher.consume_token(token)
+    @staticmethod
+    def take(matchers: Sequence["Matcher"], tokens: Sequence[Sequence[int]]) -> None:
+        """Each goes on behind tokens that may come next."""
+        single: list[tuple[Any, int]] = []
+        for matcher, chosen in zip(matchers, tokens, strict=True):
+            matcher.forced = matcher.forced[len(chosen) :]
+            if len(chosen) == 1 and chosen[0] not in matcher._stop_ids:
+                single.append((matcher._matcher, chosen[0]))
+            else:
+                taken = [token for token in chosen if token not in matcher._stop_ids]
+                matcher._matcher.consume_tokens(taken)
+        if len(single) < FEW:
+            for inner, token in single:
+                inner.consume_token(token)
+        else:
+            _executor().consume_token_par(single)
 
     def _why_not(self) -> str | None:
         if not (why := self._matcher.get_error()):
             return None
-        first = " ".join(why.split("<state>")[0].split()).rstrip(".")
-        return f"The constraint is too much: {first:.400}; simplify it."
+        return f"The constraint is too much: {_first_line(why)}; simplify it."
+
+
+def ready(tokenizer: Tokenizer) -> None:
+    """Makes what all constraints of a tokenizer need, which takes seconds for a large one."""
+    _known_of(tokenizer)
+
+
+def _put_masks(matchers: Sequence[tuple[Any, int]], masks: UInt32[np.ndarray, "B words"]) -> None:
+    """The mask of each matcher of llguidance's into its row."""
+    at, each = masks.ctypes.data, masks.shape[1] * masks.itemsize
+    if masks.size < FEW_WORDS:
+        for matcher, row in matchers:
+            matcher.unsafe_compute_mask_ptr(at + row * each, each)
+    else:
+        _executor().unsafe_compute_mask_ptr(matchers, at, each, len(masks))
 
 
 @functools.cache
@@ -152,13 +197,17 @@ def _executor() -> Any:
     return LLExecutor()
 
 
+def is_installed() -> bool:
+    """Whether there is llguidance."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
 def check_installed() -> None:
-    """Raises UserError where there is no llguidance."""
-    if importlib.util.find_spec("llguidance") is None:
+    """Raises UserError where there is none."""
+    if not is_installed():
         raise UserError("llguidance is not installed; install qwen_jax[constrain].")
 
 
-@functools.lru_cache(maxsize=64)
 def _grammar(constraint: Constraint) -> str:
     from llguidance import LLMatcher
 
@@ -177,7 +226,8 @@ class _Vocabulary:
     """A tokenizer as llguidance asks for one."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+        # Weakly: llguidance keeps this, and is kept itself, as long as the tokenizer is there.
+        self._tokenizer = weakref.ref(tokenizer)
         size = tokenizer.vocab_size
         self.eos_token_id, self.bos_token_id = tokenizer.stop_ids[0], None
         visible = set(tokenizer.visible(range(size)))
@@ -189,21 +239,49 @@ class _Vocabulary:
     def __call__(self, text: bytes | str) -> list[int]:
         if isinstance(text, bytes):
             text = text.decode("utf-8", errors="replace")
-        return self._tokenizer.encode(text, parse_special=False)
+        tokenizer = self._tokenizer()
+        return [] if tokenizer is None else tokenizer.encode(text, parse_special=False)
 
 
-_known: "weakref.WeakKeyDictionary[Tokenizer, Any]" = weakref.WeakKeyDictionary()
+class _Known:
+    """What is made once for a tokenizer, and of it for a constraint."""
 
-
-def _tokenizer(tokenizer: Tokenizer) -> Any:
-    """llguidance's of the same tokens, made once."""
-    if tokenizer not in _known:
+    def __init__(self, tokenizer: Tokenizer):
         check_installed()
         from llguidance import LLTokenizer, TokenizerWrapper
 
+        self.stop_ids = frozenset(tokenizer.stop_ids)
+        self.words = -(-tokenizer.vocab_size // 32)
         wrapped = TokenizerWrapper(_Vocabulary(tokenizer))
-        _known[tokenizer] = LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids))
-    return _known[tokenizer]
+        self._tokenizer = LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids))
+        self.begun = functools.lru_cache(maxsize=64)(self._begun)
+
+    def _begun(self, constraint: Constraint) -> Any:
+        """A matcher of llguidance's before the first token."""
+        from llguidance import LLMatcher
+
+        found = LLMatcher(self._tokenizer, _grammar(constraint), log_level=0)
+        said = [found.get_error(), *found.get_grammar_warnings()]
+        if why := next(filter(None, said), ""):
+            text = f"The {constraint.kind} can't be used: {_first_line(why)}; correct it."
+            raise UserError(text)
+        return found
+
+
+_all_known: "weakref.WeakKeyDictionary[Tokenizer, _Known]" = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _known_of(tokenizer: Tokenizer) -> _Known:
+    with _making:
+        if tokenizer not in _all_known:
+            _all_known[tokenizer] = _Known(tokenizer)
+        return _all_known[tokenizer]
+
+
+def _first_line(why: str) -> str:
+    """What llguidance says, without its state."""
+    return f"{' '.join(why.split('<state>')[0].split()).rstrip('.'):.400}"
 
 
 def _as_json(value: Any, said: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 # This file is read before ../conftest.py has told JAX what to do, so it must not import JAX.
 if TYPE_CHECKING:
     from qwen_jax import api
+    from qwen_jax.options import Options
     from qwen_jax.serving.app import Server
     from qwen_jax.serving.limits import Key
 
@@ -54,8 +55,14 @@ Serve = Callable[..., contextlib.AbstractContextManager[Served]]
 
 
 @contextlib.contextmanager
-def served(model: api.Model, key: Key | None = None, **limits: Any) -> Iterator[Served]:
-    """A server of a model on a free port, until it is left."""
+def served(
+    model: api.Model, key: Key | None = None, options: Options | None = None, **limits: Any
+) -> Iterator[Served]:
+    """A server of a model on a free port, until it is left.
+
+    Args:
+        options: how it answers who doesn't say.
+    """
     import uvicorn
 
     from qwen_jax.engine.sampling import Sampling
@@ -65,7 +72,8 @@ def served(model: api.Model, key: Key | None = None, **limits: Any) -> Iterator[
     from qwen_jax.serving.limits import Limits
 
     bounds = Limits(port=0, **limits)
-    server = Server(model, "haiku", Options(max_tokens=24, sampling=Sampling()), bounds, key)
+    defaults = Options(**{"max_tokens": 24, "sampling": Sampling(), **(options or {})})
+    server = Server(model, "haiku", defaults, bounds, key)
     with listening.bound(bounds) as listener:
         runner = uvicorn.Server(listening.config_of(server.app, bounds))
         ended = threading.Event()

@@ -76,7 +76,6 @@ def test_a_field(haiku: Served, wrong: dict[str, Any], param: str | None, words:
         ({"prompt": [[]]}, "prompt is empty"),
         ({"prompt": [99999]}, "has the token 99999 at index 0"),
         ({"prompt": ["a", [1]]}, "must be"),
-        ({"prompt": "a", "echo": True}, "put the prompt before the answer yourself"),
         ({"prompt": "a", "best_of": 2}, "ask for n"),
         ({"prompt": "a", "suffix": "b"}, "no tokens for filling in the middle"),
         ({"prompt": "a", "logprobs": True}, "must be a whole number"),

@@ -90,7 +90,7 @@ def test_texts_that_are_cancelled_leave_the_others_alone(
     cancelled: dict[Text, int] = {}
 
     def cancel_some(scheduler: Scheduler, told: list[News]) -> None:
-        there = [t for t in texts if (t.pages or t in scheduler._waiting) and not t.over]
+        there = [t for t in texts if (t.pages or t in scheduler._entrance.waiting) and not t.over]
         if there and rng.random() < 0.3:
             text = there[rng.integers(len(there))]
             scheduler.cancel(text)

@@ -41,6 +41,7 @@ class Engine:
         layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
         pages: what the device holds of them between calls, made when first asked for.
+        draft_tokens: drafted for a text in a step, at most; 0 where nothing is.
         others: engines of the same model on other devices, which take a share of its texts.
         lock: held by who deals pages out or calls a program, which takes the pool along.
     """
@@ -56,6 +57,7 @@ class Engine:
         self.platform = next(iter(self.weights.devices())).platform
         self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
         self.pool = Pool(self.layout.pages)
+        self.draft_tokens = options.get("draft_tokens", 0)
         self.others: tuple[Engine, ...] = ()
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None

@@ -31,6 +31,8 @@ class EngineOptions(TypedDict, total=False):
         split: the devices that have the model together; by default the first one has all of it.
         sharers: devices that take as much memory as one of these, which on a CPU is the same; by
             default those of `split`.
+        draft_tokens: tokens of a text that are drafted for one step, at most; 0, the default, for
+            no speculation: see `docs/speculation.md`.
     """
 
     stop_ids: Sequence[int]
@@ -44,6 +46,7 @@ class EngineOptions(TypedDict, total=False):
     batch_invariant: bool
     split: Whole
     sharers: int
+    draft_tokens: int
 
 
 class Layout(NamedTuple):

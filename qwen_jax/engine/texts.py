@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import UInt32
 
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from qwen_jax.engine.drafts import Record
 
 NO_SLOT = -1
 
@@ -55,6 +58,7 @@ class Text:
         self.expected = 0  # tokens there may be after the calls that are under way
         self.row = np.zeros(0, np.int32)  # of `steps.Rows`
         self.over = False
+        self.record: Record | None = None  # of drafts, where there may be any
 
     @property
     def entering(self) -> int:

@@ -24,7 +24,7 @@ from qwen_jax.engine.lookup import NO_DRAFT, lookup
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.steps import Emitted, Extras, Pages, Rows, State
-from qwen_jax.engine.weights import Preceding, Weights
+from qwen_jax.engine.weights import Weights
 from qwen_jax.model.cache import PAGE, Cache
 
 REJECTED = -4
@@ -140,7 +140,7 @@ def speculate(
             Cache(before.pages, tables),
             rows.start + own.generated + ahead,
             live,
-            Preceding(jnp.where(live, ahead, 0), drafting.most),
+            jnp.where(live, ahead, 0),
         )
         seen = counts
         if drafting.penalised and counts is not None:

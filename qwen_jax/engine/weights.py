@@ -8,7 +8,7 @@ the kernel takes.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +43,6 @@ if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
     from qwen_jax.model.decoder import Parameters, Qwen2
 
 
-class Preceding(NamedTuple):
-    """Of each row, how many rows just before it are its own text's preceding positions.
-
-    Attributes:
-        rows: 0 of a row that isn't live.
-        most: what none exceeds.
-    """
-
-    rows: Int[Array, "B"]
-    most: int
-
-
 class Forward(Protocol):
     """A token of every row, the cache, the tokens' positions and which rows are live, to the logits
     after them and the cache with the live rows' keys and values."""
@@ -65,11 +53,12 @@ class Forward(Protocol):
         cache: Cache,
         position: Int[Array, "B"],
         live: Bool[Array, "B"],
-        preceding: Preceding | None = None,
+        preceding: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """
         Args:
-            preceding: where rows are several positions of one text.
+            preceding: of each row, how many rows just before it are its own text's preceding
+                positions, where there are such; 0 of a row that isn't live.
         """
 
 
@@ -154,7 +143,7 @@ def _step(
     cache: Cache,
     position: Int[Array, "B"],
     live: Bool[Array, "B"],
-    preceding: Preceding | None = None,
+    preceding: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """As `Forward` says; a row that isn't live has no length, so that it writes nothing. A layer
     writes the keys and values of all rows before any of them looks."""
@@ -255,7 +244,7 @@ class PackedWeights:
         cache: Cache,
         position: Int[Array, "B"],
         live: Bool[Array, "B"],
-        preceding: Preceding | None = None,
+        preceding: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """A row that isn't live goes along as the shortest row, which costs least."""
         logits, new = pallas_kernels.decode_step(
@@ -267,8 +256,7 @@ class PackedWeights:
             jnp.where(live, position, 0),
             jnp.asarray(inverse_frequencies(self.config)),
             attention_factor=self.config.attention_factor,
-            preceding=None if preceding is None else preceding.rows,
-            most_preceding=0 if preceding is None else preceding.most,
+            preceding=preceding,
             implementation=self.implementation,
         )
         return logits, cache.write_all(new, position, live)

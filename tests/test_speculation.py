@@ -47,9 +47,11 @@ texts = st.lists(st.integers(0, 2), min_size=1, max_size=WIDTH)
 @given(texts, st.integers(0, WIDTH - 1))
 def test_host_and_device_look_up_what_the_definition_says(tokens: list[int], begun: int) -> None:
     begun = min(begun, len(tokens) - 1)
-    host = Lookup(tokens[: begun + 1])
+    growing = tokens[: begun + 1]
+    host = Lookup(growing)
     for token in tokens[begun + 1 :]:
-        host.add(token)
+        growing.append(token)
+        host.grown()
     right = looked_up(tokens, 7)
     assert host.draft(7) == right
     history = np.full((1, WIDTH), 1, np.int32)  # what is behind the end counts for nothing
@@ -89,15 +91,15 @@ class AtRandom(Drafts):
 
 def repetitive(rng: np.random.Generator) -> Text:
     """A prompt of which parts come again, so that some of what is looked up may be right."""
-    text = drawn_text(rng)
+    text = drawn_text(rng, 100, 40)
     part = list(text.tokens[: int(rng.integers(1, 40))])
-    return dataclasses.replace(text, tokens=(part * 3 + list(text.tokens))[:300])
+    return dataclasses.replace(text, tokens=(part * 3 + list(text.tokens))[:200])
 
 
 @functools.cache
 def drawn() -> tuple[Text, ...]:
     rng = np.random.default_rng(7)
-    return tuple(repetitive(rng) for _ in range(40))
+    return tuple(repetitive(rng) for _ in range(20))
 
 
 @functools.cache
@@ -107,21 +109,21 @@ def expected() -> tuple[Outcome, ...]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "options"),
-    [(7, {}), (3, {"ahead": True})],
+    "options",
+    [{}, {"ahead": True}],
     ids=["cpu", "ahead"],
 )
 def test_texts_are_those_without_drafts(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, options: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """Bit for bit, log-probabilities too: greedy and hot, filtered, penalised, biased, beside
     others that have drafts or none."""
     monkeypatch.setattr(decoding, "Drafts", AtRandom)
     texts = [again(text) for text in drawn()]
-    told = watched(speculating(tokens, **options), texts)
+    told = watched(speculating(**options), texts)
     for i, (text, right) in enumerate(zip(texts, expected(), strict=True)):
         assert Outcome.of(text, told) == right, f"text {i}"
     records = [text.record for text in texts if text.record is not None]
-    assert sum(record.accepted for record in records) > 100
+    assert sum(record.accepted for record in records) > 50
     penalised = [t.record for t in texts if t.sampling.repetition_penalty != 1]
     assert sum(record.accepted for record in penalised if record is not None) > 0

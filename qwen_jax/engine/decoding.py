@@ -8,10 +8,12 @@ import numpy as np
 
 from pallas_kernels.sample_tokens import pack, words
 from qwen_jax.engine import calls, speculate, steps
-from qwen_jax.engine.drafts import Drafts, Grant
+from qwen_jax.engine.draft_model import catch_up, share_of
+from qwen_jax.engine.drafts import TRIAL, Drafts, Grant
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.reading import logprobs_of, why_not
 from qwen_jax.engine.sampling import PLANS, Plan, changes_scores, has_penalties, settings_of
+from qwen_jax.engine.shapes import fitting
 from qwen_jax.engine.speculate import Drafting, Lanes
 from qwen_jax.engine.texts import News, Text
 
@@ -48,8 +50,9 @@ class Decoding:
         self._extras: steps.Extras | None = None
         self._history: speculate.History | None = None
         self._drafts: Drafts | None = None
-        if most := engine.draft_tokens:
-            self._drafts = Drafts(engine.shapes, most)
+        if most := engine.layout.draft_tokens:
+            share = None if engine.draft is None else share_of(engine.draft, engine)
+            self._drafts = Drafts(engine.shapes, most, share)
 
     def begin(self, text: Text) -> None:
         """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
@@ -68,7 +71,7 @@ class Decoding:
             allowed = np.zeros(words(vocab), np.uint32)
             self._extras = calls.insert(self._all_extras(), slot, seen, allowed, bias)
         if self._drafts is not None and text.constraint is None:
-            text.record = self._drafts.record(text)
+            text.record = self._drafts.record(text.tokens)
             history = self._all_history()
             tokens = np.zeros(history.shape[1], np.int32)
             tokens[: len(text.tokens)] = text.tokens
@@ -104,9 +107,13 @@ class Decoding:
         grant = None
         if self._drafts is not None:
             grant = self._drafts.grant([text.record for text in texts if text.record is not None])
+        times = TRIAL if grant is not None and grant.trial else self._engine.shapes.steps
         for text in texts:
-            text.expected = min(text.expected + self._engine.shapes.steps, text.limit)
-        made = self._plainly(texts, plan) if grant is None else self._with(grant, texts, plan)
+            text.expected = min(text.expected + times, text.limit)
+        if grant is None:
+            made = self._plainly(texts, plan)
+        else:
+            made = self._with(grant, texts, plan, times)
         for text in texts:
             if text.expected >= text.limit:
                 self.leave(text)
@@ -134,12 +141,17 @@ class Decoding:
             self._drafts.ledger.plain(engine.shapes.steps)
         return Steps(texts, widths, emitted)
 
-    def _with(self, grant: Grant, texts: list[Text], plan: Plan) -> Steps:
+    def _with(self, grant: Grant, texts: list[Text], plan: Plan, times: int) -> Steps:
         """The same with drafts."""
-        engine, widths = self._engine, grant.widths
+        engine, widths, draft = self._engine, grant.widths, self._engine.draft
+        drafted = [text for text, width in zip(texts, widths, strict=True) if width > 1]
+        if draft is not None:
+            catch_up(draft, drafted)
         rows = self._rows(texts, widths, grant.size)
         held = [text.pages for text, width in zip(texts, widths, strict=True) for _ in range(width)]
         penalised = any(has_penalties(text.sampling) for text in texts)
+        # A draft model's steps have a row for each text that it drafts for.
+        room = grant.size if draft is None else fitting(engine.shapes.rows, len(drafted))
         found = calls.speculate(
             engine.spec,
             engine.weights,
@@ -148,14 +160,20 @@ class Decoding:
             self._state,
             self._all_extras() if plan.sampled else None,
             self._all_history(),
-            None,
-            None,
-            (rows, _lanes(widths, grant.size, grant.size)),
+            None if draft is None else draft.weights,
+            None if draft is None else draft.pages,
+            (rows, _lanes(widths, grant.size, room)),
             plan,
-            Drafting(engine.draft_tokens, penalised),
-            engine.shapes.steps,
+            Drafting(
+                engine.layout.draft_tokens,
+                penalised,
+                None if draft is None else draft.spec.without_tokenizer,
+            ),
+            times,
         )
-        engine.pages, self._state, extras, self._history, _, emitted = found
+        engine.pages, self._state, extras, self._history, pages, emitted = found
+        if draft is not None:
+            draft.pages = pages
         if extras is not None:
             self._extras = extras
         return Steps(texts, widths, emitted, grant.cost)
@@ -239,9 +257,12 @@ class Decoding:
                 continue
             if text.constraint is not None:
                 text.constraint.take(chosen[0])
-            if text.record is not None:
-                drafted = (own[:, 1:] != steps.NOT_LIVE).sum(axis=1) if width > 1 else np.zeros(0)
-                text.record.read(chosen, drafted.tolist(), grown[: len(drafted), number].tolist())
+            if text.record is not None and call.cost is not None and width > 1:
+                drafted = int((own[:, 1:] != steps.NOT_LIVE).sum())
+                each = grown[:, number].tolist()
+                text.record.read_drafted(chosen, drafted, each, call.cost)
+            elif text.record is not None:
+                text.record.read(chosen)
             stopped = chosen[-1] in self._engine.spec.stop_ids
             text.given += len(chosen)
             text.over = stopped or text.given >= text.limit

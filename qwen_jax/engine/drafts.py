@@ -2,8 +2,8 @@
 
 A step of more rows takes longer. What drafts bring is known from what they brought lately; where
 tokens are looked up, also while there are none, since the same looking up on the host says what a
-draft would have been and the text what would have been accepted. Whatever that promises, a ledger
-bounds what was lost.
+draft would have been and the text what would have been accepted. A draft model has to be tried, a
+few steps at a time. Whatever either promises, a ledger bounds what was lost.
 """
 
 import dataclasses
@@ -12,22 +12,23 @@ from typing import NamedTuple
 
 from qwen_jax.engine.lookup import Lookup
 from qwen_jax.engine.shapes import Shapes, fitting
-from qwen_jax.engine.texts import Text
 
 MOST_DRAFTED = 15
 """Tokens of a draft, at most: of more the last ones are hardly ever accepted."""
 USUAL_DRAFTED = 7
 ENOUGH = 3
-"""Tokens of a draft for which it takes no larger step than there is already."""
+"""Tokens of a draft for which no larger step is taken than there would be anyway."""
 RECENT = 0.25
 """Weight of a text's last step in what drafts are worth to it."""
 MARGIN, OVERHEAD = 1.5, 0.1
 """Drafts have to promise so many times what a larger step costs, and this share of a step besides:
 looking up takes time, too."""
-LOSS_SHARE, LOSS_FREE = 0.02, 2.0
+LOSS_SHARE, LOSS_FREE = 0.015, 1.0
 """What drafts may have cost in all: a share of all steps, and so many steps besides."""
 MOST_CREDIT = 16.0
-"""Steps gained that count against later losses."""
+"""Steps gained that count against later losses, at most."""
+TRIAL = 2
+"""Steps of a call in which a draft model is tried. The next such call waits for what it brought."""
 RECOVERY = 0.02
 """How much of its first promise a draft model has again after each token without one."""
 
@@ -39,15 +40,13 @@ class Grant(NamedTuple):
         size: rows of the program.
         widths: of each text so many rows, one more than there are drafted tokens.
         cost: of its steps, in steps without drafts.
+        trial: whether it is to have few steps.
     """
 
     size: int
     widths: list[int]
     cost: float
-
-    @property
-    def drafting(self) -> list[bool]:
-        return [width > 1 for width in self.widths]
+    trial: bool = False
 
 
 class Record:
@@ -60,46 +59,65 @@ class Record:
             where tokens are looked up, which the text itself tells.
 
     Attributes:
+        tokens: all that are known.
         worth: tokens a step, as of late.
         drafted, accepted: tokens, in all.
+        missing: positions that the draft model has not seen, each from the first to after the last.
+        proven: whether the last drafts paid; drafts that are looked up need no trial.
+        tried: whether drafts are being tried, and it is not known yet what they bring.
     """
 
     def __init__(self, tokens: Sequence[int], most: int, promise: float | None):
-        self.most, self.drafted, self.accepted = most, 0, 0
-        self._promise, self.worth = promise, 1.0 if promise is None else promise
-        self._lookup = Lookup(tokens) if promise is None else None
+        self.tokens = list(tokens)
+        self.drafted = self.accepted = 0
+        self.worth = 1.0 if promise is None else promise
+        self.missing: list[tuple[int, int]] = []
+        self.proven, self.tried = promise is None, False
+        self._most, self._promise = most, promise
+        self._lookup = Lookup(self.tokens) if promise is None else None
         self._draft: list[int] = [] if self._lookup is None else self._lookup.draft(most)
         self._agreed = 0
 
-    def read(self, tokens: Sequence[int], drafted: Sequence[int], grown: Sequence[int]) -> None:
-        """Goes on behind what a call chose.
+    def read(self, chosen: Sequence[int]) -> None:
+        """Goes on behind what a call without drafts chose."""
+        if self._promise is not None:
+            first = len(self.tokens) - 1
+            self.missing.append((first, first + len(chosen)))
+            self.worth += RECOVERY * len(chosen) * max(self._promise - self.worth, 0)
+        self._follow(chosen)
+
+    def read_drafted(
+        self, chosen: Sequence[int], drafted: int, grown: Sequence[int], cost: float
+    ) -> None:
+        """Goes on behind what a call with drafts chose.
 
         Args:
-            tokens: all it chose.
-            drafted: tokens that were drafted in each of its steps; nothing in one without drafts.
-            grown: tokens that each of these steps gave.
+            drafted: tokens, in all.
+            grown: tokens that each of its steps gave, 0 of those after the text's end.
+            cost: of a step.
         """
-        self.drafted += sum(drafted)
+        self.drafted += drafted
         self.accepted += sum(n - 1 for n in grown if n)
-        if self._lookup is not None:
-            for token in tokens:
-                self._follow(token, self._lookup)
-            return
-        assert self._promise is not None
-        for n in filter(None, grown):
-            self.worth += RECENT * (n - self.worth)
-        if not grown:
-            self.worth += RECOVERY * len(tokens) * max(self._promise - self.worth, 0)
+        self.tried = False
+        if self._promise is not None:
+            for n in filter(None, grown):
+                self.worth += RECENT * (n - self.worth)
+            self.proven = self.worth > cost
+        self._follow(chosen)
 
-    def _follow(self, token: int, lookup: Lookup) -> None:
+    def _follow(self, chosen: Sequence[int]) -> None:
         """A draft is followed as far as it agrees; the token after that is the model's own."""
-        agrees = self._agreed < len(self._draft) and self._draft[self._agreed] == token
-        lookup.add(token)
-        if agrees:
-            self._agreed += 1
-            return
-        self.worth += RECENT * (1 + self._agreed - self.worth)
-        self._draft, self._agreed = lookup.draft(self.most), 0
+        for token in chosen:
+            agrees = self._agreed < len(self._draft) and self._draft[self._agreed] == token
+            self.tokens.append(token)
+            if self._lookup is None:
+                continue
+            self._lookup.grown()
+            if agrees:
+                self._agreed += 1
+                continue
+            self.worth += RECENT * (1 + self._agreed - self.worth)
+            self._draft, self._agreed = self._lookup.draft(self._most), 0
 
 
 @dataclasses.dataclass
@@ -131,17 +149,17 @@ class Drafts:
 
     Args:
         most: tokens of a draft.
-        share: what a draft model's step of one token takes, in steps of the model; None where
-            tokens are looked up.
+        share: what a draft model takes for one token, in steps of the model; None where tokens are
+            looked up.
     """
 
     def __init__(self, shapes: Shapes, most: int, share: float | None = None):
         self._shapes, self._most, self._share = shapes, most, share
         self.ledger = Ledger()
 
-    def record(self, text: Text) -> Record:
-        """Of a text that begins."""
-        return Record(text.tokens, self._most, None if self._share is None else 1 + self._most / 2)
+    def record(self, tokens: Sequence[int]) -> Record:
+        """Of a text that begins with these."""
+        return Record(tokens, self._most, None if self._share is None else 1 + self._most / 2)
 
     def grant(self, records: Sequence[Record]) -> Grant | None:
         """The smallest step with room for drafts that pay, or None where there is none.
@@ -154,20 +172,20 @@ class Drafts:
         texts, found = len(records), None
         usual = self._shapes.cost(fitting(self._shapes.rows, texts))
         by_worth = sorted(range(texts), key=lambda i: -records[i].worth)
+        by_worth = [i for i in by_worth if records[i].worth > 1 + OVERHEAD and not records[i].tried]
         for size in self._shapes.rows:
-            if (spare := size - texts) < 1:
+            if (spare := size - texts) < 1 or not by_worth:
                 continue
-            count = min(texts, max(1, spare // ENOUGH))
-            count = sum(records[i].worth > 1 + OVERHEAD for i in by_worth[:count])
-            if count == 0:
-                break
-            each = min(self._most, spare // count)
+            best = by_worth[: max(1, spare // ENOUGH)]
+            each = min(self._most, spare // len(best))
             cost = self._shapes.cost(size) / usual + (self._share or 0) * (each + 1)
-            gained = sum(min(records[i].worth - 1, each) for i in by_worth[:count])
+            gained = sum(min(records[i].worth - 1, each) for i in best)
             if gained < texts * (MARGIN * (cost - 1) + OVERHEAD):
                 continue
-            chosen = set(by_worth[:count])
-            widths = [1 + each * (i in chosen) for i in range(texts)]
-            if found is None or found.widths[by_worth[0]] <= ENOUGH:
-                found = Grant(size, widths, cost)
+            if found is None or max(found.widths) <= ENOUGH:
+                widths = [1 + each * (i in best) for i in range(texts)]
+                found = Grant(size, widths, cost, not all(records[i].proven for i in best))
+        if found is not None and found.trial:
+            for record, width in zip(records, found.widths, strict=True):
+                record.tried = width > 1
         return found

@@ -41,7 +41,7 @@ class Engine:
         layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
         pages: what the device holds of them between calls, made when first asked for.
-        draft_tokens: drafted for a text in a step, at most; 0 where nothing is.
+        draft: the draft model, where there is one; its pages are used as this one's are.
         others: engines of the same model on other devices, which take a share of its texts.
         lock: held by who deals pages out or calls a program, which takes the pool along.
     """
@@ -57,7 +57,7 @@ class Engine:
         self.platform = next(iter(self.weights.devices())).platform
         self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
         self.pool = Pool(self.layout.pages)
-        self.draft_tokens = options.get("draft_tokens", 0)
+        self.draft: Engine | None = None
         self.others: tuple[Engine, ...] = ()
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
@@ -86,9 +86,16 @@ class Engine:
     def revive(self) -> None:
         """Before pages are dealt out: a call that failed, or an interrupt just after one, has taken
         the pool along, and what it held is lost."""
-        if self._pages is not None and self._pages.is_deleted():
-            self._pages = None
+        engines = [self] if self.draft is None else [self, self.draft]
+        if any(one._pages is not None and one._pages.is_deleted() for one in engines):
+            for one in engines:
+                one._pages = None
             self.pool.forget_all()
+
+    def drafts_with(self, draft: "Engine") -> None:
+        """Has a smaller model of the same vocabulary draft, which takes as many pages."""
+        draft.layout = draft.layout._replace(pages=self.layout.pages)
+        self.draft = draft
 
     def compile(self) -> None:
         """Compiles all that requests usually need, so that nothing is compiled after."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.extending import Pieces
 from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.engine.texts import NO_SLOT, News, Text
 from qwen_jax.errors import UserError
@@ -157,25 +158,21 @@ class Entrance:
         return self._engine.pieces_for(len(pieces))
 
     def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> Iterator[Scoring]:
-        engine, padded = self._engine, pieces[0][1].padded
-        scored = _scored(*pieces[0])
-        tokens = np.zeros((rows, padded), np.int32)
-        start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        targets = np.zeros_like(tokens)
-        for row, (text, piece) in enumerate(pieces):
-            stop = piece.start + piece.length
-            tokens[row, : piece.length] = text.tokens[piece.start : stop]
-            if scored:
-                targets[row, : piece.length] = text.tokens[piece.start + 1 : stop + 1]
-            start[row], lengths[row] = piece.start, stop
-        tables = engine.tables([text.pages for text, _ in pieces], rows)
-        given = engine.weights, engine.pages, tables, tokens, start, lengths
+        engine = self._engine
+        put = Pieces.of(engine, pieces, [text.tokens for text, _ in pieces], rows)
         scoring: list[Scoring] = []
-        if scored:
-            engine.pages, found = calls.score(engine.spec, *given, targets)
+        if _scored(*pieces[0]):
+            targets = np.zeros_like(put.tokens)
+            for row, (text, piece) in enumerate(pieces):
+                after = text.tokens[piece.start + 1 : piece.start + piece.length + 1]
+                targets[row, : piece.length] = after
+            given = engine.weights, engine.pages, *put, targets
+            engine.pages, found = calls.score(engine.spec, *given)
             scoring = [Scoring(pieces, found)]
         else:
-            engine.pages = calls.extend(engine.spec.without_tokenizer, *given)
+            put.into(engine)
+        if engine.draft is not None:  # whose pages are shared, too
+            put.into(engine.draft)
         for text, piece in pieces:
             if (piece.start + piece.length) % PAGE == 0:
                 engine.pool.filled(text.pages[piece.start // PAGE])

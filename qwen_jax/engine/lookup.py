@@ -5,8 +5,6 @@ over the prompt and the answer. It is there twice, on a device for the steps of 
 host, which thus knows what drafts would have been worth where there were none.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -44,25 +42,24 @@ def lookup(history: Int[Array, "R H"], length: Int[Array, "R"], most: int) -> In
 
 
 class Lookup:
-    """The same of one text on the host, token by token."""
+    """The same on the host, of a list of tokens that grows at its end."""
 
-    def __init__(self, tokens: Sequence[int]):
-        self._tokens = list(tokens)
-        # Where each run of tokens ended last, and the time before that.
+    def __init__(self, tokens: list[int]):
+        self._tokens = tokens
+        # Where each run of tokens ended last that something stands behind.
         self._ends: dict[tuple[int, ...], int] = {}
         for n in range(SHORTEST, LONGEST + 1):
-            runs = zip(*(self._tokens[i:-1] for i in range(n)), strict=False)
-            self._ends.update(zip(runs, range(n - 1, len(self._tokens)), strict=False))
+            runs = zip(*(tokens[i:-1] for i in range(n)), strict=False)
+            self._ends.update(zip(runs, range(n - 1, len(tokens)), strict=False))
 
-    def add(self, token: int) -> None:
-        """One more token; the runs that the last one ended have something behind them now."""
-        end = len(self._tokens) - 1
+    def grown(self) -> None:
+        """One token has come: the runs before it have something behind them now."""
+        end = len(self._tokens) - 2
         for n in range(SHORTEST, min(LONGEST, end + 1) + 1):
-            self._ends[tuple(self._tokens[end + 1 - n :])] = end
-        self._tokens.append(token)
+            self._ends[tuple(self._tokens[end + 1 - n : end + 1])] = end
 
     def draft(self, most: int) -> list[int]:
-        """What may come next."""
+        """What may come next, or nothing."""
         tokens = self._tokens
         for n in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
             if (end := self._ends.get(tuple(tokens[-n:]))) is not None:

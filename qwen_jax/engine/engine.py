@@ -92,6 +92,11 @@ class Engine:
                 one._pages = None
             self.pool.forget_all()
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token takes in the cache."""
+        return bytes_per_token(self.spec.split.part(self.config), self.spec.cache.itemsize)
+
     def drafts_with(self, draft: "Engine") -> None:
         """Has a smaller model of the same vocabulary draft, which takes as many pages."""
         draft.layout = draft.layout._replace(pages=self.layout.pages)
@@ -170,8 +175,7 @@ class Engine:
     def check_fits(self, positions: int) -> None:
         """Raises UserError where so many tokens of one text are more than the whole cache."""
         if pages_for(positions) > self.pool.size:
-            part = self.spec.split.part(self.config)
-            each = bytes_per_token(part, self.spec.cache.itemsize)
+            each = self.bytes_per_token
             raise UserError(
                 f"A text of {positions} tokens needs {show_bytes(positions * each)} for keys and "
                 f"values, but there is room for {self.pool.size * PAGE} tokens, "

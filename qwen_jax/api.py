@@ -26,7 +26,6 @@ from qwen_jax.choices import (
 )
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiling import Expected
-from qwen_jax.engine.drafts import USUAL_DRAFTED
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineOptions
 from qwen_jax.engine.sampling import Sampling
@@ -72,7 +71,7 @@ def load(
     mesh: str | None = None,
     speculate: str = "none",
     draft_model: str | Path | None = None,
-    draft_tokens: int = USUAL_DRAFTED,
+    draft_tokens: int | None = None,
     expected: Expected | None = None,
     sha256: str | None = None,
     progress: Progress | None = None,
@@ -104,7 +103,7 @@ def load(
             place where a text had its last few tokens, "draft" asks `draft_model`, "none" is the
             default. See docs/speculation.md.
         draft_model: a smaller model of the same vocabulary, named as `model` is.
-        draft_tokens: drafted for a text in a step, at most: 1 to 15.
+        draft_tokens: drafted for a text in a step, at most: 1 to 15; by default 7.
         expected: what will be asked for: compiled while the weights load. By default each program
             is compiled when it is first needed.
         sha256: what the GGUF file's SHA-256 must be.

@@ -57,20 +57,24 @@ def check_slots(slots: int | None) -> None:
         raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
 
 
-def check_speculation(method: str, draft_model: object, tokens: int, devices: int) -> None:
+def check_speculation(method: str, draft_model: object, tokens: int | None, devices: int) -> None:
     """Raises UserError for a kind of speculation that there is not, or that can't be had so.
 
     Args:
-        draft_model: None where none is given.
-        tokens: of a draft.
+        draft_model, tokens: None where they are not given.
         devices: that the model is dealt out to, or that have it.
     """
     _one_of("speculate", method, SPECULATION)
-    if not (is_whole(tokens) and 1 <= tokens <= MOST_DRAFTED):
+    if tokens is not None and not (is_whole(tokens) and 1 <= tokens <= MOST_DRAFTED):
         raise UserError(f"draft_tokens is {tokens!r:.60}, but it must be from 1 to {MOST_DRAFTED}.")
     if method == "draft" and draft_model is None:
         raise UserError(
             "speculate is 'draft', which needs draft_model, a smaller model of the same vocabulary."
+        )
+    if method == "none" and tokens is not None:
+        raise UserError(
+            "draft_tokens does nothing where speculate is 'none'; choose lookup or draft, or leave "
+            "it out."
         )
     if method != "draft" and draft_model is not None:
         raise UserError(

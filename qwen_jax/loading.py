@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from qwen_jax.choices import check_speculation
 from qwen_jax.engine.blocks import load_blocks
 from qwen_jax.engine.compiling import Expected, compile_ahead
+from qwen_jax.engine.drafts import USUAL_DRAFTED
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
@@ -45,13 +46,13 @@ class Speculation(NamedTuple):
 
     @classmethod
     def asked(
-        cls, method: str, model: str | Path | None, tokens: int, mesh: MeshShape
+        cls, method: str, model: str | Path | None, tokens: int | None, mesh: MeshShape
     ) -> "Speculation | None":
         """What `api.load` says of it. Raises UserError where it can't be."""
         check_speculation(method, model, tokens, mesh.devices)
         if method == "none":
             return None
-        return cls(tokens, None if model is None else open_model(model))
+        return cls(tokens or USUAL_DRAFTED, None if model is None else open_model(model))
 
 
 def load_engine(

@@ -59,7 +59,11 @@ def get_config() -> ConfigDict:
             "batch_invariant": placeholder(bool),
             # Several tokens a step, the same ones as without: none, lookup (in prompt and answer),
             # draft (by a smaller model of the same vocabulary); and how many of a text at most.
-            "speculate": {"method": "none", "draft_model": placeholder(str), "tokens": 7},
+            "speculate": {
+                "method": "none",
+                "draft_model": placeholder(str),
+                "tokens": placeholder(int),
+            },
             # JSON lines: of a prompt file's answers, instead of stdout; as they finish, or in the
             # file's order. Of certify, the certificate.
             "output": placeholder(str),

@@ -99,10 +99,10 @@ class Record:
         self.drafted += drafted
         self.accepted += sum(n - 1 for n in grown if n)
         self.tried = False
-        if self._promise is not None:
-            for n in filter(None, grown):
+        if self._promise is not None and (there := [n for n in grown if n]):
+            for n in there:
                 self.worth += RECENT * (n - self.worth)
-            self.proven = self.worth > cost
+            self.proven = sum(there) > cost * len(there)
         self._follow(chosen)
 
     def _follow(self, chosen: Sequence[int]) -> None:

@@ -107,7 +107,8 @@ class Engine:
         for other in self.others:
             other.compile()
         programs = Programs.of(self.shapes)
-        for future in compile_ahead(self.layout, self.weights, programs):
+        draft = None if self.draft is None else (self.draft.layout, self.draft.weights)
+        for future in compile_ahead(self.layout, self.weights, programs, draft):
             future.result()
         self.expect(programs)
 

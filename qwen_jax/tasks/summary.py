@@ -58,9 +58,8 @@ class Summary:
         mesh = f" x {shape.devices} ({shape})" if shape.devices > 1 else ""
         drafts = ""
         if self._model.engine.layout.draft_tokens:
-            drafts = (
-                f"\ndrafts      {timings.drafted_tokens} tokens, {timings.accepted_tokens} accepted"
-            )
+            drafted, accepted = timings.drafted_tokens, timings.accepted_tokens
+            drafts = f"\ndrafts      {drafted} tokens, {accepted} accepted"
         own = f"; prompts with settings of their own: {self._others}" if self._others else ""
         return "\n".join(
             (

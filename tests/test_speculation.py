@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.engine import decoding
-from qwen_jax.engine.drafts import TRIAL, Drafts, Grant, Record
+from qwen_jax.engine.drafts import TRIAL, Drafts, Record
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.lookup import LONGEST, NO_DRAFT, SHORTEST, Lookup, lookup
 from qwen_jax.engine.sampling import Sampling, has_penalties
 from qwen_jax.engine.shapes import Shapes, shapes_for
 from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import pack
+from tests.drafting import AtRandom, accepted
 from tests.engines import device_parameters, fresh_engine, reshape
 from tests.schedules import CONFIG, Outcome, again, alone, drawn_text, watched
 from tests.test_packed import CONFIG as PACKED
@@ -81,20 +82,6 @@ def speculating(tokens: int = 7, cache_tokens: int = 1024, **shapes: Any) -> Eng
     return engine
 
 
-class AtRandom(Drafts):
-    """Drafts for anyone, of any length, paid or not."""
-
-    rng = np.random.default_rng(11)
-
-    def grant(self, records: Sequence[Record]) -> Grant | None:
-        size = self._shapes.rows[-1]
-        widths = [1] * len(records)
-        for _ in range(int(self.rng.integers(0, size - len(records) + 1))):
-            widths[int(self.rng.integers(len(records)))] += 1
-        widths = [min(width, 1 + self._most) for width in widths]
-        return Grant(size, widths, 1.0) if max(widths) > 1 else None
-
-
 def repetitive(rng: np.random.Generator) -> Text:
     """A prompt of which parts come again, so that some of what is looked up may be right."""
     text = drawn_text(rng, 100, 40)
@@ -132,10 +119,6 @@ def test_texts_are_those_without_drafts(
         assert Outcome.of(text, told) == right, f"text {i}"
     assert accepted(texts) > 50
     assert accepted([text for text in texts if text.sampling.repetition_penalty != 1]) > 0
-
-
-def accepted(texts: Sequence[Text]) -> int:
-    return sum(text.record.accepted for text in texts if text.record is not None)
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["itself", "another"])

@@ -16,8 +16,8 @@ from qwen_jax.engine.shapes import Shapes, fitting
 MOST_DRAFTED = 15
 """Tokens of a draft, at most: of more the last ones are hardly ever accepted."""
 USUAL_DRAFTED = 7
-ENOUGH = 3
-"""Tokens of a draft for which no larger step is taken than there would be anyway."""
+FEW = 3
+"""Tokens of a draft where texts share what rows there are; rather than fewer, some have none."""
 RECENT = 0.25
 """Weight of a text's last step in what drafts are worth to it."""
 MARGIN, OVERHEAD = 1.5, 0.1
@@ -162,29 +162,29 @@ class Drafts:
         return Record(tokens, self._most, None if self._share is None else 1 + self._most / 2)
 
     def grant(self, records: Sequence[Record]) -> Grant | None:
-        """The smallest step with room for drafts that pay, or None where there is none.
+        """The step that promises most, or None where none pays.
 
         Args:
             records: of all texts of a call.
         """
         if not self.ledger.open:
             return None
-        texts, found = len(records), None
+        texts, found, fastest = len(records), None, 1.0
         usual = self._shapes.cost(fitting(self._shapes.rows, texts))
         by_worth = sorted(range(texts), key=lambda i: -records[i].worth)
         by_worth = [i for i in by_worth if records[i].worth > 1 + OVERHEAD and not records[i].tried]
         for size in self._shapes.rows:
             if (spare := size - texts) < 1 or not by_worth:
                 continue
-            best = by_worth[: max(1, spare // ENOUGH)]
+            best = by_worth[: max(1, spare // FEW)]
             each = min(self._most, spare // len(best))
             cost = self._shapes.cost(size) / usual + (self._share or 0) * (each + 1)
             gained = sum(min(records[i].worth - 1, each) for i in best)
-            if gained < texts * (MARGIN * (cost - 1) + OVERHEAD):
-                continue
-            if found is None or max(found.widths) <= ENOUGH:
+            pays = gained >= texts * (MARGIN * (cost - 1) + OVERHEAD)
+            if pays and (speed := (1 + gained / texts) / cost) > fastest:
                 widths = [1 + each * (i in best) for i in range(texts)]
-                found = Grant(size, widths, cost, not all(records[i].proven for i in best))
+                trial = not all(records[i].proven for i in best)
+                found, fastest = Grant(size, widths, cost, trial), speed
         if found is not None and found.trial:
             for record, width in zip(records, found.widths, strict=True):
                 record.tried = width > 1

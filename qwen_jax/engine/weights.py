@@ -31,6 +31,7 @@ from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed import packing
 from pallas_kernels.target import HOPPER
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.forward import Forward
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
 from qwen_jax.model.cache import Cache
@@ -41,25 +42,6 @@ from qwen_jax.weights.on_device import Raw, decoded
 
 if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
     from qwen_jax.model.decoder import Parameters, Qwen2
-
-
-class Forward(Protocol):
-    """A token of every row, the cache, the tokens' positions and which rows are live, to the logits
-    after them and the cache with the live rows' keys and values."""
-
-    def __call__(
-        self,
-        token: Int[Array, "B"],
-        cache: Cache,
-        position: Int[Array, "B"],
-        live: Bool[Array, "B"],
-        preceding: Int[Array, "B"] | None = None,
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """
-        Args:
-            preceding: of each row, how many rows just before it are its own text's preceding
-                positions, where there are such; 0 of a row that isn't live.
-        """
 
 
 _put_matrix = Kept(packing, "put_matrix", static=(3, 4))

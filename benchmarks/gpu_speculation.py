@@ -117,7 +117,8 @@ def told(answers: Sequence[Sequence[int]]) -> Iterator[None]:
 
 def run(engine: Engine, texts: Sequence[Text]) -> tuple[float, dict[Text, list[int]]]:
     """Seconds from the first token of answers to the last, and the tokens."""
-    scheduler, found = Scheduler(engine), {text: [] for text in texts}
+    scheduler = Scheduler(engine)
+    found: dict[Text, list[int]] = {text: [] for text in texts}
     for text in texts:
         scheduler.add(text)
     start = 0.0

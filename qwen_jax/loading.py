@@ -101,6 +101,11 @@ def load_engine(
     if splits:
         options |= EngineOptions(split=splits[0], sharers=mesh.devices)
     layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
+    if layout.draft_tokens and layout.shapes.slots == 1:
+        raise UserError(
+            "speculate needs room for drafts, the rows of other texts, but slots is 1; leave slots "
+            "out, or choose more."
+        )
     tokens = least(layout.cache_tokens) if splits else layout.cache_tokens
     options |= EngineOptions(cache_tokens=tokens)
     programs = None if expected is None else expected.programs(layout)
@@ -155,11 +160,6 @@ def load_engine(
     engine.others = tuple(_elsewhere(engine, split, whole) for split in splits[1:])
     if draft is not None:
         engine.drafts_with(draft)
-    if engine.layout.draft_tokens and engine.shapes.slots == 1:
-        raise UserError(
-            "speculate needs room for drafts, the rows of other texts, but slots is 1; leave slots "
-            "out, or choose more."
-        )
     if programs is not None and not splits:
         engine.expect(programs)
     return engine, tokenizer

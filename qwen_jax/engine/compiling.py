@@ -169,7 +169,7 @@ def _steps_with_drafts(
         if size == 1 or (penalised and not plan.sampled):
             continue
         room = size if draft is None else fitting(shapes.rows, min(programs.rows))
-        lanes = Lanes(_ints(size), _ints(size), _ints(room))
+        lanes = Lanes._make([_ints(size), _ints(size), _ints(room)])
         rows = _ints(size, steps.FIELDS), lanes
         args = given, _pages(layout), _ints(size, width), state
         rest = extras if plan.sampled else None, history, *theirs, rows, plan

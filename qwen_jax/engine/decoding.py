@@ -289,4 +289,4 @@ def _lanes(widths: Sequence[int], size: int, drafts: int) -> Lanes:
             firsts[number], draft[row : row + width] = row, number
             number += 1
         row += width
-    return Lanes(ahead, draft, firsts)
+    return Lanes._make([ahead, draft, firsts])

@@ -143,7 +143,7 @@ def speculate(
             jnp.where(live, ahead, 0),
         )
         seen = counts
-        if drafting.penalised and counts is not None:
+        if drafting.penalised and seen is not None:
             for k in range(1, drafting.most + 1):
                 seen = count(seen, token[_at(first, k)], live & (ahead >= k))
         masks = seen, bias, allowed

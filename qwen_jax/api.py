@@ -42,7 +42,7 @@ from qwen_jax.generation import (
 )
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.in_thread import in_thread
-from qwen_jax.loading import load_engine
+from qwen_jax.loading import Speculation, load_engine
 from qwen_jax.mesh import MeshShape
 from qwen_jax.opening import BUNDLED, open_model
 from qwen_jax.options import PROMPT_OPTIONS, Options, prompt_options
@@ -69,6 +69,9 @@ def load(
     slots: int | None = None,
     batch_invariant: bool = False,
     mesh: str | None = None,
+    speculate: str = "none",
+    draft_model: str | Path | None = None,
+    draft_tokens: int | None = None,
     expected: Expected | None = None,
     sha256: str | None = None,
     progress: Progress | None = None,
@@ -96,6 +99,11 @@ def load(
             nothing where all slots are taken; a text alone then takes as long as all of them.
         mesh: "tp=2" deals the model out to two devices, "dp=2" has it twice, each with slots of its
             own, "dp=2,tp=2" takes four devices. See docs/scaling.md.
+        speculate: several tokens a step, the same ones: "lookup" drafts what came after the last
+            place where a text had its last few tokens, "draft" asks `draft_model`, "none" is the
+            default. See docs/speculation.md.
+        draft_model: a smaller model of the same vocabulary, named as `model` is.
+        draft_tokens: drafted for a text in a step, at most: 1 to 15; by default 7.
         expected: what will be asked for: compiled while the weights load. By default each program
             is compiled when it is first needed.
         sha256: what the GGUF file's SHA-256 must be.
@@ -107,6 +115,7 @@ def load(
     """
     check_slots(slots)
     shape = MeshShape.parse(mesh)
+    drafts = Speculation.asked(speculate, draft_model, draft_tokens, shape)
     strict_switches.check()
     use_compilation_cache()
     checkpoint = open_model(model, adapter, sha256=sha256)
@@ -123,7 +132,7 @@ def load(
     )
     try:
         engine, tokenizer = load_engine(
-            checkpoint, parameter_dtype, weights, options, expected, progress, shape
+            checkpoint, parameter_dtype, weights, options, expected, progress, shape, drafts
         )
     except pallas_kernels.UnsupportedError as error:
         raise UserError(f"{error} Use implementation='auto' or 'xla'.") from error

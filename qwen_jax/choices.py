@@ -6,6 +6,7 @@ from typing import get_args
 import jax.numpy as jnp
 
 import pallas_kernels
+from qwen_jax.engine.drafts import MOST_DRAFTED
 from qwen_jax.engine.memory import device
 from qwen_jax.engine.sampling import is_whole
 from qwen_jax.errors import UserError
@@ -13,6 +14,7 @@ from qwen_jax.errors import UserError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("auto", "packed", "expanded")
 PRECISIONS = ("highest", "high", "default")
+SPECULATION = ("none", "lookup", "draft")
 MOST_SLOTS = 4096
 """Far more than any device has room for texts."""
 
@@ -53,6 +55,37 @@ def check_slots(slots: int | None) -> None:
     """Raises UserError for a number of slots that there can't be."""
     if slots is not None and not (is_whole(slots) and 1 <= slots <= MOST_SLOTS):
         raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
+
+
+def check_speculation(method: str, draft_model: object, tokens: int | None, devices: int) -> None:
+    """Raises UserError for a kind of speculation that there is not, or that can't be had so.
+
+    Args:
+        draft_model, tokens: None where they are not given.
+        devices: that the model is dealt out to, or that have it.
+    """
+    _one_of("speculate", method, SPECULATION)
+    if tokens is not None and not (is_whole(tokens) and 1 <= tokens <= MOST_DRAFTED):
+        raise UserError(f"draft_tokens is {tokens!r:.60}, but it must be from 1 to {MOST_DRAFTED}.")
+    if method == "draft" and draft_model is None:
+        raise UserError(
+            "speculate is 'draft', which needs draft_model, a smaller model of the same vocabulary."
+        )
+    if method == "none" and tokens is not None:
+        raise UserError(
+            "draft_tokens does nothing where speculate is 'none'; choose lookup or draft, or leave "
+            "it out."
+        )
+    if method != "draft" and draft_model is not None:
+        raise UserError(
+            f"draft_model does nothing where speculate is {method!r}; choose 'draft', or leave it "
+            "out."
+        )
+    if method != "none" and devices > 1:
+        raise UserError(
+            f"speculate is {method!r}, but drafts are for one device, and mesh has {devices}; "
+            "leave one of the two out."
+        )
 
 
 def check_samples(n: int) -> None:

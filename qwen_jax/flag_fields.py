@@ -33,6 +33,15 @@ FLAGS: dict[str, tuple[str, str]] = {
         "batch_invariant",
         "Texts are the same, bit for bit, whatever runs beside them; experiments' always are.",
     ),
+    "speculate": (
+        "speculate.method",
+        "none, lookup or draft: several tokens a step, the same ones as without.",
+    ),
+    "draft_model": ("speculate.draft_model", "Of --speculate=draft: a smaller model that drafts."),
+    "draft_tokens": (
+        "speculate.tokens",
+        "Tokens drafted for a text in a step, at most; by default 7.",
+    ),
     "output": ("output", "Where a prompt file's answers go, as JSON lines; or the certificate."),
     "ordered": ("ordered", "Write answers in the order of the prompts, not as they finish."),
     "resume": ("resume", "Go on with --output where a run was cut short."),

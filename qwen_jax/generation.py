@@ -96,6 +96,8 @@ class Timings:
         seconds: from the first prompt to the last token, compilation left out.
         first_token_seconds: from the first prompt to the first token, compilation included.
         compile_seconds: tracing, lowering and compiling.
+        drafted_tokens: of drafts,
+        accepted_tokens: and how many of these are in the answers.
     """
 
     prompt_tokens: int = 0
@@ -104,6 +106,8 @@ class Timings:
     seconds: float = 0.0
     first_token_seconds: float = 0.0
     compile_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def generation_rate(self) -> float:
@@ -304,6 +308,7 @@ class Running:
         now, compiled, sums = time.perf_counter(), compile_seconds(), self._sums
         first = before == 0
         compiling = compiled - self._compiled
+        drafted, accepted = row.drafts()
         self._sums = Timings(
             sums.prompt_tokens + (len(row.request.tokens) if first else 0),
             sums.shared_tokens + (row.text.shared_tokens if first else 0),
@@ -311,6 +316,8 @@ class Running:
             now - self._start - compiling,
             sums.first_token_seconds or now - self._start,
             compiling,
+            sums.drafted_tokens + drafted,
+            sums.accepted_tokens + accepted,
         )
 
 
@@ -336,6 +343,14 @@ class _Row:
         self._stream = TextStream(tokenizer, request.stop, hidden=self._stop_ids)
         self._pieces: list[str] = []
         self._told = 0
+        self._drafts = 0, 0
+
+    def drafts(self) -> tuple[int, int]:
+        """How many tokens were drafted and accepted since the last time this was asked."""
+        if (record := self.text.record) is None:
+            return 0, 0
+        before, self._drafts = self._drafts, (record.drafted, record.accepted)
+        return record.drafted - before[0], record.accepted - before[1]
 
     def streamed(self, piece: str) -> StreamedText:
         """New text, with what has come since the last of it."""

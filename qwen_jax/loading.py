@@ -6,11 +6,15 @@ that its program, the largest, comes first.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from qwen_jax.choices import check_speculation
 from qwen_jax.engine.blocks import load_blocks
 from qwen_jax.engine.compiling import Expected, compile_ahead
+from qwen_jax.engine.drafts import USUAL_DRAFTED
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
@@ -19,12 +23,36 @@ from qwen_jax.engine.split_weights import SplitWeights, least, splits_of
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import ONE, MeshShape
+from qwen_jax.model.cache import PAGE
 from qwen_jax.model.split import Split
+from qwen_jax.opening import open_model
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.loader import iter_parameters
 from qwen_jax.weights.open_files import Progress
 from qwen_jax.weights.shards import iter_split
+
+
+class Speculation(NamedTuple):
+    """How tokens are drafted.
+
+    Attributes:
+        tokens: of a text in a step, at most.
+        model: the draft model's checkpoint; without one they are looked up.
+    """
+
+    tokens: int
+    model: Checkpoint | None = None
+
+    @classmethod
+    def asked(
+        cls, method: str, model: str | Path | None, tokens: int | None, mesh: MeshShape
+    ) -> "Speculation | None":
+        """What `api.load` says of it. Raises UserError where it can't be."""
+        check_speculation(method, model, tokens, mesh.devices)
+        if method == "none":
+            return None
+        return cls(tokens or USUAL_DRAFTED, None if model is None else open_model(model))
 
 
 def load_engine(
@@ -35,6 +63,7 @@ def load_engine(
     expected: Expected | None,
     progress: Progress | None,
     mesh: MeshShape = ONE,
+    speculation: Speculation | None = None,
 ) -> tuple[Engine, Tokenizer]:
     """Puts a checkpoint on the device, or on those of a mesh.
 
@@ -45,13 +74,21 @@ def load_engine(
         expected: what will be asked for, or None where nothing is to be compiled ahead.
         progress: called with bytes read and bytes in all.
         mesh: the devices that the model is dealt out to, and how many times.
+        speculation: how tokens are drafted, if they are.
 
     Raises:
-        UserError: the checkpoint is damaged or too large; of a bad tokenizer and bad weights the
-            tokenizer is told.
+        UserError: the checkpoint is damaged or too large, or drafts can't be had; of a bad
+            tokenizer and bad weights the tokenizer is told.
         UnsupportedError: the kernel was asked for by name and can't run this model.
     """
     config, platform = checkpoint.config, device().platform
+    draft = None
+    if speculation is not None:
+        options = options | EngineOptions(draft_tokens=speculation.tokens)
+        if speculation.model is not None:
+            # Before the model, whose cache takes what is left.
+            draft = _load_draft(speculation.model, dtype, options)
+            options |= EngineOptions(draft_bytes=draft.bytes_per_token)
     implementation = options.get("implementation", "auto")
     texts = None if expected is None else expected.texts
     slots = options.get("slots")
@@ -64,6 +101,11 @@ def load_engine(
     if splits:
         options |= EngineOptions(split=splits[0], sharers=mesh.devices)
     layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
+    if layout.draft_tokens and layout.shapes.slots == 1:
+        raise UserError(
+            "speculate needs room for drafts, the rows of other texts, but slots is 1; leave slots "
+            "out, or choose more."
+        )
     tokens = least(layout.cache_tokens) if splits else layout.cache_tokens
     options |= EngineOptions(cache_tokens=tokens)
     programs = None if expected is None else expected.programs(layout)
@@ -77,6 +119,8 @@ def load_engine(
 
     def read() -> tuple[Tokenizer, EngineOptions]:
         tokenizer = read_tokenizer(checkpoint)
+        if speculation is not None and speculation.model is not None:
+            _check_same_vocabulary(tokenizer, checkpoint, speculation.model)
         of_tokenizer = EngineOptions(
             stop_ids=tokenizer.stop_ids,
             valid_tokens=tokenizer.vocab_size,
@@ -114,9 +158,33 @@ def load_engine(
             tokenizer, whole = reading.result()
     engine = Engine(config, weights, **whole)
     engine.others = tuple(_elsewhere(engine, split, whole) for split in splits[1:])
+    if draft is not None:
+        engine.drafts_with(draft)
     if programs is not None and not splits:
         engine.expect(programs)
     return engine, tokenizer
+
+
+def _load_draft(checkpoint: Checkpoint, dtype: jnp.dtype, options: EngineOptions) -> Engine:
+    """A draft model, which has no room for a cache yet."""
+    config, implementation = checkpoint.config, options.get("implementation", "auto")
+    check_weights_fit(config, dtype)
+    weights = prepare(config, iter_parameters(checkpoint, dtype), dtype, implementation)
+    checkpoint.check_unchanged()
+    alike = ("precision", "implementation", "slots", "batch_invariant")
+    own: dict[str, Any] = {name: value for name, value in options.items() if name in alike}
+    return Engine(config, weights, cache_tokens=PAGE, **own)
+
+
+def _check_same_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint, draft: Checkpoint) -> None:
+    """Raises UserError where a draft model's ids mean other tokens."""
+    theirs = read_tokenizer(draft)
+    if (token := tokenizer.first_difference(theirs)) is not None:
+        raise UserError(
+            f"draft_model {draft.path} has {theirs.token_name(token)} for token {token}, which is "
+            f"{tokenizer.token_name(token)} in {checkpoint.path}; choose one of the same "
+            "vocabulary."
+        )
 
 
 def _elsewhere(engine: Engine, split: Split, options: EngineOptions) -> Engine:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from qwen_jax.weights.hub import pin
 
-OF_RUN = ("model", "adapter")
+OF_RUN = ("model", "adapter", "speculate.draft_model")
 OF_COMPARE = (*OF_RUN, "compare.base.model")
 OF_EXPERIMENT = (*OF_RUN, "experiment.reference.model", "experiment.judge.model")
 """The fields of a config that name models and adapters, by what reads them."""

@@ -57,6 +57,13 @@ def get_config() -> ConfigDict:
             # Whether a text is, bit for bit, the same whatever runs beside it; by default only in
             # experiments, where a run that was cut short must come out as if it hadn't been.
             "batch_invariant": placeholder(bool),
+            # Several tokens a step, the same ones as without: none, lookup (in prompt and answer),
+            # draft (by a smaller model of the same vocabulary); and how many of a text at most.
+            "speculate": {
+                "method": "none",
+                "draft_model": placeholder(str),
+                "tokens": placeholder(int),
+            },
             # JSON lines: of a prompt file's answers, instead of stdout; as they finish, or in the
             # file's order. Of certify, the certificate.
             "output": placeholder(str),

@@ -23,13 +23,17 @@ SERVED = tuple(
 
 FIELDS = {
     "generate": (
-        *(*MODEL, "mesh", *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
+        *(*MODEL, "mesh", "speculate", *PROMPT, *ANSWER, "output", "ordered", "resume", "strict"),
+        "trace",
     ),
     "chat": (
-        *(*MODEL, "system", "batch_invariant", "max_tokens", "stop", "stop_ids"),
+        *(*MODEL, "speculate", "system", "batch_invariant", "max_tokens", "stop", "stop_ids"),
         *("generation_config", "sampling"),
     ),
-    "serve": (*MODEL, *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
+    "serve": (
+        *(*MODEL, *SERVED, "speculate", "batch_invariant", "max_tokens", "generation_config"),
+        "serve",
+    ),
     "inspect": (*MODEL, "mesh"),
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "dtype", "certify"),

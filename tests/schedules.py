@@ -81,7 +81,7 @@ class Outcome(NamedTuple):
         return cls(
             [token for news in mine for token in news.tokens],
             [entry for news in mine for entry in news.logprobs or []],
-            [(logprob.tolist(), greedy.tolist()) for logprob, greedy in scores],
+            [tuple(column.tolist() for column in columns) for columns in scores],
             bool(mine) and mine[-1].over,
         )
 

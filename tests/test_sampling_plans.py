@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.sample_tokens import settings
 from pallas_kernels.sample_tokens.mosaic_gpu import MOST_TOP
 from qwen_jax.engine.sampling import Plan, Sampling, check_bias, settings_of
-from qwen_jax.engine.steps import FIELDS, FRESH, Rows, _unpacked, pack_rows
+from qwen_jax.engine.steps import FIELDS, FRESH, Rows, pack_rows, unpacked
 from qwen_jax.errors import UserError
 
 
@@ -67,7 +67,7 @@ def test_rows_are_read_as_they_were_packed() -> None:
     packed = pack_rows(rows)
     assert packed.shape == (2, FIELDS) and packed.dtype == np.int32
     assert (packed[:, FRESH] == rows.fresh).all()
-    back = jax.jit(_unpacked)(packed)
+    back = jax.jit(unpacked)(packed)
     for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(rows), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)

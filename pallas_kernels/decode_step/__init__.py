@@ -56,6 +56,7 @@ def decode_step(
     inv_freq: Float[Array, "R2"],
     *,
     attention_factor: float = 1.0,
+    preceding: Int[Array, "B"] | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     """Runs one token of every row through every layer and the head.
@@ -81,6 +82,9 @@ def decode_step(
         position: of each row's token, from 0, below n C.
         inv_freq: radians per position of each pair, float32.
         attention_factor: multiplies cos and sin (YaRN; 1 elsewhere).
+        preceding: of each row, how many rows just before it are its own text's preceding positions
+            of this step, which it attends to as if they were in the cache already: the bits are
+            the same. Their slots may hold anything. None where there are no such rows.
 
     Returns:
         The logits, float32, and the tokens' keys, then values, in the cache's dtype.
@@ -89,15 +93,14 @@ def decode_step(
         ValueError: shapes or dtypes disagree.
         UnsupportedError: `implementation` can't serve the case.
     """
-    _check(packed, plan, hidden, pages, tables)
+    _check(packed, plan, hidden, pages, tables, preceding)
     why_not = refusal(plan, hidden.shape[0], pages.dtype, inv_freq.shape[0])
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":
-            return reference(
-                packed, plan, hidden, pages, tables, position, inv_freq, attention_factor
-            )
-        inputs = (packed, plan, hidden, pages, tables, position, inv_freq, attention_factor)
-        logits, new, _ = _launched(*inputs, recording=False)
+            inputs = packed, plan, hidden, pages, tables, position, inv_freq
+            return reference(*inputs, attention_factor, preceding)
+        inputs = packed, plan, hidden, pages, tables, position, inv_freq
+        logits, new, _ = _launched(*inputs, attention_factor, preceding, recording=False)
         return logits, new
 
 
@@ -124,8 +127,8 @@ def recorded(
     _check(packed, plan, hidden, pages, tables)
     why_not = refusal(plan, hidden.shape[0], pages.dtype, inv_freq.shape[0])
     choose("decode_step", "mosaic_gpu", why_not)
-    inputs = (packed, plan, hidden, pages, tables, position, inv_freq, attention_factor)
-    return _launched(*inputs, recording=True)
+    inputs = packed, plan, hidden, pages, tables, position, inv_freq
+    return _launched(*inputs, attention_factor, None, recording=True)
 
 
 def read_inside(
@@ -146,6 +149,7 @@ def _check(
     hidden: Float[Array, "B D"],
     pages: Float[Array, "2L P K C H"],
     tables: Int[Array, "B n"],
+    preceding: Int[Array, "B"] | None = None,
 ) -> None:
     """Raises ValueError where shapes or dtypes disagree."""
     shape, rows, pool = plan.shape, hidden.shape[0], Pool.of(pages, tables)
@@ -163,6 +167,10 @@ def _check(
         raise ValueError(
             f"the block tables are {tables.dtype} {tables.shape}, not int32 of {rows} rows"
         )
+    if preceding is not None and (preceding.shape != (rows,) or preceding.dtype != jnp.int32):
+        raise ValueError(
+            f"preceding is {preceding.dtype} {preceding.shape}, not int32 of {rows} rows"
+        )
 
 
 def _launched(
@@ -174,13 +182,18 @@ def _launched(
     position: Int[Array, "B"],
     inv_freq: Float[Array, "R2"],
     attention_factor: float,
+    preceding: Int[Array, "B"] | None,
     recording: bool,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"], Int[Array, " words"]]:
     """The kernel's logits, keys and values, and its scratch memory."""
     angles = position[:, None].astype(jnp.float32) * inv_freq
     rope = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * attention_factor
     pool = Pool.of(pages, tables)
-    kernel = kernels.build(plan, hidden.shape[0], pool, pages.dtype, recorded=recording)
+    several = preceding is not None
+    kernel = kernels.build(
+        plan, hidden.shape[0], pool, pages.dtype, recorded=recording, several=several
+    )
+    at = position if preceding is None else jnp.stack([position, preceding])
     logits, new, scratch = kernel(
         packed.stream,
         plan.table(),
@@ -190,6 +203,6 @@ def _launched(
         rope,
         pages,
         tables,
-        position,
+        at,
     )
     return logits, new, scratch

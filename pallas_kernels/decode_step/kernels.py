@@ -30,6 +30,7 @@ def build(
     cache: DTypeLike,
     traced: bool = False,
     recorded: bool = False,
+    several: bool = False,
 ) -> Callable[..., Any]:
     """The faster one, of those that can, for one model, number of rows, cache size and its dtype.
 
@@ -37,8 +38,13 @@ def build(
     positions) to (logits, new keys and values, scratch); and, if traced, the nanosecond at which
     each block ended each of `PHASES`, int32 `[blocks, phases]`. If recorded, the scratch ends with
     what `RecordLayout` says.
+
+    Args:
+        several: rows may be several positions of one text. Behind the positions, in `[2, rows]`,
+            then stands how many rows before each row are its text's.
     """
-    return chosen(plan, rows, cache).build(plan, rows, pool, cache, traced, recorded)
+    kernel = chosen(plan, rows, cache)
+    return kernel.build(plan, rows, pool, cache, traced, recorded, several)
 
 
 def chosen(plan: StepPlan, rows: int, cache: DTypeLike) -> types.ModuleType:

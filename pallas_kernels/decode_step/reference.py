@@ -24,6 +24,7 @@ def reference(
     position: Int[Array, "B"],
     inv_freq: Float[Array, "R2"],
     attention_factor: float,
+    preceding: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     shape, cache = plan.shape, pages.dtype
     heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
@@ -44,6 +45,14 @@ def reference(
         own = pages[i].at[tables].get(mode="clip").swapaxes(1, 2)  # [B, K, n, C, H]
         return own.reshape(len(rows), kv_heads, -1, dim)
 
+    def with_new(held: Float[Array, "B K S H"], new: Float[Array, "B K H"]) -> jax.Array:
+        """With each row's own, and those of the rows before it that are of its text."""
+        if preceding is None:
+            return held.at[rows, :, position].set(new)
+        back = jnp.arange(len(rows))
+        place = jnp.where(back <= preceding[:, None], position[:, None] - back, held.shape[2])
+        return held.at[rows[:, None], :, place].set(new[rows[:, None] - back], mode="drop")
+
     x = hidden.astype(jnp.float32)
     keys, values = [], []
     for i in range(shape.layers):
@@ -52,9 +61,7 @@ def reference(
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         q, k = rope(q, k, position[:, None], inv_freq, attention_factor)
         q, k, v = (y[:, 0].astype(cache) for y in (q, k, v))
-        k_all, v_all = (
-            cached(n).at[rows, :, position].set(y) for n, y in ((i, k), (shape.layers + i, v))
-        )
+        k_all, v_all = (with_new(cached(n), y) for n, y in ((i, k), (shape.layers + i, v)))
         # Each row's keys in order are a page of its own now, and so are its values.
         both, own = jnp.concatenate([k_all, v_all]), rows[:, None]
         attended = attention(q, both, own, own + len(rows), position + 1)

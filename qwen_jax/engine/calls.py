@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from qwen_jax.engine import speculate as speculation
 from qwen_jax.engine import steps
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
@@ -21,10 +22,17 @@ def _on_mesh(extras: steps.Extras, *_: Any) -> bool:
     return isinstance(extras.bias.sharding, jax.sharding.NamedSharding)
 
 
+def _history_on_mesh(history: speculation.History, *_: Any) -> bool:
+    return isinstance(history.sharding, jax.sharding.NamedSharding)
+
+
 extend = Kept(steps, "extend", static=(0,), large=1, unless=_not_kept)
 score = Kept(steps, "score", static=(0,), large=1, unless=_not_kept)
 logits = Kept(steps, "logits", static=(0,), large=1, unless=_not_kept)
 step = Kept(steps, "step", static=(0, 7, 8), large=1, unless=_not_kept)
 insert = Kept(steps, "insert", unless=_on_mesh)
 advance = Kept(steps, "advance", static=(0,), large=1, unless=_not_kept)
+speculate = Kept(speculation, "speculate", static=(0, 10, 11, 12), large=1, unless=_not_kept)
+remember = Kept(speculation, "remember", unless=_history_on_mesh)
+begin = Kept(speculation, "begin", unless=_history_on_mesh)
 choose = Kept(steps, "choose", static=(0, 6), unless=_not_kept)

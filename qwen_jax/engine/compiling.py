@@ -1,6 +1,7 @@
 """Compiling ahead, while weights load: what is compiled for shapes alone is found by the calls."""
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.sample_tokens import words
 from qwen_jax.engine import calls, steps
+from qwen_jax.engine.drafts import TRIAL
 from qwen_jax.engine.layout import Layout
-from qwen_jax.engine.sampling import IN_HALVES, PLANS, Plan, Sampling
+from qwen_jax.engine.sampling import IN_HALVES, PLANS, Plan, Sampling, has_penalties
 from qwen_jax.engine.shapes import Shapes, fitting
+from qwen_jax.engine.speculate import Drafting, Lanes, create_history
 from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import Weights
 from qwen_jax.model.cache import HEADS, create_pages
@@ -29,12 +32,14 @@ class Programs(NamedTuple):
         pieces: of `extend`.
         plans: how `step` chooses tokens.
         halves: rows of `advance` and `choose`, which texts with a constraint need.
+        penalised: whether rows of steps with drafts have penalties.
     """
 
     rows: Collection[int]
     pieces: Collection[int]
     plans: Collection[Plan]
     halves: Collection[int] = ()
+    penalised: Collection[bool] = (False, True)
 
     @classmethod
     def of(cls, shapes: Shapes, constrained: bool) -> "Programs":
@@ -61,19 +66,30 @@ class Expected(NamedTuple):
         shapes, rows = layout.shapes, [fitting(layout.shapes.rows, self.texts)]
         pieces = [shapes.pieces[0] if self.texts == 1 else shapes.pieces[-1]]
         plans = [Plan.of(self.choices, layout.spec.config.vocab_size)] if self.choices else []
+        penalised = any(has_penalties(sampling) for sampling, _ in self.choices)
         if not self.constrained:
-            return Programs(rows, pieces, plans)
+            return Programs(rows, pieces, plans, penalised=[penalised])
         # Tokens that are known enter in calls of any size.
-        return Programs(rows, shapes.pieces, plans, rows)
+        return Programs(rows, shapes.pieces, plans, rows, [penalised])
 
 
-def compile_ahead(layout: Layout, weights: Weights, programs: Programs) -> list[Future[object]]:
+def compile_ahead(
+    layout: Layout,
+    weights: Weights,
+    programs: Programs,
+    draft: tuple[Layout, Weights] | None = None,
+) -> list[Future[object]]:
     """Starts to compile programs, each on a thread of its own.
 
     Args:
         weights: of arrays, or of shapes alone.
+        draft: of a draft model.
     """
     wanted = [*_extends(layout, weights, programs), *_steps(layout, weights, programs)]
+    if layout.draft_tokens and programs.rows:
+        wanted += _steps_with_drafts(layout, weights, programs, draft)
+    if draft is not None:
+        wanted += _extends(*draft, programs)
     pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="compile")
     futures: list[Future[object]] = [pool.submit(lower) for lower in wanted]
     pool.shutdown(wait=False)
@@ -143,3 +159,36 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
         bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)
         bias = jax.ShapeDtypeStruct((vocab,), jnp.float32)
         yield functools.partial(calls.insert.prepare, extras, _ints(), bits, bits, bias)
+
+
+def _steps_with_drafts(
+    layout: Layout, weights: Weights, programs: Programs, draft: tuple[Layout, Weights] | None
+) -> Iterator[Callable[[], object]]:
+    spec, shapes, vocab = layout.spec, layout.shapes, layout.spec.config.vocab_size
+    given, width = _shapes_of(layout, weights), layout.table_width
+    state = _made(layout, lambda: State.create(shapes.slots))
+    extras = _made(layout, lambda: Extras.create(shapes.slots, vocab))
+    history = _made(layout, lambda: create_history(layout))
+    yield functools.partial(calls.begin.prepare, history, _ints(), _ints(history.shape[1]))
+    for count in programs.rows:
+        chosen = _ints(shapes.steps, count)
+        packed = _ints(count, steps.FIELDS)
+        yield functools.partial(calls.remember.prepare, history, state, packed, chosen)
+    # Those of so many texts, and the next size, where there is room for drafts.
+    sizes = [size for size in shapes.rows if size >= min(programs.rows)][: len(programs.rows) + 1]
+    theirs = (None, None) if draft is None else (_shapes_of(*draft), _pages(draft[0]))
+    own = None if draft is None else draft[0].spec.without_tokenizer
+    # A draft model is tried a few steps at a time.
+    times = [shapes.steps] if draft is None else [shapes.steps, TRIAL]
+    for size, plan, penalised, count in itertools.product(
+        sizes, programs.plans, programs.penalised, times
+    ):
+        if size == 1 or (penalised and not plan.sampled):
+            continue
+        room = size if draft is None else fitting(shapes.rows, min(programs.rows))
+        lanes = Lanes._make([_ints(size), _ints(size), _ints(room)])
+        rows = _ints(size, steps.FIELDS), lanes
+        args = given, _pages(layout), _ints(size, width), state
+        rest = extras if plan.sampled else None, history, *theirs, rows, plan
+        drafting = Drafting(layout.draft_tokens, penalised, own)
+        yield functools.partial(calls.speculate.prepare, spec, *args, *rest, drafting, count)

@@ -138,7 +138,7 @@ class Halves:
             if text.over:
                 self._leave(text)
             told.append((text, tokens))
-            shown = None if text.top is None else logprobs_of(logprobs, row, 1)
+            shown = None if text.top is None else logprobs_of(logprobs, [(0, row)])
             yield News(text, tokens, shown, None, text.over)
         going = [(text.constraint, tokens) for text, tokens in told if not text.over]
         if going and going[0][0] is not None:

@@ -41,6 +41,7 @@ class Engine:
         layout: what its programs are compiled for; `spec` and `shapes` are parts of it.
         pool: who holds which pages.
         pages: what the device holds of them between calls, made when first asked for.
+        draft: the draft model, where there is one; its pages are used as this one's are.
         others: engines of the same model on other devices, which take a share of its texts.
         lock: held by who deals pages out or calls a program, which takes the pool along.
     """
@@ -56,6 +57,7 @@ class Engine:
         self.platform = next(iter(self.weights.devices())).platform
         self.layout = Layout.of(config, self.weights.dtype, self.platform, loaded=True, **options)
         self.pool = Pool(self.layout.pages)
+        self.draft: Engine | None = None
         self.others: tuple[Engine, ...] = ()
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
@@ -84,9 +86,21 @@ class Engine:
     def revive(self) -> None:
         """Before pages are dealt out: a call that failed, or an interrupt just after one, has taken
         the pool along, and what it held is lost."""
-        if self._pages is not None and self._pages.is_deleted():
-            self._pages = None
+        engines = [self] if self.draft is None else [self, self.draft]
+        if any(one._pages is not None and one._pages.is_deleted() for one in engines):
+            for one in engines:
+                one._pages = None
             self.pool.forget_all()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token takes in the cache."""
+        return bytes_per_token(self.spec.split.part(self.config), self.spec.cache.itemsize)
+
+    def drafts_with(self, draft: "Engine") -> None:
+        """Has a smaller model of the same vocabulary draft, which takes as many pages."""
+        draft.layout = draft.layout._replace(pages=self.layout.pages)
+        self.draft = draft
 
     def compile(self, *, constrained: bool = False) -> None:
         """Compiles all that requests usually need, so that nothing is compiled after.
@@ -97,7 +111,8 @@ class Engine:
         for other in self.others:
             other.compile(constrained=constrained)
         programs = Programs.of(self.shapes, constrained)
-        for future in compile_ahead(self.layout, self.weights, programs):
+        draft = None if self.draft is None else (self.draft.layout, self.draft.weights)
+        for future in compile_ahead(self.layout, self.weights, programs, draft):
             future.result()
         self.expect(programs)
 
@@ -166,8 +181,7 @@ class Engine:
     def check_fits(self, positions: int) -> None:
         """Raises UserError where so many tokens of one text are more than the whole cache."""
         if pages_for(positions) > self.pool.size:
-            part = self.spec.split.part(self.config)
-            each = bytes_per_token(part, self.spec.cache.itemsize)
+            each = self.bytes_per_token
             raise UserError(
                 f"A text of {positions} tokens needs {show_bytes(positions * each)} for keys and "
                 f"values, but there is room for {self.pool.size * PAGE} tokens, "

@@ -31,6 +31,9 @@ class EngineOptions(TypedDict, total=False):
         split: the devices that have the model together; by default the first one has all of it.
         sharers: devices that take as much memory as one of these, which on a CPU is the same; by
             default those of `split`.
+        draft_tokens: tokens of a text that are drafted for one step, at most; 0, the default, for
+            no speculation: see `docs/speculation.md`.
+        draft_bytes: what a token takes in the cache of a draft model.
     """
 
     stop_ids: Sequence[int]
@@ -44,6 +47,8 @@ class EngineOptions(TypedDict, total=False):
     batch_invariant: bool
     split: Whole
     sharers: int
+    draft_tokens: int
+    draft_bytes: int
 
 
 class Layout(NamedTuple):
@@ -53,11 +58,13 @@ class Layout(NamedTuple):
         spec: the static argument of all.
         shapes: sizes of their calls.
         pages: of the cache, for one layer; the one of nobody is among them.
+        draft_tokens: drafted for a text in a step, at most; 0 where nothing is.
     """
 
     spec: Spec
     shapes: Shapes
     pages: int
+    draft_tokens: int = 0
 
     @classmethod
     def of(
@@ -98,10 +105,11 @@ class Layout(NamedTuple):
             free = budget.free if loaded else budget.free - budget.weights
             # A program's sizes, so that a file of 30 prompts compiles no other than one of 40.
             texts = fitting(shapes.rows, options.get("texts") or shapes.slots)
-            pages = pool_pages(part, dtype, texts, platform, free)
+            beside = options.get("draft_bytes", 0)
+            pages = pool_pages(part, dtype, texts, platform, free, beside)
         else:
             pages = pages_for(tokens)
-        return cls(spec, shapes, 1 + pages)
+        return cls(spec, shapes, 1 + pages, options.get("draft_tokens", 0))
 
     @property
     def cache_tokens(self) -> int:

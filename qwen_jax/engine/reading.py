@@ -1,6 +1,6 @@
 """What a device's answer to a call of `step` means."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 
 import jax.numpy as jnp
 
@@ -30,12 +30,13 @@ def why_not(chosen: Collection[int], engine: Engine) -> str | None:
 
 
 def logprobs_of(
-    found: Logprobs | None, row: int, count: int
+    found: Logprobs | None, places: Iterable[Sequence[int]]
 ) -> list[tuple[float, list[tuple[int, float]]]]:
-    """A row's log-probabilities of its first tokens, and the likeliest ones' as asked for."""
+    """Log-probabilities of the tokens in these steps and rows, and the likeliest ones' as asked
+    for."""
     assert found is not None
     shown = []
-    for step in range(count):
+    for step, row in places:
         chosen, ids, top = (x[step, row] for x in found)
         asked = ids >= 0  # There is room for more than were asked for.
         pairs = list(zip(ids[asked].tolist(), top[asked].tolist(), strict=True))

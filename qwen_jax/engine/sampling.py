@@ -137,10 +137,15 @@ IN_HALVES = PLANS[1]
 """That of nearly all texts with a constraint, which need a mask anyway."""
 
 
+def has_penalties(sampling: Sampling) -> bool:
+    """Whether a row's scores depend on its tokens so far."""
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    return penalties != (1, 0, 0)
+
+
 def changes_scores(sampling: Sampling) -> bool:
     """Whether a row has penalties or biases, which its slot has to know."""
-    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
-    return penalties != (1, 0, 0) or bool(sampling.logit_bias)
+    return has_penalties(sampling) or bool(sampling.logit_bias)
 
 
 def is_sampled(sampling: Sampling, top: int | None) -> bool:

@@ -9,41 +9,11 @@ may need until its end, so that nothing that runs is ever thrown out, and everyt
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
 
-import jax
-import numpy as np
-
-from pallas_kernels.sample_tokens import pack, words
-from qwen_jax.engine import calls, steps
-from qwen_jax.engine.constrained import Halves
+from qwen_jax.engine.decoding import Decoding, Steps
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.extending import Pieces
-from qwen_jax.engine.reading import logprobs_of, why_not
-from qwen_jax.engine.sampling import Plan, changes_scores, settings_of
-from qwen_jax.engine.shapes import Piece, pieces_of
-from qwen_jax.engine.texts import NO_SLOT, News, Text
-from qwen_jax.errors import UserError
-from qwen_jax.model.cache import PAGE, pages_for
-
-MOST_CALLS = 4
-"""Of `extend` in a turn where fewer than half of the slots run, and half as many where more do."""
-PATIENCE = 4
-"""Turns in a row that pieces may wait for others."""
-
-
-class _Call(NamedTuple):
-    """A call of `step` under way."""
-
-    texts: list[Text]
-    emitted: steps.Emitted
-
-
-class _Scoring(NamedTuple):
-    """A call of `score` under way, with the piece of a text in each row."""
-
-    pieces: list[tuple[Text, Piece]]
-    scored: steps.Scored
+from qwen_jax.engine.entering import Entrance, Scoring
+from qwen_jax.engine.texts import News, Text
 
 
 class Scheduler:
@@ -52,36 +22,29 @@ class Scheduler:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        split = engine.spec.split
-        self._state = split.placed(steps.State.create(engine.shapes.slots))
-        self._extras: steps.Extras | None = None
-        self._waiting: deque[Text] = deque()
-        self._entering: deque[tuple[Text, deque[Piece]]] = deque()
-        self._running: list[Text] = []
-        self._slots = list(reversed(range(engine.shapes.slots)))
-        self._calls: deque[_Call | _Scoring] = deque()
-        self._patience = PATIENCE
-        self._halves = Halves(engine, self._leave)
-        self._scores: dict[Text, list[steps.Scored]] = {}
+        self._entrance = Entrance(engine)
+        self._decoding = Decoding(engine, self._entrance.leave)
+        self._calls: deque[Steps | Scoring] = deque()
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing left to do or to tell."""
-        return not (self._waiting or self._entering or self._running or self._calls)
+        entrance = self._entrance
+        return not (entrance.waiting or entrance.entering or self._decoding.running or self._calls)
 
     @property
     def wants_more(self) -> bool:
         """Whether a text that is added now could take its turn at once, or soon."""
-        return len(self._waiting) < self.engine.shapes.slots
+        return len(self._entrance.waiting) < self.engine.shapes.slots
 
     @property
     def waiting(self) -> int:
         """Texts that have no slot yet."""
-        return len(self._waiting)
+        return len(self._entrance.waiting)
 
     def add(self, text: Text) -> None:
         """Puts a text at the end of the line. It must fit: see `Engine.room`."""
-        self._waiting.append(text)
+        self._entrance.waiting.append(text)
 
     def cancel(self, text: Text) -> None:
         """Ends a text wherever it is; nothing more is told of it.
@@ -90,24 +53,20 @@ class Scheduler:
         """
         text.over = True
         with self.engine.lock:
-            if text in self._waiting:
-                self._waiting.remove(text)
-            elif not any(text is entering for entering, _ in self._entering):
-                self._leave(text)
+            if text in self._entrance.waiting:
+                self._entrance.waiting.remove(text)
+            elif not self._entrance.is_entering(text):
+                self._decoding.leave(text)
 
     def close(self) -> None:
-        """Lets go of all that is left, once nothing is to be told any more.
-
-        An interrupt may have come between taking a piece and putting it into the cache, so that of
-        the pages that a text was to fill none counts.
-        """
+        """Lets go of all that is left, once nothing is to be told any more."""
         with self.engine.lock:
-            for text, _ in self._entering:
-                self.engine.pool.forget(text.pages[text.shared_tokens // PAGE :])
-            scored = [call.pieces for call in self._calls if isinstance(call, _Scoring)]
-            left = [text for text, _ in itertools.chain(self._entering, *scored)]
-            for text in [*self._waiting, *self._running, *left]:
-                self._leave(text)
+            entrance = self._entrance
+            entrance.forget_entering()
+            scored = [call.pieces for call in self._calls if isinstance(call, Scoring)]
+            left = [text for text, _ in itertools.chain(entrance.entering, *scored)]
+            for text in [*entrance.waiting, *self._decoding.running, *left]:
+                self._decoding.leave(text)
 
     def turn(self) -> list[News]:
         """Does what can be done now, and tells what is known by then: `start`, and `news`."""
@@ -123,9 +82,14 @@ class Scheduler:
         """
         with self.engine.lock:
             self.engine.revive()
-            self._admit()
-            self._extend()
-            self._step()
+            running = self._decoding.running
+            self._entrance.admit(busy=bool(running or self._calls))
+            for one in self._entrance.extend(len(running)):
+                if isinstance(one, Text):
+                    self._decoding.begin(one)
+                else:
+                    self._calls.append(one)
+            self._calls += self._decoding.step()
 
     def news(self) -> list[News]:
         """What is known by now.
@@ -134,232 +98,15 @@ class Scheduler:
             UserError: logits are not finite, or a text bans every token.
         """
         with self.engine.lock:
-            news = list(self._step_constrained())
-            busy = 1 if self.engine.shapes.ahead and (self._running or self._entering) else 0
-            while len(self._calls) > busy:
-                call = self._calls.popleft()
-                news += self._read(call) if isinstance(call, _Call) else self._read_scores(call)
-            return news
+            return list(self._news())
 
-    def _admit(self) -> None:
-        while self._waiting and (self._slots or self._waiting[0].score_from is not None):
-            text = self._waiting[0]
-            if not self._seat(text):
-                if not (self._entering or self._running or self._calls):
-                    raise UserError(
-                        "Other texts that are being generated hold the whole cache; finish them, "
-                        "or close their generators."
-                    )
-                break
-            self._waiting.popleft()
-            pieces = deque(pieces_of(text.shared_tokens, text.entering, self.engine.shapes))
-            self._entering.append((text, pieces))
-
-    def _seat(self, text: Text) -> bool:
-        """Gives a text its pages and its slot, if there is room."""
-        pool = self.engine.pool
-        whole = (text.entering if text.score_from is None else text.score_from - 1) // PAGE
-        pages = pool.shared(text.keys[:whole], self)
-        needed = max(1, pages_for(text.entering + text.limit)) - len(pages)
-        if needed > pool.available:
-            pool.release(pages)
-            return False
-        text.shared_tokens = len(pages) * PAGE
-        text.pages = pages + pool.take(needed)
-        for page, key in zip(text.pages, text.keys, strict=False):
-            pool.remember(page, key, self)
-        if text.score_from is None:
-            text.slot = self._slots.pop()
-        return True
-
-    def _extend(self) -> None:
-        """Some pieces of prompts, in the order of the line."""
-        for _ in range(self._calls_of_extend()):
-            pieces = self._next_pieces(self.engine.shapes.pieces[-1])
-            size = self._rows_of(pieces) if pieces else 1
-            for start in range(0, len(pieces), size):
-                self._put(pieces[start : start + size], size)
-            while self._entering and not self._entering[0][1]:
-                text, _ = self._entering.popleft()
-                if text.over:
-                    self._leave(text)
-                elif text.score_from is None:
-                    self._begin(text)
-
-    def _calls_of_extend(self) -> int:
-        """Full calls as long as there are pieces for them, a few at most: so long may those that
-        run have to wait for their next steps.
-
-        One that is not full takes nearly as long. It waits for more pieces while nearly all slots
-        run and others wait in line, but not for many turns.
-        """
-        shapes, running = self.engine.shapes, len(self._running)
-        full = sum(len(pieces) for _, pieces in self._entering) // shapes.pieces[-1]
-        calls = min(full, MOST_CALLS if 2 * running < shapes.slots else MOST_CALLS // 2)
-        busy = bool(self._waiting) and 8 * running > 7 * shapes.slots
-        if calls == 0 and self._entering and (not busy or self._patience == 0):
-            calls = 1
-        self._patience = PATIENCE if calls or not self._entering else self._patience - 1
-        return calls
-
-    def _next_pieces(self, most: int) -> list[tuple[Text, Piece]]:
-        """Those that can be in one call: as long as the first, and all scored or none."""
-        taken: list[tuple[Text, Piece]] = []
-        for text, pieces in self._entering:
-            while pieces and len(taken) < most:
-                if taken and (
-                    pieces[0].padded != taken[0][1].padded
-                    or self._scored(text, pieces[0]) != self._scored(*taken[0])
-                ):
-                    return taken
-                taken.append((text, pieces.popleft()))
-        return taken
-
-    def _scored(self, text: Text, piece: Piece) -> bool:
-        """Whether a piece has a token after which comes one to be scored."""
-        return text.score_from is not None and piece.start + piece.length >= text.score_from
-
-    def _rows_of(self, pieces: list[tuple[Text, Piece]]) -> int:
-        """Of the calls that put these pieces into the cache; of `score` there is one size."""
-        if self._scored(*pieces[0]):
-            return self.engine.shapes.pieces[-1]
-        return self.engine.pieces_for(len(pieces))
-
-    def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> None:
-        engine = self.engine
-        put = Pieces.of(engine, pieces, [text.tokens for text, _ in pieces], rows)
-        if self._scored(*pieces[0]):
-            targets = np.zeros_like(put.tokens)
-            for row, (text, piece) in enumerate(pieces):
-                after = text.tokens[piece.start + 1 : piece.start + piece.length + 1]
-                targets[row, : piece.length] = after
-            given = engine.weights, engine.pages, *put, targets
-            engine.pages, found = calls.score(engine.spec, *given)
-            self._calls.append(_Scoring(pieces, found))
-        else:
-            put.into(engine)
-        for text, piece in pieces:
-            if (piece.start + piece.length) % PAGE == 0:
-                engine.pool.filled(text.pages[piece.start // PAGE])
-
-    def _begin(self, text: Text) -> None:
-        """A text whose prompt is in the cache, but for its last token, is decoded from now on."""
-        vocab, sampling = self.engine.config.vocab_size, text.sampling
-        self._running.append(text)
-        masked = text.constraint is not None
-        own = (text.slot, 1, 1, text.tokens[-1], 0, text.entering, text.limit)
-        numbers = [np.array([number], np.int32) for number in own]
-        row = steps.Rows._make([*numbers, settings_of(sampling, text.top, masked)])
-        text.row = steps.pack_rows(row)[0]
-        if changes_scores(sampling):
-            bias = np.zeros(vocab, np.float32)
-            bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
-            seen = pack([text.tokens], vocab)[0]
-            allowed = np.zeros(words(vocab), np.uint32)
-            slot = np.int32(text.slot)
-            self._extras = calls.insert(self._all_extras(), slot, seen, allowed, bias)
-
-    def _all_extras(self) -> steps.Extras:
-        """Those of all slots, made when the first text asks for any."""
-        if self._extras is not None:
-            return self._extras
-        slots, vocab = self.engine.shapes.slots, self.engine.config.vocab_size
-        return self.engine.spec.split.placed(steps.Extras.create(slots, vocab))
-
-    def _step(self) -> None:
-        """Some decode steps of everyone who runs without a constraint; who has then had all its
-        tokens, leaves."""
-        texts = [text for text in self._running if text.constraint is None]
-        if not texts:
-            return
-        engine, shapes = self.engine, self.engine.shapes
-        plan = Plan.of(((t.sampling, t.top) for t in texts), engine.config.vocab_size)
-        rows = self._rows(texts, plan)
-        for text in texts:
-            text.expected = min(text.expected + shapes.steps, text.limit)
-        engine.pages, self._state, extras, emitted = calls.step(
-            engine.spec,
-            engine.weights,
-            engine.pages,
-            engine.tables([text.pages for text in texts], len(rows)),
-            self._state,
-            self._all_extras() if plan.sampled else None,
-            rows,
-            plan,
-            shapes.steps,
-        )
-        if extras is not None:
-            self._extras = extras
-        self._calls.append(_Call(texts, emitted))
-        for text in texts:
-            if text.expected >= text.limit:
-                self._leave(text)
-
-    def _rows(self, texts: list[Text], plan: Plan) -> np.ndarray:
-        """What a step is told of these texts; after the first one a device knows their tokens."""
-        size = self.engine.rows_for(len(texts), plan)
-        rows = np.zeros((size, steps.FIELDS), np.int32)
-        rows[:, 0] = self.engine.shapes.slots  # nobody's, and out of bounds
-        for row, text in zip(rows, texts, strict=False):
-            row[:] = text.row
-            text.row[steps.FRESH] = 0
-        return rows
-
-    def _step_constrained(self) -> Iterator[News]:
-        """Some decode steps of those with a constraint. They have calls of their own, since others
-        need not wait for the host at each of their tokens."""
-        if any(text.constraint is not None for text in self._running):
-            given = self._running, self._state, self._all_extras()
-            self._state, self._extras = yield from self._halves.step(*given)
-
-    def _leave(self, text: Text) -> None:
-        """Slot and pages go to the next: what a device still does with them comes before."""
-        if text in self._running:
-            self._running.remove(text)
-        if text.slot != NO_SLOT:
-            self._slots.append(text.slot)
-            text.slot = NO_SLOT
-        self.engine.pool.release(text.pages)
-        text.pages = []
-
-    def _read(self, call: _Call) -> Iterator[News]:
-        """Waits for a call of `step`, and tells what it chose."""
-        tokens, logprobs = jax.device_get(call.emitted)
-        for row, text in enumerate(call.texts):
-            if text.over:
-                continue
-            chosen: list[int] = tokens[:, row].tolist()
-            if steps.NOT_LIVE in chosen:
-                chosen = chosen[: chosen.index(steps.NOT_LIVE)]
-            if why := why_not(chosen, self.engine):
-                text.over = True
-                self._leave(text)
-                yield News(text, [], None, None, True, why)
-                continue
-            if not chosen:
-                continue
-            stopped = chosen[-1] in self.engine.spec.stop_ids
-            text.given += len(chosen)
-            text.over = stopped or text.given >= text.limit
-            if text.over:
-                self._leave(text)
-            shown = None if text.top is None else logprobs_of(logprobs, row, len(chosen))
-            yield News(text, chosen, shown, None, text.over)
-
-    def _read_scores(self, call: _Scoring) -> Iterator[News]:
-        """Waits for a call of `score`, and tells of the texts that it finishes."""
-        found = jax.device_get(call.scored)
-        for row, (text, piece) in enumerate(call.pieces):
-            if text.over:
-                continue
-            assert text.score_from is not None
-            # Position p's logits are of the token at p + 1.
-            part = slice(max(text.score_from - 1 - piece.start, 0), piece.length)
-            parts = self._scores.setdefault(text, [])
-            parts.append(steps.Scored(*(x[row, part] for x in found)))
-            if piece.start + piece.length == text.entering:
-                text.over = True
-                self._leave(text)
-                whole = steps.Scored._make(map(np.concatenate, zip(*parts, strict=True)))
-                del self._scores[text]
-                yield News(text, [], None, whole, True)
+    def _news(self) -> Iterator[News]:
+        yield from self._decoding.step_constrained()
+        works = self._decoding.running or self._entrance.entering
+        busy = 1 if self.engine.shapes.ahead and works else 0
+        while len(self._calls) > busy:
+            call = self._calls.popleft()
+            if isinstance(call, Scoring):
+                yield from self._entrance.read(call)
+            else:
+                yield from self._decoding.read(call)

@@ -4,7 +4,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from qwen_jax.model.cache import PAGE
+
+_CPU_COSTS = ((1, 1.0), (8, 2.5))
+_GPU_COSTS = ((1, 1.0), (8, 1.2), (64, 1.95))
+"""Of the bundled model on two cores, and of 0.5B on an H200; larger models' grow less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Shapes:
         ahead: whether the host works while the device does: a GPU computes the next steps while
             the host reads the last ones. A CPU would compete with itself, for steps that may not
             be needed.
+        costs: what a step of so many rows takes, in steps of one row; ascending.
     """
 
     rows: tuple[int, ...]
@@ -26,6 +33,7 @@ class Shapes:
     pieces: tuple[int, ...]
     steps: int
     ahead: bool
+    costs: tuple[tuple[int, float], ...] = ((1, 1.0),)
 
     @property
     def slots(self) -> int:
@@ -35,6 +43,11 @@ class Shapes:
     def batch_invariant(self) -> bool:
         """Whether calls are of one size, whatever there is to do."""
         return len(self.rows) == len(self.pieces) == 1
+
+    def cost(self, rows: int) -> float:
+        """What a step of so many rows takes, in steps of one."""
+        sizes, steps = ([pair[i] for pair in self.costs] for i in (0, 1))
+        return float(np.interp(rows, sizes, steps))
 
     def length_for(self, tokens: int) -> int:
         """The length of the next piece where so many tokens of a page are left.
@@ -59,12 +72,14 @@ def shapes_for(platform: str, slots: int | None = None, batch_invariant: bool = 
     """
     if platform == "cpu":
         slots = slots or 8
-        shapes = Shapes(_up_to(slots, 1), (16, PAGE), (1,), steps=4, ahead=False)
+        shapes = Shapes(_up_to(slots, 1), (16, PAGE), (1,), steps=4, ahead=False, costs=_CPU_COSTS)
     else:
         slots = slots or 64
         # Of whole pages an eighth would be padding where prompts are 20 to 900 tokens long.
         half = PAGE // 2
-        shapes = Shapes(_up_to(slots, 1, 8, 32), (half,), (4, 32), steps=8, ahead=True)
+        shapes = Shapes(
+            _up_to(slots, 1, 8, 32), (half,), (4, 32), steps=8, ahead=True, costs=_GPU_COSTS
+        )
     if not batch_invariant:
         return shapes
     return dataclasses.replace(shapes, rows=shapes.rows[-1:], pieces=shapes.pieces[-1:])

@@ -13,7 +13,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels.sample_tokens import Counts, Logprobs, Settings, count, settings, words
+from pallas_kernels.sample_tokens import (
+    Choice,
+    Counts,
+    Logprobs,
+    Settings,
+    count,
+    settings,
+    words,
+)
 from qwen_jax.engine import sampling
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.spec import Spec
@@ -94,7 +102,8 @@ def pack_rows(rows: Rows) -> Int[np.ndarray, "R fields"]:
     return np.stack([np.asarray(column).view(np.int32) for column in columns], axis=1)
 
 
-def _unpacked(packed: Int[Array, "R fields"]) -> Rows:
+def unpacked(packed: Int[Array, "R fields"]) -> Rows:
+    """What `pack_rows` made one array of."""
     columns = iter(packed.T)
     own = [next(columns) for _ in Rows._fields[:-1]]
     numbers = (
@@ -222,7 +231,7 @@ def step(
         extras: where the plan is to look at them.
         packed: `Rows`, as `pack_rows` makes them.
     """
-    rows = _unpacked(packed)
+    rows = unpacked(packed)
     forward = weights.forward(spec, len(rows.slot))
     there = rows.live != 0
     counts = bias = allowed = None
@@ -243,9 +252,9 @@ def step(
         own, counts, emitted = _chosen(spec, plan, rows, found, before.state, *masks)
         return Carry(cache.pages, own, counts), emitted
 
-    start = Carry(pages, _before(rows, state), counts)
+    start = Carry(pages, of_rows(rows, state), counts)
     after, emitted = lax.scan(one, start, length=steps)
-    state, extras = _put(rows, state, after.state, extras, after.counts)
+    state, extras = into_slots(rows, state, after.state, extras, after.counts)
     return after.pages, state, extras, emitted
 
 
@@ -260,8 +269,8 @@ def advance(
 ) -> tuple[Pages, Float[Array, "R V"]]:
     """The first half of one decode step: the logits of some slots' next tokens. `choose` is the
     other; meanwhile the host finds out what may be chosen."""
-    rows = _unpacked(packed)
-    own = _before(rows, state)
+    rows = unpacked(packed)
+    own = of_rows(rows, state)
     live = (rows.live != 0) & ~own.done
     forward = weights.forward(spec, len(rows.slot))
     position = rows.start + own.generated
@@ -284,15 +293,15 @@ def choose(
     Args:
         packed: those that `advance` had.
     """
-    rows = _unpacked(packed)
+    rows = unpacked(packed)
     counts, bias = jax.tree.map(lambda x: x[rows.slot], (extras.counts, extras.bias))
-    before = _before(rows, state)
+    before = of_rows(rows, state)
     own, counts, emitted = _chosen(spec, plan, rows, logits, before, counts, bias, allowed)
-    state, kept = _put(rows, state, own, extras, counts)
+    state, kept = into_slots(rows, state, own, extras, counts)
     return state, kept, jax.tree.map(lambda x: x[None], emitted)
 
 
-def _before(rows: Rows, state: State) -> State:
+def of_rows(rows: Rows, state: State) -> State:
     """The state of the rows' slots; of fresh rows the host's."""
     fresh = rows.fresh != 0
     return State(
@@ -314,21 +323,44 @@ def _chosen(
 ) -> tuple[State, Counts | None, Emitted]:
     """One token of each row that lives: what the rows are then, and what the host is told."""
     live = (rows.live != 0) & ~before.done
-    chosen = functools.partial(sampling.choose, plan=plan, spec=spec)
-    given = logits, rows.settings, before.generated, counts, bias, allowed
-    # Each device of a mesh by itself: a kernel can't be dealt out.
-    choice = spec.split.over(chosen, (None,) * len(given), None)(*given)
+    choice = choice_of(spec, plan, rows.settings, logits, before.generated, counts, bias, allowed)
     token = jnp.maximum(choice.token, 0)
     counts = counts and count(counts, token, live)
     generated = before.generated + live
-    stopped = (token[:, None] == jnp.asarray(spec.stop_ids, jnp.int32)).any(axis=1)
-    done = before.done | stopped | (generated >= rows.limit)
-    code = jnp.where(choice.finite, jnp.where(choice.banned, BANNED, token), NOT_FINITE)
+    done = before.done | is_stop(spec, token) | (generated >= rows.limit)
     after = State(jnp.where(live, token, before.token), generated, done)
-    return after, counts, Emitted(jnp.where(live, code, NOT_LIVE), choice.logprobs)
+    return after, counts, Emitted(jnp.where(live, told(choice), NOT_LIVE), choice.logprobs)
 
 
-def _put(
+def choice_of(
+    spec: Spec,
+    plan: Plan,
+    asked: Settings,
+    logits: Float[Array, "R V"],
+    generated: Int[Array, "R"],
+    counts: Counts | None,
+    bias: Float[Array, "R V"] | None,
+    allowed: UInt32[Array, "R words"] | None,
+) -> Choice:
+    """One token a row, after so many that the row's text has generated."""
+    chosen = functools.partial(sampling.choose, plan=plan, spec=spec)
+    given = logits, asked, generated, counts, bias, allowed
+    # Each device of a mesh by itself: a kernel can't be dealt out.
+    return spec.split.over(chosen, (None,) * len(given), None)(*given)
+
+
+def is_stop(spec: Spec, token: Int[Array, "R"]) -> Bool[Array, "R"]:
+    """Whether a token ends its text."""
+    return (token[:, None] == jnp.asarray(spec.stop_ids, jnp.int32)).any(axis=1)
+
+
+def told(choice: Choice) -> Int[Array, "R"]:
+    """What the host is told of a row that lives: its token, or why there is none."""
+    token = jnp.maximum(choice.token, 0)
+    return jnp.where(choice.finite, jnp.where(choice.banned, BANNED, token), NOT_FINITE)
+
+
+def into_slots(
     rows: Rows, state: State, own: State, extras: Extras | None, counts: Counts | None
 ) -> tuple[State, Extras | None]:
     """All slots, with what the rows' have become."""

@@ -12,6 +12,7 @@ from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Sampling
 
 if TYPE_CHECKING:
+    from qwen_jax.engine.drafts import Record
     from qwen_jax.engine.steps import Scored
 
 NO_SLOT = -1
@@ -66,6 +67,7 @@ class Text:
         self.row = np.zeros(0, np.int32)  # of `steps.Rows`
         self.jump: list[int] = []  # tokens that are known, behind the one that is being chosen
         self.over = False
+        self.record: Record | None = None  # of drafts, where there may be any
 
     @property
     def entering(self) -> int:

@@ -30,6 +30,7 @@ from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed import packing
 from pallas_kernels.target import HOPPER
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.forward import Forward
 from qwen_jax.engine.packed_matrices import PackedGateUp, PackedMatrix
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
@@ -42,11 +43,6 @@ from qwen_jax.weights.on_device import Raw, decoded
 if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
     from qwen_jax.model.decoder import Parameters, Qwen2
 
-Forward = Callable[
-    [Int[Array, "B"], Cache, Int[Array, "B"], Bool[Array, "B"]], tuple[Float[Array, "B V"], Cache]
-]
-"""A token of every row, the cache, the tokens' positions and which rows are live, to the logits
-after them and the cache with the live rows' keys and values."""
 
 _put_matrix = Kept(packing, "put_matrix", static=(3, 4))
 
@@ -129,8 +125,10 @@ def _step(
     cache: Cache,
     position: Int[Array, "B"],
     live: Bool[Array, "B"],
+    preceding: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """As `Forward` says; a row that isn't live has no length, so that it writes nothing."""
+    """As `Forward` says; a row that isn't live has no length, so that it writes nothing. A layer
+    writes the keys and values of all rows before any of them looks."""
     hidden, cache = model(token[:, None], cache, position, jnp.where(live, position + 1, 0))
     return model.logits(hidden)[:, 0], cache
 
@@ -195,6 +193,7 @@ class PackedWeights:
         cache: Cache,
         position: Int[Array, "B"],
         live: Bool[Array, "B"],
+        preceding: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
         """A row that isn't live goes along as the shortest row, which costs least."""
         logits, new = pallas_kernels.decode_step(
@@ -206,6 +205,7 @@ class PackedWeights:
             jnp.where(live, position, 0),
             jnp.asarray(inverse_frequencies(self.config)),
             attention_factor=self.config.attention_factor,
+            preceding=preceding,
             implementation=self.implementation,
         )
         return logits, cache.write_all(new, position, live)

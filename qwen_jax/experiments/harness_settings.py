@@ -202,10 +202,14 @@ def positive(name: str, value: Any, most: int | None = None) -> int:
     return found
 
 
+_NOT_LOADS = {"progress", "slots", "expected", "speculate", "draft_model", "draft_tokens"}
+"""Of `qwen_jax.load`'s arguments those that a harness's model hasn't."""
+
+
 def check_arguments(given: Iterable[str], own: Iterable[str]) -> None:
     """Raises UserError for a name that is neither `qwen_jax.load`'s nor among the model's own."""
     # The harness has its own name for slots.
-    loads = set(inspect.signature(api.load).parameters) - {"progress", "slots", "expected"}
+    loads = set(inspect.signature(api.load).parameters) - _NOT_LOADS
     known = sorted({*own, *loads})
     for name in given:
         if name in _FLAGS:

@@ -52,6 +52,8 @@ class _OfEngine(Collector):
             "prompt_tokens": (sums.prompt_tokens, "Of prompts that have begun."),
             "shared_tokens": (sums.shared_tokens, "Those of them that were in the cache."),
             "generated_tokens": (sums.generated_tokens, "Of answers."),
+            "drafted_tokens": (sums.drafted_tokens, "Of drafts."),
+            "accepted_tokens": (sums.accepted_tokens, "Those of them that are in answers."),
         }
         for name, (value, text) in counters.items():
             yield CounterMetricFamily(f"qwen_jax_{name}", text, value)

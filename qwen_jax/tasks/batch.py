@@ -32,7 +32,7 @@ from qwen_jax.tasks.summary import Summary
 from qwen_jax.terminal import visible
 
 READS = (
-    *(*MODEL, "prompt_file", "output", "ordered", "strict", "batch_invariant"),
+    *(*MODEL, "prompt_file", "output", "ordered", "strict", "batch_invariant", "speculate"),
     *("max_tokens", "generation_config", "sampling"),
 )
 """Fields of a config; all else is said by the bodies."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qwen_jax import (
     api,
+    choices,
     flag_fields,
     in_force,
     pins,
@@ -26,6 +27,7 @@ from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
 from qwen_jax.errors import UserError
 from qwen_jax.generation import Completion, Request
+from qwen_jax.mesh import MeshShape
 from qwen_jax.prompt_lines import SAMPLING, Item, Wrong
 from qwen_jax.settings import Command
 from qwen_jax.tasks import answers, batch
@@ -56,6 +58,7 @@ def run(command: Command) -> int:
         return batch.run(command, load)
     _check_needs(config, settings.asked(config, command.overrides))
     _check_trace(config)
+    _check_speculation(config)
     with answers.opened(config) as written:
         single = config.prompt_file is None
         items: list[Item | Wrong] = (
@@ -151,6 +154,22 @@ def _check_trace(config: ConfigDict) -> None:
         raise UserError(f"--trace={path} {why}")
 
 
+def _check_speculation(config: ConfigDict) -> None:
+    """Raises UserError where drafts are asked for that no answer could have."""
+    choices.check_speculation(
+        config.speculate.method,
+        config.speculate.draft_model,
+        config.speculate.tokens,
+        MeshShape.parse(config.mesh).devices,
+    )
+    held = [name for name, value in config.constrain.items() if value]
+    if config.speculate.method != "none" and held:
+        raise UserError(
+            f"--speculate does nothing beside --{held[0]}: what may come next is found out on the "
+            "host after each token; leave one of the two out."
+        )
+
+
 def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
     """What the model will be asked for, as far as that is known before it is there."""
     options = [item.options for item in _right(items)]
@@ -180,6 +199,9 @@ def load(config: ConfigDict, expected: Expected | None = None) -> Model:
             slots=config.slots,
             batch_invariant=bool(config.batch_invariant),
             mesh=config.mesh,
+            speculate=config.speculate.method,
+            draft_model=config.speculate.draft_model,
+            draft_tokens=config.speculate.tokens,
             expected=expected,
             sha256=config.sha256,
             progress=progress,

@@ -56,12 +56,16 @@ class Summary:
         form = ", weights in blocks" if self._model.engine.weights.in_blocks else ""
         shape = MeshShape(1 + len(self._model.engine.others), spec.split.size)
         mesh = f" x {shape.devices} ({shape})" if shape.devices > 1 else ""
+        drafts = ""
+        if self._model.engine.layout.draft_tokens:
+            drafted, accepted = timings.drafted_tokens, timings.accepted_tokens
+            drafts = f"\ndrafts      {drafted} tokens, {accepted} accepted"
         own = f"; prompts with settings of their own: {self._others}" if self._others else ""
         return "\n".join(
             (
                 f"prompt      {timings.prompt_tokens} tokens{shared}",
                 f"generation  {timings.generated_tokens} tokens, "
-                f"{timings.generation_rate:,.1f} tokens/s",
+                f"{timings.generation_rate:,.1f} tokens/s{drafts}",
                 f"start       {stages}",
                 f"first token {timings.first_token_seconds:.2f} s after the prompt, "
                 f"compilation {timings.compile_seconds:.2f} s in all",

@@ -1,5 +1,6 @@
 """Text <-> token ids, identical to the reference Qwen2 tokenizer."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,12 @@ class Tokenizer:
         if token in self._vocabulary.added or not _BYTE_OF_SYMBOL.keys() >= set(text):
             return text.encode("utf-8")
         return bytes(map(_BYTE_OF_SYMBOL.__getitem__, text))
+
+    def first_difference(self, other: "Tokenizer") -> int | None:
+        """The lowest id that stands for something else in another vocabulary, if there is one. One
+        that no token has is the same as one past the end."""
+        pairs = itertools.zip_longest(self._vocabulary.tokens, other._vocabulary.tokens)
+        return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
 
     def token_name(self, token: int) -> str:
         """How to show one id to a person: quoted text, bytes where it is part of a character."""

@@ -59,6 +59,12 @@ class Case(NamedTuple):
     tables: np.ndarray
     position: np.ndarray
     inv_freq: np.ndarray
+    preceding: np.ndarray | None = None
+
+    @property
+    def cached(self) -> np.ndarray:
+        """Positions of each row that are in the cache."""
+        return self.position if self.preceding is None else self.position - self.preceding
 
 
 Inputs = tuple[ModelShape, int, list[int], int, str]
@@ -146,7 +152,7 @@ def poisoned(case: Case) -> np.ndarray:
     """The pages with NaN in all slots that no row attends to."""
     count, slots = case.pages.shape[1], case.pages.shape[3]
     read = np.zeros((count, slots), bool)
-    for row, position in zip(case.tables, case.position, strict=True):
+    for row, position in zip(case.tables, case.cached, strict=True):
         for first in range(0, position, slots):
             read[row[first // slots], : position - first] = True
     return np.where(read[None, :, None, :, None], case.pages, case.pages.dtype.type(np.nan))
@@ -164,12 +170,13 @@ def _reference(
     if exact:
         packed, plan = stored_again(packed, plan, "float32")
         pages = pages.astype(jnp.float32)
-    return reference(packed, plan, hidden, pages, *rest, 1.0)
+    tables, position, inv_freq, preceding = rest
+    return reference(packed, plan, hidden, pages, tables, position, inv_freq, 1.0, preceding)
 
 
 def expected(case: Case, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The reference's logits, keys and values; exact ones if nothing is rounded to 16 bits."""
-    inputs = (case.hidden, poisoned(case), case.tables, case.position, case.inv_freq)
+    inputs = case.hidden, poisoned(case), *case[4:]
     found = _reference(case.packed, case.plan, exact, *inputs)
     return tuple(np.asarray(x, np.float64) for x in found)  # type: ignore
 
@@ -224,16 +231,19 @@ def _run(
     machine = Machine(plan.blocks, sum(divided), (0, copied), seed)
     angles = case.position[:, None].astype(np.float32) * case.inv_freq
     rope = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    several, positions = case.preceding is not None, case.position
+    if case.preceding is not None:
+        positions = np.stack([case.position, case.preceding])
     inputs = [
         case.packed.stream, plan.table(), case.packed.bias, case.packed.norms, case.hidden, rope,
-        poisoned(case), case.tables, case.position,
+        poisoned(case), case.tables, positions,
     ]  # fmt: skip
     refs: list[int] = [machine.array(np.asarray(x)) for x in inputs]
     made: list[Any] = []
     with patch.context() as inner:
         inner.setattr(launch.compat, "kernel", lambda body, **how: made.append((body, how)))
         pool = Pool.of(case.pages, case.tables)
-        kernel.build.__wrapped__(plan, rows, pool, dtype, recorded=recorded)
+        kernel.build.__wrapped__(plan, rows, pool, dtype, recorded=recorded, several=several)
         ((body, how),) = made
         rng = np.random.default_rng(seed)
         for out in how["out_type"]:

@@ -28,11 +28,12 @@ def exact_step(case: Any) -> tuple[np.ndarray, np.ndarray]:
         first, second = x[..., : h // 2], x[..., h // 2 :]
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
-    def all_of(kept: np.ndarray, row: int, own: np.ndarray) -> np.ndarray:
+    def all_of(kept: np.ndarray, row: int, new: np.ndarray) -> np.ndarray:
         """A row's keys, or values, of a layer: `[slots, kv_heads, h]`."""
-        before = np.arange(case.position[row])
+        before = np.arange(case.cached[row])
         pages_of = case.tables[row][before // slots]
-        return np.concatenate([kept[pages_of, :, before % slots], own[None]])
+        first = row - (case.position[row] - case.cached[row])
+        return np.concatenate([kept[pages_of, :, before % slots], new[first : row + 1]])
 
     x = case.hidden.astype(np.float64)
     new = np.zeros((2, shape.layers, rows, shape.kv_heads, h))
@@ -42,7 +43,7 @@ def exact_step(case: Any) -> tuple[np.ndarray, np.ndarray]:
         q, k = rotated(q), rotated(k)
         attended = np.zeros((rows, shape.heads, h))
         for row in range(rows):
-            ours = all_of(pages[i], row, k[row]), all_of(pages[shape.layers + i], row, v[row])
+            ours = all_of(pages[i], row, k), all_of(pages[shape.layers + i], row, v)
             every_k, every_v = (np.repeat(a, shape.group, axis=1) for a in ours)
             scores = np.einsum("nh,snh->ns", q[row], every_k) / np.sqrt(h)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))

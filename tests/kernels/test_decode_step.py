@@ -42,6 +42,7 @@ def lower(
     kernel: types.ModuleType = few_rows,
     cache: str | None = None,
     recorded: bool = False,
+    several: bool = False,
 ) -> str:
     """The kernel for that plan, with a cache of its weights' dtype or another."""
     shape, cache = plan.shape, cache or plan.head
@@ -60,9 +61,9 @@ def lower(
         f32(rows, 2, shape.head_dim // 2),
         ShapeDtypeStruct(dims, cache),
         ShapeDtypeStruct((rows, pool.table), jnp.int32),
-        ShapeDtypeStruct((rows,), jnp.int32),
+        ShapeDtypeStruct((2, rows) if several else (rows,), jnp.int32),
     )
-    built = kernel.build(plan, rows, pool, jnp.dtype(cache), recorded=recorded)
+    built = kernel.build(plan, rows, pool, jnp.dtype(cache), recorded=recorded, several=several)
     return hopper.lower(built, *arguments)
 
 
@@ -115,6 +116,26 @@ def test_kernels_that_record_lower(
         lower(plan, rows, 1024, kernel, "bfloat16", recorded=recorded) for recorded in (False, True)
     )
     assert len(recording) > len(plain)
+
+
+@pytest.mark.lower
+@pytest.mark.parametrize(
+    ("size", "stored", "rows", "kernel"),
+    [
+        ("0.5b", "bfloat16", 8, few_rows),
+        ("1.5b", "float16", 8, few_rows),
+        ("7b", "q4_k", 8, few_rows),
+        *((size, "bfloat16", rows, many_rows) for size in ("0.5b", "7b") for rows in (8, 64)),
+    ],
+)
+def test_kernels_of_several_positions_lower(
+    size: str, stored: str, rows: int, kernel: types.ModuleType
+) -> None:
+    plan = plan_of(SIZES[size], stored)
+    plain, several = (
+        lower(plan, rows, 32768, kernel, "bfloat16", several=several) for several in (False, True)
+    )
+    assert len(several) > len(plain)
 
 
 @pytest.mark.lower

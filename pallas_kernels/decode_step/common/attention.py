@@ -4,15 +4,16 @@ context.
 Eight warps take a run of slots each and keep a running softmax for all query heads of the group.
 Keys and values go from memory straight to the registers of the tensor cores' operands, a turn
 ahead. A turn's slots lie in one page, looked up while the queries or an earlier turn's keys are
-waited for. The new token, which is in no slot yet, is one more part beside those of the warps.
+waited for. The new token, which is in no slot yet, is one more part beside those of the warps; new
+tokens before it, of other rows, are loaded as if they were in their slots.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 from pallas_kernels.decode_step.common.cache import PagedCache
 from pallas_kernels.decode_step.common.exchange import Exchange, Section, poll, publish
+from pallas_kernels.decode_step.common.heads import Heads, New
 from pallas_kernels.decode_step.common.launch import THREADS
 from pallas_kernels.decode_step.common.softmax import NEVER, Found, Softmax, score_scale
 from pallas_kernels.decode_step.packed.plan import StepPlan
@@ -71,6 +72,8 @@ class Attention:
         found: shared memory for what the warps found.
         format: of the cache.
         result: where the results go.
+        several: whether rows may be several positions of one text, of which behind all positions
+            stands how many rows before a row are its text's.
         early: bytes of a layer's keys and values, were all rows as long as one, up to which its
             first are asked for early; more would be in the way of what others wait for.
     """
@@ -89,6 +92,7 @@ class Attention:
     format: Format
     result: Result
     early: int
+    several: bool = False
 
     @property
     def _at_once(self) -> int:
@@ -100,8 +104,18 @@ class Attention:
     def _of_group(self) -> Found:
         return Found(self.found, self.plan.shape.group, self.plan.shape.head_dim, WARPS + 1)
 
+    @property
+    def _heads(self) -> Heads:
+        return Heads(
+            self.plan, self.rows, self.rope, self.new, self.exchange, self.heads, self.format
+        )
+
     def _position(self, row: V) -> V:
         return t.load_global(self.positions + (row << 2).wide())[0]
+
+    def _preceding(self, row: V) -> V:
+        """How many rows before a row are its text's preceding positions."""
+        return t.load_global(self.positions + ((row + self.rows) << 2).wide())[0]
 
     def _active(self, position: V) -> V:
         """Blocks that share a row's context."""
@@ -120,6 +134,8 @@ class Attention:
         def bring() -> None:
             """A lane for the keys of each turn, and one for the values."""
             begin, end = self._run(split, position, active)
+            if self.several:  # what follows is not in the cache yet
+                end = t.smaller(end, position - self._preceding(row))
             first = begin + lane // 2 * SLOTS_AT_ONCE
 
             def these() -> None:
@@ -176,54 +192,23 @@ class Attention:
             page = self.cache.page(row, self._spot(run, t.integer(0))[0])
             # The row of an empty run may have no page; page 0 is always there.
             page = t.select(begin < end, page, 0)
-            self._take_heads(layer, row, kv_head, split, flag)
+            heads = self._heads
+            heads.take(layer, row, kv_head, split, flag)
+            new = None
+            if self.several:
+                new = heads.take_preceding(
+                    layer, row, kv_head, position, self._preceding(row), flag
+                )
             t.block_barrier(THREADS)
             # Not before: they would be in the way of the words that are polled.
-            first = self._load(layer, kv_head, run, t.integer(0), page)
+            first = self._load(layer, kv_head, run, t.integer(0), page, new)
             self._new_token(split)
-            self._of_group.keep(self._slots(layer, row, kv_head, run, first))
+            self._of_group.keep(self._slots(layer, row, kv_head, run, first, new))
             t.block_barrier(THREADS)
             self._publish(row, kv_head, split, active, layer, flag)
             t.block_barrier(THREADS)
 
         t.when(split < active, share)
-
-    def _take_heads(self, layer: V, row: V, kv_head: V, split: V, flag: V) -> None:
-        """Rotates the group's queries and the key; they and the value are rounded and kept."""
-        shape = self.plan.shape
-        h, half, group = shape.head_dim, shape.head_dim // 2, shape.group
-
-        def pair(item: V) -> None:
-            head, i = item // half, item % half
-            column = t.select(head < group, (kv_head * group + head) * h, 0)
-            own = (shape.heads + kv_head + (head - group) * shape.kv_heads) * h
-            column = t.select(head < group, column, own) + i
-            index = row * shape.qkv + column
-            at = [self.exchange.at(Section.QKV, index + n * half) for n in range(2)]
-            angle = self.rope + ((row * h + i) << 2).wide()
-            cos, sin = (t.load_global(angle + 4 * n * half)[0].bits() for n in range(2))
-            (first,), (second,) = poll(at, 1, flag)
-            turns = head <= group
-            a = t.select(turns, first * cos - second * sin, first)
-            b = t.select(turns, second * cos + first * sin, second)
-            both = self.format.pair(a, b)
-            own = self.heads + (head * h + i) * 2
-            t.store_shared_half(own, both)
-            t.store_shared_half(own + h, both >> 16)
-
-            def write() -> None:
-                cached = ((head - group) * shape.layers + layer) * self.rows + row
-                at = self.new + (((cached * shape.kv_heads + kv_head) * h + i) << 1).wide()
-                t.store_global_half(at, both)
-                t.store_global_half(at + h, both >> 16)
-
-            t.when((head >= group) & split.equals(0), write)
-            if record := self.exchange.record:
-                index = (row * shape.heads + kv_head * group + head) * h + i
-                keep = functools.partial(record.keep_query, layer, index, both, half)
-                t.when((head < group) & split.equals(0), keep)
-
-        block_stride_loop((group + 2) * half, THREADS, pair)
 
     def _new_token(self, split: V) -> None:
         """The new token's part: each warp finds its score for one head.
@@ -250,7 +235,9 @@ class Attention:
 
         t.when(head < group, score)
 
-    def _load(self, layer: V, kv_head: V, run: tuple[V, V], turn: V, page: V) -> list[V]:
+    def _load(
+        self, layer: V, kv_head: V, run: tuple[V, V], turn: V, page: V, new: New | None
+    ) -> list[V]:
         """This lane's words of 16 slots of a run, in that page, which `_apart` takes apart.
 
         After the run's end they are those of its last slot. A load that might not take place would
@@ -260,16 +247,19 @@ class Attention:
         lane, slot_bytes = t.thread_id() % t.WARP, self.cache.slot_bytes
         g, quarter = lane // 4, lane % 4
         keys = self.cache.key(layer, kv_head, page, first)
-        words = []
+        words, kind = [], "nc" if new is None else "block"
         # Keys of slots g and g + 8, values of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-        for base, own, column, slots, stride in (
-            (keys, g, quarter * 16, (0, 8), 64),
-            (keys + self.cache.values, quarter * 2, g * 16, (0, 1, 8, 9), 128),
+        for which, base, own, column, slots, stride in (
+            (0, keys, g, quarter * 16, (0, 8), 64),
+            (1, keys + self.cache.values, quarter * 2, g * 16, (0, 1, 8, 9), 128),
         ):
             for slot in slots:
-                at = base + (t.smaller(own + slot, most) * slot_bytes + column).wide()
-                for offset in range(0, slot_bytes, stride):
-                    words += t.load_global(at, 4, offset=offset)
+                offset = t.smaller(own + slot, most)
+                at = base + (offset * slot_bytes + column).wide()
+                if new is not None:
+                    at = new.instead(at, first + offset, which, column)
+                for begin in range(0, slot_bytes, stride):
+                    words += t.load_global(at, 4, kind, offset=begin)
         return words
 
     def _apart(self, words: list[V]) -> tuple[list[list[list[V]]], list[list[list[V]]]]:
@@ -280,7 +270,15 @@ class Attention:
         slots = [values[n : n + per_value] for n in range(0, len(values), per_value)]
         return [keys[:per_key], keys[per_key:]], slots
 
-    def _slots(self, layer: V, row: V, kv_head: V, run: tuple[V, V], loaded: list[V]) -> Softmax:
+    def _slots(
+        self,
+        layer: V,
+        row: V,
+        kv_head: V,
+        run: tuple[V, V],
+        loaded: list[V],
+        new: New | None,
+    ) -> Softmax:
         """The running softmax of this warp's slots, in one lane's share."""
         shape = self.plan.shape
         h = shape.head_dim
@@ -302,7 +300,7 @@ class Attention:
             found = Softmax.carried(carry[: len(empty)])
             found = found.over(self.format, queries, keys, values, there)
             # Not before: now the registers of this turn's are free, or will be while it multiplies.
-            return [*found.carry(), *self._load(layer, kv_head, run, i + 1, page)]
+            return [*found.carry(), *self._load(layer, kv_head, run, i + 1, page, new)]
 
         turns = (t.larger(end - begin, 0) + (SLOTS_AT_ONCE - 1)) // SLOTS_AT_ONCE
         return Softmax.carried(t.loop(turns, [*empty, *loaded], turn)[: len(empty)])

@@ -145,6 +145,7 @@ def build(
     cache: DTypeLike,
     traced: bool = False,
     recorded: bool = False,
+    several: bool = False,
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
@@ -212,7 +213,7 @@ def build(
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
                 given.rope, given.positions, given.new, words, heads, operands,
-                FORMATS[jnp.dtype(cache).name], attn_out, EARLY_BYTES,
+                FORMATS[jnp.dtype(cache).name], attn_out, EARLY_BYTES, several,
             ),
             own=own, given=given, exchange=words, trace=given.trace(cta),
         )  # fmt: skip

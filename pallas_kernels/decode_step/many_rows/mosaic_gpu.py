@@ -136,6 +136,7 @@ def build(
     cache: DTypeLike,
     traced: bool = False,
     recorded: bool = False,
+    several: bool = False,
 ) -> Callable[..., Any]:
     """The kernel of many rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
@@ -210,7 +211,7 @@ def build(
             attention=Attention(
                 plan, rows, splits, cta, PagedCache(shape, pool, given.pages, given.tables),
                 given.rope, given.positions, given.new, exchange, heads, sums,
-                FORMATS[jnp.dtype(cache).name], attn_out, EARLY_BYTES,
+                FORMATS[jnp.dtype(cache).name], attn_out, EARLY_BYTES, several,
             ),
             own=own, scales=scales, given=given, exchange=exchange, trace=given.trace(cta),
         )  # fmt: skip

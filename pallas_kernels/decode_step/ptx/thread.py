@@ -322,6 +322,7 @@ def store_shared_half(address: V, value: V) -> None:
 
 LOADS = {
     "nc": "ld.global.nc",
+    "block": "ld.global",
     "relaxed.gpu": "ld.relaxed.gpu.global",
     "acquire.gpu": "ld.acquire.gpu.global",
 }
@@ -339,8 +340,8 @@ def load_global(
     """Int32 from global memory, `offset` bytes from the address, in one instruction.
 
     Args:
-        kind: "nc" what nobody writes, "relaxed.gpu" what others write, "acquire.gpu" what they
-            write after something else that is read next.
+        kind: "nc" what nobody writes, "block" what the block itself has written, "relaxed.gpu" what
+            others write, "acquire.gpu" what they write after something else that is read next.
         where: whether to load, or to take `otherwise`.
     """
     return _load(LOADS[kind], address, count, where, otherwise, offset)

@@ -1,0 +1,68 @@
+"""Drafts by looking up: what came after the last place where a text had its last few tokens.
+
+Prompt lookup decoding (Saxena, 2023; transformers' `prompt_lookup_num_tokens`, vLLM's `ngram`),
+over the prompt and the answer. It is there twice, on a device for the steps of a call, and on the
+host, which thus knows what drafts would have been worth where there were none.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+LONGEST, SHORTEST = 4, 2
+"""Tokens that must stand there again, at most and at least: of fewer, most drafts are wrong."""
+NO_DRAFT = -1
+
+
+def lookup(history: Int[Array, "R H"], length: Int[Array, "R"], most: int) -> Int[Array, "R most"]:
+    """What may come next, or `NO_DRAFT` everywhere.
+
+    Of all earlier places the one counts that agrees in the most tokens, and of these the last. What
+    it would take from behind the end is what the draft itself has there, so that what has begun to
+    repeat itself goes on.
+
+    Args:
+        history: tokens of texts, each from its beginning.
+        length: how many there are of each, at least one.
+    """
+    width = history.shape[1]
+    at = jnp.arange(width)
+    agrees = at < length[:, None] - 1
+    found = jnp.zeros(history.shape, jnp.int32)
+    for n in range(LONGEST):
+        last = jnp.take_along_axis(history, jnp.maximum(length - 1 - n, 0)[:, None], axis=1)
+        before = jnp.pad(history, ((0, 0), (n, 0)), constant_values=NO_DRAFT)[:, :width]
+        agrees = agrees & (before == last)
+        found = found + agrees
+    best = jnp.where(found >= SHORTEST, found * width + at, -1).max(axis=1)
+    end = best % width
+    period = jnp.maximum(length - 1 - end, 1)
+    places = end[:, None] + 1 + jnp.arange(most) % period[:, None]
+    drafted = jnp.take_along_axis(history, jnp.clip(places, 0, width - 1), axis=1)
+    return jnp.where(best[:, None] >= 0, drafted, NO_DRAFT)
+
+
+class Lookup:
+    """The same on the host, of a list of tokens that grows at its end."""
+
+    def __init__(self, tokens: list[int]):
+        self._tokens = tokens
+        # Where each run of tokens ended last that something stands behind.
+        self._ends: dict[tuple[int, ...], int] = {}
+        for n in range(SHORTEST, LONGEST + 1):
+            runs = zip(*(tokens[i:-1] for i in range(n)), strict=False)
+            self._ends.update(zip(runs, range(n - 1, len(tokens)), strict=False))
+
+    def grown(self) -> None:
+        """One token has come: the runs before it have something behind them now."""
+        end = len(self._tokens) - 2
+        for n in range(SHORTEST, min(LONGEST, end + 1) + 1):
+            self._ends[tuple(self._tokens[end + 1 - n : end + 1])] = end
+
+    def draft(self, most: int) -> list[int]:
+        """What may come next, or nothing."""
+        tokens = self._tokens
+        for n in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
+            if (end := self._ends.get(tuple(tokens[-n:]))) is not None:
+                period = len(tokens) - 1 - end
+                return [tokens[end + 1 + k % period] for k in range(most)]
+        return []

@@ -23,7 +23,8 @@ SERVED = tuple(
 
 FIELDS = {
     "generate": (
-        *(*MODEL, "mesh", *PROMPT, *ANSWER, "output", "ordered", "resume", "strict", "trace"),
+        *(*MODEL, "mesh", "hosts", *PROMPT, *ANSWER),
+        *("output", "ordered", "resume", "strict", "trace"),
     ),
     "chat": (
         *(*MODEL, "system", "batch_invariant", "max_tokens", "stop", "stop_ids"),
@@ -34,7 +35,8 @@ FIELDS = {
     "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
     "experiment": (
-        *(*MODEL, "mesh", *PROMPT, *ANSWER, "experiment", "runner", "answer", "workdir"),
+        *(*MODEL, "mesh", "hosts", *PROMPT, *ANSWER),
+        *("experiment", "runner", "answer", "workdir"),
     ),
     "configs": (),
     "recorder": (),

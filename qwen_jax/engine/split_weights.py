@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def splits_of(shape: MeshShape) -> list[Split]:
-    """The devices of each of its models: the first ones that JAX has.
+    """The devices of each of its models: the first ones that JAX has, of each host as many.
 
     Raises:
-        UserError: there are not as many.
+        UserError: there are not as many, or some hosts would have none.
     """
     platform = device().platform  # says it where JAX finds none
     devices = jax.devices()
@@ -36,8 +36,33 @@ def splits_of(shape: MeshShape) -> list[Split]:
             f"mesh is {shape}, which takes {shape.devices} devices, but JAX has {len(devices)} of "
             f"the platform {platform}; choose a smaller one{f'; {more}' * (platform == 'cpu')}."
         )
+    if (processes := jax.process_count()) > 1:
+        return _of_hosts(shape, devices, processes)
     dealt = np.array(devices[: shape.devices]).reshape(shape.dp, shape.tp)
     return [Split(Mesh(each, (AXIS,))) for each in dealt]
+
+
+def _of_hosts(shape: MeshShape, devices: list[jax.Device], processes: int) -> list[Split]:
+    """All hosts make the same calls, so that each has a part of every model."""
+    each = shape.tp // processes
+    if shape.tp % processes:
+        raise UserError(
+            f"mesh is {shape}, but its tp must be a multiple of the {processes} hosts, which all "
+            "have a part of each model; where a model fits on one host, run an experiment on each "
+            "of them by --shard=I/N, which exchanges nothing."
+        )
+    of_process = [[d for d in devices if d.process_index == p] for p in range(processes)]
+    if (fewest := min(map(len, of_process))) < each * shape.dp:
+        raise UserError(
+            f"mesh is {shape}, which takes {each * shape.dp} devices of each of {processes} hosts, "
+            f"but one has {fewest}; choose a smaller one."
+        )
+    return [
+        Split(
+            Mesh(np.array([own[i * each : (i + 1) * each] for own in of_process]).ravel(), (AXIS,))
+        )
+        for i in range(shape.dp)
+    ]
 
 
 def least(number: int) -> int:

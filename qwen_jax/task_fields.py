@@ -27,12 +27,14 @@ FIELDS = {
         *("output", "ordered", "resume", "strict", "trace"),
     ),
     "chat": (
-        *(*MODEL, "system", "batch_invariant", "max_tokens", "stop", "stop_ids"),
+        *(*MODEL, "mesh", "system", "batch_invariant", "max_tokens", "stop", "stop_ids"),
         *("generation_config", "sampling"),
     ),
-    "serve": (*MODEL, *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
+    "serve": (
+        *(*MODEL, "mesh", *SERVED, "batch_invariant", "max_tokens", "generation_config", "serve"),
+    ),
     "inspect": (*MODEL, "mesh"),
-    "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
+    "compare": (*MODEL, "mesh", *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "certify"),
     "experiment": (
         *(*MODEL, "mesh", "hosts", *PROMPT, *ANSWER),

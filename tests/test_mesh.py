@@ -154,7 +154,7 @@ def test_the_command_line_refuses(refuses: Callable[..., None]) -> None:
 
 def test_the_step_kernel_is_for_one_device() -> None:
     checkpoint = open_checkpoint(opening.locate())
-    with pytest.raises(UserError, match="the decode step's kernel is for one device"):
+    with pytest.raises(UserError, match="the decode step's kernel has all of a model on"):
         form_of("auto", checkpoint, FLOAT32, implementation="mosaic_gpu", mesh=MeshShape(tp=2))
 
 

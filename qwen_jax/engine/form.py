@@ -66,15 +66,17 @@ def form_of(
         asked: "auto", "packed" or "expanded".
         slots, texts: how many texts may run at the same time, and how many there will be, where
             that is known.
-        mesh: the devices that they are dealt out to; `Form.held` is what one has.
+        mesh: the devices that they are dealt out to, or have all of them; `Form.held` is what one
+            has.
 
     Raises:
         UserError: they can't stay in blocks, and it was asked for; or they can't be dealt out, or
             the decode step's kernel was asked for on several devices.
     """
-    if mesh.devices > 1:
+    if mesh.tp > 1:
         return _on_mesh(asked, checkpoint, dtype, implementation, mesh)
-    budget, on_cpu = Budget.of(checkpoint.config, dtype), device().platform == "cpu"
+    budget = Budget.of(checkpoint.config, dtype, sharers=mesh.devices)
+    on_cpu = device().platform == "cpu"
     numbers = Form(budget.weights)
     few = not on_cpu and texts is not None and texts <= FEW_TEXTS
     if asked == "expanded" or (asked == "auto" and not few and not packs(budget, 0)):
@@ -102,8 +104,9 @@ def _on_mesh(
         )
     if implementation == "mosaic_gpu":
         raise UserError(
-            "implementation is 'mosaic_gpu', but the decode step's kernel is for one device, and "
-            f"mesh is {mesh}; choose auto, which runs the attention kernels on each device, or xla."
+            "implementation is 'mosaic_gpu', but the decode step's kernel has all of a model on "
+            f"one device, and mesh is {mesh}; choose auto, whose products are XLA's between kernels "
+            "for attention on each device, or xla."
         )
     return Form(Budget.of(part(checkpoint.config, mesh.tp), dtype).weights)
 

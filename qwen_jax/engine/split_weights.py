@@ -16,14 +16,15 @@ from qwen_jax.engine.memory import device
 from qwen_jax.engine.weights import PlainWeights
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape
-from qwen_jax.model.split import AXIS, Split, Whole
+from qwen_jax.model.split import AXIS, WHOLE, On, Split, Whole
 
 if TYPE_CHECKING:
     from qwen_jax.model.decoder import Parameters
 
 
-def splits_of(shape: MeshShape) -> list[Split]:
-    """The devices of each of its models: the first ones that JAX has, of each host as many.
+def splits_of(shape: MeshShape) -> list[Whole]:
+    """The devices of each of its models: the first ones that JAX has, of each host as many. A model
+    that is not dealt out is whole on one, the first on the default device.
 
     Raises:
         UserError: there are not as many, or some hosts would have none.
@@ -38,11 +39,13 @@ def splits_of(shape: MeshShape) -> list[Split]:
         )
     if (processes := jax.process_count()) > 1:
         return _of_hosts(shape, devices, processes)
+    if shape.tp == 1:
+        return [WHOLE, *map(On, devices[1 : shape.dp])]
     dealt = np.array(devices[: shape.devices]).reshape(shape.dp, shape.tp)
     return [Split(Mesh(each, (AXIS,))) for each in dealt]
 
 
-def _of_hosts(shape: MeshShape, devices: list[jax.Device], processes: int) -> list[Split]:
+def _of_hosts(shape: MeshShape, devices: list[jax.Device], processes: int) -> list[Whole]:
     """All hosts make the same calls, so that each has a part of every model."""
     each = shape.tp // processes
     if shape.tp % processes:

@@ -142,7 +142,7 @@ def implementation_lines(
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     pages = (2, kv_heads, PAGE, dim)
     # Where the step's kernel serves no row, its weight stream isn't made either.
-    alone = "it is for one device" if mesh.devices > 1 else None
+    alone = "it has all of a model on one device" if mesh.tp > 1 else None
     unpacked = alone or weights.refusal(config, dtype)
     reasons = {
         "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),

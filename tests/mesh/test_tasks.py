@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import pytest
 
 import qwen_jax
@@ -43,6 +44,17 @@ def test_serving() -> None:
             said = server.post("/v1/chat/completions", body).json()
             assert said["choices"][0]["message"]["content"] == expected
             server.settle()
+
+
+def test_replicas_of_a_model_in_blocks() -> None:
+    """That is not dealt out lies on each device in whatever form it has on one."""
+    both = qwen_jax.load(mesh="dp=2", weights="packed", slots=1)
+    engines = (both.engine, *both.engine.others)
+    assert all(engine.weights.in_blocks for engine in engines)
+    assert [engine.weights.devices() for engine in engines] == [{d} for d in jax.devices()[:2]]
+    prompts = ["haiku: snow", "haiku: moss"]
+    one = qwen_jax.load(weights="packed", slots=1)
+    assert both.generate(prompts, max_tokens=20) == one.generate(prompts, max_tokens=20)
 
 
 def test_the_cache_is_right() -> None:

@@ -15,6 +15,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
+from qwen_jax.engine.split_blocks import load_split_blocks
 from qwen_jax.engine.split_weights import SplitWeights, least, splits_of
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
@@ -99,7 +100,9 @@ def load_engine(
 
         try:
             weights: Weights
-            if isinstance(split, Split):
+            if isinstance(split, Split) and form.blocks:
+                weights = load_split_blocks(checkpoint, split, watched)
+            elif isinstance(split, Split):
                 named = dict(iter_split(checkpoint, dtype, split, watched))
                 weights = SplitWeights(named, config, split)
             elif form.plan is not None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
@@ -100,10 +100,10 @@ class SplitWeights(PlainWeights):
         """Every one as one device would have it, made when it is asked for."""
         return _Whole(self)
 
-    def on(self, split: Split) -> "SplitWeights":
+    def on(self, split: Split) -> Self:
         """The same on other devices."""
-        named = {name: jax.device_put(x, split.alike(x.sharding)) for name, x in self.named.items()}
-        return SplitWeights(named, self.config, split)
+        there = jax.tree.map(lambda x: jax.device_put(x, split.alike(x.sharding)), self.named)
+        return dataclasses.replace(self, named=there, split=split)
 
     def whole(self, name: str) -> Float[Array, "..."]:
         """One parameter, its heads and its feed-forward in the checkpoint's order."""

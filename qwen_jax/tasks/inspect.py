@@ -191,6 +191,8 @@ def memory_lines(
     yield f"weights                 {show_bytes(weights):>9}{expanded}"
     if form.plan and (numbers := expanded_in(form.plan)):
         yield f"  all but {', '.join(numbers)}, which are expanded to {dtype.name}"
+    if form.cut:
+        yield f"  but where a device's part ends within one: {', '.join(form.cut)}, expanded"
     yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
     context = config.context_length
     yield f"cache, whole context    {show_bytes(context * each):>9}  ({context} tokens)"

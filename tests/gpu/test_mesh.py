@@ -55,3 +55,8 @@ def test_replicas_run_the_step_kernel() -> None:
 def test_the_step_kernel_is_for_one_device() -> None:
     with pytest.raises(qwen_jax.UserError, match="the decode step's kernel has all of a model on"):
         model("tp=2", "bfloat16", "mosaic_gpu")
+
+
+def test_blocks_are_for_the_step_kernel() -> None:
+    with pytest.raises(qwen_jax.UserError, match="on a GPU only the decode step's kernel"):
+        qwen_jax.load(mesh="tp=2", weights="packed")

@@ -302,14 +302,13 @@ def many(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     slots, options = args.slots, {"cache_tokens": CACHE_TOKENS}
     sizes = lengths(args.count)
     (split,) = splits_of(MeshShape(tp=args.tp))
-    first, *others = splits_of(MeshShape(dp=args.tp))
+    _, *others = splits_of(MeshShape(dp=args.tp))
 
     def replicas() -> Engine:
-        engine = on_several(config, dealt(config, first), "auto", slots=slots // args.tp, **options)
+        each = {"slots": slots // args.tp, **options}
+        engine = on_one(config, "auto", **each)
         engine.others = tuple(
-            on_several(config, engine.weights.on(there), "auto", slots=slots // args.tp, **options)
-            for there in others
-            if isinstance(engine.weights, SplitWeights)
+            Engine(config, there.placed(engine.weights), split=there, **each) for there in others
         )
         return engine
 

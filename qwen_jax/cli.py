@@ -23,6 +23,7 @@ from qwen_jax import (
     config_program,
     flag_fields,
     hints,
+    hosts,
     interrupts,
     ready_made,
     regular_files,
@@ -71,6 +72,8 @@ def entry() -> NoReturn:
     codes: list[int] = []
     atexit.register(_end_at_once, codes)  # The first to be registered runs last.
     code = main()
+    if hosts.joined is not None:
+        hosts.joined.end(code)
     if code == interrupts.EXIT_CODE:
         # XLA may be in the middle of something, on which Python's own way to end would crash.
         with contextlib.suppress(OSError):
@@ -126,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(text: str) -> None:
     """Prints to stderr, which may be what has failed: the exit code says it all the same."""
     with contextlib.suppress(OSError):
-        print(terminal.message(text), file=sys.stderr)
+        print(terminal.message(text), file=hosts.joined.errors if hosts.joined else sys.stderr)
 
 
 class _Formatter(Formatter):
@@ -157,6 +160,8 @@ def _run(argv: list[str]) -> int:
     with interrupts.handled_by(interrupts.exit_at_once), startup.timed("imports"):
         gc.disable()  # Nothing of what is imported is garbage; looking for it takes 0.2 s.
         try:
+            if command.config.hosts is not None:
+                command = _join(command)
             if command.task in ("generate", "chat", "serve"):
                 _wake_device()
             module = importlib.import_module(f"qwen_jax.tasks.{command.task}")
@@ -165,8 +170,15 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"JAX can't start: {why}; correct the variable or unset it.") from error
         finally:
             gc.enable()
-    with interrupts.handled_by(interrupts.raise_interrupt):
+    with interrupts.handled_by(interrupts.raise_interrupt), hosts.waiting_for_loss():
         return module.run(command)
+
+
+def _join(command: settings.Command) -> settings.Command:
+    hosts.parse(command.config.hosts)
+    from qwen_jax.hosts.join import join  # which wakes JAX
+
+    return join(command)
 
 
 def _wake_device() -> None:

@@ -29,6 +29,7 @@ FLAGS: dict[str, tuple[str, str]] = {
     "n": ("n", "Samples of each prompt."),
     "slots": ("slots", "Texts generated at the same time; by default 8 on a CPU, 64 on a GPU."),
     "mesh": ("mesh", "Devices: tp=2 deals the model out to two, dp=2 has it twice; dp=2,tp=2."),
+    "hosts": ("hosts", "Hosts that run this together: auto, or ADDRESS:PORT,I/N of the first one."),
     "batch_invariant": (
         "batch_invariant",
         "Texts are the same, bit for bit, whatever runs beside them; experiments' always are.",

@@ -19,12 +19,13 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
+from qwen_jax.engine.split_blocks import load_split_blocks
 from qwen_jax.engine.split_weights import SplitWeights, least, splits_of
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import ONE, MeshShape
 from qwen_jax.model.cache import PAGE
-from qwen_jax.model.split import Split
+from qwen_jax.model.split import Split, Whole
 from qwen_jax.opening import open_model
 from qwen_jax.text.tokenizer import Tokenizer
 from qwen_jax.weights.checkpoint import Checkpoint
@@ -95,23 +96,23 @@ def load_engine(
     form = form_of(
         asked, checkpoint, dtype, implementation=implementation, slots=slots, texts=texts, mesh=mesh
     )
-    splits: list[Split] = splits_of(mesh) if mesh.devices > 1 else []
-    check_weights_fit(config, dtype, form.held if form.blocks or splits else None, mesh.devices)
-    options = options | EngineOptions(texts=texts, slots=slots or form.rows)
-    if splits:
-        options |= EngineOptions(split=splits[0], sharers=mesh.devices)
+    split, *elsewhere = splits_of(mesh)
+    dealt = isinstance(split, Split)
+    check_weights_fit(config, dtype, form.held if form.blocks or dealt else None, mesh.devices)
+    options = options | EngineOptions(
+        texts=texts, slots=slots or form.rows, split=split, sharers=mesh.devices
+    )
     layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
     if layout.draft_tokens and layout.shapes.slots == 1:
         raise UserError(
             "speculate needs room for drafts, the rows of other texts, but slots is 1; leave slots "
             "out, or choose more."
         )
-    tokens = least(layout.cache_tokens) if splits else layout.cache_tokens
-    options |= EngineOptions(cache_tokens=tokens)
+    options |= EngineOptions(cache_tokens=least(layout.cache_tokens))
     programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
     # A CPU's cores are busy with the weights.
-    if programs is not None and platform != "cpu" and not splits:
+    if programs is not None and platform != "cpu" and not dealt:
         shapes = form.shapes or prepared_shapes(
             config, checkpoint.parameters, dtype, implementation
         )
@@ -143,9 +144,11 @@ def load_engine(
 
         try:
             weights: Weights
-            if splits:
-                dealt = iter_split(checkpoint, dtype, splits[0], watched)
-                weights = SplitWeights(dict(dealt), config, splits[0])
+            if isinstance(split, Split) and form.blocks:
+                weights = load_split_blocks(checkpoint, split, watched)
+            elif isinstance(split, Split):
+                named = dict(iter_split(checkpoint, dtype, split, watched))
+                weights = SplitWeights(named, config, split)
             elif form.plan is not None:
                 weights = load_packed(checkpoint, form.plan, dtype, implementation, watched)
             elif form.blocks:
@@ -157,10 +160,10 @@ def load_engine(
         finally:
             tokenizer, whole = reading.result()
     engine = Engine(config, weights, **whole)
-    engine.others = tuple(_elsewhere(engine, split, whole) for split in splits[1:])
+    engine.others = tuple(_again(engine, there, whole) for there in elsewhere)
     if draft is not None:
         engine.drafts_with(draft)
-    if programs is not None and not splits:
+    if programs is not None and not dealt:
         engine.expect(programs)
     return engine, tokenizer
 
@@ -187,10 +190,15 @@ def _check_same_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint, draft: 
         )
 
 
-def _elsewhere(engine: Engine, split: Split, options: EngineOptions) -> Engine:
+def _again(engine: Engine, split: Whole, options: EngineOptions) -> Engine:
     """The same model on other devices."""
-    assert isinstance(engine.weights, SplitWeights)
-    return Engine(engine.config, engine.weights.on(split), **options | EngineOptions(split=split))
+    weights = engine.weights
+    if isinstance(split, Split):
+        assert isinstance(weights, SplitWeights)
+        weights = weights.on(split)
+    else:
+        weights = split.placed(weights)
+    return Engine(engine.config, weights, **options | EngineOptions(split=split))
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

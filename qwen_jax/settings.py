@@ -54,6 +54,9 @@ def get_config() -> ConfigDict:
             "slots": placeholder(int),
             # Devices: tp=2 deals the model out to two, dp=2 has it twice; dp=2,tp=2 takes four.
             "mesh": placeholder(str),
+            # Hosts that have the mesh together: auto, as Slurm, Open MPI or Kubernetes says, or
+            # ADDRESS:PORT,I/N, of the first one, and which of N this is.
+            "hosts": placeholder(str),
             # Whether a text is, bit for bit, the same whatever runs beside it; by default only in
             # experiments, where a run that was cut short must come out as if it hadn't been.
             "batch_invariant": placeholder(bool),

@@ -23,22 +23,23 @@ SERVED = tuple(
 
 FIELDS = {
     "generate": (
-        *(*MODEL, "mesh", "speculate", *PROMPT, *ANSWER, "output", "ordered", "resume", "strict"),
-        "trace",
+        *(*MODEL, "mesh", "hosts", "speculate", *PROMPT, *ANSWER),
+        *("output", "ordered", "resume", "strict", "trace"),
     ),
     "chat": (
-        *(*MODEL, "speculate", "system", "batch_invariant", "max_tokens", "stop", "stop_ids"),
-        *("generation_config", "sampling"),
+        *(*MODEL, "mesh", "speculate", "system", "batch_invariant", "max_tokens", "stop"),
+        *("stop_ids", "generation_config", "sampling"),
     ),
     "serve": (
-        *(*MODEL, *SERVED, "speculate", "batch_invariant", "max_tokens", "generation_config"),
-        "serve",
+        *(*MODEL, "mesh", *SERVED, "speculate", "batch_invariant", "max_tokens"),
+        *("generation_config", "serve"),
     ),
     "inspect": (*MODEL, "mesh"),
-    "compare": (*MODEL, *PROMPT, "batch_invariant", "compare", "workdir"),
+    "compare": (*MODEL, "mesh", *PROMPT, "batch_invariant", "compare", "workdir"),
     "certify": ("model", "adapter", "sha256", "output", "compare.tokens", "dtype", "certify"),
     "experiment": (
-        *(*MODEL, "mesh", *PROMPT, *ANSWER, "experiment", "runner", "answer", "workdir"),
+        *(*MODEL, "mesh", "hosts", *PROMPT, *ANSWER),
+        *("experiment", "runner", "answer", "workdir"),
     ),
     "configs": (),
     "recorder": (),

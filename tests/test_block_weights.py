@@ -78,7 +78,7 @@ def test_values_and_products(kind: Type, monkeypatch: pytest.MonkeyPatch) -> Non
     raw = np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
     expected = np.empty((rows, columns), np.float32)
     assert decode_into(raw, kind, expected)
-    held = blocks.of_bytes(raw, kind, (rows, columns))
+    held = blocks.of_bytes(raw, kind, rows)
     tokens = np.array([[20, 0], [7, 7]])
     finite, looked_up = jax.jit(lambda w, ids: (w.finite(), w[ids]))(held, tokens)
     assert finite

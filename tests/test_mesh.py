@@ -148,13 +148,14 @@ def test_the_command_line_refuses(refuses: Callable[..., None]) -> None:
     refuses(["--mesh=tp=0"], "mesh is 'tp=0'")
     refuses(["--mesh=tp=3"], "but of", "haiku.gguf", "choose tp from 1, 2, 4.")
     refuses(["--mesh=dp=3,tp=2"], "takes 6 devices, but JAX has 1 of the platform cpu", FLAG[:-1])
-    refuses(["--mesh=tp=2", "--weights=packed"], "blocks are multiplied on one device")
-    refuses(["compare", "--mesh=tp=2"], "--mesh does nothing for compare")
+    refuses(["compare", "--mesh=dp=2"], "compare looks at one model")
+    refuses(["compare", "--mesh=tp=2", "--parts=inside"], "which is for one device")
+    refuses(["merge", "--mesh=tp=2"], "--mesh does nothing for merge")
 
 
 def test_the_step_kernel_is_for_one_device() -> None:
     checkpoint = open_checkpoint(opening.locate())
-    with pytest.raises(UserError, match="the decode step's kernel is for one device"):
+    with pytest.raises(UserError, match="the decode step's kernel has all of a model on"):
         form_of("auto", checkpoint, FLOAT32, implementation="mosaic_gpu", mesh=MeshShape(tp=2))
 
 

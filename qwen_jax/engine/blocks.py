@@ -47,12 +47,19 @@ class Blocks:
         fields: arrays [out, blocks of a row, ...] by name, or names to such again; of numbers
             one array [out, in].
         kind: the type.
-        shape: of the matrix.
     """
 
     fields: Mapping[str, Any]
     kind: GGMLQuantizationType = dataclasses.field(metadata={"static": True})
-    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix; inside of a mesh's programs of a device's part."""
+        out, across = jax.tree.leaves(self.fields)[0].shape[:2]
+        return out, across * (GGML_QUANT_SIZES[self.kind][0] if self.kind in FORMATS else 1)
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def __getitem__(self, rows: Any) -> Any:
         """Itself for `...`, else the rows of such numbers, decoded."""
@@ -256,22 +263,29 @@ def load_blocks(checkpoint: Checkpoint, progress: Progress | None = None) -> Blo
     Raises:
         UserError: a value is not finite.
     """
+    return BlockWeights(dict(iter_blocks(checkpoint, progress)))
+
+
+def iter_blocks(
+    checkpoint: Checkpoint, progress: Progress | None = None, device: jax.Device | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Each parameter as `load_blocks` has it, on that device or the default one."""
     total = sum(info.nbytes for w in checkpoint.stored.values() for info in w.infos)
     done = 0
-    named: dict[str, Matrix] = {}
     for parameter in checkpoint.parameters:
         sources: list[Blocks | jax.Array] = []
         for name in parameter.sources:
             stored = checkpoint.stored[name]
             kind = stays(stored)
             sources.append(
-                _blocks(name, stored, kind) if kind else _numbers(checkpoint, parameter, name)
+                _blocks(name, stored, kind, device)
+                if kind
+                else _numbers(checkpoint, parameter, name, device)
             )
             done += sum(info.nbytes for info in stored.infos)
             if progress:
                 progress(done, total)
-        named[parameter.name] = _one(sources)
-    return BlockWeights(named)  # type: ignore[arg-type]
+        yield parameter.name, _one(sources)
 
 
 def _one(sources: list[Blocks | jax.Array]) -> Matrix:
@@ -281,18 +295,22 @@ def _one(sources: list[Blocks | jax.Array]) -> Matrix:
     return jnp.concatenate(numbers) if len(numbers) == len(sources) else Stacked(tuple(sources))
 
 
-def _numbers(checkpoint: Checkpoint, parameter: names.Parameter, name: str) -> jax.Array:
+def _numbers(
+    checkpoint: Checkpoint, parameter: names.Parameter, name: str, device: jax.Device | None
+) -> jax.Array:
     """One source of a parameter, decoded."""
     alone = dataclasses.replace(parameter, sources={name: parameter.sources[name]})
     host = aligned(parameter.sources[name], np.dtype(np.float32))
     for _ in decode(checkpoint, alone, host):
         pass
-    return jax.device_put(host)
+    return jax.device_put(host, device)
 
 
-def _blocks(name: str, stored: Stored, kind: GGMLQuantizationType) -> Blocks:
+def _blocks(
+    name: str, stored: Stored, kind: GGMLQuantizationType, device: jax.Device | None
+) -> Blocks:
     assert isinstance(stored, Plain) and len(stored.shape) == 2
-    blocks = of_bytes(stored.raw(0, stored.shape[0]), kind, stored.shape)
+    blocks = of_bytes(stored.raw(0, stored.shape[0]), kind, stored.shape[0], device)
     stored.forget()
     if not _finite(blocks):
         raise not_finite(name, stored, np.dtype(np.float32))
@@ -300,23 +318,26 @@ def _blocks(name: str, stored: Stored, kind: GGMLQuantizationType) -> Blocks:
 
 
 def of_bytes(
-    raw: UInt8[np.ndarray, "bytes"], kind: GGMLQuantizationType, shape: tuple[int, int]
+    raw: UInt8[np.ndarray, "bytes"],
+    kind: GGMLQuantizationType,
+    rows: int,
+    device: jax.Device | None = None,
 ) -> Blocks:
-    """A matrix as the file has it, its fields copied apart."""
+    """A matrix of so many rows as the file has it, its fields copied apart."""
     if kind not in FORMATS:
-        return Blocks({"values": _split(decoded(raw, kind), shape[0])}, kind, shape)
+        return Blocks({"values": _split(decoded(raw, kind), rows, device)}, kind)
     units = raw.view(FORMATS[kind].layout)
-    return Blocks(_split(FORMATS[kind].apart(units), shape[0]), kind, shape)
+    return Blocks(_split(FORMATS[kind].apart(units), rows, device), kind)
 
 
 _finite = jax.jit(Blocks.finite)
 
 
-def _split(blocks: Any, rows: int) -> Any:
+def _split(blocks: Any, rows: int, device: jax.Device | None) -> Any:
     """Each field on the device, row by row, copied into memory that JAX adopts."""
     names = blocks.dtype.names if isinstance(blocks, np.ndarray) else tuple(blocks)
     if names:
-        return {name: _split(blocks[name], rows) for name in names}
+        return {name: _split(blocks[name], rows, device) for name in names}
     host = aligned((rows, len(blocks) // rows, *blocks.shape[1:]), blocks.dtype)
     host[...] = blocks.reshape(host.shape)
-    return jax.device_put(host)
+    return jax.device_put(host, device)

@@ -20,6 +20,7 @@ from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE
 from qwen_jax.engine.blocks import FLOAT32, packed_bytes
 from qwen_jax.engine.memory import Budget, device, packs
+from qwen_jax.engine.split_blocks import cut_through
 from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import ONE, MeshShape, part
@@ -27,6 +28,7 @@ from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.names import Parameter
 from qwen_jax.weights.on_device import block_type, iter_decoded, raw_shape
 from qwen_jax.weights.open_files import Progress
+from qwen_jax.weights.shards import part_of
 
 FEW_TEXTS = 8
 """Up to which blocks are the faster form on a GPU; more texts share what numbers take to read."""
@@ -41,6 +43,7 @@ class Form(NamedTuple):
         plan: on a GPU, how those lie in the weight stream.
         shapes: of the weights then, for programs that are compiled before they are there.
         rows: texts that run at the same time, at most, where that has a bound.
+        cut: matrices of which some are numbers, since a device's part of them is not whole blocks.
     """
 
     held: int
@@ -48,6 +51,7 @@ class Form(NamedTuple):
     plan: StepPlan | None = None
     shapes: Weights | None = None
     rows: int | None = None
+    cut: tuple[str, ...] = ()
 
 
 def form_of(
@@ -66,15 +70,17 @@ def form_of(
         asked: "auto", "packed" or "expanded".
         slots, texts: how many texts may run at the same time, and how many there will be, where
             that is known.
-        mesh: the devices that they are dealt out to; `Form.held` is what one has.
+        mesh: the devices that they are dealt out to, or have all of them; `Form.held` is what one
+            has.
 
     Raises:
         UserError: they can't stay in blocks, and it was asked for; or they can't be dealt out, or
             the decode step's kernel was asked for on several devices.
     """
-    if mesh.devices > 1:
+    if mesh.tp > 1:
         return _on_mesh(asked, checkpoint, dtype, implementation, mesh)
-    budget, on_cpu = Budget.of(checkpoint.config, dtype), device().platform == "cpu"
+    budget = Budget.of(checkpoint.config, dtype, sharers=mesh.devices)
+    on_cpu = device().platform == "cpu"
     numbers = Form(budget.weights)
     few = not on_cpu and texts is not None and texts <= FEW_TEXTS
     if asked == "expanded" or (asked == "auto" and not few and not packs(budget, 0)):
@@ -95,17 +101,30 @@ def _on_mesh(
     asked: str, checkpoint: Checkpoint, dtype: jnp.dtype, implementation: str, mesh: MeshShape
 ) -> Form:
     mesh.check(checkpoint.config)
-    if asked == "packed":
+    on_cpu = device().platform == "cpu"
+    if asked == "packed" and not on_cpu:
         raise UserError(
-            f"weights is 'packed', but blocks are multiplied on one device, and mesh is {mesh}; "
-            "choose auto or expanded."
+            "weights is 'packed', but on a GPU only the decode step's kernel multiplies blocks, "
+            f"which has all of a model on one, and mesh is {mesh}; choose auto or expanded."
         )
     if implementation == "mosaic_gpu":
         raise UserError(
-            "implementation is 'mosaic_gpu', but the decode step's kernel is for one device, and "
-            f"mesh is {mesh}; choose auto, which runs the attention kernels on each device, or xla."
+            "implementation is 'mosaic_gpu', but the decode step's kernel has all of a model on "
+            f"one device, and mesh is {mesh}; choose auto, which has products by XLA between "
+            "kernels for attention on each, or xla."
         )
-    return Form(Budget.of(part(checkpoint.config, mesh.tp), dtype).weights)
+    budget = Budget.of(part(checkpoint.config, mesh.tp), dtype, sharers=mesh.devices)
+    numbers = Form(budget.weights)
+    if not on_cpu or asked == "expanded" or (asked == "auto" and not packs(budget, 0)):
+        return numbers
+    found = _on_cpu(part_of(checkpoint, mesh.tp, 0), dtype)
+    if isinstance(found, str):
+        if asked == "packed":
+            raise UserError(f"weights is 'packed', but {found}; choose auto or expanded.")
+        return numbers
+    if asked == "auto" and not packs(budget, found.held):
+        return numbers
+    return found._replace(cut=cut_through(checkpoint, mesh.tp))
 
 
 def _on_cpu(checkpoint: Checkpoint, dtype: jnp.dtype) -> Form | str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,18 @@ from qwen_jax.engine.memory import device
 from qwen_jax.engine.weights import PlainWeights
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape
-from qwen_jax.model.split import AXIS, Split, Whole
+from qwen_jax.model.split import AXIS, WHOLE, On, Split, Whole
 
 if TYPE_CHECKING:
     from qwen_jax.model.decoder import Parameters
 
 
-def splits_of(shape: MeshShape) -> list[Split]:
-    """The devices of each of its models: the first ones that JAX has.
+def splits_of(shape: MeshShape) -> list[Whole]:
+    """The devices of each of its models: the first ones that JAX has, of each host as many. A model
+    that is not dealt out is whole on one, the first on the default device.
 
     Raises:
-        UserError: there are not as many.
+        UserError: there are not as many, or some hosts would have none.
     """
     platform = device().platform  # says it where JAX finds none
     devices = jax.devices()
@@ -36,8 +37,35 @@ def splits_of(shape: MeshShape) -> list[Split]:
             f"mesh is {shape}, which takes {shape.devices} devices, but JAX has {len(devices)} of "
             f"the platform {platform}; choose a smaller one{f'; {more}' * (platform == 'cpu')}."
         )
+    if (processes := jax.process_count()) > 1:
+        return _of_hosts(shape, devices, processes)
+    if shape.tp == 1:
+        return [WHOLE, *map(On, devices[1 : shape.dp])]
     dealt = np.array(devices[: shape.devices]).reshape(shape.dp, shape.tp)
     return [Split(Mesh(each, (AXIS,))) for each in dealt]
+
+
+def _of_hosts(shape: MeshShape, devices: list[jax.Device], processes: int) -> list[Whole]:
+    """All hosts make the same calls, so that each has a part of every model."""
+    each = shape.tp // processes
+    if shape.tp % processes:
+        raise UserError(
+            f"mesh is {shape}, but its tp must be a multiple of the {processes} hosts, which all "
+            "have a part of each model; where a model fits on one host, run an experiment on each "
+            "of them by --shard=I/N, which exchanges nothing."
+        )
+    of_process = [[d for d in devices if d.process_index == p] for p in range(processes)]
+    if (fewest := min(map(len, of_process))) < each * shape.dp:
+        raise UserError(
+            f"mesh is {shape}, which takes {each * shape.dp} devices of each of {processes} hosts, "
+            f"but one has {fewest}; choose a smaller one."
+        )
+    return [
+        Split(
+            Mesh(np.array([own[i * each : (i + 1) * each] for own in of_process]).ravel(), (AXIS,))
+        )
+        for i in range(shape.dp)
+    ]
 
 
 def least(number: int) -> int:
@@ -72,10 +100,10 @@ class SplitWeights(PlainWeights):
         """Every one as one device would have it, made when it is asked for."""
         return _Whole(self)
 
-    def on(self, split: Split) -> "SplitWeights":
+    def on(self, split: Split) -> Self:
         """The same on other devices."""
-        named = {name: jax.device_put(x, split.alike(x.sharding)) for name, x in self.named.items()}
-        return SplitWeights(named, self.config, split)
+        there = jax.tree.map(lambda x: jax.device_put(x, split.alike(x.sharding)), self.named)
+        return dataclasses.replace(self, named=there, split=split)
 
     def whole(self, name: str) -> Float[Array, "..."]:
         """One parameter, its heads and its feed-forward in the checkpoint's order."""

@@ -14,7 +14,7 @@ from qwen_jax.experiments import inputs
 from qwen_jax.weights.hub_names import abbreviated
 
 EXAMPLE = "configs/experiments/haiku_temperature.py"
-NOT_HASHED = ("workdir", "output", "runner.", "answer.")
+NOT_HASHED = ("workdir", "output", "hosts", "runner.", "answer.")
 """Fields that say where and how, but not what."""
 
 LONGEST = 40

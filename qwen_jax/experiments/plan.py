@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import choices, opening
+from qwen_jax import choices, hosts, opening
 from qwen_jax.engine.form import form_of
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
@@ -119,11 +119,21 @@ def _task(point: Point) -> Task:
     try:
         Choice.of(config).check()
         choices.check_slots(config.slots)
+        _check_hosts(config.experiment.task)
         if config.sha256 is not None:
             hashes_of(config.sha256)
         return task_class(config.experiment.task)(config)
     except UserError as error:
         raise UserError(f"The point {point.label}: {error}") from error
+
+
+def _check_hosts(task: str) -> None:
+    """Raises UserError where several hosts would not make the same calls."""
+    if hosts.joined is not None and task in ("bench", "serve"):
+        raise UserError(
+            f"the task {task} goes by one host's clock, and there are {hosts.joined.count}; run it "
+            "without hosts."
+        )
 
 
 def _size(choice: Choice) -> Checkpoint | None:

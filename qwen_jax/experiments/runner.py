@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from qwen_jax import hosts
 from qwen_jax.api import Model
 from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
@@ -98,7 +99,8 @@ class Runner:
             if not wanted or end.get("event") != "finished" or JUDGE in end["metrics"]:
                 continue
             try:
-                metrics = judge.run(item)
+                with hosts.waiting_for_loss():
+                    metrics = judge.run(item)
             except NotWritten:
                 raise
             except Exception as error:
@@ -134,6 +136,7 @@ class Runner:
         start, compiled = time.perf_counter(), memory.compile_seconds()
         try:
             with (
+                hosts.waiting_for_loss(),
                 PointWork(item, records, self._models, self._clock) as work,
                 profiling.traced(records.directory, point.id, self._profile) as operations,
             ):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int, Shaped
 
 from qwen_jax import mesh
@@ -65,7 +65,7 @@ class Whole:
         """Arrays that are equal on all devices, put there."""
         return tree
 
-    def sharding(self, axis: int | None) -> NamedSharding | None:
+    def sharding(self, axis: int | None) -> Sharding | None:
         """Of an array of which that axis is dealt out; of None where it is the default device's."""
         return None
 
@@ -79,6 +79,20 @@ class Whole:
 
 
 WHOLE = Whole()
+
+
+@dataclasses.dataclass(frozen=True)
+class On(Whole):
+    """All of a model on one device, which needn't be the default one."""
+
+    device: jax.Device
+
+    def placed(self, tree: T) -> T:
+        there: T = jax.device_put(tree, self.device)
+        return there
+
+    def sharding(self, axis: int | None) -> Sharding:
+        return SingleDeviceSharding(self.device)
 
 
 @dataclasses.dataclass(frozen=True)

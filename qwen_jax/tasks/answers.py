@@ -28,7 +28,9 @@ _ERROR = {"id": _ID, "error": kinds.TEXT}
 _ANSWER = {"id": _ID, "sample": kinds.NATURAL, "text": kinds.TEXT}
 """What the lines of a file of answers have for sure."""
 
-_NO_MATTER = ("prompt", "prompt_file", "output", "ordered", "strict", "resume", "slots", "trace")
+_NO_MATTER = (
+    *("prompt", "prompt_file", "output", "ordered", "strict", "resume", "slots", "trace", "hosts"),
+)
 """Fields that decide which prompts are answered and where answers go, but no answer."""
 
 

@@ -13,6 +13,7 @@ from qwen_jax.accuracy.quantisation import lens
 from qwen_jax.accuracy.tensors.precision_search import DTYPES
 from qwen_jax.accuracy.traces.recording import bounds
 from qwen_jax.errors import UserError
+from qwen_jax.mesh import MeshShape
 from qwen_jax.opening import locate
 from qwen_jax.weights.hub_names import is_hub_name
 
@@ -21,8 +22,8 @@ BASE = ("model", "dtype", "weights", "implementation", "matmul_precision")
 
 _FILE = ("model", "adapter", "sha256")
 _ENGINE = (
-    *("dtype", "weights", "implementation", "matmul_precision", "slots", "batch_invariant"),
-    *("compare.plant", "compare.fail_if", "compare.parts", "workdir"),
+    *("mesh", "dtype", "weights", "implementation", "matmul_precision", "slots"),
+    *("batch_invariant", "compare.plant", "compare.fail_if", "compare.parts", "workdir"),
 )
 _DUMP = ("compare.candidate", "compare.tokens", "compare.fail_if", "compare.parts", "workdir")
 _PAIR = ("model", "sha256", "implementation", "compare.fail_if", "compare.parts", "workdir")
@@ -57,6 +58,7 @@ def check(config: ConfigDict, overrides: Collection[str], parts: tuple[str, ...]
     if "quantisation" in parts:
         _check_quantisation(compare, parts)
     _check_effect(settings.asked(config, overrides), config, parts)
+    _check_mesh(config.mesh, parts)
     measured = {name for part in parts for name in gates.MEASURED[part]} | {*gates.ALWAYS}
     for gate in gates.parse(compare.fail_if or ""):
         if gate.metric not in measured:
@@ -161,10 +163,10 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
     if compare.list_faults:
         read, doing = ("compare.list_faults",), "--list_faults"
     elif compare.save_base is not None:
-        read, doing = (*_FILE, *_ENGINE[:6], *_WINDOWS, "compare.save_base"), "--save_base"
+        read, doing = (*_FILE, *_ENGINE[:7], *_WINDOWS, "compare.save_base"), "--save_base"
     elif compare.logprobs is not None:
         model = "model" in asked
-        read = (*_LOGS, *((*_FILE, "implementation", "slots") if model else ()))
+        read = (*_LOGS, *((*_FILE, "mesh", "implementation", "slots") if model else ()))
         doing = "--logprobs" + " without --model" * (not model)
     elif "quantisation" in parts:
         read, doing = (*_PAIR, *_READ_BY["quantisation"]), "the part quantisation"
@@ -179,6 +181,21 @@ def _check_effect(asked: Collection[str], config: ConfigDict, parts: tuple[str, 
         if not task_fields.among(field, read):
             said = f"--{flag_fields.FLAG_OF[field]}" if field in flag_fields.FLAG_OF else field
             raise UserError(f"{said} does nothing for {doing}; leave it out.")
+
+
+def _check_mesh(text: str | None, parts: tuple[str, ...]) -> None:
+    """One model is looked at, on as many devices as have it together."""
+    mesh = MeshShape.parse(text)
+    if mesh.dp > 1:
+        raise UserError(
+            f"mesh is {mesh}, but compare looks at one model, and the others would do nothing; "
+            "leave dp out."
+        )
+    if mesh.tp > 1 and "inside" in parts:
+        raise UserError(
+            f"mesh is {mesh}, but the part inside looks into the decode-step kernel, which is for "
+            "one device; leave one of them out."
+        )
 
 
 def _check_text(path: str) -> None:

@@ -142,7 +142,7 @@ def implementation_lines(
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     pages = (2, kv_heads, PAGE, dim)
     # Where the step's kernel serves no row, its weight stream isn't made either.
-    alone = "it is for one device" if mesh.devices > 1 else None
+    alone = "it has all of a model on one device" if mesh.tp > 1 else None
     unpacked = alone or weights.refusal(config, dtype)
     reasons = {
         "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
@@ -191,6 +191,8 @@ def memory_lines(
     yield f"weights                 {show_bytes(weights):>9}{expanded}"
     if form.plan and (numbers := expanded_in(form.plan)):
         yield f"  all but {', '.join(numbers)}, which are expanded to {dtype.name}"
+    if form.cut:
+        yield f"  but where a device's part ends within one: {', '.join(form.cut)}, expanded"
     yield f"cache, 1,024 tokens     {show_bytes(1024 * each):>9}"
     context = config.context_length
     yield f"cache, whole context    {show_bytes(context * each):>9}  ({context} tokens)"

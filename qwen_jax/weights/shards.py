@@ -6,7 +6,8 @@ a part begins and ends between two; else whole rows are decoded, and the part is
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,33 @@ def iter_split(
     Raises:
         UserError: as there.
     """
+
+    def parts(
+        part: Checkpoint, device: jax.Device, told: Progress
+    ) -> Iterator[tuple[str, jax.Array]]:
+        return iter_parameters(part, dtype, device=device, progress=told)
+
+    return on_devices(checkpoint, split, parts, progress)
+
+
+def on_devices(
+    checkpoint: Checkpoint,
+    split: Split,
+    parts: Callable[[Checkpoint, jax.Device, Progress], Iterator[tuple[str, Any]]],
+    progress: Progress | None,
+) -> Iterator[tuple[str, Any]]:
+    """Parameters of one array each, or of several, put together from what devices of this host
+    have.
+
+    Args:
+        parts: of a device's part of the checkpoint the parameters, on that device.
+    """
     from qwen_jax.model.decoder import dealt_axis  # and flax with it
 
     devices = [d for d in split.devices.devices.flat if d.process_index == jax.process_index()]
     sums = dict.fromkeys(devices, (0, 0))
 
-    def parts_of(device: jax.Device) -> Iterator[tuple[str, jax.Array]]:
+    def parts_of(device: jax.Device) -> Iterator[tuple[str, Any]]:
         index = list(split.devices.devices.flat).index(device)
 
         def told(done: int, total: int) -> None:
@@ -49,18 +71,20 @@ def iter_split(
             if progress is not None:
                 progress(sum(done for done, _ in sums.values()), total * len(sums))
 
-        part = part_of(checkpoint, split.size, index)
-        return iter_parameters(part, dtype, device=device, progress=told)
+        return parts(part_of(checkpoint, split.size, index), device, told)
 
-    for parts in zip(*map(parts_of, devices), strict=True):
-        name, arrays = parts[0][0], [array for _, array in parts]
-        axis, shape = dealt_axis(name), list(arrays[0].shape)
+    def joined(axis: int | None, *arrays: jax.Array) -> jax.Array:
+        shape = list(arrays[0].shape)
         if axis is not None:
             shape[axis] *= split.size
-        yield (
-            name,
-            jax.make_array_from_single_device_arrays(tuple(shape), split.sharding(axis), arrays),
+        return jax.make_array_from_single_device_arrays(
+            tuple(shape), split.sharding(axis), list(arrays)
         )
+
+    for own in zip(*map(parts_of, devices), strict=True):
+        name = own[0][0]
+        join = functools.partial(joined, dealt_axis(name))
+        yield name, jax.tree.map(join, *(tree for _, tree in own))
 
 
 def part_of(checkpoint: Checkpoint, tp: int, index: int) -> Checkpoint:

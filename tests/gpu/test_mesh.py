@@ -6,6 +6,7 @@ import jax
 import pytest
 
 import qwen_jax
+from qwen_jax.engine.weights import PackedWeights
 from tests.engines import relative
 
 WORDS = ("river", "ship", "stone", "spring", "bridge", "forest", "rain", "clock")
@@ -42,6 +43,20 @@ def test_logits() -> None:
     assert two < 2**0.5 * one
 
 
+def test_replicas_run_the_step_kernel() -> None:
+    """Each on its own device, with weights as the kernel reads them."""
+    both = model("dp=2", "bfloat16", "mosaic_gpu")
+    engines = (both.engine, *both.engine.others)
+    assert [type(engine.weights) for engine in engines] == [PackedWeights] * 2
+    assert set().union(*(engine.weights.devices() for engine in engines)) == {*jax.devices()[:2]}
+    assert haikus(both) == haikus(model(None, "float32", "xla"))
+
+
 def test_the_step_kernel_is_for_one_device() -> None:
-    with pytest.raises(qwen_jax.UserError, match="the decode step's kernel is for one device"):
+    with pytest.raises(qwen_jax.UserError, match="the decode step's kernel has all of a model on"):
         model("tp=2", "bfloat16", "mosaic_gpu")
+
+
+def test_blocks_are_for_the_step_kernel() -> None:
+    with pytest.raises(qwen_jax.UserError, match="on a GPU only the decode step's kernel"):
+        qwen_jax.load(mesh="tp=2", weights="packed")

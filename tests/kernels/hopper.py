@@ -35,12 +35,20 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @functools.cache
-def _sharding() -> SingleDeviceSharding | None:
-    """On a Hopper GPU that needn't be there, or None without the plugin."""
+def devices(count: int) -> list[Any] | None:
+    """So many Hopper GPUs of one host that needn't be there, or None without the plugin."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return None
-    described = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
-    return SingleDeviceSharding(described.devices[0])
+    topology = f"1x1x{count}"
+    described = topologies.get_topology_desc("", "cuda", target_config=H100, topology=topology)
+    return list(described.devices)
+
+
+@functools.cache
+def _sharding() -> SingleDeviceSharding | None:
+    """On one of them."""
+    found = devices(1)
+    return None if found is None else SingleDeviceSharding(found[0])
 
 
 def compiles() -> bool:

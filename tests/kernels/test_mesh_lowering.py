@@ -1,4 +1,5 @@
-"""A mesh's programs for Hopper, lowered: attention and sampling are kernels on each device."""
+"""A mesh's programs for Hopper, lowered, and compiled where they can be: attention and sampling are
+kernels on each device, and devices exchange what they must and no more."""
 
 import functools
 from collections.abc import Callable
@@ -6,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import ShapeDtypeStruct
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
@@ -20,14 +22,23 @@ from qwen_jax.model.cache import HEADS, PAGE, create_pages
 from qwen_jax.model.decoder import dealt_axis
 from qwen_jax.model.split import AXIS, Split
 from qwen_jax.weights import names
+from tests.kernels import hopper
+from tests.mesh.eight import collectives
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 CONFIG = ModelConfig(1, 3584, 28, 4, 128, 18944, 152064, 4 * PAGE, 1e6, 1e-6, False)
 """A layer of 7B."""
 
 
-def lowered(split: Split, function: Callable[..., Any], *arguments: Any, **how: Any) -> str:
-    """For CUDA, which needn't be there: nor need the devices."""
+def mesh(tp: int) -> Split:
+    """Of GPUs that needn't be there, or of none in particular where nothing can be compiled."""
+    if (found := hopper.devices(tp)) is None:
+        return Split(AbstractMesh((tp,), (AXIS,)))  # type: ignore[arg-type]
+    return Split(Mesh(np.array(found), (AXIS,)))
+
+
+def lowered(split: Split, function: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
+    """For CUDA."""
     spec = Spec(CONFIG, DTYPE, DTYPE, valid_tokens=CONFIG.vocab_size, split=split)
 
     def placed(x: Any, axis: int | None = None) -> ShapeDtypeStruct:
@@ -43,12 +54,12 @@ def lowered(split: Split, function: Callable[..., Any], *arguments: Any, **how: 
     made = jax.eval_shape(lambda: create_pages(spec.cached, 33, DTYPE))
     given = (weights, placed(made, HEADS), *jax.tree.map(placed, arguments))
     program = jax.jit(functools.partial(function, spec, **how))
-    return program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    return program.trace(*given).lower(lowering_platforms=("cuda",))
 
 
-def kernels(text: str) -> list[str]:
+def kernels(program: Any) -> list[str]:
     """The types of each kernel's arguments and results."""
-    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    calls = [line for line in program.as_text().splitlines() if "custom_call @mosaic_gpu" in line]
     return [call[call.rindex(" : ") :] for call in calls]
 
 
@@ -56,7 +67,7 @@ def kernels(text: str) -> list[str]:
 @pytest.mark.usefixtures("as_if_on_hopper")
 @pytest.mark.parametrize("tp", [2, 4])
 def test_kernels_on_each_device(tp: int) -> None:
-    split = Split(AbstractMesh((tp,), (AXIS,)))  # type: ignore[arg-type]
+    split = mesh(tp)
     row, tables = ShapeDtypeStruct((8,), jnp.int32), ShapeDtypeStruct((8, 4), jnp.int32)
     tokens = ShapeDtypeStruct((8, 64), jnp.int32)
     prefill = lowered(split, steps.score.__wrapped__, tables, tokens, row, row, tokens)
@@ -67,9 +78,12 @@ def test_kernels_on_each_device(tp: int) -> None:
     extras = jax.eval_shape(lambda: Extras.create(8, CONFIG.vocab_size))
     packed = ShapeDtypeStruct((8, steps.FIELDS), jnp.int32)
     decode = functools.partial(steps.step.__wrapped__, plan=PLANS[1], steps=1)
-    calls = kernels(lowered(split, decode, tables, state, extras, packed))
+    program = lowered(split, decode, tables, state, extras, packed)
+    calls = kernels(program)
     # Query heads by the key/value head that they share, and the pool of two times 33 pages.
     kv = CONFIG.num_kv_heads // tp
     asked, pool = f"tensor<8x{kv}x7x128xbf16>", f"tensor<66x{kv}x128x128xbf16>"
     assert any(asked in call and pool in call for call in calls)
     assert any(f"tensor<8x{CONFIG.vocab_size}xf32>" in call for call in calls)
+    if hopper.compiles():
+        assert collectives(program.compile().as_text()) == {"all-reduce": 3, "all-gather": 1}

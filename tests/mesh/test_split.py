@@ -1,9 +1,7 @@
 """A model on two or six devices is the model on one: weights, numbers, tokens, traces, memory."""
 
-import collections
 import dataclasses
 import functools
-import re
 import tempfile
 from pathlib import Path
 
@@ -31,10 +29,10 @@ from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.loader import load_parameters
 from qwen_jax.weights.shards import iter_split
 from tests.engines import relative, reshape
+from tests.mesh.eight import collectives
 from tests.numpy_reference import forward, log_softmax
 from tests.tiny_checkpoints import random_parameters, tiny_config, write_hf
 
-COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 CONFIG = tiny_config(
     num_layers=1, hidden_size=64, head_dim=8, ffn_size=96, vocab_size=312, tied=False
 )
@@ -199,8 +197,7 @@ def compiled(tp: int) -> jax.stages.Compiled:
 def test_collectives_of_a_step() -> None:
     """Two all-reduces a layer and one of the embedding's rows; the logits are gathered. Copies of a
     key/value head cost none."""
-    text = compiled(6).as_text()
-    found = collections.Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
+    found = collectives(compiled(6).as_text())
     assert found == {"all-reduce": 2 * CONFIG.num_layers + 1, "all-gather": 1}
 
 

@@ -14,7 +14,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.shapes import fitting
 from qwen_jax.engine.steps import Emitted, Extras, State
-from qwen_jax.model.cache import Cache, create_pages
+from qwen_jax.model.cache import HEADS, Cache, create_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,13 @@ class _Run:
 
     def __init__(self, engine: Engine, scenario: Scenario, used: Int[np.ndarray, "V"], every: int):
         self.engine, self.scenario, self.used, self.every = engine, scenario, used, every
-        pages = create_pages(engine.config, POOL, engine.spec.cache)
+        spec, split = engine.spec, engine.spec.split
+        pages = create_pages(spec.cached, POOL, spec.cache, sharding=split.sharding(HEADS))
         self.pages = jnp.full_like(pages, jnp.nan) if scenario.poisoned else pages
         slots = max(engine.shapes.slots, *(1 + row.slot for row in scenario.rows))
-        self.state = State.create(slots)
-        self.extras: Extras | None = Extras.create(slots, engine.config.vocab_size)
+        self.state = split.placed(State.create(slots))
+        extras = Extras.create(slots, engine.config.vocab_size)
+        self.extras: Extras | None = split.placed(extras)
         self.fresh = set(range(len(scenario.rows)))
         self.logits = [
             np.full((len(row.tokens[::every]), len(used)), np.nan) for row in scenario.rows
@@ -120,7 +122,9 @@ class _Run:
             engine.weights,
             self.pages,
             self._tables([part.row for part in parts], size),
-            self.state._replace(token=jnp.asarray(token), done=jnp.asarray(done)),
+            engine.spec.split.placed(
+                self.state._replace(token=jnp.asarray(token), done=jnp.asarray(done))
+            ),
             self.extras,
             steps.pack_rows(steps.Rows._make([*fields, settings(size, logprobs=vocab)])),
             Plan(True, vocab),
@@ -145,8 +149,10 @@ class _Run:
         numbers = list(range(len(self.scenario.rows)))
         cache = Cache(self.pages, jnp.asarray(self._tables(numbers, len(numbers))))
         layers = [cache.layer(i) for i in range(self.engine.config.num_layers)]
+        # Of a head that is on several devices one is shown.
+        copies = self.engine.spec.cached.num_kv_heads // self.engine.config.num_kv_heads
         keys, values = (
-            np.stack([np.asarray(x).astype(np.float64) for x in half])
+            np.stack([np.asarray(x).astype(np.float64)[:, ::copies] for x in half])
             for half in zip(*layers, strict=True)
         )
         return [

@@ -27,7 +27,9 @@ from qwen_jax.accuracy.tensors.faults.fault import Overlay, Planted, parse
 from qwen_jax.accuracy.traces.trace import split_name
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.weights import read_back
+from qwen_jax.engine.split_weights import SplitWeights
+from qwen_jax.engine.weights import PlainWeights, read_back
+from qwen_jax.model.split import Split
 from qwen_jax.model.tap import intervening
 
 ATTENTION = ("attn_scores", "attn_probs", "attn_out")
@@ -78,7 +80,10 @@ def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
                 continue
             for kind, array in zip(("weight", "bias"), weights[name], strict=False):
                 _put(new, f"layers.{layer}.{fused}.{kind}", rows, array)
-    wrong = Engine(config, new, slots=engine.shapes.slots)
+    split, weights_of = engine.spec.split, PlainWeights(new)
+    if isinstance(split, Split):
+        weights_of = SplitWeights.deal(config, split, new.items())
+    wrong = Engine(config, weights_of, slots=engine.shapes.slots, split=split)
     # The faults are in what is traced: no program is shared with another engine.
     spec = dataclasses.replace(engine.spec, config=config, variant=object())
     wrong.layout = wrong.layout._replace(spec=spec)

@@ -1,0 +1,219 @@
+"""A process becomes one of a run's hosts, and ends as one."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import IO, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from qwen_jax import hosts, settings
+from qwen_jax.errors import UserError
+from qwen_jax.hosts import ENVIRONMENTS, LOST, WAIT, Place, copies, parse, watch
+from qwen_jax.hosts.watch import Watch
+from qwen_jax.settings import Command
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """What this process is in a run of several hosts.
+
+    Attributes:
+        number: from 1; the first one writes.
+        errors: where it tells of faults; what else goes to stderr only the first one says.
+        folder: of the copies that it works on, which are nobody's then; the first has none.
+    """
+
+    number: int
+    count: int
+    watch: Watch
+    errors: IO[str]
+    folder: Path | None
+
+    def wait_for_loss(self) -> None:
+        """What has failed may have because another host is gone: its watch then ends this one, if
+        it is only given the time."""
+        self.watch.wait_for_others(2 * watch.GRACE)
+
+    def end(self, code: int) -> None:
+        """Before the process ends; all hosts end alike, but where one tells of a fault."""
+        if code in (0, 1, 3):
+            self.watch.leave(watch.ENDED)
+            return
+        self.watch.leave(watch.TOLD)
+        if self.number == 1:  # whose end would have JAX abort others that tell of the same
+            self.watch.wait_for_others(2 * watch.GRACE)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            self.errors.flush()
+        _remove(self.folder)
+        os._exit(code)
+
+
+def join(command: Command) -> Command:
+    """Waits for the other hosts, and returns the command as this one is to run it.
+
+    Raises:
+        UserError: the environment says of no others, they can't be reached, or were asked for
+            something else.
+    """
+    config = command.config
+    place = parse(config.hosts)
+    config.hosts = None  # what is done on several hosts is what one does
+    overrides = {name: value for name, value in command.overrides.items() if name != "hosts"}
+    command = dataclasses.replace(command, overrides=overrides)
+    _check(command)
+    address = _initialize(place)
+    number, count = jax.process_index() + 1, jax.process_count()
+    if count == 1:
+        raise UserError(
+            "hosts is auto, but the environment says of one host alone; start several, or leave "
+            "hosts out."
+        )
+    errors, folder = sys.stderr, None
+    _keep_stdout_apart(number)
+    _compare(copies.seen(config))
+    if number > 1:
+        command, folder = copies.on_copies(command)
+        sys.stderr = sys.stdout
+
+    def lost(other: int) -> NoReturn:
+        _remove(folder)
+        watch.end_with(_sentence(other, number, count, command.task), 2)
+
+    connections = _connections(address, number, count)
+    hosts.joined = Joined(number, count, Watch(connections, lost, LOST), errors, folder)
+    # From here on the first one may write what others have copied.
+    multihost_utils.sync_global_devices("joined")
+    return command
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(command: Command) -> None:
+    """Raises UserError for what hosts can't do together."""
+    config, task = command.config, command.task
+    asked = settings.asked(config, command.overrides)
+    if task == "generate" and config.mesh is None:
+        raise UserError(
+            "hosts needs mesh, which says how the model is dealt out to their devices: --mesh=tp=2."
+        )
+    if "-" in (config.prompt, config.prompt_file) or (
+        task == "generate" and config.prompt is None and config.prompt_file is None
+    ):
+        raise UserError(
+            "stdin reaches one host alone; with hosts give --prompt_file=FILE, which all can read, "
+            "or --prompt=TEXT."
+        )
+    if "trace.file" in asked:
+        raise UserError("--trace records what one host can see; leave out --hosts or --trace.")
+    if config.runner.max_time is not None:
+        raise UserError(
+            "--max_time would be over on one host before another; leave it or --hosts out."
+        )
+
+
+def _initialize(place: Place | None) -> str:
+    """Wakes JAX as one of several; returns the first host's address."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given = {}
+    if place is not None:
+        given = {
+            "coordinator_address": place.address,
+            "num_processes": place.count,
+            "process_id": place.number - 1,
+        }
+    # JAX itself would abort, in its own words.
+    waiting = threading.Timer(WAIT, watch.end_with, (_waited(place), 2))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(**given, initialization_timeout=2 * WAIT)
+    except (ValueError, RuntimeError) as error:  # JAX's own are RuntimeErrors
+        why = " ".join(str(error).split()).rstrip(".")
+        if place is None:
+            raise UserError(
+                f"hosts is auto, but JAX finds no {ENVIRONMENTS} here to say who they are ({why}); "
+                "write ADDRESS:PORT,I/N."
+            ) from error
+        raise UserError(
+            f"hosts is {place.address},{place.number}/{place.count}, but they don't find each "
+            f"other ({why}); start all of them, with the address of the first."
+        ) from error
+    finally:
+        waiting.cancel()
+    from jax._src.distributed import global_state  # what an environment said is told nowhere else
+
+    assert global_state.coordinator_address is not None
+    return global_state.coordinator_address
+
+
+def _waited(place: Place | None) -> str:
+    where = "as the environment says" if place is None else f"at {place.address}"
+    return f"the other hosts were not there after {WAIT} s, {where}; start all of them."
+
+
+def _keep_stdout_apart(number: int) -> None:
+    """Answers go to stdout, of the first host alone; what libraries print there, as Gloo does of
+    whom it has found, to stderr."""
+    sys.stdout.flush()
+    first = number == 1
+    own = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2 if first else own, 1)
+    sys.stdout = os.fdopen(own, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def _connections(address: str, number: int, count: int) -> dict[int, socket.socket]:
+    listening = watch.listener() if number == 1 else None
+    port = listening.getsockname()[1] if listening else 0
+    said = np.frombuffer(port.to_bytes(4, "big") + os.urandom(watch.SECRET), np.uint8)
+    heard = multihost_utils.broadcast_one_to_all(said).tobytes()
+    port, secret = int.from_bytes(heard[:4], "big"), heard[4:]
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        if listening is not None:
+            return watch.accepted(listening, count, secret, LOST)
+        return watch.connected(host, port, number, secret, LOST)
+    except OSError as error:
+        raise UserError(
+            f"Hosts can't reach each other at port {port} of {host} ({error}), where the first one "
+            "listens for whether they are still there; let them."
+        ) from error
+
+
+def _compare(seen: dict[str, bytes]) -> None:
+    """Raises UserError where hosts were asked for something else, or find other files."""
+    names = sorted(seen)
+    mine = np.frombuffer(b"".join(seen[name] for name in names), np.uint8).reshape(len(names), -1)
+    number = multihost_utils.process_allgather(np.int32(len(names)))
+    if (number != len(names)).any():
+        raise UserError("The hosts were given different flags; give all the same, but for hosts.")
+    theirs = multihost_utils.process_allgather(mine)
+    for name, every in zip(names, theirs.swapaxes(0, 1), strict=True):
+        if (every != every[0]).any():
+            where = "what is there" if name in copies.WRITTEN else "what was given"
+            raise UserError(
+                f"The hosts differ in {name}: {where} must be the same on all, as on a file system "
+                "that they share."
+            )
+
+
+def _sentence(other: int, number: int, count: int, task: str) -> str:
+    again = {
+        "experiment": "start all again, and the experiment goes on",
+        "generate": "start all again; what is in --output is gone on with by --resume",
+    }[task]
+    return (
+        f"host {other} of {count} has ended or can't be reached any more, so host {number} ends, "
+        f"too; {again}."
+    )

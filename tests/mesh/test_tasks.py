@@ -1,0 +1,72 @@
+"""What is asked of a model is answered on a mesh as on one device: constraints, HTTP, the cache."""
+
+import functools
+
+import jax
+import pytest
+
+import qwen_jax
+from qwen_jax import Constraint, Sampling
+from qwen_jax.accuracy.cache.audit import audit_cache
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.tensors.diagnosis import diagnose
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.traces.recording import record
+from tests.mesh.test_split import TOKENS, engine, tiny
+from tests.serving.conftest import served
+
+pytestmark = pytest.mark.hosts
+WARM = Sampling(temperature=1.0)
+
+
+@functools.cache
+def model(mesh: str | None) -> qwen_jax.Model:
+    return qwen_jax.load(mesh=mesh, slots=2)
+
+
+def test_constrained_answers() -> None:
+    """Drawn with masks that the host finds while devices compute; beside one that is free."""
+    held = Constraint.regex("[a-z]{4,8}( [a-z]{2,6}){2}")
+    asked = {"sampling": WARM, "max_tokens": 24, "constraint": held}
+    found = [
+        [one.text for one in model(mesh).generate(["haiku: snow", "haiku: ice"], **asked)]
+        for mesh in ("tp=2", "dp=2,tp=2", None)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == 2
+
+
+def test_serving() -> None:
+    body = {"messages": [{"role": "user", "content": "haiku: moss"}], "max_tokens": 20}
+    expected = model(None).generate("haiku: moss", max_tokens=20).text
+    for mesh in ("tp=2", "dp=2,tp=2"):
+        with served(model(mesh)) as server:
+            said = server.post("/v1/chat/completions", body).json()
+            assert said["choices"][0]["message"]["content"] == expected
+            server.settle()
+
+
+def test_replicas_of_a_model_in_blocks() -> None:
+    """That is not dealt out lies on each device in whatever form it has on one."""
+    both = qwen_jax.load(mesh="dp=2", weights="packed", slots=1)
+    engines = (both.engine, *both.engine.others)
+    assert all(engine.weights.in_blocks for engine in engines)
+    assert [engine.weights.devices() for engine in engines] == [{d} for d in jax.devices()[:2]]
+    prompts = ["haiku: snow", "haiku: moss"]
+    one = qwen_jax.load(weights="packed", slots=1)
+    assert both.generate(prompts, max_tokens=20) == one.generate(prompts, max_tokens=20)
+
+
+def test_the_cache_is_right() -> None:
+    """Each key/value head is on three devices, of which one shows it."""
+    findings = audit_cache(engine(6), ways=["several texts", "shared page"])
+    assert len(findings) == 5 and all(f.verdict == "within rounding" for f in findings)
+
+
+@pytest.mark.parametrize("fault", ["zero_qkv_bias", "gate_up_exchanged"])
+def test_a_planted_fault_is_named(fault: str) -> None:
+    """Whose parameters, and whose arithmetic, are dealt out like the right ones."""
+    with planted(engine(6), fault) as wrong:
+        assert wrong.weights.devices() == engine(6).weights.devices()
+        trace = record(wrong, TOKENS[:12], prompt_length=8)
+    assert diagnose(trace, CheckpointSource(tiny(), "float32")).named == (fault,)

@@ -54,11 +54,9 @@ texts = st.lists(st.integers(0, 2), min_size=1, max_size=WIDTH)
 @given(texts, st.integers(0, WIDTH - 1))
 def test_host_and_device_look_up_what_the_definition_says(tokens: list[int], begun: int) -> None:
     begun = min(begun, len(tokens) - 1)
-    growing = tokens[: begun + 1]
-    host = Lookup(growing)
+    host = Lookup(tokens[: begun + 1])
     for token in tokens[begun + 1 :]:
-        growing.append(token)
-        host.grown()
+        host.add(token)
     right = looked_up(tokens, 7)
     assert host.draft(7) == right
     history = np.full((1, WIDTH), 1, np.int32)  # what is behind the end counts for nothing

@@ -74,9 +74,9 @@ class Record:
         self.missing: list[tuple[int, int]] = []
         self.proven, self.tried = promise is None, False
         self._most, self._promise = most, promise
-        self._lookup = Lookup(self.tokens) if promise is None else None
-        self._draft: list[int] = [] if self._lookup is None else self._lookup.draft(most)
-        self._agreed = 0
+        self._lookup: Lookup | None = None
+        self._followed = self._agreed = 0
+        self._draft: list[int] = []
 
     def read(self, chosen: Sequence[int]) -> None:
         """Goes on behind what a call without drafts chose."""
@@ -84,7 +84,7 @@ class Record:
             first = len(self.tokens) - 1
             self.missing.append((first, first + len(chosen)))
             self.worth += RECOVERY * len(chosen) * max(self._promise - self.worth, 0)
-        self._follow(chosen)
+        self.tokens += chosen
 
     def read_drafted(
         self, chosen: Sequence[int], drafted: int, grown: Sequence[int], cost: float
@@ -103,21 +103,25 @@ class Record:
             for n in there:
                 self.worth += RECENT * (n - self.worth)
             self.proven = sum(there) > cost * len(there)
-        self._follow(chosen)
+        self.tokens += chosen
 
-    def _follow(self, chosen: Sequence[int]) -> None:
-        """A draft is followed as far as it agrees; the token after that is the model's own."""
-        for token in chosen:
+    def follow(self) -> None:
+        """Brings `worth` up to date: a draft is followed as far as it agrees; the token after that
+        is the model's own. Not before somebody asks, since where all slots run nobody does."""
+        if self._promise is not None:
+            return
+        if self._lookup is None:
+            self._lookup, self._followed = Lookup(self.tokens), len(self.tokens)
+            self._draft = self._lookup.draft(self._most)
+        for token in self.tokens[self._followed :]:
             agrees = self._agreed < len(self._draft) and self._draft[self._agreed] == token
-            self.tokens.append(token)
-            if self._lookup is None:
-                continue
-            self._lookup.grown()
+            self._lookup.add(token)
             if agrees:
                 self._agreed += 1
                 continue
             self.worth += RECENT * (1 + self._agreed - self.worth)
             self._draft, self._agreed = self._lookup.draft(self._most), 0
+        self._followed = len(self.tokens)
 
 
 @dataclasses.dataclass
@@ -167,9 +171,11 @@ class Drafts:
         Args:
             records: of all texts of a call.
         """
-        if not self.ledger.open:
-            return None
         texts, found, fastest = len(records), None, 1.0
+        if texts >= self._shapes.slots or not self.ledger.open:
+            return None
+        for record in records:
+            record.follow()
         usual = self._shapes.cost(fitting(self._shapes.rows, texts))
         by_worth = sorted(range(texts), key=lambda i: -records[i].worth)
         by_worth = [i for i in by_worth if records[i].worth > 1 + OVERHEAD and not records[i].tried]

@@ -5,12 +5,16 @@ over the prompt and the answer. It is there twice, on a device for the steps of 
 host, which thus knows what drafts would have been worth where there were none.
 """
 
+from collections.abc import Iterator, Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 LONGEST, SHORTEST = 4, 2
 """Tokens that must stand there again, at most and at least: of fewer, most drafts are wrong."""
 NO_DRAFT = -1
+_BITS = 32
+"""Of a token in a run's number."""
 
 
 def lookup(history: Int[Array, "R H"], length: Int[Array, "R"], most: int) -> Int[Array, "R most"]:
@@ -42,27 +46,44 @@ def lookup(history: Int[Array, "R H"], length: Int[Array, "R"], most: int) -> In
 
 
 class Lookup:
-    """The same on the host, of a list of tokens that grows at its end."""
+    """The same on the host, of a text that grows."""
 
-    def __init__(self, tokens: list[int]):
-        self._tokens = tokens
-        # Where each run of tokens ended last that something stands behind.
-        self._ends: dict[tuple[int, ...], int] = {}
-        for n in range(SHORTEST, LONGEST + 1):
-            runs = zip(*(tokens[i:-1] for i in range(n)), strict=False)
-            self._ends.update(zip(runs, range(n - 1, len(tokens)), strict=False))
+    def __init__(self, tokens: Sequence[int]):
+        self._tokens = tokens = list(tokens)
+        # Of so many tokens: where each run of them ended last that something stands behind.
+        self._ends: dict[int, dict[int, int]] = {}
+        runs = tokens[:-1]
+        for n in range(2, LONGEST + 1):
+            # A run's number, not a tuple: thousands of those would have garbage looked for.
+            runs = [
+                run << _BITS | token for run, token in zip(runs, tokens[n - 1 : -1], strict=False)
+            ]
+            if n >= SHORTEST:
+                self._ends[n] = dict(zip(runs, range(n - 1, len(tokens)), strict=False))
 
-    def grown(self) -> None:
-        """One token has come: the runs before it have something behind them now."""
-        end = len(self._tokens) - 2
-        for n in range(SHORTEST, min(LONGEST, end + 1) + 1):
-            self._ends[tuple(self._tokens[end + 1 - n : end + 1])] = end
+    def _last(self, end: int) -> Iterator[tuple[int, int]]:
+        """The runs that end at a place, longer and longer: of how many tokens, and their number."""
+        run = 0
+        for n in range(1, min(LONGEST, end + 1) + 1):
+            run |= self._tokens[end + 1 - n] << (_BITS * (n - 1))
+            if n >= SHORTEST:
+                yield n, run
+
+    def add(self, token: int) -> None:
+        """One more token: the runs before it have something behind them now."""
+        end = len(self._tokens) - 1
+        for n, run in self._last(end):
+            self._ends[n][run] = end
+        self._tokens.append(token)
 
     def draft(self, most: int) -> list[int]:
         """What may come next, or nothing."""
-        tokens = self._tokens
-        for n in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
-            if (end := self._ends.get(tuple(tokens[-n:]))) is not None:
-                period = len(tokens) - 1 - end
-                return [tokens[end + 1 + k % period] for k in range(most)]
-        return []
+        tokens, found = self._tokens, -1
+        for n, run in self._last(len(tokens) - 1):
+            if (end := self._ends[n].get(run)) is None:
+                break  # Of what longer runs end in there would be one, too.
+            found = end
+        if found < 0:
+            return []
+        period = len(tokens) - 1 - found
+        return [tokens[found + 1 + k % period] for k in range(most)]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from qwen_jax.api import Model
 from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import environment, judging, kinds, profiling
+from qwen_jax.experiments import ahead, environment, judging, kinds, profiling
 from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.contents import LOG
 from qwen_jax.experiments.lines import NotWritten, written
@@ -81,6 +81,8 @@ class Runner:
                     self._run_or_skip(item)
                     if self.out_of_time:
                         break
+                    if (end := records.ends.get(item.point.id, {})).get("event") == "finished":
+                        ahead.check_ended(item, planned, end["metrics"], self._asked)
                     bar.update()
             unjudged = 0 if self.out_of_time else self._judge(planned)
         ids = {item.point.id for item in planned}

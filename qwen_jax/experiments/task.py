@@ -6,7 +6,7 @@ is `module:Class`.
 
 import abc
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,6 +95,13 @@ class Task(abc.ABC):
     def fault_of(self, item: dict[str, Any]) -> str:
         """What is wrong with an item that `work.recorded()` reads, in words; nothing by default."""
         return ""
+
+    def known_metrics(self) -> Collection[str] | None:
+        """Names of what `run` may return, but for errors; None, by default, where nobody knows.
+
+        A metric that is asked for and is none of them is refused before anything runs.
+        """
+        return None
 
     @abc.abstractmethod
     def run(self, work: Work) -> Metrics:

@@ -39,7 +39,7 @@ def test_csv_and_page_hold_every_point(
     assert page.links and page.unresolved == [] and page.repeated == []
     assert page.full["2466.0"] == "2,466"
     assert page.banner == (
-        "On total all 2 settings have the same mean, 2,466 ± 693.\n6 finished, 3 failed."
+        "On total both settings have the same mean, 2,466 ± 693.\n6 finished, 3 failed."
     )
     assert page.state == "bad"
     assert page.headers[0] == [

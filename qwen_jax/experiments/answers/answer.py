@@ -254,7 +254,7 @@ def _what_it_takes(found: Difference, value: Value, level: float) -> str:
             more = _round_up(needed - value.units)
             return f"needs about {more:,} more {kind}{'s' * (more > 1)} to tell"
     least = statistics.smallest_seen(found, level)
-    return f"no difference seen ({least:.2g} would show)"
+    return f"no difference seen ({float(f'{least:.2g}'):,g} would show)"
 
 
 def _round_up(count: float) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.contents import Contents
-from qwen_jax.experiments.declaration import label, short
+from qwen_jax.experiments.declaration import label, one_line, short
 
 SEED = "sampling.seed"
 UNPAIRED = "repeat"
@@ -172,7 +172,7 @@ def _has(setting: Setting, name: str, value: str) -> bool:
         return setting.run == value
     for field, own in setting.overrides.items():
         if name in (field, short(field)):
-            return value == str(own) or _number(value) == own is not None
+            return value == one_line(own) or _number(value) == own is not None
     return False
 
 

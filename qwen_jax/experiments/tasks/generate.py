@@ -35,6 +35,11 @@ _ANSWER = {
 _RIGHT: dict[str, list[dict[str, Any]]] = {}
 """`Generate.own` of files of prompts that were found right, with all that decides it."""
 
+_OF_ALL_ANSWERS = (
+    *("tokens_per_answer", "ended_by_itself", "prompts", "tokens_per_s", "model_seconds"),
+)
+"""Metrics that need no score."""
+
 _OWN = ("temperature", "n", *DRAWS)
 
 
@@ -112,6 +117,10 @@ class Generate(Task):
 
     def fault_of(self, item: dict[str, Any]) -> str:
         return kinds.fault(item, _ANSWER)
+
+    def known_metrics(self) -> Collection[str] | None:
+        of_scores = scores.metrics_of(self.config.experiment.scores)
+        return None if of_scores is None else [*of_scores, *_OF_ALL_ANSWERS]
 
     def run(self, work: Work) -> Metrics:
         total = sum(item.samples(self.config.n) for item in self.items())
@@ -197,7 +206,7 @@ class Tally:
         self._sums: dict[str, tuple[Fraction, Fraction]] = {}
         self._samples: dict[int, dict[int, dict[str, Any]]] = {}
         self.answers = self._prompts = self._tokens = self._stopped = 0
-        self._last = self._timed = Timings()
+        self._last, self._timed_tokens, self._timed_seconds = Timings(), 0, 0.0
 
     def add(self, row: int, sample: int, item: Item, answer: dict[str, Any]) -> None:
         """The answer of a row, which is this sample of a prompt."""
@@ -228,9 +237,8 @@ class Tally:
         one is compiled, so that what is left of the time says little.
         """
         if timings.compile_seconds == self._last.compile_seconds:
-            tokens = timings.generated_tokens - self._last.generated_tokens
-            seconds = timings.seconds - self._last.seconds
-            self._timed += Timings(generated_tokens=tokens, seconds=seconds)
+            self._timed_tokens += timings.generated_tokens - self._last.generated_tokens
+            self._timed_seconds += timings.seconds - self._last.seconds
         self._last = timings
 
     def of_scores(self) -> Metrics:
@@ -248,8 +256,9 @@ class Tally:
         found["tokens_per_answer"] = self._tokens / self.answers
         found["ended_by_itself"] = self._stopped / self.answers
         found["prompts"] = self._prompts
-        if self._timed.generated_tokens:
-            found["tokens_per_s"] = self._timed.generation_rate
+        if self._timed_tokens:
+            timed = Timings(generated_tokens=self._timed_tokens, seconds=self._timed_seconds)
+            found["tokens_per_s"] = timed.generation_rate
         if self._last.seconds:  # Nothing is timed where all was recorded before.
             found["model_seconds"] = self._last.seconds
         return found

@@ -8,7 +8,7 @@ each call of some decode steps, so that both are what a user sees, and not what 
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,11 @@ _ITEM = {
     **{name: kinds.list_of(kinds.NUMBER) for name in _TIMES},
     "tokens": kinds.list_of(kinds.NATURAL),
 }
+
+_METRICS = (
+    *("good_per_s", "good_share", "requests_per_s", "tokens_per_s"),
+    *(f"{name}_p{q}_ms" for name in ("ttft", "tpot", "latency") for q in _PERCENTILES),
+)
 
 Clock = Callable[[], float]
 
@@ -55,6 +60,9 @@ class Serve(Generate):
                 raise UserError(f"experiment.serve.{name} is {value:g}, but it must be above 0.")
         if config.n != 1:
             raise UserError(f"n is {config.n}, but serve answers each request once; leave it out.")
+
+    def known_metrics(self) -> Collection[str]:
+        return _METRICS
 
     def fault_of(self, item: dict[str, Any]) -> str:
         return kinds.fault(item, _ITEM)

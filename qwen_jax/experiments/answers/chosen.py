@@ -12,7 +12,7 @@ LOWER = frozenset(
     {
         *("kld", "kld_p99", "kld_max", "perplexity", "perplexity_ratio", "nll", "ms_per_step"),
         *("word_perplexity", "byte_perplexity", "bits_per_byte", "edit_distance", "repetition"),
-        *("weight_bytes", "device_bytes", "model_seconds", "brier_score"),
+        *("weight_bytes", "device_bytes", "model_seconds", "brier_score", "joules_per_token"),
         *(f"{what}_p{q}_ms" for what in ("ttft", "tpot", "latency") for q in (50, 90, 99)),
     }
 )
@@ -22,7 +22,7 @@ _FIRST = ("kld", "nll", "decode_tokens_per_s", "good_per_s")
 """What the tasks that have them are about."""
 
 _SAYS_NOTHING = ("tokens_per_answer", "ended_by_itself", "prompts", "model_seconds", "count")
-_SPEED = ("tokens_per_s",)
+_SPEED = ("tokens_per_s", "joules_per_token")
 _MEAN_OF = {"perplexity": "nll"}
 """A metric that is no mean over units, and the one it grows with that is."""
 

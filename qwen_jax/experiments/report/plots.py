@@ -27,6 +27,7 @@ LABELS = {
     "prefill_tokens_per_s": "prefill (tokens/s)",
     "decode_tokens_per_s": "decoding (tokens/s)",
     "ms_per_step": "decode step (ms)",
+    "joules_per_token": "energy (J/token)",
     "distinct_1": "different words (share)",
     "distinct_2": "different word pairs (share)",
     "different_texts": "different texts (share)",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qwen_jax import prompts, ready_made, recommended
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import judging, kinds, scores
+from qwen_jax.experiments import energy, judging, kinds, scores
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Completion, Request, Timings
@@ -37,6 +37,7 @@ _RIGHT: dict[str, list[dict[str, Any]]] = {}
 
 _OF_ALL_ANSWERS = (
     *("tokens_per_answer", "ended_by_itself", "prompts", "tokens_per_s", "model_seconds"),
+    energy.METRIC,
 )
 """Metrics that need no score."""
 
@@ -126,7 +127,8 @@ class Generate(Task):
         total = sum(item.samples(self.config.n) for item in self.items())
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
-        recorded, tally = Recorded(work.recorded), Tally(self, work.score)
+        recorded = Recorded(work.recorded)
+        tally = Tally(self, work.score, energy.of_engine(work.model().engine))
         asked: dict[int, tuple[int, Item, int]] = {}
         numbers = itertools.count()
 
@@ -201,8 +203,11 @@ class Tally:
     Sums are exact, so that the order in which answers finish changes nothing.
     """
 
-    def __init__(self, task: Generate, record: Callable[..., None]):
+    def __init__(
+        self, task: Generate, record: Callable[..., None], meter: energy.Meter | None = None
+    ):
         self._n, self._scores, self._record = task.config.n, task.scores, record
+        self._meter = meter
         self._sums: dict[str, tuple[Fraction, Fraction]] = {}
         self._samples: dict[int, dict[int, dict[str, Any]]] = {}
         self.answers = self._prompts = self._tokens = self._stopped = 0
@@ -239,6 +244,8 @@ class Tally:
         if timings.compile_seconds == self._last.compile_seconds:
             self._timed_tokens += timings.generated_tokens - self._last.generated_tokens
             self._timed_seconds += timings.seconds - self._last.seconds
+        elif self._meter is not None:
+            self._meter.restart(timings.generated_tokens)
         self._last = timings
 
     def of_scores(self) -> Metrics:
@@ -259,6 +266,9 @@ class Tally:
         if self._timed_tokens:
             timed = Timings(generated_tokens=self._timed_tokens, seconds=self._timed_seconds)
             found["tokens_per_s"] = timed.generation_rate
+        joules = self._meter and self._meter.per_token(self._last.generated_tokens)
+        if joules is not None:
+            found[energy.METRIC] = joules
         if self._last.seconds:  # Nothing is timed where all was recorded before.
             found["model_seconds"] = self._last.seconds
         return found

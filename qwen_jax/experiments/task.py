@@ -111,6 +111,11 @@ class Task(abc.ABC):
         """
 
 
+def task_names(config: ConfigDict) -> list[str]:
+    """The tasks of a point, of which `compare+generate` are two."""
+    return config.experiment.task.split("+")
+
+
 def task_class(name: str) -> type[Task]:
     """The class of a task by its name in the table, or by `module:Class`."""
     found = imported(TASKS.get(name, name), "experiment.task", TASKS)

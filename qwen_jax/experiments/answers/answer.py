@@ -143,8 +143,9 @@ def value_of(setting: Setting, metric: str) -> Value | None:
     """What a setting has of a metric: of its units, or else one value a seed."""
     if units := setting.units(metric):
         values = setting.values(metric, list(units))
-        mean = statistics.mean_of(values, crossed=setting.of not in DRAWN_ANEW)
-        return Value(setting, mean, setting.of, len(units))
+        of = setting.of(metric)
+        mean = statistics.mean_of(values, crossed=of not in DRAWN_ANEW)
+        return Value(setting, mean, of, len(units))
     return value_of_seeds(setting, metric) if setting.of_seeds(metric) else None
 
 

@@ -94,9 +94,7 @@ def _against_axes(results: Results) -> Iterator[Picture]:
 def _metrics(results: Results) -> list[str]:
     """Those that differ by more than rounding; the one that the answer is about is first."""
     names = [name for name in differing_metrics(results) if name not in NOT_PLOTTED]
-    ranked = [results.answer.metric] if results.answer else []
-    found = [name for name in dict.fromkeys([*ranked, *names]) if name in names]
-    return [name for name in found if not _is_rounding(_means(results.settings, name))]
+    return [name for name in names if not _is_rounding(_means(results.settings, name))]
 
 
 def _means(settings: Sequence[Setting], metric: str) -> set[float]:

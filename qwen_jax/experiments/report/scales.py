@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    MaxNLocator,
+    MultipleLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from qwen_jax.experiments.report.tables import shown
 
@@ -38,13 +44,16 @@ def scale_metric(panel: Axes, seen: Sequence[float], side: str) -> None:
     ticks = panel.yaxis if upright else panel.xaxis
     if 0 <= low < 0.9 and 0.5 < high <= 1:
         set_limits(-0.03, 1.03)
-    elif (least := smallest(seen)) and high > (30 if low > 0 else 1000) * least:
+        ticks.set_major_locator(MultipleLocator(0.25))
+        ticks.set_major_formatter("{x:g}")
+        return
+    if (least := smallest(seen)) and high > (30 if low > 0 else 1000) * least:
         set_logarithmic(panel, side, seen)
         if low > 0 and high < 1000 * low:  # 20 and not 2 x 10^1
             ticks.set_major_formatter("{x:g}")
             ticks.set_minor_formatter(NullFormatter())
         return
-    elif 0 <= low < 0.5 * high:
+    if 0 <= low < 0.5 * high:
         set_limits(0)
     if not upright:
         ticks.set_major_locator(MaxNLocator(4))

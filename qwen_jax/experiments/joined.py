@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.scores import JUDGE
-from qwen_jax.experiments.task import Metrics, Task, Work, task_class, task_names
+from qwen_jax.experiments.task import Metrics, Task, Work, made, task_names
 from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
 
@@ -20,7 +20,7 @@ def task_of(config: ConfigDict) -> Task:
     """The task of a point's config, or all that it names. Raises UserError where one makes no sense
     for the config, or they don't go together."""
     names = task_names(config)
-    return task_class(names[0])(config) if len(names) == 1 else Joined(config, names)
+    return made(names[0], config) if len(names) == 1 else Joined(config, names)
 
 
 class Joined(Task):
@@ -69,7 +69,7 @@ class Joined(Task):
 def _made(config: ConfigDict, name: str) -> Task:
     own = copy.deepcopy(config)
     own.experiment.task = name
-    return task_class(name)(own)
+    return made(name, own)
 
 
 class _Part(Work):

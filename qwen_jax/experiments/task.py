@@ -124,6 +124,18 @@ def task_class(name: str) -> type[Task]:
     return found
 
 
+def made(name: str, config: ConfigDict) -> Task:
+    """The task of that name for a point's config. Raises UserError where it can't be made."""
+    kind = task_class(name)
+    try:
+        return kind(config)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # It is the user's class and may fail in any way.
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"experiment.task names {name!r}, which can't be made: {why}.") from error
+
+
 def imported(where: str, field: str, known: dict[str, Any]) -> Any:
     """What `module:name` names. Raises UserError where there is nothing of that name."""
     module, _, name = where.partition(":")

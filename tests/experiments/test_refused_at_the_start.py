@@ -43,7 +43,12 @@ PROMPTS: list[tuple[str, list[Any] | None, Fields, str]] = [
     ("x.jsonl", [{"prompt": "a"}, {"promt": "b"}], {}, "line 2 has the field 'promt'; did you"),
     ("x.jsonl", [{"prompt": "a", "temperature": -1}], {}, "line 1: sampling.temperature is -1"),
     ("x.jsonl", [{"prompt": "a"}], {"prompt": "b"}, "exclude each other"),
-    ("x.jsonl", [WORD], made("{wrd}"), "has no 'wrd', which the template asks for"),
+    (
+        "x.jsonl",
+        [WORD],
+        made("{wrd}"),
+        "has no 'wrd', which the template asks for; did you mean {word}?",
+    ),
     ("x.jsonl", [WORD], made("{word"), "can't be filled"),
     ("x.jsonl", [WORD], made("{word.shape}"), "can't be filled"),
     ("x.jsonl", [{"messages": []}], made("{word}"), "which a template can't fill"),

@@ -158,6 +158,11 @@ def named(settings: Sequence[Setting], text: str) -> Setting:
     way = "; ".join(f"{s.run}: {s.label}" if several else s.label for s in settings[:8])
     more = f" and {len(settings) - 8} more" if len(settings) > 8 else ""
     how = "none of the settings" if not found else f"{len(found)} settings; name one of them"
+    if len(settings) == 1 and not settings[0].overrides:
+        raise UserError(
+            f"The baseline {text!r:.80} names no setting: there is one alone, whose points differ "
+            "in their seed."
+        )
     raise UserError(f"The baseline {text!r:.80} is {how}. There are {way}{more}.")
 
 

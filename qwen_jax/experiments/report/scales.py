@@ -68,8 +68,13 @@ def plain(x: float, ticks: Sequence[float]) -> str:
     largest = max((abs(float(tick)) for tick in ticks), default=0.0)
     if not steps or largest == 0:
         return f"{x:g}"
-    digits = math.ceil(math.log10(largest / min(steps))) + 1
-    return f"{x:.{max(digits, 1)}g}" if abs(x) > min(steps) / 1e6 else "0"
+    if abs(x) <= min(steps) / 1e6:
+        return "0"
+    digits = max(1, math.ceil(math.log10(largest / min(steps))) + 1)
+    # As many as it takes to be the tick, and no neighbour of it: 12.5 is not 12.
+    rounded = (float(f"{x:.{some}g}") for some in range(digits, 17))
+    near = next((value for value in rounded if abs(value - x) < 1e-3 * min(steps)), x)
+    return f"{near:.15g}"  # since two digits of 900 would be written 9e+02
 
 
 def smallest(values: Sequence[float]) -> float | None:

@@ -3,8 +3,9 @@
 A sweep of 200 points of the bundled model, each 16 haiku: how much of the wall time, from the start
 of the process to its end, is neither execution nor compilation. Execution is the engine's programs,
 from the call until the device has the result; what the host does between two of them, such as
-turning ids into text and writing records, is not. Then a point with 100,000 prompts:
-resident memory while they stream through.
+turning ids into text and writing records, is not. The same in seconds of processor time, which
+other processes on the machine disturb less. Then a point with 100,000 prompts: resident memory
+while they stream through.
 
     python -m benchmarks.experiment_overhead [--prompts 100000]
 """
@@ -14,22 +15,24 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from qwen_jax.engine import steps
+from qwen_jax.engine import calls
 from qwen_jax.engine.memory import compile_seconds
+from qwen_jax.executables.kept import Kept
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.experiments.tasks.generate import Generate
 
 RUN = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "experiment"]
+CLOCKS = "clocks.jsonl"
 CONFIG = """
 from qwen_jax.experiments import axis, product
 from qwen_jax.settings import get_config as defaults
@@ -51,23 +54,32 @@ class Timed(Generate):
     """The task `generate`, with a clock around the engine."""
 
     def run(self, work: Work) -> Metrics:
-        self.seconds = 0.0
-        programs = {name: getattr(steps, name) for name in ("extend", "step", "insert")}
-        vars(steps).update({name: self._timed(program) for name, program in programs.items()})
+        clocks = {name: Clock(getattr(calls, name)) for name in ("extend", "step", "insert")}
+        vars(calls).update(clocks)
         try:
             metrics = super().run(work)
         finally:
-            vars(steps).update(programs)
-        return metrics | {"engine_seconds": self.seconds}
+            vars(calls).update({name: clock.program for name, clock in clocks.items()})
+        of = [(clock.seconds, clock.processor_seconds) for clock in clocks.values()]
+        with (work.directory / CLOCKS).open("a") as file:
+            file.write(json.dumps([sum(seconds) for seconds in zip(*of, strict=True)]) + "\n")
+        return metrics
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
-            start, compiled = time.perf_counter(), compile_seconds()
-            result = jax.block_until_ready(function(*args))
-            self.seconds += time.perf_counter() - start - (compile_seconds() - compiled)
-            return result
 
-        return timed
+class Clock:
+    """One of the engine's programs, and how long its calls take until the device has the result."""
+
+    def __init__(self, program: Kept):
+        self.program, self.prepare = program, program.prepare
+        self.seconds = self.processor_seconds = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        start, busy, compiled = time.perf_counter(), time.process_time(), compile_seconds()
+        result = jax.block_until_ready(self.program(*args))
+        compiling = compile_seconds() - compiled
+        self.seconds += time.perf_counter() - start - compiling
+        self.processor_seconds += time.process_time() - busy - compiling
+        return result
 
 
 def command(folder: Path, **fields: object) -> tuple[list[str], Path]:
@@ -77,30 +89,39 @@ def command(folder: Path, **fields: object) -> tuple[list[str], Path]:
     return [*RUN, f"--config={folder / 'config.py'}", f"--workdir={workdir}"], workdir
 
 
-def overhead(folder: Path) -> dict[str, float]:
-    """Seconds of 200 points, and of what."""
+def overhead(folder: Path) -> dict[str, tuple[float, float]]:
+    """Seconds of 200 points, and of what: by the clock, and of processor time."""
     folder.mkdir()
     prompts = folder / "prompts.txt"
     words = ["river", "lantern", "snow", "fern", "crow", "moss", "tide", "dust"] * 2
     prompts.write_text("".join(f"Write a haiku that contains the word {w}.\n" for w in words))
     fields = {"slots": 16, "max_tokens": 64, "raw": False, "temperatures": 10, "seeds": 20}
     argv, workdir = command(folder, prompts=str(prompts), **fields)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), _of_children()
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    total = time.perf_counter() - start
+    total, busy = time.perf_counter() - start, _of_children() - busy
     with (workdir / "metrics.jsonl").open() as file:
         ends = [e for line in file if (e := json.loads(line))["event"] == "finished"]
-    execution = sum(end["metrics"]["engine_seconds"] for end in ends)
+    if len(ends) != 200:
+        raise RuntimeError(f"{' '.join(argv)} finished {len(ends)} points of 200")
+    with (workdir / CLOCKS).open() as file:
+        of_engine = [json.loads(line) for line in file]
+    execution, executing = (sum(seconds) for seconds in zip(*of_engine, strict=True))
     compiling = sum(end["compile_seconds"] for end in ends)
+    other, others = total - execution - compiling, busy - executing - compiling
     return {
-        "points": len(ends),
-        "total": total,
-        "execution": execution,
-        "compilation": compiling,
-        "other": total - execution - compiling,
-        "of which outside points": total - sum(end["seconds"] for end in ends),
-        "share": (total - execution - compiling) / total,
+        "total": (total, busy),
+        "execution": (execution, executing),
+        "compilation": (compiling, compiling),
+        "other": (other, others),
+        "share": (other / total, others / busy),
     }
+
+
+def _of_children() -> float:
+    """Seconds of processor time of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def memory(folder: Path, count: int) -> list[tuple[int, float]]:
@@ -137,22 +158,23 @@ def main(prompts: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         seconds = overhead(Path(name) / "overhead")
         resident = memory(Path(name) / "memory", prompts)
-    print("| 200 points | |\n| --- | --- |")
-    for what, value in seconds.items():
-        shown = f"{value:.1%}" if what == "share" else f"{value:,.1f} s"
-        print(f"| {what} | {int(value) if what == 'points' else shown} |")
+    print("| 200 points | by the clock | processor time |\n| --- | --- | --- |")
+    for what, values in seconds.items():
+        clock, busy = (f"{v:.1%}" if what == "share" else f"{v:,.1f} s" for v in values)
+        print(f"| {what} | {clock} | {busy} |")
     print(f"\n| answers of {prompts:,} prompts | resident MB |\n| --- | --- |")
     for answers, megabytes in resident:
         print(f"| {answers:,} | {megabytes:,.0f} |")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record = {
         "benchmark": "experiment_overhead",
-        "seconds": {what: round(value, 3) for what, value in seconds.items()},
+        "seconds": {what: [round(v, 3) for v in values] for what, values in seconds.items()},
         "resident": [(answers, round(megabytes, 1)) for answers, megabytes in resident],
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),
         "jax": importlib.metadata.version("jax"),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[1],
     }
     print("\n" + json.dumps(record))
 

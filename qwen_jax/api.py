@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -400,6 +399,4 @@ def _completions(ended: dict[int, Completion], alone: bool) -> Completion | list
 def reseeded(requests: Iterable[Request], first: int = 0) -> Iterator[Request]:
     """The requests with row i's seed raised by first + i, so that no two rows draw alike."""
     for i, request in enumerate(requests, start=first):
-        seed = (request.sampling.seed + i) % 2**32
-        sampling = dataclasses.replace(request.sampling, seed=seed)
-        yield dataclasses.replace(request, sampling=sampling)
+        yield request.reseeded((request.sampling.seed + i) % 2**32)

@@ -104,6 +104,8 @@ def _item(value: Any, kind: Any) -> str:
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a type: numbers of NumPy are numbers, arrays of one axis are lists of
     them, True is none, and a text is no list of texts."""
+    if type(value) is kind:
+        return True
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar | str):
         return True

@@ -71,7 +71,7 @@ def entry() -> NoReturn:
     """run.py, and the command qwen-jax: `main` as a process."""
     codes: list[int] = []
     atexit.register(_end_at_once, codes)  # The first to be registered runs last.
-    code = main()
+    code = main(alone=True)
     if hosts.joined is not None:
         hosts.joined.end(code)
     if code == interrupts.EXIT_CODE:
@@ -94,16 +94,20 @@ def _end_at_once(codes: list[int]) -> None:
         os._exit(codes[0])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
     """Runs one command; returns its exit code: 0, 2 for bad input, 3 where a file was answered
-    but for some of its prompts, 130 after Ctrl-C."""
+    but for some of its prompts, 130 after Ctrl-C.
+
+    Args:
+        alone: the process is this command's, and what it imports stays to the end.
+    """
     _open_streams()
     flags.FLAGS.mark_as_parsed()  # absl's logging asks for its own flags, which stay as they are.
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().setFormatter(_Formatter("%(levelname)s: %(message)s"))
     try:
-        code = _run(["run.py", *(sys.argv[1:] if argv is None else argv)])
+        code = _run(["run.py", *(sys.argv[1:] if argv is None else argv)], alone)
         sys.stdout.flush()  # Here a failure is still ours to report.
         return code
     except (UserError, NotImplementedError) as error:
@@ -149,7 +153,7 @@ def _open_streams() -> None:
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], alone: bool) -> int:
     if HELP & set(argv[1:]):
         print(_usage(next((word for word in argv[1:] if word in TASKS), "generate")))
         return 0
@@ -169,6 +173,10 @@ def _run(argv: list[str]) -> int:
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"JAX can't start: {why}; correct the variable or unset it.") from error
         finally:
+            if alone:
+                # Nor will it be, and to look again, as after each 700 new objects, takes 0.1 s.
+                gc.freeze()
+                gc.set_threshold(20_000, 20, 20)
             gc.enable()
     with interrupts.handled_by(interrupts.raise_interrupt), hosts.waiting_for_loss():
         return module.run(command)
@@ -283,6 +291,8 @@ def _explain(error: flags.Error | ValueError, meaning: dict[str, str]) -> str:
         return f"{error}; leave the value out."
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
+        if why_not := hints.absent(name):
+            return f"There is no flag --{name}; {why_not}"
         meant = hints.meant(name, meaning)
         hint = f"did you mean --{meant}?" if meant else f"see {settings.program()} --help."
         return f"There is no flag --{name}; {hint}"

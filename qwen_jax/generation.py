@@ -1,5 +1,6 @@
 """From token ids to text: requests through the engine's slots, a piece of text at a time."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -51,6 +52,13 @@ class Request:
         check_fields(self)
         check_max_tokens(self.max_tokens)
         check_top_logprobs(self.top_logprobs)
+
+    def reseeded(self, seed: int) -> "Request":
+        """The same with another seed. What is checked is not checked again, for each sample."""
+        found, sampling = copy.copy(self), copy.copy(self.sampling)
+        object.__setattr__(sampling, "seed", seed)
+        object.__setattr__(found, "sampling", sampling)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

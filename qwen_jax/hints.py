@@ -22,6 +22,19 @@ ELSEWHERE = {
 }
 """What other engines call a flag or a field of ours."""
 
+_CACHE = "keys and values are kept in the dtype of the parameters, which dtype sets for both."
+_OF_CACHE = (
+    *("cache_dtype", "cache_precision", "cache_type", "cache_type_k", "cache_type_v"),
+    *("kv_bits", "kv_cache_dtype", "kv_dtype"),
+)
+NOT_HERE = dict.fromkeys(_OF_CACHE, _CACHE)
+"""What other engines let one set and this one doesn't, and why."""
+
+
+def absent(name: str) -> str:
+    """Why there is nothing of a name that other engines know, else ""."""
+    return NOT_HERE.get(name.rpartition(".")[2].replace("-", "_").lower(), "")
+
 
 def meant(name: str, known: Collection[str], likeness: float = 0.6) -> str:
     """Which of the known names was meant by another one, else "": what other engines call it, the

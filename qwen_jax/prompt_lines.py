@@ -220,7 +220,9 @@ def _filled(template: str, record: dict[str, Any], where: str) -> dict[str, Any]
     try:
         prompt = template.format_map(record)
     except KeyError as error:
-        raise UserError(f"{where} has no {error}, which the template asks for.") from error
+        near = hints.meant(str(error.args[0]), record)
+        way = f"did you mean {{{near}}}?" if near else f"it has {', '.join(record) or 'no fields'}."
+        raise UserError(f"{where} has no {error}, which the template asks for; {way}") from error
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise UserError(f"{where}: the template {template!r} can't be filled: {error}.") from error
     places = (place for _, place, _, _ in string.Formatter().parse(template) if place)

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from qwen_jax import hints
 from qwen_jax.errors import UserError
 
 
@@ -367,5 +368,7 @@ def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
 
 def near(name: str) -> str:
     """What a misspelt field may have meant."""
+    if why_not := hints.absent(name):
+        return why_not
     found = difflib.get_close_matches(name, [field for field, _ in flatten(get_config())], n=1)
     return f"did you mean {found[0]}?" if found else f"see {program()} --help for the fields."

@@ -5,7 +5,7 @@
 
 Five points, a minute on two CPU cores. Each line of tasks/haiku_word.jsonl asks for a haiku on
 a word and offers two that differ in that word alone; the model should find the one with the word
-more likely. Expect an accuracy of 0.9 or more down to Q2_K and a coin's for the ternary type.
+more likely. Expect an accuracy of about 0.9 down to Q3_K, and at most a coin's for the ternary one.
 Tasks that the harness knows, such as arc_easy, go the same way with
 --config.experiment.eval.tasks=arc_easy, and need a download. Chat models want
 --config.experiment.eval.apply_chat_template, and perhaps --system; tasks that write answers follow

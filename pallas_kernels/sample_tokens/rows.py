@@ -56,7 +56,7 @@ def settings(
     """On the host: each a number for all rows, or one for each."""
 
     def column(values: ArrayLike, dtype: type) -> Any:  # an array of JAX's as soon as it is used
-        return np.broadcast_to(np.asarray(values, dtype), (rows,)).copy()
+        return np.full(rows, np.asarray(values, dtype), dtype)
 
     with np.errstate(divide="ignore"):
         floor = np.log(np.asarray(min_p, np.float64))

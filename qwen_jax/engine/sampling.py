@@ -8,6 +8,7 @@ they count generated tokens only, while the repetition penalty sees the prompt t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -175,8 +176,7 @@ def settings_of(sampling: Sampling, top: int | None, masked: bool = False) -> Se
     Args:
         masked: it has a mask of tokens that it may choose.
     """
-    return settings(
-        1,
+    shared = _settings(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -186,9 +186,15 @@ def settings_of(sampling: Sampling, top: int | None, masked: bool = False) -> Se
         frequency=sampling.frequency_penalty,
         biased=bool(sampling.logit_bias),
         masked=masked,
-        seed=sampling.seed,
         logprobs=-1 if top is None else top,
     )
+    return shared._replace(seed=np.array([sampling.seed], np.uint32))
+
+
+@functools.lru_cache(maxsize=256)
+def _settings(**numbers: float) -> Settings:
+    """What many requests share: all but the seed."""
+    return settings(1, **numbers)
 
 
 def choose(

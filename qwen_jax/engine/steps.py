@@ -47,6 +47,7 @@ class State(NamedTuple):
     done: Bool[Array, " slots"]
 
     @classmethod
+    @functools.partial(jax.jit, static_argnums=(0, 1))  # one program instead of three
     def create(cls, slots: int) -> "State":
         token, generated = (jnp.zeros(slots, jnp.int32) for _ in range(2))
         return cls(token, generated, jnp.ones(slots, bool))
@@ -66,6 +67,7 @@ class Extras(NamedTuple):
     allowed: UInt32[Array, "slots words"]
 
     @classmethod
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def create(cls, slots: int, vocab: int) -> "Extras":
         seen, allowed = (jnp.zeros((slots, words(vocab)), jnp.uint32) for _ in range(2))
         counts = Counts(seen, jnp.zeros((slots, vocab), jnp.int32))
@@ -98,8 +100,8 @@ class Rows(NamedTuple):
 
 def pack_rows(rows: Rows) -> Int[np.ndarray, "R fields"]:
     """All numbers of the rows' in one array, which one transfer brings to the device."""
-    columns = jax.tree.leaves(rows)
-    return np.stack([np.asarray(column).view(np.int32) for column in columns], axis=1)
+    columns = [np.asarray(column).view(np.int32) for column in jax.tree.leaves(rows)]
+    return np.concatenate(columns).reshape(len(columns), -1).T
 
 
 def unpacked(packed: Int[Array, "R fields"]) -> Rows:

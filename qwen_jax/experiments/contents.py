@@ -49,7 +49,7 @@ _ANSWER = Kind(
     "an object of texts",
     lambda value: isinstance(value, dict) and all(map(TEXT.has, value.values())),
 )
-_OF_UNIT = {
+OF_UNIT = {
     "of": TEXT,
     "unit": NATURAL,
     "id": Kind("a text or a number", lambda value: TEXT.has(value) or NUMBER.has(value)),
@@ -153,7 +153,7 @@ class Contents:
     def scores(self) -> Iterator[dict[str, Any]]:
         """What units of the points scored, in the order it was written: of two lines on one unit
         the later one counts."""
-        needed = {"point": self._point, **_OF_UNIT}
+        needed = {"point": self._point, **OF_UNIT}
         return lines.read(self.path / SCORES, fault=lambda line: fault(line, needed))
 
     @property

@@ -69,7 +69,9 @@ def label(overrides: Mapping[str, Any]) -> str:
 
 
 def one_line(value: Any) -> str:
-    """A value where a line is all there is."""
+    """A value where a line is all there is; of several, as adapters are, each."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(one_line, value)) or "none"
     return str(value).replace("\r", "\\r").replace("\n", "\\n")
 
 

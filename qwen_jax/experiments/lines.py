@@ -12,6 +12,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.regular_files import why_not_written
 
 _BLOCK = 1 << 16
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 class NotWritten(UserError):
@@ -53,7 +54,7 @@ class Lines:
 
         Raises ValueError for NaN and infinity, which JSON doesn't know.
         """
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        text = _ENCODER.encode(record)
         # Half of a surrogate pair, as a prompt's id may hold, becomes its JSON escape.
         data = memoryview((text + "\n").encode("utf-8", "backslashreplace"))
         end = os.fstat(self._file).st_size
@@ -80,9 +81,9 @@ class Lines:
     def sync(self) -> None:
         """Waits until the disk has what was added, for the day the power fails."""
         if self._unsynced:
+            self._unsynced = False  # before, since another thread may add meanwhile
             with written(self.path):
                 os.fsync(self._file)
-        self._unsynced = False
 
     def close(self) -> None:
         os.close(self._file)

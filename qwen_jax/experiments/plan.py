@@ -16,8 +16,9 @@ from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.declaration import Point
+from qwen_jax.experiments.joined import task_of
 from qwen_jax.experiments.models import Choice
-from qwen_jax.experiments.task import Task, task_class
+from qwen_jax.experiments.task import Task
 from qwen_jax.mesh import MeshShape, part
 from qwen_jax.task_fields import MODEL, among
 from qwen_jax.weights.checkpoint import Checkpoint
@@ -122,7 +123,7 @@ def _task(point: Point) -> Task:
         _check_hosts(config.experiment.task)
         if config.sha256 is not None:
             hashes_of(config.sha256)
-        return task_class(config.experiment.task)(config)
+        return task_of(config)
     except UserError as error:
         raise UserError(f"The point {point.label}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""`--profile`: a trace of a point, and the operations in it that took longest."""
+"""`--profile`: a trace of a point, and the model's operations in it that took longest."""
 
 import collections
 import contextlib
@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 from jax.profiler import ProfileData
+
+from qwen_jax.experiments import model_operations
 
 SLOWEST = 10
 _AROUND_OTHERS = ("while", "conditional", "call")
@@ -21,6 +23,8 @@ def traced(directory: Path, point: str, wanted: bool) -> Iterator[list[dict[str,
     if not wanted:
         yield found
         return
+    # Else JAX's cache gives a program whose operations have the names of older sources.
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     folder = directory / "profiles" / point
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # Python's own calls would be most of the trace.
@@ -32,27 +36,21 @@ def traced(directory: Path, point: str, wanted: bool) -> Iterator[list[dict[str,
 def slowest(folder: Path) -> list[dict[str, Any]]:
     """Operations of the newest trace in a folder by the seconds they took in all, most first.
 
-    An operation is XLA's, named after its program: `step: fusion.26`. What XLA's compiler
-    and runtime do is not counted.
+    An operation is the model's, named after its program: `step: qkv_proj`. How many of XLA's it is
+    made of, is `calls`. What XLA's compiler and runtime do is not counted.
     """
     traces = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not traces:
         return []
+    events = list(_events(traces[-1]))
+    known = model_operations.of_programs({module for module, _, _ in events})
     seconds: collections.Counter[str] = collections.Counter()
     calls: collections.Counter[str] = collections.Counter()
-    for plane in ProfileData.from_file(str(traces[-1])).planes:
-        for line in plane.lines:
-            # An accelerator's other lines show the same time again, by operation and by module.
-            if plane.name.startswith("/device:") and not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                stats = dict(event.stats)
-                if "hlo_op" not in stats or event.name.startswith(_AROUND_OTHERS):
-                    continue
-                module = str(stats.get("hlo_module", "")).removeprefix("jit_")
-                name = f"{module}: {event.name}"
-                seconds[name] += event.duration_ns / 1e9
-                calls[name] += 1
+    for module, event, spent in events:
+        where = known.get((module, event), model_operations.ELSEWHERE)
+        name = f"{module.removeprefix('jit_')}: {where}"
+        seconds[name] += spent
+        calls[name] += 1
     total = sum(seconds.values())
     return [
         {
@@ -63,3 +61,17 @@ def slowest(folder: Path) -> list[dict[str, Any]]:
         }
         for name, spent in seconds.most_common(SLOWEST)
     ]
+
+
+def _events(trace: Path) -> Iterator[tuple[str, str, float]]:
+    """Program, XLA's operation and seconds of all that ran."""
+    for plane in ProfileData.from_file(str(trace)).planes:
+        for line in plane.lines:
+            # An accelerator's other lines show the same time again, by operation and by module.
+            if plane.name.startswith("/device:") and not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats and not event.name.startswith(_AROUND_OTHERS):
+                    module = str(stats.get("hlo_module", ""))
+                    yield module, str(stats["hlo_op"]), event.duration_ns / 1e9

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from qwen_jax import settings, task_fields
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import declaration, plan, records
+from qwen_jax.experiments import ahead, declaration, plan, records
 from qwen_jax.experiments.answers import answer as answers
 from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.answers.settings import Setting, named
@@ -83,7 +83,9 @@ def run(
         source=lambda changed: _source(title, changed, sweep),
     )
     asked = Asked.of(whole.answer)
-    planned = plan.part_of(plan.plan(declared.points), shard)
+    whole_plan = plan.plan(declared.points)
+    ahead.check(whole_plan, asked)
+    planned = plan.part_of(whole_plan, shard)
     directory = plan.shard_directory(Path(workdir), shard)
     points = [item.point for item in planned]
     described = records.described(declared, points, shard)

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ class Records:
             self._outputs = Lines(directory / OUTPUTS)
             self._scores = Lines(directory / SCORES)
             self.ends = contents.ends
+            self._disk = ThreadPoolExecutor(1, thread_name_prefix="sync")
+            self._syncing: Future[None] | None = None
         except BaseException:
             os.close(self._lock)
             raise
@@ -231,14 +234,23 @@ class Records:
             file.check_in_place()
         self._metrics.append(record)
         if event in ("finished", "failed", "scored"):
-            self._outputs.sync()
-            self._scores.sync()
-            self._metrics.sync()
+            self._wait_for_disk()
+            self._syncing = self._disk.submit(self._sync)  # The next point needn't wait for it.
         if event in ("finished", "failed"):
             self.ends[fields["point"]] = record
         elif event == "scored":
             metrics = self.ends[fields["point"]]["metrics"]
             self.ends[fields["point"]]["metrics"] = metrics | fields["metrics"]
+
+    def _sync(self) -> None:
+        for file in (self._outputs, self._scores, self._metrics):
+            file.sync()
+
+    def _wait_for_disk(self) -> None:
+        """Until it has what it was last given. Raises NotWritten where that failed."""
+        if self._syncing is not None:
+            syncing, self._syncing = self._syncing, None
+            syncing.result()
 
     def output(self, point: Point, item: dict[str, Any]) -> None:
         self._outputs.append({"point": point.id, **item})
@@ -266,7 +278,11 @@ class Records:
         return {line["row"]: line for line in found}
 
     def close(self) -> None:
-        self._metrics.close()
-        self._outputs.close()
-        self._scores.close()
-        os.close(self._lock)
+        """Raises NotWritten where the disk refuses what is left."""
+        try:
+            self._wait_for_disk()
+        finally:
+            self._disk.shutdown()
+            for file in (self._metrics, self._outputs, self._scores):
+                file.close()
+            os.close(self._lock)

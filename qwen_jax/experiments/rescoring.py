@@ -14,10 +14,12 @@ from qwen_jax.errors import UserError
 from qwen_jax.experiments import inputs, lines, records
 from qwen_jax.experiments.contents import METRICS, OUTPUTS, SCORES, Contents
 from qwen_jax.experiments.scores import JUDGE
-from qwen_jax.experiments.task import Metrics
+from qwen_jax.experiments.task import Metrics, task_names
 from qwen_jax.experiments.tasks.generate import Generate, Recorded, Tally
 
 Line = dict[str, Any]
+GENERATE = "generate"
+"""The task whose answers can be judged again."""
 
 
 def rescore(directory: Path, names: Sequence[str]) -> int:
@@ -57,7 +59,7 @@ def _judged(contents: Contents, names: Sequence[str]) -> Iterator[tuple[list[Lin
         end = ends.get(point["id"], {})
         if point["id"] in wanted and end.get("event") == "finished":
             config = config_of(contents.config, point["overrides"])
-            if config.experiment.task != "generate":
+            if GENERATE not in task_names(config):
                 continue
             given = tuple(names) or config.experiment.scores
             # What a model has said stays as it is.
@@ -103,7 +105,12 @@ def _of_point(contents: Contents, point: str, config: ConfigDict) -> tuple[list[
 
     def read() -> Iterator[Line]:
         start = f'{{"point": "{point}"'.encode()
-        return lines.read(contents.path / OUTPUTS, start, fault=task.fault_of)
+
+        def fault(line: Line) -> str:
+            return task.fault_of(line) if _is_of_generate(line) else ""
+
+        found = lines.read(contents.path / OUTPUTS, start, fault=fault)
+        return filter(_is_of_generate, found)
 
     recorded, tally, row = Recorded(read), Tally(task, keep), 0
     for item in task.items():
@@ -118,6 +125,11 @@ def _of_point(contents: Contents, point: str, config: ConfigDict) -> tuple[list[
     return found, tally.of_scores()
 
 
+def _is_of_generate(line: Line) -> bool:
+    """Only of several tasks each item names its own."""
+    return line.get("task", GENERATE) == GENERATE
+
+
 def same_prompts(contents: Contents, config: ConfigDict) -> bool:
     """Whether a point's file of prompts is what it was: answers go with its lines."""
     name = config.prompt_file
@@ -126,9 +138,9 @@ def same_prompts(contents: Contents, config: ConfigDict) -> bool:
 
 def _write(contents: Contents, new: Sequence[Line]) -> None:
     """One line a unit, with what was known of it before."""
-    merged: dict[tuple[str, int], Line] = {}
+    merged: dict[tuple[str, str, int], Line] = {}
     for line in (*contents.scores(), *new):
-        key = line["point"], line["unit"]
+        key = line["point"], line["of"], line["unit"]
         known = merged[key]["scores"] if key in merged else {}
         merged[key] = line | {"scores": known | line["scores"]}
     encoded = (json.dumps(line, ensure_ascii=False) + "\n" for line in merged.values())

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import sys
 import time
 import traceback
@@ -18,9 +17,9 @@ from qwen_jax import hosts
 from qwen_jax.api import Model
 from qwen_jax.engine import memory
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import environment, judging, kinds, profiling
+from qwen_jax.experiments import ahead, environment, judging, kinds, profiling
 from qwen_jax.experiments.answers.chosen import Asked
-from qwen_jax.experiments.contents import LOG
+from qwen_jax.experiments.contents import LOG, OF_UNIT
 from qwen_jax.experiments.lines import NotWritten, written
 from qwen_jax.experiments.models import Models
 from qwen_jax.experiments.plan import Planned
@@ -82,6 +81,8 @@ class Runner:
                     self._run_or_skip(item)
                     if self.out_of_time:
                         break
+                    if (end := records.ends.get(item.point.id, {})).get("event") == "finished":
+                        ahead.check_ended(item, planned, end["metrics"], self._asked)
                     bar.update()
             unjudged = 0 if self.out_of_time else self._judge(planned)
         ids = {item.point.id for item in planned}
@@ -150,7 +151,7 @@ class Runner:
             return
         except NotWritten:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Whatever it is, the other points may well run; the log has the traceback.
             reason, what = _explain(error), traceback.format_exc()
             _log.info("failed %s: %s\n%s", point.id, reason, what)
@@ -237,6 +238,8 @@ class PointWork(Work):
 
     def score(self, of: str, unit: int, name: str | int, scores: Mapping[str, float]) -> None:
         line = {"of": of, "unit": unit, "id": name, "scores": checked(scores)}
+        if wrong := kinds.fault(line, OF_UNIT):
+            raise UserError(f"What a unit scored can't be recorded: {wrong}.")
         self._records.scored(self._point, line)
 
     def progress(self, done: int, total: int) -> None:
@@ -247,19 +250,18 @@ class PointWork(Work):
 
 
 def checked(metrics: Mapping[str, float]) -> Metrics:
-    """The metrics as Python's numbers, which NumPy's and JAX's need not be."""
+    """The metrics as Python's numbers, which NumPy's and JAX's need not be; true is 1. Raises
+    UserError where they are none that records can hold."""
+    if not isinstance(metrics, Mapping):
+        raise UserError(f"The metrics are {metrics!r:.60}, but they must be numbers by name.")
     plain = {name: getattr(value, "item", lambda v=value: v)() for name, value in metrics.items()}
-    wrong = {
-        name: value
-        for name, value in plain.items()
-        if not isinstance(value, int | float) or not math.isfinite(value)
-    }
-    if wrong:
-        raise UserError(f"The metrics {wrong} are not finite numbers.")
+    plain = {name: int(v) if isinstance(v, bool) else v for name, v in plain.items()}
+    if wrong := {name: value for name, value in plain.items() if not kinds.NUMBER.has(value)}:
+        raise UserError(f"The metrics {wrong!r:.200} are not finite numbers.")
     return plain
 
 
-def _explain(error: Exception) -> dict[str, str]:
+def _explain(error: BaseException) -> dict[str, str]:
     """What kind of failure it was, and one sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError | memory.TooLarge) or "RESOURCE_EXHAUSTED" in text:

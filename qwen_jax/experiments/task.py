@@ -6,7 +6,7 @@ is `module:Class`.
 
 import abc
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +96,13 @@ class Task(abc.ABC):
         """What is wrong with an item that `work.recorded()` reads, in words; nothing by default."""
         return ""
 
+    def known_metrics(self) -> Collection[str] | None:
+        """Names of what `run` may return, but for errors; None, by default, where nobody knows.
+
+        A metric that is asked for and is none of them is refused before anything runs.
+        """
+        return None
+
     @abc.abstractmethod
     def run(self, work: Work) -> Metrics:
         """Does the work, records its items and returns the point's metrics.
@@ -104,12 +111,29 @@ class Task(abc.ABC):
         """
 
 
+def task_names(config: ConfigDict) -> list[str]:
+    """The tasks of a point, of which `compare+generate` are two."""
+    return config.experiment.task.split("+")
+
+
 def task_class(name: str) -> type[Task]:
     """The class of a task by its name in the table, or by `module:Class`."""
     found = imported(TASKS.get(name, name), "experiment.task", TASKS)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise UserError(f"experiment.task names {name!r}, but that is no subclass of Task.")
     return found
+
+
+def made(name: str, config: ConfigDict) -> Task:
+    """The task of that name for a point's config. Raises UserError where it can't be made."""
+    kind = task_class(name)
+    try:
+        return kind(config)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # It is the user's class and may fail in any way.
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"experiment.task names {name!r}, which can't be made: {why}.") from error
 
 
 def imported(where: str, field: str, known: dict[str, Any]) -> Any:

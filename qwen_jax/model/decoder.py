@@ -2,7 +2,8 @@
 
 Shape letters: B rows, T positions, S cache capacity, N query heads, K key/value heads,
 H head dimension, R2 rotated pairs of it, D hidden size, F feed-forward size, V vocabulary.
-A linear weight is `[out, in]`, as checkpoints store it.
+A linear weight is `[out, in]`, as checkpoints store it. Named scopes say in a profile to which
+operation XLA's belong.
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax import lax, named_scope
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
@@ -185,7 +186,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         steps, over = x.shape[1], self.split.over
         dealt = over(self._projected, (None, 0, 0), (2, 2, 2))
-        q, k, v = dealt(x, self.weight[...], self.bias[...])
+        with named_scope("qkv_proj"):
+            q, k, v = dealt(x, self.weight[...], self.bias[...])
         q = tap(f"{self.prefix}q_proj", q)
         k, v = self._tapped("k_proj", k, 2), self._tapped("v_proj", v, 2)
         rope = functools.partial(
@@ -201,7 +203,8 @@ class Attention(nnx.Module):
             return cache.write(layer, *new)
 
         put = over(write, (CACHE, 2, 2, None, None), CACHE)
-        cache = put(cache, k, v, start, lengths + (start - positions[:, 0]))
+        with named_scope("cache_write"):
+            cache = put(cache, k, v, start, lengths + (start - positions[:, 0]))
         # As the keys it meets: float32 beside a float16 cache is served by no kernel.
         q = q.astype(cache.pages.dtype)
         if watched():  # the operations below hold none of what is to be looked at
@@ -228,7 +231,8 @@ class Attention(nnx.Module):
             )
         attended = attended.reshape(*x.shape[:2], -1).astype(x.dtype)
         attended = tap(f"{self.prefix}attn_out", attended)
-        out = summed_matmul(attended, self.out[...], self.precision, self.split)
+        with named_scope("o_proj"):
+            out = summed_matmul(attended, self.out[...], self.precision, self.split)
         return tap(f"{self.prefix}o_proj", out), cache
 
     def _projected(
@@ -283,11 +287,15 @@ class MLP(nnx.Module):
 
         weight = self.gate_up[...]
         if isinstance(weight, FeedForward) and not watched():
-            return weight.feed_forward(x, self.precision)
-        gate, up = self.split.over(projected, (None, 0), (2, 2))(x, weight)
+            with named_scope("feed_forward"):
+                return weight.feed_forward(x, self.precision)
+        with named_scope("gate_up_proj"):
+            gate, up = self.split.over(projected, (None, 0), (2, 2))(x, weight)
         gate, up = tap(f"{self.prefix}gate_proj", gate), tap(f"{self.prefix}up_proj", up)
-        hidden = tap(f"{self.prefix}ffn_act", jax.nn.silu(gate) * up)
-        out = summed_matmul(hidden, self.down[...], self.precision, self.split)
+        with named_scope("ffn_act"):
+            hidden = tap(f"{self.prefix}ffn_act", jax.nn.silu(gate) * up)
+        with named_scope("down_proj"):
+            out = summed_matmul(hidden, self.down[...], self.precision, self.split)
         return tap(f"{self.prefix}down_proj", out)
 
 
@@ -318,10 +326,12 @@ class DecoderLayer(nnx.Module):
         lengths: Int[Array, "B"],
         inv_freq: Float[Array, "R2"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        normed = tap(f"{self.prefix}attn_norm", self.attn_norm(x))
+        with named_scope("attn_norm"):
+            normed = tap(f"{self.prefix}attn_norm", self.attn_norm(x))
         attended, cache = self.attention(normed, cache, layer, positions, lengths, inv_freq)
         x = tap(f"{self.prefix}attn_residual", x + attended)
-        normed = tap(f"{self.prefix}ffn_norm", self.ffn_norm(x))
+        with named_scope("ffn_norm"):
+            normed = tap(f"{self.prefix}ffn_norm", self.ffn_norm(x))
         x = tap(f"{self.prefix}ffn_residual", x + self.mlp(normed))
         return x, cache
 
@@ -377,12 +387,14 @@ class Qwen2(nnx.Module):
         tokens, lengths = tap("tokens", tokens), tap("lengths", lengths)
         positions = tap("positions", start[:, None] + jnp.arange(tokens.shape[1]))
         look_up = self.look_up or functools.partial(self.split.look_up, self.embed[...])
-        embedded = look_up(tokens)
-        x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
+        with named_scope("embed"):
+            embedded = look_up(tokens)
+            x = tap("embed", embedded.astype(activation_dtype(embedded.dtype)))
         inv_freq = jnp.asarray(inverse_frequencies(self.config))
         for i, layer in enumerate(self.layers):
             x, cache = layer(x, cache, i, positions, lengths, inv_freq)
-        return tap("final_norm", self.final_norm(x)), cache
+        with named_scope("final_norm"):
+            return tap("final_norm", self.final_norm(x)), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Unnormalised log-probabilities of the next token, float32."""
@@ -392,4 +404,5 @@ class Qwen2(nnx.Module):
             found = matmul(hidden, head, self.precision, jnp.dtype(jnp.float32))
             return self.split.join(found)
 
-        return tap("logits", self.split.over(own, (None, 0), None)(hidden, head[...]))
+        with named_scope("lm_head"):
+            return tap("logits", self.split.over(own, (None, 0), None)(hidden, head[...]))

@@ -7,6 +7,7 @@ import re
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from qwen_jax.reporting.style import WIDTH
 from qwen_jax.terminal import visible
@@ -19,7 +20,8 @@ class Drawing(Figure):
     """A figure with a text for each mark that it shows."""
 
     def __init__(self, height: float, width: float = WIDTH):
-        super().__init__(figsize=(width, height), layout="constrained", facecolor="white")
+        apart = ConstrainedLayoutEngine(hspace=0.08)  # titles from the ticks above them
+        super().__init__(figsize=(width, height), layout=apart, facecolor="white")
         self.values: list[tuple[Axes, tuple[float, float, float, float], str]] = []
 
     def point(self, axes: Axes, x: float, y: float, text: str) -> None:

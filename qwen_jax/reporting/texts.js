@@ -177,9 +177,9 @@
       return;
     }
     const common = inCommon(a, b);
-    const said = a.filter((word) => word.trim()).length;
+    const said = Math.max(...[a, b].map((all) => all.filter((word) => word.trim()).length));
     const alike = [...common].filter((index) => a[index].trim()).length;
-    if (alike < LEAST_ALIKE * said) {  // Where nearly all is marked, nothing is.
+    if (alike < LEAST_ALIKE * said) {  // Where nearly all is marked in one of them, nothing is.
       box.textContent = text;
       return;
     }

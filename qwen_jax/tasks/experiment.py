@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_jax import in_force, ready_made
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import declaration, plan, records, report
+from qwen_jax.experiments import ahead, declaration, plan, records, report
 from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.runner import Runner, devices_line
 from qwen_jax.experiments.tasks.generate import Generate
@@ -27,6 +27,7 @@ def run(command: Command) -> int:
         raise UserError(
             f"--max_time is {config.runner.max_time:g}, but it must be a number of seconds above 0."
         )
+    ahead.check(whole, asked)
     planned = plan.part_of(whole, config.runner.shard)
     _warn_of_idle(whole)
     if config.runner.dry_run:

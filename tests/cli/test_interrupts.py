@@ -105,7 +105,7 @@ def test_the_process_ends_without_more_ado(result: str, code: int) -> None:
     """After Ctrl-C, which may have stopped XLA midway, nothing of Python's end is run."""
     program = (
         "import atexit, sys; from qwen_jax import cli\n"
-        "def main():\n"
+        "def main(**_):\n"
         "    atexit.register(lambda: print(', end', end=''))\n"
         f"    print('text', end=''); return {result}\n"
         "cli.main = main; cli.entry()"

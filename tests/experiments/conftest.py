@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.cli.conftest import loaded, model, nothing_loads, refuses, run
 from tests.fake_hub import hub_server
+
+# As in the other conftest, JAX must not be imported yet.
+if TYPE_CHECKING:
+    from qwen_jax.experiments.task import Metrics, Task, Work
 
 __all__ = ["experiment", "hub_server", "loaded", "model", "nothing_loads", "refuses", "run"]
 
@@ -39,6 +44,22 @@ def experiment(tmp_path: Path) -> Callable[..., list[str]]:
         return ["experiment", f"--config={path}", f"--workdir={tmp_path / workdir}"]
 
     return experiment
+
+
+@pytest.fixture(autouse=True)
+def metrics_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a task of this program measures in any test here, it said so before."""
+    from qwen_jax.experiments.task import TASKS, task_class
+
+    def run(task: Task, work: Work, real: Callable[..., Metrics]) -> Metrics:
+        metrics, known = real(task, work), task.known_metrics()
+        said = {name for name in metrics if not name.endswith("_error")}
+        assert known is None or said <= set(known), said - set(known)
+        return metrics
+
+    for name in TASKS:
+        kind = task_class(name)
+        monkeypatch.setattr(kind, "run", functools.partialmethod(run, real=vars(kind)["run"]))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -48,6 +48,25 @@ def test_a_score_and_a_task_of_ones_own(
     assert found is not None and (found.metric, found.of) == ("tokens_per_word", "prompt")
 
 
+@pytest.mark.usefixtures("loaded")
+def test_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tmp_path / "configs" / "experiments" / "words.jsonl"
+    words.parent.mkdir(parents=True)
+    words.write_text('{"id": "a", "word": "snow"}\n{"id": "b", "word": "algorithm"}\n')
+    monkeypatch.chdir(tmp_path)
+    exec(program("experiments.run("), {})
+    *rows, compared = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        [temperature, seed] for temperature in ("0.5", "1.6") for seed in ("0", "1000")
+    ]
+    assert compared.startswith("haiku: temperature=1.6 ") and "temperature=0.5" in compared
+    pytest.importorskip("pandas")
+    exec(program("import pandas"), {})
+    assert capsys.readouterr().out.split()[:2] == ["haiku", "tokens_per_answer"]
+
+
 def test_a_conditional_sweep() -> None:
     space: dict = {}
     exec("from qwen_jax.experiments import axis, when\n" + program("def get_sweep():"), space)

@@ -127,5 +127,5 @@ def test_what_can_not_be_compared(tmp_path: Path) -> None:
         experiments.compare((w, "max_tokens=6"), (w, "max_tokens=6"))
     with pytest.raises(UserError, match="is none of the settings"):
         experiments.compare((w, "max_tokens=6"), (w, "max_tokens=7"))
-    with pytest.raises(UserError, match="--metric=x is none of these results"):
+    with pytest.raises(UserError, match="--metric=x is no metric of these points"):
         experiments.compare((w, "max_tokens=6"), (w, "max_tokens=8"), metric="x")

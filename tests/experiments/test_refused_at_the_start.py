@@ -11,6 +11,7 @@ import pytest
 from qwen_jax import prompt_lines
 from qwen_jax.experiments import inputs
 from tests.cli.conftest import BUNDLED
+from tests.experiments.conftest import lines as events
 
 Fields = dict[str, Any]
 
@@ -42,7 +43,12 @@ PROMPTS: list[tuple[str, list[Any] | None, Fields, str]] = [
     ("x.jsonl", [{"prompt": "a"}, {"promt": "b"}], {}, "line 2 has the field 'promt'; did you"),
     ("x.jsonl", [{"prompt": "a", "temperature": -1}], {}, "line 1: sampling.temperature is -1"),
     ("x.jsonl", [{"prompt": "a"}], {"prompt": "b"}, "exclude each other"),
-    ("x.jsonl", [WORD], made("{wrd}"), "has no 'wrd', which the template asks for"),
+    (
+        "x.jsonl",
+        [WORD],
+        made("{wrd}"),
+        "has no 'wrd', which the template asks for; did you mean {word}?",
+    ),
     ("x.jsonl", [WORD], made("{word"), "can't be filled"),
     ("x.jsonl", [WORD], made("{word.shape}"), "can't be filled"),
     ("x.jsonl", [{"messages": []}], made("{word}"), "which a template can't fill"),
@@ -180,3 +186,54 @@ def test_what_one_of_several_tasks_reads(
     argv = declared(sweep | {"experiment.context": [64, 128]}, {})
     refuses(argv, "The sweep sets experiment.context, which does nothing for the task bench")
     refuses([*declared(sweep, {}), "--temperature=1"], "sampling.temperature does nothing for an")
+
+
+WORDS = {"prompt_file": "x.jsonl", **made("{word}"), "experiment.scores": ("haiku",)}
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "flag", "words"),
+    [
+        (
+            "generate",
+            WORDS,
+            "--metric=haku",
+            "haku is no metric of these points; did you mean ",
+        ),
+        ("generate", WORDS, "--metric=x", "there are haiku, has_word, three_lines, tokens_per_ans"),
+        ("bench", {}, "--metric=decode_tokens", "did you mean decode_tokens_per_s? There are pref"),
+        ("perplexity", {}, "--metric=kld", "there are perplexity, nll, scored_tokens"),
+        ("bench", {}, "--baseline=slots=3", "'slots=3' is none of the settings. There are slots="),
+        ("bench", {}, "--baseline=slots", "must say what it sets, as in temperature=0"),
+    ],
+)
+@pytest.mark.usefixtures("nothing_loads")
+def test_an_answer_that_no_point_can_give(
+    declared: Callable[..., list[str]],
+    run: Callable,
+    refuses: Callable[..., None],
+    task: str,
+    fields: Fields,
+    flag: str,
+    words: str,
+) -> None:
+    Path("x.jsonl").write_text('{"word": "snow"}\n')
+    argv = declared(SLOTS, {"experiment.task": task, **fields})
+    refuses([*argv, flag], words)
+    refuses([*argv, flag, "--dry_run"], words)
+    assert not Path("w").exists()
+    assert run(*argv, "--dry_run", "--baseline=slots=2").code == 0
+
+
+def test_a_metric_that_a_task_of_ones_own_does_not_know_before(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    """The first point shows that it isn't there, and the others go on with another one."""
+    argv = experiment('axis("sampling.seed", range(3))')
+    result = run(*argv, "--metric=totl")
+    assert result.code == 2 and result.err.endswith(
+        "error: --metric=totl is no metric of these points; did you mean total? There are total, "
+        "count.\n"
+    )
+    assert [e["event"] for e in events(tmp_path / "w" / "metrics.jsonl")].count("finished") == 1
+    assert run(*argv, "--metric=total").code == 0

@@ -39,7 +39,7 @@ def test_csv_and_page_hold_every_point(
     assert page.links and page.unresolved == [] and page.repeated == []
     assert page.full["2466.0"] == "2,466"
     assert page.banner == (
-        "On total all 2 settings have the same mean, 2,466 ± 693.\n6 finished, 3 failed."
+        "On total both settings have the same mean, 2,466 ± 693.\n6 finished, 3 failed."
     )
     assert page.state == "bad"
     assert page.headers[0] == [
@@ -188,6 +188,34 @@ def test_a_share_has_no_bar_beyond_1(
     ((line, _, (bars,)),) = (container.lines for container in panel.containers)
     assert list(line.get_ydata()) == [1, 1, 0.8]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()][2] == pytest.approx([0.6, 1])
+
+
+def test_axes_that_go_together_are_one(
+    experiment: Callable[..., list[str]],
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And of metrics that say the same, one has a panel."""
+
+    def metrics(task: Count, work: Work) -> dict[str, float]:
+        slots = float(task.config.slots)
+        return {"speed": 100 * slots, "again": 100 * slots, "wait": slots**2}
+
+    monkeypatch.setattr(Count, "run", metrics)
+    run(*experiment('zipped(axis("slots", [1, 2, 4]), axis("n", [4, 3, 2]))'))
+    (picture,) = plots.pictures(Results.read([tmp_path / "w"]))
+    assert picture.title == "By slots, and n with it"
+    panels = [axes for axes in picture.figure.axes if axes.get_visible()]
+    assert [panel.get_title(loc="left") for panel in panels] == ["speed", "wait"]
+
+
+def test_ticks_are_plain_numbers() -> None:
+    ticks = [200.0, 400.0, 600.0, 1000.0]
+    assert [scales.plain(x, ticks) for x in ticks] == ["200", "400", "600", "1000"]
+    ticks = [0.0, 2.5, 5.0, 7.5, 10.0, 12.5, 15.0, 17.5]
+    assert [scales.plain(x, ticks) for x in ticks[4:]] == ["10", "12.5", "15", "17.5"]
+    assert scales.plain(0.1 + 0.2, [0, 0.1, 0.2, 0.3]) == "0.3"
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e3))

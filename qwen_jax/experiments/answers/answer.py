@@ -143,8 +143,9 @@ def value_of(setting: Setting, metric: str) -> Value | None:
     """What a setting has of a metric: of its units, or else one value a seed."""
     if units := setting.units(metric):
         values = setting.values(metric, list(units))
-        mean = statistics.mean_of(values, crossed=setting.of not in DRAWN_ANEW)
-        return Value(setting, mean, setting.of, len(units))
+        of = setting.of(metric)
+        mean = statistics.mean_of(values, crossed=of not in DRAWN_ANEW)
+        return Value(setting, mean, of, len(units))
     return value_of_seeds(setting, metric) if setting.of_seeds(metric) else None
 
 
@@ -254,7 +255,7 @@ def _what_it_takes(found: Difference, value: Value, level: float) -> str:
             more = _round_up(needed - value.units)
             return f"needs about {more:,} more {kind}{'s' * (more > 1)} to tell"
     least = statistics.smallest_seen(found, level)
-    return f"no difference seen ({least:.2g} would show)"
+    return f"no difference seen ({float(f'{least:.2g}'):,g} would show)"
 
 
 def _round_up(count: float) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from qwen_jax.errors import UserError
 
@@ -12,7 +12,7 @@ LOWER = frozenset(
     {
         *("kld", "kld_p99", "kld_max", "perplexity", "perplexity_ratio", "nll", "ms_per_step"),
         *("word_perplexity", "byte_perplexity", "bits_per_byte", "edit_distance", "repetition"),
-        *("weight_bytes", "device_bytes", "model_seconds", "brier_score"),
+        *("weight_bytes", "device_bytes", "model_seconds", "brier_score", "joules_per_token"),
         *(f"{what}_p{q}_ms" for what in ("ttft", "tpot", "latency") for q in (50, 90, 99)),
     }
 )
@@ -22,7 +22,7 @@ _FIRST = ("kld", "nll", "decode_tokens_per_s", "good_per_s")
 """What the tasks that have them are about."""
 
 _SAYS_NOTHING = ("tokens_per_answer", "ended_by_itself", "prompts", "model_seconds", "count")
-_SPEED = ("tokens_per_s",)
+_SPEED = ("tokens_per_s", "joules_per_token")
 _MEAN_OF = {"perplexity": "nll"}
 """A metric that is no mean over units, and the one it grows with that is."""
 
@@ -72,18 +72,24 @@ def metric(asked: Asked, there: Sequence[str], scored: Iterable[str]) -> str | N
         UserError: the one that is asked for is not there.
     """
     if asked.metric is not None:
+        check(asked, there)
         wanted = _MEAN_OF.get(asked.metric, "")
-        if wanted in there:
-            return wanted
-        if asked.metric in there:
-            return asked.metric
-        near = difflib.get_close_matches(asked.metric, there, n=1)
-        way = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}."
-        raise UserError(f"--metric={asked.metric:.60} is none of these results; {way}")
+        return wanted if wanted in there else asked.metric
     known = [name for name in _FIRST if name in there]
     usual = [name for name in there if name not in _SAYS_NOTHING and name not in _SPEED]
     speeds = [name for name in there if name in _SPEED]
     return next(iter([*known, *(name for name in scored if name in there), *usual, *speeds]), None)
+
+
+def check(asked: Asked, there: Collection[str]) -> None:
+    """Raises UserError where the metric that is asked for is none of those that there are."""
+    if asked.metric is None or asked.metric in there:
+        return
+    near = difflib.get_close_matches(asked.metric, there, n=1)
+    meant = f"did you mean {near[0]}? There are" if near else "there are"
+    raise UserError(
+        f"--metric={asked.metric:.60} is no metric of these points; {meant} {', '.join(there)}."
+    )
 
 
 def lower_is_better(asked: Asked, name: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.contents import Contents
-from qwen_jax.experiments.declaration import label, short
+from qwen_jax.experiments.declaration import label, one_line, short
 
 SEED = "sampling.seed"
 UNPAIRED = "repeat"
@@ -26,34 +26,39 @@ class Scored:
     """What units of a point scored.
 
     Attributes:
-        of: the kind of unit, "" where there are none.
+        of: the kind of unit, by metric.
         values: by metric and by the unit's name.
     """
 
-    of: str = ""
+    of: Mapping[str, str] = dataclasses.field(default_factory=dict)
     values: Mapping[str, Units] = dataclasses.field(default_factory=dict)
 
 
 def scored(content: Contents) -> dict[str, Scored]:
     """By point; a name that several units of a point have is told apart by which came first."""
-    found: dict[str, dict[int, tuple[str, str, dict[str, float]]]] = collections.defaultdict(dict)
+    found: dict[str, _Lines] = collections.defaultdict(lambda: collections.defaultdict(dict))
     for line in content.scores():
-        units = found[line["point"]]
+        units = found[line["point"]][line["of"]]
         # Scores that were computed again replace those of their names alone.
-        kept = units[line["unit"]][2] if line["unit"] in units else {}
-        units[line["unit"]] = line["of"], json.dumps(line["id"]), kept | line["scores"]
+        kept = units[line["unit"]][1] if line["unit"] in units else {}
+        units[line["unit"]] = json.dumps(line["id"]), kept | line["scores"]
     return {point: _of_point(units) for point, units in found.items()}
 
 
-def _of_point(units: Mapping[int, tuple[str, str, dict[str, float]]]) -> Scored:
+_Lines = dict[str, dict[int, tuple[str, dict[str, float]]]]
+"""By kind and number of a unit, its name and what it scored."""
+
+
+def _of_point(lines: _Lines) -> Scored:
     values: dict[str, Units] = collections.defaultdict(dict)
-    kind = ""
-    names = names_of({unit: name for unit, (_, name, _) in units.items()})
-    for unit, (of, _, scores) in sorted(units.items()):
-        kind = of
-        for metric, value in scores.items():
-            values[metric][names[unit]] = value
-    return Scored(kind, dict(values))
+    kinds = {}
+    for of, units in lines.items():
+        names = names_of({unit: name for unit, (name, _) in units.items()})
+        for unit, (_, scores) in sorted(units.items()):
+            for metric, value in scores.items():
+                kinds[metric] = of
+                values[metric][names[unit]] = value
+    return Scored(kinds, dict(values))
 
 
 def names_of(units: Mapping[int, str]) -> dict[int, str]:
@@ -93,10 +98,9 @@ class Setting:
     def label(self) -> str:
         return label(self.overrides)
 
-    @property
-    def of(self) -> str:
-        """The kind of its units."""
-        return self.points[0].scored.of
+    def of(self, metric: str) -> str:
+        """The kind of the units that have a metric, "" where none has."""
+        return self.points[0].scored.of.get(metric, "")
 
     @property
     def seeds(self) -> int:
@@ -154,6 +158,11 @@ def named(settings: Sequence[Setting], text: str) -> Setting:
     way = "; ".join(f"{s.run}: {s.label}" if several else s.label for s in settings[:8])
     more = f" and {len(settings) - 8} more" if len(settings) > 8 else ""
     how = "none of the settings" if not found else f"{len(found)} settings; name one of them"
+    if len(settings) == 1 and not settings[0].overrides:
+        raise UserError(
+            f"The baseline {text!r:.80} names no setting: there is one alone, whose points differ "
+            "in their seed."
+        )
     raise UserError(f"The baseline {text!r:.80} is {how}. There are {way}{more}.")
 
 
@@ -172,7 +181,7 @@ def _has(setting: Setting, name: str, value: str) -> bool:
         return setting.run == value
     for field, own in setting.overrides.items():
         if name in (field, short(field)):
-            return value == str(own) or _number(value) == own is not None
+            return value == one_line(own) or _number(value) == own is not None
     return False
 
 

@@ -7,6 +7,7 @@ neither the difference nor its error.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,12 +54,14 @@ class Difference:
         test: what gives p, in words.
         exact: p, where a test of its own gives it, and not the interval's limits.
         skew: how many times as far as Student's an interval reaches down and up.
+        most: what no difference can be more than, as 1 of shares.
     """
 
     mean: Mean
     test: str
     exact: float | None = None
     skew: tuple[float, float] = (1.0, 1.0)
+    most: float = math.inf
 
     @property
     def p(self) -> float | None:
@@ -73,7 +76,8 @@ class Difference:
         if self.mean.error is None:
             return None
         reach = self.mean.error * float(stdtrit(self.mean.df, 1 - level / 2))
-        return self.mean.value - reach * self.skew[0], self.mean.value + reach * self.skew[1]
+        low, high = self.mean.value - reach * self.skew[0], self.mean.value + reach * self.skew[1]
+        return max(low, -self.most), min(high, self.most)
 
 
 def mean_of(values: Values, *, crossed: bool) -> Mean:
@@ -131,12 +135,12 @@ def paired(
         mean = _with_doubt(mean, found)
     if mean.error == 0:  # All are the same; so many equal signs still say something.
         return Difference(mean, "sign test", sign_test(found.mean(axis=1)))
+    if not parts:
+        return Difference(mean, "paired, bootstrap", skew=_skew(found))
+    skew = _skew_of_shares(found)
     if parts == 1 and found.shape[1] == 1:
-        exact = sign_test(found[:, 0])
-        return Difference(mean, "McNemar, exact", exact, _skew_of_shares(found))
-    return Difference(
-        mean, "paired, bootstrap", skew=_skew_of_shares(found) if parts else _skew(found)
-    )
+        return Difference(mean, "McNemar, exact", sign_test(found[:, 0]), skew, most=1.0)
+    return Difference(mean, "paired, bootstrap", skew=skew, most=1.0)
 
 
 def parts_of(values: Float[np.ndarray, "..."]) -> int:

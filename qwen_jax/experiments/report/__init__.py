@@ -49,7 +49,7 @@ def show(
         made = [html, *made]
     else:
         logging.warning("%s needs matplotlib: pip install 'qwen_jax[report]'.", html)
-    print(", ".join(os.path.relpath(out / name) for name in made))
+    print(", ".join(visible(os.path.relpath(out / name)) for name in made))
     return results
 
 

@@ -44,7 +44,8 @@ def sentence(answer: Answer | None) -> str:
     first = answer.entries[0]
     mean = number(first.mean, first.error)
     if len({entry.mean for entry in answer.entries}) == 1:
-        return f"On {answer.metric} all {others + 1} settings have the same mean, {mean}."
+        every = "both" if others == 1 else f"all {others + 1}"
+        return f"On {answer.metric} {every} settings have the same mean, {mean}."
     said = f"On {answer.metric} {base} has the best mean, {mean}."
     if answer.given:
         which = "is first" if answer.baseline is first.setting else "is the baseline"
@@ -54,7 +55,9 @@ def sentence(answer: Answer | None) -> str:
 
 
 def _count(some: Sequence[str], others: int) -> str:
-    return f"all {others}" if len(some) == others > 1 else f"{len(some)}"
+    if len(some) == others > 1:
+        return "both" if others == 2 else f"all {others}"
+    return f"{len(some)}"
 
 
 def _list(some: Sequence[str]) -> str:

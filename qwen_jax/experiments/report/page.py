@@ -163,4 +163,4 @@ def _operations(label: str, found: list[dict[str, Any]]) -> Table:
         )
         for entry in found
     ]
-    return Table(("operation", "ms", "share", "calls"), rows, (1, 2, 3), label)
+    return Table(("operation", "ms", "share", "of XLA's"), rows, (1, 2, 3), label)

@@ -27,9 +27,17 @@ LABELS = {
     "prefill_tokens_per_s": "prefill (tokens/s)",
     "decode_tokens_per_s": "decoding (tokens/s)",
     "ms_per_step": "decode step (ms)",
+    "joules_per_token": "energy (J/token)",
     "distinct_1": "different words (share)",
     "distinct_2": "different word pairs (share)",
     "different_texts": "different texts (share)",
+    "good_per_s": "goodput (requests/s)",
+    "good_share": "good requests (share)",
+    "requests_per_s": "requests/s",
+    "ttft_p50_ms": "time to first token, median (ms)",
+    "ttft_p99_ms": "time to first token, 99th percentile (ms)",
+    "tpot_p50_ms": "time per token, median (ms)",
+    "tpot_p99_ms": "time per token, 99th percentile (ms)",
 }
 NOT_PLOTTED = (
     "weight_bytes",
@@ -41,6 +49,7 @@ NOT_PLOTTED = (
     "model_seconds",
     "number_given",
     "choice_given",
+    *("ttft_p90_ms", "tpot_p90_ms", *(f"latency_p{q}_ms" for q in (50, 90, 99))),
 )
 
 
@@ -61,13 +70,18 @@ def _against_axes(results: Results) -> Iterator[Picture]:
     """One figure an axis, one panel a metric; other axes are lines."""
     swept = [field for field in results.swept_within if field != SEED]
     metrics = _metrics(results)
+    done: set[str] = set()
     for axis in swept:
-        others = [field for field in swept if field != axis]
+        if axis in done:
+            continue
+        together = [field for field in swept if _go_together(results, axis, field)]
+        done |= set(together)
+        others = [field for field in swept if field not in together]
         lines = _lines(results, axis, others)
         # Where lines meet the axis more than once, single points beside them show no trend.
         lines = {key: points for key, points in lines.items() if len(points) >= LEAST}
         drawn = [setting for line in lines.values() for setting in line.values()]
-        present = [name for name in metrics if len(_means(drawn, name)) > 1][:_PANELS]
+        present = _telling(drawn, metrics)[:_PANELS]
         if not present:
             continue
         columns = min(3, len(present))
@@ -87,15 +101,31 @@ def _against_axes(results: Results) -> Iterator[Picture]:
             fitting = int(12 * figure.get_figwidth() / (max(map(len, labels)) + 7))
             fitting = max(1, min(fitting, len(lines)))
             figure.legend(handles, labels, loc="outside lower center", ncols=fitting)
-        yield Picture(f"By {short(axis)}", "Bars are standard errors.", figure)
+        with_it = [short(field) for field in together if field != axis]
+        said = f", and {', '.join(with_it)} with it" if with_it else ""
+        yield Picture(f"By {short(axis)}{said}", "Bars are standard errors.", figure)
+
+
+def _go_together(results: Results, axis: str, other: str) -> bool:
+    """Whether each value of one axis stands with one of the other alone, as in a zipped sweep."""
+    of = [(s.overrides.get(axis), s.overrides.get(other)) for s in results.settings]
+    return len(set(of)) == len({one for one, _ in of}) == len({one for _, one in of})
 
 
 def _metrics(results: Results) -> list[str]:
     """Those that differ by more than rounding; the one that the answer is about is first."""
     names = [name for name in differing_metrics(results) if name not in NOT_PLOTTED]
-    ranked = [results.answer.metric] if results.answer else []
-    found = [name for name in dict.fromkeys([*ranked, *names]) if name in names]
-    return [name for name in found if not _is_rounding(_means(results.settings, name))]
+    return [name for name in names if not _is_rounding(_means(results.settings, name))]
+
+
+def _telling(settings: Sequence[Setting], metrics: Sequence[str]) -> list[str]:
+    """Metrics that differ between settings, each unless an earlier one says the same."""
+    found: dict[tuple[float | None, ...], str] = {}
+    for name in metrics:
+        if len(_means(settings, name)) > 1:
+            values = [value_of(setting, name) for setting in settings]
+            found.setdefault(tuple(v.mean.value if v else None for v in values), name)
+    return list(found.values())
 
 
 def _means(settings: Sequence[Setting], metric: str) -> set[float]:

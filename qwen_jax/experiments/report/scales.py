@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    MaxNLocator,
+    MultipleLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from qwen_jax.experiments.report.tables import shown
 
@@ -38,13 +44,16 @@ def scale_metric(panel: Axes, seen: Sequence[float], side: str) -> None:
     ticks = panel.yaxis if upright else panel.xaxis
     if 0 <= low < 0.9 and 0.5 < high <= 1:
         set_limits(-0.03, 1.03)
-    elif (least := smallest(seen)) and high > (30 if low > 0 else 1000) * least:
+        ticks.set_major_locator(MultipleLocator(0.25))
+        ticks.set_major_formatter("{x:g}")
+        return
+    if (least := smallest(seen)) and high > (30 if low > 0 else 1000) * least:
         set_logarithmic(panel, side, seen)
         if low > 0 and high < 1000 * low:  # 20 and not 2 x 10^1
             ticks.set_major_formatter("{x:g}")
             ticks.set_minor_formatter(NullFormatter())
         return
-    elif 0 <= low < 0.5 * high:
+    if 0 <= low < 0.5 * high:
         set_limits(0)
     if not upright:
         ticks.set_major_locator(MaxNLocator(4))
@@ -59,8 +68,13 @@ def plain(x: float, ticks: Sequence[float]) -> str:
     largest = max((abs(float(tick)) for tick in ticks), default=0.0)
     if not steps or largest == 0:
         return f"{x:g}"
-    digits = math.ceil(math.log10(largest / min(steps))) + 1
-    return f"{x:.{max(digits, 1)}g}" if abs(x) > min(steps) / 1e6 else "0"
+    if abs(x) <= min(steps) / 1e6:
+        return "0"
+    digits = max(1, math.ceil(math.log10(largest / min(steps))) + 1)
+    # As many as it takes to be the tick, and no neighbour of it: 12.5 is not 12.
+    rounded = (float(f"{x:.{some}g}") for some in range(digits, 17))
+    near = next((value for value in rounded if abs(value - x) < 1e-3 * min(steps)), x)
+    return f"{near:.15g}"  # since two digits of 900 would be written 9e+02
 
 
 def smallest(values: Sequence[float]) -> float | None:

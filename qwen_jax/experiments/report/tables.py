@@ -80,8 +80,9 @@ def of_settings(results: Results) -> Table:
 
 def differing_metrics(results: Results) -> list[str]:
     """Those with a column of their own: all of a point alone, else those that differ between
-    points."""
-    names = [name for name in results.metrics if name != "model_seconds"]
+    points; the one that the answer is about first."""
+    ranked = [results.answer.metric] if results.answer else []
+    names = [n for n in dict.fromkeys([*ranked, *results.metrics]) if n != "model_seconds"]
     if len(results.rows) == 1:
         return names
     return [name for name in names if len(_values(results, name)) > 1]

@@ -14,7 +14,8 @@ from qwen_jax.experiments.answers.settings import SEED, Setting, names_of
 from qwen_jax.experiments.contents import OUTPUTS, Contents
 from qwen_jax.experiments.report.answer import name as name_of
 from qwen_jax.experiments.report.results import Results
-from qwen_jax.experiments.rescoring import config_of, same_prompts
+from qwen_jax.experiments.rescoring import GENERATE, config_of, same_prompts
+from qwen_jax.experiments.task import task_names
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.reporting.page import Texts
 from qwen_jax.terminal import visible
@@ -186,7 +187,7 @@ def _asked(content: Contents, overrides: Any, known: dict[str, dict[int, str]]) 
     known[key] = {}
     with contextlib.suppress(UserError):  # The answers can be read without.
         config, row = config_of(content.config, overrides), 0
-        if config.experiment.task == "generate" and same_prompts(content, config):
+        if GENERATE in task_names(config) and same_prompts(content, config):
             for item in Generate(config).items():
                 text = item.prompt if isinstance(item.prompt, str) else json.dumps(item.prompt)
                 known[key][row] = visible(text[:LONGEST])
@@ -196,7 +197,11 @@ def _asked(content: Contents, overrides: Any, known: dict[str, dict[int, str]]) 
 
 def _metrics(results: Results) -> list[str]:
     scored = dict.fromkeys(
-        name for s in results.settings for point in s.points for name in point.scored.values
+        name
+        for setting in results.settings
+        for point in setting.points
+        for name, of in point.scored.of.items()
+        if of == "prompt"
     )
     ranked = [results.answer.metric] if results.answer else []
     return [name for name in dict.fromkeys([*ranked, *scored]) if name in scored][:_METRICS]

@@ -8,8 +8,8 @@ A sample has `text`, `finish_reason` and `tokens`; `item.fields` are those of th
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.scores import answers, json_texts, texts
@@ -17,46 +17,61 @@ from qwen_jax.experiments.scores.fields import Score
 from qwen_jax.experiments.task import imported
 from qwen_jax.prompts import Item
 
-SCORES: dict[str, Score] = {
-    "choice": answers.choice,
-    "contains": answers.contains,
-    "diversity": texts.diversity,
-    "edit_distance": answers.edit_distance,
-    "exact": answers.exact,
-    "haiku": texts.haiku,
-    "json": json_texts.valid,
-    "json_schema": json_texts.of_schema,
-    "length": texts.length,
-    "match": answers.match,
-    "normalised": answers.normalised,
-    "number": answers.number,
-    "regex": answers.regex,
-    "repetition": texts.repetition,
+
+class Known(NamedTuple):
+    """A score of this program.
+
+    Attributes:
+        score: the function.
+        metrics: names of what it returns.
+        check: raises UserError where a prompt's line lacks what it asks for.
+    """
+
+    score: Score
+    metrics: tuple[str, ...]
+    check: Callable[[Item], None] | None = None
+
+
+SCORES = {
+    "choice": Known(answers.choice, ("choice", "choice_given"), answers.check_letters),
+    "contains": Known(answers.contains, ("contains",), answers.check_contained),
+    "diversity": Known(texts.diversity, ("different_texts", "distinct_1", "distinct_2")),
+    "edit_distance": Known(answers.edit_distance, ("edit_distance",), answers.check_edit_distance),
+    "exact": Known(answers.exact, ("exact",), answers.check_texts),
+    "haiku": Known(texts.haiku, ("haiku", "has_word", "three_lines"), texts.check_word),
+    "json": Known(json_texts.valid, ("json",)),
+    "json_schema": Known(json_texts.of_schema, ("json", "json_schema"), json_texts.check_schema),
+    "length": Known(texts.length, ("letters", "words", "lines", "tokens")),
+    "match": Known(answers.match, ("match",), answers.check_texts),
+    "normalised": Known(answers.normalised, ("normalised",), answers.check_texts),
+    "number": Known(answers.number, ("number", "number_given"), answers.check_number),
+    "regex": Known(answers.regex, ("regex",), answers.check_pattern),
+    "repetition": Known(texts.repetition, ("repetition", "stuck")),
 }
 
 JUDGE = "judge"
-"""The name of the one score that a model gives, when all answers are there (see `judging`)."""
+"""The name of the one score that a model gives, when all answers are there (see `judging`), and
+that of its metric."""
 
-_CHECKS = {
-    "choice": answers.check_letters,
-    "contains": answers.check_contained,
-    "edit_distance": answers.check_edit_distance,
-    "exact": answers.check_texts,
-    "haiku": texts.check_word,
-    "json_schema": json_texts.check_schema,
-    "match": answers.check_texts,
-    "normalised": answers.check_texts,
-    "number": answers.check_number,
-    "regex": answers.check_pattern,
-}
-"""What a score asks of a prompt's line; each raises UserError where it isn't there."""
+
+def metrics_of(names: Iterable[str]) -> list[str] | None:
+    """What scores of these names return; None where one is of somebody's own."""
+    found: list[str] = []
+    for name in names:
+        if name == JUDGE:
+            found.append(JUDGE)
+        elif name in SCORES:
+            found += SCORES[name].metrics
+        else:
+            return None
+    return found
 
 
 def check_fields(names: Iterable[str], item: Item) -> None:
     """Raises UserError where a score of these names asks for what the item lacks."""
     for name in names:
-        if name in _CHECKS:
-            _CHECKS[name](item)
+        if name in SCORES and (check := SCORES[name].check) is not None:
+            check(item)
 
 
 def judged(
@@ -74,7 +89,9 @@ def judged(
 
 def score(name: str) -> Score:
     """A score by its name here, or by `module:function`. Raises UserError for an unknown one."""
-    found = SCORES.get(name) or imported(name, "experiment.scores", {**SCORES, JUDGE: None})
+    if name in SCORES:
+        return SCORES[name].score
+    found = imported(name, "experiment.scores", {**SCORES, JUDGE: None})
     if not callable(found):
         raise UserError(f"experiment.scores names {name!r}, but that is no function.")
     return found

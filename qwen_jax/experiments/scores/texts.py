@@ -46,8 +46,8 @@ def length(item: Item, samples: Samples) -> dict[str, float]:
 
 
 def haiku(item: Item, samples: Samples) -> dict[str, float]:
-    """Shares of samples that hold the line's `word`, that have three lines, and that have both and
-    end by themselves.
+    """Shares of samples that hold the line's `word` in three lines and end by themselves, that hold
+    it, and that have three lines.
 
     The word has to stand as a whole word, in any letter case.
     """
@@ -62,9 +62,9 @@ def haiku(item: Item, samples: Samples) -> dict[str, float]:
     ]
     counts = [sum(column) for column in zip(*verdicts, strict=True)]
     return {
+        "haiku": sum(map(all, verdicts)) / len(samples),
         "has_word": counts[0] / len(samples),
         "three_lines": counts[1] / len(samples),
-        "haiku": sum(map(all, verdicts)) / len(samples),
     }
 
 

@@ -5,7 +5,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.model.cache import PAGE, pages_for
 from qwen_jax.prompts import sampling_of
 
-_PREFILL, _DECODE = "prefill_tokens_per_s", "decode_tokens_per_s"
+_PREFILL, _DECODE, _STEP = "prefill_tokens_per_s", "decode_tokens_per_s", "ms_per_step"
 _TAKEN = ("prefill_seconds", "decode_seconds")
 
 
@@ -42,6 +42,9 @@ class Bench(Task):
             if value < 1:
                 raise UserError(f"experiment.bench.{name} is {value}, but it must be at least 1.")
         sampling_of(config)  # Checks the seed, from which the tokens are drawn.
+
+    def known_metrics(self) -> Collection[str]:
+        return _PREFILL, _DECODE, _STEP
 
     def fault_of(self, item: dict[str, Any]) -> str:
         return kinds.fault(item, dict.fromkeys(_TAKEN, kinds.SECONDS))
@@ -63,12 +66,12 @@ class Bench(Task):
         prompts, new = texts.count * bench.prompt_tokens, texts.count * texts.steps
         for repeat, (prefill, decode) in enumerate(taken):
             speeds = {_PREFILL: prompts / prefill, _DECODE: new / decode}
-            speeds["ms_per_step"] = 1e3 * decode / texts.steps
+            speeds[_STEP] = 1e3 * decode / texts.steps
             work.score("repeat", repeat, repeat, speeds)
         return {
             **_speed(_PREFILL, prompts, prefills),
             **_speed(_DECODE, new, decodes),
-            "ms_per_step": 1e3 * statistics.median(decodes) / texts.steps,
+            _STEP: 1e3 * statistics.median(decodes) / texts.steps,
         }
 
 

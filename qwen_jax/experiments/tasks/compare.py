@@ -5,7 +5,7 @@ The reference's log-probabilities are computed once and kept in `references/`, a
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from qwen_jax.experiments import kinds, lines, quantize
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.experiments.tasks.perplexity import (
+    SIZES,
     check_text,
     fault_of_window,
     sizes,
     text_tokens,
+    window_name,
 )
 
 TRUTH = "float64"
@@ -73,6 +75,9 @@ class Compare(Task):
         except UserError as error:
             raise UserError(f"experiment.reference: {error}") from error
 
+    def known_metrics(self) -> Collection[str]:
+        return *_OF_WINDOWS, "kld_p99", "kld_max", "perplexity", "perplexity_ratio", *SIZES
+
     def fault_of(self, item: dict[str, Any]) -> str:
         return fault_of_window(item, self.config, _SCORES)
 
@@ -101,7 +106,7 @@ class Compare(Task):
         ordered = [parts[index] for index in range(len(base.windows))]
         for index, part in enumerate(ordered):
             means = {name: float(np.mean(getattr(part, name))) for name in _OF_WINDOWS}
-            work.score("window", index, index, means)
+            work.score("window", index, window_name(self.config, index), means)
         joined = Scores(*(np.concatenate([getattr(p, name) for p in ordered]) for name in _SCORES))
         found = distribution.statistics(joined, ("point", "reference"), base.windows)
         return _metrics(found) | sizes(model)

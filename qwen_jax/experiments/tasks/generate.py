@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qwen_jax import prompts, ready_made, recommended
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import judging, kinds, scores
+from qwen_jax.experiments import energy, judging, kinds, scores
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
 from qwen_jax.generation import Completion, Request, Timings
@@ -34,6 +34,12 @@ _ANSWER = {
 }
 _RIGHT: dict[str, list[dict[str, Any]]] = {}
 """`Generate.own` of files of prompts that were found right, with all that decides it."""
+
+_OF_ALL_ANSWERS = (
+    *("tokens_per_answer", "ended_by_itself", "prompts", "tokens_per_s", "model_seconds"),
+    energy.METRIC,
+)
+"""Metrics that need no score."""
 
 _OWN = ("temperature", "n", *DRAWS)
 
@@ -113,11 +119,16 @@ class Generate(Task):
     def fault_of(self, item: dict[str, Any]) -> str:
         return kinds.fault(item, _ANSWER)
 
+    def known_metrics(self) -> Collection[str] | None:
+        of_scores = scores.metrics_of(self.config.experiment.scores)
+        return None if of_scores is None else [*of_scores, *_OF_ALL_ANSWERS]
+
     def run(self, work: Work) -> Metrics:
         total = sum(item.samples(self.config.n) for item in self.items())
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
-        recorded, tally = Recorded(work.recorded), Tally(self, work.score)
+        recorded = Recorded(work.recorded)
+        tally = Tally(self, work.score, energy.of_engine(work.model().engine))
         asked: dict[int, tuple[int, Item, int]] = {}
         numbers = itertools.count()
 
@@ -192,12 +203,15 @@ class Tally:
     Sums are exact, so that the order in which answers finish changes nothing.
     """
 
-    def __init__(self, task: Generate, record: Callable[..., None]):
+    def __init__(
+        self, task: Generate, record: Callable[..., None], meter: energy.Meter | None = None
+    ):
         self._n, self._scores, self._record = task.config.n, task.scores, record
+        self._meter = meter
         self._sums: dict[str, tuple[Fraction, Fraction]] = {}
         self._samples: dict[int, dict[int, dict[str, Any]]] = {}
         self.answers = self._prompts = self._tokens = self._stopped = 0
-        self._last = self._timed = Timings()
+        self._last, self._timed_tokens, self._timed_seconds = Timings(), 0, 0.0
 
     def add(self, row: int, sample: int, item: Item, answer: dict[str, Any]) -> None:
         """The answer of a row, which is this sample of a prompt."""
@@ -228,9 +242,10 @@ class Tally:
         one is compiled, so that what is left of the time says little.
         """
         if timings.compile_seconds == self._last.compile_seconds:
-            tokens = timings.generated_tokens - self._last.generated_tokens
-            seconds = timings.seconds - self._last.seconds
-            self._timed += Timings(generated_tokens=tokens, seconds=seconds)
+            self._timed_tokens += timings.generated_tokens - self._last.generated_tokens
+            self._timed_seconds += timings.seconds - self._last.seconds
+        elif self._meter is not None:
+            self._meter.restart(timings.generated_tokens)
         self._last = timings
 
     def of_scores(self) -> Metrics:
@@ -248,8 +263,12 @@ class Tally:
         found["tokens_per_answer"] = self._tokens / self.answers
         found["ended_by_itself"] = self._stopped / self.answers
         found["prompts"] = self._prompts
-        if self._timed.generated_tokens:
-            found["tokens_per_s"] = self._timed.generation_rate
+        if self._timed_tokens:
+            timed = Timings(generated_tokens=self._timed_tokens, seconds=self._timed_seconds)
+            found["tokens_per_s"] = timed.generation_rate
+        joules = self._meter and self._meter.per_token(self._last.generated_tokens)
+        if joules is not None:
+            found[energy.METRIC] = joules
         if self._last.seconds:  # Nothing is timed where all was recorded before.
             found["model_seconds"] = self._last.seconds
         return found

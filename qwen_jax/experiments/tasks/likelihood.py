@@ -1,7 +1,7 @@
 """`likelihood`: how likely the model finds the answer that each prompt's line gives."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ class Likelihood(Generate):
     def _check_item(self, item: Item) -> None:
         if len(texts(item, "answer")) > 1:
             raise UserError(f"{item.where}: answer is a list, but likelihood asks for one text.")
+
+    def known_metrics(self) -> Collection[str]:
+        of_answers = ("answer_logprob", "answer_greedy", "answer_perplexity")
+        return *of_answers, "prompts", "scored_tokens"
 
     def fault_of(self, item: dict[str, Any]) -> str:
         return kinds.fault(item, _ITEM)

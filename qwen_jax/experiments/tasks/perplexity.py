@@ -1,6 +1,6 @@
 """`perplexity`: of a text, with llama-perplexity's conventions (`accuracy.distribution`)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ def text_tokens(model: Model, config: ConfigDict) -> list[int]:
     return distribution.read_text(model, config.experiment.text)
 
 
+SIZES = ("weight_bytes", "device_bytes")
+"""Metrics that `sizes` has."""
+
+
 def sizes(model: Model) -> Metrics:
     """Bytes of the weights in their file and on the device."""
     tensors = open_checkpoint(model.config.source.removesuffix("/config.json")).tensors
@@ -58,6 +62,12 @@ def fault_of_window(item: dict[str, Any], config: ConfigDict, fields: Mapping[st
     return kinds.fault(item, {"window": kinds.NATURAL, **lists})
 
 
+def window_name(config: ConfigDict, index: int) -> str:
+    """What a window is called in every point that cuts the text alike: those of another length
+    hold other tokens, and have nothing to be paired with."""
+    return f"{index} of {config.experiment.context}"
+
+
 class Perplexity(Task):
     """One item a window: the negative log-probabilities of its scored tokens."""
 
@@ -66,6 +76,9 @@ class Perplexity(Task):
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         check_text(config)
+
+    def known_metrics(self) -> Collection[str]:
+        return "perplexity", "nll", "scored_tokens", "windows", *SIZES
 
     def fault_of(self, item: dict[str, Any]) -> str:
         return fault_of_window(item, self.config, {"nll": kinds.NUMBER})
@@ -88,7 +101,8 @@ class Perplexity(Task):
             work.progress(len(found), len(windows))
         nll = [found[index] for index in range(len(windows))]
         for index, values in enumerate(nll):
-            work.score("window", index, index, {"nll": float(np.mean(values))})
+            name = window_name(self.config, index)
+            work.score("window", index, name, {"nll": float(np.mean(values))})
         mean = distribution.mean(np.concatenate(nll))
         perplexity = float(np.exp(mean.value))
         return {

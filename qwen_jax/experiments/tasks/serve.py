@@ -8,7 +8,7 @@ each call of some decode steps, so that both are what a user sees, and not what 
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from qwen_jax import api
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import kinds
+from qwen_jax.experiments import energy, kinds
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.experiments.tasks.generate import Generate
 from qwen_jax.generation import NotYet, Request
@@ -30,17 +30,27 @@ _ITEM = {
     **{name: kinds.list_of(kinds.NUMBER) for name in _TIMES},
     "tokens": kinds.list_of(kinds.NATURAL),
 }
+_ENERGY = {energy.METRIC: kinds.NUMBER}
+"""Of an item, too, where it could be measured."""
+
+
+_METRICS = (
+    *("good_per_s", "good_share", "requests_per_s", "tokens_per_s", energy.METRIC),
+    *(f"{name}_p{q}_ms" for name in ("ttft", "tpot", "latency") for q in _PERCENTILES),
+)
 
 Clock = Callable[[], float]
 
 
 class Served(NamedTuple):
-    """Of each request: seconds from the beginning, and how many tokens it got."""
+    """Of each request: seconds from the beginning, and how many tokens it got; of all together
+    what a token took of energy, where that is known."""
 
     arrived: list[float]
     first: list[float]
     ended: list[float]
     tokens: list[int]
+    joules_per_token: float | None = None
 
 
 class Serve(Generate):
@@ -56,8 +66,11 @@ class Serve(Generate):
         if config.n != 1:
             raise UserError(f"n is {config.n}, but serve answers each request once; leave it out.")
 
+    def known_metrics(self) -> Collection[str]:
+        return _METRICS
+
     def fault_of(self, item: dict[str, Any]) -> str:
-        return kinds.fault(item, _ITEM)
+        return kinds.fault(item, _ITEM | (_ENERGY if energy.METRIC in item else {}))
 
     def run(self, work: Work) -> Metrics:
         serve, model = self.config.experiment.serve, work.model()
@@ -69,16 +82,22 @@ class Serve(Generate):
             slots = serve.concurrency or model.engine.shapes.slots
             for _ in model.run(requests[: 2 * slots]):  # compiles
                 pass
+            meter = energy.of_engine(model.engine)
             for repeat in range(len(found), serve.repeats):
-                arrivals = self._arrivals(repeat)
-                found.append(served(model, requests, arrivals, slots))
-                work.record(repeat=repeat, **found[-1]._asdict())
+                if meter is not None:
+                    meter.restart()
+                one = served(model, requests, self._arrivals(repeat), slots)
+                if meter is not None:
+                    one = one._replace(joules_per_token=meter.per_token(sum(one.tokens)))
+                found.append(one)
+                known = {k: v for k, v in one._asdict().items() if v is not None}
+                work.record(repeat=repeat, **known)
                 work.progress(repeat + 1, serve.repeats)
         each = [self._figures(one) for one in found]
         for repeat, figures in enumerate(each):
             work.score("repeat", repeat, repeat, figures)
         metrics: Metrics = {}
-        for name in each[0]:
+        for name in (name for name in each[0] if all(name in figures for figures in each)):
             values = np.array([figures[name] for figures in each])
             metrics[name] = float(values.mean())
             if len(values) > 1:
@@ -110,6 +129,8 @@ class Serve(Generate):
             "requests_per_s": len(tokens) / seconds,
             "tokens_per_s": float(tokens.sum()) / seconds,
         }
+        if one.joules_per_token is not None:
+            found[energy.METRIC] = one.joules_per_token
         for name, values in (("ttft", ttft), ("tpot", tpot[several]), ("latency", latency)):
             for q in _PERCENTILES:
                 if len(values):
@@ -118,7 +139,7 @@ class Serve(Generate):
 
 
 def _served(item: dict[str, Any]) -> Served:
-    return Served(**{name: item[name] for name in Served._fields})
+    return Served(**{name: item[name] for name in Served._fields if name in item})
 
 
 def served(

@@ -128,7 +128,7 @@ def test_what_is_known_of_points_alone_is_compared_seed_by_seed(
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--metric=rihgt", "--metric=rihgt is none of these results; did you mean right?"),
+        ("--metric=rihgt", "--metric=rihgt is no metric of these points; did you mean right?"),
         ("--baseline=max_tokens=9", "'max_tokens=9' is none of the settings. There are max_tokens"),
         ("--baseline=max_tokens", "must say what it sets, as in temperature=0"),
         ("--better=more", "answer.better is 'more', but it must be one of auto, higher, lower"),

@@ -222,3 +222,10 @@ def test_no_number_of_units_makes_up_for_few_seeds() -> None:
 def test_one_value_says_nothing() -> None:
     found = statistics.paired(np.ones((1, 1)), np.zeros((1, 1)))
     assert found.p is None and found.interval(LEVEL) is None
+
+
+def test_the_difference_of_two_shares_lies_between_them() -> None:
+    """All right against all wrong: the truth may be a little less apart, and can't be more."""
+    found = statistics.paired(np.zeros((40, 1)), np.ones((40, 1)))
+    low, high = found.interval(0.05) or (0, 0)
+    assert low == -1 and -1 < high < -0.85

@@ -84,6 +84,12 @@ def draw(shape: tuple[int, ...], there: Any, norm: bool) -> Any:
     return jax.jit(make, out_shardings=there)
 
 
+def split_of(tp: int) -> Split:
+    (split,) = splits_of(MeshShape(tp=tp))
+    assert isinstance(split, Split), "one GPU has nothing to send"
+    return split
+
+
 def on_one(config: ModelConfig, implementation: str, **options: Any) -> Engine:
     drawn = random_parameters(config, DTYPE, SEED)
     weights = prepare(config, drawn, DTYPE, implementation)
@@ -105,7 +111,7 @@ def on_several(
 
 def decode(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Microseconds a step of every engine."""
-    (split,) = splits_of(MeshShape(tp=args.tp))
+    split = split_of(args.tp)
     of_all = {"slots": 1, "cache_tokens": PAGE}
     weights = dealt(config, split)
     engines = {
@@ -120,7 +126,7 @@ def decode(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
 def large(size: str, args: argparse.Namespace) -> dict[str, Any]:
     """The same of a model that is on no single GPU here; and that it writes tokens."""
     config = ALL[size]
-    (split,) = splits_of(MeshShape(tp=args.tp))
+    split = split_of(args.tp)
     start = time.perf_counter()
     weights = jax.block_until_ready(drawn_in_parts(config, split))
     drawing = time.perf_counter() - start
@@ -173,7 +179,7 @@ def steps_of(
 def collectives(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Microseconds of an all-reduce of hidden states and of a gather of logits, one after the other
     in one program, each waiting for the one before."""
-    (split,) = splits_of(MeshShape(tp=args.tp))
+    split = split_of(args.tp)
     figures: dict[str, Any] = {}
     times = 256
 
@@ -227,7 +233,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 def same(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Relative differences of logits, and how far greedy texts agree. Weights are bfloat16's
     numbers in both dtypes, so that one GPU in float32 is the reference of all."""
-    (split,) = splits_of(MeshShape(tp=args.tp))
+    split = split_of(args.tp)
     tokens = np.random.default_rng(SEED).integers(0, config.vocab_size, 64).tolist()
     options: dict[str, Any] = {"slots": 1, "cache_tokens": 1024}
 
@@ -275,7 +281,7 @@ def same(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 def prefill(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds from the prompt to the first token."""
-    (split,) = splits_of(MeshShape(tp=args.tp))
+    split = split_of(args.tp)
     options: dict[str, Any] = {"slots": 1, "cache_tokens": 2 * args.prompt}
     weights = dealt(config, split)
     engines = {
@@ -301,7 +307,7 @@ def many(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds for requests of any length; with `dp` every model has half of the slots."""
     slots, options = args.slots, {"cache_tokens": CACHE_TOKENS}
     sizes = lengths(args.count)
-    (split,) = splits_of(MeshShape(tp=args.tp))
+    split = split_of(args.tp)
     _, *others = splits_of(MeshShape(dp=args.tp))
 
     def replicas() -> Engine:

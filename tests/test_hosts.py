@@ -68,6 +68,12 @@ def test_the_command_line_refuses(refuses: Callable[..., None]) -> None:
         [here, "--mesh=tp=2", "--prompt=a", "--trace=t.safetensors"], "--trace records what one"
     )
     refuses(["--hosts=two", "--mesh=tp=2", "--prompt=a"], "hosts is 'two'")
+    nowhere = "--hosts=nowhere.invalid:9876,2/2"
+    refuses([nowhere, "--mesh=tp=2", "--prompt=a"], "nowhere.invalid, which nobody here knows")
+    with watch.listener() as taken:
+        port = taken.getsockname()[1]
+        first = f"--hosts=127.0.0.1:{port},1/2"
+        refuses([first, "--mesh=tp=2", "--prompt=a"], f"the port {port}, on which", "in use")
     refuses(["inspect", here], "--hosts does nothing for inspect")
     refuses(["serve", here], "--hosts does nothing for serve")
 
@@ -277,7 +283,7 @@ def test_hosts_that_were_asked_for_something_else() -> None:
     own = {1: "--prompt=haiku: rain", 2: "--prompt=haiku: snow"}
     for code, out, said in Started(2, "--mesh=tp=2", own=own).ended():
         assert (code, out) == (2, "")
-        assert "error: The hosts differ in settings: what was given must be the same" in said
+        assert "error: The hosts differ in settings; all must be given the same." in said
 
 
 @pytest.mark.hosts

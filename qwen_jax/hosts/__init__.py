@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qwen_jax.hosts.join import Joined
 
 AUTO = "auto"
-ENVIRONMENTS = "Slurm, Open MPI and Kubernetes"
+ENVIRONMENTS = "Slurm, Open MPI or Kubernetes"
 """What JAX reads an `auto` from."""
 
 WAIT = 300
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
     address: str
     number: int
-    count: int
+    of: int
 
 
 def parse(text: str) -> Place | None:

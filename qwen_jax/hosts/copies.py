@@ -19,6 +19,9 @@ from qwen_jax.settings import Command
 WRITTEN = ("output", "workdir")
 """Fields that name what a run writes, and goes on with."""
 
+FILES = ("prompt_file", *WRITTEN)
+"""Fields that name what all hosts must find alike."""
+
 
 def seen(config: ConfigDict) -> dict[str, bytes]:
     """Of everything that hosts must find alike a digest, by what it is called."""

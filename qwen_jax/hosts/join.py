@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import jax
 import numpy as np
@@ -79,7 +79,8 @@ def join(command: Command) -> Command:
         )
     errors, folder = sys.stderr, None
     _keep_stdout_apart(number)
-    _compare(copies.seen(config))
+    asked = count if place is None else place.of
+    _compare(copies.seen(config) | {"hosts": asked.to_bytes(32, "big")})
     if number > 1:
         command, folder = copies.on_copies(command)
         sys.stderr = sys.stdout
@@ -125,14 +126,15 @@ def _check(command: Command) -> None:
 
 def _initialize(place: Place | None) -> str:
     """Wakes JAX as one of several; returns the first host's address."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = {}
+    given: dict[str, Any] = {}
     if place is not None:
+        _check_address(place)
         given = {
             "coordinator_address": place.address,
-            "num_processes": place.count,
+            "num_processes": place.of,
             "process_id": place.number - 1,
         }
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX itself would abort, in its own words.
     waiting = threading.Timer(WAIT, watch.end_with, (_waited(place), 2))
     waiting.daemon = True
@@ -147,7 +149,7 @@ def _initialize(place: Place | None) -> str:
                 "write ADDRESS:PORT,I/N."
             ) from error
         raise UserError(
-            f"hosts is {place.address},{place.number}/{place.count}, but they don't find each "
+            f"hosts is {place.address},{place.number}/{place.of}, but they don't find each "
             f"other ({why}); start all of them, with the address of the first."
         ) from error
     finally:
@@ -163,6 +165,27 @@ def _waited(place: Place | None) -> str:
     return f"the other hosts were not there after {WAIT} s, {where}; start all of them."
 
 
+def _check_address(place: Place) -> None:
+    """What JAX would wait for, or abort of: an address that nobody knows, a port that is taken."""
+    host, _, port = place.address.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise UserError(
+            f"hosts has the address {host:.80}, which nobody here knows ({error}); give the first "
+            "host's name or number."
+        ) from error
+    if place.number == 1:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise UserError(
+                f"hosts has the port {port}, on which the first host can't listen "
+                f"({os.strerror(error.errno or 0)}); choose another, and let one host alone be the "
+                "first."
+            ) from error
+
+
 def _keep_stdout_apart(number: int) -> None:
     """Answers go to stdout, of the first host alone; what libraries print there, as Gloo does of
     whom it has found, to stderr."""
@@ -174,6 +197,7 @@ def _keep_stdout_apart(number: int) -> None:
 
 
 def _connections(address: str, number: int, count: int) -> dict[int, socket.socket]:
+    """Of the hosts' watches, to each other."""
     listening = watch.listener() if number == 1 else None
     port = listening.getsockname()[1] if listening else 0
     said = np.frombuffer(port.to_bytes(4, "big") + os.urandom(watch.SECRET), np.uint8)
@@ -185,10 +209,12 @@ def _connections(address: str, number: int, count: int) -> dict[int, socket.sock
             return watch.accepted(listening, count, secret, LOST)
         return watch.connected(host, port, number, secret, LOST)
     except OSError as error:
-        raise UserError(
-            f"Hosts can't reach each other at port {port} of {host} ({error}), where the first one "
-            "listens for whether they are still there; let them."
-        ) from error
+        # At once: JAX would wait for the others before it lets this one go.
+        watch.end_with(
+            f"the hosts can't reach each other at port {port} of {host} ({error}), where the first "
+            "listens for whether they are still there; let them.",
+            2,
+        )
 
 
 def _compare(seen: dict[str, bytes]) -> None:
@@ -201,11 +227,12 @@ def _compare(seen: dict[str, bytes]) -> None:
     theirs = multihost_utils.process_allgather(mine)
     for name, every in zip(names, theirs.swapaxes(0, 1), strict=True):
         if (every != every[0]).any():
-            where = "what is there" if name in copies.WRITTEN else "what was given"
-            raise UserError(
-                f"The hosts differ in {name}: {where} must be the same on all, as on a file system "
-                "that they share."
-            )
+            if name in copies.FILES:
+                raise UserError(
+                    f"The hosts don't find the same in {name}; let it lie on a file system that "
+                    "they share."
+                )
+            raise UserError(f"The hosts differ in {name}; all must be given the same.")
 
 
 def _sentence(other: int, number: int, count: int, task: str) -> str:

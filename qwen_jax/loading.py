@@ -116,7 +116,8 @@ def load_engine(
         shapes = form.shapes or prepared_shapes(
             config, checkpoint.parameters, dtype, implementation
         )
-        compile_ahead(layout, shapes, programs._replace(rows=(), halves=()))
+        early = programs._replace(rows=(), halves=())
+        compile_ahead(layout, shapes, early, _beside(layout, draft))
 
     def read() -> tuple[Tokenizer, EngineOptions]:
         tokenizer = read_tokenizer(checkpoint)
@@ -130,7 +131,7 @@ def load_engine(
         whole = options | of_tokenizer
         if programs is not None and shapes is not None:
             known = Layout.of(config, dtype, platform, loaded=False, **whole)
-            compile_ahead(known, shapes, programs._replace(pieces=()))
+            compile_ahead(known, shapes, programs._replace(pieces=()), _beside(known, draft))
         return tokenizer, whole
 
     with ThreadPoolExecutor(1, "tokenizer") as thread:
@@ -166,6 +167,11 @@ def load_engine(
     if programs is not None and not dealt:
         engine.expect(programs)
     return engine, tokenizer
+
+
+def _beside(layout: Layout, draft: Engine | None) -> tuple[Layout, Weights] | None:
+    """A draft model's layout where it has the pages of a model's, and its weights."""
+    return None if draft is None else (draft.layout._replace(pages=layout.pages), draft.weights)
 
 
 def _load_draft(checkpoint: Checkpoint, dtype: jnp.dtype, options: EngineOptions) -> Engine:

@@ -23,7 +23,7 @@ from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import pack
 from tests.drafting import AtRandom, accepted
 from tests.engines import device_parameters, fresh_engine, reshape
-from tests.schedules import CONFIG, Outcome, again, alone, drawn_text, watched
+from tests.schedules import CONFIG, Outcome, again, drawn_text, watched
 from tests.test_packed import CONFIG as PACKED
 from tests.tiny_checkpoints import random_parameters
 
@@ -71,33 +71,56 @@ _device = jax.jit(functools.partial(lookup, most=7))
 # ---- The same texts
 
 
-def speculating(tokens: int = 7, cache_tokens: int = 1024, **shapes: Any) -> Engine:
-    """Steps of eight rows, as `schedules.many_rows` has, with drafts."""
+STOP = 60
+"""The token that ends a text."""
+
+
+def eight_rows(draft_tokens: int = 7, **shapes: Any) -> Engine:
+    """Steps of eight rows, as `schedules.many_rows` has: the one shape of which a CPU's products
+    give a row the same bits whatever the others hold."""
     engine = fresh_engine(
-        CONFIG, cache_tokens=cache_tokens, batch_invariant=True, draft_tokens=tokens
+        CONFIG,
+        cache_tokens=1024,
+        batch_invariant=True,
+        draft_tokens=draft_tokens,
+        stop_ids=(STOP,),
     )
     reshape(engine, **shapes)
     return engine
 
 
-def repetitive(rng: np.random.Generator) -> Text:
-    """A prompt of which parts come again, so that some of what is looked up may be right."""
+def repetitive(rng: np.random.Generator, number: int) -> Text:
+    """A prompt of which parts come again. Two in three texts have three tokens to choose from, so
+    that much of what is looked up is right, however they choose; some may end."""
     text = drawn_text(rng, 100, 40)
-    part = list(text.tokens[: int(rng.integers(1, 40))])
+    part = list(text.tokens[: int(rng.integers(3, 40))])
+    sampling = text.sampling
+    if number % 4 == 0:
+        part[2] = STOP
+    if number % 3:
+        few = part[:3]
+        bias = {token: 9.0 - (token == STOP) for token in few}
+        sampling = dataclasses.replace(sampling, logit_bias=bias, temperature=number % 2)
+    if number % 4 == 1:
+        # What repeats itself does so the more.
+        sampling = dataclasses.replace(sampling, repetition_penalty=1.1, frequency_penalty=-0.7)
     tokens = (part * 3 + list(text.tokens))[:200]
-    return dataclasses.replace(text, tokens=tokens, top=text.top or 1)  # all of one plan
+    # All of one plan.
+    return dataclasses.replace(text, tokens=tokens, sampling=sampling, top=text.top or 1)
 
 
 @functools.cache
 def drawn() -> tuple[Text, ...]:
     rng = np.random.default_rng(7)
-    return tuple(repetitive(rng) for _ in range(20))
+    return tuple(repetitive(rng, number) for number in range(24))
 
 
 @functools.cache
 def expected() -> tuple[Outcome, ...]:
-    """Of each text alone, without drafts."""
-    return tuple(alone(drawn()))
+    """Of each text without drafts."""
+    texts = [again(text) for text in drawn()]
+    told = watched(eight_rows(0), texts)
+    return tuple(Outcome.of(text, told) for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -112,11 +135,14 @@ def test_texts_are_those_without_drafts(
     others that have drafts or none."""
     monkeypatch.setattr(decoding, "Drafts", AtRandom)
     texts = [again(text) for text in drawn()]
-    told = watched(speculating(**options), texts)
+    told = watched(eight_rows(**options), texts)
     for i, (text, right) in enumerate(zip(texts, expected(), strict=True)):
         assert Outcome.of(text, told) == right, f"text {i}"
-    assert accepted(texts) > 50
-    assert accepted([text for text in texts if text.sampling.repetition_penalty != 1]) > 0
+    hot = [text for text in texts if text.sampling.temperature > 0]
+    held = [text for text in texts if has_penalties(text.sampling)]
+    assert accepted(texts) > 50 and accepted(hot) > 10 and accepted(held) > 4
+    early = [len(right.tokens) < t.limit for t, right in zip(texts, expected(), strict=True)]
+    assert any(early)
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["itself", "another"])
@@ -124,7 +150,7 @@ def test_texts_are_those_without_a_draft_model(monkeypatch: pytest.MonkeyPatch, 
     """One that is the model itself proposes what is chosen, by the same draws; another, which knows
     nothing, changes nothing."""
     monkeypatch.setattr(decoding, "Drafts", AtRandom)
-    engine = speculating()
+    engine = eight_rows()
     engine.drafts_with(fresh_engine(CONFIG, seed, cache_tokens=128, batch_invariant=True))
     chosen = [i for i, text in enumerate(drawn()) if not has_penalties(text.sampling)]
     texts = [again(drawn()[i]) for i in chosen]
@@ -137,31 +163,45 @@ def test_texts_are_those_without_a_draft_model(monkeypatch: pytest.MonkeyPatch, 
     assert share > 0.8 if seed == 0 else share < 0.5
 
 
-def test_sampled_tokens_have_the_law_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of tokens behind a draft that was accepted, and of those in its place, over many seeds."""
-    monkeypatch.setattr(decoding, "Drafts", AtRandom)
-    engine, prompt, count = speculating(), [5, 9, 5, 9, 5, 9, 5], 240
-    sampling = Sampling(temperature=0.6, logit_bias={9: 6.0, 5: 6.0})
+def in_pairs(token: int, count: int) -> list[tuple[int, ...]]:
+    """Answers of up to three tokens, two texts at a time, that a draft goes on as they began or
+    not: 5 and that token are likely."""
+    engine, prompt = eight_rows(), [5, token, 5, token, 5, token, 5]
+    sampling = Sampling(temperature=0.6, logit_bias={5: 6.0, token: 6.0})
     texts = [
         Text(prompt, 3, dataclasses.replace(sampling, seed=seed), top=1) for seed in range(count)
     ]
     told: list[Any] = []
     for first in range(0, count, 2):
         told += watched(engine, texts[first : first + 2])
+    assert accepted(texts) > 20 or token == STOP
     answers = [tuple(Outcome.of(text, told).tokens) for text in texts]
-    assert 0.1 < sum(answer[0] == 9 for answer in answers) / count < 0.9
-    assert accepted(texts) > 20
+    assert 0.1 < sum(answer[0] == token for answer in answers) / count < 0.9
+    return answers
+
+
+def test_nothing_follows_a_token_that_ends_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it was drafted, and what is drafted behind it would be chosen."""
+    monkeypatch.setattr(decoding, "Drafts", AtRandom)
+    assert not any(STOP in answer[:-1] for answer in in_pairs(STOP, 40))
+
+
+def test_sampled_tokens_have_the_law_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens behind a draft that was accepted, and of those in its place, over many seeds."""
+    monkeypatch.setattr(decoding, "Drafts", AtRandom)
+    answers, engine = in_pairs(9, 240), eight_rows(0)
 
     @functools.cache
     def law(before: tuple[int, ...]) -> np.ndarray:
-        logits = engine.logits([*prompt, *before])[-1].astype(np.float64)
-        logits[list(sampling.logit_bias)] += 6.0
-        weights = np.exp((logits - logits.max()) / sampling.temperature)
+        logits = engine.logits([5, 9, 5, 9, 5, 9, 5, *before])[-1].astype(np.float64)
+        logits[[5, 9]] += 6.0
+        weights = np.exp((logits - logits.max()) / 0.6)
         return weights / weights.sum()
 
     for place in range(3):
-        right = sum(law(answer[:place]) for answer in answers)
-        seen = np.bincount([answer[place] for answer in answers], minlength=len(right))
+        there = [answer for answer in answers if len(answer) > place]
+        right = sum(law(answer[:place]) for answer in there)
+        seen = np.bincount([answer[place] for answer in there], minlength=len(right))
         rare = right < 5
         right = np.append(right[~rare], right[rare].sum())
         seen = np.append(seen[~rare], seen[rare].sum())
@@ -176,7 +216,10 @@ def test_the_same_through_packed_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     packed = pack(config, params.items(), jnp.dtype(jnp.bfloat16), "xla")
     rng = np.random.default_rng(2)
     part = rng.integers(0, 320, 8).tolist()
-    texts = [Text([*part, *part, *part[:n]], 20) for n in (1, 3)]  # of the greedy plan
+    bias = dict.fromkeys(part[:3], 6.0)
+    texts = [
+        Text([*part, *part, *part[:n]], 24, Sampling(n % 2, logit_bias=bias), top=2) for n in (1, 4)
+    ]
     found = []
     for tokens in (0, 5):
         one = Engine(

@@ -106,13 +106,17 @@ def test_both_kernels_were_seen() -> None:
 
 
 def repetitive(vocab: int, count: int) -> list[Text]:
-    """Texts of which parts come again, greedy and drawn."""
+    """Texts of which parts come again, greedy and drawn; every third has three tokens to choose
+    from, so that some of what is looked up is right, which random weights seldom are."""
     rng = np.random.default_rng(SEED)
     texts = []
     for i in range(count):
         part = rng.integers(0, vocab, int(rng.integers(2, 90))).tolist()
         tokens = [*part, *part, *part[: int(rng.integers(1, len(part) + 1))]]
         sampling = dataclasses.replace(QWEN, seed=i) if i % 2 else Sampling()
+        if i % 3 == 0:
+            few = dict.fromkeys(part[:3], 100.0)
+            sampling = dataclasses.replace(sampling, logit_bias=few)
         texts.append(Text(tokens, int(rng.integers(20, 120)), sampling, 3))
     return texts
 
@@ -152,5 +156,6 @@ def test_texts_have_the_bits_of_those_without_drafts(
     drafted, some = run(engine(7), texts)
     assert [len(found) for found in plain] == [text.limit for text in texts]
     assert drafted == plain, f"seed {SEED}"
-    # The model itself is too dear to draft for itself where that has to pay.
-    assert none == 0 and (some > 0 or (drafter == "itself" and not at_random)), f"seed {SEED}"
+    assert none == 0
+    if drafter == "lookup" or at_random:  # to draft for itself is too dear where that has to pay
+        assert some > 0, f"seed {SEED}"

@@ -50,8 +50,10 @@ class Conversation:
         return self._answered()
 
     def _answered(self) -> Iterator[StreamedText]:
-        said = ""
-        pieces = self._model.stream(self.messages, **self._options)
+        said, options = "", Options(**self._options)
+        if options["sampling"].temperature == 0:  # Whose answers have no seed.
+            options["sampling"] = dataclasses.replace(options["sampling"], seed=0)
+        pieces = self._model.stream(self.messages, **options)
         try:
             for piece in pieces:
                 said += piece
@@ -65,8 +67,8 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": said})
 
     def retry(self) -> Iterator[StreamedText]:
-        """Answers the last message of the user's again, by another seed. Raises UserError where
-        there is none."""
+        """Answers the last message of the user's again, by another seed, which makes a difference
+        where there is a temperature. Raises UserError where there is no message."""
         while self.messages and self.messages[-1]["role"] != "user":
             if self.messages[-1]["role"] == "system":
                 break

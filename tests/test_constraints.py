@@ -97,6 +97,12 @@ def test_the_law_is_the_models_own_renormalised(model: qwen_jax.Model) -> None:
     assert chi < scipy.stats.chi2.isf(1e-4, kept.sum() - 1), (observed, expected)
 
 
+def test_thousands_of_choices(model: qwen_jax.Model) -> None:
+    choices = [f"number {number} of many" for number in range(20_000)]
+    answer = model.generate("x", constraint=Constraint.choice(choices), sampling=WARM)
+    assert answer.text in choices
+
+
 def test_log_probabilities_are_the_models_own(model: qwen_jax.Model) -> None:
     """Before the mask, as before every other setting."""
     prompt = model.tokens("haiku: snow")
@@ -153,6 +159,7 @@ def test_what_is_cut_is_said_to_be(model: qwen_jax.Model) -> None:
         ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum \\(5\\) is greater"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
         ({"type": "nothing"}, "Invalid type: nothing"),
+        ({"$ref": "#"}, "nothing fits it"),
     ],
 )
 def test_refused_schemas(model: qwen_jax.Model, schema: dict[str, Any], words: str) -> None:

@@ -82,7 +82,7 @@ class Server:
             lifespan=self._life,
             exception_handlers={
                 RefusalError: _refused,
-                UserError: _mistaken,
+                UserError: self._mistaken,
                 HTTPException: _not_there,
                 ClientDisconnect: _gone,
                 Exception: _failed,
@@ -96,6 +96,10 @@ class Server:
             yield
         finally:
             await asyncio.to_thread(self.worker.close)
+
+    async def _mistaken(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, UserError)
+        return await _refused(request, self.worker.mistaken(error))
 
     async def _page(self, request: Request) -> Response:
         return page.response()
@@ -320,10 +324,6 @@ async def _unless_gone(request: Request, work: Any) -> Response:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusalError)
     return JSONResponse(error.body(), error.status, error.headers)
-
-
-async def _mistaken(request: Request, error: Exception) -> Response:
-    return await _refused(request, RefusalError(400, str(error)))
 
 
 async def _not_there(request: Request, error: Exception) -> Response:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -218,7 +219,8 @@ def _grammar(constraint: Constraint) -> str:
         return str(LLMatcher.grammar_from_lark(text))
     if kind == "choice":
         options = " | ".join(json.dumps(choice) for choice in json.loads(text))
-        return str(LLMatcher.grammar_from_lark(f"start: {options}"))
+        # As a terminal they are one automaton: as alternatives of a rule no more than 2,000 fit.
+        return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {options}"))
     return str(LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT))
 
 
@@ -257,10 +259,14 @@ class _Known:
         self.begun = functools.lru_cache(maxsize=64)(self._begun)
 
     def _begun(self, constraint: Constraint) -> Any:
-        """A matcher of llguidance's before the first token."""
+        """A matcher of llguidance's before the first token, which has found its mask once: some
+        faults show only then, and what was found is copied along."""
         from llguidance import LLMatcher
 
         found = LLMatcher(self._tokenizer, _grammar(constraint), log_level=0)
+        if not found.get_error():
+            mask = np.zeros(self.words, np.uint32)
+            found.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         said = [found.get_error(), *found.get_grammar_warnings()]
         if why := next(filter(None, said), ""):
             text = f"The {constraint.kind} can't be used: {_first_line(why)}; correct it."
@@ -280,8 +286,11 @@ def _known_of(tokenizer: Tokenizer) -> _Known:
 
 
 def _first_line(why: str) -> str:
-    """What llguidance says, without its state."""
-    return f"{' '.join(why.split('<state>')[0].split()).rstrip('.'):.400}"
+    """What llguidance says, without its state and its stack."""
+    said = re.split("<state>|<backtrace>", why)[0]
+    if said.startswith("NoExtensionBias"):
+        said = "nothing fits it"
+    return f"{' '.join(said.split()).rstrip('.'):.400}"
 
 
 def _as_json(value: Any, said: str) -> str:

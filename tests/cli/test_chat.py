@@ -100,6 +100,13 @@ def test_again(chat: Chat, model: qwen_jax.Model) -> None:
     assert right[0] != right[1] and result.out == "".join(f"{text}\n" for text in right)
 
 
+def test_a_seed_is_no_matter_of_greedy_answers(chat: Chat, caplog: Any) -> None:
+    """Nobody asked for the one that /retry has counted on."""
+    lines = "haiku: snow", "/retry", "/set temperature 0", "/retry"
+    assert chat(*lines, flags=("--temperature=1",)).code == 0
+    assert "seed does nothing" not in caplog.text
+
+
 def test_an_interrupt_ends_an_answer_and_not_the_chat(
     chat: Chat, model: qwen_jax.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

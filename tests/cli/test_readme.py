@@ -13,9 +13,15 @@ from tests.cli.conftest import HAIKU
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
+def snippet(first: str) -> tuple[str, str]:
+    """The example in Python that begins so, and what it prints."""
+    found = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+    return next((code, shown) for code, shown in found if code.startswith(first))
+
+
 @pytest.mark.usefixtures("loaded")
 def test_the_example_in_python() -> None:
-    example, shown = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()
+    example, shown = snippet("import qwen_jax")
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(example, {})
     assert out.getvalue() == shown

@@ -1,6 +1,8 @@
 """What the `openai` client and curl get, held against `model.generate`."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import re
@@ -13,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import qwen_jax
+from tests.cli.test_readme import README, snippet
 from tests.serving.conftest import Served, served
 
 SNOW = [{"role": "user", "content": "haiku: snow"}]
@@ -26,6 +29,24 @@ def test_chat(haiku: Served, model: qwen_jax.Model) -> None:
     assert found.usage.prompt_tokens == right.prompt_tokens
     assert found.usage.completion_tokens == len(right.tokens)
     assert found.usage.total_tokens == right.prompt_tokens + len(right.tokens)
+
+
+def test_what_readme_shows(haiku: Served) -> None:
+    """Of `openai`, and of curl."""
+    code, shown = snippet("import openai")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code.replace("http://localhost:8000", haiku.url), {})
+    pieces, whole = (text.strip().replace("|", "") for text in (out.getvalue(), shown))
+    assert pieces == whole
+    body, said = re.search(r"--json '(.*?)' \| jq .*\n(.*)", README).groups()
+    found = haiku.post("/v1/chat/completions", json.loads(body)).json()
+    assert found["choices"][0]["message"]["content"] == json.loads(said)
+
+
+def test_the_schema_that_readme_shows(model: qwen_jax.Model) -> None:
+    text, said = re.search(r"cat poem.json\n(.*?)\$ .*?\n(.*?)\n", README, re.DOTALL).groups()
+    held = qwen_jax.Constraint.json_schema(text)
+    assert model.generate("haiku: snow", constraint=held).text == said
 
 
 def test_a_stream_is_the_whole(haiku: Served, model: qwen_jax.Model) -> None:

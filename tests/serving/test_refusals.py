@@ -79,7 +79,7 @@ def test_a_field(haiku: Served, wrong: dict[str, Any], param: str | None, words:
         ({"prompt": "a", "best_of": 2}, "ask for n"),
         ({"prompt": "a", "suffix": "b"}, "no tokens for filling in the middle"),
         ({"prompt": "a", "logprobs": True}, "must be a whole number"),
-        ({"prompt": [5] * 5000}, "has 5000 tokens, but"),
+        ({"prompt": [5] * 5000}, "has 5000 tokens, but this model has"),
     ],
 )
 def test_a_completion(haiku: Served, body: dict[str, Any], words: str) -> None:

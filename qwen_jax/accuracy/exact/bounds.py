@@ -141,27 +141,39 @@ def _norm(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untype
     return own + np.hypot(direct, through)
 
 
+MOST_OUTPUTS = 1 << 14
+"""Of a product, looked at together: the squares of a head's weights would take 1.1 GB."""
+
+
 def _linear(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
-    """Product and bias are two roundings of what is stored."""
-    x, weight = inputs[0], params[0]
-    squared = weight * weight
+    x, flat = inputs[0], y.reshape(len(y), -1)
+    inherited = errors[0].reshape(x.shape) if np.ndim(errors[0]) else None
+    own = np.empty_like(flat)
+    for start in range(0, flat.shape[1], MOST_OUTPUTS):
+        some = slice(start, start + MOST_OUTPUTS)
+        own[:, some] = _outputs(ctx, a, flat[:, some], x, inherited, [p[some] for p in params])
+    return own.reshape(y.shape)
+
+
+def _outputs(ctx, a, y, x, inherited, params) -> Array:  # type: ignore[no-untyped-def]
+    """Of some of a product's. Product and bias are two roundings of what is stored."""
+    squared = params[0] * params[0]
     squares = (x * x) @ squared.T
     bias = np.abs(params[1] * ctx.knobs.bias) if len(params) > 1 else 0.0
-    flat = y.reshape(len(y), -1)
-    product = np.abs(flat) + bias
+    product = np.abs(y) + bias
     own = reduction(product, squares, x.shape[-1])
     # Operands: their own rounding, and the one a fused engine leaves out.
     twice = 2 * a.operand**2 + (a.storage**2 if a.storage > U32 else 0.0)
     own += L * np.sqrt(twice * squares)
-    own += a.storage * (product + np.abs(flat)) + U32 * bias
+    own += a.storage * (product + np.abs(y)) + U32 * bias
     if a.input:
         own += L * np.sqrt(squared_error(a.input, x, squared))
     if a.least:
         row = np.abs(x).max(-1, keepdims=True)
         own += L * a.least * row * np.sqrt(squared.sum(-1))
-    if np.ndim(errors[0]):
-        own += np.sqrt((errors[0] ** 2).reshape(x.shape) @ squared.T)
-    return own.reshape(y.shape)
+    if inherited is not None:
+        own += np.sqrt((inherited**2) @ squared.T)
+    return own
 
 
 def angle_units(config: ModelConfig, half: int) -> Float[np.ndarray, "R2"]:

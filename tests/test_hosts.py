@@ -164,25 +164,39 @@ def free_port() -> int:
 
 
 class Started:
-    """A command on so many hosts, which are processes of this one."""
+    """A command on so many hosts, which are processes of this one.
 
-    def __init__(self, count: int, *command: str, own: dict[int, str] | None = None):
-        port = free_port()
-        self.all = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "run.py", *command),
-                    *([own[number]] if own and number in own else []),
-                    f"--hosts=127.0.0.1:{port},{number}/{count}",
-                ],
+    Args:
+        own: a flag that one host has, by its number.
+        slurm: whether they learn from Slurm's variables who they are.
+    """
+
+    def __init__(
+        self, count: int, *command: str, own: dict[int, str] | None = None, slurm: bool = False
+    ):
+        port, own = free_port(), own or {}
+        base = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
+        self.all = []
+        for number in range(1, count + 1):
+            where = "auto" if slurm else f"127.0.0.1:{port},{number}/{count}"
+            variables = {
+                "SLURM_JOB_ID": str(port),
+                "SLURM_STEP_NODELIST": "127.0.0.1",
+                "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(number - 1),
+                "SLURM_LOCALID": "0",
+                "SLURM_STEP_NUM_NODES": str(count),
+            }
+            own_flag = [own[number]] if number in own else []
+            started = subprocess.Popen(
+                [sys.executable, "run.py", *command, *own_flag, f"--hosts={where}"],
                 cwd=REPOSITORY,
-                env={name: v for name, v in os.environ.items() if name != "XLA_FLAGS"},
+                env=base | (variables if slurm else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for number in range(1, count + 1)
-        ]
+            self.all.append(started)
 
     def ended(self) -> Iterator[tuple[int, str, str]]:
         """Of each host its exit code and what it has said."""
@@ -195,11 +209,12 @@ class Started:
                 each.kill()
 
 
-def alone(*command: str) -> None:
+def alone(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, "run.py", *command], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def answers(path: Path) -> list[tuple[object, ...]]:
@@ -291,3 +306,11 @@ def test_a_mesh_that_leaves_hosts_out() -> None:
     for code, out, said in Started(2, "--mesh=dp=2", "--prompt=haiku: rain").ended():
         assert (code, out) == (2, "")
         assert "its tp must be a multiple of the 2 hosts" in said and "--shard=I/N" in said
+
+
+@pytest.mark.hosts
+def test_slurm_says_who_they_are() -> None:
+    prompt = ("--prompt=haiku: rain", "--max_tokens=12")
+    first, second = Started(2, "--mesh=tp=2", *prompt, slurm=True).ended()
+    assert first[0] == 0 and first[1] == alone(*prompt)
+    assert second == (0, "", "")

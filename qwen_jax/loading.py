@@ -66,7 +66,8 @@ def load_engine(
         texts=texts, slots=slots or form.rows, split=split, sharers=mesh.devices
     )
     layout = Layout.of(config, dtype, platform, loaded=False, held=form.held, **options)
-    options |= EngineOptions(cache_tokens=least(layout.cache_tokens))
+    tokens = least(layout.cache_tokens) if dealt else layout.cache_tokens
+    options |= EngineOptions(cache_tokens=tokens)
     programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
     # A CPU's cores are busy with the weights.

@@ -175,7 +175,8 @@ class Started:
         self, count: int, *command: str, own: dict[int, str] | None = None, slurm: bool = False
     ):
         port, own = free_port(), own or {}
-        base = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
+        # Two devices of each: of two hosts they make two models as well as one.
+        base = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         self.all = []
         for number in range(1, count + 1):
             where = "auto" if slurm else f"127.0.0.1:{port},{number}/{count}"
@@ -223,22 +224,21 @@ def answers(path: Path) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_file_on_hosts_is_a_file_on_one(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "mesh"), [(2, "dp=2,tp=2"), (4, "tp=4")])
+def test_a_file_on_hosts_is_a_file_on_one(tmp_path: Path, count: int, mesh: str) -> None:
     """The first host writes, and goes on with what another run has begun; others say nothing."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("haiku: snow\nhaiku: moss\n")
     both = (f"--prompt_file={prompts}", "--max_tokens=16", "--temperature=1", "--slots=2")
     one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
     alone(*both, f"--output={one}")
-    mesh = f"--mesh=tp={count}"
-    first, *others = Started(count, mesh, *both, f"--output={several}").ended()
-    assert first[:2] == (0, "") and f"cpu x {count} (tp={count})" in first[2]
+    first, *others = Started(count, f"--mesh={mesh}", *both, f"--output={several}").ended()
+    assert first[:2] == (0, "") and f"cpu x 4 ({mesh})" in first[2]
     assert others == [(0, "", "")] * (count - 1)
     assert answers(one) == answers(several)
     prompts.write_text("haiku: snow\nhaiku: moss\nhaiku: rain\n")
     if count == 2:
-        again = Started(2, mesh, *both, f"--output={several}", "--resume").ended()
+        again = Started(2, f"--mesh={mesh}", *both, f"--output={several}", "--resume").ended()
         assert [code for code, _, _ in again] == [0, 0]
         alone(*both, f"--output={one}", "--resume")
         assert answers(one) == answers(several) and len(answers(one)) == 3

@@ -108,7 +108,8 @@ def load_engine(
             "speculate needs room for drafts, the rows of other texts, but slots is 1; leave slots "
             "out, or choose more."
         )
-    options |= EngineOptions(cache_tokens=least(layout.cache_tokens))
+    tokens = least(layout.cache_tokens) if dealt else layout.cache_tokens
+    options |= EngineOptions(cache_tokens=tokens)
     programs = None if expected is None else expected.programs(layout)
     shapes: Weights | None = None
     # A CPU's cores are busy with the weights.

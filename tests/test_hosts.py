@@ -164,25 +164,40 @@ def free_port() -> int:
 
 
 class Started:
-    """A command on so many hosts, which are processes of this one."""
+    """A command on so many hosts, which are processes of this one.
 
-    def __init__(self, count: int, *command: str, own: dict[int, str] | None = None):
-        port = free_port()
-        self.all = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "run.py", *command),
-                    *([own[number]] if own and number in own else []),
-                    f"--hosts=127.0.0.1:{port},{number}/{count}",
-                ],
+    Args:
+        own: a flag that one host has, by its number.
+        slurm: whether they learn from Slurm's variables who they are.
+    """
+
+    def __init__(
+        self, count: int, *command: str, own: dict[int, str] | None = None, slurm: bool = False
+    ):
+        port, own = free_port(), own or {}
+        # Two devices of each: of two hosts they make two models as well as one.
+        base = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        self.all = []
+        for number in range(1, count + 1):
+            where = "auto" if slurm else f"127.0.0.1:{port},{number}/{count}"
+            variables = {
+                "SLURM_JOB_ID": str(port),
+                "SLURM_STEP_NODELIST": "127.0.0.1",
+                "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(number - 1),
+                "SLURM_LOCALID": "0",
+                "SLURM_STEP_NUM_NODES": str(count),
+            }
+            own_flag = [own[number]] if number in own else []
+            started = subprocess.Popen(
+                [sys.executable, "run.py", *command, *own_flag, f"--hosts={where}"],
                 cwd=REPOSITORY,
-                env={name: v for name, v in os.environ.items() if name != "XLA_FLAGS"},
+                env=base | (variables if slurm else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for number in range(1, count + 1)
-        ]
+            self.all.append(started)
 
     def ended(self) -> Iterator[tuple[int, str, str]]:
         """Of each host its exit code and what it has said."""
@@ -195,11 +210,12 @@ class Started:
                 each.kill()
 
 
-def alone(*command: str) -> None:
+def alone(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, "run.py", *command], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def answers(path: Path) -> list[tuple[object, ...]]:
@@ -208,22 +224,21 @@ def answers(path: Path) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_file_on_hosts_is_a_file_on_one(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "mesh"), [(2, "dp=2,tp=2"), (4, "tp=4")])
+def test_a_file_on_hosts_is_a_file_on_one(tmp_path: Path, count: int, mesh: str) -> None:
     """The first host writes, and goes on with what another run has begun; others say nothing."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("haiku: snow\nhaiku: moss\n")
     both = (f"--prompt_file={prompts}", "--max_tokens=16", "--temperature=1", "--slots=2")
     one, several = tmp_path / "one.jsonl", tmp_path / "several.jsonl"
     alone(*both, f"--output={one}")
-    mesh = f"--mesh=tp={count}"
-    first, *others = Started(count, mesh, *both, f"--output={several}").ended()
-    assert first[:2] == (0, "") and f"cpu x {count} (tp={count})" in first[2]
+    first, *others = Started(count, f"--mesh={mesh}", *both, f"--output={several}").ended()
+    assert first[:2] == (0, "") and f"cpu x 4 ({mesh})" in first[2]
     assert others == [(0, "", "")] * (count - 1)
     assert answers(one) == answers(several)
     prompts.write_text("haiku: snow\nhaiku: moss\nhaiku: rain\n")
     if count == 2:
-        again = Started(2, mesh, *both, f"--output={several}", "--resume").ended()
+        again = Started(2, f"--mesh={mesh}", *both, f"--output={several}", "--resume").ended()
         assert [code for code, _, _ in again] == [0, 0]
         alone(*both, f"--output={one}", "--resume")
         assert answers(one) == answers(several) and len(answers(one)) == 3
@@ -291,3 +306,11 @@ def test_a_mesh_that_leaves_hosts_out() -> None:
     for code, out, said in Started(2, "--mesh=dp=2", "--prompt=haiku: rain").ended():
         assert (code, out) == (2, "")
         assert "its tp must be a multiple of the 2 hosts" in said and "--shard=I/N" in said
+
+
+@pytest.mark.hosts
+def test_slurm_says_who_they_are() -> None:
+    prompt = ("--prompt=haiku: rain", "--max_tokens=12")
+    first, second = Started(2, "--mesh=tp=2", *prompt, slurm=True).ended()
+    assert first[0] == 0 and first[1] == alone(*prompt)
+    assert second == (0, "", "")

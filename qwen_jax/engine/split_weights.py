@@ -31,14 +31,14 @@ def splits_of(shape: MeshShape) -> list[Whole]:
     """
     platform = device().platform  # says it where JAX finds none
     devices = jax.devices()
+    if shape.devices > 1 and (processes := jax.process_count()) > 1:
+        return _of_hosts(shape, devices, processes)
     if shape.devices > len(devices):
         more = "XLA_FLAGS=--xla_force_host_platform_device_count=N makes more of a CPU"
         raise UserError(
             f"mesh is {shape}, which takes {shape.devices} devices, but JAX has {len(devices)} of "
             f"the platform {platform}; choose a smaller one{f'; {more}' * (platform == 'cpu')}."
         )
-    if (processes := jax.process_count()) > 1:
-        return _of_hosts(shape, devices, processes)
     if shape.tp == 1:
         return [WHOLE, *map(On, devices[1 : shape.dp])]
     dealt = np.array(devices[: shape.devices]).reshape(shape.dp, shape.tp)
@@ -101,9 +101,16 @@ class SplitWeights(PlainWeights):
         return _Whole(self)
 
     def on(self, split: Split) -> Self:
-        """The same on other devices."""
-        there = jax.tree.map(lambda x: jax.device_put(x, split.alike(x.sharding)), self.named)
-        return dataclasses.replace(self, named=there, split=split)
+        """The same on other devices, each of which is of the same host as the one before it."""
+        assert isinstance(self.split, Split)
+        then = dict(zip(self.split.devices.devices.flat, split.devices.devices.flat, strict=True))
+
+        def there(x: jax.Array) -> jax.Array:
+            # Part by part: JAX sends no whole array to other devices of several hosts.
+            parts = [jax.device_put(part.data, then[part.device]) for part in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, split.alike(x.sharding), parts)
+
+        return dataclasses.replace(self, named=jax.tree.map(there, self.named), split=split)
 
     def whole(self, name: str) -> Float[Array, "..."]:
         """One parameter, its heads and its feed-forward in the checkpoint's order."""

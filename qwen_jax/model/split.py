@@ -83,9 +83,13 @@ WHOLE = Whole()
 
 @dataclasses.dataclass(frozen=True)
 class On(Whole):
-    """All of a model on one device, which needn't be the default one."""
+    """All of a model on one device, which needn't be the default one.
 
-    device: jax.Device
+    Attributes:
+        device: makes no difference to what is traced.
+    """
+
+    device: jax.Device = dataclasses.field(compare=False)
 
     def placed(self, tree: T) -> T:
         there: T = jax.device_put(tree, self.device)

@@ -145,6 +145,30 @@ def test_texts_are_those_without_drafts(
     assert any(early)
 
 
+def test_texts_are_those_without_drafts_where_these_pay() -> None:
+    """As the scheduler grants them: to those that repeat themselves."""
+    texts = [again(text) for text in drawn()]
+    told = watched(eight_rows(ahead=True), texts)
+    for i, (text, right) in enumerate(zip(texts, expected(), strict=True)):
+        assert Outcome.of(text, told) == right, f"text {i}"
+    drafted = sum(text.record.drafted for text in texts if text.record is not None)
+    assert accepted(texts) > drafted / 4 > 10
+
+
+def test_a_draft_model_that_pays_is_tried_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is the model itself, as if it took a hundredth of the time."""
+    monkeypatch.setattr(decoding, "share_of", lambda draft, engine: 0.01)
+    engine = eight_rows(ahead=True)
+    engine.drafts_with(fresh_engine(CONFIG, cache_tokens=128, batch_invariant=True))
+    chosen = [i for i, text in enumerate(drawn()) if not has_penalties(text.sampling)][:4]
+    texts = [again(drawn()[i]) for i in chosen]
+    told = watched(engine, texts)
+    for i, text in zip(chosen, texts, strict=True):
+        assert Outcome.of(text, told) == expected()[i], f"text {i}"
+    drafted = sum(text.record.drafted for text in texts if text.record is not None)
+    assert accepted(texts) > 0.6 * drafted > 10
+
+
 @pytest.mark.parametrize("seed", [0, 1], ids=["itself", "another"])
 def test_texts_are_those_without_a_draft_model(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """One that is the model itself proposes what is chosen, by the same draws; another, which knows

@@ -70,12 +70,14 @@ def test_a_second_signal_ends_it(process: subprocess.Popen[str]) -> None:
     with httpx.stream(
         "POST", f"{found[1]}/v1/completions", json=body, headers=key, timeout=60
     ) as answer:
-        next(answer.iter_lines())
+        assert answer.status_code == 200, answer.read()
+        lines = answer.iter_lines()  # which would close the stream if it were let go
+        next(lines)
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.splitlines()[-1] == "ended in the midst of answers" and "Traceback" not in err
 
 

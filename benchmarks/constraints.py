@@ -73,7 +73,7 @@ class Anything:
     @staticmethod
     def fill(constraints: Sequence[Any], masks: np.ndarray) -> list[str | None]:
         masks[:] = 2**32 - 1
-        for token in constraints[0].stop_ids:
+        for token in next(held.stop_ids for held in constraints if held is not None):
             masks[:, token // 32] &= ~np.uint32(1 << token % 32)
         return [None] * len(constraints)
 

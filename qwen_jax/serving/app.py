@@ -34,6 +34,8 @@ from qwen_jax.terminal import json_visible
 
 BODY_SECONDS = 30.0
 """In which a body has to arrive."""
+UNREAD_SECONDS = 30.0
+"""For which a stream's end may wait to be read, once it has taken as long as it may."""
 GONE = 499
 """nginx's status of a caller who has left; nobody sees it but the log."""
 
@@ -236,10 +238,13 @@ class _Answering:
         self._scored = scored
         self._begun, self._metrics, self._begins = begun, metrics, True
 
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._timeout - (time.perf_counter() - self._begun)
+
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        left = self._timeout - (time.perf_counter() - self._begun)
-        loop = asyncio.get_running_loop()
-        until = loop.time() + left
+        until = asyncio.get_running_loop().time() + self.left
         async with contextlib.aclosing(self.answers.pieces()) as pieces:
             while True:
                 try:
@@ -284,16 +289,20 @@ class _Answering:
 
 
 class _Stream(StreamingResponse):
-    """Frees the slots however it ends, even before its first event."""
+    """Frees the slots however it ends, even before its first event, and ends where a caller does
+    not read."""
 
     def __init__(self, answering: _Answering):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(answering.events(), media_type="text/event-stream", headers=headers)
-        self._answers = answering.answers
+        self._answers, self._seconds = answering.answers, answering.left + UNREAD_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # and the connection with it: uvicorn closes what is incomplete
+            print("A caller has not read its stream, which is given up.", file=sys.stderr)
         finally:
             self._answers.close()
 

@@ -1,10 +1,13 @@
 """From a server to a socket: listens, serves, and ends once what runs is answered."""
 
+import asyncio
 import importlib.util
+import logging
 import os
 import signal
 import socket
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from qwen_jax.errors import UserError
@@ -59,18 +62,37 @@ def config_of(app: Any, limits: Limits) -> "uvicorn.Config":
     )
 
 
-def serve(app: object, listener: socket.socket, limits: Limits) -> None:
-    """Serves until Ctrl-C or SIGTERM; then finishes what runs, and a second one ends it at once."""
+def serve(app: object, listener: socket.socket, limits: Limits) -> bool:
+    """Serves until Ctrl-C or SIGTERM; then finishes what runs, and a second one ends it at once.
+
+    Returns:
+        Whether all is answered.
+    """
     import uvicorn
 
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.force_exit = self.should_exit  # whichever signal is the second
+            super().handle_exit(sig, frame)
+
+    server = Server(config_of(app, limits))
+    logging.getLogger("uvicorn.error").addFilter(_of_no_end)
     # uvicorn answers signals while it serves, and raises them once more when it has ended.
     before = {number: signal.signal(number, _ended) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(config_of(app, limits)).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    print("ended", file=sys.stderr)
+    print("ended in the midst of answers" if server.force_exit else "ended", file=sys.stderr)
+    return not server.force_exit
+
+
+def _of_no_end(record: logging.LogRecord) -> bool:
+    """Whether a line is of no task that a second signal has ended."""
+    error = record.exc_info[1] if record.exc_info else None
+    cancelled = asyncio.CancelledError
+    return not isinstance(error, cancelled) and cancelled.__name__ not in record.getMessage()
 
 
 def _ended(_signal: int, _frame: object) -> None:

@@ -149,11 +149,15 @@ async function answer() {
     }
   } catch (error) {
     if (error.name === "AbortError") reason = "stopped";
-    else put(note, "span", "error", error.message).setAttribute("role", "alert");
+    else {
+      // Browsers have words of their own for a server that is not there, and none says so.
+      const said = error instanceof TypeError ? "The server can't be reached." : error.message;
+      put(note, "span", "error", said).setAttribute("role", "alert");
+    }
     if (first !== null) tell();
     else line.textContent = reason;
   }
-  if (first === null && !note.textContent) line.textContent = `nothing · ${reason}`;
+  if (!note.textContent) line.textContent = `nothing · ${reason}`;
   // Who has begun anew meanwhile wants to hear no more of it.
   if (running !== stop) return;
   running = null;

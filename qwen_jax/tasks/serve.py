@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from qwen_jax import in_force, pins, prompts, recommended, settings, startup
+from qwen_jax import in_force, interrupts, pins, prompts, recommended, settings, startup
 from qwen_jax.options import Options
 from qwen_jax.serving import listening
 from qwen_jax.serving.limits import Key, Limits
@@ -51,8 +51,8 @@ def run(command: Command) -> int:
             file=sys.stderr,
             flush=True,
         )
-        listening.serve(server.app, listener, limits)
-    return 0
+        answered = listening.serve(server.app, listener, limits)
+    return 0 if answered else interrupts.EXIT_CODE
 
 
 def _name(config: ConfigDict) -> str:

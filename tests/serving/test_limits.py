@@ -12,6 +12,9 @@ import pytest
 
 import qwen_jax
 from qwen_jax.engine import steps
+from qwen_jax.options import Options
+from qwen_jax.serving import app
+from qwen_jax.serving.limits import Limits
 from tests.serving.conftest import served
 
 SNOW = [{"role": "user", "content": "haiku: snow"}]
@@ -44,6 +47,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_frees_the_slot(model: qwen_jax.Model, stream: bool) -> None:
     with served(model) as found:
+        found.post(CHAT, endless(model, 1))  # compiles, which may take long
         body = endless(model) | {"stream": stream, "n": 12}
         with pytest.raises(httpx.TimeoutException):
             if stream:
@@ -87,6 +91,37 @@ def test_an_answer_that_takes_too_long(model: qwen_jax.Model) -> None:
         with pytest.raises(openai.APIError, match=r"more than 0\.5 s"):
             list(stream)
         found.settle()
+
+
+def test_a_stream_that_is_not_read(model: qwen_jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is given up, and holds no slot: the caller takes its beginning and no more."""
+    monkeypatch.setattr(app, "UNREAD_SECONDS", 0.2)
+    limits = Limits(timeout=1.0)
+    options = Options(max_tokens=4, sampling=qwen_jax.Sampling())
+    server = app.Server(model, "haiku", options, limits)
+    body = json.dumps({"prompt": "a", "stream": True}).encode()
+    kept: list[bytes] = []
+
+    async def ask() -> None:
+        told = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            return told.pop() if told else await asyncio.Future()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                kept.append(message["body"])
+                await asyncio.Future()
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        async with server.app.router.lifespan_context(server.app):
+            await asyncio.wait_for(server.app(scope | {"query_string": b""}, receive, send), 20)
+            while server.worker.present:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+    assert len(kept) == 1 and kept[0].startswith(b"data: {")
 
 
 @pytest.mark.usefixtures("slow")

@@ -153,6 +153,18 @@ def test_a_key_is_asked_for(model: qwen_jax.Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_server_that_has_gone(model: qwen_jax.Model, browser: Tab) -> None:
+    """What was asked is still there, and can be asked again."""
+    with served(model) as found:
+        browser.open(f"{found.url}/")
+        browser.wait("document.title === 'haiku'")
+    assert "The server can't be reached." in answered(browser, "haiku: snow")
+    browser.point(".note button", click=True)
+    browser.wait("document.querySelector('.error')")
+    assert browser.run("document.querySelectorAll('.user').length") == 1
+
+
+@pytest.mark.long
 def test_a_phone(haiku: Served, browser: Tab) -> None:
     """Nothing is wider than the screen, nor below it, and letters are large enough."""
     browser.open(f"{haiku.url}/", 320, 560)

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,28 @@ def test_a_life(process: subprocess.Popen[str]) -> None:
     ]
     assert lines[2:] == ["ended"]
     assert "pond" not in err and "hush" not in err
+
+
+@pytest.mark.live
+def test_a_second_signal_ends_it(process: subprocess.Popen[str]) -> None:
+    """In the midst of an answer, and says so; no traceback."""
+    assert process.stderr is not None
+    found = re.search(r"at (http://\S+?),", process.stderr.readline())
+    assert found
+    body = {"prompt": "a", "max_tokens": 500, "n": 50, "temperature": 30, "stream": True}
+    key = {"Authorization": "Bearer hush"}
+    with httpx.stream(
+        "POST", f"{found[1]}/v1/completions", json=body, headers=key, timeout=60
+    ) as answer:
+        assert answer.status_code == 200, answer.read()
+        lines = answer.iter_lines()  # which would close the stream if it were let go
+        next(lines)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "ended in the midst of answers" and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

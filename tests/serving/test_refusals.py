@@ -159,7 +159,10 @@ _MESSAGES = st.lists(
     max_size=3,
 )
 _NAMES = sorted(
-    {*fields.CHAT, *fields.TEXT, *fields.TOKENIZE, *fields.REFUSED, *fields.IGNORED, "x"}
+    {
+        *(*fields.CHAT, *fields.TEXT, *fields.TOKENIZE, *fields.DETOKENIZE),
+        *(*fields.REFUSED, *fields.IGNORED, "x"),
+    }
 )
 _BODIES = st.fixed_dictionaries(
     {"max_tokens": st.integers(-1, 6)},
@@ -168,7 +171,7 @@ _BODIES = st.fixed_dictionaries(
 )
 
 
-@given(_BODIES, st.sampled_from([CHAT, "/v1/completions", "/tokenize"]))
+@given(_BODIES, st.sampled_from([CHAT, "/v1/completions", "/tokenize", "/detokenize"]))
 @settings(
     max_examples=30,
     deadline=None,

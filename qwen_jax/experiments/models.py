@@ -82,10 +82,13 @@ class Models:
     def __init__(self, directory: Path):
         self._directory = directory
         self._held: tuple[Choice, api.Model] | None = None
+        self._last: ConfigDict | None = None
         self._tokens: dict[tuple[str, str], Sequence[int]] = {}
 
     def get(self, config: ConfigDict) -> api.Model:
         """A config's model: loaded, unless the last one asked for has the same weights."""
+        if self._held is not None and self._last is config:  # asked for each of its prompts
+            return self._held[1]
         choice, sizes = Choice.of(config), Sizes.of(config)
         held, self._held = self._held, None  # Before the next is made: two might not fit.
         if held is None or held[0] != choice:
@@ -97,7 +100,7 @@ class Models:
             again = remaker(held[1])
             del held
             model = again(sizes)
-        self._held = choice, model
+        self._held, self._last = (choice, model), config
         return model
 
     def request(self, config: ConfigDict, item: Item) -> Request:

@@ -126,7 +126,7 @@ def check_weights_fit(
         )
 
 
-def pool_pages(config: ModelConfig, dtype: jnp.dtype, texts: int, platform: str, free: int) -> int:
+def pool_pages(config: ModelConfig, cache: jnp.dtype, texts: int, platform: str, free: int) -> int:
     """Pages for so many texts at a time: one as long as the context, or 8,192 tokens of each (of a
     CPU's shared memory 1,024), or what there is room for; texts that need more wait for each other.
 
@@ -136,6 +136,7 @@ def pool_pages(config: ModelConfig, dtype: jnp.dtype, texts: int, platform: str,
     A size has four significant bits, so that the next process finds its programs compiled.
 
     Args:
+        cache: dtype of keys and values.
         free: bytes that there are for it.
 
     Raises:
@@ -144,7 +145,7 @@ def pool_pages(config: ModelConfig, dtype: jnp.dtype, texts: int, platform: str,
     context = pages_for(config.context_length)
     each, room = (1024, free // 2) if platform == "cpu" else (8192, (free - _WORKSPACE) * 3 // 10)
     wanted = min(max(context, texts * pages_for(each)), texts * context)
-    fits = room // (PAGE * bytes_per_token(config, dtype.itemsize))
+    fits = room // (PAGE * bytes_per_token(config, cache.itemsize))
     if fits < 1:
         raise TooLarge(
             f"There is no room for keys and values: {config.source} leaves "

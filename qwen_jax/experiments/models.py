@@ -18,6 +18,9 @@ from qwen_jax.generation import Request
 from qwen_jax.mesh import MeshShape
 from qwen_jax.prompts import Item
 
+_OF_EXPERIMENTS = ("quantization", "cache_dtype")
+"""Fields that only experiments have."""
+
 _PROMPTS = 4096
 """Prompts whose ids are kept for other points."""
 
@@ -29,6 +32,7 @@ class Choice:
     model: str
     adapter: tuple[str, ...]
     quantization: str | None
+    cache_dtype: str | None
     sha256: str | None
     dtype: str
     weights: str
@@ -39,17 +43,18 @@ class Choice:
     @classmethod
     def of(cls, config: ConfigDict) -> "Choice":
         return cls(
-            quantization=config.experiment.quantization,
             **{
-                field.name: config[field.name]
+                field.name: (config.experiment if field.name in _OF_EXPERIMENTS else config)[
+                    field.name
+                ]
                 for field in dataclasses.fields(cls)
-                if field.name != "quantization"
             },
         )
 
     def check(self) -> None:
         """Raises UserError for a setting that there is not, or not on this device."""
-        choices.dtype_of(self.dtype)
+        parameters = choices.dtype_of(self.dtype)
+        choices.cache_dtype_of(self.cache_dtype, parameters, self.implementation)
         choices.check_implementation(self.implementation)
         choices.check_weights(self.weights)
         choices.check_precision(self.matmul_precision)
@@ -125,6 +130,7 @@ class Models:
             weights=choice.weights,
             implementation=choice.implementation,
             matmul_precision=choice.matmul_precision,
+            cache_dtype=choice.cache_dtype,
             mesh=choice.mesh,
             **sizes._asdict(),
             sha256=None if choice.quantization else choice.sha256,
@@ -155,6 +161,7 @@ def _maker(engine: Engine, replicas: int) -> Callable[..., Engine]:
         stop_ids=spec.stop_ids,
         valid_tokens=spec.valid_tokens,
         unused_ids=spec.unused_ids,
+        cache=spec.cache,
         precision=spec.precision,
         implementation=spec.implementation,
         split=spec.split,

@@ -284,9 +284,9 @@ class Tally:
         if self._timed_tokens:
             timed = Timings(generated_tokens=self._timed_tokens, seconds=self._timed_seconds)
             found["tokens_per_s"] = timed.generation_rate
-        joules = self._meter and self._meter.per_token(self._last.generated_tokens)
-        if joules is not None:
-            found[energy.METRIC] = joules
+        if self._meter is not None:
+            joules = self._meter.per_token(self._last.generated_tokens)
+            found |= {} if joules is None else {energy.METRIC: joules}
         if self._last.seconds:  # Nothing is timed where all was recorded before.
             found["model_seconds"] = self._last.seconds
         return found

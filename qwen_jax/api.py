@@ -16,6 +16,7 @@ import pallas_kernels
 from qwen_jax import strict_switches
 from qwen_jax.arguments import checked
 from qwen_jax.choices import (
+    cache_dtype_of,
     check_implementation,
     check_precision,
     check_samples,
@@ -65,6 +66,7 @@ def load(
     weights: str = "auto",
     implementation: str = "auto",
     matmul_precision: str = "highest",
+    cache_dtype: str | None = None,
     slots: int | None = None,
     batch_invariant: bool = False,
     mesh: str | None = None,
@@ -93,6 +95,8 @@ def load(
         implementation: "auto", "mosaic_gpu" or "xla", for every operation.
         matmul_precision: of float32 products: "highest" never uses TF32, "high" and
             "default" may.
+        cache_dtype: of keys and values; None keeps them in the parameters' own. Kernels serve no
+            other, so that on a GPU it takes implementation="xla".
         slots: texts that are generated at the same time; by default 8 on a CPU, 64 elsewhere.
         batch_invariant: whether a text is, bit for bit, the same whatever runs beside it. It costs
             nothing where all slots are taken; a text alone then takes as long as all of them.
@@ -123,7 +127,9 @@ def load(
     check_precision(matmul_precision)
     check_implementation(implementation)
     check_weights(weights)
+    cache = cache_dtype_of(cache_dtype, parameter_dtype, implementation)
     options = EngineOptions(
+        cache=cache,
         precision=lax.Precision(matmul_precision),
         implementation=implementation,
         slots=slots,

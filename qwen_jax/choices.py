@@ -30,6 +30,19 @@ def dtype_of(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def cache_dtype_of(name: str | None, parameters: jnp.dtype, implementation: str) -> jnp.dtype:
+    """The dtype of keys and values; None is that of the parameters, the one that kernels serve."""
+    if name is None:
+        return parameters
+    _one_of("cache_dtype", name, DTYPES[1:])
+    if jnp.dtype(name) != parameters and device().platform != "cpu" and implementation != "xla":
+        raise UserError(
+            f"cache_dtype is {name!r} beside parameters in {parameters.name}, which no kernel "
+            "serves; leave it out, or set implementation to 'xla'."
+        )
+    return jnp.dtype(name)
+
+
 def check_implementation(name: str) -> None:
     """Raises UserError where no such implementation serves every operation."""
     _one_of("implementation", name, get_args(pallas_kernels.Implementation))

@@ -291,8 +291,6 @@ def _explain(error: flags.Error | ValueError, meaning: dict[str, str]) -> str:
         return f"{error}; leave the value out."
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
-        if why_not := hints.absent(name):
-            return f"There is no flag --{name}; {why_not}"
         meant = hints.meant(name, meaning)
         hint = f"did you mean --{meant}?" if meant else f"see {settings.program()} --help."
         return f"There is no flag --{name}; {hint}"

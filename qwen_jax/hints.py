@@ -19,21 +19,9 @@ ELSEWHERE = {
     "logprobs": "top_logprobs",
     "repeat_penalty": "repetition_penalty",
     "ctx_size": "context",
+    **dict.fromkeys(("kv_cache_dtype", "cache_type_k", "cache_type_v", "kv_dtype"), "cache_dtype"),
 }
 """What other engines call a flag or a field of ours."""
-
-_CACHE = "keys and values are kept in the dtype of the parameters, which dtype sets for both."
-_OF_CACHE = (
-    *("cache_dtype", "cache_precision", "cache_type", "cache_type_k", "cache_type_v"),
-    *("kv_bits", "kv_cache_dtype", "kv_dtype"),
-)
-NOT_HERE = dict.fromkeys(_OF_CACHE, _CACHE)
-"""What other engines let one set and this one doesn't, and why."""
-
-
-def absent(name: str) -> str:
-    """Why there is nothing of a name that other engines know, else ""."""
-    return NOT_HERE.get(name.rpartition(".")[2].replace("-", "_").lower(), "")
 
 
 def meant(name: str, known: Collection[str], likeness: float = 0.6) -> str:
@@ -48,5 +36,7 @@ def meant(name: str, known: Collection[str], likeness: float = 0.6) -> str:
     if written := joined.get(word.replace("_", "")):  # as in topP and Max_Tokens
         return written
     ends = {place.rpartition(".")[2]: place for place in known}
+    group, _, last = word.rpartition(".")
+    end = ends.get(last, "")
     near = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
-    return ends.get(word) or next(iter(near), "")
+    return end if end and end.startswith(group) else next(iter(near), "")

@@ -4,7 +4,6 @@ Light on purpose: `--help` and a refused flag must not wait for JAX.
 """
 
 import dataclasses
-import difflib
 import functools
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -159,6 +158,8 @@ def get_config() -> ConfigDict:
                 # the engine), serve (of requests), eval, or module:Class of your own.
                 "task": "generate",
                 # The model is turned into this GGUF type first.
+                # Of keys and values: float32, bfloat16 or float16; by default as the parameters.
+                "cache_dtype": placeholder(str),
                 "quantization": placeholder(str),
                 # Makes the prompt from the fields of a line of JSON, as in "A haiku on {word}."
                 "template": placeholder(str),
@@ -368,7 +369,5 @@ def update(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
 
 def near(name: str) -> str:
     """What a misspelt field may have meant."""
-    if why_not := hints.absent(name):
-        return why_not
-    found = difflib.get_close_matches(name, [field for field, _ in flatten(get_config())], n=1)
-    return f"did you mean {found[0]}?" if found else f"see {program()} --help for the fields."
+    found = hints.meant(name, [field for field, _ in flatten(get_config())])
+    return f"did you mean {found}?" if found else f"see {program()} --help for the fields."

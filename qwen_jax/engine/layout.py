@@ -21,6 +21,7 @@ class EngineOptions(TypedDict, total=False):
         stop_ids: tokens that end a text; they are emitted, then it is done.
         valid_tokens: vocabulary rows in use; ids from here on are never chosen. All by default.
         unused_ids: rows below them that no token has, and that are never chosen either.
+        cache: dtype of keys and values; by default that of the parameters.
         precision: of float32 matrix products; HIGHEST by default.
         implementation: "auto", the default, "mosaic_gpu" or "xla".
         slots: texts that are generated at the same time; by default what suits the platform.
@@ -39,6 +40,7 @@ class EngineOptions(TypedDict, total=False):
     stop_ids: Sequence[int]
     valid_tokens: int
     unused_ids: Sequence[int]
+    cache: jnp.dtype | None
     precision: lax.Precision
     implementation: str
     slots: int | None
@@ -77,7 +79,7 @@ class Layout(NamedTuple):
         held: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> "Layout":
-        """For weights and a cache in `dtype`, which are on the device already or not `loaded` yet.
+        """For weights in `dtype`, which are on the device already or not `loaded` yet.
 
         Args:
             held: bytes of a device's weights, where they are not all in `dtype`.
@@ -85,11 +87,12 @@ class Layout(NamedTuple):
         Raises:
             UserError: there is no room for a cache.
         """
-        split = options.get("split", WHOLE)
+        split, cache = options.get("split", WHOLE), options.get("cache")
+        cache = dtype if cache is None else cache
         spec = Spec(
             config,
             weights=dtype,
-            cache=dtype,
+            cache=cache,
             precision=options.get("precision", lax.Precision.HIGHEST),
             implementation=options.get("implementation", "auto"),
             stop_ids=tuple(options.get("stop_ids", ())),
@@ -106,7 +109,7 @@ class Layout(NamedTuple):
             # A program's sizes, so that a file of 30 prompts compiles no other than one of 40.
             texts = fitting(shapes.rows, options.get("texts") or shapes.slots)
             beside = options.get("draft_bytes", 0)
-            pages = pool_pages(part, dtype, texts, platform, free, beside)
+            pages = pool_pages(part, cache, texts, platform, free, beside)
         else:
             pages = pages_for(tokens)
         return cls(spec, shapes, 1 + pages, options.get("draft_tokens", 0))

@@ -127,7 +127,7 @@ def check_weights_fit(
 
 
 def pool_pages(
-    config: ModelConfig, dtype: jnp.dtype, texts: int, platform: str, free: int, beside: int = 0
+    config: ModelConfig, cache: jnp.dtype, texts: int, platform: str, free: int, beside: int = 0
 ) -> int:
     """Pages for so many texts at a time: one as long as the context, or 8,192 tokens of each (of a
     CPU's shared memory 1,024), or what there is room for; texts that need more wait for each other.
@@ -138,6 +138,7 @@ def pool_pages(
     A size has four significant bits, so that the next process finds its programs compiled.
 
     Args:
+        cache: dtype of keys and values.
         free: bytes that there are for it.
         beside: bytes that a token takes in a second cache of as many pages.
 
@@ -147,7 +148,7 @@ def pool_pages(
     context = pages_for(config.context_length)
     each, room = (1024, free // 2) if platform == "cpu" else (8192, (free - _WORKSPACE) * 3 // 10)
     wanted = min(max(context, texts * pages_for(each)), texts * context)
-    fits = room // (PAGE * (bytes_per_token(config, dtype.itemsize) + beside))
+    fits = room // (PAGE * (bytes_per_token(config, cache.itemsize) + beside))
     if fits < 1:
         raise TooLarge(
             f"There is no room for keys and values: {config.source} leaves "

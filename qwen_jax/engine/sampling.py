@@ -188,7 +188,8 @@ def settings_of(sampling: Sampling, top: int | None, masked: bool = False) -> Se
         masked=masked,
         logprobs=-1 if top is None else top,
     )
-    return shared._replace(seed=np.array([sampling.seed], np.uint32))
+    seed: Any = np.array([sampling.seed], np.uint32)  # an array of JAX's as soon as it is used
+    return shared._replace(seed=seed)
 
 
 @functools.lru_cache(maxsize=256)

@@ -79,6 +79,7 @@ def check(config: ConfigDict) -> None:
 def config_of(config: ConfigDict) -> ConfigDict:
     """Of the point that judges another one."""
     found, judge = copy.deepcopy(config), config.experiment.judge
+    found.experiment.cache_dtype = None
     given = {name: judge[name] for name in FIELDS if judge[name] is not None}
     if "model" in given:  # Adapters, hashes and types are of one model.
         found.adapter, found.sha256, found.experiment.quantization = (), None, None

@@ -18,6 +18,9 @@ from qwen_jax.generation import Request
 from qwen_jax.mesh import MeshShape
 from qwen_jax.prompts import Item
 
+_OF_EXPERIMENTS = ("quantization", "cache_dtype")
+"""Fields that only experiments have."""
+
 _PROMPTS = 4096
 """Prompts whose ids are kept for other points."""
 
@@ -29,6 +32,7 @@ class Choice:
     model: str
     adapter: tuple[str, ...]
     quantization: str | None
+    cache_dtype: str | None
     sha256: str | None
     dtype: str
     weights: str
@@ -39,17 +43,18 @@ class Choice:
     @classmethod
     def of(cls, config: ConfigDict) -> "Choice":
         return cls(
-            quantization=config.experiment.quantization,
             **{
-                field.name: config[field.name]
+                field.name: (config.experiment if field.name in _OF_EXPERIMENTS else config)[
+                    field.name
+                ]
                 for field in dataclasses.fields(cls)
-                if field.name != "quantization"
             },
         )
 
     def check(self) -> None:
         """Raises UserError for a setting that there is not, or not on this device."""
-        choices.dtype_of(self.dtype)
+        parameters = choices.dtype_of(self.dtype)
+        choices.cache_dtype_of(self.cache_dtype, parameters, self.implementation)
         choices.check_implementation(self.implementation)
         choices.check_weights(self.weights)
         choices.check_precision(self.matmul_precision)
@@ -82,10 +87,13 @@ class Models:
     def __init__(self, directory: Path):
         self._directory = directory
         self._held: tuple[Choice, api.Model] | None = None
+        self._last: ConfigDict | None = None
         self._tokens: dict[tuple[str, str], Sequence[int]] = {}
 
     def get(self, config: ConfigDict) -> api.Model:
         """A config's model: loaded, unless the last one asked for has the same weights."""
+        if self._held is not None and self._last is config:  # asked for each of its prompts
+            return self._held[1]
         choice, sizes = Choice.of(config), Sizes.of(config)
         held, self._held = self._held, None  # Before the next is made: two might not fit.
         if held is None or held[0] != choice:
@@ -97,7 +105,7 @@ class Models:
             again = remaker(held[1])
             del held
             model = again(sizes)
-        self._held = choice, model
+        self._held, self._last = (choice, model), config
         return model
 
     def request(self, config: ConfigDict, item: Item) -> Request:
@@ -122,6 +130,7 @@ class Models:
             weights=choice.weights,
             implementation=choice.implementation,
             matmul_precision=choice.matmul_precision,
+            cache_dtype=choice.cache_dtype,
             mesh=choice.mesh,
             **sizes._asdict(),
             sha256=None if choice.quantization else choice.sha256,
@@ -152,6 +161,7 @@ def _maker(engine: Engine, replicas: int) -> Callable[..., Engine]:
         stop_ids=spec.stop_ids,
         valid_tokens=spec.valid_tokens,
         unused_ids=spec.unused_ids,
+        cache=spec.cache,
         precision=spec.precision,
         implementation=spec.implementation,
         split=spec.split,

@@ -20,6 +20,7 @@ from qwen_jax.experiments.joined import task_of
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Task
 from qwen_jax.mesh import MeshShape, part
+from qwen_jax.model.cache import bytes_per_token
 from qwen_jax.task_fields import MODEL, among
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.checksum import hashes_of
@@ -27,6 +28,7 @@ from qwen_jax.weights.hub_names import is_hub_name
 
 _OF_ALL = (
     *(*MODEL, "mesh", "batch_invariant", "experiment.task", "experiment.quantization"),
+    "experiment.cache_dtype",
     *("runner", "answer", "workdir"),
 )
 """Fields, or groups of them, that matter whatever a point's task is."""
@@ -64,8 +66,8 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
             sizes[files] = _size(choice)
         size = sizes[files]
         config = size.config if size else None
-        programs = (choice.dtype, choice.weights, choice.implementation, choice.matmul_precision)
-        key = (config or files, *programs, point.config.slots)
+        programs = (choice.dtype, choice.cache_dtype, choice.weights, choice.implementation)
+        key = (config or files, *programs, choice.matmul_precision, point.config.slots)
         group = groups.setdefault(key, len(groups))
         order = (weights.setdefault(choice, len(weights)), group)
         planned.append((order, Planned(point, task, group + 1, _memory(point, size))))
@@ -161,17 +163,19 @@ def _memory(point: Point, size: Checkpoint | None) -> int | None:
     # Of one device, and what that has.
     own = part(size.config, mesh.tp)
     budget = Budget.of(own, dtype, held, mesh.devices)
+    cache = choices.cache_dtype_of(config.experiment.cache_dtype, dtype, config.implementation)
     try:
         layout = Layout.of(
             *(own, dtype, device().platform),
             loaded=False,
             held=held,
+            cache=cache,
             slots=slots,
             sharers=mesh.devices,
         )
     except TooLarge:  # The point will fail, and no other with it.
         return budget.weights
-    return budget.weights + layout.cache_tokens * budget.cache_per_token
+    return budget.weights + layout.cache_tokens * bytes_per_token(own, cache.itemsize)
 
 
 def listed(planned: list[Planned]) -> str:

@@ -44,7 +44,7 @@ def slowest(folder: Path) -> list[dict[str, Any]]:
         return []
     events = list(_events(traces[-1]))
     known = model_operations.of_programs({module for module, _, _ in events})
-    seconds: collections.Counter[str] = collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
     calls: collections.Counter[str] = collections.Counter()
     for module, event, spent in events:
         where = known.get((module, event), model_operations.ELSEWHERE)
@@ -59,7 +59,7 @@ def slowest(folder: Path) -> list[dict[str, Any]]:
             "share": round(spent / total, 4),
             "calls": calls[name],
         }
-        for name, spent in seconds.most_common(SLOWEST)
+        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])[:SLOWEST]
     ]
 
 

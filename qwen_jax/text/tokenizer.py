@@ -23,6 +23,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._bytes: dict[int, bytes] = {}
         bpe = models.BPE(vocabulary.ids, vocabulary.merges)
         # Two front ends share the one model; only the first knows the added tokens.
         space = vocabulary.add_prefix_space
@@ -158,6 +159,8 @@ class Tokenizer:
 
         Raises UserError for what is no id, or one from `vocab_size` on.
         """
+        if type(token) is int and token in self._bytes:
+            return self._bytes[token]
         if not hasattr(token, "__index__") or not 0 <= token < self.vocab_size:
             raise UserError(
                 f"{self._vocabulary.source}: there is no token {token!r:.60}, only 0 to "
@@ -165,8 +168,10 @@ class Tokenizer:
             )
         text = self._vocabulary.tokens[token] or ""
         if token in self._vocabulary.added or not _BYTE_OF_SYMBOL.keys() >= set(text):
-            return text.encode("utf-8")
-        return bytes(map(_BYTE_OF_SYMBOL.__getitem__, text))
+            found = text.encode("utf-8")
+        else:
+            found = bytes(map(_BYTE_OF_SYMBOL.__getitem__, text))
+        return self._bytes.setdefault(int(token), found)
 
     def first_difference(self, other: "Tokenizer") -> int | None:
         """The lowest id that stands for something else in another vocabulary, if there is one. One

@@ -40,14 +40,8 @@ from tests.cli.conftest import REPOSITORY, Run
         ("--max-new-tokens=1", "did you mean --max_tokens?"),
         ("--top-k=1", "did you mean --top_k?"),
         ("--repeat_penalty=1", "did you mean --config.sampling.repetition_penalty?"),
-        (
-            "--kv-cache-dtype=float16",
-            "--kv-cache-dtype; keys and values are kept in the dtype of",
-        ),
-        (
-            "--config.cache_dtype=x",
-            "keys and values are kept in the dtype of the parameters",
-        ),
+        ("--kv-cache-dtype=float16", "did you mean --config.experiment.cache_dtype?"),
+        ("--config.cache_dtype=x", "did you mean --config.experiment.cache_dtype?"),
         ("--fail_if=x", "--fail_if does nothing for generate; it belongs to compare."),
         ("--workdir=x", "--workdir does nothing for generate; it belongs to compare or experiment"),
         ("--config.runner.dry_run", "--config.runner.dry_run does nothing for generate; it"),

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from qwen_jax.experiments.answers.answer import Answer, Entry
 from qwen_jax.experiments.answers.settings import UNPAIRED, Setting
 from qwen_jax.experiments.answers.statistics import LEVEL
@@ -91,6 +93,10 @@ def explained(answer: Answer) -> str:
             f" What each prompt scored is not recorded; {program()} score makes up for it where "
             "there are answers."
         )
+    alone = [entry for entry in answer.entries if entry.seeds == 1]
+    own = [e.setting.points[0].metrics.get(answer.metric, e.mean) for e in alone]
+    if not np.allclose(own, [entry.mean for entry in alone], rtol=1e-6):
+        more += " These are means; what the task says of each point, such as a median, is below."
     return (
         f"Ranked by {answer.metric}, {way} is better. Differences are to {what}{pairing}; "
         f"p and the intervals hold for all together with {sure}, by Holm's correction for "

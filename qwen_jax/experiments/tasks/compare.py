@@ -60,6 +60,7 @@ class Compare(Task):
         if not given:
             raise UserError("compare needs a reference; set a field of experiment.reference.")
         self.reference = copy.deepcopy(config)
+        self.reference.experiment.cache_dtype = None  # What it costs is what is compared.
         if (quantization := given.pop("quantization", None)) is not None:
             self.reference.experiment.quantization = quantization
         elif "model" in given:

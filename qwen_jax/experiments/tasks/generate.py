@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -32,8 +32,25 @@ _ANSWER = {
     "finish_reason": kinds.TEXT,
     "tokens": kinds.list_of(kinds.NATURAL),
 }
-_RIGHT: dict[str, list[dict[str, Any]]] = {}
-"""`Generate.own` of files of prompts that were found right, with all that decides it."""
+
+
+class _Prompts(NamedTuple):
+    """A file of prompts that was found right.
+
+    Attributes:
+        own: what prompts say of drawing answers, and of how many, by themselves; each combination
+            once.
+        alike: how many say nothing of how many answers they want,
+        more: and how many answers the others want together.
+    """
+
+    own: list[dict[str, Any]]
+    alike: int
+    more: int
+
+
+_RIGHT: dict[str, _Prompts] = {}
+"""By all that decides it."""
 
 _OF_ALL_ANSWERS = (
     *("tokens_per_answer", "ended_by_itself", "prompts", "tokens_per_s", "model_seconds"),
@@ -50,8 +67,8 @@ class Generate(Task):
     A text follows from its prompt and its row alone, so that resuming changes no answer.
 
     Attributes:
-        own: what prompts say of drawing answers, and of how many, by themselves; each combination
-            once.
+        own: see `_Prompts`.
+        total: how many answers there are to be.
     """
 
     reads: ClassVar[tuple[str, ...] | None] = (
@@ -72,10 +89,11 @@ class Generate(Task):
                 raise UserError(f"experiment.judge: {error}") from error
         if "-" in (config.prompt, config.prompt_file):
             raise UserError("An experiment can't read stdin, which a resumed one would lack.")
-        self.own = self._checked_prompts()
+        self.own, alike, more = self._checked_prompts()
+        self.total = alike * config.n + more
 
-    def _checked_prompts(self) -> list[dict[str, Any]]:
-        """`own`. Raises UserError where a prompt makes no sense, or there are none.
+    def _checked_prompts(self) -> _Prompts:
+        """Raises UserError where a prompt makes no sense, or there are none.
 
         A file is read once for all points that put its prompts alike.
         """
@@ -87,7 +105,7 @@ class Generate(Task):
                     "makes prompts; set that, or leave the template out."
                 )
             self._check_item(next(self.items()))
-            return [{}]
+            return _Prompts([{}], 1, 0)
         path, put = ready_made.path(config.prompt_file), prompt_options(self.options)
         experiment, stamp = config.experiment, (0, 0)
         with contextlib.suppress(OSError):  # told of by whoever opens it
@@ -96,13 +114,14 @@ class Generate(Task):
         key = repr((type(self), path, stamp, config.prompt, put, asked))
         if key in _RIGHT:
             return _RIGHT[key]
-        found = set()
+        found, alike, more = set(), 0, 0
         for item in self.items():
             self._check_item(item)
             found.add(tuple((name, item.own[name]) for name in _OWN if name in item.own))
+            alike, more = alike + ("n" not in item.own), more + item.own.get("n", 0)
         if not found:
             raise UserError(f"--prompt_file={config.prompt_file} holds no prompts; add some.")
-        return _RIGHT.setdefault(key, [dict(own) for own in found])
+        return _RIGHT.setdefault(key, _Prompts([dict(own) for own in found], alike, more))
 
     def _check_item(self, item: Item) -> None:
         """Raises UserError where a score asks for what the prompt's line lacks."""
@@ -124,7 +143,6 @@ class Generate(Task):
         return None if of_scores is None else [*of_scores, *_OF_ALL_ANSWERS]
 
     def run(self, work: Work) -> Metrics:
-        total = sum(item.samples(self.config.n) for item in self.items())
         # What is wrong with the model is not the first prompt's fault.
         self._follow(work.model().recommended, work.asked)
         recorded = Recorded(work.recorded)
@@ -150,7 +168,7 @@ class Generate(Task):
                     answer = self._answer(work, completion)
                     work.record(row=row, id=item.id, sample=sample, **answer)
                     tally.add(row, sample, item, answer)
-                    work.progress(tally.answers, total)
+                    work.progress(tally.answers, self.total)
         return tally.metrics()
 
     @staticmethod
@@ -266,9 +284,9 @@ class Tally:
         if self._timed_tokens:
             timed = Timings(generated_tokens=self._timed_tokens, seconds=self._timed_seconds)
             found["tokens_per_s"] = timed.generation_rate
-        joules = self._meter and self._meter.per_token(self._last.generated_tokens)
-        if joules is not None:
-            found[energy.METRIC] = joules
+        if self._meter is not None:
+            joules = self._meter.per_token(self._last.generated_tokens)
+            found |= {} if joules is None else {energy.METRIC: joules}
         if self._last.seconds:  # Nothing is timed where all was recorded before.
             found["model_seconds"] = self._last.seconds
         return found

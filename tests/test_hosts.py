@@ -176,7 +176,8 @@ class Started:
     ):
         port, own = free_port(), own or {}
         # Two devices of each: of two hosts they make two models as well as one.
-        base = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        two = "--xla_force_host_platform_device_count=2"
+        base = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {two}"}
         self.all = []
         for number in range(1, count + 1):
             where = "auto" if slurm else f"127.0.0.1:{port},{number}/{count}"

@@ -7,7 +7,7 @@ are those of what it calls, of who uses it, or of what it uses.
 
 import collections
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Set
 
 import jax
 
@@ -71,21 +71,34 @@ class _Program:
 
 
 def operations(text: str) -> dict[str, str]:
-    """Of every instruction of a compiled program (HLO as text) its operation, where it has one."""
+    """Of every instruction of a compiled program (HLO as text) its operation, "" for none."""
     program = _Program(text)
-    return {name: where for name in program.scope if (where := program.operation(name))}
+    return {name: program.operation(name) for name in program.scope}
 
 
-def of_programs(names: Iterable[str]) -> dict[tuple[str, str], str]:
-    """By a program's name and an instruction's its operation, of what is compiled in this process;
-    where programs of one name, as for several sizes, do not agree, both."""
-    wanted = set(names)
-    found: dict[tuple[str, str], dict[str, None]] = collections.defaultdict(dict)
+def of_programs(seen: Mapping[str, Set[str]]) -> dict[tuple[str, str], str]:
+    """By a program's name and an instruction's its operation, of what is compiled in this process.
+
+    Programs of several sizes have one name; those that ran are the fewest, and the smallest, that
+    have all instructions which were seen.
+
+    Args:
+        seen: names of instructions by that of their program.
+    """
+    compiled: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
     for program, text in _texts():
-        if program in wanted:
-            for name, where in operations(text).items():
-                found[program, name][where] = None
-    return {key: " or ".join(where) for key, where in found.items()}
+        if program in seen:
+            compiled[program].append(operations(text))
+    found: dict[tuple[str, str], str] = {}
+    for program, held in compiled.items():
+        left = set(seen[program])
+        while held and left:
+            best = max(held, key=lambda known: (len(left & known.keys()), -len(known)))
+            if not (there := left & best.keys()):
+                break
+            found |= {(program, name): best[name] for name in there if best[name]}
+            left -= there
+    return found
 
 
 def _texts() -> Iterator[tuple[str, str]]:

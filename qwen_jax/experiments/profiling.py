@@ -43,7 +43,10 @@ def slowest(folder: Path) -> list[dict[str, Any]]:
     if not traces:
         return []
     events = list(_events(traces[-1]))
-    known = model_operations.of_programs({module for module, _, _ in events})
+    seen: dict[str, set[str]] = collections.defaultdict(set)
+    for module, event, _ in events:
+        seen[module].add(event)
+    known = model_operations.of_programs(seen)
     seconds: dict[str, float] = collections.defaultdict(float)
     calls: collections.Counter[str] = collections.Counter()
     for module, event, spent in events:

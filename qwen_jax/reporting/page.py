@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,16 @@ class Page:
 def can_be_made() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def prepare() -> None:
+    """Imports what pictures need while something else runs: it takes half a second."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # told of by whoever draws
+            importlib.import_module("qwen_jax.reporting.drawing")
+
+    threading.Thread(target=load, name="pictures", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from qwen_jax.experiments import ahead, declaration, plan, records, report
 from qwen_jax.experiments.answers.chosen import Asked
 from qwen_jax.experiments.runner import Runner, devices_line
 from qwen_jax.experiments.tasks.generate import Generate
+from qwen_jax.reporting import page
 from qwen_jax.settings import Command
 from qwen_jax.terminal import visible
 
@@ -41,6 +42,8 @@ def run(command: Command) -> int:
     opened = records.Records(workdir, description, declared.source)
     try:
         _announce(declared, opened, len(planned))
+        if page.can_be_made():
+            page.prepare()
         runner = Runner(
             opened,
             command=shlex.join(command.typed),

@@ -15,7 +15,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 def snippet(first: str) -> tuple[str, str]:
     """The example in Python that begins so, and what it prints."""
-    found = re.findall(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+    found = re.findall(r"```python\n([^`]*)```\n\n```\n([^`]*)```", README)
     return next((code, shown) for code, shown in found if code.startswith(first))
 
 

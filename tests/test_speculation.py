@@ -155,6 +155,7 @@ def test_texts_are_those_without_drafts_where_these_pay() -> None:
     assert accepted(texts) > drafted / 4 > 10
 
 
+@pytest.mark.long
 def test_a_draft_model_that_pays_is_tried_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is the model itself, as if it took a hundredth of the time."""
     monkeypatch.setattr(decoding, "share_of", lambda draft, engine: 0.01)
@@ -169,7 +170,9 @@ def test_a_draft_model_that_pays_is_tried_and_kept(monkeypatch: pytest.MonkeyPat
     assert accepted(texts) > 0.6 * drafted > 10
 
 
-@pytest.mark.parametrize("seed", [0, 1], ids=["itself", "another"])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.long), 1], ids=["itself", "another"]
+)
 def test_texts_are_those_without_a_draft_model(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """One that is the model itself proposes what is chosen, by the same draws; another, which knows
     nothing, changes nothing."""
@@ -232,6 +235,7 @@ def test_sampled_tokens_have_the_law_of_the_model(monkeypatch: pytest.MonkeyPatc
         assert scipy.stats.chisquare(seen, right * (seen.sum() / right.sum())).pvalue > 1e-3
 
 
+@pytest.mark.long
 def test_the_same_through_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode step's reference, in which rows find those before them: tokens, and all keys and
     values of both layers."""

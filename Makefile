@@ -19,7 +19,7 @@ test: $(VENV)/installed-test
 # installs PyTorch.
 parity: $(VENV)/installed-test
 	$(BIN)/pip install --quiet -e '.[parity]'
-	$(BIN)/python -m pytest -m live
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m live
 
 # The decode step's kernels run on NumPy, where races and unwritten words show; a minute.
 emulate: $(VENV)/installed-test

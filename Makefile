@@ -25,9 +25,11 @@ parity: $(VENV)/installed-test
 emulate: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m emulated tests/kernels
 
-# What takes long for what it shows, and what needs several processes; two minutes.
+# What takes long for what it shows, and what needs several processes, which alone is
+# make long MARKS=hosts; three minutes.
+long: MARKS = long or hosts
 long: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'long or hosts' --ignore=tests/mesh
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m '$(MARKS)' --ignore=tests/mesh
 
 # Every kernel lowered for CUDA by the JAX of a Python: make lower PYTHON=python3.13
 lower: VENV = .venv-lower

@@ -75,11 +75,11 @@ def product(
     packed: Packed, plan: StepPlan, phase: int, layer: int, x: Inputs, dtype: jnp.dtype
 ) -> Float[Array, "rows out"]:
     """As `packed_product` has it."""
-    found = []
+    found, blocks_of = [], functools.cache(x.blocks_of)
     for cut, at in _cuts(packed, plan, phase, layer, x.rows):
         whole = cut.tiling.splits == 1
         run = _build(*cut, plan.blocks, Outputs(dtype.name if whole else "float32"))
-        parts = run(packed.stream, at, x.blocks_of(cut.tiling.rows), _UNSCALED)
+        parts = run(packed.stream, at, blocks_of(cut.tiling.rows), _UNSCALED)
         found.append(parts[0] if whole else parts.sum(axis=0).astype(dtype))
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=1)
 

@@ -62,20 +62,20 @@ def issue(
         UserError: a file can't be read, the engines computed other models or texts, nothing can be
             judged, or a tensor that nothing else is wrong with is not finite.
     """
-    logs = [is_log(dump) for dump in dumps]
-    if any(logs) and not all(logs):
+    of_logs, *other = (is_log(dump) for dump in dumps)
+    if (not of_logs) in other:
         raise UserError(f"{' and '.join(dumps)}: a log can't be certified beside a dump.")
-    if any(logs) and tokens is not None:
+    if of_logs and tokens is not None:
         raise UserError("tokens are given, but a log names its own; leave them out.")
-    if not any(logs) and dtype is not None:
+    if not of_logs and dtype is not None:
         raise UserError(f"dtype is {dtype!r}, but a dump says its own; leave it out.")
-    paths = [Path(dump) if all(logs) else dump_of(dump) for dump in dumps]
+    paths = [Path(dump) if of_logs else dump_of(dump) for dump in dumps]
     traces = (
-        [] if all(logs) else [open_trace(path, checkpoint.config, tokens=tokens) for path in paths]
+        [] if of_logs else [open_trace(path, checkpoint.config, tokens=tokens) for path in paths]
     )
     inputs = inputs_of(checkpoint, paths)
     difference: Difference | LogDifference | None
-    if all(logs):
+    if of_logs:
         engines, difference = judged_logs(dumps, checkpoint, dtype, progress)
     else:
         engines = _judged_dumps(dumps, traces, checkpoint, progress)
@@ -83,7 +83,7 @@ def issue(
     checkpoint.check_unchanged()
     return Certificate(
         version=VERSION,
-        of="logs" if all(logs) else "dumps",
+        of="logs" if of_logs else "dumps",
         verdict=overall(engines),
         engines=engines,
         difference=difference,
@@ -92,7 +92,7 @@ def issue(
         tokens=None if tokens is None else tuple(tokens),
         dtype=dtype,
         inputs=inputs,
-        assumptions=ASSUMPTIONS_OF_LOGS if all(logs) else ASSUMPTIONS,
+        assumptions=ASSUMPTIONS_OF_LOGS if of_logs else ASSUMPTIONS,
         versions=versions(),
     )
 

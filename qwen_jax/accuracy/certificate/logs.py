@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_jax import choices
 from qwen_jax.accuracy.certificate.contents import (
     Engine,
     Judged,
@@ -36,7 +37,7 @@ Log = Mapping[str, Logged]
 Truth = Callable[[tuple[int, ...], str], Bounded]
 """From a text's ids and a dtype to the logits after each of them, and their bounds."""
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = tuple(name for name in choices.DTYPES if name != "auto")
 VAGUE = 1.0
 """Nats: a bound from which on probabilities may be e times as large as they should be."""
 
@@ -58,7 +59,7 @@ def judged_logs(
         UserError: a log can't be read, doesn't fit the model, or has nothing that can be judged.
     """
     logs = [read(file) for file in files]
-    pair = paired(logs[0], logs[1], (files[0], files[1])) if len(logs) == 2 else None
+    both = paired(logs[0], logs[1], (files[0], files[1])) if len(logs) == 2 else None
     dtypes = [_dtype(file, log, dtype) for file, log in zip(files, logs, strict=True)]
     truth = _truth_of(checkpoint)
     names = list(dict.fromkeys(name for log in logs for name in log))
@@ -78,9 +79,9 @@ def judged_logs(
         if progress:
             progress(done, len(names))
     engines = tuple(map(_engine, files, dtypes, judged, skipped))
-    if pair is None:
+    if both is None:
         return engines, None
-    same, others = pair
+    same, others = both
     errors = np.concatenate([np.zeros(0), *(np.abs(np.subtract(*pair.values)) for pair in same)])
     return engines, LogDifference(
         texts=len(same),

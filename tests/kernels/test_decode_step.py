@@ -111,11 +111,17 @@ def test_many_rows_lower_at_real_sizes(size: str, rows: int, capacity: int, dtyp
 def test_kernels_that_record_lower(
     size: str, stored: str, rows: int, kernel: types.ModuleType
 ) -> None:
-    plan = plan_of(SIZES[size], stored)
-    plain, recording = (
-        lower(plan, rows, 1024, kernel, "bfloat16", recorded=recorded) for recorded in (False, True)
+    assert_lowers_with_more("recorded", plan_of(SIZES[size], stored), rows, 1024, kernel)
+
+
+def assert_lowers_with_more(
+    option: str, plan: StepPlan, rows: int, slots: int, kernel: types.ModuleType
+) -> None:
+    """The kernel is another one, and larger, where it is built with the option."""
+    plain, larger = (
+        lower(plan, rows, slots, kernel, "bfloat16", **{option: on}) for on in (False, True)
     )
-    assert len(recording) > len(plain)
+    assert len(larger) > len(plain)
 
 
 @pytest.mark.lower
@@ -131,11 +137,7 @@ def test_kernels_that_record_lower(
 def test_kernels_of_several_positions_lower(
     size: str, stored: str, rows: int, kernel: types.ModuleType
 ) -> None:
-    plan = plan_of(SIZES[size], stored)
-    plain, several = (
-        lower(plan, rows, 32768, kernel, "bfloat16", several=several) for several in (False, True)
-    )
-    assert len(several) > len(plain)
+    assert_lowers_with_more("several", plan_of(SIZES[size], stored), rows, 32768, kernel)
 
 
 @pytest.mark.lower

@@ -102,6 +102,12 @@ def test_pieces() -> None:
     assert padded(0, 97) == padded(0, 128) == [128]
     assert padded(0, 257) == [128, 128, 16]
     assert padded(128, 257) == [128, 16]
+    # Short ones come together, and a page alone.
+    assert cpu.sizes(16) == (1, 4, 16)
+    assert cpu.sizes(128) == (1,)
+    assert cpu.extends([4]) == {(16, 4), (128, 1)}
+    assert shapes_for("gpu").sizes(64) == (4, 32)
+    assert shapes_for("cpu", batch_invariant=True).sizes(16) == (1,)
 
 
 @given(

@@ -23,13 +23,16 @@ from qwen_jax.model.split import WHOLE
 
 T = TypeVar("T")
 
+PROMPT = 4
+"""Pieces of one text's prompt, as a guess."""
+
 
 class Programs(NamedTuple):
     """Which programs are meant.
 
     Attributes:
         rows: of `step`.
-        pieces: of `extend`.
+        pieces: of `extend`, or as many as it can have of a length.
         plans: how `step` chooses tokens.
         halves: rows of `advance` and `choose`, which texts with a constraint need.
         penalised: whether rows of steps with drafts have penalties.
@@ -64,7 +67,7 @@ class Expected(NamedTuple):
     def programs(self, layout: Layout) -> Programs:
         """The fewest that serve it."""
         shapes, rows = layout.shapes, [fitting(layout.shapes.rows, self.texts)]
-        pieces = [shapes.pieces[0] if self.texts == 1 else shapes.pieces[-1]]
+        pieces = [fitting(shapes.pieces, PROMPT) if self.texts == 1 else shapes.pieces[-1]]
         plans = [Plan.of(self.choices, layout.spec.config.vocab_size)] if self.choices else []
         penalised = any(has_penalties(sampling) for sampling, _ in self.choices)
         if not self.constrained:
@@ -128,11 +131,10 @@ def _extends(
     layout: Layout, weights: Weights, programs: Programs
 ) -> Iterator[Callable[[], object]]:
     given, width = _shapes_of(layout, weights), layout.table_width
-    for count in programs.pieces:
-        for length in layout.shapes.lengths:
-            row, tokens = _ints(count), _ints(count, length)
-            args = given, _pages(layout), _ints(count, width), tokens, row, row
-            yield functools.partial(calls.extend.prepare, layout.spec.without_tokenizer, *args)
+    for length, count in sorted(layout.shapes.extends(programs.pieces)):
+        row, tokens = _ints(count), _ints(count, length)
+        args = given, _pages(layout), _ints(count, width), tokens, row, row
+        yield functools.partial(calls.extend.prepare, layout.spec.without_tokenizer, *args)
 
 
 def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Callable[[], object]]:

@@ -179,7 +179,7 @@ class Halves:
                 for piece in jump.pieces
                 if piece.padded == padded
             ]
-            rows = fitting(engine.shapes.pieces, len(pieces))
+            rows = fitting(engine.shapes.sizes(padded), len(pieces))
             for start in range(0, len(pieces), rows):
                 part = pieces[start : start + rows]
                 put = [(jump.text, piece) for jump, piece in part]
@@ -194,7 +194,7 @@ class Halves:
         """Of so many pieces of each length, in decode steps."""
         positions = 0
         for padded, count in lengths.items():
-            rows = fitting(self._engine.shapes.pieces, count)
+            rows = fitting(self._engine.shapes.sizes(padded), count)
             positions += -(-count // rows) * rows * padded
         return positions / POSITIONS.get(self._engine.platform, MANY_POSITIONS)
 

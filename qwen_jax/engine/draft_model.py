@@ -35,9 +35,9 @@ def catch_up(draft: Engine, texts: Sequence[Text]) -> None:
             pieces += [(text, piece) for piece in pieces_of(start, stop, draft.shapes)]
         text.record.missing.clear()
     pieces.sort(key=lambda one: one[1].padded)
-    for _, alike in itertools.groupby(pieces, key=lambda one: one[1].padded):
+    for length, alike in itertools.groupby(pieces, key=lambda one: one[1].padded):
         left = list(alike)
-        size = draft.pieces_for(len(left))
+        size = draft.pieces_for(len(left), length)
         for first in range(0, len(left), size):
             some = left[first : first + size]
             tokens = [text.record.tokens for text, _ in some if text.record is not None]

@@ -62,7 +62,7 @@ class Engine:
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
         self._rows: set[tuple[int, Plan, bool]] = set()
-        self._pieces: set[int] = set()
+        self._pieces: set[tuple[int, bool, int]] = set()
 
     @property
     def spec(self) -> Spec:
@@ -118,7 +118,8 @@ class Engine:
 
     def expect(self, programs: Programs) -> None:
         """Tells that these programs are compiled, or will be: others of the kind do without."""
-        self._pieces |= set(programs.pieces)
+        extends = self.shapes.extends(programs.pieces)
+        self._pieces |= {(length, False, size) for length, size in extends}
         self._rows |= {(size, plan, False) for size in programs.rows for plan in programs.plans}
         self._rows |= {(size, IN_HALVES, True) for size in programs.halves}
 
@@ -135,15 +136,16 @@ class Engine:
         self._rows.add((chosen, plan, in_halves))
         return chosen
 
-    def pieces_for(self, count: int) -> int:
-        """Pieces of each call of `extend` where there are so many in all: by the same rule, but
-        two calls are better than one that is mostly padding; and few calls of a smaller program
-        that is there do, too."""
-        size = fitting(self.shapes.pieces, -(-count // 2))
-        larger = [n for n in self._pieces if n >= size]
-        smaller = [n for n in self._pieces if n < size and n * FEW_CALLS >= count]
+    def pieces_for(self, count: int, length: int, scored: bool = False) -> int:
+        """Pieces of each call of `extend`, or of `score`, where there are so many of a length in
+        all: by the same rule, but two calls are better than one that is mostly padding; and few
+        calls of a smaller program that is there do, too."""
+        size = fitting(self.shapes.sizes(length), -(-count // 2))
+        there = [n for *of, n in self._pieces if of == [length, scored]]
+        larger = [n for n in there if n >= size]
+        smaller = [n for n in there if n < size and n * FEW_CALLS >= count]
         chosen = min(larger) if larger else max(smaller, default=size)
-        self._pieces.add(chosen)
+        self._pieces.add((length, scored, chosen))
         return chosen
 
     def room(self, tokens: Sequence[int], max_tokens: int) -> int:

@@ -1,6 +1,6 @@
 """How texts get in: they wait in order, take pages and a slot, and are extended in pieces."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -111,10 +111,11 @@ class Entrance:
             Calls that score, and texts that are whole now and are to be decoded.
         """
         for _ in range(self._calls_of_extend(running)):
-            pieces = self._next_pieces(self._engine.shapes.pieces[-1])
-            size = self._rows_of(pieces) if pieces else 1
-            for start in range(0, len(pieces), size):
-                yield from self._put(pieces[start : start + size], size)
+            if pieces := self._next_pieces():
+                scored, length = _scored(*pieces[0]), pieces[0][1].padded
+                size = self._engine.pieces_for(len(pieces), length, scored)
+                for start in range(0, len(pieces), size):
+                    yield from self._put(pieces[start : start + size], size)
             while self.entering and not self.entering[0][1]:
                 text, _ = self.entering.popleft()
                 if text.over:
@@ -129,8 +130,11 @@ class Entrance:
         One that is not full takes nearly as long. It waits for more pieces while nearly all slots
         run and others wait in line, but not for many turns.
         """
-        shapes = self._engine.shapes
-        full = sum(len(pieces) for _, pieces in self.entering) // shapes.pieces[-1]
+        shapes, lengths = (
+            self._engine.shapes,
+            Counter(p.padded for _, ps in self.entering for p in ps),
+        )
+        full = sum(count // shapes.sizes(length)[-1] for length, count in lengths.items())
         calls = min(full, MOST_CALLS if 2 * running < shapes.slots else MOST_CALLS // 2)
         busy = bool(self.waiting) and 8 * running > 7 * shapes.slots
         if calls == 0 and self.entering and (not busy or self._patience == 0):
@@ -138,11 +142,11 @@ class Entrance:
         self._patience = PATIENCE if calls or not self.entering else self._patience - 1
         return calls
 
-    def _next_pieces(self, most: int) -> list[tuple[Text, Piece]]:
+    def _next_pieces(self) -> list[tuple[Text, Piece]]:
         """Those that can be in one call: as long as the first, and all scored or none."""
         taken: list[tuple[Text, Piece]] = []
         for text, pieces in self.entering:
-            while pieces and len(taken) < most:
+            while pieces and len(taken) < self._engine.shapes.sizes(pieces[0].padded)[-1]:
                 if taken and (
                     pieces[0].padded != taken[0][1].padded
                     or _scored(text, pieces[0]) != _scored(*taken[0])
@@ -150,12 +154,6 @@ class Entrance:
                     return taken
                 taken.append((text, pieces.popleft()))
         return taken
-
-    def _rows_of(self, pieces: list[tuple[Text, Piece]]) -> int:
-        """Of the calls that put these pieces into the cache; of `score` there is one size."""
-        if _scored(*pieces[0]):
-            return self._engine.shapes.pieces[-1]
-        return self._engine.pieces_for(len(pieces))
 
     def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> Iterator[Scoring]:
         engine = self._engine

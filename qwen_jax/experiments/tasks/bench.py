@@ -126,8 +126,9 @@ class Texts:
         shapes, length = self.engine.shapes, self._tokens.shape[1] - 1
         pieces = [(row, p) for row in range(self.count) for p in pieces_of(0, length, shapes)]
         for padded, alike in itertools.groupby(pieces, lambda pair: pair[1].padded):
-            for some in _batched(alike, shapes.pieces[-1]):
-                rows = np.zeros(fitting(shapes.pieces, len(some)), np.int32)
+            sizes = shapes.sizes(padded)
+            for some in _batched(alike, sizes[-1]):
+                rows = np.zeros(fitting(sizes, len(some)), np.int32)
                 tokens = np.zeros((len(rows), padded), np.int32)
                 start, lengths = np.zeros_like(rows), np.zeros_like(rows)
                 for i, (row, piece) in enumerate(some):

@@ -53,7 +53,7 @@ class Shapes:
 
     def sizes(self, length: int) -> tuple[int, ...]:
         """How many pieces of a length a call may have, ascending."""
-        return tuple(n for n in self.pieces if n == 1 or n * length <= self.positions)
+        return tuple(n for n in self.pieces if n * length <= self.positions) or (1,)
 
     def extends(self, pieces: Iterable[int]) -> set[tuple[int, int]]:
         """Length and number of pieces of the calls that so many of any length need."""
@@ -102,9 +102,7 @@ def shapes_for(platform: str, slots: int | None = None, batch_invariant: bool = 
         )
     if not batch_invariant:
         return shapes
-    # A CPU computes what is empty, too.
-    pieces = shapes.pieces[:1] if platform == "cpu" else shapes.pieces[-1:]
-    return dataclasses.replace(shapes, rows=shapes.rows[-1:], pieces=pieces)
+    return dataclasses.replace(shapes, rows=shapes.rows[-1:], pieces=shapes.pieces[-1:])
 
 
 def _up_to(slots: int, *sizes: int) -> tuple[int, ...]:

@@ -9,10 +9,12 @@ from qwen_jax import xla_flags
 if TYPE_CHECKING:
     from qwen_jax import accuracy
     from qwen_jax.api import Model, Options, load
+    from qwen_jax.completions import Completion, TokenLogprob
     from qwen_jax.config import ModelConfig
     from qwen_jax.engine.sampling import Sampling
     from qwen_jax.errors import UserError
-    from qwen_jax.generation import Completion, Generation, Request, TokenLogprob
+    from qwen_jax.generation import Generation
+    from qwen_jax.requests import Request
     from qwen_jax.text.constraint import Constraint
 
 __version__ = "0.1.0"
@@ -41,7 +43,9 @@ _HOME = {
     "api": ("Model", "Options", "load"),
     "config": ("ModelConfig",),
     "errors": ("UserError",),
-    "generation": ("Completion", "Generation", "Request", "TokenLogprob"),
+    "completions": ("Completion", "TokenLogprob"),
+    "generation": ("Generation",),
+    "requests": ("Request",),
     "engine.sampling": ("Sampling",),
     "text.constraint": ("Constraint",),
 }

@@ -24,6 +24,7 @@ from qwen_jax.choices import (
     check_weights,
     dtype_of,
 )
+from qwen_jax.completions import Completion, Piece, StreamedText
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.engine import Engine
@@ -31,15 +32,7 @@ from qwen_jax.engine.layout import EngineOptions
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.executables.per_user import use_compilation_cache
-from qwen_jax.generation import (
-    Completion,
-    Generation,
-    NotYet,
-    Piece,
-    Request,
-    StreamedText,
-    check_fits,
-)
+from qwen_jax.generation import Generation, NotYet
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.in_thread import in_thread
 from qwen_jax.loading import Speculation, load_engine
@@ -48,6 +41,7 @@ from qwen_jax.opening import BUNDLED, open_model
 from qwen_jax.options import PROMPT_OPTIONS, Options, prompt_options
 from qwen_jax.recommended import Recommended
 from qwen_jax.recommended import read as read_recommended
+from qwen_jax.requests import Request, check_fits, reseeded
 from qwen_jax.scoring import Pair, Score, scored
 from qwen_jax.text.chat import DEFAULT_SYSTEM
 from qwen_jax.text.prompt import Message, Prompt, PromptOptions, prompt_ids, prompts_in
@@ -400,9 +394,3 @@ def _take(
 
 def _completions(ended: dict[int, Completion], alone: bool) -> Completion | list[Completion]:
     return ended[0] if alone else [ended[number] for number in range(len(ended))]
-
-
-def reseeded(requests: Iterable[Request], first: int = 0) -> Iterator[Request]:
-    """The requests with row i's seed raised by first + i, so that no two rows draw alike."""
-    for i, request in enumerate(requests, start=first):
-        yield request.reseeded((request.sampling.seed + i) % 2**32)

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from qwen_jax import choices, hints, regular_files, strict_json
 from qwen_jax.api import Model
+from qwen_jax.completions import StreamedText
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.generation import StreamedText
 from qwen_jax.in_force import describe
 from qwen_jax.options import Options
 from qwen_jax.text.messages import plain_messages

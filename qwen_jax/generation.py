@@ -1,155 +1,21 @@
 """From token ids to text: requests through the engine's slots, a piece of text at a time."""
 
-import copy
-import dataclasses
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Generator, Iterable, Iterator
 from typing import NamedTuple
 
-from qwen_jax.arguments import check_fields
-from qwen_jax.choices import check_max_tokens, check_top_logprobs
+from qwen_jax.completions import Completion, Piece, StreamedText, Timings, TokenLogprob
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import compile_seconds
 from qwen_jax.engine.replicas import line_for
-from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
+from qwen_jax.requests import Request, check_fits
 from qwen_jax.scoring import Score, Scored, ToScore, to_be_scored
-from qwen_jax.text.constraint import Constraint, Matcher
+from qwen_jax.text.constraint import Matcher
 from qwen_jax.text.prompt import own_stop_ids
-from qwen_jax.text.streaming import TextStream, stops_of
+from qwen_jax.text.streaming import TextStream
 from qwen_jax.text.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt's ids, and how to answer it.
-
-    Attributes:
-        tokens: the prompt's ids.
-        max_tokens: the most tokens to generate.
-        sampling: how tokens are chosen.
-        stop: a string that ends the text, or several, control tokens included; they are cut off.
-        stop_ids: ids that end the text, besides those of the model; they are not shown.
-        top_logprobs: None for no log-probabilities, else how many of the likeliest to keep.
-        constraint: what all of the text must be, as far as max_tokens reach.
-    """
-
-    tokens: Sequence[int]
-    max_tokens: int = 256
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    stop: Sequence[str] = ()
-    stop_ids: Sequence[int] = ()
-    top_logprobs: int | None = None
-    constraint: Constraint | None = None
-
-    def __post_init__(self) -> None:
-        # What can be gone through once would stop nobody after it was checked.
-        if isinstance(self.stop_ids, Iterator):
-            object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-        object.__setattr__(self, "stop", stops_of(self.stop))
-        check_fields(self)
-        check_max_tokens(self.max_tokens)
-        check_top_logprobs(self.top_logprobs)
-
-    def reseeded(self, seed: int) -> "Request":
-        """The same with another seed. What is checked is not checked again, for each sample."""
-        found, sampling = copy.copy(self), copy.copy(self.sampling)
-        object.__setattr__(sampling, "seed", seed)
-        object.__setattr__(found, "sampling", sampling)
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """A chosen token's log-probability under the model, and the likeliest ones', best first.
-
-    They are the model's own: before bias, penalties, temperature and filters.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What became of one request.
-
-    Attributes:
-        text: without control tokens and the stop token, cut before a stop string.
-        tokens: every id the model chose, the stop token included.
-        finish_reason: "stop" (a stop token or string), "length" (max_tokens or the context
-            is used up) or "interrupted".
-        prompt_tokens: ids in the prompt.
-        logprobs: one entry a token, where asked for.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Timings:
-    """Seconds and tokens of a run; compilation is counted apart.
-
-    Attributes:
-        prompt_tokens: of all prompts,
-        shared_tokens: and how many of these were in the cache already.
-        generated_tokens: of all answers.
-        seconds: from the first prompt to the last token, compilation left out.
-        first_token_seconds: from the first prompt to the first token, compilation included.
-        compile_seconds: tracing, lowering and compiling.
-        drafted_tokens: of drafts,
-        accepted_tokens: and how many of these are in the answers.
-    """
-
-    prompt_tokens: int = 0
-    shared_tokens: int = 0
-    generated_tokens: int = 0
-    seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-
-    @property
-    def generation_rate(self) -> float:
-        """Tokens generated a second, prompts included in the time."""
-        return self.generated_tokens / max(self.seconds, 1e-9)
-
-    def __add__(self, other: "Timings") -> "Timings":
-        """Of both; the first token is the first one's."""
-        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        first = self.first_token_seconds or other.first_token_seconds
-        return Timings(**sums | {"first_token_seconds": first})
-
-
-class StreamedText(str):
-    """A piece of a text as it comes.
-
-    Attributes:
-        tokens: the ids it was made of. Those of a character that is not complete, or of what may
-            become a stop string, come with the piece that shows it.
-        logprobs: of these, where asked for.
-        finish_reason: of the last piece, whose text may be empty: see `Completion`.
-    """
-
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    finish_reason: str | None = None
-
-
-class Piece(NamedTuple):
-    """New text of the request of this number, from 0; its completion with the last piece."""
-
-    number: int
-    text: StreamedText
-    completion: Completion | None
 
 
 class NotYet:
@@ -400,22 +266,3 @@ class _Row:
             prompt_tokens=len(self.request.tokens),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
         )
-
-
-def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
-    """Raises UserError where a stop id or a biased one is no token of the model, more
-    log-probabilities are asked for than it has tokens, or nothing can be held to the constraint."""
-    vocabulary, source = tokenizer.vocab_size, engine.config.source
-    for token in request.stop_ids:
-        if not 0 <= token < vocabulary:
-            raise UserError(
-                f"stop_ids holds {token!r:.40}, but token ids are 0 to {vocabulary - 1}."
-            )
-    if request.top_logprobs is not None and request.top_logprobs > vocabulary:
-        raise UserError(
-            f"top_logprobs is {request.top_logprobs!r:.40}, but it must be from 0 to the "
-            f"{vocabulary} tokens of {source}."
-        )
-    check_bias(request.sampling, engine.config.vocab_size)
-    if request.constraint is not None:
-        Matcher(request.constraint, tokenizer)

@@ -11,7 +11,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qwen_jax import (
-    api,
     choices,
     in_force,
     prompt_lines,
@@ -21,13 +20,14 @@ from qwen_jax import (
     strict_json,
     utf8,
 )
+from qwen_jax.completions import Completion
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Completion, Request
 from qwen_jax.in_force import DRAWS
 from qwen_jax.opening import BUNDLED
 from qwen_jax.options import Options
 from qwen_jax.prompt_lines import Item, Wrong
+from qwen_jax.requests import Request, reseeded
 from qwen_jax.text.constraint import Constraint, check_installed, constraint_of
 from qwen_jax.text.messages import plain_tools
 from qwen_jax.text.streaming import stops_of
@@ -184,7 +184,7 @@ def rows(
             continue
         samples = item.samples(n)
         seed = 0 if "seed" in item.own else place(item.id, samples)
-        for sample, seeded in enumerate(api.reseeded(itertools.repeat(request, samples), seed)):
+        for sample, seeded in enumerate(reseeded(itertools.repeat(request, samples), seed)):
             yield item, sample, seeded
 
 

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sample_tokens import Logprobs
+from qwen_jax.completions import Completion, Piece
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Plan
-from qwen_jax.generation import Completion, Generation, Piece, Request
+from qwen_jax.generation import Generation
+from qwen_jax.requests import Request
 from qwen_jax.text.tokenizer import Tokenizer
 from tests.engines import reshape
 from tests.tiny_checkpoints import tiny_config

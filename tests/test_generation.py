@@ -13,11 +13,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qwen_jax import api
+from qwen_jax.completions import Completion, Timings
 from qwen_jax.engine import steps
 from qwen_jax.engine.reading import overflow
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Completion, Generation, Request, Timings
+from qwen_jax.generation import Generation
+from qwen_jax.requests import Request
 from qwen_jax.text.tokenizer import Tokenizer
 from tests.scripted import CONTEXT, Scripted
 

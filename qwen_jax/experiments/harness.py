@@ -24,9 +24,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from qwen_jax import api, opening
+from qwen_jax.completions import Completion
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import harness_settings
-from qwen_jax.generation import Completion, Request
+from qwen_jax.requests import Request
 from qwen_jax.scoring import Pair
 from qwen_jax.text.chat import CHATML_TEMPLATE, render_chat
 

@@ -12,8 +12,8 @@ from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.scores import JUDGE
 from qwen_jax.experiments.task import Metrics, Task, Work, made, task_names
-from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
+from qwen_jax.requests import Request
 
 
 def task_of(config: ConfigDict) -> Task:

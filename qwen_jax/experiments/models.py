@@ -14,9 +14,9 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.shapes import shapes_for
 from qwen_jax.engine.split_weights import splits_of
 from qwen_jax.experiments import quantize
-from qwen_jax.generation import Request
 from qwen_jax.mesh import MeshShape
 from qwen_jax.prompts import Item
+from qwen_jax.requests import Request
 
 _OF_EXPERIMENTS = ("quantization", "cache_dtype")
 """Fields that only experiments have."""

@@ -28,8 +28,8 @@ from qwen_jax.experiments.scores import JUDGE
 from qwen_jax.experiments.stopping import Clock, OutOfTime, why_hopeless
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.experiments.tasks.generate import Generate
-from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
+from qwen_jax.requests import Request
 
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.INFO)

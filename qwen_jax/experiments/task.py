@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Request
 from qwen_jax.prompts import Item
+from qwen_jax.requests import Request
 
 Metrics = dict[str, float]
 

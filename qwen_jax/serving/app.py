@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from qwen_jax import strict_json
 from qwen_jax.api import Model
+from qwen_jax.completions import Piece
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Piece
 from qwen_jax.options import Options
 from qwen_jax.scoring import Scored, ToScore
 from qwen_jax.serving import asked, page

@@ -5,14 +5,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from qwen_jax import api
 from qwen_jax.api import Model
 from qwen_jax.choices import check_max_tokens
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Request
 from qwen_jax.options import Options
 from qwen_jax.prompt_lines import bias_of
+from qwen_jax.requests import Request, reseeded
 from qwen_jax.serving import fields
 from qwen_jax.serving.fields import with_param
 from qwen_jax.serving.refusal import RefusalError
@@ -87,7 +86,7 @@ class Asked:
                     "most; shorten it.",
                     code="context_length_exceeded",
                 )
-            found += api.reseeded([request] * self.n)
+            found += reseeded([request] * self.n)
         return found
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qwen_jax.generation import Completion, Piece, TokenLogprob
+from qwen_jax.completions import Completion, Piece, TokenLogprob
 from qwen_jax.scoring import Score
 from qwen_jax.serving.asked import Asked
 from qwen_jax.serving.tool_calls import Call, ToolCalls

@@ -12,8 +12,10 @@ from typing import NamedTuple
 from absl import logging
 
 from qwen_jax.api import Model
+from qwen_jax.completions import Piece, Timings
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Failed, Piece, Request, Running, Timings
+from qwen_jax.generation import Failed, Running
+from qwen_jax.requests import Request
 from qwen_jax.scoring import Scored, ToScore
 from qwen_jax.serving.refusal import RefusalError
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from qwen_jax import pins, prompt_records, prompts, recommended, settings, startup
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Request
 from qwen_jax.options import Options
 from qwen_jax.prompt_records import Damaged, Record
+from qwen_jax.requests import Request
 from qwen_jax.serving import asked
 from qwen_jax.serving.asked import Asked
 from qwen_jax.serving.refusal import RefusalError

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from qwen_jax import pins, prompts, recommended, settings, startup
+from qwen_jax.completions import StreamedText
 from qwen_jax.conversation import Conversation
 from qwen_jax.errors import UserError
-from qwen_jax.generation import StreamedText
 from qwen_jax.in_force import describe
 from qwen_jax.options import Options
 from qwen_jax.settings import Command

@@ -23,12 +23,13 @@ from qwen_jax import (
     startup,
 )
 from qwen_jax.api import Model
+from qwen_jax.completions import Completion
 from qwen_jax.engine.compiling import Expected
 from qwen_jax.engine.memory import device
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Completion, Request
 from qwen_jax.mesh import MeshShape
 from qwen_jax.prompt_lines import SAMPLING, Item, Wrong
+from qwen_jax.requests import Request, reseeded
 from qwen_jax.settings import Command
 from qwen_jax.tasks import answers, batch
 from qwen_jax.tasks.answers import Answers
@@ -216,7 +217,7 @@ def _run_single(model: Model, item: Item, config: ConfigDict, summary: Summary) 
         from qwen_jax.accuracy.traces.trace import select
 
         select(model.config, config.trace.names)  # Refuses what matches nothing.
-    generation = model.run(api.reseeded(itertools.repeat(request, config.n)))
+    generation = model.run(reseeded(itertools.repeat(request, config.n)))
     ended: dict[int, Completion] = {}
     printed = 0
     # A terminal obeys what a model may write; a file gets the text as it is.

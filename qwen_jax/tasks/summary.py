@@ -8,9 +8,10 @@ import jax
 
 from qwen_jax import startup
 from qwen_jax.api import Model
+from qwen_jax.completions import Piece, Timings
 from qwen_jax.engine.memory import peak_memory
 from qwen_jax.engine.sampling import Sampling
-from qwen_jax.generation import Generation, Piece, Timings
+from qwen_jax.generation import Generation
 from qwen_jax.in_force import describe
 from qwen_jax.mesh import MeshShape
 

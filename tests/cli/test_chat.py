@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import qwen_jax
+from qwen_jax.completions import StreamedText
 from qwen_jax.conversation import Conversation
-from qwen_jax.generation import StreamedText
 from qwen_jax.options import Options
 from tests.cli.conftest import Result, Run
 

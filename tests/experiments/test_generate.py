@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from qwen_jax import api
+from qwen_jax.completions import Timings
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.scores import answers, texts
 from qwen_jax.experiments.scores.fields import Score
 from qwen_jax.experiments.tasks.generate import Tally
-from qwen_jax.generation import Timings
 from qwen_jax.prompts import Item
 from tests.experiments.conftest import lines
 

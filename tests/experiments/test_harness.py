@@ -9,11 +9,11 @@ import pytest
 from scipy.special import log_softmax
 
 from qwen_jax import api
+from qwen_jax.completions import Completion
 from qwen_jax.engine import steps
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.experiments.models import Sizes, remaker
-from qwen_jax.generation import Completion
 from qwen_jax.model.cache import PAGE
 
 pytest.importorskip("lm_eval", reason="needs pip install '.[eval]'")

@@ -11,7 +11,7 @@ from hypothesis import given
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 import qwen_jax
-from qwen_jax.generation import Completion, Piece, StreamedText
+from qwen_jax.completions import Completion, Piece, StreamedText
 from qwen_jax.options import Options
 from qwen_jax.serving import asked
 from qwen_jax.serving.replies import ChatReply

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import pytest
 import tokenizers
 
+from qwen_jax.completions import Completion
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Completion, Generation, Request
+from qwen_jax.generation import Generation
+from qwen_jax.requests import Request
 from qwen_jax.text.prompt import own_stop_ids, prompt_ids
 from qwen_jax.text.tokenizer import Tokenizer
 from tests.text.conftest import FIM

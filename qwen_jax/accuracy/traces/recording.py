@@ -15,15 +15,16 @@ from pallas_kernels.gqa_prefill_attention.reference import SLOTS
 from qwen_jax.accuracy.traces.collecting import Collector
 from qwen_jax.accuracy.traces.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import Model
+from qwen_jax.completions import Completion
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.shapes import Piece, Shapes, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
-from qwen_jax.generation import Completion, Request
 from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.tap import recording
+from qwen_jax.requests import Request
 from qwen_jax.versions import version
 from qwen_jax.weights.open_files import OpenFile
 

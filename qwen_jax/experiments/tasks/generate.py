@@ -13,15 +13,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen_jax import prompts, ready_made, recommended
+from qwen_jax.completions import Completion, Timings
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import energy, judging, kinds, scores
 from qwen_jax.experiments.models import Choice
 from qwen_jax.experiments.task import Metrics, Task, Work
-from qwen_jax.generation import Completion, Request, Timings
 from qwen_jax.in_force import DRAWS
 from qwen_jax.options import prompt_options
 from qwen_jax.prompts import Item
 from qwen_jax.recommended import Recommended
+from qwen_jax.requests import Request
 from qwen_jax.task_fields import ANSWER, PROMPT
 from qwen_jax.terminal import visible
 

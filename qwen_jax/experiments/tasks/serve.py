@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from qwen_jax import api
 from qwen_jax.api import Model
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import energy, kinds
 from qwen_jax.experiments.task import Metrics, Work
 from qwen_jax.experiments.tasks.generate import Generate
-from qwen_jax.generation import NotYet, Request
+from qwen_jax.generation import NotYet
+from qwen_jax.requests import Request, reseeded
 from qwen_jax.task_fields import ANSWER, PROMPT
 
 _PERCENTILES = (50, 90, 99)
@@ -78,7 +78,7 @@ class Serve(Generate):
         found = [_served(item) for item in work.recorded()]
         if len(found) < serve.repeats:
             items = list(itertools.islice(itertools.cycle(self.items()), serve.requests))
-            requests = list(api.reseeded(map(work.request, items)))
+            requests = list(reseeded(map(work.request, items)))
             slots = serve.concurrency or model.engine.shapes.slots
             for _ in model.run(requests[: 2 * slots]):  # compiles
                 pass

@@ -163,16 +163,35 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+VARIABLES = {
+    "Slurm": {
+        "SLURM_JOB_ID": "{port}",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "{count}",
+        "SLURM_PROCID": "{rank}",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_NODES": "{count}",
+    },
+    "Open MPI": {
+        "OMPI_MCA_orte_hnp_uri": "{job}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "{count}",
+        "OMPI_COMM_WORLD_RANK": "{rank}",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    },
+}
+"""What launchers tell each process; JAX makes a port of the job's number."""
+
+
 class Started:
     """A command on so many hosts, which are processes of this one.
 
     Args:
         own: a flag that one host has, by its number.
-        slurm: whether they learn from Slurm's variables who they are.
+        launcher: one of `VARIABLES`, from which they learn who they are.
     """
 
     def __init__(
-        self, count: int, *command: str, own: dict[int, str] | None = None, slurm: bool = False
+        self, count: int, *command: str, own: dict[int, str] | None = None, launcher: str = ""
     ):
         port, own = free_port(), own or {}
         # Two devices of each: of two hosts they make two models as well as one.
@@ -180,20 +199,15 @@ class Started:
         base = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {two}"}
         self.all = []
         for number in range(1, count + 1):
-            where = "auto" if slurm else f"127.0.0.1:{port},{number}/{count}"
-            variables = {
-                "SLURM_JOB_ID": str(port),
-                "SLURM_STEP_NODELIST": "127.0.0.1",
-                "SLURM_NTASKS": str(count),
-                "SLURM_PROCID": str(number - 1),
-                "SLURM_LOCALID": "0",
-                "SLURM_STEP_NUM_NODES": str(count),
-            }
+            where = "auto" if launcher else f"127.0.0.1:{port},{number}/{count}"
+            known = {"port": port, "job": port * 2**12, "count": count, "rank": number - 1}
+            variables = VARIABLES.get(launcher, {}).items()
+            said = {name: value.format(**known) for name, value in variables}
             own_flag = [own[number]] if number in own else []
             started = subprocess.Popen(
                 [sys.executable, "run.py", *command, *own_flag, f"--hosts={where}"],
                 cwd=REPOSITORY,
-                env=base | (variables if slurm else {}),
+                env=base | said,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -310,8 +324,18 @@ def test_a_mesh_that_leaves_hosts_out() -> None:
 
 
 @pytest.mark.hosts
-def test_slurm_says_who_they_are() -> None:
+def test_kubernetes_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    command = [sys.executable, "run.py", "--mesh=tp=2", "--hosts=auto", "--prompt=haiku: rain"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "pip install jax[k8s]" in done.stderr and "write ADDRESS:PORT,I/N." in done.stderr
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("launcher", VARIABLES)
+def test_a_launcher_says_who_they_are(launcher: str) -> None:
     prompt = ("--prompt=haiku: rain", "--max_tokens=12")
-    first, second = Started(2, "--mesh=tp=2", *prompt, slurm=True).ended()
+    first, second = Started(2, "--mesh=tp=2", *prompt, launcher=launcher).ended()
     assert first[0] == 0 and first[1] == alone(*prompt)
     assert second == (0, "", "")

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -140,10 +141,13 @@ def _initialize(place: Place | None) -> str:
     waiting.daemon = True
     waiting.start()
     try:
-        jax.distributed.initialize(**given, initialization_timeout=2 * WAIT)
+        with warnings.catch_warnings(record=True) as warned:
+            jax.distributed.initialize(**given, initialization_timeout=2 * WAIT)
     except (ValueError, RuntimeError) as error:  # JAX's own are RuntimeErrors
         why = " ".join(str(error).split()).rstrip(".")
         if place is None:
+            # As that Kubernetes is there, but not its package.
+            why = " ".join(" ".join([str(w.message) for w in warned] or [why]).split())
             raise UserError(
                 f"hosts is auto, but JAX finds no {ENVIRONMENTS} here to say who they are ({why}); "
                 "write ADDRESS:PORT,I/N."

@@ -19,7 +19,7 @@ class AtRandom(Drafts):
         for _ in range(int(self.rng.integers(0, size - len(records) + 1))):
             widths[int(self.rng.integers(len(records)))] += 1
         widths = [min(width, 1 + self._most) for width in widths]
-        return Grant(size, widths, 1.0) if max(widths) > 1 else None
+        return Grant(size, widths, 1.0, self._most) if max(widths) > 1 else None
 
 
 def accepted(texts: Iterable[Text]) -> int:

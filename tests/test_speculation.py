@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.engine import decoding
-from qwen_jax.engine.drafts import TRIAL, Drafts, Record
+from qwen_jax.engine.drafts import FEW, TRIAL, Drafts, Record
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.lookup import LONGEST, NO_DRAFT, SHORTEST, Lookup, lookup
 from qwen_jax.engine.sampling import Sampling, has_penalties
@@ -357,13 +357,14 @@ def test_a_draft_model_that_knows_nothing_is_tried_seldom() -> None:
             drafts.ledger.plain(GPU.steps)
             record.read([7] * GPU.steps)
             continue
-        assert grant.trial
+        assert grant.trial and grant.most == FEW and grant.widths == [1 + FEW]
         assert drafts.grant([record]) is None  # while nothing is known of it
         time += GPU.steps - TRIAL + TRIAL * grant.cost
-        record.read_drafted([7] * TRIAL, 7 * TRIAL, [1] * TRIAL, grant.cost)
+        record.read_drafted([7] * TRIAL, FEW * TRIAL, [1] * TRIAL, grant.cost)
         for _step in range(TRIAL):
             drafts.ledger.step(grant.cost, [1])
-    assert 1000 < time <= 1.03 * 1000
+    # A trial really costs twice as much: 4 % of 400 steps were measured where 2.2 % were counted.
+    assert 1000 < time <= 1.015 * 1000
 
 
 def test_rows_that_are_left_over_are_used_first() -> None:

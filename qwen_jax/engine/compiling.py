@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.sample_tokens import words
 from qwen_jax.engine import calls, steps
-from qwen_jax.engine.drafts import TRIAL
+from qwen_jax.engine.drafts import FEW, TRIAL
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.sampling import IN_HALVES, PLANS, Plan, Sampling, has_penalties
 from qwen_jax.engine.shapes import Shapes, fitting
@@ -180,9 +180,10 @@ def _steps_with_drafts(
     sizes = [size for size in shapes.rows if size >= min(programs.rows)][: len(programs.rows) + 1]
     theirs = (None, None) if draft is None else (_shapes_of(*draft), _pages(draft[0]))
     own = None if draft is None else draft[0].spec.without_tokenizer
-    # A draft model is tried a few steps at a time.
-    times = [shapes.steps] if draft is None else [shapes.steps, TRIAL]
-    for size, plan, penalised, count in itertools.product(
+    # A draft model is tried a few steps at a time, with few tokens.
+    most = layout.draft_tokens
+    times = [(shapes.steps, most)] + ([] if draft is None else [(TRIAL, min(FEW, most))])
+    for size, plan, penalised, (count, tokens) in itertools.product(
         sizes, programs.plans, programs.penalised, times
     ):
         if size == 1 or (penalised and not plan.sampled):
@@ -192,5 +193,5 @@ def _steps_with_drafts(
         rows = _ints(size, steps.FIELDS), lanes
         args = given, _pages(layout), _ints(size, width), state
         rest = extras if plan.sampled else None, history, *theirs, rows, plan
-        drafting = Drafting(layout.draft_tokens, penalised, own)
+        drafting = Drafting(tokens, penalised, own)
         yield functools.partial(calls.speculate.prepare, spec, *args, *rest, drafting, count)

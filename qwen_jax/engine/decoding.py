@@ -167,7 +167,7 @@ class Decoding:
             (rows, _lanes(widths, grant.size, room)),
             plan,
             Drafting(
-                engine.layout.draft_tokens,
+                grant.most,
                 penalised,
                 None if draft is None else draft.spec.without_tokenizer,
             ),

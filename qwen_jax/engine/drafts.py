@@ -17,14 +17,17 @@ MOST_DRAFTED = 15
 """Tokens of a draft, at most: of more the last ones are hardly ever accepted."""
 USUAL_DRAFTED = 7
 FEW = 3
-"""Tokens of a draft where texts share what rows there are; rather than fewer, some have none."""
+"""Tokens of a draft where texts share what rows there are; rather than fewer, some have none. And
+of one that a draft model is tried with."""
 RECENT = 0.25
 """Weight of a text's last step in what drafts are worth to it."""
 MARGIN, OVERHEAD = 1.5, 0.1
 """Drafts have to promise so many times what a larger step costs, and this share of a step besides:
 looking up takes time, too."""
-LOSS_SHARE, LOSS_FREE = 0.015, 1.0
-"""What drafts may have cost in all: a share of all steps, and so many steps besides."""
+LOSS_SHARE, LOSS_FREE = 0.01, 0.5
+"""What drafts may have cost in all: a share of all steps, and so many steps besides. It is half of
+what they may really cost: calls of few steps and a draft model that has to catch up cost as much
+again (benchmarks/results/gpu_speculation.md)."""
 MOST_CREDIT = 16.0
 """Steps gained that count against later losses, at most."""
 TRIAL = 2
@@ -40,12 +43,14 @@ class Grant(NamedTuple):
         size: rows of the program.
         widths: of each text so many rows, one more than there are drafted tokens.
         cost: of its steps, in steps without drafts.
+        most: tokens that are drafted for a text.
         trial: whether it is to have few steps.
     """
 
     size: int
     widths: list[int]
     cost: float
+    most: int
     trial: bool = False
 
 
@@ -183,14 +188,15 @@ class Drafts:
             if (spare := size - texts) < 1 or not by_worth:
                 continue
             best = by_worth[: max(1, spare // FEW)]
-            each = min(self._most, spare // len(best))
-            cost = self._shapes.cost(size) / usual + (self._share or 0) * (each + 1)
+            trial = not all(records[i].proven for i in best)
+            most = min(self._most, FEW) if trial else self._most
+            each = min(most, spare // len(best))
+            cost = self._shapes.cost(size) / usual + (self._share or 0) * (most + 1)
             gained = sum(min(records[i].worth - 1, each) for i in best)
             pays = gained >= texts * (MARGIN * (cost - 1) + OVERHEAD)
             if pays and (speed := (1 + gained / texts) / cost) > fastest:
                 widths = [1 + each * (i in best) for i in range(texts)]
-                trial = not all(records[i].proven for i in best)
-                found, fastest = Grant(size, widths, cost, trial), speed
+                found, fastest = Grant(size, widths, cost, most, trial), speed
         if found is not None and found.trial:
             for record, width in zip(records, found.widths, strict=True):
                 record.tried = width > 1

@@ -32,7 +32,7 @@ from benchmarks.gpu_requests import run
 from qwen_jax import Constraint, Sampling, api
 from qwen_jax.engine.texts import Constraint as Held
 from qwen_jax.engine.texts import Text
-from qwen_jax.text.constraint import Matcher
+from qwen_jax.text.matching import Matcher
 
 PLACE = {
     "type": "object",

@@ -16,7 +16,8 @@ from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from qwen_jax.scoring import Score, Scored, ToScore, to_be_scored
-from qwen_jax.text.constraint import Constraint, Matcher
+from qwen_jax.text.constraint import Constraint
+from qwen_jax.text.matching import Matcher
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream, stops_of
 from qwen_jax.text.tokenizer import Tokenizer

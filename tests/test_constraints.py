@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import qwen_jax
 from qwen_jax import Constraint, Sampling, UserError
-from qwen_jax.text.constraint import Matcher
+from qwen_jax.text.matching import Matcher
 
 WARM = Sampling(temperature=1.0)
 POEM = {

@@ -2,10 +2,13 @@
 
 import functools
 import json
+import os
 import re
+import sys
 import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,21 @@ from qwen_jax.text.tokenizer import Tokenizer
 FEW, FEW_WORDS = 16, 1 << 14
 """Below so many rows, or words of all masks, threads cost more than they save: eight masks of 2,048
 tokens take 71 µs one after the other and 129 on two threads."""
+
+_CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+THREADS = max(1, _CORES - 1)
+"""That find masks; the caller's waits for them."""
+QUICK = 0.02
+"""Seconds in which another automaton is worth making."""
+
+_PLAIN = r'[^"\\\x00-\x1F\x7F]'
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_PLAIN}{{1,{most}}}" for most in (2, 4, 6, 8, 10, 15, 30)),
+    f"{_PLAIN}+",
+]
+"""Tokens that llguidance lets through without looking at each, where a form lets all of them: its
+own kinds, and shorter ones, for strings that may not become much longer."""
 
 
 class Matcher:
@@ -33,15 +51,17 @@ class Matcher:
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer):
         known = _known_of(tokenizer)
         self._stop_ids, self._words = known.stop_ids, known.words
-        self._matcher = known.begun(constraint).deep_copy()
+        self._automata = known.automata(constraint)
+        self._automaton = self._automata.begin(self)
+        self._matcher = self._automaton.start.deep_copy()
         self.forced: list[int] = []
 
     @staticmethod
     def fill(
         matchers: Sequence["Matcher | None"], masks: UInt32[np.ndarray, "B words"]
     ) -> list[str | None]:
-        """Sets in each matcher's row of zeros the bits of all tokens that may come next, on several
-        threads. Masks may be of more tokens than there are.
+        """Makes each matcher's row the bits of all tokens that may come next, on several threads.
+        Masks may be of more tokens than there are.
 
         Args:
             matchers: of one tokenizer; None leaves its row as it is.
@@ -55,23 +75,17 @@ class Matcher:
                 continue
             if matcher.forced:
                 token = matcher.forced[0]
+                masks[row] = 0
                 masks[row, token // 32] = np.uint32(1 << token % 32)
             else:
-                free.append((matcher._matcher, row))
+                free.append((matcher, row))
         if free:
-            words = next(matcher._words for matcher in matchers if matcher is not None)
-            found = masks
-            if masks.shape[1] != words or not masks.flags.c_contiguous:
-                found = np.zeros((len(matchers), words), np.uint32)
-            _put_masks(free, found)
-            if found is not masks:
-                rows = [row for _, row in free]
-                masks[rows, :words] = found[rows]
+            _put_masks([(matcher._matcher, row) for matcher, row in free], free[0][0]._words, masks)
         # Most masks have many bits, which a few words of each show.
         few = np.count_nonzero(masks[:, ::64], axis=1) <= 1
-        for inner, row in free:
-            if few[row] and np.count_nonzero(masks[row]) == 1:
-                matchers[row].forced = inner.compute_ff_tokens()  # type: ignore[union-attr]
+        for matcher, row in free:
+            if few[row] and _is_single(masks[row]):
+                matcher.forced = matcher._matcher.compute_ff_tokens()
         return [None if matcher is None else matcher._why_not() for matcher in matchers]
 
     @staticmethod
@@ -85,15 +99,17 @@ class Matcher:
             else:
                 taken = [token for token in chosen if token not in matcher._stop_ids]
                 matcher._matcher.consume_tokens(taken)
-        if len(single) < FEW:
+        if THREADS == 1 or len(single) < FEW:
             for inner, token in single:
                 inner.consume_token(token)
         else:
             _executor().consume_token_par(single)
 
     def _why_not(self) -> str | None:
-        if not (why := self._matcher.get_error()):
+        if not self._matcher.is_error():
             return None
+        self._automata.drop(self._automaton)
+        why = self._matcher.get_error()
         return f"The constraint is too much: {_first_line(why)}; simplify it."
 
 
@@ -102,14 +118,27 @@ def ready(tokenizer: Tokenizer) -> None:
     _known_of(tokenizer)
 
 
-def _put_masks(matchers: Sequence[tuple[Any, int]], masks: UInt32[np.ndarray, "B words"]) -> None:
-    """The mask of each matcher of llguidance's into its row."""
+def _put_masks(
+    matchers: list[tuple[Any, int]], words: int, masks: UInt32[np.ndarray, "B words"]
+) -> None:
+    """The mask of each matcher of llguidance's, of so many words, into its row."""
+    if masks.shape[1] != words or not masks.flags.c_contiguous:
+        own = np.empty((len(matchers), words), np.uint32)
+        _put_masks([(matcher, i) for i, (matcher, _) in enumerate(matchers)], words, own)
+        rows = [row for _, row in matchers]
+        masks[rows, :words], masks[rows, words:] = own, 0
+        return
     at, each = masks.ctypes.data, masks.shape[1] * masks.itemsize
-    if masks.size < FEW_WORDS:
+    if THREADS == 1 or masks.size < FEW_WORDS:
         for matcher, row in matchers:
             matcher.unsafe_compute_mask_ptr(at + row * each, each)
     else:
         _executor().unsafe_compute_mask_ptr(matchers, at, each, len(masks))
+
+
+def _is_single(mask: UInt32[np.ndarray, " words"]) -> bool:
+    """Whether it has one bit."""
+    return np.count_nonzero(mask) == 1 and int(mask.max()).bit_count() == 1
 
 
 @functools.cache
@@ -117,7 +146,7 @@ def _executor() -> Any:
     """The threads that find masks."""
     from llguidance import LLExecutor
 
-    return LLExecutor()
+    return LLExecutor(THREADS)
 
 
 def _grammar(constraint: Constraint) -> str:
@@ -156,6 +185,55 @@ class _Vocabulary:
         return [] if tokenizer is None else tokenizer.encode(text, parse_special=False)
 
 
+class _Automaton:
+    """What recognises a constraint's tokens. It grows while answers use it, and keeps what it was.
+
+    Attributes:
+        start: a matcher of llguidance's before the first token.
+        users: answers that use it.
+    """
+
+    def __init__(self, start: Any):
+        self.start = start
+        self.users: weakref.WeakSet[Matcher] = weakref.WeakSet()
+
+
+class _Automata:
+    """Those of one constraint: as many as threads may need at the same time.
+
+    Copies of a matcher share its automaton, and llguidance holds its lock for as long as it takes
+    to find a mask: 64 masks of one automaton take as long on 16 threads as on one. So answers get
+    automata of their own, up to one for each thread, unless making them takes too long. Later
+    answers use them again, with the states that earlier ones have built.
+
+    Args:
+        make: the first matcher of a new one.
+    """
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._lock = make, threading.Lock()
+        self._all: list[_Automaton] = []
+        self._quick = True
+
+    def begin(self, user: Matcher) -> _Automaton:
+        """The one that a new answer is to use."""
+        with self._lock:
+            free = min(self._all, key=lambda one: len(one.users), default=None)
+            if free is None or (free.users and self._quick and len(self._all) < THREADS):
+                begun = time.perf_counter()
+                free = _Automaton(self._make())
+                self._quick = time.perf_counter() - begun < QUICK
+                self._all.append(free)
+            free.users.add(user)
+            return free
+
+    def drop(self, broken: _Automaton) -> None:
+        """One that failed an answer, as by growing too large, is to fail no other."""
+        with self._lock:
+            if broken in self._all:
+                self._all.remove(broken)
+
+
 class _Known:
     """What is made once for a tokenizer, and of it for a constraint."""
 
@@ -166,8 +244,10 @@ class _Known:
         self.stop_ids = frozenset(tokenizer.stop_ids)
         self.words = -(-tokenizer.vocab_size // 32)
         wrapped = TokenizerWrapper(_Vocabulary(tokenizer))
-        self._tokenizer = LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids))
-        self.begun = functools.lru_cache(maxsize=64)(self._begun)
+        self._tokenizer = LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids), slices=SLICES)
+        self.automata = functools.lru_cache(maxsize=64)(
+            lambda constraint: _Automata(functools.partial(self._begun, constraint))
+        )
 
     def _begun(self, constraint: Constraint) -> Any:
         """A matcher of llguidance's before the first token, which has found its mask once: some

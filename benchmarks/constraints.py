@@ -4,19 +4,19 @@
     python -m benchmarks.constraints --size 0.5b --rows 64   # random weights, 151,936 tokens
     python -m benchmarks.constraints --alone --vocabulary my.gguf --rows 64   # without a model
 
-Every row samples at temperature 1, and few end: by turns its tokens are
+Every row samples at temperature 1, and none ends: by turns its tokens are
 
 - free: as they come, in calls of several steps;
 - in halves: any, by a mask that costs nothing, in steps whose two halves are calls of their own;
 - masked, a line for each form and one where rows have different ones: masks are found beside the
   first half. With jumps: the same, and tokens that are known enter at once.
 
-All is of steps in between, from when all rows have some tokens until one has ended. Masks cost what
-masked steps take longer than those in halves, told by the clock and, which other processes on a CPU
-disturb less, by the time of all threads. They are found while a device is at the first half; what
-finding them takes by itself is told, too, and how long the host waits for tokens: where it doesn't,
-a device waits for it. `--alone` tells what one mask takes, taking the token before it included.
-`--shared` lets all answers of a form use one automaton. Ends with one line of JSON.
+All is of steps in between, when every row runs. Masks cost what masked steps take longer than those
+in halves, told by the clock and, which other processes on a CPU disturb less, by the time of all
+threads. They are found while a device is at the first half; what finding them takes by itself is
+told, too, and how long the host waits for tokens: where it doesn't, a device waits for it.
+`--alone` tells what one mask takes, taking the token before it included. `--shared` lets all
+answers of a form use one automaton. Ends with one line of JSON.
 """
 
 import argparse
@@ -141,11 +141,10 @@ class Measured(NamedTuple):
     masks: float
 
 
-def measured(engine: Engine, texts: Sequence[Text]) -> Measured:
-    """Of steps from when all texts have some tokens until one has ended."""
+def measured(engine: Engine, texts: Sequence[Text], tokens: int) -> Measured:
+    """Of so many steps, from when all texts have some tokens, before one has ended."""
     line, waits, real = line_for(engine), list[float](), jax.device_get
-    begun: tuple[float, float, int] | None = None
-    found: Measured | None = None
+    begun: tuple[float, float, float] | None = None
 
     def device_get(given: Any) -> Any:
         start = time.perf_counter()
@@ -156,19 +155,23 @@ def measured(engine: Engine, texts: Sequence[Text]) -> Measured:
     for text in texts:
         line.add(text)
     with mock.patch.object(jax, "device_get", device_get):
-        while not line.idle:
+        while True:
             line.turn()
-            given = sum(text.given for text in texts) / len(texts)
-            now = time.perf_counter(), time.process_time(), given
-            if begun is None and min(text.given for text in texts) >= SETTLED:
+            assert not any(text.over for text in texts), "a text has ended"
+            least, given = min(text.given for text in texts), sum(text.given for text in texts)
+            now = time.perf_counter(), time.process_time(), given / len(texts)
+            if begun is None and least >= SETTLED:
                 begun = now
                 Timed.seconds, waits[:] = [], []
-            if begun is not None and found is None and any(text.over for text in texts):
-                clock, busy, steps = (b - a for a, b in zip(begun, now, strict=True))
-                each = clock, busy, sum(waits), sum(Timed.seconds)
-                found = Measured(*(seconds / steps for seconds in each))
-    assert found is not None, "a text ended before all had begun"
-    return found
+            elif begun is not None and least >= SETTLED + tokens:
+                break
+    for text in texts:
+        line.cancel(text)
+    while not line.idle:
+        line.turn()
+    clock, busy, steps = (b - a for a, b in zip(begun, now, strict=True))
+    each = clock, busy, sum(waits), sum(Timed.seconds)
+    return Measured(*(seconds / steps for seconds in each))
 
 
 def alone(tokenizer: Tokenizer, rows: int, steps: int) -> dict[str, dict[str, float]]:
@@ -199,6 +202,8 @@ def beside(
     """Figures of each kind of steps."""
     rng, vocab = np.random.default_rng(), engine.config.vocab_size
     no_end = dict.fromkeys(tokenizer.stop_ids, -np.inf)
+    # Texts enter a few a turn.
+    limit = SETTLED + args.tokens + engine.shapes.steps * (args.rows + 4)
     kinds: dict[str, Callable[[int], Held | None]] = {
         "free": lambda row: None,
         "in halves": lambda row: Anything(tokenizer.stop_ids),
@@ -215,7 +220,7 @@ def beside(
             texts = [
                 Text(
                     rng.integers(0, vocab, 20).tolist(),
-                    args.tokens,
+                    limit,
                     Sampling(
                         temperature=1.0,
                         seed=int(rng.integers(2**32)),
@@ -225,7 +230,7 @@ def beside(
                 )
                 for row in range(args.rows)
             ]
-            found = measured(engine, texts)
+            found = measured(engine, texts, args.tokens)
             if turn:  # the first may compile
                 turns[name].append(found)
     figures: dict[str, dict[str, Any]] = {}

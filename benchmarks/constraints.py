@@ -196,6 +196,13 @@ def alone(tokenizer: Tokenizer, rows: int, steps: int) -> dict[str, dict[str, fl
     return found
 
 
+def held_to(
+    forms: Sequence[Constraint], kind: type[Timed], tokenizer: Tokenizer
+) -> Callable[[int], Held]:
+    """Makes a row's constraint."""
+    return lambda row: kind(forms[row % len(forms)], tokenizer)
+
+
 def beside(
     engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
@@ -210,10 +217,8 @@ def beside(
     }
     for name in args.forms:
         forms = MIXED if name == "mixed" else [FORMS[name]]
-        for end, held in {"": Step, ", with jumps": Timed}.items():
-            kinds[name + end] = lambda row, forms=forms, held=held: held(  # type: ignore[misc]
-                forms[row % len(forms)], tokenizer
-            )
+        kinds[name] = held_to(forms, Step, tokenizer)
+        kinds[f"{name}, with jumps"] = held_to(forms, Timed, tokenizer)
     turns: dict[str, list[Measured]] = {name: [] for name in kinds}
     for turn in range(args.rounds + 1):
         for name, held in kinds.items():

@@ -22,7 +22,7 @@ from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.extending import Pieces
 from qwen_jax.engine.reading import logprobs_of, why_not
-from qwen_jax.engine.sampling import IN_HALVES, Plan, changes_scores
+from qwen_jax.engine.sampling import IN_HALVES, Plan, changes_scores, looks_at_scores
 from qwen_jax.engine.shapes import Piece, fitting, pieces_of
 from qwen_jax.engine.texts import News, Text
 
@@ -33,12 +33,13 @@ to two steps (benchmarks/results/gpu_prefill.md, gpu_decode.md)."""
 
 
 class _Rows(NamedTuple):
-    """What a step is told of some texts."""
+    """What a step is told of some texts; `scored` if it looks at their penalties and biases."""
 
     texts: list[Text]
     packed: np.ndarray
     tables: np.ndarray
     plan: Plan
+    scored: bool
 
 
 class _Half(NamedTuple):
@@ -70,20 +71,23 @@ class Halves:
         self._allowed = np.zeros((0, words(engine.config.vocab_size)), np.uint32)
 
     def step(
-        self, running: Sequence[Text], state: steps.State, extras: steps.Extras
-    ) -> Generator[News, None, tuple[steps.State, steps.Extras]]:
+        self, running: Sequence[Text], state: steps.State, all_extras: Callable[[], steps.Extras]
+    ) -> Generator[News, None, tuple[steps.State, steps.Extras | None]]:
         """Some steps of those that run; others in between do no harm, nor texts that leave.
 
+        Args:
+            all_extras: gives those of all slots.
+
         Returns:
-            What the slots' state and extras are then.
+            What the slots' state is then, and their extras, unless nobody looked at them.
         """
-        engine = self._engine
+        engine, extras = self._engine, None
         for _ in range(engine.shapes.steps):
             half, self._half = self._half or self._advance(running, state), None
             yield from self._read()
             if half is None:
                 break
-            texts, packed, _, plan = half.rows
+            texts, packed, _, plan, scored = half.rows
             held = [None if text.over else text.constraint for text in texts]
             kind = next((type(one) for one in held if one is not None), None)
             if kind is None:
@@ -97,11 +101,11 @@ class Halves:
                 packed[[row for row, one in enumerate(held) if one is None], steps.SLOT] = (
                     engine.shapes.slots
                 )
-            given = half.logits, state, extras, packed, self._allowed
+            looked_at = (extras or all_extras()) if scored else None
+            given = half.logits, state, looked_at, packed, self._allowed
             state, kept, emitted = calls.choose(engine.spec, *given, plan)
             emitted.token.copy_to_host_async()
-            assert kept is not None
-            extras, self._chosen = kept, _Chosen(texts, emitted)
+            extras, self._chosen = kept or extras, _Chosen(texts, emitted)
             self._jump(texts, len(running))
             if engine.shapes.ahead:
                 self._half = self._advance(running, state)
@@ -135,9 +139,9 @@ class Halves:
         packed = np.zeros((engine.rows_for(len(texts), plan, True), steps.FIELDS), np.int32)
         packed[:, steps.SLOT] = engine.shapes.slots  # nobody's, and out of bounds
         packed[: len(texts)] = [text.row for text in texts]
-        return _Rows(
-            texts, packed, engine.tables([text.pages for text in texts], len(packed)), plan
-        )
+        tables = engine.tables([text.pages for text in texts], len(packed))
+        scored = looks_at_scores((text.sampling for text in texts), engine.shapes.batch_invariant)
+        return _Rows(texts, packed, tables, plan, scored)
 
     def _read(self) -> Iterator[News]:
         """Waits for what was chosen last, and tells it."""

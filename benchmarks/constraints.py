@@ -142,7 +142,7 @@ class Measured(NamedTuple):
 
 
 def measured(engine: Engine, texts: Sequence[Text], tokens: int) -> Measured:
-    """Of so many steps, from when all texts have some tokens, before one has ended."""
+    """Of so many steps, from when all texts have some tokens, or until one has ended."""
     line, waits, real = line_for(engine), list[float](), jax.device_get
     begun: tuple[float, float, float] | None = None
 
@@ -157,13 +157,14 @@ def measured(engine: Engine, texts: Sequence[Text], tokens: int) -> Measured:
     with mock.patch.object(jax, "device_get", device_get):
         while True:
             line.turn()
-            assert not any(text.over for text in texts), "a text has ended"
+            ended = any(text.over for text in texts)
+            assert begun or not ended, "a text has ended before all run"
             least, given = min(text.given for text in texts), sum(text.given for text in texts)
             now = time.perf_counter(), time.process_time(), given / len(texts)
             if begun is None and least >= SETTLED:
                 begun = now
                 Timed.seconds, waits[:] = [], []
-            elif begun is not None and least >= SETTLED + tokens:
+            elif begun is not None and (ended or least >= SETTLED + tokens):
                 break
     for text in texts:
         line.cancel(text)
@@ -209,8 +210,9 @@ def beside(
     """Figures of each kind of steps."""
     rng, vocab = np.random.default_rng(), engine.config.vocab_size
     no_end = dict.fromkeys(tokenizer.stop_ids, -np.inf)
-    # Texts enter a few a turn.
-    limit = SETTLED + args.tokens + engine.shapes.steps * (args.rows + 4)
+    # Texts enter a few a turn, and those with jumps are the faster ones.
+    limit = 2 * (SETTLED + args.tokens + engine.shapes.steps * (args.rows + 4))
+    limit = min(limit, engine.config.context_length - 20)
     kinds: dict[str, Callable[[int], Held | None]] = {
         "free": lambda row: None,
         "in halves": lambda row: Anything(tokenizer.stop_ids),
@@ -259,14 +261,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     every = [*FORMS, "mixed"]
     parser.add_argument("--forms", choices=every, nargs="+", default=["mixed"])
-    parser.add_argument("--threads", type=int, default=matching.THREADS, help="that find masks")
+    parser.add_argument("--threads", type=int, help="that find masks")
     parser.add_argument("--shared", action="store_true", help="one automaton a form")
     parser.add_argument("--vocabulary", help="a GGUF file whose tokens answers are made of")
     parser.add_argument("--alone", action="store_true", help="masks alone, without a model")
     args = parser.parse_args()
-    matching.THREADS = args.threads
+    if args.threads:
+        matching.THREADS = matching.AUTOMATA = args.threads
     if args.shared:
-        matching.QUICK = 0.0
+        matching.AUTOMATA = 1
     tokenizer = None
     if args.vocabulary:
         tokenizer = Tokenizer.from_gguf(open_gguf(args.vocabulary).metadata, args.vocabulary)

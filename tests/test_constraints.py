@@ -317,8 +317,9 @@ def automata(matchers: list[Matcher]) -> int:
 
 
 def test_answers_share_no_lock(model: qwen_jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many automata as threads, which later answers use again; a slow one is not made twice."""
-    monkeypatch.setattr(matching, "THREADS", 3)
+    """They have automata of their own, so many, which later ones use again; one that took long is
+    not made twice."""
+    monkeypatch.setattr(matching, "AUTOMATA", 3)
     monkeypatch.setattr(matching, "QUICK", 60.0)
     constraint = Constraint.regex("[a-z]{3,9}!")
     held = [Matcher(constraint, model.tokenizer) for _ in range(7)]
@@ -353,6 +354,7 @@ def test_masks_are_those_of_every_token_by_itself(
     """Of many answers at once, on threads or none, wider than the vocabulary or not, into what is
     left of the last masks; against which single tokens re lets go on to a whole match."""
     monkeypatch.setattr(matching, "THREADS", threads)
+    monkeypatch.setattr(matching, "AUTOMATA", threads)
     monkeypatch.setattr(matching, "FEW_WORDS", 0)
     monkeypatch.setattr(matching, "_executor", functools.cache(matching._executor.__wrapped__))
     rng, tokenizer = np.random.default_rng(threads), model.tokenizer

@@ -23,8 +23,11 @@ FEW, FEW_WORDS = 16, 1 << 14
 tokens take 71 µs one after the other and 129 on two threads."""
 
 _CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-THREADS = max(1, _CORES - 1)
-"""That find masks; the caller's waits for them."""
+THREADS = 1 if _CORES <= 2 else None
+"""That find masks: the caller's alone, or as many as llguidance finds right, four fifths of the
+cores that a container grants."""
+AUTOMATA = 1 if _CORES <= 2 else min(_CORES, 16)
+"""Of one constraint at most."""
 QUICK = 0.02
 """Seconds in which another automaton is worth making."""
 
@@ -199,12 +202,12 @@ class _Automaton:
 
 
 class _Automata:
-    """Those of one constraint: as many as threads may need at the same time.
+    """Those of one constraint.
 
     Copies of a matcher share its automaton, and llguidance holds its lock for as long as it takes
     to find a mask: 64 masks of one automaton take as long on 16 threads as on one. So answers get
-    automata of their own, up to one for each thread, unless making them takes too long. Later
-    answers use them again, with the states that earlier ones have built.
+    automata of their own, as far as threads could use them and unless making them takes too long.
+    Later answers use them again, with the states that earlier ones have built.
 
     Args:
         make: the first matcher of a new one.
@@ -219,7 +222,7 @@ class _Automata:
         """The one that a new answer is to use."""
         with self._lock:
             free = min(self._all, key=lambda one: len(one.users), default=None)
-            if free is None or (free.users and self._quick and len(self._all) < THREADS):
+            if free is None or (free.users and self._quick and len(self._all) < AUTOMATA):
                 begun = time.perf_counter()
                 free = _Automaton(self._make())
                 self._quick = time.perf_counter() - begun < QUICK

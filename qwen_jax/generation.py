@@ -12,7 +12,7 @@ from qwen_jax.engine.texts import News, Text
 from qwen_jax.errors import UserError
 from qwen_jax.requests import Request, check_fits
 from qwen_jax.scoring import Score, Scored, ToScore, to_be_scored
-from qwen_jax.text.constraint import Matcher
+from qwen_jax.text.matching import Matcher
 from qwen_jax.text.prompt import own_stop_ids
 from qwen_jax.text.streaming import TextStream
 from qwen_jax.text.tokenizer import Tokenizer

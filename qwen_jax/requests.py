@@ -9,7 +9,8 @@ from qwen_jax.choices import check_max_tokens, check_top_logprobs
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling, check_bias
 from qwen_jax.errors import UserError
-from qwen_jax.text.constraint import Constraint, Matcher
+from qwen_jax.text.constraint import Constraint
+from qwen_jax.text.matching import Matcher
 from qwen_jax.text.streaming import stops_of
 from qwen_jax.text.tokenizer import Tokenizer
 

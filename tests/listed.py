@@ -20,6 +20,7 @@ class Listed:
         for held, row in zip(constraints, masks, strict=False):
             if held is None:
                 continue
+            row[:] = 0
             for token in held._left[0]:
                 row[token // 32] |= np.uint32(1 << token % 32)
             held.forced = []

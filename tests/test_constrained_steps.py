@@ -4,6 +4,7 @@ another for it."""
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,6 +141,37 @@ def test_a_batch_invariant_engine_takes_single_steps(monkeypatch: pytest.MonkeyP
     told = run_to_end(alone, [text])
     assert [token for news in told for token in news.tokens] == [*range(2, 32), STOP]
     assert len(made) >= 31
+
+
+@pytest.mark.parametrize(
+    "sampling, batch_invariant, looks",
+    [
+        (Sampling(temperature=1.0), False, False),
+        (Sampling(frequency_penalty=0.5), False, True),
+        (Sampling(logit_bias={3: 1.0}), False, True),
+        (Sampling(temperature=1.0), True, True),
+    ],
+)
+def test_who_looks_at_scores(
+    sampling: Sampling, batch_invariant: bool, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What slots know of penalties and biases is left alone where nobody has any, unless neighbours
+    could have; and steps are told the same again while texts are the same."""
+    seen: list[tuple[bool, Any]] = []
+    right = calls.choose
+
+    def choose(spec: Any, logits: Any, state: Any, extras: Any, packed: Any, *rest: Any) -> Any:
+        seen.append((extras is not None, packed))
+        return right(spec, logits, state, extras, packed, *rest)
+
+    monkeypatch.setattr(calls, "choose", choose)
+    used = random_engine(CONFIG, slots=2, stop_ids=(STOP,), batch_invariant=batch_invariant)
+    texts = [Text([5, 6], 20, sampling, constraint=Listed([[3, 4]] * 30)) for _ in range(2)]
+    told = run_to_end(used, texts)
+    assert sum(len(news.tokens) for news in told) == 40 and len(seen) >= 20
+    assert {found for found, _ in seen} == {looks}
+    changes = sum(a is not b for (_, a), (_, b) in itertools.pairwise(seen))
+    assert changes <= 6, "two texts come and go"
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 import qwen_jax
 from qwen_jax import Constraint, Sampling, UserError
-from qwen_jax.text.constraint import Matcher
+from qwen_jax.text import matching
+from qwen_jax.text.matching import Matcher
 
 WARM = Sampling(temperature=1.0)
 POEM = {
@@ -309,3 +310,78 @@ def assert_valid(model: qwen_jax.Model, schema: dict[str, Any], seed: int) -> No
     else:
         pytest.fail(f"{text!r} never ends")
     jsonschema.validate(json.loads(text), schema)
+
+
+def automata(matchers: list[Matcher]) -> int:
+    return len({id(matcher._automaton) for matcher in matchers})
+
+
+def test_answers_share_no_lock(model: qwen_jax.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have automata of their own, so many, which later ones use again; one that took long is
+    not made twice."""
+    monkeypatch.setattr(matching, "AUTOMATA", 3)
+    monkeypatch.setattr(matching, "QUICK", 60.0)
+    constraint = Constraint.regex("[a-z]{3,9}!")
+    held = [Matcher(constraint, model.tokenizer) for _ in range(7)]
+    assert automata(held) == 3 and automata(held[:3]) == 3
+    used = {id(matcher._automaton) for matcher in held}
+    del held
+    again = [Matcher(constraint, model.tokenizer) for _ in range(3)]
+    assert {id(matcher._automaton) for matcher in again} == used
+    monkeypatch.setattr(matching, "QUICK", 0.0)
+    slow = [Matcher(Constraint.regex("[a-z]{3,9}?"), model.tokenizer) for _ in range(3)]
+    assert automata(slow) == 1
+
+
+def test_who_failed_leaves_its_automaton(model: qwen_jax.Model) -> None:
+    """An answer that llguidance gives up says so; the next of its form goes on from another."""
+    constraint = Constraint.regex("[ab]{2}")
+    failed, mask = Matcher(constraint, model.tokenizer), np.zeros((1, 64), np.uint32)
+    (wrong,) = model.tokenizer.encode("!")
+    Matcher.take([failed], [[wrong]])
+    (why,) = Matcher.fill([failed], mask)
+    assert why is not None and why.startswith("The constraint is too much: ")
+    after = Matcher(constraint, model.tokenizer)
+    assert after._automaton is not failed._automaton
+    assert len(allowed(after)) > 0
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("width", [64, 67])
+def test_masks_are_those_of_every_token_by_itself(
+    model: qwen_jax.Model, threads: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many answers at once, on threads or none, wider than the vocabulary or not, into what is
+    left of the last masks; against which single tokens re lets go on to a whole match."""
+    monkeypatch.setattr(matching, "THREADS", threads)
+    monkeypatch.setattr(matching, "AUTOMATA", threads)
+    monkeypatch.setattr(matching, "FEW_WORDS", 0)
+    monkeypatch.setattr(matching, "_executor", functools.cache(matching._executor.__wrapped__))
+    rng, tokenizer = np.random.default_rng(threads), model.tokenizer
+    patterns = [f"[ab]{{{most}}}" for most in range(1, 6)] * 4
+    texts = [tokenizer.token_bytes(i) for i in range(2048)]
+    held: list[Matcher | None] = [
+        Matcher(Constraint.regex(pattern), tokenizer) for pattern in patterns
+    ]
+    held[7] = None
+    written, masks = [""] * len(held), np.full((len(held), width), 0xFFFFFFFF, np.uint32)
+    for _ in range(4):
+        assert Matcher.fill(held, masks) == [None] * len(held)
+        taken: list[tuple[Matcher, list[int]]] = []
+        for row, (matcher, pattern) in enumerate(zip(held, patterns, strict=True)):
+            bits = np.unpackbits(masks[row].view(np.uint8), bitorder="little")
+            if matcher is None:
+                assert bits.all()
+                continue
+            left = int(pattern[5:-1]) - len(written[row])
+            found = set(np.flatnonzero(bits).tolist())
+            if not left:
+                assert found == set(tokenizer.stop_ids)
+            else:
+                fits = re.compile(f"[ab]{{1,{left}}}".encode())
+                assert found == {i for i, text in enumerate(texts) if fits.fullmatch(text)}
+                token = int(rng.choice(sorted(found)))
+                written[row] += texts[token].decode()
+                taken.append((matcher, [token]))
+        if taken:
+            Matcher.take(*zip(*taken, strict=True))

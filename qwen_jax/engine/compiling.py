@@ -13,7 +13,14 @@ from pallas_kernels.sample_tokens import words
 from qwen_jax.engine import calls, steps
 from qwen_jax.engine.drafts import FEW, TRIAL
 from qwen_jax.engine.layout import Layout
-from qwen_jax.engine.sampling import IN_HALVES, PLANS, Plan, Sampling, has_penalties
+from qwen_jax.engine.sampling import (
+    IN_HALVES,
+    PLANS,
+    Plan,
+    Sampling,
+    has_penalties,
+    looks_at_scores,
+)
 from qwen_jax.engine.shapes import Shapes, fitting
 from qwen_jax.engine.speculate import Drafting, Lanes, create_history
 from qwen_jax.engine.steps import Extras, State
@@ -34,20 +41,23 @@ class Programs(NamedTuple):
         rows: of `step`.
         pieces: of `extend`, or as many as it can have of a length.
         plans: how `step` chooses tokens.
-        halves: rows of `advance` and `choose`, which texts with a constraint need.
+        halves: rows of `advance` and `choose`, which texts with a constraint need, and whether
+            `choose` looks at penalties and biases.
         penalised: whether rows of steps with drafts have penalties.
     """
 
     rows: Collection[int]
     pieces: Collection[int]
     plans: Collection[Plan]
-    halves: Collection[int] = ()
+    halves: Collection[tuple[int, bool]] = ()
     penalised: Collection[bool] = (False, True)
 
     @classmethod
     def of(cls, shapes: Shapes, constrained: bool) -> "Programs":
         """All that nearly all requests need."""
-        return cls(shapes.rows, shapes.pieces, PLANS, shapes.rows if constrained else ())
+        scored = {looks_at_scores((), shapes.batch_invariant), True} if constrained else ()
+        halves = list(itertools.product(shapes.rows, scored))
+        return cls(shapes.rows, shapes.pieces, PLANS, halves)
 
 
 class Expected(NamedTuple):
@@ -57,12 +67,12 @@ class Expected(NamedTuple):
         texts: how many at the same time, at most.
         choices: how their tokens are chosen, and how many log-probabilities are wanted, or None;
             of those without a constraint.
-        constrained: whether any has one.
+        constrained: how tokens are chosen of those with one.
     """
 
     texts: int
     choices: Collection[tuple[Sampling, int | None]]
-    constrained: bool = False
+    constrained: Collection[Sampling] = ()
 
     def programs(self, layout: Layout) -> Programs:
         """The fewest that serve it."""
@@ -73,7 +83,8 @@ class Expected(NamedTuple):
         if not self.constrained:
             return Programs(rows, pieces, plans, penalised=[penalised])
         # Tokens that are known enter in calls of any size.
-        return Programs(rows, shapes.pieces, plans, rows, [penalised])
+        scored = looks_at_scores(self.constrained, shapes.batch_invariant)
+        return Programs(rows, shapes.pieces, plans, [(rows[0], scored)], [penalised])
 
 
 def compile_ahead(
@@ -148,16 +159,18 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
             args = given, _pages(layout), _ints(count, width), state
             rest = extras if plan.sampled else None, packed, plan, shapes.steps
             yield functools.partial(calls.step.prepare, spec, *args, *rest)
-    for count in programs.halves:
+    for count in {count for count, _ in programs.halves}:
         packed = _ints(count, steps.FIELDS)
         held = given, _pages(layout), _ints(count, width)
         yield functools.partial(calls.advance.prepare, spec, *held, state, packed)
+    for count, scored in programs.halves:
+        packed = _ints(count, steps.FIELDS)
         logits = _made(layout, functools.partial(jnp.zeros, (count, vocab), jnp.float32))
         allowed = jax.ShapeDtypeStruct((count, words(vocab)), jnp.uint32)
-        found = logits, state, extras, packed, allowed
+        found = logits, state, extras if scored else None, packed, allowed
         yield functools.partial(calls.choose.prepare, spec, *found, IN_HALVES)
     sampled = programs.rows and any(plan.sampled for plan in programs.plans)
-    if sampled or programs.halves:
+    if sampled or any(scored for _, scored in programs.halves):
         bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)
         bias = jax.ShapeDtypeStruct((vocab,), jnp.float32)
         yield functools.partial(calls.insert.prepare, extras, _ints(), bits, bits, bias)

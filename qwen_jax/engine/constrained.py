@@ -22,7 +22,7 @@ from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.extending import Pieces
 from qwen_jax.engine.reading import logprobs_of, why_not
-from qwen_jax.engine.sampling import IN_HALVES, Plan, changes_scores
+from qwen_jax.engine.sampling import IN_HALVES, Plan, changes_scores, looks_at_scores
 from qwen_jax.engine.shapes import Piece, fitting, pieces_of
 from qwen_jax.engine.texts import News, Text
 
@@ -32,12 +32,20 @@ MANY_POSITIONS = 128
 to two steps (benchmarks/results/gpu_prefill.md, gpu_decode.md)."""
 
 
+class _Rows(NamedTuple):
+    """What a step is told of some texts; `scored` if it looks at their penalties and biases."""
+
+    texts: list[Text]
+    packed: np.ndarray
+    tables: np.ndarray
+    plan: Plan
+    scored: bool
+
+
 class _Half(NamedTuple):
     """The first half of a step, under way."""
 
-    texts: list[Text]
-    rows: np.ndarray
-    plan: Plan
+    rows: _Rows
     logits: jax.Array
 
 
@@ -59,39 +67,49 @@ class Halves:
         self._engine, self._leave = engine, leave
         self._half: _Half | None = None
         self._chosen: _Chosen | None = None
+        self._last: _Rows | None = None  # of a step like which the next one is, unless texts change
+        self._allowed = np.zeros((0, words(engine.config.vocab_size)), np.uint32)
 
     def step(
-        self, running: Sequence[Text], state: steps.State, extras: steps.Extras
-    ) -> Generator[News, None, tuple[steps.State, steps.Extras]]:
+        self, running: Sequence[Text], state: steps.State, all_extras: Callable[[], steps.Extras]
+    ) -> Generator[News, None, tuple[steps.State, steps.Extras | None]]:
         """Some steps of those that run; others in between do no harm, nor texts that leave.
 
+        Args:
+            all_extras: gives those of all slots.
+
         Returns:
-            What the slots' state and extras are then.
+            What the slots' state is then, and their extras, unless nobody looked at them.
         """
-        engine = self._engine
+        engine, extras = self._engine, None
         for _ in range(engine.shapes.steps):
             half, self._half = self._half or self._advance(running, state), None
             yield from self._read()
             if half is None:
                 break
-            rows = half.rows.copy()
-            allowed = np.zeros((len(rows), words(engine.config.vocab_size)), np.uint32)
-            held = [None if text.over else text.constraint for text in half.texts]
+            texts, packed, _, plan, scored = half.rows
+            held = [None if text.over else text.constraint for text in texts]
             kind = next((type(one) for one in held if one is not None), None)
             if kind is None:
                 continue
-            failed = kind.fill(held, allowed)
-            for row, text in enumerate(half.texts):
-                if text.over:  # Its slot may be another's by now.
-                    rows[row, steps.SLOT] = engine.shapes.slots
-            given = half.logits, state, extras, rows, allowed
-            state, kept, emitted = calls.choose(engine.spec, *given, half.plan)
-            assert kept is not None
-            extras, self._chosen = kept, _Chosen(half.texts, emitted)
-            self._jump([text for text in half.texts if not text.over], len(running))
+            if len(self._allowed) != len(packed):
+                self._allowed = np.zeros((len(packed), self._allowed.shape[1]), np.uint32)
+            # Nobody reads the last masks any more: what was chosen by them has been read.
+            failed = kind.fill(held, self._allowed)
+            if None in held:  # The slot of who has ended may be another's by now.
+                packed = packed.copy()
+                packed[[row for row, one in enumerate(held) if one is None], steps.SLOT] = (
+                    engine.shapes.slots
+                )
+            looked_at = (extras or all_extras()) if scored else None
+            given = half.logits, state, looked_at, packed, self._allowed
+            state, kept, emitted = calls.choose(engine.spec, *given, plan)
+            emitted.token.copy_to_host_async()
+            extras, self._chosen = kept or extras, _Chosen(texts, emitted)
+            self._jump(texts, len(running))
             if engine.shapes.ahead:
                 self._half = self._advance(running, state)
-            for text, why in zip(half.texts, failed, strict=True):
+            for text, why in zip(texts, failed, strict=True):
                 if why is not None:
                     yield self._failed(text, why)
         if not engine.shapes.ahead:
@@ -104,17 +122,26 @@ class Halves:
         if not texts:
             return None
         engine = self._engine
+        if (rows := self._last) is None or rows.texts != texts:
+            rows = self._rows(texts)
+            fresh = any(text.row[steps.FRESH] for text in texts)
+            self._last = None if fresh else rows
+            for text in texts:
+                text.row[steps.FRESH] = 0
+        given = engine.weights, engine.pages, rows.tables, state, rows.packed
+        engine.pages, logits = calls.advance(engine.spec, *given)
+        return _Half(rows, logits)
+
+    def _rows(self, texts: list[Text]) -> _Rows:
+        engine = self._engine
         asked = [(text.sampling, text.top) for text in texts]
         plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, IN_HALVES.top))
-        rows = np.zeros((engine.rows_for(len(texts), plan, True), steps.FIELDS), np.int32)
-        rows[:, steps.SLOT] = engine.shapes.slots  # nobody's, and out of bounds
-        rows[: len(texts)] = [text.row for text in texts]
-        for text in texts:
-            text.row[steps.FRESH] = 0
-        tables = engine.tables([text.pages for text in texts], len(rows))
-        given = engine.weights, engine.pages, tables, state, rows
-        engine.pages, logits = calls.advance(engine.spec, *given)
-        return _Half(texts, rows, plan, logits)
+        packed = np.zeros((engine.rows_for(len(texts), plan, True), steps.FIELDS), np.int32)
+        packed[:, steps.SLOT] = engine.shapes.slots  # nobody's, and out of bounds
+        packed[: len(texts)] = [text.row for text in texts]
+        tables = engine.tables([text.pages for text in texts], len(packed))
+        scored = looks_at_scores((text.sampling for text in texts), engine.shapes.batch_invariant)
+        return _Rows(texts, packed, tables, plan, scored)
 
     def _read(self) -> Iterator[News]:
         """Waits for what was chosen last, and tells it."""
@@ -163,6 +190,8 @@ class Halves:
         if engine.shapes.batch_invariant:
             return
         found = [jump for text in texts if (jump := _Jump.of(engine, text)) is not None]
+        if not found:
+            return
         jumps = sorted(found, key=lambda jump: -len(jump.known))
         best, gain, saved = 0, 0.0, 0
         lengths: Counter[int] = Counter()
@@ -185,7 +214,7 @@ class Halves:
                 put = [(jump.text, piece) for jump, piece in part]
                 Pieces.of(engine, put, [jump.tokens for jump, _ in part], rows).into(engine)
         for text, known, *_ in jumps[:best]:
-            text.jump = known
+            self._last, text.jump = None, known
             text.row[steps.FRESH] = 1
             text.row[steps.TOKEN] = known[-1]
             text.row[steps.GENERATED] = text.given + 1 + len(known)
@@ -226,9 +255,9 @@ class _Jump(NamedTuple):
 
 def _known(text: Text, stop_ids: Sequence[int]) -> list[int]:
     """The tokens that must come behind the next one, as far as the text may go."""
-    if text.constraint is None or len(text.constraint.forced) < 2 or text.top is not None:
+    if text.over or text.constraint is None or len(text.constraint.forced) < 2:
         return []
-    if changes_scores(text.sampling):
+    if text.top is not None or changes_scores(text.sampling):
         return []
     forced = text.constraint.forced[: text.limit - text.given]
     return list(itertools.takewhile(lambda token: token not in stop_ids, forced))[1:]

@@ -196,8 +196,10 @@ class Decoding:
         """Some decode steps of those with a constraint. They have calls of their own, since others
         need not wait for the host at each of their tokens."""
         if any(text.constraint is not None for text in self.running):
-            given = self.running, self._state, self._all_extras()
-            self._state, self._extras = yield from self._halves.step(*given)
+            given = self.running, self._state, self._all_extras
+            self._state, extras = yield from self._halves.step(*given)
+            if extras is not None:
+                self._extras = extras
 
     def _failed(self, text: Text, why: str) -> News:
         text.over = True

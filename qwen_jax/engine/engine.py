@@ -121,7 +121,7 @@ class Engine:
         extends = self.shapes.extends(programs.pieces)
         self._pieces |= {(length, False, size) for length, size in extends}
         self._rows |= {(size, plan, False) for size in programs.rows for plan in programs.plans}
-        self._rows |= {(size, IN_HALVES, True) for size in programs.halves}
+        self._rows |= {(size, IN_HALVES, True) for size, _ in programs.halves}
 
     def rows_for(self, texts: int, plan: Plan, in_halves: bool = False) -> int:
         """Rows of a step of so many texts: the fewest that hold them, unless there is a program of

@@ -149,6 +149,14 @@ def changes_scores(sampling: Sampling) -> bool:
     return has_penalties(sampling) or bool(sampling.logit_bias)
 
 
+def looks_at_scores(samplings: Iterable[Sampling], batch_invariant: bool) -> bool:
+    """Whether a step in halves looks at what slots know of penalties and biases: where a row has
+    any, and where neighbours must not decide which program runs. To look moves 230 MB for 64 rows
+    of 151,936 tokens, a quarter of what else a step of 0.5B does.
+    """
+    return batch_invariant or any(map(changes_scores, samplings))
+
+
 def is_sampled(sampling: Sampling, top: int | None) -> bool:
     """Whether a row asks for more than its likeliest token."""
     return top is not None or sampling.temperature > 0 or changes_scores(sampling)

@@ -285,7 +285,7 @@ def choose(
     spec: Spec,
     logits: Float[Array, "R V"],
     state: State,
-    extras: Extras,
+    extras: Extras | None,
     packed: Int[Array, "R fields"],
     allowed: UInt32[Array, "R words"],
     plan: Plan,
@@ -293,10 +293,12 @@ def choose(
     """The second half: one token of each slot, out of those that its row of the mask allows.
 
     Args:
+        extras: where some row has penalties or biases.
         packed: those that `advance` had.
     """
-    rows = unpacked(packed)
-    counts, bias = jax.tree.map(lambda x: x[rows.slot], (extras.counts, extras.bias))
+    rows, counts, bias = unpacked(packed), None, None
+    if extras is not None:
+        counts, bias = jax.tree.map(lambda x: x[rows.slot], (extras.counts, extras.bias))
     before = of_rows(rows, state)
     own, counts, emitted = _chosen(spec, plan, rows, logits, before, counts, bias, allowed)
     state, kept = into_slots(rows, state, own, extras, counts)

@@ -28,9 +28,9 @@ class Constraint(Protocol):
 
     @staticmethod
     def fill(constraints: Sequence[Any], masks: UInt32[np.ndarray, "B words"]) -> list[str | None]:
-        """Sets in the row of zeros of each of some constraints of this kind the bits of what may
-        come next, tokens that end the text included; None leaves its row. Returns of each why it
-        can't, or None."""
+        """Makes the row of each of some constraints of this kind the bits of what may come next,
+        tokens that end the text included; None leaves its row. Returns of each why it can't, or
+        None."""
 
     @staticmethod
     def take(constraints: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:

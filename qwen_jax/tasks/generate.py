@@ -176,7 +176,7 @@ def _expected(config: ConfigDict, items: Sequence[Item | Wrong]) -> Expected:
     options = [item.options for item in _right(items)]
     free = [o for o in options if o.get("constraint") is None]
     choices = {repr(c): c for c in ((o["sampling"], o["top_logprobs"]) for o in free)}
-    constrained = len(free) < len(options)
+    constrained = [o["sampling"] for o in options if o.get("constraint") is not None]
     return Expected(_samples(items, config.n), [*choices.values()], constrained)
 
 

@@ -13,7 +13,7 @@ from qwen_jax.serving.limits import Key, Limits
 from qwen_jax.settings import Command
 from qwen_jax.tasks.generate import load
 from qwen_jax.terminal import visible
-from qwen_jax.text import constraint
+from qwen_jax.text import constraint, matching
 
 
 def run(command: Command) -> int:
@@ -34,7 +34,7 @@ def run(command: Command) -> int:
         with startup.timed("compile"):  # so that no caller waits for it
             constrained = constraint.is_installed()
             if constrained:
-                constraint.ready(model.tokenizer)
+                matching.ready(model.tokenizer)
             model.engine.compile(constrained=constrained)
         asked = settings.asked(config, command.overrides)
         config = recommended.resolved(config, model.recommended, asked)

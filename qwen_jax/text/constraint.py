@@ -1,31 +1,20 @@
-"""What an answer may look like, and which tokens may come next so that it does: by llguidance."""
+"""What an answer may look like."""
 
 import dataclasses
-import functools
 import importlib.util
 import json
-import re
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
-
-import numpy as np
-from jaxtyping import UInt32
 
 from qwen_jax import strict_json
 from qwen_jax.errors import UserError
 from qwen_jax.text import json_schema
-from qwen_jax.text.tokenizer import Tokenizer
 
 Kind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as Python writes it: a model that may put white space anywhere may write nothing else."""
 _ROOT = "the JSON schema"
-FEW, FEW_WORDS = 16, 1 << 14
-"""Below so many rows, or words of all masks, threads cost more than they save: eight masks of 2,048
-tokens take 71 µs one after the other and 129 on two threads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,106 +87,6 @@ def constraint_of(given: Mapping[str, Any]) -> Constraint | None:
     return None
 
 
-class Matcher:
-    """One answer under a constraint, while it grows.
-
-    Raises UserError where the constraint makes no sense or llguidance can't do it.
-
-    Attributes:
-        forced: the tokens that must come next, as far as they were found when the last mask was
-            made: where only one text can come, it is spelt as the tokenizer spells it.
-    """
-
-    def __init__(self, constraint: Constraint, tokenizer: Tokenizer):
-        known = _known_of(tokenizer)
-        self._stop_ids, self._words = known.stop_ids, known.words
-        self._matcher = known.begun(constraint).deep_copy()
-        self.forced: list[int] = []
-
-    @staticmethod
-    def fill(
-        matchers: Sequence["Matcher | None"], masks: UInt32[np.ndarray, "B words"]
-    ) -> list[str | None]:
-        """Sets in each matcher's row of zeros the bits of all tokens that may come next, on several
-        threads. Masks may be of more tokens than there are.
-
-        Args:
-            matchers: of one tokenizer; None leaves its row as it is.
-
-        Returns:
-            Of each, None, or why llguidance gives up.
-        """
-        free: list[tuple[Any, int]] = []
-        for row, matcher in enumerate(matchers):
-            if matcher is None:
-                continue
-            if matcher.forced:
-                token = matcher.forced[0]
-                masks[row, token // 32] = np.uint32(1 << token % 32)
-            else:
-                free.append((matcher._matcher, row))
-        if free:
-            words = next(matcher._words for matcher in matchers if matcher is not None)
-            found = masks
-            if masks.shape[1] != words or not masks.flags.c_contiguous:
-                found = np.zeros((len(matchers), words), np.uint32)
-            _put_masks(free, found)
-            if found is not masks:
-                rows = [row for _, row in free]
-                masks[rows, :words] = found[rows]
-        # Most masks have many bits, which a few words of each show.
-        few = np.count_nonzero(masks[:, ::64], axis=1) <= 1
-        for inner, row in free:
-            if few[row] and np.count_nonzero(masks[row]) == 1:
-                matchers[row].forced = inner.compute_ff_tokens()  # type: ignore[union-attr]
-        return [None if matcher is None else matcher._why_not() for matcher in matchers]
-
-    @staticmethod
-    def take(matchers: Sequence["Matcher"], tokens: Sequence[Sequence[int]]) -> None:
-        """Each goes on behind tokens that may come next."""
-        single: list[tuple[Any, int]] = []
-        for matcher, chosen in zip(matchers, tokens, strict=True):
-            matcher.forced = matcher.forced[len(chosen) :]
-            if len(chosen) == 1 and chosen[0] not in matcher._stop_ids:
-                single.append((matcher._matcher, chosen[0]))
-            else:
-                taken = [token for token in chosen if token not in matcher._stop_ids]
-                matcher._matcher.consume_tokens(taken)
-        if len(single) < FEW:
-            for inner, token in single:
-                inner.consume_token(token)
-        else:
-            _executor().consume_token_par(single)
-
-    def _why_not(self) -> str | None:
-        if not (why := self._matcher.get_error()):
-            return None
-        return f"The constraint is too much: {_first_line(why)}; simplify it."
-
-
-def ready(tokenizer: Tokenizer) -> None:
-    """Makes what all constraints of a tokenizer need, which takes seconds for a large one."""
-    _known_of(tokenizer)
-
-
-def _put_masks(matchers: Sequence[tuple[Any, int]], masks: UInt32[np.ndarray, "B words"]) -> None:
-    """The mask of each matcher of llguidance's into its row."""
-    at, each = masks.ctypes.data, masks.shape[1] * masks.itemsize
-    if masks.size < FEW_WORDS:
-        for matcher, row in matchers:
-            matcher.unsafe_compute_mask_ptr(at + row * each, each)
-    else:
-        _executor().unsafe_compute_mask_ptr(matchers, at, each, len(masks))
-
-
-@functools.cache
-def _executor() -> Any:
-    """The threads that find masks."""
-    from llguidance import LLExecutor
-
-    return LLExecutor()
-
-
 def is_installed() -> bool:
     """Whether there is llguidance."""
     return importlib.util.find_spec("llguidance") is not None
@@ -207,90 +96,6 @@ def check_installed() -> None:
     """Raises UserError where there is none."""
     if not is_installed():
         raise UserError("llguidance is not installed; install qwen_jax[constrain].")
-
-
-def _grammar(constraint: Constraint) -> str:
-    from llguidance import LLMatcher
-
-    kind, text = constraint.kind, constraint.text
-    if kind == "regex":
-        return str(LLMatcher.grammar_from_regex(text))
-    if kind == "lark":
-        return str(LLMatcher.grammar_from_lark(text))
-    if kind == "choice":
-        options = " | ".join(json.dumps(choice) for choice in json.loads(text))
-        # As a terminal they are one automaton: as alternatives of a rule no more than 2,000 fit.
-        return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {options}"))
-    return str(LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT))
-
-
-class _Vocabulary:
-    """A tokenizer as llguidance asks for one."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        # Weakly: llguidance keeps this, and is kept itself, as long as the tokenizer is there.
-        self._tokenizer = weakref.ref(tokenizer)
-        size = tokenizer.vocab_size
-        self.eos_token_id, self.bos_token_id = tokenizer.stop_ids[0], None
-        visible = set(tokenizer.visible(range(size)))
-        unused = set(tokenizer.unused_ids)
-        # What is not shown is no text, and what is no token has none.
-        self.special_token_ids = [i for i in range(size) if i not in visible or i in unused]
-        self.tokens = [tokenizer.token_bytes(i) or b"\xff<unused>" for i in range(size)]
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", errors="replace")
-        tokenizer = self._tokenizer()
-        return [] if tokenizer is None else tokenizer.encode(text, parse_special=False)
-
-
-class _Known:
-    """What is made once for a tokenizer, and of it for a constraint."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        check_installed()
-        from llguidance import LLTokenizer, TokenizerWrapper
-
-        self.stop_ids = frozenset(tokenizer.stop_ids)
-        self.words = -(-tokenizer.vocab_size // 32)
-        wrapped = TokenizerWrapper(_Vocabulary(tokenizer))
-        self._tokenizer = LLTokenizer(wrapped, eos_token=list(tokenizer.stop_ids))
-        self.begun = functools.lru_cache(maxsize=64)(self._begun)
-
-    def _begun(self, constraint: Constraint) -> Any:
-        """A matcher of llguidance's before the first token, which has found its mask once: some
-        faults show only then, and what was found is copied along."""
-        from llguidance import LLMatcher
-
-        found = LLMatcher(self._tokenizer, _grammar(constraint), log_level=0)
-        if not found.get_error():
-            mask = np.zeros(self.words, np.uint32)
-            found.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        said = [found.get_error(), *found.get_grammar_warnings()]
-        if why := next(filter(None, said), ""):
-            text = f"The {constraint.kind} can't be used: {_first_line(why)}; correct it."
-            raise UserError(text)
-        return found
-
-
-_all_known: "weakref.WeakKeyDictionary[Tokenizer, _Known]" = weakref.WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def _known_of(tokenizer: Tokenizer) -> _Known:
-    with _making:
-        if tokenizer not in _all_known:
-            _all_known[tokenizer] = _Known(tokenizer)
-        return _all_known[tokenizer]
-
-
-def _first_line(why: str) -> str:
-    """What llguidance says, without its state and its stack."""
-    said = re.split("<state>|<backtrace>", why)[0]
-    if said.startswith("NoExtensionBias"):
-        said = "nothing fits it"
-    return f"{' '.join(said.split()).rstrip('.'):.400}"
 
 
 def _as_json(value: Any, said: str) -> str:

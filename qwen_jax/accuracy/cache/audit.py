@@ -135,6 +135,12 @@ def _arithmetic(engine: Engine) -> Arithmetic:
     return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least=least)
 
 
+def _alone(text: tuple[int, ...]) -> Entries:
+    """Of a text in one call."""
+    row, count = Row(text, len(text)), len(text)
+    return simulate(Scenario("alone", (row,), ((Part(0, 0, count, count),),)))[0]
+
+
 class _Audit:
     def __init__(self, engine: Engine, source: Source, every: Sequence[Scenario]):
         self.engine, self.source = engine, source
@@ -147,11 +153,13 @@ class _Audit:
         self.truths: dict[tuple[int, ...], list[Expected]] = {}
         for text in sorted(looked_at, key=len, reverse=True):
             if not any(known[: len(text)] == text for known in self.truths):
-                row, count = Row(text, len(text)), len(text)
-                alone = Scenario("alone", (row,), ((Part(0, 0, count, count),),))
-                self.truths[text] = [
-                    self.finite(expected) for expected in self.forward(simulate(alone)[0])
-                ]
+                self.truths[text] = []
+        alone = [_alone(text) for text in self.truths]
+        of_each = list(self.truths.values())
+        for number, expected in forward(
+            self.source, alone, self.arithmetic, self.used, self.every
+        ):
+            of_each[number].append(self.finite(expected))
 
     def finite(self, expected: Expected) -> Expected:
         """Raises UserError for the truth of a model that has none."""
@@ -207,9 +215,6 @@ class _Audit:
             three = found[start:], expected.value[start:], expected.bound[start:]
             yield expected, compare(*three), (start + first_position(*three)) * stride
 
-    def forward(self, entries: Entries) -> Iterator[Expected]:
-        return forward(self.source, entries, self.arithmetic, self.used, self.every)
-
     def causes(self, scenario: Scenario, number: int, seen: Shown) -> Iterator[Cause]:
         """Faults that give what the engine gave; one is given up at the first layer outside."""
         row, right = scenario.rows[number], simulate(scenario)[number]
@@ -218,7 +223,8 @@ class _Audit:
             if entries.same(right):
                 continue
             largest = 0.0
-            for _, judged, _ in self.judge(self.forward(entries), scenario, row, seen):
+            planted = forward(self.source, [entries], self.arithmetic, self.used, self.every)
+            for _, judged, _ in self.judge((e for _, e in planted), scenario, row, seen):
                 largest = max(largest, judged.ratio)
                 if not judged.within:
                     break

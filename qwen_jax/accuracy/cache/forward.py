@@ -1,21 +1,22 @@
 """The float64 forward pass over entries of a cache, each seeing what the simulation says it sees.
 
-There is no cache here: keys and values of all entries lie side by side, and who sees whom is a
-matrix. Operations and their bounds are those of the rest of the laboratory; the bound of each
+There is no cache here: keys and values of a text's entries lie side by side, and who sees whom is
+a matrix. Operations and their bounds are those of the rest of the laboratory; the bound of each
 operation is carried on to what follows, to first order.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.cache.slots import Entries
-from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bound
-from qwen_jax.accuracy.exact.carried import log_softmax
+from qwen_jax.accuracy.exact.bounds import Arithmetic
+from qwen_jax.accuracy.exact.carried import Bounded, bounded, log_softmax
 from qwen_jax.accuracy.exact.operations import INNER, OPERATIONS, PARAMETRIC, Calls, Context
 from qwen_jax.accuracy.exact.parameters import Source, Weights
+from qwen_jax.config import ModelConfig
 
 Array = np.ndarray
 
@@ -38,76 +39,116 @@ class Expected:
 
 def forward(
     source: Source,
-    entries: Entries,
+    texts: Sequence[Entries],
     arithmetic: Arithmetic,
     used: Int[np.ndarray, "V"],
     every: int,
-) -> Iterator[Expected]:
-    """What the slots of the text hold, layer by layer, then the log-probabilities after it.
+) -> Iterator[tuple[int, Expected]]:
+    """What the slots of some texts hold, layer by layer, then the log-probabilities after them,
+    each with its text's number.
+
+    Texts lie side by side in every operation but attention: a weight is fetched once for all.
 
     Args:
         used: tokens in use; log-probabilities are over these,
         every: and after positions that are a multiple of this.
     """
     config = source.config
-    plain = Context(config, Calls.of([len(entries.tokens)]), entries.tokens)
-    seen = entries.sees > 0
-    with np.errstate(divide="ignore"):
-        several = np.log(entries.sees)[:, None]
+    tokens, query, key = (
+        np.concatenate([getattr(text, field) for text in texts])
+        for field in ("tokens", "query", "key")
+    )
+    ends = np.cumsum([len(text.tokens) for text in texts])
+    rows = [slice(end - len(text.tokens), end) for end, text in zip(ends, texts, strict=True)]
+    plain = Context(config, Calls.of([len(tokens)]), tokens)
     contexts = {
-        "q_rope": plain.turned(position=lambda _: entries.query),
-        "k_rope": plain.turned(position=lambda _: entries.key),
-        "attn_scores": plain.turned(visible=lambda _, slot: seen),
+        "q_rope": plain.turned(position=lambda _: query),
+        "k_rope": plain.turned(position=lambda _: key),
     }
     outer = Weights(source, None)
 
-    def run(
-        name: str, inputs: list[Array], errors: list[Error], weights: Weights
-    ) -> tuple[Array, Array]:
-        ctx = contexts.get(name, plain)
+    def run(name: str, inputs: list[Bounded], weights: Weights) -> Bounded:
         params = weights[name] if name in PARAMETRIC else ()
-        value = OPERATIONS[name](ctx, inputs, params)
-        return value, bound(name, ctx, arithmetic, value, inputs, errors, params)
+        return bounded(name, contexts.get(name, plain), arithmetic, inputs, params)
 
-    stream = run("embed", [], [], outer)
+    stream = run("embed", [], outer)
     for layer in range(config.num_layers):
         weights = Weights(source, layer)
-        held: dict[str, tuple[Array, Array]] = {"stream": stream}
+        held: dict[str, Bounded] = {"stream": stream}
         for name in INNER:
-            pairs = [held[n] for n in OPERATIONS[name].inputs]
-            inputs: list[Array] = [p[0] for p in pairs]
-            errors: list[Error] = [p[1] for p in pairs]
-            if entries.poisoned and name in ("attn_scores", "attn_out"):
-                lost = np.isnan(held["k_rope"][0]).any(axis=(1, 2))
-                inputs, errors = [np.nan_to_num(x) for x in inputs], [_finite(e) for e in errors]
-            value, error = run(name, inputs, errors, weights)
+            if name in ("attn_scores", "attn_probs"):
+                continue  # `_attention` does all three
+            if name == "attn_out":
+                of_each = [
+                    _attention(
+                        config,
+                        text,
+                        arithmetic,
+                        *(_cut(held[n], some) for n in ("q_rope", "k_rope", "v_proj")),
+                    )
+                    for some, text in zip(rows, texts, strict=True)
+                ]
+                value, error = (np.concatenate(x) for x in zip(*of_each, strict=True))
+            else:
+                value, error = run(name, [held[n] for n in OPERATIONS[name].inputs], weights)
             if name in ("k_rope", "v_proj"):
-                value[-1], error[-1] = 0.0, 0.0  # what an unwritten slot holds
-            elif name == "attn_scores":
-                # An entry in several slots counts as often.
-                value = np.where(seen[:, None], value + several, value)
-            elif name == "attn_out" and entries.poisoned:
-                # NaN times a probability of 0 would be NaN here, and must not be in an engine.
-                lost[-1] = True
-                value[lost | seen[:, lost].any(axis=1)] = np.nan
+                value[ends - 1], error[ends - 1] = 0.0, 0.0  # what an unwritten slot holds
             held[name] = value, error
             if name == "k_rope":  # the values are there too
-                for what, source_name in (("keys", "k_rope"), ("values", "v_proj")):
-                    value, error = (x[entries.slots] for x in held[source_name])
-                    stored = error + arithmetic.cache * np.abs(value)
-                    yield Expected(f"{what} of layer {layer}", layer, value, stored)
+                for number, (some, text) in enumerate(zip(rows, texts, strict=True)):
+                    for what, source_name in (("keys", "k_rope"), ("values", "v_proj")):
+                        value, error = (x[some][text.slots] for x in held[source_name])
+                        stored = error + arithmetic.cache * np.abs(value)
+                        yield number, Expected(f"{what} of layer {layer}", layer, value, stored)
         stream = held["ffn_residual"]
-    output = entries.output[::every]
-    known = output >= 0
-    rows = output[known]
-    last = run("final_norm", [stream[0][rows]], [stream[1][rows]], outer)
-    value, error = run("logits", [last[0]], [last[1]], outer)
+    asked = [text.output[::every] for text in texts]
+    known = [output >= 0 for output in asked]
+    chosen = np.concatenate(
+        [some.start + output[k] for some, output, k in zip(rows, asked, known, strict=True)]
+    )
+    last = run("final_norm", [_cut(stream, chosen)], outer)
+    value, error = run("logits", [last], outer)
     value, error = log_softmax(value[:, used], error[:, used])
-    shape = (len(known), value.shape[1])
-    out, limit = np.full(shape, np.nan), np.full(shape, np.inf)
-    out[known], limit[known] = value, error
-    yield Expected("logits", None, out, limit)
+    stop = 0
+    for number, k in enumerate(known):
+        start, stop = stop, stop + int(k.sum())
+        out, limit = np.full((len(k), len(used)), np.nan), np.full((len(k), len(used)), np.inf)
+        out[k], limit[k] = value[start:stop], error[start:stop]
+        yield number, Expected("logits", None, out, limit)
 
 
-def _finite(error: Error) -> Error:
-    return np.nan_to_num(error, posinf=0.0) if isinstance(error, np.ndarray) else error
+def _attention(
+    config: ModelConfig,
+    text: Entries,
+    arithmetic: Arithmetic,
+    queries: Bounded,
+    keys: Bounded,
+    values: Bounded,
+) -> Bounded:
+    """Attention's result of one text, in whose slots nothing of another one is."""
+    seen = text.sees > 0
+    plain = Context(config, Calls.of([len(text.tokens)]), text.tokens)
+    if text.poisoned:
+        lost = np.isnan(keys[0]).any(axis=(1, 2))
+        queries, keys, values = (_finite(pair) for pair in (queries, keys, values))
+    ctx = plain.turned(visible=lambda _, slot: seen)
+    value, error = bounded("attn_scores", ctx, arithmetic, [queries, keys], ())
+    with np.errstate(divide="ignore"):  # an entry in several slots counts as often
+        value = np.where(seen[:, None], value + np.log(text.sees)[:, None], value)
+    probs = bounded("attn_probs", plain, arithmetic, [(value, error)], ())
+    if text.poisoned:
+        probs = _finite(probs)
+    value, error = bounded("attn_out", plain, arithmetic, [probs, values], ())
+    if text.poisoned:
+        # NaN times a probability of 0 would be NaN here, and must not be in an engine.
+        lost[-1] = True
+        value[lost | seen[:, lost].any(axis=1)] = np.nan
+    return value, error
+
+
+def _cut(pair: Bounded, rows: slice | Int[np.ndarray, "R"]) -> Bounded:
+    return pair[0][rows], pair[1][rows]
+
+
+def _finite(pair: Bounded) -> Bounded:
+    return np.nan_to_num(pair[0]), np.nan_to_num(pair[1], posinf=0.0)

@@ -117,6 +117,10 @@ class _Run:
                 token[row.slot] = row.tokens[min(part.start, len(row.tokens) - 1)]
                 done[row.slot] &= part.length == 0
             self.fresh.discard(part.row)
+        # Asked for only where they are looked at: sorting a large vocabulary takes as long as the
+        # rest of a step.
+        looked = any(part.length > 0 and part.start % self.every == 0 for part in parts)
+        asked = settings(size, logprobs=vocab if looked else -1)
         self.pages, self.state, self.extras, emitted = steps.step(
             engine.spec,
             engine.weights,
@@ -126,7 +130,7 @@ class _Run:
                 self.state._replace(token=jnp.asarray(token), done=jnp.asarray(done))
             ),
             self.extras,
-            steps.pack_rows(steps.Rows._make([*fields, settings(size, logprobs=vocab)])),
+            steps.pack_rows(steps.Rows._make([*fields, asked])),
             Plan(True, vocab),
             1,
         )

@@ -1,6 +1,8 @@
 """The whole forward pass in float64, with how far a right engine may be from it: each operation's
 bound, carried on to what follows to first order."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -20,6 +22,19 @@ Bounded = tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]
 """A value, and how far it may be off."""
 
 
+def bounded(
+    name: str,
+    ctx: Context,
+    arithmetic: Arithmetic,
+    inputs: Sequence[Bounded],
+    params: Sequence[Float[np.ndarray, "..."]],
+) -> Bounded:
+    """An operation's result of such inputs."""
+    values, errors = [value for value, _ in inputs], [error for _, error in inputs]
+    value = OPERATIONS[name](ctx, values, params)
+    return value, bound(name, ctx, arithmetic, value, values, errors, params)
+
+
 def logits(source: Source, tokens: Int[np.ndarray, "T"], arithmetic: Arithmetic) -> Bounded:
     """Logits after every token of a text, `[T, V]`, and their bounds."""
     config = source.config
@@ -30,12 +45,9 @@ def logits(source: Source, tokens: Int[np.ndarray, "T"], arithmetic: Arithmetic)
     for at, (layer, name) in enumerate(plan):
         if weights.layer != layer:
             weights = Weights(source, layer)
-        pairs = [held[n] for n in input_names(name, layer, config)]
-        inputs, errors = [value for value, _ in pairs], [error for _, error in pairs]
+        inputs = [held[n] for n in input_names(name, layer, config)]
         params = weights[name] if name in PARAMETRIC else ()
-        value = OPERATIONS[name](ctx, inputs, params)
-        limit = bound(name, ctx, arithmetic, value, inputs, errors, params)
-        held[full_name(name, layer)] = value, limit
+        held[full_name(name, layer)] = bounded(name, ctx, arithmetic, inputs, params)
         for done in [n for n in held if last.get(n, at + 1) <= at]:
             del held[done]
     return held["logits"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bound
 from qwen_jax.accuracy.exact.operations import (
     OPERATIONS,
@@ -153,18 +154,36 @@ def compare(
     limit: Float[np.ndarray, "..."],
 ) -> Residual:
     """Equal infinities and two NaN agree; other non-finite values are infinitely far apart."""
+    parts = spread.parts(len(candidate), candidate[:1].size)
+
+    def compared(rows: slice) -> tuple[float, int, float, float]:
+        with np.errstate(all="ignore"):
+            return _compared(candidate[rows], expected[rows], limit[rows])
+
+    found = spread.each(compared, parts)
+    ratios, at, errors, sizes = zip(*found, strict=True)
+    ratio = max(ratios)
+    part = ratios.index(ratio)
+    first, *rest = np.unravel_index(at[part], candidate[parts[part]].shape)
     with np.errstate(all="ignore"):
-        same = _same(candidate, expected)
-        error = np.where(same, 0, np.abs(candidate - expected))
-        error = np.where(np.isfinite(error), error, np.inf)
-        # A bound that is not finite bounds nothing.
-        ratio = np.where(error > 0, np.where(np.isfinite(limit), error / limit, np.inf), 0)
-        ratio = np.where(np.isnan(ratio), np.inf, ratio)
-        finite = np.where(np.isfinite(expected), expected, 0)
-        size = np.sqrt(np.mean(finite**2)) or 1.0
-        relative = np.sqrt(np.mean(error**2)) / size
-    worst = np.unravel_index(int(ratio.argmax()), ratio.shape)
-    return Residual(float(ratio.max()), float(relative), tuple(int(i) for i in worst))
+        size = np.sqrt(sum(sizes) / candidate.size) or 1.0
+        relative = np.sqrt(sum(errors) / candidate.size) / size
+    worst = parts[part].start + int(first), *map(int, rest)
+    return Residual(ratio, float(relative), worst)
+
+
+def _compared(candidate: Array, expected: Array, limit: Array) -> tuple[float, int, float, float]:
+    """Of some rows: the largest ratio, where it is, the errors' squares and the expectation's."""
+    same = _same(candidate, expected)
+    error = np.where(same, 0, np.abs(candidate - expected))
+    error = np.where(np.isfinite(error), error, np.inf)
+    # A bound that is not finite bounds nothing.
+    ratio = np.where(error > 0, np.where(np.isfinite(limit), error / limit, np.inf), 0)
+    ratio = np.where(np.isnan(ratio), np.inf, ratio)
+    finite = np.where(np.isfinite(expected), expected, 0)
+    worst = int(ratio.argmax())
+    squares = float(np.sum(error**2)), float(np.sum(finite**2))
+    return float(ratio.flat[worst]), worst, *squares
 
 
 def _same(candidate: Array, expected: Array) -> Array:

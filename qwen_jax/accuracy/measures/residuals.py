@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from qwen_jax.accuracy import spread
+
 _STEP = 1 << 20
 """Values compared at once, so that no float64 copy of a tensor exists."""
 
@@ -18,6 +20,12 @@ def is_float(dtype: np.dtype) -> bool:
         return dtype.kind != "c" and bool(ml_dtypes.finfo(dtype).bits)
     except ValueError:
         return False
+
+
+def is_finite(values: Float[np.ndarray, "rows ..."]) -> bool:
+    """Whether all of them are."""
+    parts = spread.parts(len(values), values[:1].size)
+    return all(spread.each(lambda part: bool(np.isfinite(values[part]).all()), parts))
 
 
 def rounding(values: Float[np.ndarray, "..."], dtype: np.dtype) -> Float[np.ndarray, "..."]:
@@ -68,25 +76,48 @@ def residual(
     """Compares arrays of one shape; the bound is that of the candidate's dtype."""
     if candidate.shape != expected.shape:
         raise ValueError(f"{candidate.shape=} is not {expected.shape=}")
+    parts = spread.parts(len(candidate), candidate[:1].size)
     rows = np.zeros(len(candidate), np.int64)
-    squares, norm, exact = 0.0, 0.0, True
-    step = max(_STEP // max(candidate[:1].size, 1), 1)
-    with np.errstate(all="ignore"):
-        for start in range(0, len(candidate), step):
-            part = slice(start, start + step)
-            have, want = candidate[part], expected[part]
-            exact = exact and np.array_equal(have, want.astype(have.dtype), equal_nan=True)
-            have, want64 = have.astype(np.float64), want.astype(np.float64)
-            same = (have == want64) | (np.isnan(have) & np.isnan(want64))
-            difference = np.where(same, 0.0, have - want64)
-            near = np.abs(difference) <= rounding(want, candidate.dtype)
-            outside = ~(near & np.isfinite(difference)) & ~same
-            rows[part] = outside.reshape(len(outside), -1).sum(axis=1)
-            squares += float(np.sum(difference**2))
-            norm += float(np.sum(np.where(np.isfinite(want64), want64, 0.0) ** 2))
-    error = 0.0 if squares == 0 else (squares / norm) ** 0.5 if norm else np.inf
+
+    def compared(part: slice) -> tuple[float, bool]:
+        with np.errstate(all="ignore"):
+            rows[part], squares, exact = _compared(candidate[part], expected[part])
+        return squares, exact
+
+    def norm(part: slice) -> float:
+        want = expected[part].astype(np.float64)
+        return float(np.sum(np.where(np.isfinite(want), want, 0.0) ** 2))
+
+    found = spread.each(compared, parts)
+    squares = sum(of_part for of_part, _ in found)
+    error = 0.0
+    if squares:
+        size = sum(spread.each(norm, parts))
+        error = (squares / size) ** 0.5 if size else np.inf
     error = float(error) if np.isfinite(error) else float("inf")
+    exact = all(of_part for _, of_part in found)
     return Difference(candidate.size, int(rows.sum()), error, rows, exact)
+
+
+def _compared(
+    have: Shaped[np.ndarray, "rows ..."], want: Float[np.ndarray, "rows ..."]
+) -> tuple[Int[np.ndarray, " rows"] | int, float, bool]:
+    """Of a part: each row's values outside, the error's squares, and whether all is exact."""
+    dtype = have.dtype
+    have = have.astype(np.float32) if dtype.itemsize < 4 else have
+    if (have == want).all():
+        return 0, 0.0, True
+    rounded = want.astype(dtype)
+    exact = np.array_equal(have, rounded.astype(have.dtype), equal_nan=True)
+    have, want64 = have.astype(np.float64), want.astype(np.float64)
+    same = (have == want64) | (np.isnan(have) & np.isnan(want64))
+    difference = np.where(same, 0.0, have - want64)
+    squares = float(np.sum(difference**2))
+    if exact and np.isfinite(difference).all():  # rounding to nearest is inside
+        return 0, squares, True
+    near = np.abs(difference) <= rounding(want, dtype)
+    outside = ~(near & np.isfinite(difference)) & ~same
+    return outside.reshape(len(outside), -1).sum(axis=1), squares, exact
 
 
 def relative_error(values: Float[np.ndarray, "..."], right: Float[np.ndarray, "..."]) -> float:

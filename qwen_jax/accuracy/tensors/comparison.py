@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.exact.replay import Finding, check_same_model
 from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.measures.metrics import LogitMetrics, Metrics, logit_metrics, metrics
@@ -104,23 +105,26 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
     _check_dtypes(mine, theirs)
     own = {finding.name: finding for finding in findings}
     heads = mine.model_config.num_heads
-    rows: list[Row] = []
-    by_position: dict[str, np.ndarray] = {}
-    by_head: dict[str, np.ndarray] = {}
-    logits = None
-    for name in shared:
+
+    def cut(name: str, trace: Trace) -> np.ndarray:
+        operation, skip = split_name(name)[1], start - trace.header.start
+        return _cut(trace.tensors[name], operation, skip, stop - start, stop)
+
+    def compared(name: str) -> tuple[Row, np.ndarray, np.ndarray | None]:
         layer, operation = split_name(name)
-        ours = _cut(candidate.tensors[name], operation, start - mine.start, stop - start, stop)
-        right = _cut(reference.tensors[name], operation, start - theirs.start, stop - start, stop)
+        ours, right = cut(name, candidate), cut(name, reference)
         _check_finite(name, right, start)
-        rows.append(Row(name, layer, operation, metrics(ours, right), own.get(name)))
-        by_position[name], head_errors = _profiles(ours, right, operation, heads)
-        if head_errors is not None:
-            by_head[name] = head_errors
-        if name == "logits":
-            logits = logit_metrics(ours, right)
+        row = Row(name, layer, operation, metrics(ours, right), own.get(name))
+        return row, *_profiles(ours, right, operation, heads)
+
+    rows, errors, of_heads = zip(*spread.each(compared, shared), strict=True)
+    logits = None
+    if "logits" in shared:
+        logits = logit_metrics(cut("logits", candidate), cut("logits", reference))
     missing = tuple(sorted(candidate.tensors.keys() ^ reference.tensors.keys()))
-    return Comparison(mine, theirs, start, tuple(rows), logits, missing, by_position, by_head)
+    by_position = dict(zip(shared, errors, strict=True))
+    by_head = {n: e for n, e in zip(shared, of_heads, strict=True) if e is not None}
+    return Comparison(mine, theirs, start, rows, logits, missing, by_position, by_head)
 
 
 def check_alike(mine: Header, theirs: Header) -> tuple[int, int]:

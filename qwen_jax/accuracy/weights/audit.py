@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from qwen_jax.accuracy.finding import Cause, Progress
-from qwen_jax.accuracy.measures.residuals import Difference, is_float, residual
+from qwen_jax.accuracy.measures.residuals import Difference, is_finite, is_float, residual
 from qwen_jax.accuracy.weights.checkpoint_values import CheckpointValues
 from qwen_jax.accuracy.weights.faults import WHOLE_VALUES, Role, Tensor, WeightFault
 from qwen_jax.accuracy.weights.misread_blocks import BLOCK_FAULTS
@@ -181,7 +181,7 @@ class _Audit:
                 "before it is audited."
             )
         right = tensor.values()
-        if not np.isfinite(right).all():
+        if not is_finite(right):
             raise UserError(
                 f"{self.checkpoint.path}: {place.name} is not finite, so nothing can be told of "
                 "what is held of it; get the file again."

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, quants
 from jaxtyping import Float, Shaped, UInt8
 from safetensors import safe_open
 
+from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.weights.packed_values import Packed, packed_rows
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.tensors import TensorInfo, block_size
@@ -51,7 +52,14 @@ class CheckpointValues:
         if len(info.shape) == 1:
             return self.decode(name, self.bytes(name))[start:stop]
         row = info.nbytes // info.shape[0]
-        return self.decode(name, self.bytes(name, start * row, stop * row))
+        out = np.empty((stop - start, *info.shape[1:]), _FLOAT32)
+
+        def some(part: slice) -> None:
+            first, last = start + part.start, start + part.stop
+            out[part] = self.decode(name, self.bytes(name, first * row, last * row))
+
+        spread.each(some, spread.parts(len(out), out[:1].size))
+        return out
 
     def _tensor(self, name: str) -> Shaped[np.ndarray, "..."]:
         """A tensor of a Hugging Face directory; safetensors has no float8 for NumPy."""

@@ -5,20 +5,25 @@ program, in one process, over peer access. NVSHMEM and NVLink multicast are not 
 """
 
 import os
+from collections.abc import Sequence
 
 import jax
 
 NVSHMEM = "xla_gpu_experimental_enable_nvshmem"
 
 
-def refusal(devices: int) -> str | None:
-    """Why kernels of so many devices can't reach each other's memory, or None where they can.
+def refusal(devices: Sequence[int]) -> str | None:
+    """Why kernels can't reach the memory of the mesh's other devices, or None where they can.
 
-    That the mesh is made of the first so many is for the caller to see to: Mosaic numbers devices
-    as JAX does.
+    Args:
+        devices: the mesh's, by their numbers in JAX, which Mosaic's places in the mesh have to be.
     """
-    if devices == 1:
+    if len(devices) == 1:
         return "there is one device"
+    if [*devices] != [*range(len(devices))]:
+        return (
+            f"the devices are {', '.join(map(str, devices))} of JAX's, not its first ones in order"
+        )
     if (processes := jax.process_count()) > 1:
         return f"the devices belong to {processes} processes"
     flags = os.environ.get("XLA_FLAGS", "")

@@ -1,7 +1,8 @@
 """The sum over devices of a few rows that each of them has."""
 
+from collections.abc import Sequence
+
 import jax
-from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.all_reduce.reference import reference
@@ -9,7 +10,7 @@ from pallas_kernels.implementation import choose
 
 
 def all_reduce(
-    x: Float[Array, "B D"], axis: str, *, implementation: str = "auto"
+    x: Float[Array, "B D"], axis: str, devices: Sequence[int], *, implementation: str = "auto"
 ) -> Float[Array, "B D"]:
     """Adds up what the devices of a mesh's axis have, inside `shard_map`.
 
@@ -18,15 +19,15 @@ def all_reduce(
 
     Args:
         axis: the mesh's only axis.
+        devices: of the mesh, by their numbers in JAX.
 
     Raises:
         UnsupportedError: `implementation` can't serve the case.
     """
     from pallas_kernels.all_reduce import mosaic_gpu  # heavy, and only tracing needs it
 
-    devices = lax.axis_size(axis)
-    why_not = mosaic_gpu.refusal(*x.shape, devices, x.dtype)
+    why_not = mosaic_gpu.refusal(*x.shape, x.dtype, devices)
     with jax.named_scope("all_reduce"):
         if choose("all_reduce", implementation, why_not) == "mosaic_gpu":
-            return mosaic_gpu.all_reduce(x, axis, devices)
+            return mosaic_gpu.all_reduce(x, axis, len(devices))
         return reference(x, axis)

@@ -6,6 +6,7 @@ all devices meet (a kernel of its own), so that the memory that is stored into i
 reads it, and the counters of arrivals are zero.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def _numbers(size: int) -> int | None:
     )
 
 
-def refusal(rows: int, width: int, devices: int, dtype: DTypeLike) -> str | None:
+def refusal(rows: int, width: int, dtype: DTypeLike, devices: Sequence[int]) -> str | None:
     """Why the kernel can't add up so many rows, or None where it can."""
     dtype = jnp.dtype(dtype)
     if dtype.name not in DTYPES:
@@ -57,8 +58,8 @@ def all_reduce(x: Float[Array, "B D"], axis: str, devices: int) -> Float[Array, 
     chunk = numbers * THREADS
     blocks = x.size // chunk
 
-    # Lanes have neighbouring numbers, of 32 bits: Mosaic can't know how a pointer to another device is
-    # aligned, and stores number by number.
+    # Lanes have neighbouring numbers, of 32 bits: Mosaic can't know how a pointer to another device
+    # is aligned, and stores number by number.
     strided = plgpu.Layout.WG_STRIDED((chunk,), vec_size=1)
 
     def body(x_ref: Any, out_ref: Any, parts_ref: Any, arrived: Any) -> None:

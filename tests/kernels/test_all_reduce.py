@@ -22,7 +22,9 @@ def lowered(devices: int, rows: int, width: int, dtype: str) -> str:
     mesh = AbstractMesh((devices,), (AXIS,)) if found is None else Mesh(np.array(found), (AXIS,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     summed = jax.shard_map(
-        functools.partial(all_reduce, axis=AXIS, implementation="mosaic_gpu"),
+        functools.partial(
+            all_reduce, axis=AXIS, devices=range(devices), implementation="mosaic_gpu"
+        ),
         mesh=mesh,
         in_specs=PartitionSpec(),
         out_specs=PartitionSpec(),
@@ -57,20 +59,24 @@ def test_lowers(devices: int, rows: int, width: int, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("case", "why"),
     [
-        ((1, 3584, 2, "int32"), "takes bfloat16, float16, float32, not int32"),
-        ((128, 3584, 2, "float32"), "128 rows of 3584 are more than 1 MiB"),
-        ((1, 100, 2, "float32"), "1 rows of 100 numbers are not whole blocks of 128"),
-        ((1, 3584, 1, "float32"), "there is one device"),
+        ((1, 3584, "int32", (0, 1)), "takes bfloat16, float16, float32, not int32"),
+        ((128, 3584, "float32", (0, 1)), "128 rows of 3584 are more than 1 MiB"),
+        ((1, 100, "float32", (0, 1)), "1 rows of 100 numbers are not whole blocks of 128"),
+        ((1, 3584, "float32", (0,)), "there is one device"),
+        (
+            (1, 3584, "float32", (2, 3)),
+            "the devices are 2, 3 of JAX's, not its first ones in order",
+        ),
     ],
 )
-def test_says_why_not(case: tuple[int, int, int, str], why: str) -> None:
+def test_says_why_not(case: tuple[int, int, str, tuple[int, ...]], why: str) -> None:
     assert why in (mosaic_gpu.refusal(*case) or "")
 
 
 def test_needs_one_process_without_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mosaic_gpu.refusal(1, 3584, 2, jnp.float32) is None
+    assert mosaic_gpu.refusal(1, 3584, jnp.float32, (0, 1)) is None
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_experimental_enable_nvshmem=true")
-    assert "XLA_FLAGS has" in (mosaic_gpu.refusal(1, 3584, 2, jnp.float32) or "")
+    assert "XLA_FLAGS has" in (mosaic_gpu.refusal(1, 3584, jnp.float32, (0, 1)) or "")
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert "belong to 2 processes" in (mosaic_gpu.refusal(1, 3584, 2, jnp.float32) or "")
+    assert "belong to 2 processes" in (mosaic_gpu.refusal(1, 3584, jnp.float32, (0, 1)) or "")

@@ -26,7 +26,8 @@ def all_reduce(
     """
     from pallas_kernels.all_reduce import mosaic_gpu  # heavy, and only tracing needs it
 
-    why_not = mosaic_gpu.refusal(*x.shape, x.dtype, devices)
+    rows, width = x.shape
+    why_not = mosaic_gpu.refusal(rows, width, x.dtype, devices)
     with jax.named_scope("all_reduce"):
         if choose("all_reduce", implementation, why_not) == "mosaic_gpu":
             return mosaic_gpu.all_reduce(x, axis, len(devices))

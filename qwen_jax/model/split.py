@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jaxtyping import Array, Bool, Int, Shaped
 
 import pallas_kernels
@@ -108,7 +115,7 @@ class Split(Whole):
         exchange: whether few rows are added up by a kernel of ours, where it serves.
     """
 
-    devices: Mesh
+    devices: Mesh | AbstractMesh
     exchange: bool = False
 
     @property
@@ -138,7 +145,10 @@ class Split(Whole):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The devices' numbers, as JAX counts them."""
+        """The devices' numbers, as JAX counts them; of none in particular, those that they could
+        have."""
+        if isinstance(self.devices, AbstractMesh):
+            return tuple(range(self.size))
         return tuple(self.devices.device_ids.ravel().tolist())
 
     def sum(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

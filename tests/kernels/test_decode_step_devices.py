@@ -3,21 +3,30 @@ its share of the feed-forward and of the vocabulary, and stores sums into the ot
 
 import dataclasses
 import types
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pallas_kernels.decode_step import GATE_UP, HEAD, StepPlan, empty_stream, tile_offsets
+from pallas_kernels.decode_step.common import exchange, launch
+from pallas_kernels.decode_step.common.devices import Devices
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from pallas_kernels.decode_step.packed.plan import QKV, ModelShape
+from pallas_kernels.decode_step.ptx import thread as t
 from tests.kernels import emulated_step as emulated
 from tests.kernels.emulated_step import SEED, Case, drawn, relative
 from tests.kernels.float64_step import exact_step
+from tests.kernels.simt import Deadlock
 from tests.kernels.streams import matrices, put_numbers
 
 SHAPE = ModelShape(3, 256, 4, 4, 128, 512, 512, 1e-6)
 """Of all devices together. Three layers: what is stored in one is stored again two later."""
+
+
+pytestmark = pytest.mark.emulated
 
 
 def part_of(shape: ModelShape, devices: int) -> ModelShape:
@@ -61,6 +70,46 @@ def on_devices(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     parts = [share(case, devices, number) for number in range(devices)]
     return emulated.run_on_devices(patch, parts, seed, kernel=kernel)
+
+
+def storing_here_alone(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(exchange.Exchange, "everywhere", lambda self, address: [address])
+
+
+def meeting_nobody_else(patch: pytest.MonkeyPatch) -> None:
+    """Devices clear their words when others have stored some already."""
+    real = launch.plgpu.semaphore_wait
+    patch.setattr(
+        launch.plgpu, "semaphore_wait", lambda sem, count, **how: real(sem, count // 2, **how)
+    )
+
+
+def adding_its_own_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Devices, "of", first_of_two)
+
+
+def first_of_two(context: Any, words: int, logits: int, count: int) -> Devices:
+    """What every device takes itself for."""
+    found = [[t.address_on(context, ref, n) for n in range(count)] for ref in (words, logits)]
+    return Devices(t.integer(0), *found)
+
+
+@pytest.mark.parametrize("mistake", [storing_here_alone, meeting_nobody_else, adding_its_own_twice])
+def test_mistakes_are_found(
+    monkeypatch: pytest.MonkeyPatch, mistake: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    case = drawn(SHAPE, 3, [20], 1)
+    parts = [share(case, 2, number) for number in range(2)]
+    right = exact_step(case)[0]
+    wrong = 0
+    for seed in range(4):
+        try:
+            (logits, _), _ = emulated.run_on_devices(monkeypatch, parts, SEED + seed, mistake)
+        except Deadlock:
+            wrong += 1
+        else:
+            wrong += relative(logits, right) > 0.1
+    assert wrong > 0
 
 
 @pytest.mark.parametrize(

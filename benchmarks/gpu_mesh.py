@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_mesh --decode           # 7B: a step of 1, 8 and 64 rows
     python -m benchmarks.gpu_mesh --collectives      # what docs/scaling.md assumes of them
+    python -m benchmarks.gpu_mesh --exchange         # kernels that store into other GPUs' memory
     python -m benchmarks.gpu_mesh --same             # logits and greedy texts
     python -m benchmarks.gpu_mesh --prefill          # a prompt of 8,192 tokens
     python -m benchmarks.gpu_mesh --requests         # 384 requests: one GPU, dp=2, tp=2
@@ -42,6 +43,7 @@ from benchmarks.gpu_decode import (
 )
 from benchmarks.gpu_requests import lengths, requests, run
 from benchmarks.mesh_engines import SEED, dealt, drawn_in_parts, on_one, on_several, split_of
+from benchmarks.mesh_exchange import exchange
 from benchmarks.random_model import write
 from benchmarks.scaling import ALL
 from qwen_jax.config import ModelConfig
@@ -331,6 +333,7 @@ def load(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
 PARTS = {
     "decode": decode,
     "collectives": collectives,
+    "exchange": exchange,
     "same": same,
     "prefill": prefill,
     "requests": many,

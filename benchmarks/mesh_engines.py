@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from benchmarks.gpu_decode import DTYPE, random_parameters
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.split_packed import SplitPacked
 from qwen_jax.engine.split_weights import SplitWeights, splits_of
 from qwen_jax.engine.weights import prepare
 from qwen_jax.mesh import MeshShape
@@ -58,7 +59,10 @@ def dealt(config: ModelConfig, split: Split) -> SplitWeights:
 
 
 def on_several(
-    config: ModelConfig, weights: SplitWeights, implementation: str, **options: Any
+    config: ModelConfig,
+    weights: SplitWeights | SplitPacked,
+    implementation: str,
+    **options: Any,
 ) -> Engine:
     split = weights.split
     assert isinstance(split, Split)

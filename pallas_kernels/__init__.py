@@ -5,6 +5,7 @@ heads, G = N/K query heads per key/value head, H head dimension. A paged cache i
 pages of C slots each, and a block table names the n pages of a row: S = n C.
 """
 
+from pallas_kernels.all_reduce import all_reduce
 from pallas_kernels.decode_step import decode_step
 from pallas_kernels.gqa_decode_attention import gqa_decode_attention
 from pallas_kernels.gqa_prefill_attention import gqa_prefill_attention
@@ -23,6 +24,7 @@ __all__ = [
     "OPERATIONS",
     "Implementation",
     "UnsupportedError",
+    "all_reduce",
     "choose",
     "decode_step",
     "gqa_decode_attention",

@@ -5,6 +5,7 @@ the weights a few threads that copy. What enters a prompt into the cache depends
 that its program, the largest, comes first.
 """
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from qwen_jax.engine.form import form_of, load_packed
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.split_blocks import load_split_blocks
+from qwen_jax.engine.split_packed import pack_split
 from qwen_jax.engine.split_weights import SplitWeights, least, splits_of
 from qwen_jax.engine.weights import Weights, prepare, prepared_shapes
 from qwen_jax.errors import UserError
@@ -97,6 +99,8 @@ def load_engine(
         asked, checkpoint, dtype, implementation=implementation, slots=slots, texts=texts, mesh=mesh
     )
     split, *elsewhere = splits_of(mesh)
+    if isinstance(split, Split) and implementation == "mosaic_gpu":
+        split = dataclasses.replace(split, exchange=True)
     dealt = isinstance(split, Split)
     check_weights_fit(config, dtype, form.held if form.blocks or dealt else None, mesh.devices)
     options = options | EngineOptions(
@@ -149,8 +153,11 @@ def load_engine(
             if isinstance(split, Split) and form.blocks:
                 weights = load_split_blocks(checkpoint, split, watched)
             elif isinstance(split, Split):
-                named = dict(iter_split(checkpoint, dtype, split, watched))
-                weights = SplitWeights(named, config, split)
+                dealt_out = iter_split(checkpoint, dtype, split, watched)
+                if implementation == "mosaic_gpu":
+                    weights = pack_split(config, dealt_out, dtype, implementation, split)
+                else:
+                    weights = SplitWeights(dict(dealt_out), config, split)
             elif form.plan is not None:
                 weights = load_packed(checkpoint, form.plan, dtype, implementation, watched)
             elif form.blocks:

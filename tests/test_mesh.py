@@ -153,10 +153,18 @@ def test_the_command_line_refuses(refuses: Callable[..., None]) -> None:
     refuses(["merge", "--mesh=tp=2"], "--mesh does nothing for merge")
 
 
-def test_the_step_kernel_is_for_one_device() -> None:
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "why"),
+    [
+        (MeshShape(tp=2), "float32", "the weights are float32, not one of"),
+        (MeshShape(dp=2, tp=2), "bfloat16", "its devices are to be JAX's first ones"),
+    ],
+)
+def test_the_step_kernel_says_why_not(mesh: MeshShape, dtype: str, why: str) -> None:
     checkpoint = open_checkpoint(opening.locate())
-    with pytest.raises(UserError, match="the decode step's kernel has all of a model on"):
-        form_of("auto", checkpoint, FLOAT32, implementation="mosaic_gpu", mesh=MeshShape(tp=2))
+    asked = {"implementation": "mosaic_gpu", "mesh": mesh}
+    with pytest.raises(UserError, match=f"can't run it on the devices of mesh {mesh}: {why}"):
+        form_of("auto", checkpoint, np.dtype(jnp.dtype(dtype)), **asked)
 
 
 def test_devices_that_are_not_there() -> None:

@@ -13,7 +13,7 @@ from pallas_kernels.decode_step.many_rows.layout import MOST_ROWS
 from pallas_kernels.decode_step.packed.packing import Packed, empty_stream, put_matrix, tile_offsets
 from pallas_kernels.decode_step.packed.plan import GATE_UP, HEAD, ModelShape, StepPlan, Stored
 from pallas_kernels.decode_step.reference import reference
-from pallas_kernels.implementation import choose
+from pallas_kernels.implementation import UnsupportedError, choose
 
 __all__ = [
     "GATE_UP",
@@ -58,6 +58,7 @@ def decode_step(
     attention_factor: float = 1.0,
     preceding: Int[Array, "B"] | None = None,
     implementation: str = "auto",
+    devices: int = 1,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"]]:
     """Runs one token of every row through every layer and the head.
 
@@ -85,6 +86,9 @@ def decode_step(
         preceding: of each row, how many rows just before it are its own text's preceding positions
             of this step, which it attends to as if they were in the cache already: the bits are
             the same. Their slots may hold anything. None where there are no such rows.
+        devices: that have the model together, where this is called under `shard_map` over a mesh of
+            just these: all but `hidden` and what says where rows are is what one of them has, and
+            the logits are of all. Only the kernels do this.
 
     Returns:
         The logits, float32, and the tokens' keys, then values, in the cache's dtype.
@@ -97,10 +101,16 @@ def decode_step(
     why_not = refusal(plan, hidden.shape[0], pages.dtype, inv_freq.shape[0])
     with jax.named_scope("decode_step"):
         if choose("decode_step", implementation, why_not) == "xla":
+            if devices > 1:
+                raise UnsupportedError(
+                    f"{devices} devices take a step together only by its kernels"
+                )
             inputs = packed, plan, hidden, pages, tables, position, inv_freq
             return reference(*inputs, attention_factor, preceding)
         inputs = packed, plan, hidden, pages, tables, position, inv_freq
-        logits, new, _ = _launched(*inputs, attention_factor, preceding, recording=False)
+        logits, new, _ = _launched(
+            *inputs, attention_factor, preceding, recording=False, devices=devices
+        )
         return logits, new
 
 
@@ -184,6 +194,7 @@ def _launched(
     attention_factor: float,
     preceding: Int[Array, "B"] | None,
     recording: bool,
+    devices: int = 1,
 ) -> tuple[Float[Array, "B V"], Float[Array, "2L B K H"], Int[Array, " words"]]:
     """The kernel's logits, keys and values, and its scratch memory."""
     angles = position[:, None].astype(jnp.float32) * inv_freq
@@ -191,7 +202,13 @@ def _launched(
     pool = Pool.of(pages, tables)
     several = preceding is not None
     kernel = kernels.build(
-        plan, hidden.shape[0], pool, pages.dtype, recorded=recording, several=several
+        plan,
+        hidden.shape[0],
+        pool,
+        pages.dtype,
+        recorded=recording,
+        several=several,
+        devices=devices,
     )
     at = position if preceding is None else jnp.stack([position, preceding])
     logits, new, scratch = kernel(

@@ -31,6 +31,7 @@ def build(
     traced: bool = False,
     recorded: bool = False,
     several: bool = False,
+    devices: int = 1,
 ) -> Callable[..., Any]:
     """The faster one, of those that can, for one model, number of rows, cache size and its dtype.
 
@@ -42,9 +43,12 @@ def build(
     Args:
         several: rows may be several positions of one text. Behind the positions, in `[2, rows]`,
             then stands how many rows before each row are its text's.
+        devices: that have the model together, each with a kernel, a stream and a cache of the heads
+            that it has; the plan is one device's. Every one makes the logits of all. They run under
+            `shard_map`, over a mesh of just these. Such a kernel doesn't record.
     """
     kernel = chosen(plan, rows, cache)
-    return kernel.build(plan, rows, pool, cache, traced, recorded, several)
+    return kernel.build(plan, rows, pool, cache, traced, recorded, several, devices)
 
 
 def chosen(plan: StepPlan, rows: int, cache: DTypeLike) -> types.ModuleType:

@@ -18,6 +18,8 @@ from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed.blocks import Blocks
 from pallas_kernels.decode_step.packed.storages import STORAGES
 from pallas_kernels.decode_step.packed.tile import K_TILE
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine import split_packed
 from qwen_jax.engine.blocks import FLOAT32, packed_bytes
 from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.split_blocks import cut_through
@@ -104,13 +106,13 @@ def _on_mesh(
     on_cpu = device().platform == "cpu"
     if asked == "packed" and not on_cpu:
         raise UserError(
-            "weights is 'packed', but on a GPU only the decode step's kernel multiplies blocks, "
-            f"which has all of a model on one, and mesh is {mesh}; choose auto or expanded."
+            "weights is 'packed', but on several GPUs the decode step's kernel multiplies numbers "
+            f"alone, and mesh is {mesh}; choose auto or expanded."
         )
-    if implementation == "mosaic_gpu":
+    if implementation == "mosaic_gpu" and (why := _no_kernel(checkpoint.config, dtype, mesh)):
         raise UserError(
-            "implementation is 'mosaic_gpu', but the decode step's kernel has all of a model on "
-            f"one device, and mesh is {mesh}; choose auto, which has products by XLA between "
+            "implementation is 'mosaic_gpu', but the decode step's kernel can't run it on the "
+            f"devices of mesh {mesh}: {why}; choose auto, which has products by XLA between "
             "kernels for attention on each, or xla."
         )
     budget = Budget.of(part(checkpoint.config, mesh.tp), dtype, sharers=mesh.devices)
@@ -125,6 +127,13 @@ def _on_mesh(
     if asked == "auto" and not packs(budget, found.held):
         return numbers
     return found._replace(cut=cut_through(checkpoint, mesh.tp))
+
+
+def _no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
+    """Why several devices can't take a decode step together by its kernel, or None."""
+    if mesh.dp > 1:
+        return "its devices are to be JAX's first ones, those of one model alone"
+    return split_packed.refusal(config, dtype, range(mesh.tp))
 
 
 def _on_cpu(checkpoint: Checkpoint, dtype: jnp.dtype) -> Form | str:

@@ -97,16 +97,17 @@ class PlainWeights:
         return self.named
 
     def model(self, spec: Spec) -> "Qwen2":
-        return _decoder(spec, self.named)
+        return decoder(spec, self.named)
 
     def forward(self, spec: Spec, rows: int) -> Forward:
-        return functools.partial(_step, self.model(spec))
+        return functools.partial(step, self.model(spec))
 
     def devices(self) -> set[jax.Device]:
         return self.named["embed"].devices()
 
 
-def _decoder(spec: Spec, parameters: "Parameters", **options: Any) -> "Qwen2":
+def decoder(spec: Spec, parameters: "Parameters", **options: Any) -> "Qwen2":
+    """The decoder over parameters by name, inside a program."""
     from qwen_jax.model.decoder import Qwen2
 
     return Qwen2(
@@ -119,7 +120,7 @@ def _decoder(spec: Spec, parameters: "Parameters", **options: Any) -> "Qwen2":
     )
 
 
-def _step(
+def step(
     model: "Qwen2",
     token: Int[Array, "B"],
     cache: Cache,
@@ -180,12 +181,12 @@ class PackedWeights:
 
         # Products with blocks make other numbers of them than those that a trace declares.
         matrix = self._matrix if self.in_blocks and watched() else self._product
-        return _decoder(spec, self._named(matrix), look_up=look_up)
+        return decoder(spec, self._named(matrix), look_up=look_up)
 
     def forward(self, spec: Spec, rows: int) -> Forward:
         if self.serves(rows):
             return self._through_kernel
-        return functools.partial(_step, self.model(spec))
+        return functools.partial(step, self.model(spec))
 
     def _through_kernel(
         self,

@@ -17,9 +17,17 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jaxtyping import Array, Int, Shaped
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
+from jaxtyping import Array, Bool, Int, Shaped
 
+import pallas_kernels
 from qwen_jax import mesh
 from qwen_jax.config import ModelConfig
 
@@ -101,9 +109,14 @@ class On(Whole):
 
 @dataclasses.dataclass(frozen=True)
 class Split(Whole):
-    """A model dealt out to the devices of a mesh, whose one axis is `AXIS`."""
+    """A model dealt out to the devices of a mesh, whose one axis is `AXIS`.
 
-    devices: Mesh
+    Attributes:
+        exchange: whether few rows are added up by a kernel of ours, where it serves.
+    """
+
+    devices: Mesh | AbstractMesh
+    exchange: bool = False
 
     @property
     def size(self) -> int:
@@ -112,17 +125,36 @@ class Split(Whole):
     def over(
         self, function: Callable[..., T], given: tuple[Any, ...], made: Any
     ) -> Callable[..., T]:
-        mapped: Callable[..., T] = jax.shard_map(
-            function,
-            mesh=self.devices,
-            in_specs=tuple(map(_specs, given)),
-            out_specs=_specs(made),
-            # What kernels and loops make can't be followed; the tests compare all devices.
-            check_vma=False,
-        )
+        def mapped(*arguments: Any) -> T:
+            # Some know of each of their arrays how it is dealt out.
+            axes = (
+                getattr(argument, "dealt_axes", axes)
+                for argument, axes in zip(arguments, given, strict=True)
+            )
+            run: Callable[..., T] = jax.shard_map(
+                function,
+                mesh=self.devices,
+                in_specs=tuple(map(_specs, axes)),
+                out_specs=_specs(made),
+                # What kernels and loops make can't be followed; the tests compare all devices.
+                check_vma=False,
+            )
+            return run(*arguments)
+
         return mapped
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The devices' numbers, as JAX counts them; of none in particular, those that they could
+        have."""
+        if isinstance(self.devices, AbstractMesh):
+            return tuple(range(self.size))
+        return tuple(self.devices.device_ids.ravel().tolist())
+
     def sum(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        if self.exchange:
+            rows = x.reshape(-1, x.shape[-1])
+            return pallas_kernels.all_reduce(rows, AXIS, self.numbers).reshape(x.shape)
         return lax.psum(x, AXIS)
 
     def join(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -132,12 +164,19 @@ class Split(Whole):
         """Each device looks its own up; the others' are zeros there."""
 
         def own(rows: Shaped[Array, "V D"], ids: Int[Array, "B T"]) -> Shaped[Array, "B T D"]:
-            local = ids - lax.axis_index(AXIS) * len(rows)
-            mine = (local >= 0) & (local < len(rows))
-            found = rows[jnp.where(mine, local, 0)]
-            return self.sum(jnp.where(mine[..., None], found, 0))
+            local, mine = self.own_rows(ids, len(rows))
+            return self.sum(jnp.where(mine[..., None], rows[local], 0))
 
         return self.over(own, (0, None), None)(rows, ids)
+
+    def own_rows(
+        self, ids: Int[Array, "*T"], each: int
+    ) -> tuple[Int[Array, "*T"], Bool[Array, "*T"]]:
+        """Inside of `over`: which of a device's rows, of which each has so many, these are, and
+        whether they are its own; of others the first."""
+        local = ids - lax.axis_index(AXIS) * each
+        mine = (local >= 0) & (local < each)
+        return jnp.where(mine, local, 0), mine
 
     def placed(self, tree: T) -> T:
         there: T = jax.device_put(tree, self.sharding(None))

@@ -142,8 +142,9 @@ def implementation_lines(
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     pages = (2, kv_heads, PAGE, dim)
     # Where the step's kernel serves no row, its weight stream isn't made either.
-    alone = "it has all of a model on one device" if mesh.tp > 1 else None
-    unpacked = alone or weights.refusal(config, dtype)
+    unpacked = weights.refusal(config, dtype)
+    if mesh.tp > 1 and implementation != "mosaic_gpu":
+        unpacked = "on several devices it runs where it is asked for by name"
     reasons = {
         "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(

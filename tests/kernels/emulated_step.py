@@ -3,7 +3,7 @@
 import functools
 import secrets
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -192,7 +192,19 @@ def run(
 
     `alter` puts a mistake into the kernel with the patch it is given, which is undone first.
     """
-    return _run(patch, case, seed, alter, kernel, False)[:2]
+    ((logits, new, _),) = _run(patch, [case], seed, alter, kernel, False)
+    return logits, new
+
+
+def run_on_devices(
+    patch: pytest.MonkeyPatch,
+    cases: Sequence[Case],
+    seed: int,
+    alter: Callable[[pytest.MonkeyPatch], None] = lambda patch: None,
+    kernel: types.ModuleType = few_rows,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same of each of several devices that have a model together."""
+    return [each[:2] for each in _run(patch, cases, seed, alter, kernel, False)]
 
 
 def run_recorded(
@@ -203,7 +215,7 @@ def run_recorded(
     kernel: types.ModuleType = few_rows,
 ) -> tuple[np.ndarray, np.ndarray, Inside]:
     """The same of a kernel that records, and what it recorded."""
-    logits, new, scratch = _run(patch, case, seed, alter, kernel, True)
+    ((logits, new, scratch),) = _run(patch, [case], seed, alter, kernel, True)
     return logits, new, read(scratch, case.plan, len(case.position), case.pages.dtype, kernel)
 
 
@@ -211,70 +223,86 @@ def scratch_of(
     patch: pytest.MonkeyPatch, case: Case, kernel: types.ModuleType
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits, keys and values in the cache's dtype, and the scratch of a kernel that records."""
-    logits, new, scratch = _run(patch, case, SEED, lambda patch: None, kernel, True)
+    ((logits, new, scratch),) = _run(patch, [case], SEED, lambda patch: None, kernel, True)
     return logits, new.astype(case.pages.dtype), scratch
 
 
 def _run(
     patch: pytest.MonkeyPatch,
-    case: Case,
+    cases: Sequence[Case],
     seed: int,
     alter: Callable[[pytest.MonkeyPatch], None],
     kernel: types.ModuleType,
     recorded: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of every device, each with its case, the logits, new keys and values, and the scratch."""
+    case, devices = cases[0], len(cases)
     plan, shape, dtype = case.plan, case.plan.shape, case.pages.dtype
     rows = case.hidden.shape[0]
     assert kernel.refusal(plan, rows, dtype) is None
     divided = kernel.memory(plan, rows)
     copied = launch.begins(divided)[2 if kernel is many_rows else 1]
-    machine = Machine(plan.blocks, sum(divided), (0, copied), seed)
-    angles = case.position[:, None].astype(np.float32) * case.inv_freq
-    rope = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    several, positions = case.preceding is not None, case.position
-    if case.preceding is not None:
-        positions = np.stack([case.position, case.preceding])
-    inputs = [
-        case.packed.stream, plan.table(), case.packed.bias, case.packed.norms, case.hidden, rope,
-        poisoned(case), case.tables, positions,
-    ]  # fmt: skip
-    refs: list[int] = [machine.array(np.asarray(x)) for x in inputs]
-    made: list[Any] = []
+    machine = Machine(plan.blocks, sum(divided), (0, copied), seed, devices=devices)
+    refs = [[machine.array(np.asarray(x)) for x in _inputs(each)] for each in cases]
+    several, made = case.preceding is not None, []  # type: ignore[var-annotated]
     with patch.context() as inner:
         inner.setattr(launch.compat, "kernel", lambda body, **how: made.append((body, how)))
         pool = Pool.of(case.pages, case.tables)
-        kernel.build.__wrapped__(plan, rows, pool, dtype, recorded=recorded, several=several)
+        kernel.build.__wrapped__(
+            plan, rows, pool, dtype, recorded=recorded, several=several, devices=devices
+        )
         ((body, how),) = made
         rng = np.random.default_rng(seed)
         for out in how["out_type"]:
             size = int(np.prod(out.shape)) * out.dtype.itemsize
-            refs.append(machine.array(rng.integers(0, 256, size, np.uint8)))
+            alike = [machine.array(rng.integers(0, 256, size, np.uint8)) for _ in cases]
+            for own, address in zip(refs, alike, strict=True):
+                own.append(address)
+                machine.alike[address] = alike
         install(inner, machine)
         install_pallas(inner, machine)
         alter(inner)
         workers = [
-            (Role(block, first, count), lambda: body(*refs, 0))
-            for block in range(plan.blocks)
+            (Role(block, first, count), functools.partial(body, *refs[block // plan.blocks], 0))
+            for block in range(plan.blocks * devices)
             # Those that compute, a warp that fetches weights, one that fetches inputs, the rest.
             for first, count in ((0, 256), (256, 32), (288, 32), (320, 64))
         ]
         machine.run(workers)
-    logits = machine.bytes_at(refs[9]).view(np.float32).reshape(rows, shape.vocab)
-    new = machine.bytes_at(refs[10]).view(dtype)
     new_shape = (2 * shape.layers, rows, shape.kv_heads, shape.head_dim)
-    scratch = machine.bytes_at(refs[11]).view(np.int32)
-    return logits, new.reshape(new_shape).astype(np.float64), scratch
+
+    def results(own: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        logits, new, scratch = (machine.bytes_at(address) for address in own[9:])
+        return (
+            logits.view(np.float32).reshape(rows, -1),
+            new.view(dtype).reshape(new_shape).astype(np.float64),
+            scratch.view(np.int32),
+        )
+
+    return [results(own) for own in refs]
+
+
+def _inputs(case: Case) -> list[Any]:
+    angles = case.position[:, None].astype(np.float32) * case.inv_freq
+    positions = case.position
+    if case.preceding is not None:
+        positions = np.stack([case.position, case.preceding])
+    return [
+        case.packed.stream, case.plan.table(), case.packed.bias, case.packed.norms, case.hidden,
+        np.stack([np.cos(angles), np.sin(angles)], axis=1), poisoned(case), case.tables, positions,
+    ]  # fmt: skip
 
 
 def install_pallas(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     """What the kernel's body asks of Pallas."""
 
-    def signal(_: Any, count: int, **how: Any) -> None:
-        machine.semaphore += count * machine.role.count // 128
+    def signal(_: Any, count: int, *, device_id: int | None = None, **how: Any) -> None:
+        there = machine.device if device_id is None else device_id
+        machine.semaphores[there] += count * machine.role.count // 128
         machine.progress += 1
 
     def wait(_: Any, count: int, **how: Any) -> None:
-        while machine.semaphore < count:
+        while machine.semaphores[machine.device] < count:
             machine.give_way()
 
     def when(condition: bool) -> Callable[[Callable[[], None]], None]:

@@ -103,9 +103,11 @@ class Machine:
     """Runs blocks of several roles over arrays.
 
     Args:
+        blocks: of each device.
         shared: bytes of shared memory of a block, of which `unwatched` (begin, end) ones are
             filled by copies and not watched for races.
         warps: of a block, at most.
+        devices: on which a kernel runs. A role's block is counted over all of them.
     """
 
     def __init__(
@@ -115,12 +117,16 @@ class Machine:
         unwatched: tuple[int, int],
         seed: int,
         warps: int = MOST_WARPS,
+        devices: int = 1,
     ):
         self.random = random.Random(seed)
         self.arrays: list[np.ndarray] = []
-        self.shared = [Shared(shared, seed + b, warps) for b in range(blocks)]
+        self.shared = [Shared(shared, seed + b, warps) for b in range(devices * blocks)]
+        self.blocks = blocks
+        # Addresses on all devices, by each of them.
+        self.alike: dict[int, list[int]] = {}
         self.unwatched = unwatched
-        self.semaphore, self.copies = 0, []
+        self.semaphores, self.copies = [0] * devices, []
         self.arrived: dict[tuple[int, int], int] = collections.Counter()
         self.progress, self.failed = 0, None
         self.batons: list[threading.Lock] = []
@@ -215,6 +221,10 @@ class Machine:
     @property
     def role(self) -> Role:
         return self.local.role
+
+    @property
+    def device(self) -> int:
+        return self.role.block // self.blocks
 
     def lanes(self, value: t.V) -> np.ndarray:
         data = value.raw.data

@@ -301,7 +301,7 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "loop": loop, "loop_while": loop_while, "repeat_while": repeat_while,
         "either": either, "when": when,
         "thread_id": lambda: v(m.role.first + np.arange(m.role.count), I32),
-        "cta_id": lambda: v(m.role.block, I32), "block_barrier": m.block_barrier,
+        "cta_id": lambda: v(m.role.block % m.blocks, I32), "block_barrier": m.block_barrier,
         "block_barrier_arrive": lambda threads, barrier: m.arrive_at(barrier),
         "warp_barrier": lambda: None, "from_lane": from_lane,
         "load_shared": load_shared, "store_shared": store_shared,
@@ -312,6 +312,8 @@ def install(patch: pytest.MonkeyPatch, machine: Machine) -> None:
         "exp2": function(np.exp2), "reciprocal": function(lambda x: 1 / x),
         "rsqrt": function(lambda x: 1 / np.sqrt(x)),
         "address": lambda ref, shared=False: v(ref, I32 if shared else I64),
+        "device": lambda context: v(m.device, I32),
+        "address_on": lambda context, ref, number: v(m.alike[ref][number], I64),
     }.items():  # fmt: skip
         patch.setattr(t, name, code)
     for module, name, code in [

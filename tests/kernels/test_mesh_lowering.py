@@ -1,7 +1,9 @@
 """A mesh's programs for Hopper, lowered, and compiled where they can be: attention and sampling are
 kernels on each device, and devices exchange what they must and no more."""
 
+import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +14,15 @@ import pytest
 from jax import ShapeDtypeStruct
 from jax.sharding import AbstractMesh, Mesh
 
+from pallas_kernels.decode_step import Packed
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
 from qwen_jax.engine.sampling import PLANS
 from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.split_packed import SplitPacked
 from qwen_jax.engine.split_weights import SplitWeights
 from qwen_jax.engine.steps import Extras, State
+from qwen_jax.engine.weights import plan_for
 from qwen_jax.model.cache import HEADS, PAGE, create_pages
 from qwen_jax.model.decoder import dealt_axis
 from qwen_jax.model.split import AXIS, Split
@@ -40,22 +45,50 @@ def mesh(tp: int) -> Split:
     return Split(Mesh(np.array(found), (AXIS,)))
 
 
-def lowered(split: Split, function: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
-    """For CUDA."""
-    spec = Spec(CONFIG, DTYPE, DTYPE, valid_tokens=CONFIG.vocab_size, split=split)
+def placed(split: Split, x: Any, axis: int | None = None) -> ShapeDtypeStruct:
+    return ShapeDtypeStruct(x.shape, x.dtype, sharding=split.sharding(axis))
 
-    def placed(x: Any, axis: int | None = None) -> ShapeDtypeStruct:
-        return ShapeDtypeStruct(x.shape, x.dtype, sharding=split.sharding(axis))
 
+def by_name(split: Split) -> Any:
     named = {
         p.name: placed(
-            ShapeDtypeStruct(p.shape, jnp.float32 if p.keep_float32 else DTYPE), dealt_axis(p.name)
+            split,
+            ShapeDtypeStruct(p.shape, jnp.float32 if p.keep_float32 else DTYPE),
+            dealt_axis(p.name),
         )
         for p in names.parameters(CONFIG, "gguf")
     }
-    weights: Any = SplitWeights(named, CONFIG, split)
+    return SplitWeights(named, CONFIG, split)
+
+
+def packed(split: Split) -> Any:
+    plan = plan_for(split.part(CONFIG), DTYPE.name)
+    granules, words = plan.stream_shape
+
+    def shaped(dims: tuple[int, ...], dtype: Any, axis: int | None) -> ShapeDtypeStruct:
+        return placed(split, ShapeDtypeStruct(dims, dtype), axis)
+
+    stream = shaped((split.size * granules, words), jnp.uint32, 0)
+    bias = shaped((1, split.size * plan.shape.qkv), jnp.float32, 1)
+    norms = shaped((3, CONFIG.hidden_size), jnp.float32, None)
+    offsets = tuple(shaped(x.shape, jnp.int32, None) for x in plan.tile_offsets)
+    embed = shaped((CONFIG.vocab_size, CONFIG.hidden_size), DTYPE, 0)
+    given = Packed(stream, bias, norms, offsets)  # type: ignore[arg-type]
+    return SplitPacked(given, embed, CONFIG, plan, DTYPE, "mosaic_gpu", split)  # type: ignore[arg-type]
+
+
+def lowered(
+    split: Split,
+    function: Callable[..., Any],
+    *arguments: Any,
+    weights: Callable[[Split], Any] = by_name,
+    **how: Any,
+) -> Any:
+    """For CUDA."""
+    spec = Spec(CONFIG, DTYPE, DTYPE, valid_tokens=CONFIG.vocab_size, split=split)
     made = jax.eval_shape(lambda: create_pages(spec.cached, PAGES, DTYPE))
-    given = (weights, placed(made, HEADS), *jax.tree.map(placed, arguments))
+    others = jax.tree.map(functools.partial(placed, split), arguments)
+    given = (weights(split), placed(split, made, HEADS), *others)
     program = jax.jit(functools.partial(function, spec, **how), donate_argnums=1)
     return program.trace(*given).lower(lowering_platforms=("cuda",))
 
@@ -64,6 +97,16 @@ def kernels(program: Any) -> list[str]:
     """The types of each kernel's arguments and results."""
     calls = [line for line in program.as_text().splitlines() if "custom_call @mosaic_gpu" in line]
     return [call[call.rindex(" : ") :] for call in calls]
+
+
+def decoding(split: Split, rows: int, **how: Any) -> Any:
+    """A program of one step of so many rows."""
+    tables = ShapeDtypeStruct((rows, 4), jnp.int32)
+    state = jax.eval_shape(lambda: State.create(rows))
+    extras = jax.eval_shape(lambda: Extras.create(rows, CONFIG.vocab_size))
+    fields = ShapeDtypeStruct((rows, steps.FIELDS), jnp.int32)
+    decode = functools.partial(steps.step.__wrapped__, plan=PLANS[1], steps=1)
+    return lowered(split, decode, tables, state, extras, fields, **how)
 
 
 @pytest.mark.lower
@@ -77,11 +120,7 @@ def test_kernels_on_each_device(tp: int) -> None:
     (attention,) = kernels(prefill)
     heads = CONFIG.num_heads // tp
     assert f"tensor<8x64x{heads}x128xbf16>" in attention
-    state = jax.eval_shape(lambda: State.create(8))
-    extras = jax.eval_shape(lambda: Extras.create(8, CONFIG.vocab_size))
-    packed = ShapeDtypeStruct((8, steps.FIELDS), jnp.int32)
-    decode = functools.partial(steps.step.__wrapped__, plan=PLANS[1], steps=1)
-    program = lowered(split, decode, tables, state, extras, packed)
+    program = decoding(split, 8)
     calls = kernels(program)
     # Query heads by the key/value head that they share, and the pool of keys and values.
     kv = CONFIG.num_kv_heads // tp
@@ -94,3 +133,38 @@ def test_kernels_on_each_device(tp: int) -> None:
         pool = 2 * PAGES * kv * PAGE * 128 * DTYPE.itemsize
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= pool > memory.temp_size_in_bytes
+
+
+@pytest.mark.lower
+@pytest.mark.usefixtures("as_if_on_hopper")
+@pytest.mark.parametrize(("tp", "rows"), [(2, 1), (2, 64), (4, 8)])
+@pytest.mark.parametrize("exchange", [False, True])
+def test_a_step_is_a_kernel_on_each_device(tp: int, rows: int, exchange: bool) -> None:
+    """The embedding's rows are added up before it, by XLA or by our kernel; nothing else is sent
+    but by the kernels themselves, which reach the other devices by plain addresses."""
+    split = dataclasses.replace(mesh(tp), exchange=exchange)
+    program = decoding(split, rows, weights=packed)
+    text = program.as_text()
+    assert text.count("uses_xla_collective_metadata = true") == 1 + exchange
+    assert not re.search(r"multimem_parameters|symmetric_memory_parameters|nvshmem", text)
+    assert any(f"tensor<{rows}x{CONFIG.vocab_size}xf32>" in call for call in kernels(program))
+    if hopper.compiles():
+        compiled = program.compile()
+        assert collectives(compiled.as_text()) == ({} if exchange else {"all-reduce": 1})
+        pool = 2 * PAGES * CONFIG.num_kv_heads // tp * PAGE * 128 * DTYPE.itemsize
+        memory, logits = compiled.memory_analysis(), rows * CONFIG.vocab_size * 4
+        # No copy of the pool.
+        assert memory.alias_size_in_bytes >= pool
+        assert pool + 2 * logits > memory.temp_size_in_bytes
+
+
+@pytest.mark.lower
+@pytest.mark.usefixtures("as_if_on_hopper")
+def test_prefill_multiplies_with_each_devices_stream() -> None:
+    split, tables = mesh(2), ShapeDtypeStruct((8, 4), jnp.int32)
+    row, tokens = ShapeDtypeStruct((8,), jnp.int32), ShapeDtypeStruct((8, 64), jnp.int32)
+    score = steps.score.__wrapped__
+    program = lowered(split, score, tables, tokens, row, row, tokens, weights=packed)
+    assert len(kernels(program)) >= 1
+    if hopper.compiles():
+        program.compile()

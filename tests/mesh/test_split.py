@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.replicas import Replicas, line_for
 from qwen_jax.engine.sampling import Plan, Sampling
 from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.split_packed import pack_split
 from qwen_jax.engine.split_weights import SplitWeights, splits_of
 from qwen_jax.engine.steps import State
 from qwen_jax.engine.texts import Text
@@ -39,6 +41,12 @@ CONFIG = tiny_config(
 )
 """Six query heads on two key/value heads: of two devices each has one of these, of six each has a
 copy of one."""
+
+WIDE = tiny_config(
+    num_layers=1, hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=256,
+    vocab_size=320,
+)  # fmt: skip
+"""Whose parts are whole tiles of the decode-step kernel's weight stream."""
 
 PARAMETERS = random_parameters(CONFIG)
 TOKENS = [int(n) for n in np.random.default_rng(3).integers(0, 312, 150)]
@@ -248,3 +256,25 @@ def test_replicas() -> None:
         expected = log_softmax(engine(1).logits([*context, *rest])[len(context) - 1 : -1])
         picked = expected[np.arange(len(rest)), rest]
         np.testing.assert_allclose(score.logprobs, picked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_packed_for_the_step_kernel(tied: bool) -> None:
+    """Every device's part in a stream of its own: products with the streams, and the parameters
+    read back."""
+    config = dataclasses.replace(WIDE, tied=tied)
+    (split,) = splits_of(MeshShape(tp=2))
+    assert isinstance(split, Split)
+    rng = np.random.default_rng(5)
+    drawn = {
+        p.name: jnp.asarray(rng.standard_normal(p.shape, np.float32) * 0.1 + p.keep_float32)
+        for p in names_of(config, "gguf")
+    }
+    dealt = SplitWeights.deal(config, split, drawn.items())
+    packed = pack_split(config, dealt.named.items(), jnp.dtype("float32"), "auto", split)
+    for name, value in packed.parameters().items():
+        np.testing.assert_array_equal(value, drawn[name])
+    options: dict[str, Any] = {"slots": 1, "split": split, "cache_tokens": 1024}
+    ours, theirs = (small(Engine(config, each, **options)) for each in (packed, dealt))
+    tokens = [n % config.vocab_size for n in TOKENS[:14]]
+    assert relative(ours.logits(tokens), theirs.logits(tokens)) < 1e-6

@@ -9,6 +9,12 @@ A word may be overwritten one layer later without asking: whoever reads words pu
 which the next layer's writers wait for. Nobody waits for the readers of the head, and nothing is
 written after it. This chain of relaxed loads and stores is ordered because a load that has seen
 a word is served by the L2 cache, as are all that its thread makes after it.
+
+Devices that have a model together publish for each other in the same way: what each has of o_proj's
+and of the down projection's sums is stored in the memory of all. Here too a word may be overwritten
+one layer later: before a device publishes the next o_proj's it has had all parts of the down
+projection from the others, which they made of hidden states that stand for all that they read of
+o_proj's; and the other way round.
 """
 
 import dataclasses
@@ -16,6 +22,7 @@ import enum
 import itertools
 from collections.abc import Iterable, Sequence
 
+from pallas_kernels.decode_step.common.devices import Devices
 from pallas_kernels.decode_step.common.record import Record, Recorded, RecordLayout
 from pallas_kernels.decode_step.packed.plan import DOWN, StepPlan
 from pallas_kernels.decode_step.ptx import thread as t
@@ -37,6 +44,8 @@ class Section(enum.IntEnum):
     """What every split of a row's context found, where several blocks attend to it: its values."""
     STATS = 7
     """The same: its maximum and the sum of its weights."""
+    O_PARTS = 8
+    """Of every device, where several have the model, its sums of o_proj."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +60,15 @@ class Layout:
         return cls(tuple(-(-size // 4) * 4 for size in sizes))
 
     @classmethod
-    def of(cls, plan: StepPlan, rows: int, splits: int) -> "Layout":
+    def of(cls, plan: StepPlan, rows: int, splits: int, devices: int = 1) -> "Layout":
         shape = plan.shape
         query = shape.heads * shape.head_dim
-        parts = plan.phases[DOWN].parts
+        parts = plan.phases[DOWN].parts * devices
         widths = (shape.qkv, query, shape.hidden, shape.ffn, parts * shape.hidden, shape.hidden)
         several = splits if splits > 1 else 0
         split = (query * several, 2 * shape.heads * several)
-        return cls.aligned(rows * width for width in (*widths, *split))
+        o_parts = shape.hidden * (devices if devices > 1 else 0)
+        return cls.aligned(rows * width for width in (*widths, *split, o_parts))
 
     @property
     def begins(self) -> list[int]:
@@ -75,18 +85,47 @@ class Exchange:
 
     Attributes:
         record: of a launch that records, where.
+        devices: that have the model together, if they are several.
     """
 
     memory: V
     layout: Layout
     record: Record | None = None
+    devices: Devices | None = None
 
     @classmethod
-    def of(cls, memory: V, layout: Layout, record: RecordLayout | None) -> "Exchange":
+    def of(
+        cls,
+        memory: V,
+        layout: Layout,
+        record: RecordLayout | None,
+        devices: Devices | None = None,
+    ) -> "Exchange":
         """With the memory of a record, if there is one, behind it."""
         if record is None:
-            return cls(memory, layout)
+            return cls(memory, layout, devices=devices)
         return cls(memory, layout, Record(memory + 4 * layout.total, record))
+
+    @property
+    def count(self) -> int:
+        """Devices that have the model."""
+        return 1 if self.devices is None else len(self.devices.exchanges)
+
+    @property
+    def scope(self) -> str:
+        """Of loads and stores of what all devices publish."""
+        return "gpu" if self.devices is None else "sys"
+
+    def part(self, of_device: int | V, parts: int) -> int | V:
+        """Where among all devices' parts one of this device's lies, which has so many."""
+        return of_device if self.devices is None else of_device + self.devices.mine * parts
+
+    def everywhere(self, address: V) -> list[V]:
+        """A word of this device's memory, and the same of all others'."""
+        if self.devices is None:
+            return [address]
+        offset = address - self.memory
+        return [exchange + offset for exchange in self.devices.exchanges]
 
     def at(self, section: int, index: int | V = 0) -> V:
         """The address of a word of a section."""
@@ -102,22 +141,33 @@ class Exchange:
         return None if self.record is None else self.record.at(what, turn, row * width + column)
 
 
-def publish(address: V, values: Sequence[V], flag: V, kept: V | None = None) -> None:
+def publish(
+    address: V, values: Sequence[V], flag: V, kept: V | None = None, scope: str = "gpu"
+) -> None:
     """Stores float32 numbers, each with its last bit replaced by the flag, 0 or 1.
 
     Args:
         kept: where to store them a second time.
+        scope: "gpu", or "sys" where another device's blocks read them.
     """
     words = [(value.bits() & -2) | flag for value in values]
-    t.store_global(address, words, "relaxed.gpu.")
+    t.store_global(address, words, f"relaxed.{scope}.")
     if kept is not None:
         t.store_global(kept, words)
 
 
 def poll(
-    addresses: Sequence[V], count: int, flag: V, where: Sequence[V] | None = None
+    addresses: Sequence[V],
+    count: int,
+    flag: V,
+    where: Sequence[V] | None = None,
+    scope: str = "gpu",
 ) -> list[list[V]]:
-    """`count` float32 at each address, once all have the flag; no number if not `where`."""
+    """`count` float32 at each address, once all have the flag; no number if not `where`.
+
+    Args:
+        scope: "gpu", or "sys" where another device's blocks publish them.
+    """
 
     wanted: Sequence[V | None] = where or [None] * len(addresses)
 
@@ -125,7 +175,7 @@ def poll(
         words = [
             w
             for a, there in zip(addresses, wanted, strict=True)
-            for w in t.load_global(a, count, "relaxed.gpu", where=there, otherwise=flag)
+            for w in t.load_global(a, count, f"relaxed.{scope}", where=there, otherwise=flag)
         ]
         late = words[0] ^ flag
         for word in words[1:]:

@@ -37,6 +37,9 @@ REGISTERS = HOPPER.registers_beside(THREADS, FETCHERS, FETCHER_REGISTERS)
 
 HEAD_DIMS = (64, 128)
 
+LOGITS, EXCHANGE = 8, 10
+"""Which of a kernel's references but the weight stream these are."""
+
 
 class Roles(NamedTuple):
     """What a block's threads do, each a function of a context and of references.
@@ -142,11 +145,23 @@ def persistent(
     shared: int,
     roles: Roles,
     traced: bool,
+    devices: int,
 ) -> Callable[..., Any]:
     """A kernel as `kernels.build` describes it, whose exchange has so many words, and whose blocks
     have so many bytes of shared memory.
     """
     shape, blocks = plan.shape, plan.blocks
+    count = blocks * THREADS // t.WARPGROUP
+
+    def meet(semaphore: Any, turn: int) -> None:
+        """Blocks of all devices wait for each other, for the `turn`-th time."""
+        if devices == 1:
+            plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
+            plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
+            return
+        for device in range(devices):
+            plgpu.semaphore_signal(semaphore, 1, device_id=device)
+        plgpu.semaphore_wait(semaphore, turn * devices * count, decrement=False)
 
     def body(*refs: Any) -> None:
         stream, table, memory, smem = (refs[i] for i in (0, 1, 11, -1))
@@ -155,10 +170,11 @@ def persistent(
 
         def compute() -> None:
             t.emit(roles.start, *refs[1:])
-            plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
-            count = blocks * THREADS // t.WARPGROUP
-            plgpu.semaphore_wait(semaphore, count, memory_scope="gpu", decrement=False)
+            meet(semaphore, 1)
             t.emit(roles.steps, *refs[1:])
+            if devices > 1:
+                # The others' logits are there.
+                meet(semaphore, 2)
 
         by_role(lambda: t.emit(roles.beside, stream, table, memory, smem), compute)
 
@@ -166,7 +182,7 @@ def persistent(
         body,
         name=name,
         out_type=(
-            jax.ShapeDtypeStruct((rows, shape.vocab), jnp.float32),
+            jax.ShapeDtypeStruct((rows, devices * shape.vocab), jnp.float32),
             jax.ShapeDtypeStruct((2 * shape.layers, rows, shape.kv_heads, shape.head_dim), cache),
             jax.ShapeDtypeStruct((words,), jnp.int32),
             *[jax.ShapeDtypeStruct((blocks, len(PHASES)), jnp.int32)] * traced,

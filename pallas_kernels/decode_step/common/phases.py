@@ -190,6 +190,8 @@ class Phases(abc.ABC):
     def o_proj(self, streams: list[V], layer: Layer) -> list[V]:
         """Attention's result added to the hidden state."""
         self.await_input(O_PROJ, layer)
+        if self.exchange.devices is not None:
+            return self._o_proj_of_all(streams, layer)
 
         def epilogue(m_tile: V, row: V, out: V, total: Total, _: list[V]) -> None:
             own = self.own + ((m_tile * self.rows + row) * M_TILE + out) * 4
@@ -201,6 +203,18 @@ class Phases(abc.ABC):
 
         streams = self.product(streams, O_PROJ, layer, epilogue)
         self.publish_all_hidden(layer.index * 2 + 1)
+        return streams
+
+    def _o_proj_of_all(self, streams: list[V], layer: Layer) -> list[V]:
+        """Every device has some of the heads, so that all publish what they have of the sums."""
+
+        def epilogue(m_tile: V, row: V, out: V, total: Total, _: list[V]) -> None:
+            at = (self.work.first[O_PROJ] + m_tile) * M_TILE + out
+            part = self.exchange.part(t.integer(0), 1)
+            self._publish_part(Section.O_PARTS, row, at, part, total(0), layer)
+
+        streams = self.product(streams, O_PROJ, layer, epilogue)
+        self._add(Section.O_PARTS, self.exchange.count, Section.ATTN_RESIDUAL, layer)
         return streams
 
     def gate_up(self, streams: list[V], layer: Layer) -> list[V]:
@@ -223,15 +237,30 @@ class Phases(abc.ABC):
 
         def epilogue(m_tile: V, row: V, out: V, total: Total, _: list[V]) -> None:
             at = (self.work.first[DOWN] + m_tile) * M_TILE + out
-            word = self._part(row, at, self.work.part)
-            publish(word, total(0), layer.flag, self._kept_part(row, at, layer))
+            part = self.exchange.part(self.work.part, self.plan.phases[DOWN].parts)
+            kept = self._kept_part(row, at, layer)
+            self._publish_part(Section.DOWN_PARTS, row, at, part, total(0), layer, kept)
 
         return self.product(streams, DOWN, layer, epilogue)
 
-    def _part(self, row: V, column: V, part: int | V) -> V:
-        """The address of a word of a part of the down projection."""
-        row_of_part = row + part * self.rows
-        return self._word(Section.DOWN_PARTS, self.plan.shape.hidden, row_of_part, column)
+    def _publish_part(
+        self,
+        section: Section,
+        row: V,
+        column: V,
+        part: int | V,
+        values: list[V],
+        layer: Layer,
+        kept: V | None = None,
+    ) -> None:
+        """Publishes some of a part of a sum, on all devices."""
+        scope = self.exchange.scope
+        for word in self.exchange.everywhere(self._part(section, row, column, part)):
+            publish(word, values, layer.flag, kept, scope)
+
+    def _part(self, section: Section, row: V, column: V, part: int | V) -> V:
+        """The address of a word of a part of a sum."""
+        return self._word(section, self.plan.shape.hidden, row + part * self.rows, column)
 
     def _kept_part(self, row: V, column: V, layer: Layer) -> V | None:
         if self.exchange.record is None:
@@ -249,39 +278,46 @@ class Phases(abc.ABC):
         return self.exchange.kept(what, turn, row, self.plan.shape.hidden, column)
 
     def add_parts(self, layer: Layer) -> None:
-        """Adds the down projection's parts to the hidden state of this block's M-tiles."""
-        n = self.consecutive
+        """Adds the down projection's parts to the hidden state."""
+        parts = self.plan.phases[DOWN].parts * self.exchange.count
+        self._add(Section.DOWN_PARTS, parts, Section.HIDDEN, layer)
+
+    def _add(self, section: Section, count: int, hidden: Section, layer: Layer) -> None:
+        """Adds the parts of a sum to the hidden state of this block's M-tiles, and publishes it."""
+        n, norm = self.consecutive, layer.index * 2 + (2 if hidden == Section.HIDDEN else 1)
 
         def parts(row: V, out: V) -> list[V]:
-            return [self._part(row, out, i) for i in range(self.plan.phases[DOWN].parts)]
+            return [self._part(section, row, out, i) for i in range(count)]
 
         def add(own: V, row: V, out: V) -> None:
             at, values = parts(row, out), t.load_shared_floats(own, n)
-            for part in poll(at, n, layer.flag):
+            for part in poll(at, n, layer.flag, scope=self.exchange.scope):
                 values = [x + y for x, y in zip(values, part, strict=True)]
             t.store_shared(own, values)
-            self.publish_hidden(Section.HIDDEN, row, out, values, layer)
+            self.publish_hidden(hidden, row, out, values, layer)
 
         def every() -> None:
             self.look_out(lambda: parts(*self._own(t.integer(0))[1:]), layer)
             # Another thread wrote these numbers.
             t.block_barrier(THREADS)
             self.over_own(add)
-            self.publish_all_hidden(layer.index * 2 + 2)
+            self.publish_all_hidden(norm)
 
         t.when(self.work.count[O_PROJ] > 0, every)
 
     def head(self, streams: list[V], layer: Layer) -> None:
-        """The logits."""
-        vocab = self.plan.shape.vocab
+        """The logits, on all devices."""
+        vocab, devices = self.plan.shape.vocab, self.exchange.devices
         self.await_input(HEAD, layer)
 
         def epilogue(m_tile: V, row: V, out: V, total: Total, _: list[V]) -> None:
-            at = row * vocab + (self.work.first[HEAD] + m_tile) * M_TILE + out
+            in_row = self.exchange.part(row * self.exchange.count, 1) * vocab
+            at = in_row + (self.work.first[HEAD] + m_tile) * M_TILE + out
             sums = total(0)
             scale = self.scale(row)
             values = [x * scale for x in sums]
-            t.store_global(self.given.logits + (at << 2).wide(), values)
+            for logits in [self.given.logits] if devices is None else devices.logits:
+                t.store_global(logits + (at << 2).wide(), values)
 
         self.product(streams, HEAD, layer, epilogue)
 

@@ -16,9 +16,12 @@ from jax.typing import DTypeLike
 from pallas_kernels.decode_step.common import attention
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.cache import PagedCache, Pool
+from pallas_kernels.decode_step.common.devices import Devices
 from pallas_kernels.decode_step.common.exchange import Exchange, Layout, Section, publish
 from pallas_kernels.decode_step.common.launch import (
+    EXCHANGE,
     FETCHERS,
+    LOGITS,
     SHARED_BYTES,
     THREADS,
     Arguments,
@@ -146,12 +149,13 @@ def build(
     traced: bool = False,
     recorded: bool = False,
     several: bool = False,
+    devices: int = 1,
 ) -> Callable[..., Any]:
     """The kernel of few rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     memory, m_tiles, stages = divided(plan, rows)
     splits = attention.most_splits(plan, rows, pool.capacity)
-    layout = Layout.of(plan, rows, splits)
+    layout = Layout.of(plan, rows, splits, devices)
     record = RecordLayout.of(plan, rows) if recorded else None
 
     def start(context: Any, *refs: Any) -> None:
@@ -197,7 +201,8 @@ def build(
         _, operands, sums, own, heads, squares, _ = (base + b for b in begins(memory))
         most_tiles = max(phase.longest for phase in plan.phases)
         inputs = Inputs(rows, most_tiles, operands, squares)
-        words = Exchange.of(given.exchange, layout, record)
+        together = Devices.of(context, refs[EXCHANGE], refs[LOGITS], devices)
+        words = Exchange.of(given.exchange, layout, record, together)
 
         def attn_out(head: t.V, column: t.V, values: list[t.V], layer: t.V, flag: t.V) -> None:
             at = words.at(Section.ATTN_OUT, head * shape.head_dim + column)
@@ -224,4 +229,4 @@ def build(
     roles = Roles(make, fetch, start, steps)
     shared = sum(memory)
     words = layout.total + (record.total if record else 0)
-    return persistent("decode_step", plan, rows, cache, words, shared, roles, traced)
+    return persistent("decode_step", plan, rows, cache, words, shared, roles, traced, devices)

@@ -13,7 +13,13 @@ SQUARES, GRID_BARRIER = len(Section), len(Section) + 1
 """Sections besides those of a step of few rows: of every M-tile of the hidden state each row's sum
 of squares, `[m_tiles, 64]`; and the counter of blocks that have come to the grid barrier.
 `ATTN_OUT`, `FFN_ACT` and `HIDDEN` hold inputs of products here."""
-FLAGGED = (Section.QKV, Section.DOWN_PARTS, Section.SPLITS, Section.STATS)
+FLAGGED = (
+    Section.QKV,
+    Section.DOWN_PARTS,
+    Section.SPLITS,
+    Section.STATS,
+    Section.O_PARTS,
+)
 """Sections of words with flags."""
 SECTIONS = {
     QKV: Section.HIDDEN,
@@ -25,9 +31,9 @@ SECTIONS = {
 """The section of each phase's input."""
 
 
-def layout_of(plan: StepPlan, inputs: InputLayout, splits: int) -> Layout:
+def layout_of(plan: StepPlan, inputs: InputLayout, splits: int, devices: int = 1) -> Layout:
     shape = plan.shape
-    of_few = Layout.of(plan, inputs.rows, splits)
+    of_few = Layout.of(plan, inputs.rows, splits, devices)
     sizes = [*of_few.sizes, shape.hidden // M_TILE * MOST_ROWS, 1]
     sizes[Section.ATTN_RESIDUAL] = 0
     for phase, section in SECTIONS.items():

@@ -15,9 +15,12 @@ from jax.typing import DTypeLike
 from pallas_kernels.decode_step.common import attention
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.common.cache import PagedCache, Pool
+from pallas_kernels.decode_step.common.devices import Devices
 from pallas_kernels.decode_step.common.exchange import Exchange, Section
 from pallas_kernels.decode_step.common.launch import (
+    EXCHANGE,
     FETCHERS,
+    LOGITS,
     SHARED_BYTES,
     THREADS,
     Arguments,
@@ -137,12 +140,13 @@ def build(
     traced: bool = False,
     recorded: bool = False,
     several: bool = False,
+    devices: int = 1,
 ) -> Callable[..., Any]:
     """The kernel of many rows, as `kernels.build` describes it."""
     shape, blocks = plan.shape, plan.blocks
     divided, inputs = memory(plan, rows), InputLayout(rows, plan.phases[HEAD].format)
     splits = attention.most_splits(plan, rows, pool.capacity)
-    layout, groups = layout_of(plan, inputs, splits), groups_of(plan, rows)
+    layout, groups = layout_of(plan, inputs, splits, devices), groups_of(plan, rows)
     record = record_layout(plan, inputs) if recorded else None
     # All stages of inputs have the room that the longest takes.
     input_bytes = max(group.sixteens for group in groups) * inputs.fragment_bytes
@@ -189,12 +193,13 @@ def build(
         t.when(t.thread_id().equals(THREADS + t.WARP), fetch_inputs)
         t.when(warp >= first + 2, make_scales)
 
-    def made(refs: tuple[Any, ...]) -> Step:
+    def made(context: Any, refs: tuple[Any, ...]) -> Step:
         """This block's part of the step, from all references but the weight stream."""
         given, smem, cta = Arguments.of(refs[:-1]), refs[-1], t.cta_id()
         _, _, sums, own, heads, scales, *_ = own_memory(smem)
         weights, input_ring = rings(smem)
-        exchange = Exchange.of(given.exchange, layout, record)
+        together = Devices.of(context, refs[EXCHANGE], refs[LOGITS], devices)
+        exchange = Exchange.of(given.exchange, layout, record, together)
 
         def attn_out(head: t.V, column: t.V, values: list[t.V], layer: t.V, flag: t.V) -> None:
             at = exchange.at(Section.ATTN_OUT)
@@ -218,7 +223,7 @@ def build(
 
     def start(context: Any, *refs: Any) -> None:
         """Loads the embeddings, and clears the exchange."""
-        this = made(refs)
+        this = made(context, refs)
         this.load_embeddings()
 
         def clear(section: int) -> None:
@@ -239,9 +244,9 @@ def build(
 
     def steps(context: Any, *refs: Any) -> None:
         t.when(t.thread_id().equals(0), lambda: barriers.arrive(own_memory(refs[-1])[-1]))
-        made(refs).run()
+        made(context, refs).run()
 
     roles = Roles(make, others, start, steps)
     shared = sum(divided)
     words = layout.total + (record.total if record else 0)
-    return persistent("decode_step_many", plan, rows, cache, words, shared, roles, traced)
+    return persistent("decode_step_many", plan, rows, cache, words, shared, roles, traced, devices)

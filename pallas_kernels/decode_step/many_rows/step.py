@@ -180,7 +180,9 @@ class Step(Phases):
 
         If all of them did, in every block, they would slow down what they wait for.
         """
-        t.when(t.thread_id().equals(0), lambda: poll(parts(), 1, layer.flag))
+        t.when(
+            t.thread_id().equals(0), lambda: poll(parts(), 1, layer.flag, scope=self.exchange.scope)
+        )
 
     def inputs_published(self, layer: Layer, phase: int) -> None:
         """The grid barrier before the phase; the warps that make a norm's scale wait for it too."""

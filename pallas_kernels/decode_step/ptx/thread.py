@@ -324,6 +324,7 @@ LOADS = {
     "nc": "ld.global.nc",
     "block": "ld.global",
     "relaxed.gpu": "ld.relaxed.gpu.global",
+    "relaxed.sys": "ld.relaxed.sys.global",
     "acquire.gpu": "ld.acquire.gpu.global",
 }
 
@@ -341,7 +342,8 @@ def load_global(
 
     Args:
         kind: "nc" what nobody writes, "block" what the block itself has written, "relaxed.gpu" what
-            others write, "acquire.gpu" what they write after something else that is read next.
+            others write, "relaxed.sys" what other devices do, "acquire.gpu" what others write after
+            something else that is read next.
         where: whether to load, or to take `otherwise`.
     """
     return _load(LOADS[kind], address, count, where, otherwise, offset)
@@ -395,3 +397,13 @@ def transposed(pair: V) -> V:
 def address(ref: Any, shared: bool = False) -> V:
     """Where a reference begins: int64, or int32 in shared memory."""
     return V(llvm.ptrtoint(i32() if shared else i64(), utils.memref_ptr(ref)))
+
+
+def device(context: Any) -> V:
+    """Which of a mesh's devices this is."""
+    return V(context.device_id())
+
+
+def address_on(context: Any, ref: Any, number: int) -> V:
+    """Where a reference to an argument or result begins in the memory of a mesh's device."""
+    return address(context.to_remote(ref, integer(number).raw))

@@ -1,0 +1,240 @@
+"""Weights packed for the decode-step kernel on several devices, each with a part of a model.
+
+A device has the weight stream of its part, as if that were a model of its own. Few rows take a
+step in one kernel a device, which exchange sums through each other's memory; others, and prefill,
+multiply with the same streams as one device does.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+import pallas_kernels
+from pallas_kernels import peers
+from pallas_kernels.decode_step import GATE_UP, HEAD, Packed, StepPlan, put_matrix, tile_offsets
+from pallas_kernels.decode_step import refusal as kernel_refusal
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine.forward import Forward
+from qwen_jax.engine.packed_matrices import PackedMatrix
+from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.split_weights import SplitWeights
+from qwen_jax.engine.weights import MATRICES, PackedWeights, decoder, plan_for, step
+from qwen_jax.engine.weights import refusal as refusal_on_one
+from qwen_jax.mesh import part
+from qwen_jax.model.cache import HEADS, Cache
+from qwen_jax.model.rotary import inverse_frequencies
+from qwen_jax.model.split import Split
+from qwen_jax.weights import names
+
+if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
+    from qwen_jax.model.decoder import Parameters, Qwen2
+
+AXES: Any = Packed(0, 1, None, None)  # type: ignore[arg-type]
+"""Of what a step reads of a model, the axis that is dealt out."""
+CACHE: Any = Cache(HEADS, None)  # type: ignore[arg-type]
+NEW = 2
+"""Of a step's keys and values the same: their heads."""
+
+
+def refusal(config: ModelConfig, dtype: jnp.dtype, devices: Sequence[int]) -> str | None:
+    """Why the decode step's kernel can't run one row of a model on these devices, or None."""
+    return peers.refusal(devices) or refusal_on_one(part(config, len(devices)), dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DealtMatrix(PackedMatrix):
+    """A matrix of which every device has a part in its own stream."""
+
+    @property
+    def dealt_axes(self) -> Any:
+        """As `Split.over` asks for them."""
+        return dataclasses.replace(self, packed=AXES)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitPacked:
+    """A model's parameters on a mesh, as the decode-step kernel reads them.
+
+    Attributes:
+        packed: all devices' streams, one after the other, and their biases, side by side.
+        embed: the embedding where the head is not tied to it.
+        config: of all of the model.
+        plan: of each device's part.
+    """
+
+    packed: Packed
+    embed: "Float[Array, 'V D'] | None"
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+    plan: StepPlan = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    implementation: str = dataclasses.field(metadata={"static": True})
+    split: Split = dataclasses.field(metadata={"static": True})
+
+    @property
+    def in_blocks(self) -> bool:
+        return False
+
+    def devices(self) -> set[jax.Device]:
+        return self.packed.stream.devices()
+
+    def parameters(self) -> "Parameters":
+        """Every one as one device would have it."""
+        from qwen_jax.model.decoder import dealt_axis  # and flax with it
+
+        def own(packed: Packed, embed: Any) -> dict[str, jax.Array]:
+            return self._part(packed, embed).parameters()
+
+        named = (parameter.name for parameter in names.parameters(self.config, "gguf"))
+        axes = {name: dealt_axis(name) for name in named}
+        found = self.split.over(own, (AXES, 0), axes)(self.packed, self.embed)
+        return SplitWeights(found, self.config, self.split).parameters()
+
+    def _part(self, packed: Packed, embed: Any) -> PackedWeights:
+        """A device's own, as weights of a model."""
+        config = self.split.part(self.config)
+        return PackedWeights(packed, embed, config, self.plan, self.dtype, self.implementation)
+
+    def model(self, spec: Spec) -> "Qwen2":
+        """Its products are taken with the weight streams."""
+
+        def matrix(phase: int, layer: int = 0) -> DealtMatrix:
+            return DealtMatrix(self.packed, self.plan, phase, layer, self.implementation)
+
+        packed, norms = self.packed, self.packed.norms
+        params: dict[str, Any] = {"final_norm": norms[-1], "embed": self.embed}
+        for i in range(self.config.num_layers):
+            params[f"layers.{i}.attn_norm"] = norms[2 * i]
+            params[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
+            params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(self.dtype)
+            for phase, name in enumerate(MATRICES):
+                params[f"layers.{i}.{name}.weight"] = matrix(phase, i)
+        params["embed" if self.embed is None else "lm_head"] = matrix(HEAD)
+        return decoder(spec, params, look_up=self.look_up)
+
+    def look_up(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T D"]:
+        """Rows of the embedding, each of them on one device."""
+
+        def own(packed: Packed, embed: Any, tokens: Int[Array, "*T"]) -> Float[Array, "*T D"]:
+            return self._looked_up(self._part(packed, embed), tokens)
+
+        return self.split.over(own, (AXES, 0, None), None)(self.packed, self.embed, tokens)
+
+    def _looked_up(self, own: PackedWeights, tokens: Int[Array, "*T"]) -> Float[Array, "*T D"]:
+        """On every device with its part."""
+        local, mine = self.split.own_rows(tokens, self.config.vocab_size // self.split.size)
+        found = own.look_up(local).astype(self.dtype)
+        return self.split.sum(jnp.where(mine[..., None], found, 0))
+
+    def forward(self, spec: Spec, rows: int) -> Forward:
+        if self.serves(rows):
+            return self._through_kernels
+        return functools.partial(step, self.model(spec))
+
+    def serves(self, rows: int) -> bool:
+        """Whether a step of so many rows is a kernel's.
+
+        Raises:
+            UnsupportedError: the kernel was asked for by name and can't serve the case.
+        """
+        pairs = self.config.rope_dim // 2
+        why_not = kernel_refusal(self.plan, rows, self.dtype, pairs)
+        return pallas_kernels.choose("decode_step", self.implementation, why_not) == "mosaic_gpu"
+
+    def _through_kernels(
+        self,
+        token: Int[Array, "B"],
+        cache: Cache,
+        position: Int[Array, "B"],
+        live: Bool[Array, "B"],
+        preceding: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """A row that isn't live goes along as the shortest row, which costs least."""
+
+        def own(
+            packed: Packed, embed: Any, token: Int[Array, "B"], cache: Cache, *rest: Any
+        ) -> tuple[Float[Array, "B V"], Cache]:
+            position, live, preceding = rest
+            logits, new = pallas_kernels.decode_step(
+                packed,
+                self.plan,
+                self._looked_up(self._part(packed, embed), token),
+                cache.pages,
+                cache.tables,
+                jnp.where(live, position, 0),
+                jnp.asarray(inverse_frequencies(self.config)),
+                attention_factor=self.config.attention_factor,
+                preceding=preceding,
+                implementation=self.implementation,
+                devices=self.split.size,
+            )
+            return logits, cache.write_all(new, position, live)
+
+        given = (AXES, 0, None, CACHE, None, None, None)
+        over = self.split.over(own, given, (None, CACHE))
+        return over(self.packed, self.embed, token, cache, position, live, preceding)
+
+
+def pack_split(
+    config: ModelConfig,
+    parameters: Iterable[tuple[str, jax.Array]],
+    dtype: jnp.dtype,
+    implementation: str,
+    split: Split,
+) -> SplitPacked:
+    """Packs parameters that are dealt out as `weights.shards.iter_split` does.
+
+    Each is packed as it comes, and let go.
+    """
+    plan = plan_for(split.part(config), dtype.name)
+    granules, words = plan.stream_shape
+    stream = jnp.zeros((split.size * granules, words), jnp.uint32, device=split.sharding(0))
+    put = _put(split)
+    small: dict[str, Any] = {}
+    head = "embed" if config.tied else "lm_head"
+    for name, value in parameters:
+        layer, matrix = (*name.split("."), "", "")[1:3]
+        if name == head:
+            stream = put(stream, plan.at(HEAD, 0), value, HEAD, plan.head)
+        elif matrix in MATRICES and name.endswith("weight"):
+            phase = MATRICES.index(matrix)
+            stored = plan.stored(phase, int(layer))[0]
+            stream = put(stream, plan.at(phase, int(layer)), value, phase, stored)
+        else:
+            small[name] = value
+    layers = range(config.num_layers)
+    bias = [small[f"layers.{i}.qkv_proj.bias"] for i in layers]
+    norms = [small[f"layers.{i}.{n}"] for i in layers for n in ("attn_norm", "ffn_norm")]
+    packed = Packed(
+        stream,
+        jnp.stack(bias).astype(jnp.float32),
+        jnp.stack([*norms, small["final_norm"]]).astype(jnp.float32),
+        split.placed(tile_offsets(plan)),
+    )
+    return SplitPacked(packed, small.get("embed"), config, plan, dtype, implementation, split)
+
+
+def _put(split: Split) -> Any:
+    """What puts each device's part of a matrix into its stream, which is donated."""
+    columns = (MATRICES.index("o_proj"), MATRICES.index("down_proj"))
+
+    def put(
+        stream: UInt32[Array, "n words"],
+        at: Int[Array, " tiles"],
+        matrix: Float[Array, "out in"],
+        phase: int,
+        stored: str,
+    ) -> UInt32[Array, "n words"]:
+        def own(stream: jax.Array, at: jax.Array, matrix: jax.Array) -> jax.Array:
+            return put_matrix(stream, at, matrix, phase == GATE_UP, stored)
+
+        axis = 1 if phase in columns else 0
+        return split.over(own, (0, None, axis), 0)(stream, at, matrix)
+
+    return jax.jit(put, donate_argnums=0, static_argnums=(3, 4))

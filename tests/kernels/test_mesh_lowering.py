@@ -137,6 +137,16 @@ def test_kernels_on_each_device(tp: int) -> None:
 
 @pytest.mark.lower
 @pytest.mark.usefixtures("as_if_on_hopper")
+def test_sums_of_few_rows_are_a_kernel() -> None:
+    """With XLA's products between them: of the embedding, o_proj and down_proj."""
+    program = decoding(dataclasses.replace(mesh(2), exchange=True), 8)
+    assert program.as_text().count("uses_xla_collective_metadata = true") == 3
+    if hopper.compiles():
+        assert collectives(program.compile().as_text()) == {"all-gather": 1}
+
+
+@pytest.mark.lower
+@pytest.mark.usefixtures("as_if_on_hopper")
 @pytest.mark.parametrize(
     ("tp", "rows", "stored"),
     [(2, 1, "bfloat16"), (2, 64, "bfloat16"), (4, 8, "bfloat16"), (2, 8, "q4_k")],

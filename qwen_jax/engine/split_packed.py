@@ -48,8 +48,7 @@ if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
 AXES: Any = Packed(0, 1, None, None)  # type: ignore[arg-type]
 """Of what a step reads of a model, the axis that is dealt out."""
 CACHE: Any = Cache(HEADS, None)  # type: ignore[arg-type]
-NEW = 2
-"""Of a step's keys and values the same: their heads."""
+"""Of a cache the same."""
 
 
 def refusal(config: ModelConfig, dtype: jnp.dtype, devices: Sequence[int]) -> str | None:

@@ -5,7 +5,8 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -31,7 +32,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.split_packed import pack_split, refusal
+from qwen_jax.engine.split_packed import SplitPacked, pack_split, refusal
 from qwen_jax.engine.split_weights import SplitWeights
 from qwen_jax.engine.weights import Weights, prepare
 from qwen_jax.model.cache import HEADS, PAGE, Cache, create_pages
@@ -62,12 +63,7 @@ def exchange(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
         print(f"the decode step's kernel can't run on these: {why}")
         return figures | {"step refused": why}
     figures["step off"] = checked_steps(few, split, args.batches)
-    for name, engine in step_engines(config, split):
-        # XLA's programs take the longest to compile.
-        batches = args.batches if "kernel" in name else args.batches[:1]
-        figures[name] = timed_steps(name, engine, batches, args)
-        del engine
-    return figures
+    return figures | {"step us": timed_steps(config, split, args)}
 
 
 def summed(split: Split, kind: str) -> Callable[[jax.Array], jax.Array]:
@@ -108,8 +104,11 @@ def checked_sums(config: ModelConfig, split: Split, rows: int) -> dict[str, int]
         return lax.psum(wrong, AXIS)
 
     key = split.placed(jax.random.key(SEED))
-    checks = {f"{x} beside": functools.partial(beside, x) for x in ("bfloat16", "float32")}
-    for name, function in (checks | {"float32 alone": alone}).items():
+    checks: dict[str, Callable[..., jax.Array]] = {
+        "bfloat16 beside": functools.partial(beside, DTYPE),
+        "float32 alone": alone,
+    }
+    for name, function in checks.items():
         counted = jax.jit(split.over(function, (None,), None))
         found[name] = int(sum(counted(key) for _ in range(4)))
         total = 4 * TIMES * split.size * rows * config.hidden_size
@@ -144,12 +143,14 @@ def checked_steps(config: ModelConfig, split: Split, batches: list[int]) -> dict
     and cache; and whether a step gives the same bits every time."""
     one = prepare(config, random_parameters(config, DTYPE, SEED), DTYPE, "mosaic_gpu")
     several = packed(config, dealt(config, split))
+    both: list[tuple[Weights, Whole]] = [(one, WHOLE), (several, split)]
+    cases = [(rows, weights, there) for rows in batches for weights, there in both]
+    with ThreadPoolExecutor(16) as pool:
+        steps = pool.map(lambda case: compiled_step(config, *case), cases)
     found = {}
     for rows in batches:
-        ((exact, _), (logits, same)) = (
-            stepped(config, weights, there, rows)
-            for weights, there in ((one, WHOLE), (several, split))
-        )
+        exact, logits = next(steps)(), (run := next(steps))()
+        same = sum(np.array_equal(logits, run()) for _ in range(REPEATS))
         error = float(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
         likeliest = float(np.mean(logits.argmax(axis=1) == exact.argmax(axis=1)))
         print(
@@ -167,11 +168,13 @@ def packed(config: ModelConfig, weights: SplitWeights) -> Any:
     return pack_split(config, named, DTYPE, "mosaic_gpu", weights.split)
 
 
-def stepped(config: ModelConfig, weights: Weights, there: Whole, rows: int) -> tuple[Any, int]:
-    """The logits of a step of so many rows, and of how many they are the same."""
+def compiled_step(
+    config: ModelConfig, rows: int, weights: Weights, there: Whole
+) -> Callable[[], np.ndarray]:
+    """A step of so many rows: what makes its logits."""
     spec = Spec(config, DTYPE, DTYPE, split=there)
-    rng, count = np.random.default_rng(SEED), 1 + rows
-    made = jax.eval_shape(lambda: create_pages(config, count, DTYPE))
+    rng = np.random.default_rng(SEED)
+    made = jax.eval_shape(lambda: create_pages(config, 1 + rows, DTYPE))
     pages = jax.jit(
         lambda key: jax.random.normal(key, made.shape, DTYPE), out_shardings=there.sharding(HEADS)
     )(jax.random.key(SEED))
@@ -189,40 +192,48 @@ def stepped(config: ModelConfig, weights: Weights, there: Whole, rows: int) -> t
         step = weights.forward(spec, rows)
         return step(token, Cache(pages, tables), position, live)[0]
 
-    first = np.asarray(run(weights, pages, *given))
-    again = (np.asarray(run(weights, pages, *given)) for _ in range(REPEATS))
-    return first, sum(np.array_equal(first, logits) for logits in again)
+    compiled = run.lower(weights, pages, *given).compile()
+    return lambda: np.asarray(compiled(weights, pages, *given))
 
 
-def step_engines(config: ModelConfig, split: Split) -> Iterator[tuple[str, Engine]]:
+def step_engines(config: ModelConfig, split: Split) -> dict[str, Engine]:
     of_all = {"slots": 1, "cache_tokens": PAGE}
     weights, all_ours = dealt(config, split), dataclasses.replace(split, exchange=True)
     streams = packed(config, weights)
-    yield "kernel", on_several(config, streams, "mosaic_gpu", **of_all)
-    # Nor for the embedding's rows.
-    streams = dataclasses.replace(streams, split=all_ours)
-    yield "kernel, no NCCL", on_several(config, streams, "mosaic_gpu", **of_all)
-    del streams
-    exchanging = dataclasses.replace(weights, split=all_ours)
-    yield "all-reduces ours", on_several(config, exchanging, "auto", **of_all)
-    yield "all-reduces NCCL's", on_several(config, weights, "auto", **of_all)
+
+    def engine(weights: SplitWeights | SplitPacked, implementation: str, on: Split) -> Engine:
+        return on_several(config, dataclasses.replace(weights, split=on), implementation, **of_all)
+
+    return {
+        "kernel": engine(streams, "mosaic_gpu", split),
+        # Nor for the embedding's rows.
+        "kernel, no NCCL": engine(streams, "mosaic_gpu", all_ours),
+        "all-reduces ours": engine(weights, "auto", all_ours),
+        "all-reduces NCCL's": engine(weights, "auto", split),
+    }
 
 
 def timed_steps(
-    name: str, engine: Engine, batches: list[int], args: argparse.Namespace
+    config: ModelConfig, split: Split, args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Microseconds a step."""
+    """Microseconds a step of every engine; of those that compile long with one number of rows."""
     settings = argparse.Namespace(temperature=0.0, rounds=args.rounds)
-    greedy, found = Sampling(), {}
-    for rows in batches:
-        context, start = args.contexts[0], time.perf_counter()
-        run = program(engine, shapes_of(engine, rows, context, greedy), plan_of(engine, greedy))
-        compiling = time.perf_counter() - start
-        seconds = seconds_a_step(Case(name, rows, context, engine, run), settings)
-        print(
-            f"{name}: a step of {rows} rows {median(seconds) * 1e6:,.0f} µs "
-            f"(compiled in {compiling:.0f} s)",
-            flush=True,
-        )
-        found[str(rows)] = [round(s * 1e6, 1) for s in seconds]
+    greedy, context, found = Sampling(), args.contexts[0], {}
+    engines = step_engines(config, split)
+
+    def compiled(case: tuple[str, int]) -> Case:
+        (name, rows), engine = case, engines[case[0]]
+        inputs = shapes_of(engine, rows, context, greedy)
+        return Case(name, rows, context, engine, program(engine, inputs, plan_of(engine, greedy)))
+
+    first, *others = engines
+    # Not all at once: XLA tries out products on the GPUs while it compiles.
+    for cases in ([(first, rows) for rows in args.batches], [(x, args.batches[0]) for x in others]):
+        with ThreadPoolExecutor(16) as pool:
+            ready = list(pool.map(compiled, cases))
+        for case in ready:
+            seconds = seconds_a_step(case, settings)
+            name = f"{case.implementation}, {case.batch} rows"
+            print(f"a step by {name}: {median(seconds) * 1e6:,.0f} µs", flush=True)
+            found[name] = [round(s * 1e6, 1) for s in seconds]
     return found

@@ -17,7 +17,7 @@ from qwen_jax.engine.blocks import load_blocks
 from qwen_jax.engine.compiling import Expected, compile_ahead
 from qwen_jax.engine.drafts import USUAL_DRAFTED
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.form import form_of, load_packed
+from qwen_jax.engine.form import form_of, load_packed, load_packed_on
 from qwen_jax.engine.layout import EngineOptions, Layout
 from qwen_jax.engine.memory import check_weights_fit, device
 from qwen_jax.engine.split_blocks import load_split_blocks
@@ -150,7 +150,11 @@ def load_engine(
 
         try:
             weights: Weights
-            if isinstance(split, Split) and form.blocks:
+            if isinstance(split, Split) and form.plan is not None:
+                weights = load_packed_on(
+                    split, checkpoint, form.plan, dtype, implementation, watched
+                )
+            elif isinstance(split, Split) and form.blocks:
                 weights = load_split_blocks(checkpoint, split, watched)
             elif isinstance(split, Split):
                 dealt_out = iter_split(checkpoint, dtype, split, watched)

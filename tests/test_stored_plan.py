@@ -14,6 +14,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import Form, expanded_in, form_of, load_packed, packed_shapes, stored_plan
 from qwen_jax.engine.weights import PackedWeights, Rows, read_back
 from qwen_jax.errors import UserError
+from qwen_jax.mesh import MeshShape
 from qwen_jax.tasks import inspect
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
@@ -152,6 +153,28 @@ def test_rule_of_auto_on_a_gpu(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatc
     assert not form("expanded", texts=1).blocks
     free = form("expanded").held
     assert form("auto", texts=9) == blocks
+
+
+def test_on_several_gpus(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks where the step's kernel is asked for by name, each device's part by itself."""
+    monkeypatch.setattr(form_module, "device", Gpu)
+    monkeypatch.setattr("qwen_jax.engine.memory.free_memory", lambda: 10**9)
+
+    def form(asked: str, implementation: str = "mosaic_gpu", tp: int = 2) -> Form:
+        mesh = MeshShape(tp=tp)
+        return form_of(asked, mixed, BFLOAT16, implementation=implementation, mesh=mesh)
+
+    part, whole = form("packed"), form("packed", tp=1)
+    assert part.blocks and part.plan is not None and whole.plan is not None
+    assert part.plan.shape.ffn * 2 == whole.plan.shape.ffn
+    # Half of o_proj's 256 inputs is half of a block.
+    assert part.plan.layers[0] == whole.plan.layers[0]._replace(o_proj="bfloat16")
+    assert not form("auto").blocks
+    with pytest.raises(UserError, match="where implementation is 'mosaic_gpu'; choose that, or"):
+        form("packed", "auto")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="mesh tp=2: the devices belong to 2 processes; choose"):
+        form("auto")
 
 
 def test_refusals_on_a_gpu(

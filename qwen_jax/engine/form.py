@@ -7,7 +7,8 @@ keys and values, say) whose matrices are not all in blocks that it knows is expa
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,12 @@ from qwen_jax.engine.split_blocks import cut_through
 from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import ONE, MeshShape, part
+from qwen_jax.model.split import Split
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.names import Parameter
 from qwen_jax.weights.on_device import block_type, iter_decoded, raw_shape
 from qwen_jax.weights.open_files import Progress
-from qwen_jax.weights.shards import part_of
+from qwen_jax.weights.shards import on_devices, part_of
 
 FEW_TEXTS = 8
 """Up to which blocks are the faster form on a GPU; more texts share what numbers take to read."""
@@ -80,7 +82,7 @@ def form_of(
             the decode step's kernel was asked for on several devices.
     """
     if mesh.tp > 1:
-        return _on_mesh(asked, checkpoint, dtype, implementation, mesh)
+        return _on_mesh(asked, checkpoint, dtype, implementation, slots, mesh)
     budget = Budget.of(checkpoint.config, dtype, sharers=mesh.devices)
     on_cpu = device().platform == "cpu"
     numbers = Form(budget.weights)
@@ -100,14 +102,20 @@ def form_of(
 
 
 def _on_mesh(
-    asked: str, checkpoint: Checkpoint, dtype: jnp.dtype, implementation: str, mesh: MeshShape
+    asked: str,
+    checkpoint: Checkpoint,
+    dtype: jnp.dtype,
+    implementation: str,
+    slots: int | None,
+    mesh: MeshShape,
 ) -> Form:
     mesh.check(checkpoint.config)
     on_cpu = device().platform == "cpu"
-    if asked == "packed" and not on_cpu:
+    if asked == "packed" and not on_cpu and implementation != "mosaic_gpu":
         raise UserError(
-            "weights is 'packed', but on several GPUs the decode step's kernel multiplies numbers "
-            f"alone, and mesh is {mesh}; choose auto or expanded."
+            "weights is 'packed', but on a GPU only the decode step's kernel multiplies blocks, "
+            f"which runs on the devices of mesh {mesh} where implementation is 'mosaic_gpu'; "
+            "choose that, or for weights auto or expanded."
         )
     if implementation == "mosaic_gpu" and (why := _no_kernel(checkpoint.config, dtype, mesh)):
         raise UserError(
@@ -117,16 +125,22 @@ def _on_mesh(
         )
     budget = Budget.of(part(checkpoint.config, mesh.tp), dtype, sharers=mesh.devices)
     numbers = Form(budget.weights)
-    if not on_cpu or asked == "expanded" or (asked == "auto" and not packs(budget, 0)):
+    if asked == "expanded" or (asked == "auto" and not packs(budget, 0)):
         return numbers
-    found = _on_cpu(part_of(checkpoint, mesh.tp, 0), dtype)
+    own = part_of(checkpoint, mesh.tp, 0)
+    if on_cpu:
+        found = _on_cpu(own, dtype)
+    elif implementation == "mosaic_gpu":
+        found = _in_stream(own, dtype, implementation, slots)
+    else:
+        return numbers
     if isinstance(found, str):
         if asked == "packed":
             raise UserError(f"weights is 'packed', but {found}; choose auto or expanded.")
         return numbers
     if asked == "auto" and not packs(budget, found.held):
         return numbers
-    return found._replace(cut=cut_through(checkpoint, mesh.tp))
+    return found._replace(cut=cut_through(checkpoint, mesh.tp)) if on_cpu else found
 
 
 def _no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
@@ -273,3 +287,26 @@ def load_packed(
     kept, embed = _kept(checkpoint, plan)
     parameters = iter_decoded(checkpoint, dtype, None, progress, kept)
     return pack(checkpoint.config, parameters, dtype, implementation, plan, embed)
+
+
+def load_packed_on(
+    split: Split,
+    checkpoint: Checkpoint,
+    plan: StepPlan,
+    dtype: jnp.dtype,
+    implementation: str,
+    progress: Progress | None = None,
+) -> Weights:
+    """The same on a mesh; the plan is of what one of its devices has.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    kept, embed = _kept(part_of(checkpoint, split.size, 0), plan)
+
+    def parts(own: Checkpoint, device: jax.Device, told: Progress) -> Iterator[tuple[str, Any]]:
+        return iter_decoded(own, dtype, device, told, kept)
+
+    parameters = on_devices(checkpoint, split, parts, progress)
+    config = checkpoint.config
+    return split_packed.pack_split(config, parameters, dtype, implementation, split, plan, embed)

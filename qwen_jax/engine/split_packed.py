@@ -7,29 +7,40 @@ multiply with the same streams as one device does.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from gguf.constants import GGMLQuantizationType
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 import pallas_kernels
 from pallas_kernels import peers
 from pallas_kernels.decode_step import GATE_UP, HEAD, Packed, StepPlan, put_matrix, tile_offsets
 from pallas_kernels.decode_step import refusal as kernel_refusal
+from pallas_kernels.decode_step.packed.plan import DOWN, O_PROJ
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.forward import Forward
 from qwen_jax.engine.packed_matrices import PackedMatrix
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.split_weights import SplitWeights
-from qwen_jax.engine.weights import MATRICES, PackedWeights, decoder, plan_for, step
+from qwen_jax.engine.weights import (
+    MATRICES,
+    PackedWeights,
+    Rows,
+    decoder,
+    plan_for,
+    step,
+)
 from qwen_jax.engine.weights import refusal as refusal_on_one
 from qwen_jax.mesh import part
 from qwen_jax.model.cache import HEADS, Cache
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.model.split import Split
+from qwen_jax.model.tap import watched
 from qwen_jax.weights import names
+from qwen_jax.weights.on_device import Raw
 
 if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
     from qwen_jax.model.decoder import Parameters, Qwen2
@@ -37,8 +48,7 @@ if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
 AXES: Any = Packed(0, 1, None, None)  # type: ignore[arg-type]
 """Of what a step reads of a model, the axis that is dealt out."""
 CACHE: Any = Cache(HEADS, None)  # type: ignore[arg-type]
-NEW = 2
-"""Of a step's keys and values the same: their heads."""
+"""Of a cache the same."""
 
 
 def refusal(config: ModelConfig, dtype: jnp.dtype, devices: Sequence[int]) -> str | None:
@@ -64,13 +74,13 @@ class SplitPacked:
 
     Attributes:
         packed: all devices' streams, one after the other, and their biases, side by side.
-        embed: the embedding where the head is not tied to it.
+        embed: the embedding where the head is not tied to it; each device has some of its rows.
         config: of all of the model.
         plan: of each device's part.
     """
 
     packed: Packed
-    embed: "Float[Array, 'V D'] | None"
+    embed: "Float[Array, 'V D'] | Rows | None"
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     plan: StepPlan = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
@@ -79,13 +89,17 @@ class SplitPacked:
 
     @property
     def in_blocks(self) -> bool:
-        return False
+        return any(storage.name != self.dtype.name for storage in self.plan.storages)
 
     def devices(self) -> set[jax.Device]:
         return self.packed.stream.devices()
 
     def parameters(self) -> "Parameters":
         """Every one as one device would have it."""
+        return SplitWeights(self._dealt(), self.config, self.split).parameters()
+
+    def _dealt(self) -> dict[str, jax.Array]:
+        """Every one dealt out, its matrices put together."""
         from qwen_jax.model.decoder import dealt_axis  # and flax with it
 
         def own(packed: Packed, embed: Any) -> dict[str, jax.Array]:
@@ -93,8 +107,8 @@ class SplitPacked:
 
         named = (parameter.name for parameter in names.parameters(self.config, "gguf"))
         axes = {name: dealt_axis(name) for name in named}
-        found = self.split.over(own, (AXES, 0), axes)(self.packed, self.embed)
-        return SplitWeights(found, self.config, self.split).parameters()
+        found: dict[str, jax.Array] = self.split.over(own, (AXES, 0), axes)(self.packed, self.embed)
+        return found
 
     def _part(self, packed: Packed, embed: Any) -> PackedWeights:
         """A device's own, as weights of a model."""
@@ -102,11 +116,14 @@ class SplitPacked:
         return PackedWeights(packed, embed, config, self.plan, self.dtype, self.implementation)
 
     def model(self, spec: Spec) -> "Qwen2":
-        """Its products are taken with the weight streams."""
+        """Its products are taken with the weight streams; but for a trace blocks are made numbers,
+        since products with them make others than those that it declares."""
 
         def matrix(phase: int, layer: int = 0) -> DealtMatrix:
             return DealtMatrix(self.packed, self.plan, phase, layer, self.implementation)
 
+        if self.in_blocks and watched():
+            return decoder(spec, self._dealt(), look_up=self.look_up)
         packed, norms = self.packed, self.packed.norms
         params: dict[str, Any] = {"final_norm": norms[-1], "embed": self.embed}
         for i in range(self.config.num_layers):
@@ -183,16 +200,21 @@ class SplitPacked:
 
 def pack_split(
     config: ModelConfig,
-    parameters: Iterable[tuple[str, jax.Array]],
+    parameters: Iterable[tuple[str, jax.Array | Raw]],
     dtype: jnp.dtype,
     implementation: str,
     split: Split,
+    plan: StepPlan | None = None,
+    embed: GGMLQuantizationType | None = None,
 ) -> SplitPacked:
-    """Packs parameters that are dealt out as `weights.shards.iter_split` does.
+    """Packs parameters that are dealt out as `weights.shards.on_devices` does.
 
     Each is packed as it comes, and let go.
+
+    Args:
+        plan, embed: as of `engine.weights.pack`, of each device's part.
     """
-    plan = plan_for(split.part(config), dtype.name)
+    plan = plan or plan_for(split.part(config), dtype.name)
     granules, words = plan.stream_shape
     stream = jnp.zeros((split.size * granules, words), jnp.uint32, device=split.sharding(0))
     put = _put(split)
@@ -201,13 +223,14 @@ def pack_split(
     for name, value in parameters:
         layer, matrix = (*name.split("."), "", "")[1:3]
         if name == head:
-            stream = put(stream, plan.at(HEAD, 0), value, HEAD, plan.head)
+            stream = put(plan, stream, value, HEAD, 0)
         elif matrix in MATRICES and name.endswith("weight"):
-            phase = MATRICES.index(matrix)
-            stored = plan.stored(phase, int(layer))[0]
-            stream = put(stream, plan.at(phase, int(layer)), value, phase, stored)
+            stream = put(plan, stream, value, MATRICES.index(matrix), int(layer))
         else:
             small[name] = value
+    if embed is not None:
+        (raw,) = small["embed"]
+        small["embed"] = Rows(raw, embed)
     layers = range(config.num_layers)
     bias = [small[f"layers.{i}.qkv_proj.bias"] for i in layers]
     norms = [small[f"layers.{i}.{n}"] for i in layers for n in ("attn_norm", "ffn_norm")]
@@ -220,21 +243,35 @@ def pack_split(
     return SplitPacked(packed, small.get("embed"), config, plan, dtype, implementation, split)
 
 
-def _put(split: Split) -> Any:
-    """What puts each device's part of a matrix into its stream, which is donated."""
-    columns = (MATRICES.index("o_proj"), MATRICES.index("down_proj"))
+def _put(split: Split) -> Callable[..., UInt32[Array, "n words"]]:
+    """What puts each device's part of a matrix, numbers or the bytes of its sources, into its
+    stream, which is donated."""
 
-    def put(
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
+    def put_one(
         stream: UInt32[Array, "n words"],
         at: Int[Array, " tiles"],
-        matrix: Float[Array, "out in"],
-        phase: int,
+        values: Sequence[Shaped[Array, "rows width"]],
+        axis: int,
+        halves_apart: bool,
         stored: str,
     ) -> UInt32[Array, "n words"]:
-        def own(stream: jax.Array, at: jax.Array, matrix: jax.Array) -> jax.Array:
-            return put_matrix(stream, at, matrix, phase == GATE_UP, stored)
+        def own(stream: jax.Array, at: jax.Array, *values: jax.Array) -> jax.Array:
+            return put_matrix(stream, at, jnp.concatenate(values), halves_apart, stored)
 
-        axis = 1 if phase in columns else 0
-        return split.over(own, (0, None, axis), 0)(stream, at, matrix)
+        given = (0, None, *(axis,) * len(values))
+        return split.over(own, given, 0)(stream, at, *values)
 
-    return jax.jit(put, donate_argnums=0, static_argnums=(3, 4))
+    def put(
+        plan: StepPlan, stream: UInt32[Array, "n words"], value: Any, phase: int, layer: int
+    ) -> UInt32[Array, "n words"]:
+        stored, axis = plan.stored(phase, layer), 1 if phase in (O_PROJ, DOWN) else 0
+        if phase == GATE_UP or not isinstance(value, tuple):
+            values = value if isinstance(value, tuple) else (value,)
+            at = plan.at(phase, layer)
+            return put_one(stream, at, values, axis, phase == GATE_UP, stored[0])
+        for segment, (raw, name) in enumerate(zip(value, stored, strict=True)):
+            stream = put_one(stream, plan.at(phase, layer, segment), (raw,), axis, False, name)
+        return stream
+
+    return put

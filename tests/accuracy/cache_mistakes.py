@@ -238,7 +238,7 @@ CASES = {
     ),
     "write clamped at the end": (
         together(
-            replaced(weights, "_step", alive),
+            replaced(weights, "step", alive),
             places(
                 lambda right, self, positions, kept: right(
                     self, jnp.minimum(positions, self.capacity - 1), kept

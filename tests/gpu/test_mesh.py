@@ -98,5 +98,15 @@ def test_the_step_kernel_on_each_device() -> None:
 
 
 def test_blocks_are_for_the_step_kernel() -> None:
-    with pytest.raises(qwen_jax.UserError, match="on several GPUs the decode step's kernel"):
+    with pytest.raises(qwen_jax.UserError, match="where implementation is 'mosaic_gpu'"):
         qwen_jax.load(mesh="tp=2", weights="packed")
+    two = qwen_jax.load(
+        mesh="tp=2", weights="packed", implementation="mosaic_gpu", dtype="bfloat16", slots=8
+    )
+    assert two.engine.weights.in_blocks
+    one = qwen_jax.load(weights="packed", dtype="bfloat16", slots=8)
+    exact = model(None, "float32", "xla")
+    tokens = exact.tokens("haiku: snow")
+    theirs = exact.logits(tokens)
+    assert relative(two.logits(tokens), theirs) < 2**0.5 * relative(one.logits(tokens), theirs)
+    assert haikus(two) == haikus(one)

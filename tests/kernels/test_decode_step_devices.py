@@ -101,15 +101,16 @@ def test_mistakes_are_found(
     case = drawn(SHAPE, 3, [20], 1)
     parts = [share(case, 2, number) for number in range(2)]
     right = exact_step(case)[0]
-    wrong = 0
-    for seed in range(4):
+
+    def shows(seed: int) -> bool:
         try:
             (logits, _), _ = emulated.run_on_devices(monkeypatch, parts, SEED + seed, mistake)
         except Deadlock:
-            wrong += 1
-        else:
-            wrong += relative(logits, right) > 0.1
-    assert wrong > 0
+            return True
+        return relative(logits, right) > 0.1
+
+    # Of devices that don't meet a third of all orders of events shows it.
+    assert any(map(shows, range(24)))
 
 
 @pytest.mark.parametrize(

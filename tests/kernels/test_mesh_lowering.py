@@ -61,8 +61,8 @@ def by_name(split: Split) -> Any:
     return SplitWeights(named, CONFIG, split)
 
 
-def packed(split: Split) -> Any:
-    plan = plan_for(split.part(CONFIG), DTYPE.name)
+def packed(split: Split, stored: str = DTYPE.name) -> Any:
+    plan = plan_for(split.part(CONFIG), stored)
     granules, words = plan.stream_shape
 
     def shaped(dims: tuple[int, ...], dtype: Any, axis: int | None) -> ShapeDtypeStruct:
@@ -137,13 +137,26 @@ def test_kernels_on_each_device(tp: int) -> None:
 
 @pytest.mark.lower
 @pytest.mark.usefixtures("as_if_on_hopper")
-@pytest.mark.parametrize(("tp", "rows"), [(2, 1), (2, 64), (4, 8)])
+def test_sums_of_few_rows_are_a_kernel() -> None:
+    """With XLA's products between them: of the embedding, o_proj and down_proj."""
+    program = decoding(dataclasses.replace(mesh(2), exchange=True), 8)
+    assert program.as_text().count("uses_xla_collective_metadata = true") == 3
+    if hopper.compiles():
+        assert collectives(program.compile().as_text()) == {"all-gather": 1}
+
+
+@pytest.mark.lower
+@pytest.mark.usefixtures("as_if_on_hopper")
+@pytest.mark.parametrize(
+    ("tp", "rows", "stored"),
+    [(2, 1, "bfloat16"), (2, 64, "bfloat16"), (4, 8, "bfloat16"), (2, 8, "q4_k")],
+)
 @pytest.mark.parametrize("exchange", [False, True])
-def test_a_step_is_a_kernel_on_each_device(tp: int, rows: int, exchange: bool) -> None:
+def test_a_step_is_a_kernel_on_each_device(tp: int, rows: int, stored: str, exchange: bool) -> None:
     """The embedding's rows are added up before it, by XLA or by our kernel; nothing else is sent
     but by the kernels themselves, which reach the other devices by plain addresses."""
     split = dataclasses.replace(mesh(tp), exchange=exchange)
-    program = decoding(split, rows, weights=packed)
+    program = decoding(split, rows, weights=functools.partial(packed, stored=stored))
     text = program.as_text()
     assert text.count("uses_xla_collective_metadata = true") == 1 + exchange
     assert not re.search(r"multimem_parameters|symmetric_memory_parameters|nvshmem", text)
@@ -160,11 +173,14 @@ def test_a_step_is_a_kernel_on_each_device(tp: int, rows: int, exchange: bool) -
 
 @pytest.mark.lower
 @pytest.mark.usefixtures("as_if_on_hopper")
-def test_prefill_multiplies_with_each_devices_stream() -> None:
+@pytest.mark.parametrize("stored", ["bfloat16", "q4_k"])
+def test_prefill_multiplies_with_each_devices_stream(stored: str) -> None:
     split, tables = mesh(2), ShapeDtypeStruct((8, 4), jnp.int32)
     row, tokens = ShapeDtypeStruct((8,), jnp.int32), ShapeDtypeStruct((8, 64), jnp.int32)
     score = steps.score.__wrapped__
-    program = lowered(split, score, tables, tokens, row, row, tokens, weights=packed)
-    assert len(kernels(program)) >= 1
+    weights = functools.partial(packed, stored=stored)
+    program = lowered(split, score, tables, tokens, row, row, tokens, weights=weights)
+    # Attention, a layer's four products and the head's.
+    assert len(kernels(program)) == 6
     if hopper.compiles():
         program.compile()

@@ -16,6 +16,7 @@ from qwen_jax.accuracy.traces.recording import record
 from qwen_jax.accuracy.traces.trace import names
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.form import load_packed_on, stored_plan
 from qwen_jax.engine.replicas import Replicas, line_for
 from qwen_jax.engine.sampling import Plan, Sampling
 from qwen_jax.engine.scheduler import Scheduler
@@ -30,11 +31,11 @@ from qwen_jax.scoring import scored
 from qwen_jax.weights.checkpoint import Checkpoint, open_checkpoint
 from qwen_jax.weights.loader import load_parameters
 from qwen_jax.weights.names import parameters as names_of
-from qwen_jax.weights.shards import iter_split
+from qwen_jax.weights.shards import iter_split, part_of
 from tests.engines import relative, reshape
 from tests.mesh.eight import collectives
 from tests.numpy_reference import forward, log_softmax
-from tests.tiny_checkpoints import random_parameters, tiny_config, write_hf
+from tests.tiny_checkpoints import random_parameters, tiny_config, write_gguf, write_hf
 
 CONFIG = tiny_config(
     num_layers=1, hidden_size=64, head_dim=8, ffn_size=96, vocab_size=312, tied=False
@@ -278,3 +279,32 @@ def test_packed_for_the_step_kernel(tied: bool) -> None:
     ours, theirs = (small(Engine(config, each, **options)) for each in (packed, dealt))
     tokens = [n % config.vocab_size for n in TOKENS[:14]]
     assert relative(ours.logits(tokens), theirs.logits(tokens)) < 1e-6
+
+
+@pytest.mark.long
+def test_blocks_packed_for_the_step_kernel(tmp_path: Path) -> None:
+    """Each device's part stays in the file's blocks, or is expanded where these would be cut."""
+    config = tiny_config(
+        num_layers=1, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=512,
+        vocab_size=320, tied=False,
+    )  # fmt: skip
+    kinds = {"embed_tokens": "Q4_K", "k_proj": "Q6_K", "o_proj": "Q4_K", "down_proj": "Q8_0"}
+    params = random_parameters(config)
+    types = {
+        name: next((kind for part, kind in kinds.items() if part in name.split(".")), "Q4_K")
+        for name in params
+        if name.endswith("weight") and "norm" not in name
+    }
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", config, params, types=types).path)
+    (split,) = splits_of(MeshShape(tp=2))
+    assert isinstance(split, Split)
+    dtype = jnp.dtype("float32")
+    plan = stored_plan(part_of(checkpoint, 2, 0), dtype)
+    assert plan is not None
+    # Half of a row of 256 is half of a block of Q4_K.
+    assert plan.layers[0] == ("q4_k", "q6_k", "q4_k", "float32", "q4_k", "q8_0")
+    weights = load_packed_on(split, checkpoint, plan, dtype, "auto")
+    assert weights.in_blocks
+    expected = load_parameters(checkpoint, "float32")
+    for name, value in weights.parameters().items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)

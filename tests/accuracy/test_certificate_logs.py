@@ -77,27 +77,83 @@ def test_numpy_and_our_own_engine_are_certified(tmp_path: Path, model: Path) -> 
     assert 0 < found.difference.largest < 1e-4 and "CERTIFIED" in text(found)
 
 
+def by(row: logs.Row, token: int = 1) -> dict[str, Logged]:
+    """A log with a mistake between logits and log-probabilities."""
+    return {
+        name: logs.logged(name, ids, PROMPT, logs.values(logits_of(ids), ids, PROMPT, row, token))
+        for name, ids in TEXTS.items()
+    }
+
+
 @pytest.mark.parametrize(
-    ("name", "change", "config"),
+    ("log", "cause"),
     [
-        ("temperature", lambda z: z / 0.99, CASE.config),
-        ("bfloat16", logs.to_bfloat16, CASE.config),
-        ("theta", lambda z: z, dataclasses.replace(CASE.config, rope_theta=9e3)),
+        (lambda: by(logs.hot(0.9)), "temperature 0.9"),
+        (lambda: by(logs.top_p(0.9)), "top_p 0.9"),
+        (lambda: by(logs.padded(128)), "padded_vocabulary 128"),
+        (lambda: by(logs.logits_rounded()), "logits_bfloat16"),
+        (lambda: by(logs.plain, token=0), "labels_not_shifted"),
     ],
 )
-def test_wrong_ones_are_not(
-    tmp_path: Path, model: Path, name: str, change: Change, config: ModelConfig
+def test_a_cause_that_is_proven_is_named(
+    tmp_path: Path, model: Path, log: Callable[[], dict[str, Logged]], cause: str
 ) -> None:
-    """Nothing is named: a log alone proves no cause here, and the way to one is told."""
     found = certify(
         written(tmp_path, "right", log_of()),
-        written(tmp_path, name, log_of(change, config)),
+        written(tmp_path, "wrong", log()),
         model=model,
         dtype="float32",
     )
-    assert found.verdict == "unexplained"
+    assert found.verdict == "cause"
+    assert [each.verdict for each in found.engines] == ["certified", "cause"]
+    (named,) = found.engines[1].causes
+    assert named.name == cause and not named.ties and named.after < 1 < named.before
+    assert statement(found) == f"NOT CERTIFIED, for a cause: {cause} in engine 2."
+    assert not found.engines[1].unexplained and f"2       {cause} " in text(found)
+
+
+def test_a_cause_is_verified_again(tmp_path: Path, model: Path) -> None:
+    found = certify(written(tmp_path, "hot", by(logs.hot(0.9))), model=model, dtype="float32")
+    path = tmp_path / "certificate.json"
+    path.write_text(found.to_json())
+    assert verify(path) is None
+    path.write_text(found.to_json().replace('"name": "temperature 0.9"', '"name": "top_k 3"'))
+    changed = verify(path)
+    assert changed is not None and changed.field == "engines.0.causes.0.name"
+
+
+def test_another_model_is_no_cause(tmp_path: Path, model: Path) -> None:
+    other = dataclasses.replace(CASE.config, rope_theta=9e3)
+    found = certify(
+        written(tmp_path, "right", log_of()),
+        written(tmp_path, "theta", log_of(config=other)),
+        model=model,
+        dtype="float32",
+    )
     assert [each.verdict for each in found.engines] == ["certified", "unexplained"]
-    assert "of engine 2" in statement(found) and "compare --logprobs" in statement(found)
+    assert not found.engines[1].causes
+    assert re.match(r"UNEXPLAINED, first at log-prob.* of engine 2: .* may tell", statement(found))
+
+
+@pytest.mark.parametrize("off", [0.0, 0.5])
+def test_values_of_other_tokens_have_to_be_explained_too(
+    tmp_path: Path, model: Path, off: float
+) -> None:
+    """A temperature in all of them, or but for one that something else has moved."""
+    lines = []
+    for name, ids in TEXTS.items():
+        z = logits_of(ids)[PROMPT - 1 : -1] / 0.9
+        x = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+        top = [[[int(i), float(row[i])] for i in np.argsort(row)[-2:]] for row in x]
+        top[7][1][1] -= off
+        values = x[np.arange(len(x)), ids[PROMPT:]].tolist()
+        start, rest = ids[:PROMPT].tolist(), ids[PROMPT:].tolist()
+        lines.append({"id": name, "prompt": start, "tokens": rest, "logprobs": values, "top": top})
+    path = tmp_path / "top.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (engine,) = certify(path, model=model, dtype="float32").engines
+    assert engine.verdict == ("unexplained" if off else "cause")
+    assert [cause.name for cause in engine.causes] == ([] if off else ["temperature 0.9"])
 
 
 def test_the_first_wrong_token_is_told(tmp_path: Path, model: Path) -> None:

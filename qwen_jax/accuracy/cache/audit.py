@@ -156,9 +156,7 @@ class _Audit:
                 self.truths[text] = []
         alone = [_alone(text) for text in self.truths]
         of_each = list(self.truths.values())
-        for number, expected in forward(
-            self.source, alone, self.arithmetic, self.used, self.every
-        ):
+        for number, expected in forward(self.source, alone, self.arithmetic, self.used, self.every):
             of_each[number].append(self.finite(expected))
 
     def finite(self, expected: Expected) -> Expected:

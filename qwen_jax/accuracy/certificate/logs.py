@@ -3,7 +3,8 @@
 Nothing between the tokens and their probabilities was recorded, so each text is held against the
 whole forward pass in float64, with every operation's bound carried through all that follow it
 (docs/certificate.md). In float32 that is some thousandths of a nat; in bfloat16 it may allow
-anything, and then nothing is said.
+anything, and then nothing is said. A log that is past it is explained by the causes that
+`compare --logprobs` knows, where one brings every value within these bounds.
 """
 
 import functools
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from qwen_jax import choices
+from qwen_jax.accuracy.certificate import log_causes
 from qwen_jax.accuracy.certificate.contents import (
     Engine,
     Judged,
     LogDifference,
+    Named,
     NotCovered,
     Parting,
 )
@@ -31,6 +34,7 @@ from qwen_jax.accuracy.logprobs.audit import half_step, with_prompt
 from qwen_jax.accuracy.logprobs.figures import paired
 from qwen_jax.accuracy.logprobs.reading import Logged, read
 from qwen_jax.errors import UserError
+from qwen_jax.loading import read_tokenizer
 from qwen_jax.weights.loader import Checkpoint
 
 Log = Mapping[str, Logged]
@@ -78,7 +82,18 @@ def judged_logs(
                 judged[number][found.tensor] = found
         if progress:
             progress(done, len(names))
-    engines = tuple(map(_engine, files, dtypes, judged, skipped))
+    causes = [
+        _causes(
+            {name: with_prompt(text, logs, name) for name, text in log.items()},
+            judged[number],
+            functools.partial(truth, dtype=dtypes[number]),
+            checkpoint,
+            digits[number],
+            progress,
+        )
+        for number, log in enumerate(logs)
+    ]
+    engines = tuple(map(_engine, files, dtypes, judged, skipped, causes))
     if both is None:
         return engines, None
     same, others = both
@@ -214,6 +229,25 @@ def _choices(tokens: np.ndarray, logits: np.ndarray, limits: np.ndarray) -> Comp
     return rows, short, np.zeros(len(rows)), limits[rows, top] + limits[rows, tokens]
 
 
+def _causes(
+    log: Log,
+    judged: Mapping[str, Judged],
+    truth: log_causes.Truth,
+    checkpoint: Checkpoint,
+    digits: float,
+    progress: Progress | None,
+) -> tuple[Named, ...]:
+    """Of a log that is past its bounds somewhere, where these are fine enough to tell causes."""
+    wrong = any(one.fraction > 1 for one in judged.values())
+    if not wrong or not all(one.resolution < VAGUE for one in judged.values()):
+        return ()
+    try:
+        stops = tuple(read_tokenizer(checkpoint).stop_ids)
+    except UserError:  # ids need no tokenizer; then no token of its own can stand before them
+        stops = ()
+    return log_causes.named(log, truth, stops, digits, progress)
+
+
 def _parting(one: Logged, other: Logged, dtype: str, truth: Truth) -> Parting | None:
     """Where two texts of one prompt part, and how far apart the model has the two tokens."""
     least = min(len(one.tokens), len(other.tokens))
@@ -230,7 +264,13 @@ def _parting(one: Logged, other: Logged, dtype: str, truth: Truth) -> Parting | 
     return Parting(one.name, len(ids), both, float(apart), float(limit))
 
 
-def _engine(file: str, dtype: str, judged: Mapping[str, Judged], skipped: dict[str, str]) -> Engine:
+def _engine(
+    file: str,
+    dtype: str,
+    judged: Mapping[str, Judged],
+    skipped: dict[str, str],
+    causes: tuple[Named, ...],
+) -> Engine:
     if not judged:
         name, why = next(iter(skipped.items()))
         raise UserError(
@@ -252,8 +292,8 @@ def _engine(file: str, dtype: str, judged: Mapping[str, Judged], skipped: dict[s
         largest=max(every, key=lambda one: one.fraction),
         coarsest=max(every, key=lambda one: one.resolution),
         first=wrong[0] if wrong else None,
-        causes=(),
-        unexplained=wrong,
+        causes=causes,
+        unexplained=() if causes else wrong,
         not_covered=NotCovered((), (), skipped),
         tensors=tuple(every),
     )

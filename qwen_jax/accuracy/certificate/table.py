@@ -68,8 +68,8 @@ def statement(certificate: Certificate) -> str:
         for i, engine in enumerate(engines, 1)
         if engine.not_covered
     ]
-    if certificate.of == "logs" and not certificate.certified:
-        left_out.append(" What it may be `compare --logprobs` looks for.")
+    if certificate.of == "logs" and certificate.verdict == "unexplained":
+        left_out.append(" `compare --logprobs` measures what rounding makes, and may tell more.")
     return f"{_verdict(certificate, partly=bool(left_out))}{''.join(left_out)}"
 
 

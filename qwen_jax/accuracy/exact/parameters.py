@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
 import numpy as np
 from jaxtyping import Float
 
+from qwen_jax.accuracy import spread
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.weights import read_back
@@ -68,7 +69,7 @@ class CheckpointSource:
         host = np.empty(parameter.shape, np.float32 if parameter.keep_float32 else self.dtype)
         for _ in decode(self.checkpoint, parameter, host):
             pass
-        return host.astype(np.float64)
+        return spread.rowwise(np.asarray, host)
 
 
 class EngineSource:
@@ -86,7 +87,7 @@ class EngineSource:
         return read_back(self.engine.weights)
 
     def get(self, name: str) -> Float[np.ndarray, "..."]:
-        return np.asarray(self._weights[name]).astype(np.float64)
+        return spread.rowwise(np.asarray, np.asarray(self._weights[name]))
 
 
 class Weights:

@@ -81,19 +81,22 @@ class Rows(NamedTuple):
 
     Attributes:
         logits: after each of the positions, float32.
-        noise: how far a right engine's log-probabilities may be off there, of an unlikely token.
+        noise: how far a right engine's log-probabilities may be off there, of an unlikely token; or
+            each of its logits, [T, V].
         whole: ids of the text, the prompt's too.
         prompt: how many of them are the prompt's.
         positions: of the rows.
         logged: what an engine wrote at each id of `whole`; NaN where nothing.
+        others: ids that it wrote that of, where they are not those of the text.
     """
 
     logits: Float[np.ndarray, "T V"]
-    noise: Float[np.ndarray, "T"]
+    noise: Float[np.ndarray, "T ..."]
     whole: Int[np.ndarray, "n"]
     prompt: int
     positions: Int[np.ndarray, "T"]
     logged: Float[np.ndarray, "n"]
+    others: Int[np.ndarray, "n"] | None = None
 
     def take(self, rows: Int[np.ndarray, "n"] | slice) -> "Rows":
         return self._replace(
@@ -156,8 +159,8 @@ def predict(path: Path, rows: Rows, digits: float = 0.0, *, edges: bool = True) 
 def _predict(path: Path, rows: Rows, digits: float, edges: bool) -> Predicted:
     asked, written = rows.at(path.align.token), rows.at(path.align.written)
     there = (asked >= 0) & (written >= 0)
-    ids = rows.whole[np.where(there, asked, 0)]
-    z, limit = rows.logits.astype(np.float64), rows.noise[:, None]
+    ids = (rows.whole if rows.others is None else rows.others)[np.where(there, asked, 0)]
+    z, limit = rows.logits.astype(np.float64), rows.noise.reshape(len(rows.noise), -1)
     if path.logits:
         z, limit = round_interval(z, np.broadcast_to(limit, z.shape), path.logits)
     if path.penalises:

@@ -11,7 +11,7 @@ A cause is named only if
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from qwen_jax.accuracy.logprobs import causes
 from qwen_jax.accuracy.logprobs.causes import Change, Changes, Sample
 from qwen_jax.accuracy.logprobs.paths import Path, Predicted, Rows, predict
 from qwen_jax.accuracy.logprobs.reading import Logged
-from qwen_jax.accuracy.logprobs.yardstick import LEAST, NOTHING, Fit, Level, Yardstick, at, fit
+from qwen_jax.accuracy.logprobs.yardstick import LEAST, NOTHING, Fit, Level, Measure, at, fit
 
 GAIN = 4.0
 SAMPLE_TEXTS, SAMPLE_ROWS = 12, 48
@@ -69,7 +69,7 @@ class _Context:
 
 
 def judge(
-    log: Mapping[str, Logged], yardstick: Yardstick, digits: float, progress: Progress
+    log: Mapping[str, Logged], yardstick: Measure, digits: float, progress: Progress
 ) -> Verdict:
     """Holds every text of a log against the model.
 
@@ -97,7 +97,7 @@ def judge(
 
 class _Search:
     def __init__(
-        self, texts: Sequence[Logged], yardstick: Yardstick, digits: float, progress: Progress
+        self, texts: Sequence[Logged], yardstick: Measure, digits: float, progress: Progress
     ):
         self.texts, self.yardstick, self.digits = texts, yardstick, digits
         self.progress, self.levels = progress, yardstick.levels
@@ -202,9 +202,9 @@ class _Search:
             return []
         found: list[list[Predicted]] = [[] for _ in likely]
         for done, text in enumerate(self.texts, start=1):
-            rows = at(self.yardstick.rows(text), level)
-            for changes, kept in zip(likely, found, strict=True):
-                kept.append(predict(causes.path(changes, text.sampling), rows, self.digits))
+            for rows in self._all_of(text, level):
+                for changes, kept in zip(likely, found, strict=True):
+                    kept.append(predict(causes.path(changes, text.sampling), rows, self.digits))
             self.progress(done, len(self.texts))
         fits = [(changes, fit(kept)) for changes, kept in zip(likely, found, strict=True)]
         return sorted((f for f in fits if self._proves(f[1], level)), key=lambda f: f[1].rms)
@@ -230,8 +230,8 @@ class _Search:
 
     def _by_context(self, level: Level) -> Verdict | None:
         """Whether another context gives the log: a token before it, or no prompt."""
-        stops = self.yardstick.exact.engine.spec.stop_ids
-        tried = [_Context(f"token_before {i}", (i,)) for i in dict.fromkeys(stops)]
+        stops = dict.fromkeys(self.yardstick.stops)
+        tried = [_Context(f"token_before {i}", (i,)) for i in stops]
         if any(text.prompt for text in self.texts):
             tried.append(_Context("prompt_dropped", prompt=False))
         for context in tried:
@@ -245,14 +245,19 @@ class _Search:
     def _of_context(self, context: _Context, texts: Sequence[Logged], level: Level) -> Fit:
         return fit(
             [
-                predict(
-                    Path(),
-                    at(self.yardstick.rows(text, context.before, context.prompt), level),
-                    self.digits,
-                )
+                predict(Path(), rows, self.digits)
                 for text in texts
+                for rows in self._all_of(text, level, context.before, context.prompt)
             ]
         )
+
+    def _all_of(
+        self, text: Logged, level: Level, before: tuple[int, ...] = (), prompt: bool = True
+    ) -> Iterator[Rows]:
+        """All that was logged of a text: a value for each token, and what stands beside them."""
+        rows = at(self.yardstick.rows(text, before, prompt), level)
+        yield rows
+        yield from self.yardstick.columns(text, rows)
 
     def _where(self) -> str:
         """Some texts alone, or some position on, at the finest level that tells them apart."""

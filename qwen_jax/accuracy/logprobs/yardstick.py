@@ -14,10 +14,11 @@ on a small random model (tests/accuracy/test_logprobs_clean.py).
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.exact.operations import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
@@ -35,6 +36,29 @@ OWN = 32
 
 LEAST = 16
 """Values from which on something is said of an engine."""
+
+
+class Measure(Protocol):
+    """How far a right engine's log-probabilities may be from the model's.
+
+    Attributes:
+        levels: what an engine may have computed in, the finest first.
+        stops: tokens that somebody may have put before a text.
+    """
+
+    @property
+    def levels(self) -> "tuple[Level, ...]": ...
+
+    @property
+    def stops(self) -> tuple[int, ...]: ...
+
+    def rows(self, text: Logged, before: tuple[int, ...] = (), prompt: bool = True) -> Rows:
+        """Every position of a text, with the noise of a level of unit 1."""
+        ...
+
+    def columns(self, text: Logged, rows: Rows) -> Iterator[Rows]:
+        """The same with what else was logged beside the tokens, where that has to be explained."""
+        ...
 
 
 class Level(NamedTuple):
@@ -132,20 +156,21 @@ class Yardstick:
             before: ids put before the text.
             prompt: with the prompt.
         """
-        start = 0 if prompt else len(text.prompt or ())
-        own = text.whole[start:]
-        whole = np.concatenate([np.asarray(before, np.int64), own])
-        logits = self._logits(self.exact, text, whole)
-        rough = self._logits(self.rough, text, whole)
-        blank = np.full(len(whole) - len(text.tokens), np.nan)
-        return Rows(
-            logits,
-            noise(logits, rough),
-            whole,
-            len(blank),
-            np.arange(len(whole)),
-            np.concatenate([blank, text.logprobs]),
-        )
+
+        def measured(ids: Int[np.ndarray, "T"]) -> tuple[np.ndarray, np.ndarray]:
+            logits, rough = (self._logits(model, text, ids) for model in (self.exact, self.rough))
+            return logits, noise(logits, rough)
+
+        return rows_of(text, before, prompt, measured)
+
+    def columns(self, text: Logged, rows: Rows) -> Iterator[Rows]:
+        """What besides the tokens' own values a cause has to give: nothing."""
+        return iter(())
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Tokens that somebody may have put before a text."""
+        return tuple(self.exact.engine.spec.stop_ids)
 
     def _logits(self, model: Model, text: Logged, ids: np.ndarray) -> Float[np.ndarray, "T V"]:
         try:
@@ -158,6 +183,31 @@ class Yardstick:
                 f"{logits[place]}, from which nothing can be told; leave the text out."
             )
         return logits
+
+
+def rows_of(
+    text: Logged,
+    before: tuple[int, ...],
+    prompt: bool,
+    of: Callable[[Int[np.ndarray, "T"]], tuple[np.ndarray, np.ndarray]],
+) -> Rows:
+    """Every position of a text, perhaps with other ids before it.
+
+    Args:
+        of: from ids to the logits after each, and their noise.
+    """
+    own = text.whole[0 if prompt else len(text.prompt or ()) :]
+    whole = np.concatenate([np.asarray(before, np.int64), own])
+    logits, noises = of(whole)
+    blank = np.full(len(whole) - len(text.tokens), np.nan)
+    return Rows(
+        logits,
+        noises,
+        whole,
+        len(blank),
+        np.arange(len(whole)),
+        np.concatenate([blank, text.logprobs]),
+    )
 
 
 def at(rows: Rows, level: Level) -> Rows:

@@ -385,3 +385,12 @@ def test_masks_are_those_of_every_token_by_itself(
                 taken.append((matcher, [token]))
         if taken:
             Matcher.take(*zip(*taken, strict=True))
+
+
+@pytest.mark.parametrize("bits, single", [([70], True), ([70, 71], False), ([3, 70], False)])
+def test_tokens_are_known_only_behind_one_bit(bits: list[int], single: bool) -> None:
+    """Of two tokens in one word of a mask, either may be chosen."""
+    mask = np.zeros(9, np.uint32)
+    for bit in bits:
+        mask[bit // 32] |= np.uint32(1 << bit % 32)
+    assert matching._is_single(mask) == single

@@ -153,6 +153,7 @@ class Halves:
         if any(text.top is not None and not text.over for text in texts):
             logprobs = jax.device_get(emitted.logprobs)
         told: list[tuple[Text, list[int]]] = []
+        stop_ids = self._engine.spec.stop_ids
         for row, (text, code) in enumerate(zip(texts, codes, strict=False)):
             if text.over or code == steps.NOT_LIVE:
                 continue
@@ -161,7 +162,7 @@ class Halves:
                 continue
             tokens, text.jump = [code, *text.jump], []
             text.given += len(tokens)
-            text.over = tokens[-1] in self._engine.spec.stop_ids or text.given >= text.limit
+            text.over = tokens[-1] in stop_ids or text.given >= text.limit
             if text.over:
                 self._leave(text)
             told.append((text, tokens))
@@ -189,7 +190,12 @@ class Halves:
         engine = self._engine
         if engine.shapes.batch_invariant:
             return
-        found = [jump for text in texts if (jump := _Jump.of(engine, text)) is not None]
+        found = [
+            jump
+            for text in texts
+            if not text.over and text.constraint is not None and len(text.constraint.forced) > 1
+            if (jump := _Jump.of(engine, text)) is not None
+        ]
         if not found:
             return
         jumps = sorted(found, key=lambda jump: -len(jump.known))
@@ -255,9 +261,7 @@ class _Jump(NamedTuple):
 
 def _known(text: Text, stop_ids: Sequence[int]) -> list[int]:
     """The tokens that must come behind the next one, as far as the text may go."""
-    if text.over or text.constraint is None or len(text.constraint.forced) < 2:
-        return []
-    if text.top is not None or changes_scores(text.sampling):
+    if text.constraint is None or text.top is not None or changes_scores(text.sampling):
         return []
     forced = text.constraint.forced[: text.limit - text.given]
     return list(itertools.takewhile(lambda token: token not in stop_ids, forced))[1:]

@@ -140,7 +140,7 @@ Matrix = Blocks | Stacked | jax.Array
 def _matmul(
     x: Float[Array, "*rows in"], weight: Any, precision: lax.Precision, dtype: jnp.dtype
 ) -> Float[Array, "*rows out"]:
-    from qwen_jax.model.decoder import matmul  # and flax with it, which only tracing needs
+    from qwen_jax.model.products import matmul  # and flax with it, which only tracing needs
 
     return matmul(x, weight, precision, dtype)
 

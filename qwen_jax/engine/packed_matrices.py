@@ -15,7 +15,7 @@ from pallas_kernels.decode_step import Packed, StepPlan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix of the weight stream, as `qwen_jax.model.decoder.Matrix`."""
+    """A matrix of the weight stream, as `qwen_jax.model.products.Matrix`."""
 
     packed: Packed
     plan: StepPlan = dataclasses.field(metadata={"static": True})
@@ -48,7 +48,7 @@ class PackedMatrix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedGateUp(PackedMatrix):
-    """Gate and up, as `qwen_jax.model.decoder.FeedForward`."""
+    """Gate and up, as `qwen_jax.model.products.FeedForward`."""
 
     def feed_forward(
         self, x: Float[Array, "*rows D"], precision: lax.Precision

@@ -50,6 +50,6 @@ class Spec:
 
     @property
     def activations(self) -> jnp.dtype:
-        from qwen_jax.model.decoder import activation_dtype  # heavy, and only tracing needs it
+        from qwen_jax.model.products import activation_dtype  # heavy, and only tracing needs it
 
         return activation_dtype(self.weights)

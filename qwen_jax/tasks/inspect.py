@@ -23,7 +23,7 @@ from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.loading import read_tokenizer
 from qwen_jax.mesh import ONE, MeshShape, cached, part
 from qwen_jax.model.cache import PAGE
-from qwen_jax.model.decoder import activation_dtype
+from qwen_jax.model.products import activation_dtype
 from qwen_jax.recommended import Recommended
 from qwen_jax.reporting.model import model_lines
 from qwen_jax.settings import Command

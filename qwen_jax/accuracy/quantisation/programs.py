@@ -16,7 +16,8 @@ from qwen_jax.accuracy.quantisation.divergence import kl_divergence
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.spec import Spec
 from qwen_jax.model.cache import Cache
-from qwen_jax.model.decoder import DecoderLayer, Parameters, RMSNorm, matmul, parameter
+from qwen_jax.model.decoder import DecoderLayer, Parameters, RMSNorm, parameter
+from qwen_jax.model.products import matmul
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.model.split import WHOLE
 from qwen_jax.model.tap import recording

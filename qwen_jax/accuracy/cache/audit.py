@@ -135,7 +135,7 @@ def _arithmetic(engine: Engine) -> Arithmetic:
     return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least=least)
 
 
-def _alone(text: tuple[int, ...]) -> Entries:
+def alone(text: tuple[int, ...]) -> Entries:
     """Of a text in one call."""
     row, count = Row(text, len(text)), len(text)
     return simulate(Scenario("alone", (row,), ((Part(0, 0, count, count),),)))[0]
@@ -154,9 +154,9 @@ class _Audit:
         for text in sorted(looked_at, key=len, reverse=True):
             if not any(known[: len(text)] == text for known in self.truths):
                 self.truths[text] = []
-        alone = [_alone(text) for text in self.truths]
+        texts = [alone(text) for text in self.truths]
         of_each = list(self.truths.values())
-        for number, expected in forward(self.source, alone, self.arithmetic, self.used, self.every):
+        for number, expected in forward(self.source, texts, self.arithmetic, self.used, self.every):
             of_each[number].append(self.finite(expected))
 
     def finite(self, expected: Expected) -> Expected:

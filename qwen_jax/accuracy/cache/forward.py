@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.cache.slots import Entries
-from qwen_jax.accuracy.exact.bounds import Arithmetic
-from qwen_jax.accuracy.exact.carried import Bounded, bounded, log_softmax
+from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
+from qwen_jax.accuracy.exact.carried import Bounded, log_softmax
 from qwen_jax.accuracy.exact.operations import INNER, OPERATIONS, PARAMETRIC, Calls, Context
 from qwen_jax.accuracy.exact.parameters import Source, Weights
 from qwen_jax.config import ModelConfig
@@ -101,19 +101,16 @@ def forward(
                         stored = error + arithmetic.cache * np.abs(value)
                         yield number, Expected(f"{what} of layer {layer}", layer, value, stored)
         stream = held["ffn_residual"]
-    asked = [text.output[::every] for text in texts]
-    known = [output >= 0 for output in asked]
-    chosen = np.concatenate(
-        [some.start + output[k] for some, output, k in zip(rows, asked, known, strict=True)]
-    )
-    last = run("final_norm", [_cut(stream, chosen)], outer)
-    value, error = run("logits", [last], outer)
-    value, error = log_softmax(value[:, used], error[:, used])
-    stop = 0
-    for number, k in enumerate(known):
-        start, stop = stop, stop + int(k.sum())
-        out, limit = np.full((len(k), len(used)), np.nan), np.full((len(k), len(used)), np.inf)
-        out[k], limit[k] = value[start:stop], error[start:stop]
+    # One text after another: log-probabilities of all positions at once would take gigabytes.
+    for number, (some, text) in enumerate(zip(rows, texts, strict=True)):
+        output = text.output[::every]
+        known = output >= 0
+        last = run("final_norm", [_cut(stream, some.start + output[known])], outer)
+        value, error = run("logits", [last], outer)
+        value, error = log_softmax(value[:, used], error[:, used])
+        shape = (len(known), value.shape[1])
+        out, limit = np.full(shape, np.nan), np.full(shape, np.inf)
+        out[known], limit[known] = value, error
         yield number, Expected("logits", None, out, limit)
 
 
@@ -128,8 +125,8 @@ def _attention(
     """Attention's result of one text, in whose slots nothing of another one is."""
     seen = text.sees > 0
     plain = Context(config, Calls.of([len(text.tokens)]), text.tokens)
+    lost = np.asarray(np.isnan(keys[0]).any(axis=(1, 2)))
     if text.poisoned:
-        lost = np.isnan(keys[0]).any(axis=(1, 2))
         queries, keys, values = (_finite(pair) for pair in (queries, keys, values))
     ctx = plain.turned(visible=lambda _, slot: seen)
     value, error = bounded("attn_scores", ctx, arithmetic, [queries, keys], ())

@@ -86,7 +86,8 @@ def judged_logs(
         _causes(
             {name: with_prompt(text, logs, name) for name, text in log.items()},
             judged[number],
-            functools.partial(truth, dtype=dtypes[number]),
+            truth,
+            dtypes[number],
             checkpoint,
             digits[number],
             progress,
@@ -232,7 +233,8 @@ def _choices(tokens: np.ndarray, logits: np.ndarray, limits: np.ndarray) -> Comp
 def _causes(
     log: Log,
     judged: Mapping[str, Judged],
-    truth: log_causes.Truth,
+    truth: Truth,
+    dtype: str,
     checkpoint: Checkpoint,
     digits: float,
     progress: Progress | None,
@@ -245,7 +247,7 @@ def _causes(
         stops = tuple(read_tokenizer(checkpoint).stop_ids)
     except UserError:  # ids need no tokenizer; then no token of its own can stand before them
         stops = ()
-    return log_causes.named(log, truth, stops, digits, progress)
+    return log_causes.named(log, lambda ids: truth(ids, dtype), stops, digits, progress)
 
 
 def _parting(one: Logged, other: Logged, dtype: str, truth: Truth) -> Parting | None:

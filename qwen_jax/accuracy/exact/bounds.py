@@ -237,9 +237,8 @@ def _scores(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unty
     through: Array | float = 0.0
     if any(np.ndim(e) for e in errors):
         eq, ek = (np.broadcast_to(e, v.shape) ** 2 for e, v in zip(errors, inputs, strict=True))
-        through = eq.swapaxes(0, 1) @ squared
-        through = through + powers @ operations.heads(ctx, ek).swapaxes(1, 2)
-        through = through.swapaxes(0, 1)
+        of_keys = powers @ operations.heads(ctx, ek).swapaxes(1, 2)
+        through = (eq.swapaxes(0, 1) @ squared + of_keys).swapaxes(0, 1)
     cache = a.cache if a.cache > a.storage else 0.0
 
     def some(y: Array, squares: Array, seen: Array, through: Array | float, exact: Array) -> Array:
@@ -360,3 +359,16 @@ def bound(
     least = LEAST_FLOAT16 if arithmetic.float16 else LEAST
     with np.errstate(all="ignore"):
         return SECOND_ORDER * function(ctx, arithmetic, value, inputs, errors, params) + least
+
+
+def bounded(
+    name: str,
+    ctx: Context,
+    arithmetic: Arithmetic,
+    inputs: Sequence[tuple[Float[np.ndarray, "..."], Error]],
+    params: Sequence[Float[np.ndarray, "..."]],
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Operation `name` of inputs that may be off by so much, and its bound."""
+    values, errors = [value for value, _ in inputs], [error for _, error in inputs]
+    value = operations.OPERATIONS[name](ctx, values, params)
+    return value, bound(name, ctx, arithmetic, value, values, errors, params)

@@ -1,14 +1,11 @@
 """The whole forward pass in float64, with how far a right engine may be from it: each operation's
 bound, carried on to what follows to first order."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Float, Int
 
-from qwen_jax.accuracy.exact.bounds import Arithmetic, bound
+from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
 from qwen_jax.accuracy.exact.operations import (
-    OPERATIONS,
     PARAMETRIC,
     Calls,
     Context,
@@ -20,19 +17,6 @@ from qwen_jax.accuracy.exact.parameters import Source, Weights
 
 Bounded = tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]
 """A value, and how far it may be off."""
-
-
-def bounded(
-    name: str,
-    ctx: Context,
-    arithmetic: Arithmetic,
-    inputs: Sequence[Bounded],
-    params: Sequence[Float[np.ndarray, "..."]],
-) -> Bounded:
-    """An operation's result of such inputs."""
-    values, errors = [value for value, _ in inputs], [error for _, error in inputs]
-    value = OPERATIONS[name](ctx, values, params)
-    return value, bound(name, ctx, arithmetic, value, values, errors, params)
 
 
 def logits(source: Source, tokens: Int[np.ndarray, "T"], arithmetic: Arithmetic) -> Bounded:

@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.accuracy import spread
-from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bound
+from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bounded
 from qwen_jax.accuracy.exact.operations import (
-    OPERATIONS,
     PARAMETRIC,
     Calls,
     Context,
@@ -269,13 +268,12 @@ class Replay:
             return None
         held = [self._held[n] for n in needed]
         ctx = Context(self.config, self.calls, self.tokens)
-        inputs, errors = [h.value[0] for h in held], [h.value[1] for h in held]
-        params = weights[name] if name in PARAMETRIC else ()
-        expected = OPERATIONS[name](ctx, inputs, params)
         arithmetic = self.arithmetic
         if recorded is not None:
             arithmetic = arithmetic.recorded(name, recorded.dtype)
-        limit = bound(name, ctx, arithmetic.at(full), expected, inputs, errors, params)
+        params = weights[name] if name in PARAMETRIC else ()
+        values = [h.value for h in held]
+        expected, limit = bounded(name, ctx, arithmetic.at(full), values, params)
         steps = tuple(dict.fromkeys(step for h in held for step in h.steps))
         steps = (*steps, Step(full, name, needed, weights))
         base = {n: value for h in held for n, value in h.base.items()}

@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from qwen_jax.accuracy.exact.bounds import bound
-from qwen_jax.accuracy.exact.operations import OPERATIONS, PARAMETRIC
+from qwen_jax.accuracy.exact.bounds import bounded
+from qwen_jax.accuracy.exact.operations import PARAMETRIC
 from qwen_jax.accuracy.exact.parameters import Source
 from qwen_jax.accuracy.exact.replay import Finding, Replay, Replayed, Residual, compare
 from qwen_jax.accuracy.exact.rounding import UNIT, round_interval, round_to
@@ -277,9 +277,8 @@ def _left(replayed: Replayed, faults: Sequence[tuple[Fault, Change]]) -> Residua
         output = turned.pop("output", None)
         ctx = replayed.ctx.turned(**turned)
         params = weights[name] if name in PARAMETRIC else ()
-        inputs, errors = [values[n][0] for n in step.inputs], [values[n][1] for n in step.inputs]
-        value = OPERATIONS[name](ctx, inputs, params)
-        limit = bound(name, ctx, arithmetic.at(step.name), value, inputs, errors, params)
+        inputs = [values[n] for n in step.inputs]
+        value, limit = bounded(name, ctx, arithmetic.at(step.name), inputs, params)
         if output and UNIT[output] > arithmetic.unit(name):
             value, limit = round_interval(value, limit, output)
         elif output:

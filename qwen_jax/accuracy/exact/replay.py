@@ -206,8 +206,8 @@ def _resolution(expected: Array, limit: Array) -> float:
     def sums(rows: slice) -> tuple[int, float, float]:
         finite = np.isfinite(expected[rows])
         with np.errstate(all="ignore"):  # what overflows allows everything
-            both = (np.where(finite, x[rows], 0) for x in (limit, expected))
-            return int(finite.sum()), *(float(np.sum(x * x)) for x in both)
+            off, value = (np.where(finite, x[rows], 0) for x in (limit, expected))
+            return int(finite.sum()), float(np.sum(off * off)), float(np.sum(value * value))
 
     parts = spread.parts(len(expected), expected[:1].size)
     count, allowed, size = map(sum, zip(*spread.each(sums, parts), strict=True))

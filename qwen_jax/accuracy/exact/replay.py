@@ -203,12 +203,17 @@ def first_position(candidate: Array, expected: Array, limit: Array) -> int:
 
 
 def _resolution(expected: Array, limit: Array) -> float:
-    finite = np.isfinite(expected)
-    if not finite.any():
+    def sums(rows: slice) -> tuple[int, float, float]:
+        finite = np.isfinite(expected[rows])
+        with np.errstate(all="ignore"):  # what overflows allows everything
+            off, value = (np.where(finite, x[rows], 0) for x in (limit, expected))
+            return int(finite.sum()), float(np.sum(off * off)), float(np.sum(value * value))
+
+    parts = spread.parts(len(expected), expected[:1].size)
+    count, allowed, size = map(sum, zip(*spread.each(sums, parts), strict=True))
+    if not count or not np.isfinite(allowed):
         return np.inf
-    with np.errstate(all="ignore"):  # what overflows allows everything
-        allowed, size = (float(np.sqrt(np.mean(x**2, where=finite))) for x in (limit, expected))
-    return allowed / (size or 1.0) if np.isfinite(allowed) else np.inf
+    return float(np.sqrt(allowed / count)) / (float(np.sqrt(size / count)) or 1.0)
 
 
 class Replay:

@@ -146,14 +146,20 @@ class Entrance:
         """Those that can be in one call: as long as the first, and all scored or none."""
         taken: list[tuple[Text, Piece]] = []
         for text, pieces in self.entering:
-            while pieces and len(taken) < self._engine.shapes.sizes(pieces[0].padded)[-1]:
-                if taken and (
-                    pieces[0].padded != taken[0][1].padded
-                    or _scored(text, pieces[0]) != _scored(*taken[0])
-                ):
+            while pieces:
+                if taken and not self._goes_with(text, pieces[0], taken):
+                    # Nobody overtakes: who comes after may share a page that this one fills.
                     return taken
                 taken.append((text, pieces.popleft()))
         return taken
+
+    def _goes_with(self, text: Text, piece: Piece, taken: list[tuple[Text, Piece]]) -> bool:
+        first = taken[0]
+        return (
+            len(taken) < self._engine.shapes.sizes(first[1].padded)[-1]
+            and piece.padded == first[1].padded
+            and _scored(text, piece) == _scored(*first)
+        )
 
     def _put(self, pieces: list[tuple[Text, Piece]], rows: int) -> Iterator[Scoring]:
         engine = self._engine

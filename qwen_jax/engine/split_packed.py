@@ -30,6 +30,7 @@ from qwen_jax.engine.weights import (
     PackedWeights,
     Rows,
     decoder,
+    named,
     plan_for,
     step,
 )
@@ -105,8 +106,8 @@ class SplitPacked:
         def own(packed: Packed, embed: Any) -> dict[str, jax.Array]:
             return self._part(packed, embed).parameters()
 
-        named = (parameter.name for parameter in names.parameters(self.config, "gguf"))
-        axes = {name: dealt_axis(name) for name in named}
+        every = (parameter.name for parameter in names.parameters(self.config, "gguf"))
+        axes = {name: dealt_axis(name) for name in every}
         found: dict[str, jax.Array] = self.split.over(own, (AXES, 0), axes)(self.packed, self.embed)
         return found
 
@@ -124,14 +125,7 @@ class SplitPacked:
 
         if self.in_blocks and watched():
             return decoder(spec, self._dealt(), look_up=self.look_up)
-        packed, norms = self.packed, self.packed.norms
-        params: dict[str, Any] = {"final_norm": norms[-1], "embed": self.embed}
-        for i in range(self.config.num_layers):
-            params[f"layers.{i}.attn_norm"] = norms[2 * i]
-            params[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
-            params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(self.dtype)
-            for phase, name in enumerate(MATRICES):
-                params[f"layers.{i}.{name}.weight"] = matrix(phase, i)
+        params = named(self.packed, self.config, self.dtype, matrix) | {"embed": self.embed}
         params["embed" if self.embed is None else "lm_head"] = matrix(HEAD)
         return decoder(spec, params, look_up=self.look_up)
 

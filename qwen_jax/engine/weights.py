@@ -228,14 +228,7 @@ class PackedWeights:
 
     def _named(self, matrix: Callable[..., Any]) -> dict[str, Any]:
         """The parameters, of which `matrix` makes those of a phase and a layer."""
-        packed, norms = self.packed, self.packed.norms
-        params: dict[str, Any] = {"final_norm": norms[-1]}
-        for i in range(self.config.num_layers):
-            params[f"layers.{i}.attn_norm"] = norms[2 * i]
-            params[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
-            params[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(self.dtype)
-            for phase, name in enumerate(MATRICES):
-                params[f"layers.{i}.{name}.weight"] = matrix(phase, i)
+        params = named(self.packed, self.config, self.dtype, matrix)
         head = matrix(HEAD)
         if self.embed is None:
             return params | {"embed": head}
@@ -254,6 +247,21 @@ class PackedWeights:
 
     def _matrix(self, phase: int, layer: int = 0) -> Float[Array, "rows columns"]:
         return self.packed.matrix(self.plan, phase, layer).astype(self.dtype)
+
+
+def named(
+    packed: Packed, config: ModelConfig, dtype: jnp.dtype, matrix: Callable[[int, int], Any]
+) -> dict[str, Any]:
+    """What a step reads but for the head and the embedding, by canonical names; `matrix` makes
+    those of a phase and a layer."""
+    norms, found = packed.norms, {"final_norm": packed.norms[-1]}
+    for i in range(config.num_layers):
+        found[f"layers.{i}.attn_norm"] = norms[2 * i]
+        found[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
+        found[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(dtype)
+        for phase, name in enumerate(MATRICES):
+            found[f"layers.{i}.{name}.weight"] = matrix(phase, i)
+    return found
 
 
 def read_back(weights: Weights) -> "Parameters":

@@ -36,7 +36,8 @@ def test_scores_are_the_logits(engine: Engine) -> None:
     pairs += [(long[:PAGE], long[PAGE:]), (long[: PAGE - 1], [3]), ([5], drawn(7, 3 * PAGE))]
     pairs += [(long[: PAGE + 1], drawn(9, 4)), ([1], [2])]
     free = engine.pool.available
-    for (context, continuation), score in zip(pairs, scored(engine, pairs), strict=True):
+    scores = list(scored(engine, pairs))  # while they are on their way, they hold the cache
+    for (context, continuation), score in zip(pairs, scores, strict=True):
         logits = engine.logits([*context, *continuation][:-1]).astype(np.float64)
         wanted = log_softmax(logits[len(context) - 1 :], axis=-1)
         np.testing.assert_allclose(

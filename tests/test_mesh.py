@@ -53,12 +53,17 @@ def on_eight_devices(marks: str) -> None:
 
 
 def test_on_eight_devices() -> None:
-    on_eight_devices("not hosts")
+    on_eight_devices("not hosts and not long")
 
 
 @pytest.mark.hosts
 def test_more_on_eight_devices() -> None:
     on_eight_devices("hosts")
+
+
+@pytest.mark.long
+def test_what_takes_long_on_eight_devices() -> None:
+    on_eight_devices("long")
 
 
 @pytest.mark.hosts

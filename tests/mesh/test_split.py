@@ -259,7 +259,10 @@ def test_replicas() -> None:
         np.testing.assert_allclose(score.logprobs, picked, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "tied",
+    [pytest.param(True, marks=pytest.mark.hosts), pytest.param(False, marks=pytest.mark.long)],
+)
 def test_packed_for_the_step_kernel(tied: bool) -> None:
     """Every device's part in a stream of its own: products with the streams, and the parameters
     read back."""

@@ -1,5 +1,6 @@
 """How texts get in: they wait in order, take pages and a slot, and are extended in pieces."""
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -130,11 +131,11 @@ class Entrance:
         One that is not full takes nearly as long. It waits for more pieces while nearly all slots
         run and others wait in line, but not for many turns.
         """
-        shapes, lengths = (
-            self._engine.shapes,
-            Counter(p.padded for _, ps in self.entering for p in ps),
-        )
-        full = sum(count // shapes.sizes(length)[-1] for length, count in lengths.items())
+        shapes = self._engine.shapes
+        lengths = (piece.padded for _, pieces in self.entering for piece in pieces)
+        # What is behind these would make no more calls, and may be many thousands.
+        first = Counter(itertools.islice(lengths, MOST_CALLS * shapes.pieces[-1]))
+        full = sum(count // shapes.sizes(length)[-1] for length, count in first.items())
         calls = min(full, MOST_CALLS if 2 * running < shapes.slots else MOST_CALLS // 2)
         busy = bool(self.waiting) and 8 * running > 7 * shapes.slots
         if calls == 0 and self.entering and (not busy or self._patience == 0):

@@ -37,7 +37,6 @@ from qwen_jax.engine.weights import (
 from qwen_jax.engine.weights import refusal as refusal_on_one
 from qwen_jax.mesh import part
 from qwen_jax.model.cache import HEADS, Cache
-from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.model.split import Split
 from qwen_jax.model.tap import watched
 from qwen_jax.weights import names
@@ -166,26 +165,13 @@ class SplitPacked:
         live: Bool[Array, "B"],
         preceding: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """A row that isn't live goes along as the shortest row, which costs least."""
-
         def own(
             packed: Packed, embed: Any, token: Int[Array, "B"], cache: Cache, *rest: Any
         ) -> tuple[Float[Array, "B V"], Cache]:
             position, live, preceding = rest
-            logits, new = pallas_kernels.decode_step(
-                packed,
-                self.plan,
-                self._looked_up(self._part(packed, embed), token),
-                cache.pages,
-                cache.tables,
-                jnp.where(live, position, 0),
-                jnp.asarray(inverse_frequencies(self.config)),
-                attention_factor=self.config.attention_factor,
-                preceding=preceding,
-                implementation=self.implementation,
-                devices=self.split.size,
-            )
-            return logits, cache.write_all(new, position, live)
+            part, devices = self._part(packed, embed), self.split.size
+            hidden = self._looked_up(part, token)
+            return part.stepped(hidden, cache, position, live, preceding, devices)
 
         given = (AXES, 0, None, CACHE, None, None, None)
         over = self.split.over(own, given, (None, CACHE))

@@ -196,11 +196,27 @@ class PackedWeights:
         live: Bool[Array, "B"],
         preceding: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """A row that isn't live goes along as the shortest row, which costs least."""
+        return self.stepped(self.look_up(token), cache, position, live, preceding)
+
+    def stepped(
+        self,
+        hidden: Float[Array, "B D"],
+        cache: Cache,
+        position: Int[Array, "B"],
+        live: Bool[Array, "B"],
+        preceding: Int[Array, "B"] | None,
+        devices: int = 1,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """A step by the kernel. A row that isn't live goes along as the shortest row, which costs
+        least.
+
+        Args:
+            devices: that take it together, each with a part of the model: see `decode_step`.
+        """
         logits, new = pallas_kernels.decode_step(
             self.packed,
             self.plan,
-            self.look_up(token),
+            hidden,
             cache.pages,
             cache.tables,
             jnp.where(live, position, 0),
@@ -208,6 +224,7 @@ class PackedWeights:
             attention_factor=self.config.attention_factor,
             preceding=preceding,
             implementation=self.implementation,
+            devices=devices,
         )
         return logits, cache.write_all(new, position, live)
 

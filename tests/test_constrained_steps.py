@@ -212,3 +212,24 @@ def test_who_comes_and_goes(ahead: bool) -> None:
         right = alone[text]
         assert told[text] == (right[: len(told[text])] if text in doomed else right)
     assert engine(ahead).pool.available == engine(ahead).pool.size
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_masks_stay_until_all_devices_have_read_them(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device may read them in the host's memory, and only the end of the next step tells that
+    all of a mesh have done so: nothing is written over the ones before."""
+    given: list[tuple[np.ndarray, np.ndarray]] = []
+    choose = calls.choose
+
+    def spy(*args: Any) -> Any:
+        given.append((args[5], args[5].copy()))
+        for masks, as_given in given[-2:]:
+            np.testing.assert_array_equal(masks, as_given)
+        return choose(*args)
+
+    monkeypatch.setattr(calls, "choose", spy)
+    places = [[2 + step, 40 + step] for step in range(12)]
+    answers([Text(random_tokens(CONFIG, 9), 20, constraint=Listed(places))], ahead)
+    assert len(given) > 9 and not np.array_equal(given[0][1], given[1][1])

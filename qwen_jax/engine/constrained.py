@@ -68,7 +68,8 @@ class Halves:
         self._half: _Half | None = None
         self._chosen: _Chosen | None = None
         self._last: _Rows | None = None  # of a step like which the next one is, unless texts change
-        self._allowed = np.zeros((0, words(engine.config.vocab_size)), np.uint32)
+        width = words(engine.config.vocab_size)
+        self._masks = [np.zeros((0, width), np.uint32) for _ in range(2)]
 
     def step(
         self, running: Sequence[Text], state: steps.State, all_extras: Callable[[], steps.Extras]
@@ -92,17 +93,15 @@ class Halves:
             kind = next((type(one) for one in held if one is not None), None)
             if kind is None:
                 continue
-            if len(self._allowed) != len(packed):
-                self._allowed = np.zeros((len(packed), self._allowed.shape[1]), np.uint32)
-            # Nobody reads the last masks any more: what was chosen by them has been read.
-            failed = kind.fill(held, self._allowed)
+            allowed = self._masks_for(len(packed))
+            failed = kind.fill(held, allowed)
             if None in held:  # The slot of who has ended may be another's by now.
                 packed = packed.copy()
                 packed[[row for row, one in enumerate(held) if one is None], steps.SLOT] = (
                     engine.shapes.slots
                 )
             looked_at = (extras or all_extras()) if scored else None
-            given = half.logits, state, looked_at, packed, self._allowed
+            given = half.logits, state, looked_at, packed, allowed
             state, kept, emitted = calls.choose(engine.spec, *given, plan)
             emitted.token.copy_to_host_async()
             extras, self._chosen = kept or extras, _Chosen(texts, emitted)
@@ -115,6 +114,15 @@ class Halves:
         if not engine.shapes.ahead:
             yield from self._read()
         return state, extras
+
+    def _masks_for(self, rows: int) -> np.ndarray:
+        """Masks that nobody reads, to be filled. Devices may read a host's memory in place, and a
+        token has been read here as soon as one device of a mesh has chosen it; the others have
+        chosen theirs before any can end the step after. So there are two, in turns."""
+        self._masks.reverse()
+        if len(self._masks[0]) != rows:
+            self._masks[0] = np.zeros((rows, self._masks[0].shape[1]), np.uint32)
+        return self._masks[0]
 
     def _advance(self, running: Sequence[Text], state: steps.State) -> _Half | None:
         """Begins a step of all that have not ended, as far as is known."""

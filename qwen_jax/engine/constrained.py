@@ -33,11 +33,17 @@ to two steps (benchmarks/results/gpu_prefill.md, gpu_decode.md)."""
 
 
 class _Rows(NamedTuple):
-    """What a step is told of some texts; `scored` if it looks at their penalties and biases."""
+    """What a step is told of some texts; `scored` if it looks at their penalties and biases.
+
+    Attributes:
+        own: `packed` on the host.
+        packed, tables: on the devices, since most steps are told what the one before was.
+    """
 
     texts: list[Text]
-    packed: np.ndarray
-    tables: np.ndarray
+    own: np.ndarray
+    packed: jax.Array
+    tables: jax.Array
     plan: Plan
     scored: bool
 
@@ -88,18 +94,18 @@ class Halves:
             yield from self._read()
             if half is None:
                 break
-            texts, packed, _, plan, scored = half.rows
+            texts, own, packed, _, plan, scored = half.rows
             held = [None if text.over else text.constraint for text in texts]
             kind = next((type(one) for one in held if one is not None), None)
             if kind is None:
                 continue
-            allowed = self._masks_for(len(packed))
+            allowed = self._masks_for(len(own))
             failed = kind.fill(held, allowed)
             if None in held:  # The slot of who has ended may be another's by now.
-                packed = packed.copy()
-                packed[[row for row, one in enumerate(held) if one is None], steps.SLOT] = (
-                    engine.shapes.slots
-                )
+                own = own.copy()
+                over = [row for row, one in enumerate(held) if one is None]
+                own[over, steps.SLOT] = engine.shapes.slots
+                packed = engine.spec.split.placed(own)
             looked_at = (extras or all_extras()) if scored else None
             given = half.logits, state, looked_at, packed, allowed
             state, kept, emitted = calls.choose(engine.spec, *given, plan)
@@ -144,12 +150,12 @@ class Halves:
         engine = self._engine
         asked = [(text.sampling, text.top) for text in texts]
         plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, IN_HALVES.top))
-        packed = np.zeros((engine.rows_for(len(texts), plan, True), steps.FIELDS), np.int32)
-        packed[:, steps.SLOT] = engine.shapes.slots  # nobody's, and out of bounds
-        packed[: len(texts)] = [text.row for text in texts]
-        tables = engine.tables([text.pages for text in texts], len(packed))
+        own = np.zeros((engine.rows_for(len(texts), plan, True), steps.FIELDS), np.int32)
+        own[:, steps.SLOT] = engine.shapes.slots  # nobody's, and out of bounds
+        own[: len(texts)] = [text.row for text in texts]
+        tables = engine.tables([text.pages for text in texts], len(own))
         scored = looks_at_scores((text.sampling for text in texts), engine.shapes.batch_invariant)
-        return _Rows(texts, packed, tables, plan, scored)
+        return _Rows(texts, own, *engine.spec.split.placed((own, tables)), plan, scored)
 
     def _read(self) -> Iterator[News]:
         """Waits for what was chosen last, and tells it."""

@@ -71,7 +71,8 @@ class Whole:
 
     def placed(self, tree: T) -> T:
         """Arrays that are equal on all devices, put there."""
-        return tree
+        there: T = jax.device_put(tree)
+        return there
 
     def sharding(self, axis: int | None) -> Sharding | None:
         """Of an array of which that axis is dealt out; of None where it is the default device's."""

@@ -83,6 +83,8 @@ class Matcher:
             else:
                 free.append((matcher, row))
         if free:
+            # Threads take neighbours together, so that few wait for each other's automaton.
+            free.sort(key=lambda one: id(one[0]._automaton))
             _put_masks([(matcher._matcher, row) for matcher, row in free], free[0][0]._words, masks)
         # Most masks have many bits, which a few words of each show.
         few = np.count_nonzero(masks[:, ::64], axis=1) <= 1
@@ -95,7 +97,8 @@ class Matcher:
     def take(matchers: Sequence["Matcher"], tokens: Sequence[Sequence[int]]) -> None:
         """Each goes on behind tokens that may come next."""
         single: list[tuple[Any, int]] = []
-        for matcher, chosen in zip(matchers, tokens, strict=True):
+        together = zip(matchers, tokens, strict=True)
+        for matcher, chosen in sorted(together, key=lambda one: id(one[0]._automaton)):
             matcher.forced = matcher.forced[len(chosen) :]
             if len(chosen) == 1 and chosen[0] not in matcher._stop_ids:
                 single.append((matcher._matcher, chosen[0]))

@@ -20,6 +20,7 @@ answers of a form use one automaton. Ends with one line of JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -82,6 +83,7 @@ class Anything:
 
     def __init__(self, stop_ids: Sequence[int]):
         self.stop_ids = stop_ids
+        self.form = self
 
     @staticmethod
     def fill(constraints: Sequence[Any], masks: np.ndarray) -> list[str | None]:
@@ -93,6 +95,9 @@ class Anything:
     @staticmethod
     def take(constraints: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
         """It makes no difference."""
+
+    def follow(self, tokens: Sequence[int]) -> int:
+        return next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
 
 
 class Timed(Matcher):
@@ -284,8 +289,11 @@ def main() -> None:
                 model = api.load(path, slots=args.rows)
             else:
                 model = api.load(slots=args.rows)
-        model.engine.compile(constrained=True)
-        figures = beside(model.engine, tokenizer or model.tokenizer, args)
+        engine = model.engine  # which is to let no text go: `benchmarks.unmasked`
+        shapes = dataclasses.replace(engine.shapes, unmasked=False)
+        engine.layout = engine.layout._replace(shapes=shapes)
+        engine.compile(constrained=True)
+        figures = beside(engine, tokenizer or model.tokenizer, args)
     width = max(map(len, figures)) + 2
     print(" " * width + "".join(f"{name:>14}" for name in next(iter(figures.values()))))
     for name, found in figures.items():

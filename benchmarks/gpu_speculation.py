@@ -95,9 +95,14 @@ def requests(kind: str, count: int) -> list[tuple[list[int], list[int]]]:
 
 
 @contextlib.contextmanager
-def told(answers: Sequence[Sequence[int]]) -> Iterator[None]:
+def told(answers: Sequence[Sequence[int]], astray: tuple[int, int] | None = None) -> Iterator[None]:
     """Programs that are traced meanwhile give these answers, by the seed of a text, whatever they
-    have chosen; what they compute stays as it is."""
+    have chosen; what they compute stays as it is.
+
+    Args:
+        astray: so many tokens from one to the next in whose place stands this one, unless there is
+            a mask.
+    """
     table = np.zeros((len(answers), ANSWER), np.int32)
     for row, answer in zip(table, answers, strict=True):
         row[: len(answer)] = answer
@@ -107,6 +112,10 @@ def told(answers: Sequence[Sequence[int]]) -> Iterator[None]:
         choice = real(spec, plan, asked, logits, generated, *rest)
         which = jnp.minimum(asked.seed.astype(jnp.int32), len(table) - 1)
         known = jnp.asarray(table)[which, jnp.clip(generated, 0, ANSWER - 1)]
+        if astray is not None:
+            every, other = astray
+            there = (generated % every == every - 1) & (asked.masked == 0)
+            known = jnp.where(there, other, known)
         # Nothing is chosen that is less than this, which XLA does not know.
         token = jnp.where(choice.token < -(1 << 30), choice.token, known)
         return choice._replace(token=token)

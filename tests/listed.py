@@ -13,6 +13,7 @@ class Listed:
 
     def __init__(self, places: Sequence[Sequence[int]]):
         self._left = [*places, [STOP]]
+        self.form = self
         self.forced: list[int] = []
 
     @staticmethod
@@ -35,3 +36,10 @@ class Listed:
         for held, chosen in zip(constraints, tokens, strict=True):
             for token in chosen:
                 assert token in held._left.pop(0)
+
+    def follow(self, tokens: Sequence[int]) -> int:
+        for number, token in enumerate(tokens):
+            if not self._left or token not in self._left[0]:
+                return number
+            self._left.pop(0)
+        return len(tokens)

@@ -24,6 +24,7 @@ from qwen_jax.engine.sampling import (
 from qwen_jax.engine.shapes import Shapes, fitting
 from qwen_jax.engine.speculate import Drafting, Lanes, create_history
 from qwen_jax.engine.steps import Extras, State
+from qwen_jax.engine.unmasked import may_be
 from qwen_jax.engine.weights import Weights
 from qwen_jax.model.cache import HEADS, create_pages
 from qwen_jax.model.split import WHOLE
@@ -82,6 +83,9 @@ class Expected(NamedTuple):
         penalised = any(has_penalties(sampling) for sampling, _ in self.choices)
         if not self.constrained:
             return Programs(rows, pieces, plans, penalised=[penalised])
+        if layout.unmasked:  # They may go on like those without a constraint.
+            every = [*self.choices, *((s, None) for s in self.constrained if may_be(s))]
+            plans = [Plan.of(every, layout.spec.config.vocab_size)] if every else []
         # Tokens that are known enter in calls of any size.
         scored = looks_at_scores(self.constrained, shapes.batch_invariant)
         return Programs(rows, shapes.pieces, plans, [(rows[0], scored)], [penalised])
@@ -168,7 +172,8 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
         logits = _made(layout, functools.partial(jnp.zeros, (count, vocab), jnp.float32))
         allowed = jax.ShapeDtypeStruct((count, words(vocab)), jnp.uint32)
         found = logits, state, extras if scored else None, packed, allowed
-        yield functools.partial(calls.choose.prepare, spec, *found, IN_HALVES)
+        how = IN_HALVES, layout.unmasked
+        yield functools.partial(calls.choose.prepare, spec, *found, *how)
     sampled = programs.rows and any(plan.sampled for plan in programs.plans)
     if sampled or any(scored for _, scored in programs.halves):
         bits = jax.ShapeDtypeStruct((words(vocab),), jnp.uint32)

@@ -12,7 +12,7 @@ that is less work than a step for each.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,8 +42,8 @@ class _Rows(NamedTuple):
 
     texts: list[Text]
     own: np.ndarray
-    packed: jax.Array
-    tables: jax.Array
+    packed: Any
+    tables: Any
     plan: Plan
     scored: bool
 
@@ -80,7 +80,8 @@ class Halves:
     def step(
         self, running: Sequence[Text], state: steps.State, all_extras: Callable[[], steps.Extras]
     ) -> Generator[News, None, tuple[steps.State, steps.Extras | None]]:
-        """Some steps of those that run; others in between do no harm, nor texts that leave.
+        """Some steps of those that run and are held by masks; others in between do no harm, nor
+        texts that leave. Lets those go that need none.
 
         Args:
             all_extras: gives those of all slots.
@@ -108,7 +109,8 @@ class Halves:
                 packed = engine.spec.split.placed(own)
             looked_at = (extras or all_extras()) if scored else None
             given = half.logits, state, looked_at, packed, allowed
-            state, kept, emitted = calls.choose(engine.spec, *given, plan)
+            how = plan, engine.layout.unmasked
+            state, kept, emitted = calls.choose(engine.spec, *given, *how)
             emitted.token.copy_to_host_async()
             extras, self._chosen = kept or extras, _Chosen(texts, emitted)
             self._jump(texts, len(running))
@@ -119,6 +121,13 @@ class Halves:
                     yield self._failed(text, why)
         if not engine.shapes.ahead:
             yield from self._read()
+        under_way = [*(self._half.rows.texts if self._half is not None else ())]
+        under_way += self._chosen.texts if self._chosen is not None else ()
+        for text in running:
+            if text.trust is not None and text.trust.leaving and text not in under_way:
+                text.trust.let_go()
+                text.row[steps.MASKED] = 0
+                self._last = None
         return state, extras
 
     def _masks_for(self, rows: int) -> np.ndarray:
@@ -131,8 +140,12 @@ class Halves:
         return self._masks[0]
 
     def _advance(self, running: Sequence[Text], state: steps.State) -> _Half | None:
-        """Begins a step of all that have not ended, as far as is known."""
-        texts = [text for text in running if text.constraint is not None and not text.over]
+        """Begins a step of all that are held and have not ended, as far as is known."""
+        texts = [
+            text
+            for text in running
+            if text.masked and not text.over and not (text.trust and text.trust.leaving)
+        ]
         if not texts:
             return None
         engine = self._engine
@@ -162,7 +175,7 @@ class Halves:
         if self._chosen is None:
             return
         (texts, emitted), self._chosen = self._chosen, None
-        codes: list[int] = jax.device_get(emitted.token)[0].tolist()
+        codes, *of_all = jax.device_get(emitted.token).tolist()
         logprobs = None
         if any(text.top is not None and not text.over for text in texts):
             logprobs = jax.device_get(emitted.logprobs)
@@ -174,7 +187,10 @@ class Halves:
             if code < 0 and (why := why_not([code], self._engine)) is not None:
                 yield self._failed(text, why)
                 continue
+            if text.trust is not None:
+                text.trust.chose(alone=code == of_all[0][row])
             tokens, text.jump = [code, *text.jump], []
+            text.last = tokens[-1]
             text.given += len(tokens)
             text.over = tokens[-1] in stop_ids or text.given >= text.limit
             if text.over:

@@ -1,5 +1,6 @@
 """How texts that are whole are decoded: some steps a call, with drafts or without."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from qwen_jax.engine.sampling import Plan, changes_scores, has_penalties, settin
 from qwen_jax.engine.shapes import fitting
 from qwen_jax.engine.speculate import Drafting, Lanes
 from qwen_jax.engine.texts import News, Text
+from qwen_jax.engine.unmasked import Agreement, Trust, may_be
 
 
 class Steps(NamedTuple):
@@ -25,11 +27,13 @@ class Steps(NamedTuple):
     Attributes:
         texts: in their order in its rows.
         widths: of each so many rows.
+        returns: how often each had gone back when the call began.
         cost: of steps with drafts, in steps without.
     """
 
     texts: list[Text]
     widths: list[int]
+    returns: list[int]
     emitted: steps.Emitted
     cost: float | None = None
 
@@ -65,6 +69,9 @@ class Decoding:
         numbers = [np.array([number], np.int32) for number in own]
         row = steps.Rows._make([*numbers, settings_of(sampling, text.top, masked)])
         text.row = steps.pack_rows(row)[0]
+        if text.constraint is not None and self._engine.layout.unmasked and may_be(sampling):
+            form = text.constraint.form
+            text.trust = Trust(self._engine.agreements.setdefault(form, Agreement()))
         slot = np.int32(text.slot)
         if changes_scores(sampling):
             bias = np.zeros(vocab, np.float32)
@@ -99,9 +106,9 @@ class Decoding:
         self._let_go(text)
 
     def step(self) -> list[Steps]:
-        """Some decode steps of everyone who runs without a constraint; who has then had all its
-        tokens, leaves."""
-        texts = [text for text in self.running if text.constraint is None]
+        """Some decode steps of everyone who runs without masks; who has then had all its tokens,
+        leaves."""
+        texts = [text for text in self.running if not text.masked]
         if not texts:
             return []
         asked = ((text.sampling, text.top) for text in texts)
@@ -117,7 +124,7 @@ class Decoding:
         else:
             made = self._with(grant, texts, plan, times)
         for text in texts:
-            if text.expected >= text.limit:
+            if text.expected >= text.limit and text.constraint is None:
                 self.leave(text)
         return [made]
 
@@ -141,7 +148,7 @@ class Decoding:
             given = self._all_history(), self._state, rows, emitted.token
             self._history = calls.remember(*given)
             self._drafts.ledger.plain(engine.shapes.steps)
-        return Steps(texts, widths, emitted)
+        return Steps(texts, widths, _returns(texts), emitted)
 
     def _with(self, grant: Grant, texts: list[Text], plan: Plan, times: int) -> Steps:
         """The same with drafts."""
@@ -178,7 +185,7 @@ class Decoding:
             draft.pages = pages
         if extras is not None:
             self._extras = extras
-        return Steps(texts, widths, emitted, grant.cost)
+        return Steps(texts, widths, _returns(texts), emitted, grant.cost)
 
     def _rows(self, texts: Sequence[Text], widths: Sequence[int], size: int) -> np.ndarray:
         """What a step is told of these texts, a row for each of their positions; after the first
@@ -193,9 +200,9 @@ class Decoding:
         return rows
 
     def step_constrained(self) -> Iterator[News]:
-        """Some decode steps of those with a constraint. They have calls of their own, since others
+        """Some decode steps of those held by masks. They have calls of their own, since others
         need not wait for the host at each of their tokens."""
-        if any(text.constraint is not None for text in self.running):
+        if any(text.masked for text in self.running):
             given = self.running, self._state, self._all_extras
             self._state, extras = yield from self._halves.step(*given)
             if extras is not None:
@@ -213,19 +220,23 @@ class Decoding:
         else:  # To fetch what nobody reads would take longest.
             tokens, logprobs = np.asarray(call.emitted.token), None
         first, grown = 0, np.zeros((len(tokens), len(call.texts)), int)
-        for number, (text, width) in enumerate(zip(call.texts, call.widths, strict=True)):
+        each_of = zip(call.texts, call.widths, call.returns, strict=True)
+        for number, (text, width, returns) in enumerate(each_of):
             own = tokens[:, first : first + width]
             first += width
             told = (own != steps.NOT_LIVE) & (own != speculate.REJECTED)
             grown[:, number] = told.sum(axis=1)
-            if text.over:
+            if text.over or (text.trust is not None and text.trust.returns != returns):
                 continue
             chosen: list[int] = own[told].tolist()
+            if text.constraint is not None:
+                chosen = self._allowed(text, chosen)
             if why := why_not(chosen, self._engine):
                 yield self._failed(text, why)
                 continue
             if not chosen:
                 continue
+            text.last = chosen[-1]
             if text.record is not None and call.cost is not None and width > 1:
                 drafted = int((own[:, 1:] != steps.NOT_LIVE).sum())
                 each = grown[:, number].tolist()
@@ -239,12 +250,31 @@ class Decoding:
                 self.leave(text)
             shown = None
             if text.top is not None:
-                places = np.argwhere(told) + np.array([0, first - width])
+                places = np.argwhere(told)[: len(chosen)] + np.array([0, first - width])
                 shown = logprobs_of(logprobs, places)
             yield News(text, chosen, shown, None, text.over)
         if call.cost is not None and self._drafts is not None:
             for each in grown:
                 self._drafts.ledger.step(call.cost, each.tolist())
+
+    def _allowed(self, text: Text, chosen: list[int]) -> list[int]:
+        """Of what was chosen without masks, what its constraint allows. If not all, the text goes
+        on behind that, held by masks; what calls under way choose is not its own."""
+        assert text.constraint is not None and text.trust is not None
+        tokens = list(itertools.takewhile(lambda code: code >= 0, chosen))
+        allowed = text.constraint.follow(tokens)
+        if allowed == len(tokens):
+            text.trust.kept(allowed)
+            return chosen
+        text.trust.went_back(allowed)
+        text.row[steps.MASKED] = text.row[steps.FRESH] = 1
+        text.row[steps.TOKEN] = [text.last, *tokens][allowed]
+        text.row[steps.GENERATED] = text.given + allowed
+        return tokens[:allowed]
+
+
+def _returns(texts: Sequence[Text]) -> list[int]:
+    return [0 if text.trust is None else text.trust.returns for text in texts]
 
 
 def _lanes(widths: Sequence[int], size: int, drafts: int) -> Lanes:

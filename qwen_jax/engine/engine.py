@@ -1,7 +1,8 @@
 """A model on a device: its weights, what its programs are made for, and its pool of pages."""
 
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 import jax
@@ -17,6 +18,7 @@ from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.sampling import IN_HALVES, Plan
 from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
 from qwen_jax.engine.spec import Spec
+from qwen_jax.engine.unmasked import Agreement
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model.cache import HEADS, PAGE, bytes_per_token, create_pages, pages_for
@@ -43,6 +45,7 @@ class Engine:
         pages: what the device holds of them between calls, made when first asked for.
         draft: the draft model, where there is one; its pages are used as this one's are.
         others: engines of the same model on other devices, which take a share of its texts.
+        agreements: by form of a constraint.
         lock: held by who deals pages out or calls a program, which takes the pool along.
     """
 
@@ -59,6 +62,9 @@ class Engine:
         self.pool = Pool(self.layout.pages)
         self.draft: Engine | None = None
         self.others: tuple[Engine, ...] = ()
+        self.agreements: weakref.WeakKeyDictionary[Hashable, Agreement] = (
+            weakref.WeakKeyDictionary()
+        )
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
         self._rows: set[tuple[int, Plan, bool]] = set()

@@ -68,6 +68,12 @@ class Layout(NamedTuple):
     pages: int
     draft_tokens: int = 0
 
+    @property
+    def unmasked(self) -> bool:
+        """Whether texts may be let go by their constraint's masks. Drafts are for texts without a
+        constraint, and where there are any every step is of such."""
+        return self.shapes.unmasked and not self.draft_tokens
+
     @classmethod
     def of(
         cls,

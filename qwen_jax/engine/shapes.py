@@ -26,6 +26,8 @@ class Shapes:
         ahead: whether the host works while the device does: a GPU computes the next steps while
             the host reads the last ones. A CPU would compete with itself, for steps that may not
             be needed.
+        unmasked: whether texts that keep to their constraint by themselves are let go by its masks:
+            where these take longer than steps.
         costs: what a step of so many rows takes, in steps of one row; ascending.
     """
 
@@ -35,6 +37,7 @@ class Shapes:
     positions: int
     steps: int
     ahead: bool
+    unmasked: bool = False
     costs: tuple[tuple[int, float], ...] = ((1, 1.0),)
 
     @property
@@ -98,11 +101,14 @@ def shapes_for(platform: str, slots: int | None = None, batch_invariant: bool = 
             32 * half,
             steps=8,
             ahead=True,
+            unmasked=True,
             costs=_GPU_COSTS,
         )
     if not batch_invariant:
         return shapes
-    return dataclasses.replace(shapes, rows=shapes.rows[-1:], pieces=shapes.pieces[-1:])
+    return dataclasses.replace(
+        shapes, rows=shapes.rows[-1:], pieces=shapes.pieces[-1:], unmasked=False
+    )
 
 
 def _up_to(slots: int, *sizes: int) -> tuple[int, ...]:

@@ -117,6 +117,7 @@ def unpacked(packed: Int[Array, "R fields"]) -> Rows:
 
 _DTYPES = [column.dtype for column in settings(1)]
 SLOT, FRESH, TOKEN, GENERATED = map(Rows._fields.index, ("slot", "fresh", "token", "generated"))
+MASKED = len(Rows._fields) - 1 + Settings._fields.index("masked")
 FIELDS = len(Rows._fields) - 1 + len(_DTYPES)
 """Numbers of a row in what `pack_rows` makes, and the places of some of them."""
 
@@ -280,7 +281,7 @@ def advance(
     return cache.pages, logits
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=(2, 3))
 def choose(
     spec: Spec,
     logits: Float[Array, "R V"],
@@ -289,20 +290,29 @@ def choose(
     packed: Int[Array, "R fields"],
     allowed: UInt32[Array, "R words"],
     plan: Plan,
+    compare: bool,
 ) -> tuple[State, Extras | None, Emitted]:
     """The second half: one token of each slot, out of those that its row of the mask allows.
 
     Args:
         extras: where some row has penalties or biases.
         packed: those that `advance` had.
+        compare: whether to emit, as if by a second step, what each would have chosen of all.
     """
     rows, counts, bias = unpacked(packed), None, None
     if extras is not None:
         counts, bias = jax.tree.map(lambda x: x[rows.slot], (extras.counts, extras.bias))
     before = of_rows(rows, state)
-    own, counts, emitted = _chosen(spec, plan, rows, logits, before, counts, bias, allowed)
+    had = counts
+    own, counts, emitted = _chosen(spec, plan, rows, logits, before, had, bias, allowed)
     state, kept = into_slots(rows, state, own, extras, counts)
-    return state, kept, jax.tree.map(lambda x: x[None], emitted)
+    emitted = jax.tree.map(lambda x: x[None], emitted)
+    if compare:
+        none = jnp.zeros_like(rows.slot)
+        free = rows.settings._replace(masked=none, logprobs=none - 1)
+        of_all = choice_of(spec, plan, free, logits, before.generated, had, bias, None)
+        emitted = emitted._replace(token=jnp.stack([emitted.token[0], of_all.token]))
+    return state, kept, emitted
 
 
 def of_rows(rows: Rows, state: State) -> State:

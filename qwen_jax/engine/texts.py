@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +10,7 @@ from jaxtyping import UInt32
 
 from qwen_jax.engine.pool import page_keys
 from qwen_jax.engine.sampling import Sampling
+from qwen_jax.engine.unmasked import Trust
 
 if TYPE_CHECKING:
     from qwen_jax.engine.drafts import Record
@@ -20,6 +21,10 @@ NO_SLOT = -1
 
 class Constraint(Protocol):
     """Which tokens of a text may come next."""
+
+    @property
+    def form(self) -> Hashable:
+        """One object of all constraints that hold texts to the same."""
 
     @property
     def forced(self) -> Sequence[int]:
@@ -35,6 +40,10 @@ class Constraint(Protocol):
     @staticmethod
     def take(constraints: Sequence[Any], tokens: Sequence[Sequence[int]]) -> None:
         """Each goes on behind tokens that were chosen."""
+
+    def follow(self, tokens: Sequence[int]) -> int:
+        """Goes on behind as many of these as may come, one after another, those that end the text
+        included; returns how many that are."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,9 +74,16 @@ class Text:
         self.given = 0  # tokens that were told of
         self.expected = 0  # tokens there may be after the calls that are under way
         self.row = np.zeros(0, np.int32)  # of `steps.Rows`
+        self.last = self.tokens[-1]  # that was told of, or of the prompt
         self.jump: list[int] = []  # tokens that are known, behind the one that is being chosen
         self.over = False
         self.record: Record | None = None  # of drafts, where there may be any
+        self.trust: Trust | None = None  # where it may be let go by its constraint's masks
+
+    @property
+    def masked(self) -> bool:
+        """Whether its tokens are chosen among those that its constraint allows."""
+        return self.constraint is not None and (self.trust is None or self.trust.masked)
 
     @property
     def entering(self) -> int:

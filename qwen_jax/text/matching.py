@@ -1,6 +1,7 @@
 """Which tokens may come next, so that an answer keeps its form: by llguidance."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,11 @@ class Matcher:
         self._automaton = self._automata.begin(self)
         self._matcher = self._automaton.start.deep_copy()
         self.forced: list[int] = []
+
+    @property
+    def form(self) -> Hashable:
+        """One object of all answers to a constraint."""
+        return self._automata
 
     @staticmethod
     def fill(
@@ -110,6 +116,17 @@ class Matcher:
                 inner.consume_token(token)
         else:
             _executor().consume_token_par(single)
+
+    def follow(self, tokens: Sequence[int]) -> int:
+        """Goes on behind as many of these as may come, one after another, those that end the text
+        included; returns how many that are."""
+        plain = list(itertools.takewhile(lambda token: token not in self._stop_ids, tokens))
+        followed: int = self._matcher.try_consume_tokens(plain)
+        known = self.forced[:followed]
+        self.forced = self.forced[followed:] if known == plain[: len(known)] else []
+        if followed == len(plain) < len(tokens) and self._matcher.is_accepting():
+            followed += 1
+        return followed
 
     def _why_not(self) -> str | None:
         if not self._matcher.is_error():

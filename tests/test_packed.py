@@ -88,7 +88,7 @@ def test_a_block_reads_its_stream_in_order(plan: StepPlan) -> None:
     end = 0
     for block in range(plan.blocks):
         read = [
-            plan.at(phase, layer)[tiles_of(plan.phases[phase], block)]
+            plan.at(phase, layer).ravel()[tiles_of(plan.phases[phase], block)]
             for phase, layer in [*places, (HEAD, 0)]
         ]
         tiles = np.concatenate(read)

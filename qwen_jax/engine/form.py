@@ -18,7 +18,6 @@ from pallas_kernels.decode_step import HEAD, MOST_ROWS, StepPlan, Stored
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed.blocks import Blocks
 from pallas_kernels.decode_step.packed.storages import STORAGES
-from pallas_kernels.decode_step.packed.tile import K_TILE
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import split_packed
 from qwen_jax.engine.blocks import FLOAT32, packed_bytes
@@ -210,13 +209,12 @@ def stored_plan(checkpoint: Checkpoint, dtype: jnp.dtype) -> StepPlan | None:
 def _storages(checkpoint: Checkpoint, parameter: Parameter) -> tuple[str | None, ...]:
     """Of each of its sources the storage that keeps its blocks, if there is one."""
 
-    def of(name: str, columns: int) -> str | None:
+    def of(name: str) -> str | None:
         blocks = checkpoint.stored[name].blocks
         storage = STORAGES.get(blocks.name) if blocks is not None else None
-        whole = isinstance(storage, Blocks) and columns % (K_TILE * storage.tiles) == 0
-        return storage.name if storage and whole else None
+        return storage.name if isinstance(storage, Blocks) else None
 
-    return tuple(of(name, shape[-1]) for name, shape in parameter.sources.items())
+    return tuple(map(of, parameter.sources))
 
 
 def expanded_in(plan: StepPlan) -> tuple[str, ...]:

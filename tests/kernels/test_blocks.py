@@ -32,6 +32,7 @@ from tests.kernels.emulated_step import (
     SEED,
     SMALL,
     TINY,
+    UNEVEN_BLOCKS,
     Case,
     drawn,
     expected,
@@ -186,6 +187,8 @@ def in_bfloat16(case: Case) -> Case:
         (SMALL, 5, [0, 21], ("q6_k", "q4_k", "iq4_xs", "q2_k", "q3_k")),
         (SHAPE, 7, [3, 40, 17], MIXED),
         (SMALL, 11, [3, 9], ("int4", "int8", "int4", "q4_k", "int8")),
+        (UNEVEN_BLOCKS, 7, [40, 3], ("q8_0", "q4_k", "q4_k", "q5_1", "q6_k")),
+        (UNEVEN_BLOCKS, 6, [9], ("q8_0", "q8_0", "int4", "int8", "q8_0")),
     ],
 )
 def test_whole_steps(

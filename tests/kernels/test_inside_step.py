@@ -65,7 +65,14 @@ Alter = Callable[[pytest.MonkeyPatch], None]
         ("many", GROUPS[8], 11, [*range(64)], "bfloat16", "bfloat16"),
         ("many", SMALL, 5, [0, 21, 7, 9, 3], ("q6_k", "q4_k", "q2_k", "q5_1", "q3_k"), "bfloat16"),
         ("many", SHAPE, 7, [3, 40, 17], MIXED, "float16"),
-        ("many", UNEVEN_BLOCKS, 7, [3, 40, 17], ("q8_0", "q4_k", "q4_k", "q4_1", "q8_0"), "bfloat16"),
+        (
+            "many",
+            UNEVEN_BLOCKS,
+            7,
+            [3, 40, 17],
+            ("q8_0", "q4_k", "q4_k", "q4_1", "q8_0"),
+            "bfloat16",
+        ),
         ("many", SMALL, 5, [9, 2], ("int4", "int8", "iq4_nl", "q8_0", "q4_0"), "bfloat16"),
     ],
 )

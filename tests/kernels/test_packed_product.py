@@ -212,8 +212,8 @@ def test_a_feed_forward_that_is_not_whole_tiles(
     found = packed_feed_forward(packed, plan, 0, jnp.asarray(x), **multiplied)
     truth = (gate / (1 + np.exp(-gate)) * up) @ down.T
     assert found.shape == truth.shape
-    # Rounded between two products and at the end, and where the kernel doesn't gate twice before.
-    assert relative(np.asarray(found, np.float64), truth) <= 2**-8 + 2**-9
+    # Four roundings at most, of gate, up, their product and the result, each of 2^-9.
+    assert relative(np.asarray(found, np.float64), truth) <= 2**-7
 
 
 @given(

@@ -121,8 +121,9 @@ def _padded(
     """With zeros up to whole tiles: after each half's outputs, and after an output's inputs."""
     halves = 2 if halves_apart else 1
     out, width = matrix.shape
-    more, wider = rows // halves - out // halves, columns - width
-    if not (0 <= more < (K_TILE if halves_apart else 1) and 0 <= wider < piece):
+    more, wider = (rows - out) // halves, columns - width
+    most = K_TILE if halves_apart else 1
+    if out % halves or not (0 <= more < most and 0 <= wider < piece):
         raise ValueError(f"a matrix of {out} x {width} is not one of {rows} x {columns}")
     grid = jnp.pad(matrix.reshape(halves, -1, width), ((0, 0), (0, more), (0, wider)))
     return grid.reshape(rows, columns)

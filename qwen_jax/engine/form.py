@@ -116,7 +116,7 @@ def _on_mesh(
             f"which runs on the devices of mesh {mesh} where implementation is 'mosaic_gpu'; "
             "choose that, or for weights auto or expanded."
         )
-    if implementation == "mosaic_gpu" and (why := _no_kernel(checkpoint.config, dtype, mesh)):
+    if implementation == "mosaic_gpu" and (why := no_kernel(checkpoint.config, dtype, mesh)):
         raise UserError(
             "implementation is 'mosaic_gpu', but the decode step's kernel can't run it on the "
             f"devices of mesh {mesh}: {why}; choose auto, which has products by XLA between "
@@ -142,7 +142,7 @@ def _on_mesh(
     return found._replace(cut=cut_through(checkpoint, mesh.tp)) if on_cpu else found
 
 
-def _no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
+def no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
     """Why several devices can't take a decode step together by its kernel, or None."""
     if mesh.dp > 1:
         return "its devices are to be JAX's first ones, those of one model alone"

@@ -230,8 +230,8 @@ def mesh_lines(config: ModelConfig, mesh: MeshShape) -> Iterator[str]:
     yield f"  vocabulary              {own.vocab_size:>9}"
     if mesh.tp > 1:
         why = no_kernel(config, scaling.BFLOAT16, mesh)
-        can = f"can't run on H200s: {why}" if why else "runs on H200s with implementation mosaic_gpu"
-        yield f"the decode step's kernel {can}"
+        runs = f"can't run on these: {why}" if why else "runs if implementation is mosaic_gpu"
+        yield f"on H200s the decode step's kernel {runs}"
     if mesh.devices > there:
         yield f"takes {mesh.devices} devices; here {'is' if there == 1 else 'are'} {there}"
     yield from scaling.step_lines(config, mesh)

@@ -70,7 +70,7 @@ def in_order(plan: StepPlan, phase: int, tiles: Any) -> Any:
         grid = grid.swapaxes(0, 1)
     out, columns = plan.shape.matrices[phase]
     halves = 2 if phase == GATE_UP else 1
-    whole = grid.reshape(halves, -1, p.columns)
+    whole = grid.reshape(halves, p.out // halves, p.columns)
     return whole[:, : out // halves, :columns].reshape(out, columns)
 
 
@@ -78,8 +78,8 @@ def own_outputs(plan: StepPlan, phase: int, y: Any) -> Any:
     """A phase's outputs, `[..., out]`, without those that pad them in the stream."""
     out, _ = plan.shape.matrices[phase]
     halves = 2 if phase == GATE_UP else 1
-    grid = y.reshape(*y.shape[:-1], halves, -1)[..., : out // halves]
-    return grid.reshape(*y.shape[:-1], out)
+    grid = y.reshape(*y.shape[:-1], halves, plan.phases[phase].out // halves)
+    return grid[..., : out // halves].reshape(*y.shape[:-1], out)
 
 
 def empty_stream(plan: StepPlan) -> UInt32[Array, "granules words"]:

@@ -20,7 +20,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,20 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import qwen_jax
-from benchmarks.gpu_decode import (
-    DTYPE,
-    STEPS,
-    Case,
-    copy_bandwidth,
-    plan_of,
-    program,
-    random_parameters,
-    seconds_a_step,
-    shapes_of,
-)
+from benchmarks.gpu_decode import DTYPE, STEPS, copy_bandwidth, random_parameters
 from benchmarks.gpu_requests import lengths, requests, run
-from benchmarks.mesh_engines import SEED, dealt, drawn_in_parts, on_one, on_several, split_of
+from benchmarks.mesh_engines import SEED, dealt, on_one, on_several, split_of
 from benchmarks.mesh_exchange import exchange
+from benchmarks.mesh_steps import decode, large
 from benchmarks.random_model import write
 from benchmarks.scaling import ALL
 from qwen_jax.config import ModelConfig
@@ -55,78 +45,9 @@ from qwen_jax.engine.split_weights import SplitWeights, splits_of
 from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import PlainWeights, Weights
 from qwen_jax.mesh import MeshShape
-from qwen_jax.model.cache import PAGE
 from qwen_jax.model.split import AXIS
-from qwen_jax.scaling import step as modelled
 
 CACHE_TOKENS = 64 * 2048
-
-
-def decode(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Microseconds a step of every engine."""
-    split = split_of(args.tp)
-    of_all = {"slots": 1, "cache_tokens": PAGE}
-    weights = dealt(config, split)
-    engines = {
-        "one": on_one(config, "auto", **of_all),
-        "one xla": on_one(config, "xla", **of_all),
-        "tp": on_several(config, weights, "auto", **of_all),
-        "tp xla": on_several(config, weights, "xla", **of_all),
-    }
-    return steps_of(config, engines, args)
-
-
-def large(size: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The same of a model that is on no single GPU here; and that it writes tokens."""
-    config = ALL[size]
-    split = split_of(args.tp)
-    start = time.perf_counter()
-    weights = jax.block_until_ready(drawn_in_parts(config, split))
-    drawing = time.perf_counter() - start
-    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(weights))
-    print(f"{size}: {held / 1e9:.1f} GB on each of {args.tp} GPUs, drawn in {drawing:.1f} s")
-    engine = on_several(config, weights, "auto", slots=1, cache_tokens=PAGE)
-    found = steps_of(config, {"tp": engine}, args)
-    return found | {"GB": held / 1e9, "drawing": drawing}
-
-
-def steps_of(
-    config: ModelConfig, engines: dict[str, Engine], args: argparse.Namespace
-) -> dict[str, Any]:
-    greedy = Sampling()
-    wanted = [
-        (name, batch, context)
-        for context in args.contexts
-        for batch in args.batches
-        for name in engines
-    ]
-
-    def compiled(one: tuple[str, int, int]) -> Case:
-        name, batch, context = one
-        engine = engines[name]
-        inputs = shapes_of(engine, batch, context, greedy)
-        run = program(engine, inputs, plan_of(engine, greedy))
-        return Case(name, batch, context, engine, run)
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(16) as pool:
-        cases = list(pool.map(compiled, wanted))
-    print(f"{len(cases)} programs compiled in {time.perf_counter() - start:.0f} s")
-    names = list(engines)
-    print("rows context  " + "".join(f"{name:>9}" for name in names) + "  docs/scaling.md, tp")
-    figures: dict[str, Any] = {}
-    settings = argparse.Namespace(temperature=0.0, rounds=args.rounds)
-    for context in args.contexts:
-        for batch in args.batches:
-            these = [c for c in cases if (c.batch, c.context) == (batch, context)]
-            times = {case.implementation: seconds_a_step(case, settings) for case in these}
-            expected = modelled(config, DTYPE, args.tp, batch, context).seconds
-            cells = "".join(f"{median(times[name]) * 1e6:>9,.0f}" for name in names)
-            print(f"{batch:>4}{context:>8}  {cells}{expected * 1e6:>12,.0f} µs", flush=True)
-            figures[f"{batch} {context}"] = {
-                name: [round(s * 1e6, 1) for s in taken] for name, taken in times.items()
-            }
-    return figures
 
 
 def collectives(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Engines of one random model, on one GPU and on several, whose weights are made on the devices."""
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks.gpu_decode import DTYPE, random_parameters
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.split_packed import SplitPacked
+from qwen_jax.engine.split_packed import SplitPacked, pack_split
 from qwen_jax.engine.split_weights import SplitWeights, splits_of
 from qwen_jax.engine.weights import prepare
 from qwen_jax.mesh import MeshShape
@@ -21,18 +23,26 @@ SEED = 11
 
 def drawn_in_parts(config: ModelConfig, split: Split) -> SplitWeights:
     """Random parameters, each part made where it is to lie."""
-    named = {}
+    return SplitWeights(dict(drawn(config, split)), config, split)
+
+
+def packed_in_parts(config: ModelConfig, split: Split) -> SplitPacked:
+    """The same for the decode step's kernel, packed as they are made: devices hold their streams,
+    and few parameters at a time."""
+    return pack_split(config, drawn(config, split), DTYPE, "mosaic_gpu", split)
+
+
+def drawn(config: ModelConfig, split: Split) -> Iterator[tuple[str, jax.Array]]:
     keys = jax.random.split(jax.random.key(SEED), 13 * config.num_layers + 3)
     for key, parameter in zip(keys, parameters(split.part(config), "gguf"), strict=False):
         axis, shape = dealt_axis(parameter.name), list(parameter.shape)
         if axis is not None:
             shape[axis] *= split.size
-        named[parameter.name] = draw(
-            tuple(shape), split.sharding(axis), parameter.keep_float32
-        )(key)  # fmt: skip
-    return SplitWeights(named, config, split)
+        made = draw(tuple(shape), split.sharding(axis), parameter.keep_float32)
+        yield parameter.name, made(key)
 
 
+@functools.cache
 def draw(shape: tuple[int, ...], there: Any, norm: bool) -> Any:
     def make(key: jax.Array) -> jax.Array:
         values = jax.random.normal(key, shape, DTYPE) * 0.02

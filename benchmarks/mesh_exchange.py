@@ -4,8 +4,9 @@ it take. The part `--exchange` of `benchmarks.gpu_mesh`."""
 import argparse
 import dataclasses
 import functools
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
@@ -26,7 +27,14 @@ from benchmarks.gpu_decode import (
     seconds_a_step,
     shapes_of,
 )
-from benchmarks.mesh_engines import SEED, dealt, on_several, split_of
+from benchmarks.mesh_engines import (
+    SEED,
+    dealt,
+    drawn_in_parts,
+    on_several,
+    packed_in_parts,
+    split_of,
+)
 from pallas_kernels.all_reduce import mosaic_gpu
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
@@ -196,18 +204,24 @@ def compiled_step(
     return lambda: np.asarray(compiled(weights, pages, *given))
 
 
-def step_engines(config: ModelConfig, split: Split) -> dict[str, Engine]:
+def step_engines(config: ModelConfig, split: Split) -> Iterator[dict[str, Engine]]:
+    """First those of the kernel, then the others: weights of both may not fit."""
     of_all = {"slots": 1, "cache_tokens": PAGE}
-    weights, all_ours = dealt(config, split), dataclasses.replace(split, exchange=True)
-    streams = packed(config, weights)
+    all_ours = dataclasses.replace(split, exchange=True)
 
     def engine(weights: SplitWeights | SplitPacked, implementation: str, on: Split) -> Engine:
         return on_several(config, dataclasses.replace(weights, split=on), implementation, **of_all)
 
-    return {
+    streams = packed_in_parts(config, split)
+    yield {
         "kernel": engine(streams, "mosaic_gpu", split),
         # Nor for the embedding's rows.
         "kernel, no NCCL": engine(streams, "mosaic_gpu", all_ours),
+    }
+    del streams
+    gc.collect()
+    weights = drawn_in_parts(config, split)
+    yield {
         "all-reduces ours": engine(weights, "auto", all_ours),
         "all-reduces NCCL's": engine(weights, "auto", split),
     }
@@ -216,10 +230,21 @@ def step_engines(config: ModelConfig, split: Split) -> dict[str, Engine]:
 def timed_steps(
     config: ModelConfig, split: Split, args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Microseconds a step of every engine; of those that compile long with one number of rows."""
+    """Microseconds a step of every engine; of all but the first with one number of rows."""
+    found: dict[str, list[float]] = {}
+    for engines in step_engines(config, split):
+        found |= timed_engines(engines, args, args.batches if not found else args.batches[:1])
+        del engines
+    return found
+
+
+def timed_engines(
+    engines: dict[str, Engine], args: argparse.Namespace, batches: list[int]
+) -> dict[str, list[float]]:
+    """The same of engines that are there at the same time, of which the first is timed with so many
+    rows each."""
     settings = argparse.Namespace(temperature=0.0, rounds=args.rounds)
     greedy, context, found = Sampling(), args.contexts[0], {}
-    engines = step_engines(config, split)
 
     def compiled(case: tuple[str, int]) -> Case:
         (name, rows), engine = case, engines[case[0]]
@@ -227,13 +252,12 @@ def timed_steps(
         return Case(name, rows, context, engine, program(engine, inputs, plan_of(engine, greedy)))
 
     first, *others = engines
-    # Not all at once: XLA tries out products on the GPUs while it compiles.
-    for cases in ([(first, rows) for rows in args.batches], [(x, args.batches[0]) for x in others]):
-        with ThreadPoolExecutor(16) as pool:
-            ready = list(pool.map(compiled, cases))
-        for case in ready:
-            seconds = seconds_a_step(case, settings)
-            name = f"{case.implementation}, {case.batch} rows"
-            print(f"a step by {name}: {median(seconds) * 1e6:,.0f} µs", flush=True)
-            found[name] = [round(s * 1e6, 1) for s in seconds]
+    cases = [*((first, rows) for rows in batches), *((name, batches[0]) for name in others)]
+    with ThreadPoolExecutor(16) as pool:
+        ready = list(pool.map(compiled, cases))
+    for case in ready:
+        seconds = seconds_a_step(case, settings)
+        name = f"{case.implementation}, {case.batch} rows"
+        print(f"a step by {name}: {median(seconds) * 1e6:,.0f} µs", flush=True)
+        found[name] = [round(s * 1e6, 1) for s in seconds]
     return found

@@ -23,6 +23,7 @@ from qwen_jax.engine.split_weights import splits_of
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape, part
 from qwen_jax.scaling import Machine, step
+from qwen_jax.tasks.inspect import mesh_lines
 from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.loader import load_parameters
 from qwen_jax.weights.shards import PlainPart, part_of
@@ -235,3 +236,10 @@ def test_inspect(run: Run) -> None:
     assert re.search(rf"weights +{each / 1e6:.1f} MB", memory)
     assert "key/value heads                 1 (each on 2 devices)" in mesh
     assert "takes 4 devices; here is 1" in mesh and "64 texts of 512:" in mesh
+    # A head of 64 is half a tile, and a half of the feed-forward one and a half.
+    assert "kernel can't run on these: a matrix of 256 x 64 is not made of 16 x 128 tiles" in mesh
+    uneven = tiny_config(
+        num_layers=1, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=384
+    )
+    (line,) = [x for x in mesh_lines(uneven, MeshShape(tp=2)) if "kernel" in x]
+    assert line == "on H200s the decode step's kernel runs if implementation is mosaic_gpu"

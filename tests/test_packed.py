@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pallas_kernels
 from pallas_kernels.decode_step import (
+    GATE_UP,
     HEAD,
     MOST_ROWS,
     ModelShape,
@@ -35,12 +38,13 @@ from tests.engines import (
     rows_of,
     run_steps,
 )
-from tests.kernels.streams import matrices, put
+from tests.kernels.streams import anything, matrices, put, same
 from tests.tiny_checkpoints import random_parameters, tiny_config
 
-# Heads of 64 and matrices of whole tiles, as the kernel wants them.
+# Heads of 64 and matrices of whole tiles, as the kernel wants them; but for the feed-forward's,
+# which it pads.
 CONFIG = tiny_config(
-    num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=384,
+    num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=330,
     vocab_size=320, context_length=600,
 )  # fmt: skip
 SHAPES = {
@@ -88,7 +92,7 @@ def test_a_block_reads_its_stream_in_order(plan: StepPlan) -> None:
     end = 0
     for block in range(plan.blocks):
         read = [
-            plan.at(phase, layer)[tiles_of(plan.phases[phase], block)]
+            plan.at(phase, layer).ravel()[tiles_of(plan.phases[phase], block)]
             for phase, layer in [*places, (HEAD, 0)]
         ]
         tiles = np.concatenate(read)
@@ -117,6 +121,57 @@ def test_what_is_put_into_the_stream_is_read_back(plan: StepPlan) -> None:
     for tokens in ([0], [319, 15, 16, 7, 8, 319, 0, 64]):
         got = look_up(packed, np.array(tokens))
         assert np.array_equal(got, right[HEAD, 0][tokens])
+
+
+SIZE_STEPS = {"bfloat16": 1, "float32": 1, "q8_0": 32, "q5_1": 32, "int4": 32}
+"""Storages, and what the feed-forward's size is a multiple of."""
+
+
+@settings(max_examples=8)
+@given(
+    stored=st.sampled_from([*SIZE_STEPS]),
+    size=st.integers(1, 544),
+    blocks=st.sampled_from([1, 5, 20]),
+    seed=st.integers(0, 99),
+)
+def test_a_feed_forward_of_any_size_is_read_back(
+    stored: str, size: int, blocks: int, seed: int
+) -> None:
+    """As it was, and what pads it in the stream are zeros."""
+    step = SIZE_STEPS[stored]
+    shape = dataclasses.replace(SHAPES["small"], layers=1, ffn=-(-size // step) * step)
+    plan, rng = StepPlan.uniform(shape, blocks, stored), np.random.default_rng(seed)
+    whole = dataclasses.replace(plan, shape=dataclasses.replace(shape, ffn=shape.packed_ffn))
+    assert plan.stream_shape == whole.stream_shape
+    # In a stream of something else.
+    stream, right = empty_stream(plan) - 1, {}
+    for phase in (GATE_UP, DOWN):
+        given, right[phase] = anything(rng, stored, *shape.matrices[phase])
+        stream = put(plan, stream, given, phase)
+    packed = Packed(stream, stream, stream, tile_offsets(plan))
+
+    @jax.jit
+    def read(packed: Packed) -> list[jax.Array]:
+        return [packed.matrix(p, n) for p in (plan, whole) for n in (GATE_UP, DOWN)]
+
+    gate_up, down, all_gate_up, all_down = map(np.asarray, read(packed))
+    assert same(gate_up, right[GATE_UP]) and same(down, right[DOWN])
+    assert not all_down[:, shape.ffn :].any()
+    for half in np.split(all_gate_up, 2):
+        assert not half[shape.ffn :].any()
+
+
+@pytest.mark.parametrize(
+    ("phase", "shape"),
+    [(GATE_UP, (767, 256)), (GATE_UP, (770, 256)), (GATE_UP, (512, 256)), (GATE_UP, (768, 128)),
+     (DOWN, (255, 384)), (DOWN, (256, 256))],
+)  # fmt: skip
+def test_a_matrix_of_another_size_is_refused(phase: int, shape: tuple[int, int]) -> None:
+    plan = PLANS[0]
+    out, columns = plan.shape.matrices[phase]
+    why = f"a matrix of {shape[0]} x {shape[1]} is not one of {out} x {columns}"
+    with pytest.raises(ValueError, match=why):
+        put(plan, empty_stream(plan), np.zeros(shape, np.float32), phase)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Blocks in the weight stream: which matrices stay so, and the engine runs the same on them."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step import Stored
+from qwen_jax.config import ModelConfig
 from qwen_jax.engine import form as form_module
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import Form, expanded_in, form_of, load_packed, packed_shapes, stored_plan
@@ -40,15 +42,15 @@ MIXED = {
 }
 
 
-def written(path: Path, types: Mapping[str, str]) -> Checkpoint:
-    params = random_parameters(CONFIG)
+def written(path: Path, types: Mapping[str, str], config: ModelConfig = CONFIG) -> Checkpoint:
+    params = random_parameters(config)
     chosen = {
         name: kind
         for name in params
         for part, kind in types.items()
         if part in name.split(".") and name.endswith("weight")
     }
-    return open_checkpoint(write_gguf(path / "model.gguf", CONFIG, params, types=chosen).path)
+    return open_checkpoint(write_gguf(path / "model.gguf", config, params, types=chosen).path)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,28 @@ def test_on_several_gpus(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="mesh tp=2: the devices belong to 2 processes; choose"):
         form("auto")
+
+
+@pytest.mark.parametrize(("ffn", "down"), [(704, "q8_0"), (672, "bfloat16")])
+def test_a_feed_forward_that_is_not_whole_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ffn: int, down: str
+) -> None:
+    """A half of 704 is 11 blocks of 32, in 2.75 tiles; one of 672 ends within a block."""
+    monkeypatch.setattr(form_module, "device", Gpu)
+    config = dataclasses.replace(CONFIG, ffn_size=ffn)
+    checkpoint = written(tmp_path, MIXED, config)
+    for tp, stored in ((1, "q8_0"), (2, down)):
+        asked = {"implementation": "mosaic_gpu", "mesh": MeshShape(tp=tp)}
+        found = form_of("packed", checkpoint, BFLOAT16, **asked)  # type: ignore[arg-type]
+        assert found.plan is not None and {each.down for each in found.plan.layers} == {stored}
+        assert found.plan.shape.ffn == ffn // tp
+    plan = stored_plan(checkpoint, FLOAT32)
+    assert plan is not None
+    weights = load_packed(checkpoint, plan, FLOAT32, "xla")
+    assert isinstance(weights, PackedWeights)
+    back = read_back(weights)
+    for name, value in load_parameters(checkpoint, jnp.float32).items():
+        np.testing.assert_array_equal(back[name], value)
 
 
 def test_refusals_on_a_gpu(

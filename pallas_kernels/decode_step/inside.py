@@ -13,6 +13,7 @@ from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows.inputs import InputLayout
 from pallas_kernels.decode_step.many_rows.layout import MOST_ROWS, record_layout
 from pallas_kernels.decode_step.packed.plan import DOWN, HEAD, StepPlan
+from pallas_kernels.decode_step.packed.tile import K_TILE
 from pallas_kernels.decode_step.ptx.formats import FORMATS
 
 
@@ -74,7 +75,8 @@ def read(
         kernel: the one that ran.
     """
     shape, few = plan.shape, kernel is few_rows
-    query, columns = shape.heads * shape.head_dim, plan.phases[DOWN].part_begin * 128
+    query = shape.heads * shape.head_dim
+    columns = np.minimum(plan.phases[DOWN].part_begin * K_TILE, shape.ffn)
     inputs = InputLayout(rows, plan.phases[HEAD].format)
     layout = RecordLayout.of(plan, rows) if few else record_layout(plan, inputs)
     words = scratch[len(scratch) - layout.total :]
@@ -101,7 +103,7 @@ def read(
         queries.reshape(-1, rows, shape.heads, shape.head_dim).copy(),
         taken(Recorded.ATTN_OUT, query),
         floats(Recorded.ATTN_RESIDUAL, rows, shape.hidden),
-        taken(Recorded.FFN_ACT, shape.ffn, inputs.format.scale),
+        taken(Recorded.FFN_ACT, shape.packed_ffn, inputs.format.scale)[..., : shape.ffn],
         floats(Recorded.DOWN_PARTS, plan.phases[DOWN].parts, rows, shape.hidden),
         tuple(int(column) for column in columns),
         floats(Recorded.HIDDEN, rows, shape.hidden),

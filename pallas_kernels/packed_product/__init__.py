@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.decode_step.packed.packing import Packed
+from pallas_kernels.decode_step.packed.packing import Packed, own_outputs
 from pallas_kernels.decode_step.packed.plan import DOWN, GATE_UP, StepPlan
 from pallas_kernels.implementation import choose
 from pallas_kernels.packed_product import mosaic_gpu
@@ -53,11 +53,10 @@ def packed_product(
     why_not = mosaic_gpu.refusal(plan, phase, layer, result)
     if choose("packed_product", implementation, why_not) == "xla":
         return reference(packed, plan, phase, layer, x, result, precision)
-    inputs, scales = _inputs(x, mosaic_gpu.input_dtype(plan, phase, layer))
-    if scales is None:
-        return mosaic_gpu.product(packed, plan, phase, layer, inputs, result)
-    found = mosaic_gpu.product(packed, plan, phase, layer, inputs, jnp.dtype(jnp.float32))
-    return (found * scales[:, None]).astype(result)
+    padded = jnp.pad(x, ((0, 0), (0, plan.phases[phase].columns - columns)))
+    found = _product(packed, plan, phase, layer, padded, result)
+    own: Float[Array, "rows out"] = own_outputs(plan, phase, found)
+    return own
 
 
 def packed_feed_forward(
@@ -79,8 +78,8 @@ def packed_feed_forward(
     kept = jnp.dtype(x.dtype)
     why_not = (mosaic_gpu.refusal(plan, phase, layer, kept) for phase in (GATE_UP, DOWN))
     chosen = choose("packed_product", implementation, next(filter(None, why_not), None))
-    multiply = functools.partial(packed_product, precision=precision, implementation=chosen)
     if chosen == "xla" or not mosaic_gpu.gates_itself(plan, layer, len(x)):
+        multiply = functools.partial(packed_product, precision=precision, implementation=chosen)
         both = multiply(packed, plan, GATE_UP, layer, x)
         gate, up = jnp.split(both, 2, axis=1)
         return multiply(packed, plan, DOWN, layer, jax.nn.silu(gate) * up)
@@ -89,7 +88,23 @@ def packed_feed_forward(
     hidden = mosaic_gpu.gated(packed, plan, layer, inputs, scales, kept, arranged=straight)
     if straight:
         return mosaic_gpu.product(packed, plan, DOWN, layer, hidden, kept)
-    return multiply(packed, plan, DOWN, layer, hidden.numbers)
+    return _product(packed, plan, DOWN, layer, hidden.numbers, kept)
+
+
+def _product(
+    packed: Packed,
+    plan: StepPlan,
+    phase: int,
+    layer: int,
+    x: Float[Array, "rows in"],
+    result: jnp.dtype,
+) -> Float[Array, "rows out"]:
+    """By the kernel, of as many inputs and outputs as the stream has."""
+    inputs, scales = _inputs(x, mosaic_gpu.input_dtype(plan, phase, layer))
+    if scales is None:
+        return mosaic_gpu.product(packed, plan, phase, layer, inputs, result)
+    found = mosaic_gpu.product(packed, plan, phase, layer, inputs, jnp.dtype(jnp.float32))
+    return (found * scales[:, None]).astype(result)
 
 
 def _inputs(

@@ -18,7 +18,6 @@ from pallas_kernels.decode_step import HEAD, MOST_ROWS, StepPlan, Stored
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed.blocks import Blocks
 from pallas_kernels.decode_step.packed.storages import STORAGES
-from pallas_kernels.decode_step.packed.tile import K_TILE
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import split_packed
 from qwen_jax.engine.blocks import FLOAT32, packed_bytes
@@ -117,7 +116,7 @@ def _on_mesh(
             f"which runs on the devices of mesh {mesh} where implementation is 'mosaic_gpu'; "
             "choose that, or for weights auto or expanded."
         )
-    if implementation == "mosaic_gpu" and (why := _no_kernel(checkpoint.config, dtype, mesh)):
+    if implementation == "mosaic_gpu" and (why := no_kernel(checkpoint.config, dtype, mesh)):
         raise UserError(
             "implementation is 'mosaic_gpu', but the decode step's kernel can't run it on the "
             f"devices of mesh {mesh}: {why}; choose auto, which has products by XLA between "
@@ -143,7 +142,7 @@ def _on_mesh(
     return found._replace(cut=cut_through(checkpoint, mesh.tp)) if on_cpu else found
 
 
-def _no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
+def no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
     """Why several devices can't take a decode step together by its kernel, or None."""
     if mesh.dp > 1:
         return "its devices are to be JAX's first ones, those of one model alone"
@@ -210,13 +209,12 @@ def stored_plan(checkpoint: Checkpoint, dtype: jnp.dtype) -> StepPlan | None:
 def _storages(checkpoint: Checkpoint, parameter: Parameter) -> tuple[str | None, ...]:
     """Of each of its sources the storage that keeps its blocks, if there is one."""
 
-    def of(name: str, columns: int) -> str | None:
+    def of(name: str) -> str | None:
         blocks = checkpoint.stored[name].blocks
         storage = STORAGES.get(blocks.name) if blocks is not None else None
-        whole = isinstance(storage, Blocks) and columns % (K_TILE * storage.tiles) == 0
-        return storage.name if storage and whole else None
+        return storage.name if isinstance(storage, Blocks) else None
 
-    return tuple(of(name, shape[-1]) for name, shape in parameter.sources.items())
+    return tuple(map(of, parameter.sources))
 
 
 def expanded_in(plan: StepPlan) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import choices, opening, pins, recommended, scaling
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import weights
-from qwen_jax.engine.form import Form, expanded_in, form_of
+from qwen_jax.engine.form import Form, expanded_in, form_of, no_kernel
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
 from qwen_jax.loading import read_tokenizer
@@ -228,6 +228,10 @@ def mesh_lines(config: ModelConfig, mesh: MeshShape) -> Iterator[str]:
     yield f"  key/value heads         {own.num_kv_heads:>9}{several}"
     yield f"  feed-forward            {own.ffn_size:>9}"
     yield f"  vocabulary              {own.vocab_size:>9}"
+    if mesh.tp > 1:
+        why = no_kernel(config, scaling.BFLOAT16, mesh)
+        runs = f"can't run on these: {why}" if why else "runs if implementation is mosaic_gpu"
+        yield f"on H200s the decode step's kernel {runs}"
     if mesh.devices > there:
         yield f"takes {mesh.devices} devices; here {'is' if there == 1 else 'are'} {there}"
     yield from scaling.step_lines(config, mesh)

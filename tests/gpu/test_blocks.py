@@ -16,6 +16,8 @@ SHAPES = {
     "0.5b": ModelShape(3, 896, 14, 2, 64, 4864, 2048, 1e-6),
     "1.5b": ModelShape(2, 1536, 12, 2, 128, 8960, 2048, 1e-6),
     "7b": ModelShape(1, 3584, 28, 4, 128, 18944, 2048, 1e-6),
+    # 21.5 tiles of the feed-forward.
+    "3b, a fourth": ModelShape(2, 2048, 4, 1, 128, 2752, 2048, 1e-6),
 }
 
 
@@ -27,6 +29,7 @@ MIXES = {
     "others": ["iq4_xs", "q6_k", "q3_k", "q2_k", "iq4_xs"],
     "integers": ["int4", "int8", "int8", "int4", "int4"],
     "0.5b": ["q5_0", "q5_0", "q5_0", "q4_k", "q8_0"],
+    "72b": ["q4_k", "q4_k", "q4_k", "q5_0", "q6_k"],
 }
 
 
@@ -52,6 +55,7 @@ def plan_of(name: str, mix: str) -> StepPlan:
         *itertools.product(["0.5b"], ["q8_0", "simple", "0.5b"], [1, 3, 5, 11, 64]),
         *itertools.product(["1.5b"], ["integers"], [1, 5, 40]),
         *itertools.product(["7b"], ["q8_0", "q4_k", "layers"], [1, 3, 5, 64]),
+        *itertools.product(["3b, a fourth"], ["72b", "simple"], [1, 5, 64]),
     ],
 )
 def test_less_wrong_than_bfloat16(name: str, mix: str, rows: int) -> None:

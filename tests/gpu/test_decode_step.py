@@ -33,6 +33,8 @@ CONFIGS = {
     "0.5b": ModelConfig(3, 896, 14, 2, 64, 4864, 2048, 16384, 1e6, 1e-6, tied=True),
     "1.5b": ModelConfig(2, 1536, 12, 2, 128, 8960, 2048, 16384, 1e6, 1e-6, tied=True),
     "3b": ModelConfig(2, 2048, 16, 2, 128, 11008, 2048, 16384, 1e6, 1e-6, tied=True),
+    # 21.5 tiles of the feed-forward.
+    "3b, a fourth": ModelConfig(2, 2048, 4, 1, 128, 2752, 2048, 16384, 1e6, 1e-6, tied=True),
     "7b": ModelConfig(2, 3584, 28, 4, 128, 18944, 2048, 16384, 1e6, 1e-6, tied=False),
     "14b": ModelConfig(1, 5120, 40, 8, 128, 13824, 2048, 16384, 1e6, 1e-6, tied=False),
 }

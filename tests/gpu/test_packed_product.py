@@ -37,6 +37,7 @@ CASES = [
     *((name, mix, rows) for name in ("small", "0.5b") for mix in ("bfloat16", "q8_0")
       for rows in (65, 200, 512)),
     ("0.5b", "0.5b", 256), ("1.5b", "layers", 96), ("1.5b", "k", 300), ("1.5b", "float16", 128),
+    ("3b, a fourth", "bfloat16", 200), ("3b, a fourth", "72b", 96),
     ("7b", "bfloat16", 256), ("7b", "bfloat16", 2048), ("7b", "q4_k", 512),
 ]  # fmt: skip
 

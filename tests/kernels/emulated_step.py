@@ -1,5 +1,6 @@
 """A decode step on the machine of `simt.py`, block by block, and what it is compared with."""
 
+import dataclasses
 import functools
 import secrets
 import types
@@ -41,6 +42,10 @@ NARROW = ModelShape(1, 128, 2, 1, 64, 128, 256, 1e-6)
 TURNS = ModelShape(1, 128, 2, 1, 64, 128, 816, 1e-6)
 """The head has 51 M-tiles."""
 PARTS = ModelShape(2, 256, 4, 2, 64, 1152, 256, 1e-6)
+UNEVEN = ModelShape(2, 256, 4, 2, 64, 330, 256, 1e-6)
+"""A feed-forward of neither whole tiles nor whole M-tiles."""
+UNEVEN_BLOCKS = dataclasses.replace(UNEVEN, ffn=352)
+"""Whose last tile has three blocks of 32."""
 GROUPS = {
     1: ModelShape(1, 256, 2, 2, 128, 256, 256, 1e-6),
     7: ModelShape(1, 256, 14, 2, 64, 256, 256, 1e-6),

@@ -76,6 +76,30 @@ def random_blocks(rng: np.random.Generator, like: np.ndarray, stored: str) -> np
     return raw
 
 
+def anything(
+    rng: np.random.Generator, stored: str, rows: int, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a storage takes, and the numbers that gguf makes of it."""
+    if not isinstance(STORAGES[stored], Blocks):
+        numbers = rng.standard_normal((rows, columns), np.float32).astype(stored)
+        return numbers, numbers
+    if stored in INTEGERS:
+        given, right = integers_of(rng, np.ones((rows, columns)) + rng.random(columns), stored)
+        return given, right.astype(np.float32)
+    block, size = gguf.GGML_QUANT_SIZES[kind_of(stored)]
+    given = rng.integers(0, 256, (rows, columns // block * size), np.uint8)
+    with np.errstate(all="ignore"):
+        return given, gguf.quants.dequantize(given, kind_of(stored))
+
+
+def same(found: object, right: np.ndarray) -> bool:
+    """The same bits, or both NaN; zero has no sign, since -0 + 0 may lose it."""
+    ours = np.asarray(found)
+    assert ours.dtype == right.dtype
+    nan = np.isnan(right)
+    return bool((np.isnan(ours) == nan).all() and np.array_equal(ours[~nan], right[~nan]))
+
+
 def put(
     plan: StepPlan, stream: Any, matrix: Any, phase: int, layer: int = 0, segment: int | None = None
 ) -> Any:

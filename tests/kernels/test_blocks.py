@@ -3,7 +3,6 @@
 import types
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +31,7 @@ from tests.kernels.emulated_step import (
     SEED,
     SMALL,
     TINY,
+    UNEVEN_BLOCKS,
     Case,
     drawn,
     expected,
@@ -41,7 +41,7 @@ from tests.kernels.emulated_step import (
 )
 from tests.kernels.float64_step import exact_step
 from tests.kernels.simt import Race
-from tests.kernels.streams import INTEGERS, integers_of, kind_of, matrices, put, stored_again
+from tests.kernels.streams import anything, matrices, put, same, stored_again
 from tests.kernels.test_decode_step import SIZES, lower, plan_of
 
 SHAPE = ModelShape(3, 256, 4, 2, 64, 384, 320, 1e-6)
@@ -77,6 +77,24 @@ def test_formats_are_read_back_bit_by_bit(stored: str) -> None:
     assert same(found.reshape(right.shape), right)
 
 
+def test_zeros_are_zero() -> None:
+    """Zero bytes are in every format, as they pad matrices."""
+
+    @jax.jit
+    def stored() -> dict[str, jax.Array]:
+        found = {}
+        for name, each in STORAGES.items():
+            dtype = jnp.uint8 if isinstance(each, Blocks) else each.dtype
+            found[name] = each.numbers(
+                each.words(jnp.zeros((1, 16, each.piece), dtype)).reshape(each.tiles, -1)
+            )
+        return found
+
+    for name, numbers in stored().items():
+        assert numbers.shape == (STORAGES[name].tiles, 16, 128)
+        assert not np.asarray(numbers).any()
+
+
 @pytest.mark.parametrize(
     "plan",
     [MIXED, *(StepPlan.alike(SHAPE, n, *["bfloat16"] * 4, "q8_0") for n in (1, 7))],
@@ -102,30 +120,6 @@ def test_a_stream_is_read_back_bit_by_bit(plan: StepPlan) -> None:
         assert same(found[which], value)
     tokens = np.asarray([319, 15, 16, 7, 8, 319, 0, 64])
     assert same(packed.embeddings(plan, jnp.asarray(tokens)), right[HEAD, 0][tokens])
-
-
-def anything(
-    rng: np.random.Generator, stored: str, rows: int, columns: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a storage takes, and the numbers that gguf makes of it."""
-    if stored not in BLOCKS:
-        numbers = rng.standard_normal((rows, columns), np.float32).astype(stored)
-        return numbers, numbers
-    if stored in INTEGERS:
-        given, right = integers_of(rng, np.ones((rows, columns)) + rng.random(columns), stored)
-        return given, right.astype(np.float32)
-    block, size = gguf.GGML_QUANT_SIZES[kind_of(stored)]
-    given = rng.integers(0, 256, (rows, columns // block * size), np.uint8)
-    with np.errstate(all="ignore"):
-        return given, gguf.quants.dequantize(given, kind_of(stored))
-
-
-def same(found: object, right: np.ndarray) -> bool:
-    """The same bits, or both NaN; zero has no sign, since -0 + 0 may lose it."""
-    ours = np.asarray(found)
-    assert ours.dtype == right.dtype
-    nan = np.isnan(right)
-    return bool((np.isnan(ours) == nan).all() and np.array_equal(ours[~nan], right[~nan]))
 
 
 HALVES = {"$2": 0x2C002C00, "$3": 0xD480D480}
@@ -186,6 +180,8 @@ def in_bfloat16(case: Case) -> Case:
         (SMALL, 5, [0, 21], ("q6_k", "q4_k", "iq4_xs", "q2_k", "q3_k")),
         (SHAPE, 7, [3, 40, 17], MIXED),
         (SMALL, 11, [3, 9], ("int4", "int8", "int4", "q4_k", "int8")),
+        (UNEVEN_BLOCKS, 7, [40, 3], ("q8_0", "q4_k", "q4_k", "q5_1", "q6_k")),
+        (UNEVEN_BLOCKS, 6, [9], ("q8_0", "q8_0", "int4", "int8", "q8_0")),
     ],
 )
 def test_whole_steps(

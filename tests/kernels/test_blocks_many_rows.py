@@ -9,6 +9,7 @@ from tests.kernels.emulated_step import (
     ODD,
     SMALL,
     TURNS,
+    UNEVEN_BLOCKS,
     check_beside,
     drawn,
 )
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.emulated
         # Segments and layers that are stored otherwise.
         (SHAPE, 7, [3, 40, 17, *range(50, 63)], MIXED),
         (SMALL, 11, [3, 9, 7, *range(20, 33)], ("int4", "int8", "int8", "int4", "q6_k")),
+        (UNEVEN_BLOCKS, 9, [40, 3, *range(14)], ("q8_0", "q4_k", "q6_k", "q5_0", "q8_0")),
     ],
 )
 def test_no_worse_than_weights_in_float16(

@@ -1,5 +1,6 @@
 """The decode-step kernel without a GPU: it lowers for CUDA at real sizes, or says why not."""
 
+import dataclasses
 import types
 from typing import Any
 
@@ -14,7 +15,10 @@ from pallas_kernels.decode_step.common.cache import Pool
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
 from pallas_kernels.decode_step.many_rows import mosaic_gpu as many_rows
 from pallas_kernels.decode_step.packed.plan import DOWN
+from qwen_jax.engine import split_packed
+from qwen_jax.mesh import MeshShape
 from tests.kernels import hopper
+from tests.kernels.inside_step import config_of
 
 SIZES = {
     "0.5b": ModelShape(24, 896, 14, 2, 64, 4864, 151936, 1e-6),
@@ -29,6 +33,8 @@ MOST_FEW_ROWS = {"0.5b": 16, "1.5b": 16, "3b": 16, "7b": 11, "14b": 8, "32b": 8,
 SMALL = ModelShape(2, 256, 4, 2, 64, 512, 1024, 1e-6)
 TINY = ModelShape(2, 256, 4, 2, 64, 256, 1024, 1e-6)
 """A layer of it is less than an M-tile for each of 132 blocks."""
+HALF_72B = ModelShape(80, 8192, 32, 4, 128, 14784, 76032, 1e-6)
+"""The feed-forward is 115.5 tiles."""
 
 
 def plan_of(shape: ModelShape, stored: str = "bfloat16", blocks: int = 132) -> StepPlan:
@@ -211,6 +217,8 @@ def test_the_faster_kernel_is_built(
         (ModelShape(2, 192, 4, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "512 x 192 is not made of"),
         (ModelShape(2, 64, 2, 1, 32, 96, 320, 1e-6), 1, "bfloat16", "128 x 64 is not made of"),
         (ModelShape(2, 1024, 18, 2, 64, 512, 320, 1e-6), 1, "bfloat16", "9 query heads"),
+        # A half of 0.5B.
+        (ModelShape(2, 896, 7, 1, 64, 512, 320, 1e-6), 1, "bfloat16", "896 x 448 is not made of"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_value(
@@ -219,12 +227,36 @@ def test_what_cannot_run_is_refused_with_the_value(
     assert why in str(kernels.refusal(plan_of(shape), rows, dtype))
 
 
+@pytest.mark.parametrize(
+    ("size", "devices"),
+    [("1.5b", {2, 4}), ("3b", {2, 4, 8}), ("7b", {2, 4}), ("14b", {2, 4, 8}), ("32b", {2, 4, 8}),
+     ("72b", {2, 4, 8})],
+)  # fmt: skip
+def test_all_sizes_but_the_smallest_run_on_devices_that_they_divide_by(
+    size: str, devices: set[int]
+) -> None:
+    config = config_of(SIZES[size])
+    assert {tp for tp in MeshShape.fitting(config) if tp in (2, 4, 8)} == devices
+    for tp in devices:
+        assert split_packed.refusal(config, jnp.dtype("bfloat16"), range(tp)) is None
+
+
+def test_the_smallest_size_is_for_one_device() -> None:
+    config, bfloat16 = config_of(SIZES["0.5b"]), jnp.dtype("bfloat16")
+    assert {tp for tp in MeshShape.fitting(config) if tp in (2, 4, 8)} == {2}
+    why = split_packed.refusal(config, bfloat16, range(2))
+    assert why == "a matrix of 896 x 448 is not made of 16 x 128 tiles"
+
+
 def test_weights_that_no_kernel_takes_are_refused_by_name() -> None:
     why = kernels.refusal(plan_of(SMALL, "float32"), 1, "bfloat16")
     assert why == (
         "the weights are float32, not one of bfloat16, float16, q4_0, q4_1, q5_0, q5_1, q8_0, "
         "q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, int4, int8"
     )
+    cut = plan_of(dataclasses.replace(SMALL, ffn=448), "q4_k")
+    why = kernels.refusal(cut, 1, "bfloat16")
+    assert why == "rows of 448 numbers are not whole blocks of q4_k"
     mixed = StepPlan.alike(SMALL, 132, "float16", *["bfloat16"] * 4)
     assert few_rows.refusal(mixed, 1, "bfloat16") is None
     why = many_rows.refusal(mixed, 17, "bfloat16")
@@ -248,11 +280,11 @@ def test_what_the_kernel_of_few_rows_leaves_to_the_other(
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 114, 132])
-@pytest.mark.parametrize("shape", [*SIZES.values(), SMALL, TINY])
+@pytest.mark.parametrize("shape", [*SIZES.values(), SMALL, TINY, HALF_72B])
 def test_every_m_tile_is_somebodys(shape: ModelShape, blocks: int) -> None:
     """A reader waits for every M-tile of every part: one that is nobody's would hang it."""
     for (out, columns), phase in zip(
-        shape.matrices, plan_of(shape, blocks=blocks).phases, strict=True
+        shape.packed_matrices, plan_of(shape, blocks=blocks).phases, strict=True
     ):
         done = np.zeros((phase.parts, out // 16), int)
         for part, first, count in zip(phase.part, phase.first, phase.count, strict=True):

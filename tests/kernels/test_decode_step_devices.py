@@ -24,6 +24,8 @@ from tests.kernels.streams import matrices, put_numbers
 
 SHAPE = ModelShape(3, 256, 4, 4, 128, 512, 512, 1e-6)
 """Of all devices together. Three layers: what is stored in one is stored again two later."""
+UNEVEN = dataclasses.replace(SHAPE, ffn=640)
+"""Of which two devices have two and a half tiles of the feed-forward each."""
 
 
 pytestmark = pytest.mark.emulated
@@ -114,22 +116,26 @@ def test_mistakes_are_found(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "devices", "positions", "blocks"),
+    ("kernel", "shape", "devices", "positions", "blocks"),
     [
-        (few_rows, 2, [130], 5),
-        (few_rows, 2, [0, 40, 129], 6),
-        (few_rows, 4, [7], 2),
-        (many_rows, 2, [3, 0, 140, 20, 60], 3),
+        (few_rows, SHAPE, 2, [130], 5),
+        (few_rows, SHAPE, 2, [0, 40, 129], 6),
+        (few_rows, SHAPE, 4, [7], 2),
+        (many_rows, SHAPE, 2, [3, 0, 140, 20, 60], 3),
+        # Whole tiles of all devices together, not of each.
+        (few_rows, UNEVEN, 2, [40, 3], 5),
+        (many_rows, UNEVEN, 2, [3, 40, 20], 3),
     ],
 )
 def test_is_the_model_of_one_device(
     monkeypatch: pytest.MonkeyPatch,
     kernel: types.ModuleType,
+    shape: ModelShape,
     devices: int,
     positions: list[int],
     blocks: int,
 ) -> None:
-    case = drawn(SHAPE, blocks, positions, 2)
+    case = drawn(shape, blocks, positions, 2)
     truth, xla = exact_step(case), emulated.expected(case)
     first = on_devices(monkeypatch, case, devices, SEED, kernel)
     for logits, _ in first[1:]:

@@ -14,6 +14,7 @@ from tests.kernels.emulated_step import (
     SEED,
     SMALL,
     TURNS,
+    UNEVEN,
     Inputs,
     check,
     check_size,
@@ -42,6 +43,7 @@ pytestmark = pytest.mark.emulated
         (PARTS, 15, [3, 9, 20, 31, 63], 1, "bfloat16"),
         # The only one that finds an input's stage filled before it was read.
         (GROUPS[8], 11, [*range(64)], 1, "bfloat16"),
+        (UNEVEN, 9, [40, 3, 9, 20, 31], 1, "bfloat16"),
     ],
 )
 def test_many_rows(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:

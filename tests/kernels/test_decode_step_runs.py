@@ -14,6 +14,7 @@ from tests.kernels.emulated_step import (
     SEED,
     SMALL,
     TINY,
+    UNEVEN,
     Inputs,
     check,
     check_size,
@@ -44,6 +45,7 @@ pytestmark = pytest.mark.emulated
         (TINY, 16, [*range(16)], 1, "float16"),
         # The last slot of the last page.
         (SMALL, 7, [383, 256, 127], 3, "bfloat16"),
+        (UNEVEN, 7, [40, 3], 1, "bfloat16"),
     ],
 )
 def test_no_worse_than_xla_and_the_same_in_every_order(

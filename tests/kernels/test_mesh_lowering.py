@@ -33,6 +33,8 @@ from tests.mesh.eight import collectives
 DTYPE = jnp.dtype(jnp.bfloat16)
 CONFIG = ModelConfig(1, 3584, 28, 4, 128, 18944, 152064, 4 * PAGE, 1e6, 1e-6, False)
 """A layer of 7B."""
+UNEVEN = ModelConfig(1, 8192, 64, 8, 128, 29568, 152064, 4 * PAGE, 1e6, 1e-6, False)
+"""One of 72B, of whose feed-forward two devices have 115.5 tiles each."""
 
 PAGES = 513
 """Of a pool larger than all else that a step needs."""
@@ -61,8 +63,8 @@ def by_name(split: Split) -> Any:
     return SplitWeights(named, CONFIG, split)
 
 
-def packed(split: Split, stored: str = DTYPE.name) -> Any:
-    plan = plan_for(split.part(CONFIG), stored)
+def packed(split: Split, stored: str = DTYPE.name, config: ModelConfig = CONFIG) -> Any:
+    plan = plan_for(split.part(config), stored)
     granules, words = plan.stream_shape
 
     def shaped(dims: tuple[int, ...], dtype: Any, axis: int | None) -> ShapeDtypeStruct:
@@ -70,11 +72,11 @@ def packed(split: Split, stored: str = DTYPE.name) -> Any:
 
     stream = shaped((split.size * granules, words), jnp.uint32, 0)
     bias = shaped((1, split.size * plan.shape.qkv), jnp.float32, 1)
-    norms = shaped((3, CONFIG.hidden_size), jnp.float32, None)
+    norms = shaped((3, config.hidden_size), jnp.float32, None)
     offsets = tuple(shaped(x.shape, jnp.int32, None) for x in plan.tile_offsets)
-    embed = shaped((CONFIG.vocab_size, CONFIG.hidden_size), DTYPE, 0)
+    embed = shaped((config.vocab_size, config.hidden_size), DTYPE, 0)
     given = Packed(stream, bias, norms, offsets)  # type: ignore[arg-type]
-    return SplitPacked(given, embed, CONFIG, plan, DTYPE, "mosaic_gpu", split)  # type: ignore[arg-type]
+    return SplitPacked(given, embed, config, plan, DTYPE, "mosaic_gpu", split)  # type: ignore[arg-type]
 
 
 def lowered(
@@ -82,10 +84,11 @@ def lowered(
     function: Callable[..., Any],
     *arguments: Any,
     weights: Callable[[Split], Any] = by_name,
+    config: ModelConfig = CONFIG,
     **how: Any,
 ) -> Any:
     """For CUDA."""
-    spec = Spec(CONFIG, DTYPE, DTYPE, valid_tokens=CONFIG.vocab_size, split=split)
+    spec = Spec(config, DTYPE, DTYPE, valid_tokens=config.vocab_size, split=split)
     made = jax.eval_shape(lambda: create_pages(spec.cached, PAGES, DTYPE))
     others = jax.tree.map(functools.partial(placed, split), arguments)
     given = (weights(split), placed(split, made, HEADS), *others)
@@ -173,13 +176,28 @@ def test_a_step_is_a_kernel_on_each_device(tp: int, rows: int, stored: str, exch
 
 @pytest.mark.lower
 @pytest.mark.usefixtures("as_if_on_hopper")
-@pytest.mark.parametrize("stored", ["bfloat16", "q4_k"])
-def test_prefill_multiplies_with_each_devices_stream(stored: str) -> None:
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_step_of_parts_that_are_not_whole_tiles(rows: int) -> None:
+    weights = functools.partial(packed, config=UNEVEN)
+    program = decoding(mesh(2), rows, weights=weights, config=UNEVEN)
+    assert any(f"tensor<{rows}x{UNEVEN.vocab_size}xf32>" in call for call in kernels(program))
+    if hopper.compiles():
+        assert collectives(program.compile().as_text()) == {"all-reduce": 1}
+
+
+@pytest.mark.lower
+@pytest.mark.usefixtures("as_if_on_hopper")
+@pytest.mark.parametrize(
+    ("stored", "config"), [("bfloat16", CONFIG), ("q4_k", CONFIG), ("bfloat16", UNEVEN)]
+)
+def test_prefill_multiplies_with_each_devices_stream(stored: str, config: ModelConfig) -> None:
     split, tables = mesh(2), ShapeDtypeStruct((8, 4), jnp.int32)
     row, tokens = ShapeDtypeStruct((8,), jnp.int32), ShapeDtypeStruct((8, 64), jnp.int32)
     score = steps.score.__wrapped__
-    weights = functools.partial(packed, stored=stored)
-    program = lowered(split, score, tables, tokens, row, row, tokens, weights=weights)
+    weights = functools.partial(packed, stored=stored, config=config)
+    program = lowered(
+        split, score, tables, tokens, row, row, tokens, weights=weights, config=config
+    )
     # Attention, a layer's four products and the head's.
     assert len(kernels(program)) == 6
     if hopper.compiles():

@@ -18,7 +18,16 @@ from pallas_kernels.packed_product.outputs import Outputs
 from pallas_kernels.packed_product.pieces import Shape
 from pallas_kernels.packed_product.tiling import M_TILES, MOST_ROWS, Tiling
 from tests.kernels import hopper
-from tests.kernels.emulated_step import SEED, SMALL, Case, drawn, install_pallas, relative
+from tests.kernels.emulated_step import (
+    SEED,
+    SMALL,
+    UNEVEN,
+    UNEVEN_BLOCKS,
+    Case,
+    drawn,
+    install_pallas,
+    relative,
+)
 from tests.kernels.simt import Machine, Role
 from tests.kernels.simt_thread import install
 from tests.kernels.streams import matrices
@@ -29,6 +38,7 @@ QKV, DOWN = 0, 3
 WIDE = ModelShape(1, 256, 4, 2, 64, 640, 272, 1e-6)
 """M-tiles of the head and of gate and up that are no multiple of eight."""
 MIXED = ("q4_k", "q6_k", "q2_k", "q4_1", "q8_0")
+BUILD = mosaic_gpu._build.__wrapped__
 
 
 @functools.cache
@@ -48,9 +58,23 @@ def emulated(
     """What the kernel writes."""
     plan = case.plan
     this, (name,) = plan.phases[phase], {*plan.stored(phase, 0)}
-    at = plan.at(phase, 0)
     shape = Shape(name, this.m_tiles, this.across, len(x), phase == GATE_UP, plan.granule_bytes)
-    made: list[Any] = []
+    arranged = mosaic_gpu._arranged(jnp.asarray(x), tiling.rows)
+    given = (case.packed.stream, plan.at(phase, 0), arranged, scales)
+    return launched(patch, shape, tiling, plan.blocks, outputs)(*given)
+
+
+def launched(
+    patch: pytest.MonkeyPatch, shape: Shape, tiling: Tiling, blocks: int, outputs: Outputs
+) -> Callable[..., np.ndarray]:
+    """A kernel of a stream, where tiles begin in it, arranged inputs and scales."""
+    return functools.partial(_launched, patch, (shape, tiling, blocks, outputs))
+
+
+def _launched(
+    patch: pytest.MonkeyPatch, built: tuple[Shape, Tiling, int, Outputs], *given: Any
+) -> np.ndarray:
+    blocks, made = built[2], []  # type: ignore[var-annotated]
 
     def kept(body: Callable[..., None], **how: Any) -> Callable[..., None]:
         made.append((body, how))
@@ -58,14 +82,12 @@ def emulated(
 
     with patch.context() as inner:
         inner.setattr(mosaic_gpu.compat, "kernel", kept)
-        mosaic_gpu._build.__wrapped__(shape, tiling, plan.blocks, outputs)
+        BUILD(*built)
         ((body, how),) = made
         (words,) = (each.shape[0] for each in how["scratch_types"])
         # Copies fill all but the barriers.
-        machine = Machine(plan.blocks, 4 * words, (0, 4 * words), SEED)
+        machine = Machine(blocks, 4 * words, (0, 4 * words), SEED)
         out = how["out_type"]
-        arranged = np.asarray(mosaic_gpu._arranged(jnp.asarray(x), tiling.rows))
-        given = (case.packed.stream, at, arranged, scales)
         refs = [machine.array(np.asarray(each)) for each in given]
         size = int(np.prod(out.shape)) * out.dtype.itemsize
         y = machine.array(np.random.default_rng(SEED).integers(0, 256, size, np.uint8))
@@ -74,7 +96,7 @@ def emulated(
         machine.run(
             [
                 (Role(block, first, count), lambda: body(*refs, y, 0))
-                for block in range(plan.blocks)
+                for block in range(blocks)
                 for first, count in ((0, 256), (256, 32), (288, 96))
             ]
         )
@@ -163,6 +185,35 @@ def test_gated_products(
     print(f"seed {SEED}: {relative(found.astype(np.float64), truth):.2e}")
     rounding = {"bfloat16": 2**-8, "float32": 2**-19}[outputs.dtype]
     assert relative(found.astype(np.float64), truth) <= rounding + (2**-9 if stored == MIXED else 0)
+
+
+@pytest.mark.emulated
+@pytest.mark.usefixtures("as_if_on_hopper")
+@pytest.mark.parametrize("stored", ["bfloat16", ("q4_k", "q6_k", "q4_k", "q5_1", "q8_0")])
+@pytest.mark.parametrize("itself", [True, False])
+def test_a_feed_forward_that_is_not_whole_tiles(
+    monkeypatch: pytest.MonkeyPatch, stored: str | tuple[str, ...], itself: bool
+) -> None:
+    """What pads it stays inside, be it by a kernel that gates or by one that doesn't."""
+    monkeypatch.setattr(mosaic_gpu, "_build", functools.partial(launched, monkeypatch))
+    monkeypatch.setattr(mosaic_gpu, "gates_itself", lambda *_: itself)
+    case = case_of(UNEVEN if stored == "bfloat16" else UNEVEN_BLOCKS, stored)
+    packed, plan, ffn = case.packed, case.plan, case.plan.shape.ffn
+    gate_up, down = (
+        np.asarray(matrices(packed, plan)[phase, 0], np.float64) for phase in (GATE_UP, DOWN)
+    )
+    assert (gate_up.shape, down.shape) == ((2 * ffn, 256), (256, ffn))
+    x = np.random.default_rng(SEED).standard_normal((20, 256)).astype("bfloat16")
+    multiplied: dict[str, Any] = {"implementation": "mosaic_gpu"}
+    both = packed_product(packed, plan, GATE_UP, 0, jnp.asarray(x), dtype="float32", **multiplied)
+    truth = x.astype(np.float64) @ gate_up.T
+    assert both.shape == truth.shape and relative(np.asarray(both), truth) <= 2**-11
+    gate, up = np.split(truth, 2, axis=1)
+    found = packed_feed_forward(packed, plan, 0, jnp.asarray(x), **multiplied)
+    truth = (gate / (1 + np.exp(-gate)) * up) @ down.T
+    assert found.shape == truth.shape
+    # Four roundings at most, of gate, up, their product and the result, each of 2^-9.
+    assert relative(np.asarray(found, np.float64), truth) <= 2**-7
 
 
 @given(

@@ -64,10 +64,11 @@ class Layout:
         shape = plan.shape
         query = shape.heads * shape.head_dim
         parts = plan.phases[DOWN].parts * devices
-        widths = (shape.qkv, query, shape.hidden, shape.ffn, parts * shape.hidden, shape.hidden)
+        d, ffn = shape.hidden, shape.packed_ffn
+        widths = (shape.qkv, query, d, ffn, parts * d, d)
         several = splits if splits > 1 else 0
         split = (query * several, 2 * shape.heads * several)
-        o_parts = shape.hidden * (devices if devices > 1 else 0)
+        o_parts = d * (devices if devices > 1 else 0)
         return cls.aligned(rows * width for width in (*widths, *split, o_parts))
 
     @property

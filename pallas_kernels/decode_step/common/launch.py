@@ -104,16 +104,16 @@ def unfit(plan: StepPlan, cache: DTypeLike) -> str | None:
             return f"the weights are {storage.name}, not one of {', '.join(known)}"
     if jnp.dtype(cache).name not in FORMATS:
         return f"the cache is {jnp.dtype(cache).name}, not {' or '.join(FORMATS)}"
-    for out, columns in shape.matrices:
+    for out, columns in shape.packed_matrices:
         if out % M_TILE or columns % K_TILE:
             return f"a matrix of {out} x {columns} is not made of {M_TILE} x {K_TILE} tiles"
-    for phase in plan.phases:
+    for phase, (_, columns) in zip(plan.phases, shape.matrices, strict=True):
         if len({storage.format for storage in phase.storages}) > 1:
             names = " and ".join(storage.name for storage in phase.storages)
             return f"products with {names} are taken in different formats, of one input"
         for storage in phase.storages:
-            if phase.across % storage.tiles:
-                return f"rows of {phase.columns} numbers are not whole blocks of {storage.name}"
+            if columns % storage.block:
+                return f"rows of {columns} numbers are not whole blocks of {storage.name}"
     if shape.head_dim not in HEAD_DIMS:
         return f"the head dimension is {shape.head_dim}, neither 64 nor 128"
     if shape.group > 8:

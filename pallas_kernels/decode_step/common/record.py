@@ -64,7 +64,7 @@ class RecordLayout:
             "queries": rows * query // 2,
             "attn_out": rows * query,
             "attn_residual": rows * shape.hidden,
-            "ffn_act": rows * shape.ffn,
+            "ffn_act": rows * shape.packed_ffn,
             "down_parts": plan.phases[DOWN].parts * rows * shape.hidden,
             "hidden": rows * shape.hidden,
             "normed": 0,

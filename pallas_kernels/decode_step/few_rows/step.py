@@ -90,7 +90,7 @@ class Step(Phases):
         return t.rsqrt(self.inputs.mean_square(row, shape.hidden) + shape.eps)
 
     def publish_ffn_act(self, row: V, column: V, values: list[V], layer: Layer) -> None:
-        width = self.plan.shape.ffn
+        width = self.plan.shape.packed_ffn
         kept = self.exchange.kept(Recorded.FFN_ACT, layer.index, row, width, column)
         publish(self._word(Section.FFN_ACT, width, row, column), values, layer.flag, kept)
 

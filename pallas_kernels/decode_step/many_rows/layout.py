@@ -37,7 +37,7 @@ def layout_of(plan: StepPlan, inputs: InputLayout, splits: int, devices: int = 1
     sizes = [*of_few.sizes, shape.hidden // M_TILE * MOST_ROWS, 1]
     sizes[Section.ATTN_RESIDUAL] = 0
     for phase, section in SECTIONS.items():
-        sizes[section] = inputs.words(shape.matrices[phase][1])
+        sizes[section] = inputs.words(plan.phases[phase].columns)
     return Layout.aligned(sizes)
 
 
@@ -46,7 +46,7 @@ def record_layout(plan: StepPlan, inputs: InputLayout) -> RecordLayout:
     shape = plan.shape
     words = {
         "attn_out": inputs.words(shape.heads * shape.head_dim),
-        "ffn_act": inputs.words(shape.ffn),
+        "ffn_act": inputs.words(shape.packed_ffn),
         "normed": inputs.words(shape.hidden),
         "scales": MOST_ROWS,
     }

@@ -81,6 +81,10 @@ class Blocks(Storage):
         return max(1, self.block // K_TILE)
 
     @property
+    def piece(self) -> int:
+        return self.tiles * K_TILE // self.block * self.block_bytes
+
+    @property
     def planes(self) -> tuple[Plane, ...]:
         return tuple(map(Plane, self.bits))
 

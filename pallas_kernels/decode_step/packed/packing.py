@@ -68,7 +68,18 @@ def in_order(plan: StepPlan, phase: int, tiles: Any) -> Any:
     grid = tiles.reshape(p.m_tiles, p.across, 2, 8, K_TILE).transpose(0, 2, 3, 1, 4)
     if phase == GATE_UP:
         grid = grid.swapaxes(0, 1)
-    return grid.reshape(p.out, p.columns)
+    out, columns = plan.shape.matrices[phase]
+    halves = 2 if phase == GATE_UP else 1
+    whole = grid.reshape(halves, p.out // halves, p.columns)
+    return whole[:, : out // halves, :columns].reshape(out, columns)
+
+
+def own_outputs(plan: StepPlan, phase: int, y: Any) -> Any:
+    """A phase's outputs, `[..., out]`, without those that pad them in the stream."""
+    out, _ = plan.shape.matrices[phase]
+    halves = 2 if phase == GATE_UP else 1
+    grid = y.reshape(*y.shape[:-1], halves, plan.phases[phase].out // halves)
+    return grid[..., : out // halves].reshape(*y.shape[:-1], out)
 
 
 def empty_stream(plan: StepPlan) -> UInt32[Array, "granules words"]:
@@ -79,31 +90,45 @@ def tile_offsets(plan: StepPlan) -> tuple[Int[Array, "rows each"], ...]:
     return tuple(map(jnp.asarray, plan.tile_offsets))
 
 
-def _granules(at: Int[Array, "n"], count: int) -> Int[Array, "n count"]:
+def _granules(at: Int[Array, "*n"], count: int) -> Int[Array, "*n count"]:
     """Those of tiles that begin there."""
-    return at[:, None] + jnp.arange(count, dtype=at.dtype)
+    return at[..., None] + jnp.arange(count, dtype=at.dtype)
 
 
 def _put_matrix(
     stream: UInt32[Array, "granules words"],
-    at: Int[Array, "n"],
+    at: Int[Array, "m_tiles across"],
     matrix: Shaped[Array, "out width"],
     halves_apart: bool,
     stored: str,
 ) -> UInt32[Array, "granules words"]:
-    storage, (out, width) = STORAGES[stored], matrix.shape
-    m_tiles = out // M_TILE
-    pieces = len(at) // m_tiles // storage.tiles
+    storage, (m_tiles, across) = STORAGES[stored], at.shape
+    pieces = across // storage.tiles
     # An M-tile of gate and up holds eight outputs of each, so that their product is made in place.
     halves = (2, m_tiles) if halves_apart else (m_tiles, 2)
-    grid = matrix.reshape(*halves, 8, pieces, width // pieces)
+    grid = _padded(matrix, m_tiles * M_TILE, pieces * storage.piece, storage.piece, halves_apart)
+    grid = grid.reshape(*halves, 8, pieces, storage.piece)
     if halves_apart:
         grid = grid.swapaxes(0, 1)
-    rows = grid.transpose(0, 3, 1, 2, 4).reshape(-1, M_TILE, width // pieces)
-    words = storage.words(rows).reshape(len(at), -1, stream.shape[1])
-    return stream.at[_granules(at, words.shape[1])].set(words, unique_indices=True)
+    rows = grid.transpose(0, 3, 1, 2, 4).reshape(-1, M_TILE, storage.piece)
+    words = storage.words(rows).reshape(m_tiles, across, -1, stream.shape[1])
+    return stream.at[_granules(at, words.shape[2])].set(words, unique_indices=True)
+
+
+def _padded(
+    matrix: Shaped[Array, "out width"], rows: int, columns: int, piece: int, halves_apart: bool
+) -> Shaped[Array, "rows columns"]:
+    """With zeros up to whole tiles: after each half's outputs, and after an output's inputs."""
+    halves = 2 if halves_apart else 1
+    out, width = matrix.shape
+    more, wider = (rows - out) // halves, columns - width
+    most = K_TILE if halves_apart else 1
+    if out % halves or not (0 <= more < most and 0 <= wider < piece):
+        raise ValueError(f"a matrix of {out} x {width} is not one of {rows} x {columns}")
+    grid = jnp.pad(matrix.reshape(halves, -1, width), ((0, 0), (0, more), (0, wider)))
+    return grid.reshape(rows, columns)
 
 
 put_matrix = jax.jit(_put_matrix, donate_argnums=0, static_argnums=(3, 4))
-"""Puts a matrix, as the storage of that name takes it, at the tiles of `StepPlan.at`; the stream is
-donated. `halves_apart` is for gate and up."""
+"""Puts a matrix, as the storage of that name takes it, at the tiles of `StepPlan.at`, which it is
+padded to fill; the stream is donated. `halves_apart` is for gate and up."""

@@ -17,11 +17,17 @@ TILE_BYTES = WARPS * FRAGMENT_BYTES
 class Numbers(Storage):
     """Numbers of one dtype as they are, fragment after fragment; kernels take those of 16 bits."""
 
+    block = 1
+
     def __init__(self, name: str):
         self.name = name
         self.dtype = self.inputs = jnp.dtype(name)
         self.tile_bytes = M_TILE * K_TILE * self.dtype.itemsize
         self.format = FORMATS.get(name)
+
+    @property
+    def piece(self) -> int:
+        return K_TILE
 
     def words(self, pieces: Shaped[Array, "n 16 128"]) -> UInt32[Array, "n words"]:
         return fragments(joined(pieces.astype(self.dtype)))

@@ -5,6 +5,10 @@ some M-tiles whole, so that what it writes is final. Only the down projection, w
 longer than its output, is cut along its columns as well: into parts, each the work of some of
 the blocks, whose sums are added up afterwards. Which block computes what is a table, so that
 every block reads about as many bytes a layer.
+
+A feed-forward that isn't whole tiles is padded in the stream: rows of gate and up and columns of
+the down projection that are zero add silu(0) * 0 = 0 to every sum. What is read back is without
+them.
 """
 
 import dataclasses
@@ -53,8 +57,22 @@ class ModelShape:
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
         """(out, in) of QKV, output, gate and up, and down projection; then the head."""
+        return self._matrices(self.ffn)
+
+    @property
+    def packed_ffn(self) -> int:
+        """`ffn` as the weight stream has it, whole tiles of the down projection's columns; so many
+        rows of gate and of up are whole M-tiles, too, of eight of each."""
+        return -(-self.ffn // K_TILE) * K_TILE
+
+    @property
+    def packed_matrices(self) -> tuple[tuple[int, int], ...]:
+        """`matrices` as the weight stream has them."""
+        return self._matrices(self.packed_ffn)
+
+    def _matrices(self, ffn: int) -> tuple[tuple[int, int], ...]:
         d, q = self.hidden, self.heads * self.head_dim
-        return (self.qkv, d), (d, q), (2 * self.ffn, d), (d, self.ffn), (self.vocab, d)
+        return (self.qkv, d), (d, q), (2 * ffn, d), (d, ffn), (self.vocab, d)
 
 
 class Stored(NamedTuple):
@@ -81,7 +99,7 @@ class Phase:
     Attributes:
         storages: that its weights have in any layer.
         begins: the first M-tile of each segment, all of which a layer stores alike.
-        out, columns: of the matrix, `[out, in]`.
+        out, columns: of the matrix as the stream has it, `[out, in]`.
         parts: how many its columns are divided into.
         part: the part each block works on.
         first: the first M-tile of each block.
@@ -220,7 +238,7 @@ class StepPlan:
         made: dict[int, Phase] = {}
         load = np.zeros(blocks)
         for phase in (DOWN, GATE_UP, QKV, O_PROJ, HEAD):
-            out, columns = shape.matrices[phase]
+            out, columns = shape.packed_matrices[phase]
             parts = _parts(out, columns, shape.hidden, blocks) if phase == DOWN else 1
             part, count = np.arange(blocks) % parts, np.zeros(blocks, int)
             first = np.zeros(blocks, int)
@@ -288,9 +306,10 @@ class StepPlan:
         return (*map(self._tile_offsets, range(HEAD + 1)), self.starts)
 
     def at(self, phase: int, layer: int, segment: int | None = None) -> np.ndarray:
-        """The first granules of a phase's tiles, or a segment's, M-tile after M-tile."""
+        """The first granules of a phase's tiles, or a segment's: `[m_tiles, across]`."""
         found: np.ndarray = self.begin(self.tile_offsets, phase, layer)
-        return found if segment is None else found[self.tiles_of(phase, segment)]
+        chosen = found if segment is None else found[self.tiles_of(phase, segment)]
+        return chosen.reshape(-1, self.phases[phase].across)
 
     def begin(self, tile_offsets: Sequence[Any], phase: int, layer: int) -> Any:
         """The same of all of a phase's tiles, from `tile_offsets` wherever they lie."""

@@ -39,6 +39,7 @@ class Storage(abc.ABC):
         name: in `STORAGES`.
         tile_bytes: of a tile in the stream.
         tiles: that come together where a matrix is put into the stream.
+        block: inputs of an output that are stored together, of which a matrix has whole ones.
         spread: tiles that a block's eight warps take together; so many times 16 inputs are a
             warp's.
         units: what the products of `groups` count, of outputs g and of outputs g + 8; powers of
@@ -53,6 +54,7 @@ class Storage(abc.ABC):
     name: str
     tile_bytes: int
     tiles: int = 1
+    block: int
     spread: int = 1
     units: tuple[float, float] = (1.0, 1.0)
     addends: bool = False
@@ -60,10 +62,15 @@ class Storage(abc.ABC):
     inputs: jnp.dtype
     format: Format | None
 
+    @property
+    @abc.abstractmethod
+    def piece(self) -> int:
+        """How much a matrix has for an output's inputs of `tiles` tiles, in numbers or bytes."""
+
     @abc.abstractmethod
     def words(self, pieces: Shaped[Array, "n 16 piece"]) -> UInt32[Array, "n words"]:
         """Tiles as the stream has them, from what a matrix has for each output's inputs of
-        `tiles` tiles.
+        `tiles` tiles. Zeros, be they numbers or bytes, are weights of zero.
         """
 
     @abc.abstractmethod

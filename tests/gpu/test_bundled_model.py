@@ -38,3 +38,19 @@ def test_every_operation_has_a_kernel_for_it() -> None:
     model = qwen_jax.load(dtype="bfloat16", implementation="mosaic_gpu", slots=4)
     assert isinstance(model.engine.weights, PackedWeights)
     assert haiku("bfloat16", "mosaic_gpu", 4) == haiku("float32", "xla", len(WORDS))
+
+
+def test_a_haiku_held_to_its_form() -> None:
+    """By masks at first, then let go: the same, beside answers that nobody would give."""
+    model = qwen_jax.load(dtype="bfloat16", slots=len(WORDS))
+    assert model.engine.layout.unmasked
+    line = "[a-z',. -]+"
+    form = qwen_jax.Constraint.regex(f"{line}\\n{line}\\n{line}")
+    prompts = [f"haiku: {word}" for word in WORDS]
+    for _ in range(2):
+        found = model.generate(prompts, constraint=form, max_tokens=40)
+        assert [one.text for one in found] == haiku("float32", "xla", len(WORDS))
+    (agreement,) = model.engine.agreements.values()
+    assert agreement.run > 100
+    odd = model.generate(prompts, constraint=qwen_jax.Constraint.regex("[xyz]{20}"), max_tokens=40)
+    assert all(set(one.text) <= set("xyz") and len(one.text) == 20 for one in odd)

@@ -1,13 +1,12 @@
 """Texts through one engine: each as if alone, in order, whoever waits, ends early or is left."""
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qwen_jax.engine import line, steps
+from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.texts import News, Text
@@ -325,67 +324,6 @@ def test_who_can_wait_for_nobody_of_its_own_is_told_so() -> None:
     second.close()
     while not first.idle:
         first.turn()
-    assert engine.pool.available == engine.pool.size
-
-
-def test_who_waits_for_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has its turn in the order of asking, unless it has stopped asking; gives up in the end."""
-    engine = many_rows(384)
-    first, second, third = (Scheduler(engine) for _ in range(3))
-
-    def elsewhere(*schedulers: Scheduler) -> None:
-        with ThreadPoolExecutor(1) as pool:
-            for scheduler in schedulers:
-                pool.submit(scheduler.turn).result()
-
-    first.add(Text(random_tokens(CONFIG, 300), 50))
-    elsewhere(first)
-    long, short = Text(random_tokens(CONFIG, 200), 50), Text(random_tokens(CONFIG, 3), 50)
-    second.add(long)
-    third.add(short)
-    assert second.turn() == third.turn() == []
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="hold the whole cache"):
-        patch.setattr(line, "STUCK", 0.0)
-        second.turn()
-    while not first.idle:
-        elsewhere(first)
-    assert third.turn() == [] and not short.pages
-    second.turn()
-    third.turn()
-    assert long.pages and short.pages
-    second.close()
-    third.close()
-    assert engine.pool.available == engine.pool.size
-    gone, next_one = Scheduler(engine), Scheduler(engine)
-    first.add(Text(random_tokens(CONFIG, 300), 50))
-    elsewhere(first)
-    for scheduler in (gone, next_one):
-        scheduler.add(Text(random_tokens(CONFIG, 3), 50))
-        assert scheduler.turn() == []
-    first.close()
-    monkeypatch.setattr(line, "GONE", 0.0)
-    assert next_one.turn() is not None and next_one._entrance.held == 1
-    for scheduler in (gone, next_one):
-        scheduler.close()
-    assert engine.pool.available == engine.pool.size
-
-
-def test_many_threads() -> None:
-    """Each with texts of its own, of which few fit together: all are what they are alone."""
-    engine = many_rows(512)
-    asked = [(random_tokens(CONFIG, 5 + 29 * (i % 12), i), 3 + 7 * (i % 9)) for i in range(24)]
-
-    def answer(given: tuple[list[int], int]) -> list[int]:
-        text, scheduler = Text(*given), Scheduler(engine)
-        scheduler.add(text)
-        found = list[int]()
-        while not scheduler.idle:
-            found += [token for news in scheduler.turn() for token in news.tokens]
-        return found
-
-    alone = [answer(one) for one in asked]
-    with ThreadPoolExecutor(12) as pool:
-        assert list(pool.map(answer, asked)) == alone
     assert engine.pool.available == engine.pool.size
 
 

@@ -13,7 +13,6 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import calls, steps
 from qwen_jax.engine.compiling import Programs, compile_ahead
 from qwen_jax.engine.layout import EngineOptions, Layout
-from qwen_jax.engine.line import Line
 from qwen_jax.engine.memory import show_bytes
 from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.sampling import IN_HALVES, Plan
@@ -47,7 +46,6 @@ class Engine:
         draft: the draft model, where there is one; its pages are used as this one's are.
         others: engines of the same model on other devices, which take a share of its texts.
         agreements: by form of a constraint.
-        line: of schedulers that share its pages.
         lock: held by who deals pages out or calls a program, which takes the pool along.
     """
 
@@ -67,7 +65,6 @@ class Engine:
         self.agreements: weakref.WeakKeyDictionary[Hashable, Agreement] = (
             weakref.WeakKeyDictionary()
         )
-        self.line = Line()
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
         self._rows: set[tuple[int, Plan, bool]] = set()

@@ -13,6 +13,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.extending import Pieces
 from qwen_jax.engine.shapes import Piece, pieces_of
 from qwen_jax.engine.texts import NO_SLOT, News, Text
+from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE, pages_for
 
 MOST_CALLS = 4
@@ -34,15 +35,12 @@ class Entrance:
     Attributes:
         waiting: texts that have no pages yet.
         entering: those that have, with what is still to be put into the cache.
-        held: how many have pages, those that run among them.
-        blocked: whether nothing can be done but wait for other schedulers' pages.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self.waiting: deque[Text] = deque()
         self.entering: deque[tuple[Text, deque[Piece]]] = deque()
-        self.held, self.blocked = 0, False
         self._slots = list(reversed(range(engine.shapes.slots)))
         self._patience = PATIENCE
         self._scores: dict[Text, list[steps.Scored]] = {}
@@ -58,22 +56,20 @@ class Entrance:
             busy: whether there is something that will make room.
 
         Raises:
-            UserError: there is nothing to wait for: other schedulers' texts hold the pages, and
-                can't go on.
+            UserError: there is nothing to wait for: other schedulers' texts hold the pages.
         """
-        line, self.blocked = self._engine.line, False
         while self.waiting and (self._slots or self.waiting[0].score_from is not None):
             text = self.waiting[0]
-            if not (line.is_first(self) and self._seat(text)):
-                line.wait(self)
-                self.blocked = not (self.entering or busy)
-                if self.blocked:
-                    line.check(self)
-                return
+            if not self._seat(text):
+                if not (self.entering or busy):
+                    raise UserError(
+                        "Other texts that are being generated hold the whole cache; finish them, "
+                        "or close their generators."
+                    )
+                break
             self.waiting.popleft()
             pieces = deque(pieces_of(text.shared_tokens, text.entering, self._engine.shapes))
             self.entering.append((text, pieces))
-        line.leave(self)
 
     def _seat(self, text: Text) -> bool:
         """Gives a text its pages and its slot, if there is room."""
@@ -86,7 +82,6 @@ class Entrance:
             return False
         text.shared_tokens = len(pages) * PAGE
         text.pages = pages + pool.take(needed)
-        self.held += 1
         for page, key in zip(text.pages, text.keys, strict=False):
             pool.remember(page, key, self)
         if text.score_from is None:
@@ -99,7 +94,6 @@ class Entrance:
             self._slots.append(text.slot)
             text.slot = NO_SLOT
         self._engine.pool.release(text.pages)
-        self.held -= bool(text.pages)
         text.pages = []
 
     def forget_entering(self) -> None:

@@ -7,14 +7,12 @@ may need until its end, so that nothing that runs is ever thrown out, and everyt
 """
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Iterator
 
 from qwen_jax.engine.decoding import Decoding, Steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.entering import Entrance, Scoring
-from qwen_jax.engine.line import PAUSE
 from qwen_jax.engine.texts import News, Text
 
 
@@ -57,7 +55,6 @@ class Scheduler:
         with self.engine.lock:
             if text in self._entrance.waiting:
                 self._entrance.waiting.remove(text)
-                self.engine.line.leave(self._entrance)
             elif not self._entrance.is_entering(text):
                 self._decoding.leave(text)
 
@@ -70,23 +67,21 @@ class Scheduler:
             left = [text for text, _ in itertools.chain(entrance.entering, *scored)]
             for text in [*entrance.waiting, *self._decoding.running, *left]:
                 self._decoding.leave(text)
-            self.engine.line.leave(entrance)
 
     def turn(self) -> list[News]:
         """Does what can be done now, and tells what is known by then: `start`, and `news`."""
-        self.start()
-        return self.news()
+        with self.engine.lock:
+            self.start()
+            return self.news()
 
     def start(self) -> None:
-        """Hands the device what can be done now; where only others can, it waits a moment.
+        """Hands the device what can be done now.
 
         Raises:
-            UserError: there is nothing to wait for: other schedulers' texts hold the pages, and
-                can't go on.
+            UserError: there is nothing to wait for: other schedulers' texts hold the pages.
         """
         with self.engine.lock:
             self.engine.revive()
-            self.engine.line.turn(self._entrance)
             running = self._decoding.running
             self._entrance.admit(busy=bool(running or self._calls))
             for one in self._entrance.extend(len(running)):
@@ -95,8 +90,6 @@ class Scheduler:
                 else:
                     self._calls.append(one)
             self._calls += self._decoding.step()
-        if self._entrance.blocked:
-            time.sleep(PAUSE)
 
     def news(self) -> list[News]:
         """What is known by now.

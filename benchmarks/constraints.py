@@ -171,10 +171,7 @@ def measured(engine: Engine, texts: Sequence[Text], tokens: int) -> Measured:
                 Timed.seconds, waits[:] = [], []
             elif begun is not None and (ended or least >= SETTLED + tokens):
                 break
-    for text in texts:
-        line.cancel(text)
-    while not line.idle:
-        line.turn()
+    line.close()
     clock, busy, steps = (b - a for a, b in zip(begun, now, strict=True))
     each = clock, busy, sum(waits), sum(Timed.seconds)
     return Measured(*(seconds / steps for seconds in each))

@@ -20,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,11 +93,12 @@ def collectives(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]
 
 
 def generated(engine: Engine, prompt: list[int], count: int) -> list[int]:
-    line, tokens = line_for(engine), []
-    line.add(Text(prompt, count))
-    while not line.idle:
-        for news in line.turn():
-            tokens += news.tokens
+    tokens = list[int]()
+    with closing(line_for(engine)) as line:
+        line.add(Text(prompt, count))
+        while not line.idle:
+            for news in line.turn():
+                tokens += news.tokens
     return tokens
 
 

@@ -30,6 +30,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.replicas import line_for
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.shared import Client
 from qwen_jax.engine.texts import Text
 from qwen_jax.engine.weights import prepare
 
@@ -60,14 +61,17 @@ def requests(
 
 def run(engine: Engine, texts: Sequence[Text], scheduler: Scheduler | None = None) -> float:
     """Seconds until the last token, with a scheduler of its own or one that is idle."""
-    line = scheduler or line_for(engine)
+    line: Client | Scheduler = scheduler or line_for(engine)
     start, waiting = time.perf_counter(), list(reversed(texts))
     while waiting or not line.idle:
         while waiting and line.wants_more:
             line.add(waiting.pop())
         line.turn()
     jax.block_until_ready([each.pages for each in (engine, *engine.others)])
-    return time.perf_counter() - start
+    taken = time.perf_counter() - start
+    if scheduler is None:
+        line.close()
+    return taken
 
 
 def ideal(engine: Engine, prompt_tokens: int, answer_tokens: int) -> tuple[float, float, float]:

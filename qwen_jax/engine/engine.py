@@ -17,6 +17,7 @@ from qwen_jax.engine.memory import show_bytes
 from qwen_jax.engine.pool import Pool
 from qwen_jax.engine.sampling import IN_HALVES, Plan
 from qwen_jax.engine.shapes import Shapes, fitting, pieces_of
+from qwen_jax.engine.shared import Shared
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.unmasked import Agreement
 from qwen_jax.engine.weights import PlainWeights, Weights
@@ -46,6 +47,7 @@ class Engine:
         draft: the draft model, where there is one; its pages are used as this one's are.
         others: engines of the same model on other devices, which take a share of its texts.
         agreements: by form of a constraint.
+        shared: what those share who ask for texts at the same time.
         lock: held by who deals pages out or calls a program, which takes the pool along.
     """
 
@@ -65,6 +67,7 @@ class Engine:
         self.agreements: weakref.WeakKeyDictionary[Hashable, Agreement] = (
             weakref.WeakKeyDictionary()
         )
+        self.shared = Shared()
         self.lock = threading.RLock()
         self._pages: jax.Array | None = None
         self._rows: set[tuple[int, Plan, bool]] = set()

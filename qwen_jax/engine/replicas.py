@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.shared import Client
 from qwen_jax.engine.texts import News, Text
 
 
@@ -62,6 +63,11 @@ class Replicas:
             self._texts[scheduler] -= 1
 
 
-def line_for(engine: Engine) -> Scheduler | Replicas:
-    """Where an engine's texts are to wait, and those of the same model elsewhere."""
-    return Replicas([engine, *engine.others]) if engine.others else Scheduler(engine)
+def line_for(engine: Engine) -> Client:
+    """Where texts of an engine, and of the same model elsewhere, are to wait. To be closed."""
+    engines = [engine, *engine.others]
+
+    def make() -> Scheduler | Replicas:
+        return Replicas(engines) if engine.others else Scheduler(engine)
+
+    return Client(engine.shared, make, sum(one.shapes.slots for one in engines))

@@ -1,5 +1,6 @@
 """Logits to token: distributions worked out by hand, formulas restated in NumPy, real draws."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -231,6 +232,34 @@ def test_greedy_takes_bias_and_penalties_but_no_filter() -> None:
     assert choose_rows(logits, [Sampling(logit_bias={2: 5.0})]).token[0] == 2
     tokens = counts([[]], [[0]], 4)
     assert choose_rows(logits, [Sampling(presence_penalty=2.0)], tokens=tokens).token[0] == 1
+
+
+_EXTREMES = {
+    "temperature": [0.0, 1e-9, 1e9],
+    "repetition_penalty": [1e-9, 1.0, 1e9],
+    "presence_penalty": [-1e9, 0.0, 1e9],
+    "frequency_penalty": [-1e9, 0.0, 1e9],
+}
+
+
+@pytest.mark.parametrize("bias", [-1e9, 0.0, 1e9])
+def test_whatever_is_asked_together_a_mask_holds(bias: float) -> None:
+    """All extremes that are accepted, of a token that is far from likely, and that a long text is
+    full of: no score overflows, or a token would win that is not allowed."""
+    rows = [
+        Sampling(**dict(zip(_EXTREMES, values, strict=True)), logit_bias={3: bias})
+        for values in itertools.product(*_EXTREMES.values())
+    ]
+    logits = jnp.asarray(np.tile([30.0, 20.0, 10.0, -1e5], (len(rows), 1)), jnp.float32)
+    full = Counts(
+        jnp.full((len(rows), 1), 0b1000, jnp.uint32), jnp.full((len(rows), 4), 131_072, jnp.int32)
+    )
+    allowed = jnp.full((len(rows), 1), 0b1000, jnp.uint32)
+    asked = columns(rows)._replace(masked=jnp.ones(len(rows), jnp.int32))
+    given = logits, asked, jnp.zeros(len(rows), jnp.int32), full, biases(rows, 4), allowed
+    choice = choose(*given, plan=Plan(True, 4), spec=spec_of(4))
+    np.testing.assert_array_equal(choice.token, 3)
+    assert not choice.banned.any()
 
 
 # ---- Formulas

@@ -30,8 +30,10 @@ from pallas_kernels.sample_tokens.mosaic_gpu import MOST_TOP
 from qwen_jax.engine.spec import Spec
 from qwen_jax.errors import UserError
 
-_LARGEST = 1e30
-"""Numbers beyond this, or nearer to 0 than its inverse, would overflow float32 logits."""
+_LARGEST = 1e9
+"""Of all numbers that scores are changed by, and the inverse of what they are divided by: so that
+none overflows float32, whatever is asked together (see the test). A score of -inf that is allowed
+would be no better than one that isn't."""
 
 
 def is_whole(value: Any) -> bool:
@@ -84,18 +86,18 @@ class Sampling:
             raise UserError(
                 f"sampling.logit_bias is {bias!r:.60}, but it must map token ids to numbers."
             )
-        within = f"from {-_LARGEST} to {_LARGEST}"
+        within = f"from {-_LARGEST:g} to {_LARGEST:g}"
         checks = {
             "temperature": (
                 self.temperature == 0 or 1 / _LARGEST <= self.temperature <= _LARGEST,
-                f"0 (greedy) or from {1 / _LARGEST:g} to {_LARGEST}",
+                f"0 (greedy) or from {1 / _LARGEST:g} to {_LARGEST:g}",
             ),
             "top_k": (0 <= self.top_k < 2**31, "from 0 (off) to 2147483647"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
             "repetition_penalty": (
                 1 / _LARGEST <= self.repetition_penalty <= _LARGEST,
-                f"from {1 / _LARGEST:g} to {_LARGEST}; 1 is off",
+                f"from {1 / _LARGEST:g} to {_LARGEST:g}; 1 is off",
             ),
             "presence_penalty": (abs(self.presence_penalty) <= _LARGEST, within),
             "frequency_penalty": (abs(self.frequency_penalty) <= _LARGEST, within),

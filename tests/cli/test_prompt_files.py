@@ -58,7 +58,7 @@ FILES = {
     b'{"prompt": "a", "id": NaN}\n': "line 1: id is nan, but it must be text or a whole number",
     b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n": "line 1: the number 99999",
     b'{"prompt": "a", "temperature": NaN}\n': "line 1: sampling.temperature is nan, but it must be",
-    b'{"prompt": "a", "temperature": 1e-31}\n': "must be 0 (greedy) or from 1e-30 to 1e+30.",
+    b'{"prompt": "a", "temperature": 1e-10}\n': "must be 0 (greedy) or from 1e-09 to 1e+09.",
     b'{"prompt": "a", "logit_bias": {"%s": 1}}\n' % (b"9" * 5000): "logit_bias has '9999",
     b'{"prompt": "a", "logit_bias": {"1": %s}}\n' % (b"9" * 400): "logit_bias has '1': 9999",
     b'{"prompt": "a", "logit_bias": {"1": 1, "01": 2}}\n': "logit_bias names token 1 twice",

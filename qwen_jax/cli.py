@@ -139,8 +139,11 @@ def _tell(text: str) -> None:
 class _Formatter(Formatter):
     """Messages that quote files."""
 
-    def format(self, record: LogRecord) -> str:
-        return terminal.message(super().format(record))
+    def formatMessage(self, record: LogRecord) -> str:
+        return terminal.message(super().formatMessage(record).rstrip("\n"))
+
+    def formatException(self, ei: Any) -> str:
+        return terminal.visible(super().formatException(ei))
 
 
 def _open_streams() -> None:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_jax.serving.limits import Key, Limits, host_is_local
 from qwen_jax.serving.metrics import Metrics
 from qwen_jax.serving.refusal import RefusalError
-from qwen_jax.terminal import visible
+from qwen_jax.terminal import one_line
 
 OPEN = ("/", "/health")
 """Paths that need no key: a page that asks for it, and what whoever restarts servers looks at."""
@@ -59,7 +59,7 @@ class Guard:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.ended(path, status, seconds)
             line = f"{scope['method']} {scope['path']:.200} {status} {seconds:.3f} s"
-            print(visible(line), file=sys.stderr, flush=True)
+            print(one_line(line), file=sys.stderr, flush=True)
 
     def _refusal(self, scope: Scope) -> RefusalError | None:
         headers = Headers(scope=scope)

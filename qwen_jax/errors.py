@@ -21,4 +21,8 @@ class UserError(Exception):
 
 
 class ContextFullError(UserError):
-    """A prompt is longer than the model's context, or leaves no room for an answer."""
+    """A prompt has more tokens than the model's context, or leaves no room for an answer."""
+
+    def __init__(self, text: str, *, tokens: int, context: int):
+        super().__init__(text)
+        self.tokens, self.context = tokens, context

@@ -55,9 +55,7 @@ def parse_object(
     """
     value = parse(text, source, allow_nan=allow_nan, allow_halves=allow_halves)
     if not isinstance(value, dict):
-        raise UserError(
-            f"{source}: it is {written(value)}, but it must be a JSON object, {{...}}."
-        )
+        raise UserError(f"{source}: it is {written(value)}, but it must be a JSON object, {{...}}.")
     return value
 
 

@@ -28,7 +28,7 @@ def test_commands_are_spelt_out() -> None:
 
 
 def test_one_line_stays_one() -> None:
-    r"""Whatever ends a line for Python's `splitlines`, which knows more ends than \n, is spelt out."""
+    """Whatever ends a line for Python, which knows more ends than the line feed, is spelt out."""
     ends = "".join(chr(code) for code in range(0x3000) if len(f"a{chr(code)}b".splitlines()) > 1)
     assert {"\n", "\r", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"} <= set(ends)
     line = one_line(f"GET /{ends}ERROR: root")

@@ -172,7 +172,9 @@ class Engine:
             and_one = " and the answer needs at least one" * (max_tokens > 0)
             raise ContextFullError(
                 f"The prompt has {len(tokens)} tokens, but {self.config.source} has a "
-                f"context of {context}{and_one}; shorten the prompt."
+                f"context of {context}{and_one}; shorten the prompt.",
+                tokens=len(tokens),
+                context=context,
             )
         self.check_ids(tokens, "The prompt")
         room = min(max_tokens, context - len(tokens))

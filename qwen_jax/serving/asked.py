@@ -202,9 +202,7 @@ def text_of(body: Mapping[str, Any], model: Model) -> str:
     return found
 
 
-def _options(
-    given: Mapping[str, Any], defaults: Options, draw: bool
-) -> tuple[Options, str | None]:
+def _options(given: Mapping[str, Any], defaults: Options, draw: bool) -> tuple[Options, str | None]:
     """How to answer, and the field that says what answers are held to, if any."""
     options = Options(**defaults)
     if "max_tokens" in given:

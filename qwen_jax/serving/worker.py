@@ -118,7 +118,6 @@ class Worker:
             headers = {"Retry-After": str(retry)}
             raise RefusalError(429, text, code="queue_full", headers=headers)
 
-
     def drop(self, numbers: Sequence[int]) -> None:
         """Ends requests whose caller has gone, if they have not ended."""
         with self._changed:

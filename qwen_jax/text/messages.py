@@ -66,9 +66,7 @@ def plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, 
     return list(tools)
 
 
-def _plain_message(
-    message: Mapping[str, Any], index: int, template: str | None
-) -> dict[str, Any]:
+def _plain_message(message: Mapping[str, Any], index: int, template: str | None) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         text = f"message {index} is {written(message)}; give an object with role and content."
         raise UserError(text)
@@ -94,7 +92,8 @@ def _check_read(
     """Raises UserError where nobody reads a field: it was meant to do something."""
     for name, value in given.items():
         # A template has it as `message.name`, `message["name"]` or `message.get("name")`.
-        if value is None or name in known or re.search(rf"""[."']{re.escape(str(name))}\b""", template or ""):
+        read = rf"[.\"']{re.escape(str(name))}\b"
+        if value is None or name in known or re.search(read, template or ""):
             continue
         if way := REFUSED.get(name):
             raise UserError(f"{where} has the field {name!r}, which is not read; {way}.")

@@ -13,9 +13,7 @@ ENDS = "\n\r\v\f\x1b\x85\u2028\u2029"
 FORGED = f"{ENDS}POST /v1/chat/completions 200 0.004 s{ENDS}ERROR: root"
 
 
-def test_a_request_is_one_line(
-    model: qwen_jax.Model, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_request_is_one_line(model: qwen_jax.Model, capsys: pytest.CaptureFixture[str]) -> None:
     with served(model, log_prompts=True) as found:
         assert httpx.get(f"{found.url}/x{quote(FORGED)}").status_code == 404
         body = {"prompt": FORGED, "max_tokens": 1, "x\nERROR: y": 1}

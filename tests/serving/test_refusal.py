@@ -26,5 +26,5 @@ def test_names_are_hidden(sources: tuple[str, ...], text: str, told: str) -> Non
 def test_of_mistakes() -> None:
     error = RefusalError.of(UserError("sampling.top_p is 2.", field="top_p"), "prompt")
     assert (str(error), error.param, error.code) == ("top_p is 2.", "top_p", None)
-    full = RefusalError.of(ContextFullError("full"), "messages")
+    full = RefusalError.of(ContextFullError("full", tokens=9, context=8), "messages")
     assert (full.status, full.param, full.code) == (400, "messages", "context_length_exceeded")

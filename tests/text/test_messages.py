@@ -150,7 +150,10 @@ def test_arguments_as_json_text_are_objects(arguments: object, shown: str) -> No
         ({"content": "x", "date": "y"}, "the field 'date', which nobody reads; it may have role, "),
         ({"content": "x", "refusal": "I won't."}, "the field 'refusal', .*; put what was said"),
         ({"content": "x", "audio": {"id": "a"}}, "the field 'audio', .*; Qwen2.5 reads text alone"),
-        ({"content": "x", "function_call": {"name": "f"}}, "the field 'function_call', .*tool_call"),
+        (
+            {"content": "x", "function_call": {"name": "f"}},
+            "the field 'function_call', .*tool_call",
+        ),
         ({"content": [{"type": "text", "text": "a", "txt": 1}]}, "a part .* 'txt', .*mean 'text'"),
         ({"tool_calls": [{"name": "f", "argumnts": {}}]}, "'argumnts', .*did you mean 'arguments'"),
         ({"tool_calls": [{"fn": 1, "function": {"name": "f"}}]}, "tool call 0 has the field 'fn'"),

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Collection
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -58,8 +59,9 @@ class Guard:
             seconds = time.perf_counter() - begun
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.ended(path, status, seconds)
-            line = f"{scope['method']} {scope['path']:.200} {status} {seconds:.3f} s"
-            print(one_line(line), file=sys.stderr, flush=True)
+            # As it stands in a URL, so that it can't pretend to be what comes after it.
+            asked = f"{scope['method']} {quote(scope['path'][:200])}"
+            print(one_line(f"{asked} {status} {seconds:.3f} s"), file=sys.stderr, flush=True)
 
     def _refusal(self, scope: Scope) -> RefusalError | None:
         headers = Headers(scope=scope)

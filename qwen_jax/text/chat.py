@@ -105,7 +105,8 @@ def _check_knows_tools(
         )
         raise UserError(
             f"{source}: {without}, so there is no known way to show it tools; leave them out or "
-            "use a file that has one."
+            "use a file that has one.",
+            field="tools" if "tools" in unknown else None,
         )
 
 

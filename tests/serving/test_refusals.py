@@ -111,6 +111,7 @@ SCHEMA = {"schema": {"type": "object"}}
         (form(type="json_schema", json_schema={"schema": 1}), ".json_schema.schema", "an object"),
         (form(type="text", schema={}), ".schema", "There is no field 'response_format.schema'"),
         (form(type=None, json_schema=None), ".type", "response_format has no type"),
+        (tools(FUNCTION), "tools", "never mentions tools"),
         (tools({**FUNCTION, "x": 1}), "tools[0].x", "There is no field 'tools[0].x'"),
         (
             tools(FUNCTION, {"type": "function", "function": {"name": "g", "paramters": {}}}),
@@ -139,7 +140,7 @@ SCHEMA = {"schema": {"type": "object"}}
         (tools(FUNCTION, tool_choice="required", regex="a"), "tool_choice", "is no regex"),
         ({"regex": "("}, "regex", "unclosed"),
         ({"lark": "start: nothing"}, "lark", "nothing"),
-        (form(type="json_schema", json_schema={"schema": {"type": "x"}}), "", "'x'"),
+        (form(type="json_schema", json_schema={"schema": {"type": "x"}}), "", "type: x;"),
         ({"messages": [{"role": "user", "content": "x", "nmae": 1}]}, "messages", "mean 'name'?"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]},

@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from logging import Formatter, LogRecord
@@ -143,7 +144,8 @@ class _Formatter(Formatter):
         return terminal.message(super().formatMessage(record).rstrip("\n"))
 
     def formatException(self, ei: Any) -> str:
-        return terminal.visible(super().formatException(ei))
+        # Indented: what an error quotes can't pretend to be a line of the log.
+        return textwrap.indent(terminal.visible(super().formatException(ei)), "  ")
 
 
 def _open_streams() -> None:

@@ -46,7 +46,9 @@ def test_a_log_line_stays_one() -> None:
         raise ValueError("no\nsuch")
     except ValueError:
         record.exc_info = sys.exc_info()
-    assert form.format(record).splitlines()[1] == "Traceback (most recent call last):"
+    _, *traceback = form.format(record).splitlines()
+    assert traceback[0] == "  Traceback (most recent call last):" and traceback[-1] == "  such"
+    assert all(line.startswith("  ") for line in traceback)
 
 
 def test_messages_are_bounded() -> None:

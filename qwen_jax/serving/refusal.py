@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qwen_jax.errors import ContextFullError, UserError
-from qwen_jax.terminal import message
+from qwen_jax.terminal import message, one_line
 
 KINDS = {
     401: "authentication_error",
@@ -61,8 +61,8 @@ class RefusalError(Exception):
 def hiding(sources: Iterable[str]) -> Callable[[str], str]:
     """What makes "this model" of these files' names: callers need not know where they lie."""
     # A directory may be called "model", which is a word of every other message, and no secret.
-    named = sorted({source for source in sources if not source.isalpha()}, key=len, reverse=True)
+    named = {one_line(source) for source in sources if not source.isalpha()}
     if not named:
         return str
-    names = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, named))})(?![\w-])")
+    names = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, sorted(named)))})(?![\w-])")
     return lambda text: names.sub("this model", text)

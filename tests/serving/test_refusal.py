@@ -12,6 +12,7 @@ from qwen_jax.serving.refusal import RefusalError, hiding
         (("/m/a.gguf",), "/m/a.gguf: no, /m/a.gguf has 5.", "this model: no, this model has 5."),
         (("a.gguf",), "a.gguf is not aa.gguf", "this model is not aa.gguf"),
         (("/m/config.json", "/m/tokenizer.json"), "/m/tokenizer.json: no", "this model: no"),
+        (("/m\n/a.gguf",), "/m\n/a.gguf: no", "this model: no"),
         # A word of other messages, and no path.
         (("model",), "There is no model 'x'.", "There is no model 'x'."),
         ((".",), "1.5 is not 2.", "1.5 is not 2."),

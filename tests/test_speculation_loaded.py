@@ -62,7 +62,9 @@ def test_the_example_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[1] / "docs" / "speculation.md").read_text()
     shown = re.search(r"^\$ python run\.py (.*)$", page, re.M)
     (drafts,) = re.findall(r"^drafts  .*$", page, re.M)
-    unpaid = re.search(r"With `(.*?)` .*?: (\d+) tokens are\s+drafted .*?, (\d+) are acc", page, re.S)
+    unpaid = re.search(
+        r"With `(.*?)` .*?: (\d+) tokens are\s+drafted .*?, (\d+) are acc", page, re.S
+    )
     assert shown is not None and unpaid is not None
     flags = shlex.split(shown[1])
     assert cli.main(flags) == 0

@@ -64,5 +64,7 @@ def hiding(sources: Iterable[str]) -> Callable[[str], str]:
     named = {one_line(source) for source in sources if not source.isalpha()}
     if not named:
         return str
-    names = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, sorted(named)))})(?![\w-])")
+    names = re.compile(
+        rf"(?<![\w./-])(?:{'|'.join(map(re.escape, sorted(named, reverse=True)))})(?![\w-])"
+    )
     return lambda text: names.sub("this model", text)

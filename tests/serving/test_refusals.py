@@ -72,7 +72,7 @@ def refused(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"max_tokens": True}, "max_tokens", "max_tokens is true, but it must be a whole number."),
         ({"response_format": "json"}, "response_format", "must be an object."),
         ({"logit_bias": [1]}, "logit_bias", "logit_bias is [1], but it must be an object."),
-        ({"logit_bias": {"5": True}}, "logit_bias", "has '5': true, but it must map"),
+        ({"logit_bias": {"5": True}}, "logit_bias", 'has "5": true, but it must map'),
         ({"tool_choice": 5}, "tool_choice", "must be a text or an object."),
         ({"store": True}, "store", "store is true, which is not served"),
     ],

@@ -193,7 +193,8 @@ def test_an_answer_is_given_back_whole(haiku: Served, model: qwen_jax.Model) -> 
 )
 def test_a_completion(haiku: Served, body: dict[str, Any], words: str) -> None:
     error = refused(haiku.post("/v1/completions", body), 400)
-    assert words in error["message"] and error["param"] in body.keys() | {"prompt"}
+    others = body.keys() - {"prompt"} or {"prompt"}
+    assert words in error["message"] and error["param"] in others
 
 
 def test_what_asks_for_nothing_is_let_through(haiku: Served) -> None:

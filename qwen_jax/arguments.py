@@ -19,7 +19,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, ge
 import jax
 import numpy as np
 
-from qwen_jax import hints
+from qwen_jax import hints, strict_json
 from qwen_jax.engine.sampling import Sampling, is_whole
 from qwen_jax.errors import UserError
 
@@ -33,6 +33,12 @@ _WORDS: dict[Any, tuple[str, str]] = {
     str: ("a text", "texts"),
     Path: ("a Path", "Paths"),
     type(None): ("None", "None"),
+    collections.abc.Mapping: ("a dict", "dicts"),
+}
+_OF_JSON = _WORDS | {
+    bool: ("true or false", "true or false"),
+    type(None): ("null", "null"),
+    collections.abc.Mapping: ("an object", "objects"),
 }
 
 _SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
@@ -83,14 +89,23 @@ def check_fields(instance: Any) -> None:
         check(field.name, getattr(instance, field.name), field.type)
 
 
-def check(name: str, value: Any, kind: Any) -> None:
-    """Raises UserError where a value is not of a type, which may be any annotation used here."""
+def check(name: str, value: Any, kind: Any, *, json: bool = False) -> None:
+    """Raises UserError where a value is not of a type, which may be any annotation used here.
+
+    Args:
+        json: it was given as JSON, in whose words it is told.
+    """
     if not fits(value, kind):
-        shown = " ".join(_SHORT.repr(value).split())
-        raise UserError(f"{name} is {shown}, but it must be {words(kind)}{_item(value, kind)}.")
+        shown, wanted = _shown(value, json), words(kind, of=_OF_JSON if json else _WORDS)
+        text = f"{name} is {shown}, but it must be {wanted}{_item(value, kind, json)}."
+        raise UserError(text, field=name)
 
 
-def _item(value: Any, kind: Any) -> str:
+def _shown(value: Any, json: bool) -> str:
+    return strict_json.written(value) if json else " ".join(_SHORT.repr(value).split())
+
+
+def _item(value: Any, kind: Any, json: bool) -> str:
     """Of a list, the first item that is of no type that it might be, in words."""
     if isinstance(value, str | bytes) or not isinstance(value, collections.abc.Sequence):
         return ""
@@ -98,7 +113,7 @@ def _item(value: Any, kind: Any) -> str:
     wrong = [[i for i, item in enumerate(value) if not fits(item, part)][:1] for part in of]
     if not (found := max(wrong, default=[])):
         return ""
-    return f"; item {found[0]} is {' '.join(_SHORT.repr(value[found[0]]).split())}"
+    return f"; item {found[0]} is {_shown(value[found[0]], json)}"
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -144,22 +159,22 @@ def _telling(items: typing.Sequence[Any]) -> typing.Iterable[Any]:
     return items if nested else ones.values()
 
 
-def words(kind: Any, plural: bool = False) -> str:
-    """A type in words."""
+def words(
+    kind: Any, plural: bool = False, of: typing.Mapping[Any, tuple[str, str]] = _WORDS
+) -> str:
+    """A type in words: `of` has those of its simple parts, and of several such."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        said = [words(part, plural) for part in parts]
+        said = [words(part, plural, of) for part in parts]
         return " or ".join((", ".join(said[:-1]), said[-1]))
     if origin is Literal:
         return " or ".join(map(repr, parts))
-    if kind in _WORDS:
-        return _WORDS[kind][plural]
+    if (simple := origin or kind) in of:
+        return of[simple][plural]
     if origin in _LISTS:
-        return f"{'lists' if plural else 'a list'} of {words(parts[0], plural=True)}"
+        return f"{'lists' if plural else 'a list'} of {words(parts[0], True, of)}"
     if origin is tuple:
-        return f"({', '.join(words(part) for part in parts)})"
-    if origin is collections.abc.Mapping:
-        return "dicts" if plural else "a dict"
+        return f"({', '.join(words(part, of=of) for part in parts)})"
     if origin is collections.abc.Callable:
         return "a function"
     return f"{getattr(kind, '__name__', kind)}s" if plural else f"a {kind.__name__}"

@@ -1,7 +1,7 @@
 """What a model may be loaded as, and how much may be asked of it: by name and by number."""
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
@@ -66,8 +66,8 @@ def check_weights(name: str) -> None:
 
 def check_slots(slots: int | None) -> None:
     """Raises UserError for a number of slots that there can't be."""
-    if slots is not None and not (is_whole(slots) and 1 <= slots <= MOST_SLOTS):
-        raise UserError(f"slots is {slots!r:.60}, but it must be from 1 to {MOST_SLOTS}.")
+    if slots is not None:
+        _whole("slots", slots, 1, MOST_SLOTS)
 
 
 def check_speculation(method: str, draft_model: object, tokens: int | None, devices: int) -> None:
@@ -78,8 +78,8 @@ def check_speculation(method: str, draft_model: object, tokens: int | None, devi
         devices: that the model is dealt out to, or that have it.
     """
     _one_of("speculate", method, SPECULATION)
-    if tokens is not None and not (is_whole(tokens) and 1 <= tokens <= MOST_DRAFTED):
-        raise UserError(f"draft_tokens is {tokens!r:.60}, but it must be from 1 to {MOST_DRAFTED}.")
+    if tokens is not None:
+        _whole("draft_tokens", tokens, 1, MOST_DRAFTED)
     if method == "draft" and draft_model is None:
         raise UserError(
             "speculate is 'draft', which needs draft_model, a smaller model of the same vocabulary."
@@ -103,20 +103,27 @@ def check_speculation(method: str, draft_model: object, tokens: int | None, devi
 
 def check_samples(n: int) -> None:
     """Raises UserError for a number of samples of a prompt that nobody can want."""
-    if not (is_whole(n) and 1 <= n <= MOST_SAMPLES):
-        raise UserError(f"n is {n!r:.60}, but it must be from 1 to {MOST_SAMPLES}.")
+    _whole("n", n, 1, MOST_SAMPLES)
 
 
 def check_max_tokens(most: int) -> None:
     """Raises UserError for a number of new tokens that is no answer."""
-    if not (is_whole(most) and most >= 1):
-        raise UserError(f"max_tokens is {most!r:.60}, but it must be at least 1.")
+    _whole("max_tokens", most, 1)
 
 
 def check_top_logprobs(top: int | None) -> None:
     """Raises UserError for fewer than no log-probabilities."""
-    if top is not None and not (is_whole(top) and top >= 0):
-        raise UserError(f"top_logprobs is {top!r:.60}, but it must not be negative.")
+    if top is not None:
+        _whole("top_logprobs", top, 0)
+
+
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    if not is_whole(value):
+        allowed = f"a whole number, {allowed}"
+    elif least <= value and (most is None or value <= most):
+        return
+    raise UserError(f"{name} is {value!r:.60}, but it must be {allowed}.", field=name)
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

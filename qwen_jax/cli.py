@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from logging import Formatter, LogRecord
@@ -139,8 +140,12 @@ def _tell(text: str) -> None:
 class _Formatter(Formatter):
     """Messages that quote files."""
 
-    def format(self, record: LogRecord) -> str:
-        return terminal.message(super().format(record))
+    def formatMessage(self, record: LogRecord) -> str:
+        return terminal.message(super().formatMessage(record).rstrip("\n"))
+
+    def formatException(self, ei: Any) -> str:
+        # Indented: what an error quotes can't pretend to be a line of the log.
+        return textwrap.indent(terminal.visible(super().formatException(ei)), "  ")
 
 
 def _open_streams() -> None:

@@ -18,14 +18,17 @@ def changed(sampling: Sampling) -> list[str]:
     return [name for name in names if getattr(sampling, name) != getattr(default, name)]
 
 
-def describe(sampling: Sampling) -> str:
-    """Only what is in force, as in "temperature 0.8, top_p 0.9, seed 0" or "greedy"."""
-    names = changed(sampling)
+def describe(sampling: Sampling, *, drawn: bool = False) -> str:
+    """Only what is in force, as in "temperature 0.8, top_p 0.9, seed 0" or "greedy".
+
+    Args:
+        drawn: whether each answer gets a seed of its own, so that there is none to be named.
+    """
+    idle = ("seed", *(DRAWS if sampling.temperature == 0 else ()))
+    said = [f"{n} {getattr(sampling, n)}" for n in changed(sampling) if n not in idle]
     if sampling.temperature == 0:
-        names = ["greedy", *(name for name in names if name not in DRAWS)]
-    elif "seed" not in names:
-        names = [*names, "seed"]
-    return ", ".join(n if n == "greedy" else f"{n} {getattr(sampling, n)}" for n in names)
+        return ", ".join(["greedy", *said])
+    return ", ".join([*said, "a new seed each time" if drawn else f"seed {sampling.seed}"])
 
 
 def warn_of_greedy(idle: Collection[str], n: int = 1) -> None:

@@ -12,6 +12,7 @@ from qwen_jax.choices import check_max_tokens, check_samples, check_top_logprobs
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.options import Options, prompt_options
+from qwen_jax.strict_json import written
 from qwen_jax.text.constraint import FIELDS as CONSTRAINTS
 from qwen_jax.text.constraint import constraint_of
 from qwen_jax.text.prompt import Message, check
@@ -203,8 +204,8 @@ def bias_of(pairs: Mapping[str, Any]) -> dict[int, float]:
         number = type(value) is float or (type(value) is int and value.bit_length() < 64)
         if not (re.fullmatch("[0-9]{1,18}", token) and number):
             raise UserError(
-                f"logit_bias has {token!r:.40}: {value!r:.40}, but it must map token ids to "
-                'numbers, as in {"42": -1.5}.'
+                f"logit_bias has {written(token, 40)}: {written(value, 40)}, but it must map token "
+                'ids to numbers, as in {"42": -1.5}.'
             )
         if int(token) in bias:  # as "1" and "01", which are two keys
             raise UserError(f"logit_bias names token {int(token)} twice; keep one of them.")

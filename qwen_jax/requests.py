@@ -61,12 +61,14 @@ def check_fits(request: Request, engine: Engine, tokenizer: Tokenizer) -> None:
     for token in request.stop_ids:
         if not 0 <= token < vocabulary:
             raise UserError(
-                f"stop_ids holds {token!r:.40}, but token ids are 0 to {vocabulary - 1}."
+                f"stop_ids holds {token!r:.40}, but token ids are 0 to {vocabulary - 1}.",
+                field="stop_ids",
             )
     if request.top_logprobs is not None and request.top_logprobs > vocabulary:
         raise UserError(
             f"top_logprobs is {request.top_logprobs!r:.40}, but it must be from 0 to the "
-            f"{vocabulary} tokens of {source}."
+            f"{vocabulary} tokens of {source}.",
+            field="top_logprobs",
         )
     check_bias(request.sampling, engine.config.vocab_size)
     if request.constraint is not None:

@@ -55,8 +55,18 @@ def parse_object(
     """
     value = parse(text, source, allow_nan=allow_nan, allow_halves=allow_halves)
     if not isinstance(value, dict):
-        raise UserError(f"{source}: it is {value!r:.60}, but it must be a JSON object, {{...}}.")
+        raise UserError(f"{source}: it is {written(value)}, but it must be a JSON object, {{...}}.")
     return value
+
+
+def written(value: Any, most: int = 60) -> str:
+    """A value as JSON has it, for messages, cut to so many characters; what is none is written as
+    Python has it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def parse(

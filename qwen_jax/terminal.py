@@ -17,17 +17,22 @@ def visible(text: str) -> str:
     return _COMMANDS.sub(lambda found: _spelt(found[0]), text)
 
 
+def one_line(text: str) -> str:
+    r"""The same, and line feeds too: what is told on one line stays one, whatever it quotes."""
+    return visible(text).replace("\n", r"\x0a")
+
+
 def json_visible(text: str) -> str:
     r"""The same of JSON, in which all of them can be written as \u001b."""
     return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def message(text: str) -> str:
-    """A message for a terminal, without the middle if it is long: both ends say what to do."""
+    """A message on one line, without the middle if it is long: both ends say what to do."""
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]} … {text[-half:]}"
-    return visible(text)
+    return one_line(text)
 
 
 def _spelt(character: str) -> str:

@@ -213,7 +213,7 @@ class TestGenerate:
             ({"prompt": "x", "sampling": {"top_k": 3}}, "sampling is {'top_k': 3}, but it must"),
             ({"prompt": "x", "sampling": Sampling(logit_bias={2048: 1})}, "names token 2048"),
             ({"prompt": "x", "top_logprobs": 4000}, "top_logprobs is 4000"),
-            ({"prompt": [{"role": "user"}]}, "content None"),
+            ({"prompt": [{"role": "user"}]}, "has no content"),
             (
                 {"prompt": ["snow", {"role": "user", "content": "x"}]},
                 "prompt is .'snow', {'content'",

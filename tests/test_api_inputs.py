@@ -238,7 +238,7 @@ def test_arguments_that_there_are_not(model: Model) -> None:
         ("--prompt=", "", {}, "The prompt is empty; ask something."),
         ("--raw --prompt=", "", {"raw": True}, "The prompt is empty; ask something."),
         ("--max_tokens=0", "x", {"max_tokens": 0}, "max_tokens is 0, but it must be at least 1."),
-        ("--top_logprobs=-1", "x", {"top_logprobs": -1}, "top_logprobs is -1, but it must not be "),
+        ("--top_logprobs=-1", "x", {"top_logprobs": -1}, "top_logprobs is -1, but it must be at "),
         ("--stop=", "x", {"stop": ""}, "but it must be a text that is not empty, or"),
         (
             "--stop=a --stop=",

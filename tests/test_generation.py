@@ -233,7 +233,7 @@ def test_a_generation_runs_once() -> None:
 
 
 def test_top_logprobs_out_of_range() -> None:
-    with pytest.raises(UserError, match="top_logprobs is -1, but it must not be negative"):
+    with pytest.raises(UserError, match="top_logprobs is -1, but it must be at least 0"):
         Request([1], top_logprobs=-1)
     with pytest.raises(UserError, match=r"top_logprobs is 2049, .* 2048 tokens"):
         scripted([[1]]).run([Request([1], top_logprobs=2049)]).collect()

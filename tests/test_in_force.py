@@ -21,6 +21,13 @@ def test_only_what_is_in_force_is_described(sampling: Sampling, words: str) -> N
     assert describe(sampling) == words
 
 
+def test_seeds_that_are_drawn_are_not_named() -> None:
+    """As by a server, of whatever seed the settings are: nobody gets that one unasked."""
+    assert describe(Sampling(seed=3), drawn=True) == "greedy"
+    hot = Sampling(temperature=1.0, top_p=0.9)
+    assert describe(hot, drawn=True) == "temperature 1.0, top_p 0.9, a new seed each time"
+
+
 @pytest.mark.parametrize(
     ("idle", "n", "words"),
     [

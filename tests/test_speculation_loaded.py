@@ -1,6 +1,7 @@
 """Speculation as users ask for it: a checkpoint that drafts for another, and what is told of it."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,22 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_a_slot_alone_has_no_room_for_drafts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="speculate needs room for drafts, the rows of other texts"):
         api.load(write(tmp_path / "a.gguf", 2048), speculate="lookup", slots=1)
+
+
+@pytest.mark.long
+def test_the_example_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """As many drafts as it shows, where it pays and where it doesn't."""
+    page = (Path(__file__).parents[1] / "docs" / "speculation.md").read_text()
+    shown = re.search(r"^\$ python run\.py (.*)$", page, re.M)
+    (drafts,) = re.findall(r"^drafts  .*$", page, re.M)
+    unpaid = re.search(
+        r"With `(.*?)` .*?: (\d+) tokens are\s+drafted .*?, (\d+) are acc", page, re.S
+    )
+    assert shown is not None and unpaid is not None
+    flags = shlex.split(shown[1])
+    assert cli.main(flags) == 0
+    paid = capsys.readouterr()
+    assert drafts in paid.err.splitlines()
+    flags[0] = f"--prompt={unpaid[1]}"
+    assert cli.main(flags) == 0
+    assert f"drafts      {unpaid[2]} tokens, {unpaid[3]} accepted" in capsys.readouterr().err

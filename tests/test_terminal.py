@@ -1,14 +1,16 @@
 """What a terminal gets of what files hold: no commands, and no megabytes."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qwen_jax import cli
 from qwen_jax.errors import UserError
-from qwen_jax.terminal import json_visible, message, visible
+from qwen_jax.terminal import json_visible, message, one_line, visible
 from tests.cli.conftest import Run, loaded, model, refuses, run
 from tests.cli.test_prompt_records import Terminal
 
@@ -23,6 +25,30 @@ def test_commands_are_spelt_out() -> None:
     text = json.dumps({COMMANDS: COMMANDS}, ensure_ascii=False)
     assert json.loads(json_visible(text)) == {COMMANDS: COMMANDS}
     assert json_visible(text).isprintable()
+
+
+def test_one_line_stays_one() -> None:
+    """Whatever ends a line for Python, which knows more ends than the line feed, is spelt out."""
+    ends = "".join(chr(code) for code in range(0x3000) if len(f"a{chr(code)}b".splitlines()) > 1)
+    assert {"\n", "\r", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029"} <= set(ends)
+    line = one_line(f"GET /{ends}ERROR: root")
+    assert line.splitlines() == [line] and line.startswith(r"GET /\x0a\x0b") and r"\x85" in line
+    assert one_line("é\t漢") == "é\t漢" and visible("two\nlines") == "two\nlines"
+    assert str(UserError(f"a{ends}b")).isprintable()
+
+
+def test_a_log_line_stays_one() -> None:
+    """The log's own of a record that quotes a file, and not of a traceback."""
+    record = logging.LogRecord("root", logging.WARNING, "", 0, "%s: odd", ("a\nERROR: b",), None)
+    form = cli._Formatter("%(levelname)s: %(message)s")
+    assert form.format(record) == r"WARNING: a\x0aERROR: b: odd"
+    try:
+        raise ValueError("no\nsuch")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    _, *traceback = form.format(record).splitlines()
+    assert traceback[0] == "  Traceback (most recent call last):" and traceback[-1] == "  such"
+    assert all(line.startswith("  ") for line in traceback)
 
 
 def test_messages_are_bounded() -> None:

@@ -21,7 +21,7 @@ from qwen_jax.engine.shared import Shared
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.unmasked import Agreement
 from qwen_jax.engine.weights import PlainWeights, Weights
-from qwen_jax.errors import UserError
+from qwen_jax.errors import ContextFullError, UserError
 from qwen_jax.model.cache import HEADS, PAGE, bytes_per_token, create_pages, pages_for
 
 if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
@@ -160,17 +160,24 @@ class Engine:
     def room(self, tokens: Sequence[int], max_tokens: int) -> int:
         """How many tokens may follow a prompt: so many, or what the context has left.
 
+        Args:
+            max_tokens: 0 where there is to be no answer.
+
         Raises:
-            UserError: the prompt is empty, not of this vocabulary, leaves no room in the model's
-                context, or is with its answer more than the whole cache.
+            ContextFullError: the prompt leaves no room for an answer, if there is to be one.
+            UserError: it is empty, not of this vocabulary, or with its answer more than the whole
+                cache.
         """
         context = self.config.context_length
         if not tokens:
             raise UserError("The prompt is empty; give at least one token.")
-        if len(tokens) >= context:
-            raise UserError(
+        if len(tokens) + min(max_tokens, 1) > context:
+            and_one = " and the answer needs at least one" * (max_tokens > 0)
+            raise ContextFullError(
                 f"The prompt has {len(tokens)} tokens, but {self.config.source} has a "
-                f"context of {context} and the answer needs at least one; shorten the prompt."
+                f"context of {context}{and_one}; shorten the prompt.",
+                tokens=len(tokens),
+                context=context,
             )
         self.check_ids(tokens, "The prompt")
         room = min(max_tokens, context - len(tokens))

@@ -78,13 +78,15 @@ class Sampling:
             whole, number = is_whole(value), _is_number(value)
             if (field.type is int and not whole) or (field.type is float and not number):
                 kind = "a whole number" if field.type is int else "a number"
-                raise UserError(f"sampling.{field.name} is {value!r}, but it must be {kind}.")
+                text = f"sampling.{field.name} is {value!r}, but it must be {kind}."
+                raise UserError(text, field=field.name)
         bias = self.logit_bias
         if not isinstance(bias, Mapping) or not (
             all(map(is_whole, bias)) and all(map(_is_number, bias.values()))
         ):
             raise UserError(
-                f"sampling.logit_bias is {bias!r:.60}, but it must map token ids to numbers."
+                f"sampling.logit_bias is {bias!r:.60}, but it must map token ids to numbers.",
+                field="logit_bias",
             )
         within = f"from {-_LARGEST:g} to {_LARGEST:g}"
         checks = {
@@ -109,9 +111,8 @@ class Sampling:
         }
         for name, (holds, allowed) in checks.items():
             if not holds:
-                raise UserError(
-                    f"sampling.{name} is {getattr(self, name)}, but it must be {allowed}."
-                )
+                text = f"sampling.{name} is {getattr(self, name)}, but it must be {allowed}."
+                raise UserError(text, field=name)
 
 
 class Plan(NamedTuple):
@@ -176,7 +177,8 @@ def check_bias(row: Sampling, vocab_size: int) -> None:
         if not 0 <= token < vocab_size:
             raise UserError(
                 f"sampling.logit_bias names token {token}, but the vocabulary has {vocab_size} "
-                "tokens."
+                "tokens.",
+                field="logit_bias",
             )
 
 

@@ -27,7 +27,7 @@ from qwen_jax.serving.asked import Asked
 from qwen_jax.serving.guard import Guard
 from qwen_jax.serving.limits import Key, Limits
 from qwen_jax.serving.metrics import Metrics
-from qwen_jax.serving.refusal import RefusalError
+from qwen_jax.serving.refusal import RefusalError, hiding
 from qwen_jax.serving.replies import ChatReply, Models, Reply, TextReply
 from qwen_jax.serving.worker import Answers, Work, Worker
 from qwen_jax.terminal import json_visible
@@ -58,6 +58,7 @@ class Server:
         self._models = Models(name, int(time.time()), model.config.context_length)
         self.worker = Worker(model, limits.queue)
         self._metrics = Metrics(self.worker)
+        self._hide = hiding((model.config.source, model.tokenizer.source))
         routes = [
             Route("/", self._page, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -83,11 +84,11 @@ class Server:
             middleware=[guard],
             lifespan=self._life,
             exception_handlers={
-                RefusalError: _refused,
+                RefusalError: self._refused,
                 UserError: self._mistaken,
-                HTTPException: _not_there,
+                HTTPException: self._not_there,
                 ClientDisconnect: _gone,
-                Exception: _failed,
+                Exception: self._failed,
             },
         )
 
@@ -99,9 +100,24 @@ class Server:
         finally:
             await asyncio.to_thread(self.worker.close)
 
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, RefusalError)
+        return JSONResponse(error.body(self._hide), error.status, error.headers)
+
     async def _mistaken(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)
-        return await _refused(request, self.worker.mistaken(error))
+        return await self._refused(request, RefusalError.of(error))
+
+    async def _not_there(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        paths = ", ".join(sorted(route.path for route in request.app.routes))
+        text = f"{request.method} {request.url.path:.100}: {error.detail}; there are {paths}."
+        refusal = RefusalError(error.status_code, text, headers=error.headers)
+        return await self._refused(request, refusal)
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        text = f"The server failed: {type(error).__name__}; its log says more."
+        return await self._refused(request, RefusalError(500, text))
 
     async def _page(self, request: Request) -> Response:
         return page.response()
@@ -136,7 +152,7 @@ class Server:
             requests = [*to_score, *([] if wanted.silent else requests)]
         answers = self.worker.submit(requests)
         timeout = self._limits.timeout
-        answering = _Answering(answers, scored, reply, begun, timeout, self._metrics)
+        answering = _Answering(answers, scored, reply, begun, timeout, self._metrics, self._hide)
         if wanted.stream:
             return _Stream(answering)
         try:
@@ -223,6 +239,7 @@ class _Answering:
     Args:
         answers: of what was asked of the engine, the prompts to be scored first.
         scored: places of these.
+        hide: what is not for callers, of a message.
     """
 
     def __init__(
@@ -233,9 +250,10 @@ class _Answering:
         begun: float,
         timeout: float,
         metrics: Metrics,
+        hide: Callable[[str], str],
     ):
         self.answers, self._reply, self._timeout = answers, reply, timeout
-        self._scored = scored
+        self._scored, self._hide = scored, hide
         self._begun, self._metrics, self._begins = begun, metrics, True
 
     @property
@@ -281,7 +299,7 @@ class _Answering:
                 for choice in reply.delta(index, piece):
                     yield _event(reply.chunk(choice))
         except RefusalError as error:
-            yield _event(error.body())
+            yield _event(error.body(self._hide))
             return
         if reply.counts:
             yield _event(reply.chunk(usage=True))
@@ -330,22 +348,5 @@ async def _unless_gone(request: Request, work: Any) -> Response:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusalError)
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-async def _not_there(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    paths = ", ".join(sorted(route.path for route in request.app.routes))
-    text = f"{request.method} {request.url.path:.100}: {error.detail}; there are {paths}."
-    return await _refused(request, RefusalError(error.status_code, text, headers=error.headers))
-
-
 async def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=GONE)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    text = f"The server failed: {type(error).__name__}; its log says more."
-    return await _refused(request, RefusalError(500, text))

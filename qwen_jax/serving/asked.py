@@ -8,14 +8,14 @@ from typing import Any, cast
 from qwen_jax.api import Model
 from qwen_jax.choices import check_max_tokens
 from qwen_jax.engine.sampling import Sampling
-from qwen_jax.errors import UserError
-from qwen_jax.options import Options
+from qwen_jax.options import Options, prompt_options
 from qwen_jax.prompt_lines import bias_of
 from qwen_jax.requests import Request, reseeded
 from qwen_jax.serving import fields
 from qwen_jax.serving.fields import with_param
 from qwen_jax.serving.refusal import RefusalError
 from qwen_jax.serving.tool_calls import forced
+from qwen_jax.strict_json import written
 from qwen_jax.text.constraint import Constraint, check_installed, constraint_of
 from qwen_jax.text.prompt import Prompt, prompts_in
 from qwen_jax.text.streaming import stops_of
@@ -37,6 +37,8 @@ class Asked:
     Attributes:
         prompts: one of a chat; of a completion one or several.
         options: how they are put and answered.
+        where: the field that has them.
+        held: the field that says what answers are held to, if any.
         n: samples of each.
         stream: pieces as they come.
         usage: a last piece that counts tokens.
@@ -49,6 +51,8 @@ class Asked:
 
     prompts: list[Prompt]
     options: Options
+    where: str
+    held: str | None = None
     n: int = 1
     stream: bool = False
     usage: bool = False
@@ -73,17 +77,21 @@ class Asked:
             most: tokens that a prompt may have.
 
         Raises:
-            UserError: the model can't take it.
-            RefusalError: a prompt is too long.
+            RefusalError: the model can't take it, or a prompt is too long.
         """
         found: list[Request] = []
         for prompt in self.prompts:
-            request = model.request(prompt, **self.options)
-            if most is not None and len(request.tokens) > most:
+            put = prompt_options(self.options)
+            tokens = with_param(self.where, model.tokens, prompt, **put)
+            request = with_param(self.held, model.request_of, tokens, self.options)
+            new = 0 if self.silent else request.max_tokens
+            with_param(self.where, model.engine.room, tokens, new)
+            if most is not None and len(tokens) > most:
                 raise RefusalError(
                     400,
-                    f"The prompt has {len(request.tokens)} tokens, but this server takes {most} at "
-                    "most; shorten it.",
+                    f"The prompt has {len(tokens)} tokens, but this server takes {most} at most; "
+                    "shorten it.",
+                    param=self.where,
                     code="context_length_exceeded",
                 )
             found += reseeded([request] * self.n)
@@ -114,20 +122,22 @@ def chat(body: Mapping[str, Any], defaults: Options, *, draw: bool = True) -> As
         raise RefusalError(400, text, param="top_logprobs")
     if given.get("logprobs"):
         given["top"] = _from_to("top_logprobs", 0 if top is None else top, 0, MOST_TOP)
-    options = _options(given, defaults, draw)
+    options, held = _options(given, defaults, draw)
     tools = _tools(given)
     if tools:
         options["tools"] = tools
-        if (held := _forced(given, tools)) is not None:
-            if "constraint" in options:
-                text = "tool_choice forces a call, which is no response_format; give one of them."
+        if (calls := _forced(given, tools)) is not None:
+            if held is not None:
+                text = f"tool_choice forces a call, which is no {held}; give one of them."
                 raise RefusalError(400, text, param="tool_choice")
-            options["constraint"] = held
+            options["constraint"], held = calls, "tool_choice"
     if given.get("continue_final_message"):
         options["continue_final_message"] = True
     return Asked(
         [cast(Prompt, given["messages"])],
         options,
+        "messages",
+        held,
         **_delivery(given),
         tools=bool(tools),
         parallel=given.get("parallel_tool_calls", True),
@@ -149,14 +159,15 @@ def text(body: Mapping[str, Any], defaults: Options, *, draw: bool = True) -> As
         del given["max_tokens"]
     if echo and given.get("stream"):
         raise RefusalError(400, "echo is for whole answers; leave stream out.", param="echo")
-    options = _options(given, defaults, draw)
+    options, held = _options(given, defaults, draw)
     if "suffix" in given:
         if echo:
             raise RefusalError(400, "echo and suffix exclude each other.", param="echo")
         options["suffix"] = given["suffix"]
     elif isinstance(prompts[0], str):
         options["raw"] = True
-    return Asked(prompts, options, **_delivery(given), echo=echo, silent=silent and echo)
+    delivery = _delivery(given)
+    return Asked(prompts, options, "prompt", held, **delivery, echo=echo, silent=silent and echo)
 
 
 def tokens(body: Mapping[str, Any], model: Model) -> list[int]:
@@ -171,7 +182,9 @@ def tokens(body: Mapping[str, Any], model: Model) -> list[int]:
             text = "A chat's template has its special tokens; leave add_special_tokens out."
             raise RefusalError(400, text, param="add_special_tokens")
         put = {k: given[k] for k in ("tools", "continue_final_message") if k in given}
-        return model.tokens(given["messages"], **cast(Any, put))
+        _check_tools(given)
+        found: list[int] = with_param("messages", model.tokens, given["messages"], **put)
+        return found
     for name in ("tools", "continue_final_message"):
         if name in given:
             raise RefusalError(400, f"{name} belongs to messages; leave it out.", param=name)
@@ -189,7 +202,8 @@ def text_of(body: Mapping[str, Any], model: Model) -> str:
     return found
 
 
-def _options(given: Mapping[str, Any], defaults: Options, draw: bool) -> Options:
+def _options(given: Mapping[str, Any], defaults: Options, draw: bool) -> tuple[Options, str | None]:
+    """How to answer, and the field that says what answers are held to, if any."""
     options = Options(**defaults)
     if "max_tokens" in given:
         with_param("max_tokens", check_max_tokens, given["max_tokens"])
@@ -203,11 +217,12 @@ def _options(given: Mapping[str, Any], defaults: Options, draw: bool) -> Options
         options["stop"] = with_param("stop", stops_of, stop)
     if "stop_ids" in given:
         options["stop_ids"] = given["stop_ids"]
-    if (constraint := _constraint(given)) is not None:
+    constraint, held = _constraint(given)
+    if constraint is not None:
         options["constraint"] = constraint
     if "top" in given:
         options["top_logprobs"] = given["top"]
-    return options
+    return options, held
 
 
 def _sampling(given: Mapping[str, Any], defaults: Sampling, draw: bool) -> Sampling:
@@ -224,34 +239,45 @@ def _sampling(given: Mapping[str, Any], defaults: Sampling, draw: bool) -> Sampl
         own["seed"] %= 2**32
     elif draw:
         own["seed"] = secrets.randbits(32)
-    try:
-        return dataclasses.replace(defaults, **own)
-    except UserError as error:
-        text = str(error).removeprefix("sampling.")
-        raise RefusalError(400, text, param=text.partition(" ")[0]) from error
+    replaced: Sampling = with_param(None, dataclasses.replace, defaults, **own)
+    return replaced
 
 
-def _constraint(given: Mapping[str, Any]) -> Constraint | None:
-    """What the answer is held to, by response_format or a field of its own."""
+def _constraint(given: Mapping[str, Any]) -> tuple[Constraint | None, str | None]:
+    """What the answer is held to, by response_format or a field of its own; and that field."""
     asked = {name: given[name] for name in ("regex", "choice", "lark") if name in given}
+    names = list(asked)
+    if form := _response_format(given):
+        asked |= form
+        names.append("response_format")
+    if not names:
+        return None, None
+    found: Constraint | None = with_param(names[-1], constraint_of, asked)
+    with_param(names[-1], check_installed)
+    return found, names[-1]
+
+
+def _response_format(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `constraint_of` calls it; nothing where it is text."""
     where = "response_format"
-    form = fields.read(given.get(where, {"type": "text"}), fields.RESPONSE_FORMAT, f"{where}.")
+    if where not in given:
+        return {}
+    form = fields.read(given[where], fields.RESPONSE_FORMAT, f"{where}.")
     kind = form.get("type")
-    if kind == "json_object":
-        asked["json_object"] = True
-    elif kind == "json_schema":
-        inner = fields.read(form.get("json_schema", {}), fields.JSON_SCHEMA, "json_schema.")
-        if "schema" not in inner:
-            text = "response_format.json_schema has no schema; give one."
-            raise RefusalError(400, text, param=where)
-        asked["json_schema"] = inner["schema"]
-    elif kind != "text":
-        text = f"response_format.type is {kind!r:.60}; give text, json_object or json_schema."
-        raise RefusalError(400, text, param=where)
-    found: Constraint | None = with_param(next(reversed(asked), where), constraint_of, asked)
-    if found is not None:
-        with_param(where, check_installed)
-    return found
+    if kind not in ("text", "json_object", "json_schema"):
+        has = "has no type" if kind is None else f"has the type {kind!r:.60}"
+        text = f"response_format {has}; give text, json_object or json_schema."
+        raise RefusalError(400, text, param=f"{where}.type")
+    inner = f"{where}.json_schema"
+    if kind != "json_schema":
+        if "json_schema" in form:
+            text = f"{inner} does nothing with the type {kind!r}; set the type to 'json_schema'."
+            raise RefusalError(400, text, param=inner)
+        return {"json_object": True} if kind == "json_object" else {}
+    found = fields.read(form.get("json_schema", {}), fields.JSON_SCHEMA, f"{inner}.")
+    if "schema" not in found:
+        raise RefusalError(400, f"{inner} has no schema; give one.", param=inner)
+    return {"json_schema": found["schema"]}
 
 
 def _delivery(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,11 +295,26 @@ def _delivery(given: Mapping[str, Any]) -> dict[str, Any]:
 def _tools(given: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
     """The tools that the model is to be shown."""
     choice, tools = given.get("tool_choice", "auto"), given.get("tools")
+    _check_tools(given)
     if choice == "none" or (choice == "auto" and not tools):
         return None
     if not tools:
         raise RefusalError(400, "tool_choice needs tools; give some.", param="tool_choice")
     return tools
+
+
+def _check_tools(given: Mapping[str, Any]) -> None:
+    """Raises RefusalError where one is no function, or has a field that there is not. Both forms
+    are taken, the function apart and its fields beside the type."""
+    for index, tool in enumerate(given.get("tools", ())):
+        where = f"tools[{index}]."
+        apart = "function" in tool
+        read = fields.read(tool, fields.TOOL if apart else fields.TOOL | fields.FUNCTION, where)
+        if apart and "function" in read:
+            fields.read(read["function"], fields.FUNCTION, f"{where}function.")
+        if read.get("type", "function") != "function":
+            text = f"{where}type is {read['type']!r:.60}, but Qwen2.5 calls functions alone."
+            raise RefusalError(400, text, param=f"{where}type")
 
 
 def _forced(given: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Constraint | None:
@@ -283,11 +324,12 @@ def _forced(given: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Con
         return None
     name = None
     if isinstance(choice, Mapping) and choice.get("type") == "function":
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, Mapping) else None
+        read = fields.read(choice, fields.TOOL_CHOICE, "tool_choice.")
+        function = read.get("function", {})
+        name = fields.read(function, fields.CHOSEN, "tool_choice.function.").get("name")
     if choice != "required" and not isinstance(name, str):
         text = (
-            f"tool_choice is {choice!r:.60}; give 'none', 'auto', 'required', or "
+            f"tool_choice is {written(choice)}; give 'none', 'auto', 'required', or "
             '{"type": "function", "function": {"name": …}}.'
         )
         raise RefusalError(400, text, param="tool_choice")

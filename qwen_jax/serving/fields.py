@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qwen_jax import hints
+from qwen_jax import hints, strict_json
 from qwen_jax.arguments import check
 from qwen_jax.errors import UserError
 from qwen_jax.serving.refusal import RefusalError
@@ -65,6 +65,17 @@ DETOKENIZE: dict[str, Any] = {"model": str, "tokens": Sequence[int]}
 RESPONSE_FORMAT: dict[str, Any] = {"type": str, "json_schema": Mapping}
 JSON_SCHEMA: dict[str, Any] = {"name": str, "description": str, "schema": Mapping, "strict": bool}
 STREAM_OPTIONS: dict[str, Any] = {"include_usage": bool}
+TOOL: dict[str, Any] = {"type": str, "function": Mapping}
+FUNCTION: dict[str, Any] = {
+    "name": str,
+    "description": str,
+    "parameters": Mapping,
+    "strict": bool,
+    "return": Mapping,
+}
+"""`return` is what transformers' `get_json_schema` makes of a function's."""
+TOOL_CHOICE = TOOL
+CHOSEN: dict[str, Any] = {"name": str}
 
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """They name callers and caches of OpenAI's, and change no answer."""
@@ -108,23 +119,24 @@ def read(body: Mapping[str, Any], known: Mapping[str, Any], where: str = "") -> 
         if value is None or (not where and name in IGNORED and name not in known):
             continue
         if name in known:
-            with_param(where + name, check, where + name, value, known[name])
+            with_param(where + name, check, where + name, value, known[name], json=True)
             fields[name] = value
         elif not where and name in REFUSED:
             if value not in REFUSED[name].nothing:
-                text = f"{name} is {value!r:.60}, which is not served; {REFUSED[name].way}."
+                shown = strict_json.written(value)
+                text = f"{name} is {shown}, which is not served; {REFUSED[name].way}."
                 raise RefusalError(400, text, param=name, code="unsupported_parameter")
         else:
             meant = hints.meant(name, known)
             way = f"did you mean {meant!r}?" if meant else f"known are {', '.join(known)}."
-            text = f"There is no field {where + name!r:.60}; {way}"
+            text = f"There is no field {where + name!r:.80}; {way}"
             raise RefusalError(400, text, param=where + name[:60], code="unknown_parameter")
     return fields
 
 
-def with_param(name: str, function: Any, *given: Any) -> Any:
+def with_param(name: str | None, function: Any, *given: Any, **named: Any) -> Any:
     """What a function gives, which checks one field. Raises RefusalError that names the field."""
     try:
-        return function(*given)
+        return function(*given, **named)
     except UserError as error:
-        raise RefusalError(400, str(error), param=name) from error
+        raise RefusalError.of(error, name) from error

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Collection
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_jax.serving.limits import Key, Limits, host_is_local
 from qwen_jax.serving.metrics import Metrics
 from qwen_jax.serving.refusal import RefusalError
-from qwen_jax.terminal import visible
+from qwen_jax.terminal import one_line
 
 OPEN = ("/", "/health")
 """Paths that need no key: a page that asks for it, and what whoever restarts servers looks at."""
@@ -58,8 +59,9 @@ class Guard:
             seconds = time.perf_counter() - begun
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.ended(path, status, seconds)
-            line = f"{scope['method']} {scope['path']:.200} {status} {seconds:.3f} s"
-            print(visible(line), file=sys.stderr, flush=True)
+            # As it stands in a URL, so that it can't pretend to be what comes after it.
+            asked = f"{scope['method']} {quote(scope['path'][:200])}"
+            print(one_line(f"{asked} {status} {seconds:.3f} s"), file=sys.stderr, flush=True)
 
     def _refusal(self, scope: Scope) -> RefusalError | None:
         headers = Headers(scope=scope)

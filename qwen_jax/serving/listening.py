@@ -50,8 +50,11 @@ def config_of(app: Any, limits: Limits) -> "uvicorn.Config":
     """How uvicorn serves an application: no log, header or protocol that nobody asked for."""
     import uvicorn
 
+    from qwen_jax.serving.connection import Connection
+
     return uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -19,14 +19,14 @@ function headers() {
   return found;
 }
 
-function body() {
+function body(said) {
   const found = { stream: true, logprobs: true, top_logprobs: 5 };
   for (const field of at("fields").querySelectorAll("input[name]")) {
     if (field.validity.badInput) throw new Error(`${field.labels[0].textContent.trim()} is no number.`);
     if (field.value !== "") found[field.name] = Number(field.value);
   }
   const system = at("system").value;
-  found.messages = system ? [{ role: "system", content: system }, ...messages] : [...messages];
+  found.messages = system ? [{ role: "system", content: system }, ...said] : said;
   return found;
 }
 
@@ -113,8 +113,14 @@ function explain(span) {
   box.style.top = `${Math.max(8, below ? place.bottom + 6 : place.top - 6 - box.offsetHeight)}px`;
 }
 
-/** Answers the last message. */
-async function answer() {
+/**
+ * Answers a message. One that fails is no part of the chat: what is refused once would be refused
+ * with every later message, too.
+ *
+ * To answer it again, `earlier` is what `messages` have of it, and `place` shows the answer; both
+ * stay if that fails.
+ */
+async function answer(question, earlier = [], place = null) {
   explain(null);
   document.querySelectorAll(".note button").forEach((button) => button.remove());
   const shown = put(at("chat"), "p", "answer");
@@ -122,7 +128,8 @@ async function answer() {
   const line = put(note, "span", "");
   const begun = performance.now();
   const stop = new AbortController();
-  let text = "", tokens = 0, early = 0, first = null, last = null, reason = "";
+  const before = messages.slice(0, messages.length - earlier.length);
+  let text = "", tokens = 0, early = 0, first = null, last = null, reason = "", failed = false;
   const tell = () => {
     const said = [`${tokens} tokens`];
     if (tokens > early) said.push(`${((1000 * (tokens - early)) / (last - first)).toFixed(1)} tokens/s`);
@@ -132,7 +139,7 @@ async function answer() {
   running = stop;
   at("send").textContent = "Stop";
   try {
-    const asked = { method: "POST", headers: headers(), body: JSON.stringify(body()), signal: stop.signal };
+    const asked = { method: "POST", headers: headers(), body: JSON.stringify(body([...before, question])), signal: stop.signal };
     for await (const event of events(await fetch("v1/chat/completions", asked))) {
       for (const choice of event.choices) {
         const piece = choice.delta.content ?? "", entries = choice.logprobs?.content ?? [];
@@ -150,6 +157,7 @@ async function answer() {
   } catch (error) {
     if (error.name === "AbortError") reason = "stopped";
     else {
+      failed = true;
       // Browsers have words of their own for a server that is not there, and none says so.
       const said = error instanceof TypeError ? "The server can't be reached." : error.message;
       put(note, "span", "error", said).setAttribute("role", "alert");
@@ -162,14 +170,17 @@ async function answer() {
   if (running !== stop) return;
   running = null;
   at("send").textContent = "Send";
-  if (text) messages.push({ role: "assistant", content: text });
+  const turn = text ? [question, { role: "assistant", content: text }] : failed ? earlier : [question];
+  messages.splice(before.length, Infinity, ...turn);
+  const kept = place && turn === earlier ? place : shown;
+  kept.hidden = false;
+  (kept === shown ? place : shown)?.remove();
   const again = put(note, "button", "", "Again");
   again.type = "button";
   again.onclick = () => {
-    if (messages.at(-1)?.role === "assistant") messages.pop();
-    shown.remove();
+    kept.hidden = true;
     note.remove();
-    answer();
+    answer(question, turn, kept);
   };
 }
 
@@ -179,10 +190,9 @@ at("ask").onsubmit = (event) => {
   const text = at("text").value;
   if (!text.trim()) return;
   at("text").value = "";
-  messages.push({ role: "user", content: text });
   put(at("chat"), "p", "user", text);
   at("chat").scrollTop = at("chat").scrollHeight;
-  answer();
+  answer({ role: "user", content: text });
 };
 at("text").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

@@ -4,13 +4,14 @@ import dataclasses
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qwen_jax.completions import Completion, Piece, TokenLogprob
 from qwen_jax.scoring import Score
 from qwen_jax.serving.asked import Asked
 from qwen_jax.serving.tool_calls import Call, ToolCalls
+from qwen_jax.text.streaming import TextStream
 from qwen_jax.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -101,6 +102,27 @@ class Reply:
         return logprobs
 
 
+class Offsets:
+    """Where tokens begin in their text, in its characters: one that goes on with a character's
+    bytes begins where that does, and one that is not shown where the next does.
+
+    Args:
+        at: where the text begins.
+        skip_special: control tokens are not shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, at: int = 0, *, skip_special: bool = True):
+        self._stream, self._at = TextStream(tokenizer, skip_special=skip_special), at
+
+    def of(self, tokens: Iterable[int]) -> list[int]:
+        """Those of the next tokens."""
+        found = []
+        for token in tokens:
+            found.append(self._at)
+            self._at += len(self._stream.feed([token]))
+        return found
+
+
 class TextReply(Reply):
     """Of /v1/completions."""
 
@@ -109,7 +131,8 @@ class TextReply(Reply):
 
     def __init__(self, asked: Asked, tokenizer: Tokenizer, model: str):
         super().__init__(asked, tokenizer, model)
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, Offsets] = {}
+        self._lengths: dict[int, int] = {}  # of texts that have been streamed so far
         self._prompts: list[Sequence[int]] = []
         self._scores: dict[int, Score] = {}
 
@@ -127,19 +150,27 @@ class TextReply(Reply):
     def choice(self, index: int, completion: Completion) -> dict[str, Any]:
         text, reason = completion.text, completion.finish_reason
         shown: Sequence[TokenLogprob] | None = completion.logprobs
+        offsets: Sequence[int] = ()
         if self._asked.echo:
             place = index // self._asked.n
             prompt = self._prompts[place]
-            text = self._tokenizer.decode(prompt, skip_special=False) + text
+            before = self._tokenizer.decode(prompt, skip_special=False)
+            text = before + text
             # Of all tokens: who counts them would miss the one that ends the text.
             if shown is not None:
+                offsets = [
+                    *Offsets(self._tokenizer, skip_special=False).of(prompt),
+                    *Offsets(self._tokenizer, len(before)).of(entry.token for entry in shown),
+                ]
                 shown = (*self._echoed(prompt, self._scores.get(place)), *shown)
         else:
             shown = self._shown(shown, reason)
+            offsets = Offsets(self._tokenizer).of(entry.token for entry in shown or ())
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(index, shown),
+            # What a stop string cuts off begins where the text ends.
+            "logprobs": self._logprobs(shown, [min(at, len(text)) for at in offsets]),
             "finish_reason": reason,
         }
 
@@ -156,26 +187,26 @@ class TextReply(Reply):
 
     def delta(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
         text = piece.text
+        shown = self._shown(text.logprobs, text.finish_reason)
+        counted = self._offsets.setdefault(index, Offsets(self._tokenizer))
+        offsets = counted.of(entry.token for entry in shown or ())
+        self._lengths[index] = length = self._lengths.get(index, 0) + len(text)
+        if text.finish_reason is not None:
+            offsets = [min(at, length) for at in offsets]
         yield {
             "index": index,
             "text": str(text),
-            "logprobs": self._logprobs(index, self._shown(text.logprobs, text.finish_reason)),
+            "logprobs": self._logprobs(shown, offsets),
             "finish_reason": text.finish_reason,
         }
 
     def _logprobs(
-        self, index: int, entries: Sequence[TokenLogprob] | None
+        self, entries: Sequence[TokenLogprob] | None, offsets: Sequence[int]
     ) -> dict[str, Any] | None:
         if entries is None:
             return None
-        names = [self._name(entry.token) for entry in entries]
-        offsets, at = [], self._offsets.get(index, 0)
-        for name in names:
-            offsets.append(at)
-            at += len(name)
-        self._offsets[index] = at
         return {
-            "tokens": names,
+            "tokens": [self._name(entry.token) for entry in entries],
             "token_logprobs": [
                 None if math.isnan(entry.logprob) else _finite(entry.logprob) for entry in entries
             ],

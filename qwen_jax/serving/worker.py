@@ -118,10 +118,6 @@ class Worker:
             headers = {"Retry-After": str(retry)}
             raise RefusalError(429, text, code="queue_full", headers=headers)
 
-    def mistaken(self, error: UserError) -> RefusalError:
-        """What a caller is told of it, who need not know where the model's files lie."""
-        return RefusalError(400, str(error).replace(self._model.config.source, "this model"))
-
     def drop(self, numbers: Sequence[int]) -> None:
         """Ends requests whose caller has gone, if they have not ended."""
         with self._changed:
@@ -154,12 +150,12 @@ class Worker:
             try:
                 self._running.add(number, entry.request)
             except UserError as error:
-                self._tell(number, self.mistaken(error))
+                self._tell(number, RefusalError.of(error))
         for number in left:
             self._running.cancel(number)
         for news in self._running.turn():
             if isinstance(news, Failed):
-                self._tell(news.number, self.mistaken(news.error))
+                self._tell(news.number, RefusalError.of(news.error))
             else:
                 self._tell(news.number, news)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from qwen_jax import pins, prompts, recommended, settings, startup
 from qwen_jax.completions import StreamedText
-from qwen_jax.conversation import Conversation
+from qwen_jax.conversation import Conversation, parsed
 from qwen_jax.errors import UserError
 from qwen_jax.in_force import describe
 from qwen_jax.options import Options
@@ -35,11 +35,12 @@ def run(command: Command) -> int:
     kept = Options(**{name: options[name] for name in own})  # type: ignore[literal-required,typeddict-item]
     conversation = Conversation(model, kept, config.system)
     _tell(f"{config.model}, {describe(options['sampling'])}; /help lists what else there is.")
-    for text in _messages():
-        if text.strip() == "/quit":
-            break
+    for text, is_command in _messages():
         try:
-            _turn(conversation, text)
+            if not is_command:
+                _show(conversation.answer(text))
+            elif not _obeyed(conversation, text):
+                break
         except UserError as error:
             _tell(f"error: {error}")
         except KeyboardInterrupt:
@@ -47,13 +48,14 @@ def run(command: Command) -> int:
     return 0
 
 
-def _turn(conversation: Conversation, text: str) -> None:
-    if text.strip() == "/retry":
+def _obeyed(conversation: Conversation, line: str) -> bool:
+    """Does what a command says; False where the chat is to end."""
+    name, rest = parsed(line)
+    if name == "retry":
         _show(conversation.retry())
-    elif text.startswith("/"):
-        _tell(conversation.command(text.strip()))
-    else:
-        _show(conversation.answer(text))
+    elif name != "quit":
+        _tell(conversation.command(name, rest))
+    return name != "quit"
 
 
 def _show(pieces: Iterator[StreamedText]) -> None:
@@ -73,17 +75,19 @@ def _show(pieces: Iterator[StreamedText]) -> None:
         _tell(f"({reason})")
 
 
-def _messages() -> Iterator[str]:
-    """What is written, message by message, until the end of it."""
+def _messages() -> Iterator[tuple[str, bool]]:
+    """What is written, message by message, until the end of it; and whether it is a command, which
+    nothing between quotes is."""
     read = _reader()
     while (line := _line(read, "> ")) is not None:
+        is_command = line.strip().startswith("/")
         if line.strip() == QUOTES:
             lines: list[str] = []
             while (more := _line(read, ". ")) is not None and more.strip() != QUOTES:
                 lines.append(more)
             line = "\n".join(lines)
         if line.strip():
-            yield line
+            yield line, is_command
 
 
 def _line(read: Callable[[str], str | None], prompt: str) -> str | None:

@@ -12,7 +12,7 @@ from qwen_jax.serving import listening
 from qwen_jax.serving.limits import Key, Limits
 from qwen_jax.settings import Command
 from qwen_jax.tasks.generate import load
-from qwen_jax.terminal import visible
+from qwen_jax.terminal import one_line
 from qwen_jax.text import constraint, matching
 
 
@@ -40,17 +40,14 @@ def run(command: Command) -> int:
         config = recommended.resolved(config, model.recommended, asked)
         sampling = prompts.sampling_of(config)
         if said := recommended.line(model.recommended, config, sampling):
-            print(visible(said), file=sys.stderr)
+            print(one_line(said), file=sys.stderr)
         defaults = Options(max_tokens=config.max_tokens, sampling=sampling)
         server = Server(model, name or _name(config), defaults, limits, key)
         if key is None and not limits.is_loopback:
             print("Anyone who reaches this address may ask: see --api_key_file.", file=sys.stderr)
-        print(
-            f"{server.name} at {listening.address(listener)}, {in_force.describe(sampling)} unless "
-            "a request says otherwise; Ctrl-C ends it.",
-            file=sys.stderr,
-            flush=True,
-        )
+        begun = f"{server.name} at {listening.address(listener)}"
+        how = f"{in_force.describe(sampling, drawn=True)} unless a request says otherwise"
+        print(one_line(f"{begun}, {how}; Ctrl-C ends it."), file=sys.stderr, flush=True)
         answered = listening.serve(server.app, listener, limits)
     return 0 if answered else interrupts.EXIT_CODE
 

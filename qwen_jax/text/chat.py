@@ -52,7 +52,7 @@ def render_chat(
         UserError: the messages are malformed, or the template is faulty, refuses them, knows no
             tools, takes too long or writes too much.
     """
-    chat, tools = plain_messages(messages), plain_tools(tools)
+    chat, tools = plain_messages(messages, template), plain_tools(tools)
     _check_knows_tools(template, chat, tools, source)
     final: str = chat[-1].get("content", "")
     if continue_final_message:
@@ -105,7 +105,8 @@ def _check_knows_tools(
         )
         raise UserError(
             f"{source}: {without}, so there is no known way to show it tools; leave them out or "
-            "use a file that has one."
+            "use a file that has one.",
+            field="tools" if "tools" in unknown else None,
         )
 
 

@@ -124,7 +124,8 @@ def check(prompt: Prompt, **options: Unpack[PromptOptions]) -> None:
     if suffix is not None and (of_chat or not isinstance(suffix, str)):
         raise UserError(
             "A suffix is a text that follows one other text, without messages, a system prompt or "
-            "tools."
+            "tools.",
+            field="suffix",
         )
     if suffix is None and options.get("raw") and of_chat:
         raise UserError("A raw prompt is one text, without messages, a system prompt or tools.")
@@ -155,7 +156,8 @@ def _infill(tokenizer: Tokenizer, prefix: str, suffix: str, source: str) -> list
     if fim is None:
         raise UserError(
             f"{source}: the model has no tokens for filling in the middle, so it can't take a "
-            "suffix; choose a Coder model, or leave the suffix out."
+            "suffix; choose a Coder model, or leave the suffix out.",
+            field="suffix",
         )
     before, after = (tokenizer.encode(text, parse_special=False) for text in (prefix, suffix))
     begin = tokenizer.encode("", add_special_tokens=True)

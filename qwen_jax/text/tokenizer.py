@@ -41,6 +41,11 @@ class Tokenizer:
         return cls(hf_vocabulary.read(directory))
 
     @property
+    def source(self) -> str:
+        """The file that it was read from, as messages name it."""
+        return self._vocabulary.source
+
+    @property
     def vocab_size(self) -> int:
         """The last token's id plus one; the embedding may have more rows, which are padding."""
         return len(self._vocabulary.tokens)

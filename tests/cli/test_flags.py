@@ -95,7 +95,7 @@ def test_refused(refuses: Callable[..., None], argv: str, words: str) -> None:
         ("--n=-1", "n is -1, but it must be from 1 to 1000000."),
         ("--n=99999999999", "n is 99999999999, but it must be from 1 to 1000000."),
         ("--max_tokens=0", "max_tokens is 0, but it must be at least 1"),
-        ("--top_logprobs=-1", "top_logprobs is -1, but it must not be negative"),
+        ("--top_logprobs=-1", "top_logprobs is -1, but it must be at least 0"),
         ("--slots=0", "slots is 0, but it must be from 1 to 4096"),
         ("--slots=-5", "slots is -5"),
         ("--slots=1000000000", "slots is 1000000000, but it must be"),

@@ -34,12 +34,12 @@ FILES = {
     b'{"prompt": "a", "n": 0}\n': "line 1: n is 0, but it must be from 1 to 1000000",
     b'{"prompt": "a", "n": 99999999999}\n': "line 1: n is 99999999999, but it must be from 1 to 1",
     b'{"prompt": "a", "n": "2"}\n': "line 1: n is '2', but it must be a whole number",
-    b'{"prompt": "a", "top_logprobs": -1}\n': "line 1: top_logprobs is -1, but it must not be neg",
+    b'{"prompt": "a", "top_logprobs": -1}\n': "line 1: top_logprobs is -1, but it must be at leas",
     b'{"prompt": "a", "top_logprobs": true}\n': "line 1: top_logprobs is True, but it must be a w",
     b'{"prompt": "a", "temperature": "1"}\n': "temperature is '1', but it must be a number",
     b'{"prompt": "a", "top_p": 0}\n': "line 1: sampling.top_p is 0, but it must be above 0",
-    b'{"prompt": "a", "logit_bias": {"x": 1}}\n': "line 1: logit_bias has 'x': 1, but it must map",
-    b'{"prompt": "a", "logit_bias": {"1": "2"}}\n': "line 1: logit_bias has '1': '2', but it must",
+    b'{"prompt": "a", "logit_bias": {"x": 1}}\n': 'line 1: logit_bias has "x": 1, but it must map',
+    b'{"prompt": "a", "logit_bias": {"1": "2"}}\n': 'line 1: logit_bias has "1": "2", but it must',
     b'{"prompt": "a", "stop": ""}\n': "line 1: stop is '', but it must be a text that is not empty",
     b'{"prompt": "a", "stop": ["b", 3]}\n': "line 1: stop is ['b', 3], but it must be a text",
     b'{"prompt": "a", "stop": 3}\n': "line 1: stop is 3, but it must be text or a list",
@@ -59,10 +59,10 @@ FILES = {
     b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n": "line 1: the number 99999",
     b'{"prompt": "a", "temperature": NaN}\n': "line 1: sampling.temperature is nan, but it must be",
     b'{"prompt": "a", "temperature": 1e-10}\n': "must be 0 (greedy) or from 1e-09 to 1e+09.",
-    b'{"prompt": "a", "logit_bias": {"%s": 1}}\n' % (b"9" * 5000): "logit_bias has '9999",
-    b'{"prompt": "a", "logit_bias": {"1": %s}}\n' % (b"9" * 400): "logit_bias has '1': 9999",
+    b'{"prompt": "a", "logit_bias": {"%s": 1}}\n' % (b"9" * 5000): 'logit_bias has "9999',
+    b'{"prompt": "a", "logit_bias": {"1": %s}}\n' % (b"9" * 400): 'logit_bias has "1": 9999',
     b'{"prompt": "a", "logit_bias": {"1": 1, "01": 2}}\n': "logit_bias names token 1 twice",
-    '{"prompt": "a", "logit_bias": {"٣": 1}}\n'.encode(): "line 1: logit_bias has '٣': 1, but it",
+    '{"prompt": "a", "logit_bias": {"٣": 1}}\n'.encode(): 'line 1: logit_bias has "٣": 1, but it',
     b'{"messages": [{"role": "user", "content": "a", "role": "b"}]}\n': "the key 'role' appears tw",
     b"[" * 100000: "line 1: its JSON is nested too deeply",
     b'{"prompt": "a"}\n{"messages": [{"role": "user", "content": "a"}], "raw": true}\n': (
@@ -79,7 +79,7 @@ FILES = {
 # Known only with the tokenizer, but, so near to the file's beginning, before anything is run.
 LATE = {
     b'{"prompt": "a"}\n{"messages": []}\n': "line 2: the conversation has no messages",
-    b'{"prompt": "a"}\n{"messages": [{"role": "x"}]}\n': "line 2: message 0 has the role 'x'",
+    b'{"prompt": "a"}\n{"messages": [{"role": "x"}]}\n': 'line 2: message 0 has the role "x"',
     b'{"prompt": "a"}\n{"prompt": "a\\ud800"}\n': r"line 2: the text holds '\ud800', which is not",
     b'{"prompt": "a"}\n{"prompt": "a", "logit_bias": {"2048": 1}}\n': (
         "line 2: sampling.logit_bias names token 2048, but the vocabulary has 2048 tokens"

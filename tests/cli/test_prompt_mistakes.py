@@ -48,7 +48,7 @@ def test_a_line_that_is_an_array_is_wrong_by_itself(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('["a"]\n{"prompt": "b"}\n')
     (_, _, wrong), (_, _, right) = prompt_records.read(str(path))
-    assert isinstance(wrong, prompt_records.Damaged) and "it is ['a'], but" in str(wrong.error)
+    assert isinstance(wrong, prompt_records.Damaged) and 'it is ["a"], but' in str(wrong.error)
     assert right == {"prompt": "b"}
 
 

@@ -112,6 +112,43 @@ def test_settings_and_errors(haiku: Served, model: qwen_jax.Model, browser: Tab)
 
 
 @pytest.mark.long
+def test_what_is_refused_is_no_part_of_the_chat(
+    haiku: Served, model: qwen_jax.Model, browser: Tab
+) -> None:
+    """Later messages are answered as if it had not been; and an answer that can't be had again
+    stays."""
+    browser.open(f"{haiku.url}/")
+    browser.run("document.querySelector('[name=max_tokens]').value = '9'")
+    assert "context of 512" in answered(browser, "word " * 600)
+    right = model.generate(SNOW, max_tokens=9).text
+    assert right in answered(browser, "haiku: snow")
+    assert "context of 512" in answered(browser, "word " * 600)
+
+    asked = [*SNOW, {"role": "assistant", "content": right}, {"role": "user", "content": "rust"}]
+    second = model.generate(asked, max_tokens=9).text
+    assert second in answered(browser, "rust")
+    shown = "document.querySelector('main').innerText"
+    browser.run("document.querySelector('[name=temperature]').value = '-1'")
+    for _ in range(2):
+        browser.point(".note button", click=True)
+        browser.wait(f"{shown}.includes('temperature is -1')")
+        browser.wait("document.querySelector('.note button')")
+        assert browser.run(shown).count(second) == 1
+    browser.run("document.querySelector('[name=temperature]').value = ''")
+    asked += [{"role": "assistant", "content": second}, {"role": "user", "content": "moss"}]
+    assert model.generate(asked, max_tokens=9).text in answered(browser, "moss")
+
+    # One that was refused can be asked again, once that is mended.
+    browser.run("document.querySelector('[name=temperature]').value = '-1'")
+    assert "temperature is -1" in answered(browser, "tea")
+    browser.run("document.querySelector('[name=temperature]').value = ''")
+    browser.point(".note button", click=True)
+    asked.append({"role": "assistant", "content": model.generate(asked, max_tokens=9).text})
+    third = model.generate([*asked, {"role": "user", "content": "tea"}], max_tokens=9).text
+    browser.wait(f"{shown}.includes({json.dumps(third)})")
+
+
+@pytest.mark.long
 def test_an_answer_is_stopped(haiku: Served, browser: Tab) -> None:
     browser.open(f"{haiku.url}/")
     browser.run("document.querySelector('[name=max_tokens]').value = '2000'")

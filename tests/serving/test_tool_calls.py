@@ -16,6 +16,7 @@ from qwen_jax.options import Options
 from qwen_jax.serving import asked
 from qwen_jax.serving.replies import ChatReply
 from qwen_jax.serving.tool_calls import ToolCalls
+from qwen_jax.text.messages import plain_messages
 from tests.serving.conftest import Served
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -101,6 +102,9 @@ def test_as_openais_objects(model: qwen_jax.Model) -> None:
     assert (choice.message.content, choice.finish_reason) == ("I'll look.", "tool_calls")
     first, second = choice.message.tool_calls
     assert first.id != second.id and second.function.name == "now"
+    given_back = {"content": "I'll look.", "role": "assistant"}
+    (plain,) = plain_messages([choice.message.model_dump()])
+    assert given_back.items() <= plain.items() and len(plain["tool_calls"]) == 2
     assert json.loads(first.function.arguments) == {"city": "Paris", "note": "<b>é"}
 
     streamed, content, calls = reply(model), "", {}

@@ -133,19 +133,31 @@ def test_arguments_as_json_text_are_objects(arguments: object, shown: str) -> No
     ("message", "words"),
     [
         ({"content": [{"type": "image_url", "image_url": {}}]}, "a part of type 'image_url', but"),
-        ({"content": [{"type": "text", "text": None}]}, "a part whose text is None"),
+        ({"content": [{"type": "text", "text": None}]}, "a part whose text is null"),
         ({"content": [{"text": "x"}]}, "has the content"),
         ({"content": {"type": "text", "text": "x"}}, "has the content"),
-        ({"content": "x", "tool_calls": {"name": "f"}}, "has tool_calls {'name': 'f'}; give a"),
-        ({"tool_calls": []}, "has the content None"),
-        ({"tool_calls": [{"function": "f"}]}, "tool call 0: function is 'f', not an object"),
-        ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "tool call 0 has the name None"),
+        ({"content": "x", "tool_calls": {"name": "f"}}, 'has tool_calls {"name": "f"}; give a'),
+        ({"tool_calls": []}, "has no content"),
+        ({"tool_calls": [{"function": "f"}]}, 'tool call 0: function is "f", not an object'),
+        ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "tool call 0 has no name"),
         ({"tool_calls": [{"name": "f", "arguments": "{'a': 1}"}]}, "it is not JSON .Expecting"),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, "NaN is no number of JSON"),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}, "'a' appears twice"),
         ({"tool_calls": [{"name": "f", "arguments": '"Oslo"'}]}, "give an object, or one as JSON"),
         ({"tool_calls": [{"name": "f", "arguments": [1]}]}, "give an object, or one as JSON"),
         ({"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}, "only an assistant"),
+        ({"content": "x", "nmae": "y"}, "the field 'nmae', .*; did you mean 'name'"),
+        ({"content": "x", "date": "y"}, "the field 'date', which nobody reads; it may have role, "),
+        ({"content": "x", "refusal": "I won't."}, "the field 'refusal', .*; put what was said"),
+        ({"content": "x", "audio": {"id": "a"}}, "the field 'audio', .*; Qwen2.5 reads text alone"),
+        (
+            {"content": "x", "function_call": {"name": "f"}},
+            "the field 'function_call', .*tool_call",
+        ),
+        ({"content": [{"type": "text", "text": "a", "txt": 1}]}, "a part .* 'txt', .*mean 'text'"),
+        ({"tool_calls": [{"name": "f", "argumnts": {}}]}, "'argumnts', .*did you mean 'arguments'"),
+        ({"tool_calls": [{"fn": 1, "function": {"name": "f"}}]}, "tool call 0 has the field 'fn'"),
+        ({"tool_calls": [{"function": {"name": "f", "id": 1}}]}, "tool call 0 has the field 'id'"),
     ],
 )
 def test_refused(message: dict[str, Any], words: str) -> None:
@@ -153,12 +165,30 @@ def test_refused(message: dict[str, Any], words: str) -> None:
         render_chat(CALLS, [USER, {"role": "assistant", **message}])
 
 
+def test_an_answer_can_be_given_back_whole() -> None:
+    """What clients send along says nothing, nor do fields that are null."""
+    nothing = dict.fromkeys(["refusal", "audio", "function_call", "x"])
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+    whole = {"content": "x", "annotations": [], "reasoning_content": "hm", "tool_calls": [call]}
+    chat = [USER | {"name": "Ann"}, {"role": "assistant", **whole, **nothing}]
+    assert render_chat(CALLS, chat) == "{}c;"
+
+
+def test_a_template_may_read_other_fields() -> None:
+    """Of its own, as messages of a model that was trained further have them."""
+    for read in (".mood", "['mood']", ".get('mood')"):
+        template = "{% for m in messages %}{{ m" + read + " }}{% endfor %}"
+        assert render_chat(template, [USER | {"mood": "calm"}]) == "calm"
+        with pytest.raises(UserError, match="the field 'mode', which nobody reads"):
+            render_chat(template, [USER | {"mode": "calm"}])
+
+
 @pytest.mark.parametrize(
     ("tools", "words"),
     [
-        ("weather", "tools is 'weather'"),
-        ({"name": "f"}, "tools is {'name': 'f'}"),
-        (["f"], "tool 0 is 'f'; give it as"),
+        ("weather", 'tools is "weather"'),
+        ({"name": "f"}, 'tools is {"name": "f"}'),
+        (["f"], 'tool 0 is "f"; give it as'),
         ([{"type": "function"}], "tool 0 is"),
         ([{"type": "function", "function": {"description": "x"}}], "tool 0 is"),
     ],
@@ -241,7 +271,9 @@ def test_openais_form_equals_transformers_plain_one(
 
 leaves = st.none() | st.booleans() | st.integers(-1, 1) | st.floats() | st.text(max_size=3)
 leaves |= st.sampled_from(["user", "assistant", "tool", "text", "{}", "[1]", '{"a": 1}'])
-names = st.sampled_from(["role", "content", "tool_calls", "function", "name", "arguments", "type"])
+names = st.sampled_from(
+    ["role", "content", "tool_calls", "function", "name", "arguments", "type", "text", "x"]
+)
 values = st.recursive(
     leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(names, v), max_leaves=10
 )

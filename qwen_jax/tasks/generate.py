@@ -55,9 +55,13 @@ def run(command: Command) -> int:
     """
     config = command.config
     options = prompts.options_of(config)
-    if config.prompt is None and batch.is_one(config.prompt_file):
+    asked = settings.asked(config, command.overrides)
+    is_batch = config.prompt is None and batch.is_one(config.prompt_file)
+    if is_batch:
+        batch.check_read(config, asked)
+    _check_needs(config, asked)
+    if is_batch:
         return batch.run(command, load)
-    _check_needs(config, settings.asked(config, command.overrides))
     _check_trace(config)
     _check_speculation(config)
     with answers.opened(config) as written:
@@ -71,11 +75,11 @@ def run(command: Command) -> int:
         if config.output is not None:
             answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
-        written.check(config, items)
+        written.check(config, answers.digests_of(items))
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        written.settle(config, items)
+        written.settle(config, answers.digests_of(items))
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0

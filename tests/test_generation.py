@@ -292,7 +292,10 @@ def test_who_cannot_go_on_ends_alone_where_somebody_is_told(model: api.Model) ->
     )
     ended = {piece.number: piece.completion for piece in generation if piece.completion}
     assert [number for number, _ in told] == [1, 2] and "bans every token" in told[0][1]
-    assert ended == {0: model.generate("haiku: snow"), 3: model.generate("haiku: rust", max_tokens=3)}
+    assert ended == {
+        0: model.generate("haiku: snow"),
+        3: model.generate("haiku: rust", max_tokens=3),
+    }
     assert generation.unfinished == {}
     with pytest.raises(UserError, match=r"^sampling\.logit_bias bans every token"):
         model.generate("haiku: snow", sampling=banned)

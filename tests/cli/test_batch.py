@@ -84,9 +84,7 @@ def without_ids(text: str) -> list[Any]:
     found = []
     for one in answers_in(text):
         response = one["response"] | {"request_id": None}
-        response["body"] = {
-            k: v for k, v in response["body"].items() if k not in ("id", "created")
-        }
+        response["body"] = {k: v for k, v in response["body"].items() if k not in ("id", "created")}
         found.append((one["custom_id"] or "", json.dumps(response)))
     return sorted(found)
 
@@ -111,9 +109,7 @@ def test_resumed_it_comes_out_as_if_it_had_not_been_cut(
 
 
 @pytest.mark.usefixtures("loaded")
-def test_what_cannot_be_resumed(
-    run: Run, refuses: Callable[..., None], tmp_path: Path
-) -> None:
+def test_what_cannot_be_resumed(run: Run, refuses: Callable[..., None], tmp_path: Path) -> None:
     asked = write(tmp_path / "asked.jsonl", [line("a", snow(max_tokens=2))])
     output = tmp_path / "out.jsonl"
     argv = [f"--prompt_file={asked}", f"--output={output}"]

@@ -55,6 +55,17 @@ def test_by_line(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("loaded")
+def test_what_llguidance_refuses_names_the_file(
+    refuses: Callable[..., None], tmp_path: Path
+) -> None:
+    schema, lark = tmp_path / "a.json", tmp_path / "a.lark"
+    schema.write_text('{"type": "integer", "minimum": 5, "maximum": 3}')
+    lark.write_text("start: foo")
+    refuses(["--prompt=x", f"--json_schema={schema}"], f"--json_schema={schema}: The json_schema")
+    refuses(["--prompt=x", f"--lark={lark}"], f"--lark={lark}: The lark can't be used", '"foo"')
+
+
+@pytest.mark.usefixtures("loaded")
 def test_a_line_that_fails_on_the_way(run: Run, tmp_path: Path) -> None:
     """It gets its error, its other fields, and no say in the rest."""
     file, output = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
@@ -111,5 +122,13 @@ def test_refused(refuses: Callable[..., None], tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text('{"patternProperties": {}}')
     refuses([f"--json_schema={bad}"], "patternProperties")
+    bad.write_text('{"items": {"type": "strng"}}')
+    refuses(
+        [f"--json_schema={bad}"], f"--json_schema={bad}: #/items/type of the JSON schema is 'strng'"
+    )
+    lark = tmp_path / "bad.lark"
+    lark.write_text("start: x\nx[temperature=0.0]: /[a-z]/")
+    refuses([f"--lark={lark}"], f"--lark={lark}: line 2 of the grammar gives x a temperature")
+    refuses(["--choice=a", "--choice="], "choice has an empty text, number 2; leave it out.")
     refuses(["--json_schema=nowhere.json"], "--json_schema=nowhere.json can't be read")
     refuses(["--regex=a", "--json_object"], "json_object and regex exclude each other")

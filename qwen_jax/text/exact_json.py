@@ -6,6 +6,7 @@ Where they stand, and around them, the grammar is written out here; all else is 
 
 import itertools
 import json
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,17 +92,16 @@ class _Grammar:
         return None
 
     def _target(self, reference: str) -> Any:
-        found: Any = self._root
-        for written in reference.split("/")[1:]:
+        """The part that a reference names; None where there is none, which is llguidance's to
+        tell."""
+        start, *names = urllib.parse.unquote(reference).split("/")
+        found: Any = self._root if start == "#" else None
+        for written in names:
             name = written.replace("~1", "/").replace("~0", "~")
             if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
                 found = found[int(name)]
-            elif isinstance(found, Mapping) and name in found:
-                found = found[name]
             else:
-                raise UserError(
-                    f"$ref of the JSON schema is {reference!r:.60}, but there is no such part."
-                )
+                found = found.get(name) if isinstance(found, Mapping) else None
         return found
 
     def _theirs(self, schema: Any, place: str) -> str:

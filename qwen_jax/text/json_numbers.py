@@ -15,19 +15,20 @@ from qwen_jax.errors import UserError
 _WHOLE = (1 << 53) - 1
 """Up to here a float holds every integer, and the next."""
 _POWERS = 22
-"""Up to here a float holds 10^n, so that digits below 2^53 times or over it are rounded once."""
+"""Up to here a float holds 10^n, so that digits that it holds, over that, are rounded once."""
 _MOST_MULTIPLE = (1 << 32) // 10
 """Of multipleOf's digits: llguidance has 32 bits for ten times a remainder."""
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def is_kept(number: float) -> bool:
-    """Whether llguidance writes this number for this number."""
-    if isinstance(number, int):
+    """Whether llguidance writes this number for this number, and an integer only for one."""
+    if isinstance(number, int) or abs(number) > _WHOLE:
         return abs(number) <= _WHOLE
     _, digits, exponent = Decimal(repr(number)).as_tuple()
     assert isinstance(exponent, int)  # Infinity is no number of JSON.
-    return int("".join(map(str, digits))) <= _WHOLE and abs(exponent) <= _POWERS
+    whole = int("".join(map(str, digits)))
+    return int(float(whole)) == whole and abs(exponent) <= _POWERS
 
 
 def changed(value: Any) -> Iterator[float]:

@@ -31,7 +31,7 @@ class Constraint:
 
     kind: Kind
     text: str
-    source: str = dataclasses.field(default="", compare=False)
+    source: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

@@ -62,6 +62,12 @@ def check(schema: Mapping[str, Any], place: str) -> None:
     """Raises UserError where bounds that are no integer's, or a multiple, would be moved."""
     for name in BOUNDS:
         bound = schema.get(name)
+        plain = name.removeprefix("exclusive").lower()
+        if bound is True and plain not in schema:
+            raise UserError(
+                f"{place}/{name} of the JSON schema is true, which says nothing without {plain}; "
+                "give a number."
+            )
         if bound is None or isinstance(bound, bool):
             continue
         of_integer = schema.get("type") == "integer" and isinstance(bound, int)

@@ -28,11 +28,12 @@ _IDLE = {
 """Attributes of a rule that change no answer, or not as they should. llguidance refuses those that
 it doesn't know, and keeps to lazy, suffix and max_tokens."""
 
+# What isn't closed is one lexeme, too: to look for its end again and again would take a square.
 _LEXEME = re.compile(
     r"""
     (?P<comment> (?:\#|//)[^\n]* )
     | (?P<json> %(?:json|regex|llguidance)\b ) [ \t\r\n]*
-    | (?P<text> "(?:\\.|[^"\\\n])*" | /(?:\\.|[^/\\])+/ )
+    | (?P<text> "(?:\\.|[^"\\\n])*"? | /(?:\\.|[^/\\])+/? )
     | (?P<name> %?[\w-]+ )
     | (?P<space> [ \t\r]+ )
     | (?P<sign> ::|[\s\S] )

@@ -276,6 +276,7 @@ def test_what_llguidance_keeps_is_left_to_it() -> None:
             "#/minimum of the JSON schema is 1234.* would be rounded",
         ),
         ({"items": {"maximum": 123456789.12345679}}, "#/items/maximum .* would be rounded"),
+        ({"exclusiveMaximum": True}, "#/exclusiveMaximum .* says nothing without maximum; give a"),
         ({"multipleOf": 0}, "#/multipleOf of the JSON schema is 0; give"),
         ({"multipleOf": 429496730}, "#/multipleOf .* is 429496730, of more digits"),
         ({"multipleOf": 0.07}, "#/multipleOf .* is 0.07, of more digits"),

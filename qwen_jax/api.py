@@ -32,7 +32,7 @@ from qwen_jax.engine.layout import EngineOptions
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.errors import UserError
 from qwen_jax.executables.per_user import use_compilation_cache
-from qwen_jax.generation import Generation, NotYet
+from qwen_jax.generation import Fail, Generation, NotYet
 from qwen_jax.in_force import DRAWS, changed, warn_of_greedy
 from qwen_jax.in_thread import in_thread
 from qwen_jax.loading import Speculation, load_engine
@@ -177,9 +177,14 @@ class Model:
         return prompt_ids(self.tokenizer, prompt, source=source, **options)
 
     @checked
-    def run(self, requests: Iterable[Request | NotYet]) -> Generation:
-        """Requests through the engine's slots; iterate over it for the texts as they come."""
-        return Generation(self.engine, self.tokenizer, requests)
+    def run(self, requests: Iterable[Request | NotYet], fail: Fail | None = None) -> Generation:
+        """Requests through the engine's slots; iterate over it for the texts as they come.
+
+        Args:
+            fail: called with the number of a request that can't go on, and why; by default the
+                first of them ends it all, by a UserError.
+        """
+        return Generation(self.engine, self.tokenizer, requests, fail)
 
     @checked
     def request(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
@@ -265,11 +270,11 @@ class Model:
             UserError: a prompt is empty, malformed or longer than the context, or an argument is
                 not what it must be.
         """
-        requests, alone = self._requests(prompt, n, samplings, options)
+        requests, several = self._requests(prompt, n, samplings, options)
         ended: dict[int, Completion] = {}
-        for piece in self.run(requests):
+        for piece in self.run(requests, _naming_the_prompt(n) if several else None):
             _take(piece, ended, len(requests), progress)
-        return _completions(ended, alone)
+        return _completions(ended, not several and n == 1)
 
     @checked
     async def agenerate(
@@ -282,12 +287,13 @@ class Model:
         **options: Unpack[Options],
     ) -> Completion | list[Completion]:
         """`generate` for asyncio, whose other tasks go on meanwhile; cancelled, it ends soon."""
-        requests, alone = await asyncio.to_thread(self._requests, prompt, n, samplings, options)
+        requests, several = await asyncio.to_thread(self._requests, prompt, n, samplings, options)
         ended: dict[int, Completion] = {}
-        async with contextlib.aclosing(in_thread(self.run(requests).__iter__)) as pieces:
+        generation = self.run(requests, _naming_the_prompt(n) if several else None)
+        async with contextlib.aclosing(in_thread(generation.__iter__)) as pieces:
             async for piece in pieces:
                 _take(piece, ended, len(requests), progress)
-        return _completions(ended, alone)
+        return _completions(ended, not several and n == 1)
 
     @checked
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[StreamedText]:
@@ -325,7 +331,7 @@ class Model:
         samplings: Sequence[Sampling] | None,
         options: Options,
     ) -> tuple[list[Request], bool]:
-        """The samples of each prompt; and whether one completion is the answer, and no list."""
+        """The samples of each prompt; and whether these are a list."""
         check_samples(n)
         for name in ("stop", "stop_ids"):
             if isinstance(value := options.get(name), Iterator):
@@ -348,12 +354,12 @@ class Model:
             for first in firsts[:1]:
                 self._warn_of_idle(first.sampling, n)
             samples = itertools.chain.from_iterable([first] * n for first in firsts)
-            return [*reseeded(samples)], not several and n == 1
+            return [*reseeded(samples)], several
         requests: list[Request] = []
         for first in firsts:
             self._warn_of_idle(first.sampling, n)
             requests += reseeded([first] * n)
-        return requests, not several and n == 1
+        return requests, several
 
     def _warn_of_idle(self, sampling: Sampling, n: int) -> None:
         """Tells once of what does nothing, as in `Sampling(top_p=0.9)` without a temperature."""
@@ -380,6 +386,15 @@ class Model:
         """
         self.engine.check_ids(token_ids, "token_ids")
         return self.engine.logits(token_ids)
+
+
+def _naming_the_prompt(n: int) -> Fail:
+    """What ends a generation of n samples of each prompt, and says which of them can't go on."""
+
+    def fail(number: int, error: UserError) -> None:
+        raise UserError(f"prompt {number // n}: {error}") from error
+
+    return fail
 
 
 def _take(

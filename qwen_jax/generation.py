@@ -1,7 +1,7 @@
 """From token ids to text: requests through the engine's slots, a piece of text at a time."""
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple
 
 from qwen_jax.completions import Completion, Piece, StreamedText, Timings, TokenLogprob
@@ -26,6 +26,9 @@ class NotYet:
 _PAUSE = 0.0005
 """Seconds until it is asked again where nothing else is to be done."""
 
+Fail = Callable[[int, UserError], None]
+"""Called with the number of a request that can't go on, and why."""
+
 
 class Generation:
     """Requests through the engine's slots. Iterating, once, yields each one's text as it comes.
@@ -35,15 +38,25 @@ class Generation:
 
     Args:
         requests: what to answer, or `NotYet`; their places in it are the pieces' numbers.
+        fail: told of requests that can't go on, of which nothing more comes; the others do. By
+            default the first of them ends it all.
 
     Raises:
-        UserError: while iterating: a prompt is empty or too long, a setting doesn't fit the
-            vocabulary, or one text doesn't fit the device.
+        UserError: while iterating, unless `fail` is told: a prompt is empty or too long, a setting
+            doesn't fit the vocabulary, one text doesn't fit the device, its constraint proves to be
+            too much, every token is banned, or logits are not finite.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Iterable[Request | NotYet]):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        requests: Iterable[Request | NotYet],
+        fail: Fail | None = None,
+    ):
         self._engine, self._tokenizer = engine, tokenizer
         self._requests = enumerate(requests)
+        self._fail = fail
         self._running: Running | None = None
 
     @property
@@ -76,11 +89,15 @@ class Generation:
                     try:
                         running.add(number, request)
                     except UserError as error:
-                        raise UserError(f"request {number}: {error}") from error
+                        if self._fail is None:
+                            raise UserError(f"request {number}: {error}") from error
+                        self._fail(number, error)
             for news in running.turn():
                 if isinstance(news, Failed):
-                    raise news.error
-                if isinstance(news, Piece):
+                    if self._fail is None:
+                        raise news.error
+                    self._fail(*news)
+                elif isinstance(news, Piece):
                     yield news
 
 

@@ -1,5 +1,6 @@
 """Which prompts a config asks for, and how they are to be answered."""
 
+import dataclasses
 import itertools
 import os
 import stat
@@ -251,7 +252,7 @@ def _tools(path: str | None) -> list[Mapping[str, Any]] | None:
 
 def _constraint(asked: ConfigDict) -> Constraint | None:
     """What answers are held to; a schema and a grammar stand in files."""
-    fields = dict(asked)
+    fields, source = dict(asked), ""
     for name in ("json_schema", "lark"):
         if (path := fields[name]) is not None:
             try:
@@ -262,10 +263,14 @@ def _constraint(asked: ConfigDict) -> Constraint | None:
             text = utf8.decoded(data, f"--{name}={path}")
             is_schema = name == "json_schema"
             fields[name] = strict_json.parse_object(text, path) if is_schema else text
-    found = constraint_of(fields)
+            source = f"--{name}={path}"
+    try:
+        found = constraint_of(fields)
+    except UserError as error:
+        raise UserError(f"{source}: {error}" if source else str(error)) from error
     if found is not None:
         check_installed()
-    return found
+    return found if found is None or not source else dataclasses.replace(found, source=source)
 
 
 def _logit_bias(pairs: str) -> dict[int, float]:

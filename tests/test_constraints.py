@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
 
 import qwen_jax
-from qwen_jax import Constraint, Sampling, UserError
+from qwen_jax import Constraint, Sampling
 from qwen_jax.text import matching
 from qwen_jax.text.matching import Matcher
 
@@ -141,54 +141,6 @@ def test_what_is_cut_is_said_to_be(model: qwen_jax.Model) -> None:
     assert answer.finish_reason == "length" and len(answer.tokens) == 5
     with pytest.raises(json.JSONDecodeError):
         json.loads(answer.text)
-
-
-@pytest.mark.parametrize(
-    "schema, words",
-    [
-        ({"type": "object", "patternProperties": {"^a": {}}}, "'patternProperties'.*out of #"),
-        ({"properties": {"a": {"not": {}}}}, "'not'.*out of #/properties/a"),
-        ({"items": {"uniqueItems": True}}, "'uniqueItems'"),
-        ({"oneOf": [{"type": "string"}]}, "'oneOf'"),
-        ({"if": {}}, "'if'"),
-        ({"$defs": {"x": {"dependentRequired": {}}}}, "'dependentRequired'.*#/\\$defs/x"),
-        ({"requierd": []}, "did you mean required"),
-        ({"type": "string", "format": "regex"}, "#/format is 'regex'"),
-        ({"$ref": "https://example.com/a"}, "only '#/"),
-        ({"anyOf": {}}, "#/anyOf is {}"),
-        ({"properties": []}, "#/properties is"),
-        ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum \\(5\\) is greater"),
-        ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
-        ({"type": "nothing"}, "Invalid type: nothing"),
-        ({"$ref": "#"}, "nothing fits it"),
-    ],
-)
-def test_refused_schemas(model: qwen_jax.Model, schema: dict[str, Any], words: str) -> None:
-    """By name, and before anything is generated."""
-    with pytest.raises(UserError, match=words):
-        model.request("x", constraint=Constraint.json_schema(schema))
-
-
-def test_a_property_may_be_called_like_a_keyword(model: qwen_jax.Model) -> None:
-    schema = {"type": "object", "properties": {"not": {"type": "null"}}, "required": ["not"]}
-    answer = model.generate("x", constraint=Constraint.json_schema(schema), max_tokens=8)
-    assert answer.text.startswith('{"not": null')
-
-
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda: Constraint.choice([]), "must be a list of texts"),
-        (lambda: Constraint.choice("ab"), "must be a list of texts"),
-        (lambda: Constraint.json_schema("[]"), "must be a JSON object"),
-        (lambda: Constraint.json_schema("{"), "not JSON"),
-        (lambda: Constraint.regex("[a"), "unclosed character class"),
-        (lambda: Constraint.lark("start: foo"), 'unknown name: "foo"'),
-    ],
-)
-def test_refused_constraints(model: qwen_jax.Model, make: Any, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        model.request("x", constraint=make())
 
 
 _LEAF = st.one_of(

@@ -281,6 +281,28 @@ def test_what_is_no_token_is_an_error(code: int, words: str, ahead: bool) -> Non
     assert pool.available == pool.size
 
 
+def test_who_cannot_go_on_ends_alone_where_somebody_is_told(model: api.Model) -> None:
+    """The others' answers are what they are without it."""
+    banned = Sampling(logit_bias=dict.fromkeys(range(2048), -np.inf))
+    well = [model.request("haiku: snow"), model.request("haiku: rust", max_tokens=3)]
+    request = dataclasses.replace(well[0], sampling=banned)
+    told: list[tuple[int, str]] = []
+    generation = model.run(
+        [well[0], request, request, well[1]], lambda number, why: told.append((number, str(why)))
+    )
+    ended = {piece.number: piece.completion for piece in generation if piece.completion}
+    assert [number for number, _ in told] == [1, 2] and "bans every token" in told[0][1]
+    assert ended == {
+        0: model.generate("haiku: snow"),
+        3: model.generate("haiku: rust", max_tokens=3),
+    }
+    assert generation.unfinished == {}
+    with pytest.raises(UserError, match=r"^sampling\.logit_bias bans every token"):
+        model.generate("haiku: snow", sampling=banned)
+    with pytest.raises(UserError, match=r"^prompt 1: sampling\.logit_bias bans every token"):
+        model.generate(["a", "b"], n=2, samplings=[Sampling(), banned])
+
+
 def test_the_way_out_of_an_overflow_is_another_setting() -> None:
     assert "choose --dtype=bfloat16 or float32" in overflow("m", jnp.dtype("float16"))
     assert "--dtype" not in overflow("m", jnp.dtype("bfloat16"))

@@ -271,7 +271,11 @@ class Harness(TemplateLM):
         left = {key: i for i, (key, _, _) in enumerate(keyed) if key not in self._answers}
         order = list(left.values())
         quiet = disable_tqdm or _QUIET
-        pieces = iter(self._model.run(keyed[i][2] for i in order))
+
+        def fail(number: int, error: UserError) -> None:
+            raise UserError(f"{requests[order[number]].args[0]!r:.60}: {error}") from error
+
+        pieces = iter(self._model.run((keyed[i][2] for i in order), fail))
         with (
             contextlib.closing(pieces),
             tqdm(total=len(requests), initial=len(requests) - len(order), disable=quiet) as bar,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from qwen_jax import strict_json
 from qwen_jax.errors import UserError
-from qwen_jax.text.constraint import LAYOUT, Constraint
+from qwen_jax.text.constraint import Constraint
+from qwen_jax.text.json_schema import LAYOUT
 from qwen_jax.text.messages import plain_tools
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"

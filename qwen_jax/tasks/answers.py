@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +22,37 @@ from qwen_jax.prompt_lines import Item, Wrong
 
 Key = tuple[str | int, int]
 """A prompt's id and the sample."""
+Digests = Mapping[str, str]
+"""Of what prompts ask, by their ids, as JSON writes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a file's lines of answers are told apart.
+
+    Attributes:
+        id: the field that has a prompt's id.
+        way: what to do about an id that is another prompt's now.
+        fault: what is wrong with a line, in words, or nothing.
+        key: what a line answers; None where it says why a prompt was refused.
+    """
+
+    id: str
+    way: str
+    fault: Callable[[Mapping[str, Any]], str]
+    key: Callable[[Mapping[str, Any]], Key | None]
+
 
 _ID = kinds.Kind("a text or a whole number", lambda value: type(value) in (str, int))
 _ERROR = {"id": _ID, "error": kinds.TEXT}
 _ANSWER = {"id": _ID, "sample": kinds.NATURAL, "text": kinds.TEXT}
 """What the lines of a file of answers have for sure."""
+PLAIN = Form(
+    "id",
+    "give what is new an id of its own (a line's number is its id where it has none)",
+    lambda line: kinds.fault(line, _ERROR if "error" in line else _ANSWER),
+    lambda line: None if "error" in line else (line["id"], line["sample"]),
+)
 
 _NO_MATTER = (
     *("prompt", "prompt_file", "output", "ordered", "strict", "resume", "slots", "trace", "hosts"),
@@ -64,6 +90,7 @@ class Answers:
     path: Path | None = None
     resumed: bool = False
     done: frozenset[Key] = frozenset()
+    form: Form = PLAIN
 
     def left(self, items: Sequence[Item | Wrong], n: int) -> list[Item | Wrong]:
         """Those of which a sample has no answer yet, where n are asked for."""
@@ -74,12 +101,11 @@ class Answers:
             or any((item.id, sample) not in self.done for sample in range(item.samples(n)))
         ]
 
-    def check(
-        self, config: ConfigDict, items: Sequence[Item | Wrong], *, loaded: bool = False
-    ) -> None:
+    def check(self, config: ConfigDict, prompts: Digests, *, loaded: bool = False) -> None:
         """Holds what the answers are made with and of against what was noted.
 
         Args:
+            prompts: all of the file's that are right, as far as they were read.
             loaded: what the model recommends is known, and in the config.
 
         Raises UserError where they differ: half of the answers would be others.
@@ -107,23 +133,22 @@ class Answers:
                     f"--output={self.path} was begun with {field} {noted[field]!r:.60}, which is "
                     f"{value!r:.60} now; go on with the same settings, or choose another name."
                 )
-        self._check_prompts(noted["prompts"], _digests(items))
+        self._check_prompts(noted["prompts"], prompts)
 
-    def settle(self, config: ConfigDict, items: Sequence[Item | Wrong]) -> None:
+    def settle(self, config: ConfigDict, prompts: Digests) -> None:
         """Checks the same once the model is loaded, and notes it."""
-        self.check(config, items, loaded=True)
+        self.check(config, prompts, loaded=True)
         if self.path is not None:
-            content = _made_with(config, loaded=True) | {"prompts": _digests(items)}
+            content = _made_with(config, loaded=True) | {"prompts": prompts}
             lines.write_atomically(_settings_file(self.path), json.dumps(content, indent=1) + "\n")
 
-    def _check_prompts(self, noted: Mapping[str, str], prompts: Mapping[str, str]) -> None:
+    def _check_prompts(self, noted: Digests, prompts: Digests) -> None:
         for name in dict.fromkeys(json.dumps(name) for name, _ in self.done):
             if prompts.get(name, noted.get(name)) != noted.get(name):
                 raise UserError(
-                    f"--output={self.path} has an answer to the prompt with the id {name:.60}, "
-                    "which is another prompt now, or asks for it otherwise; give what is new an id "
-                    "of its own (a line's number is its id where it has none), or choose another "
-                    "name."
+                    f"--output={self.path} has an answer to the prompt with the {self.form.id} "
+                    f"{name:.60}, which is another prompt now, or asks for it otherwise; "
+                    f"{self.form.way}, or choose another name."
                 )
 
 
@@ -148,7 +173,7 @@ def _made_with(config: ConfigDict, *, loaded: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict) -> Iterator[Answers]:
+def opened(config: ConfigDict, form: Form = PLAIN) -> Iterator[Answers]:
     """stdout, a new file, or with `resume` one that is there; kept if anything is in it.
 
     Raises:
@@ -167,12 +192,12 @@ def opened(config: ConfigDict) -> Iterator[Answers]:
         with contextlib.ExitStack() as files:
             _hold(files.enter_context(file), path)
             files.callback(_remove_if_empty, path)  # Only now: it may have been another run's.
-            done, cut = _written(path) if resumed else (frozenset[Key](), False)
+            done, cut = _written(path, form) if resumed else (frozenset[Key](), False)
             if cut:
-                lines.write_pieces(path, (line for line, key in _lines(path) if key))
+                lines.write_pieces(path, (line for line, key in _lines(path, form) if key))
                 file = files.enter_context(_opened(path, "a"))
                 _hold(file, path)
-            yield Answers(file, path, resumed, done)
+            yield Answers(file, path, resumed, done, form)
     except BrokenPipeError:  # stderr's
         raise
     except OSError as error:  # A full disk's doesn't know the file, and closing it tries again.
@@ -212,15 +237,20 @@ def _opened(path: Path, mode: str) -> IO[str]:
     return path.open(mode, -1, "utf-8", errors="backslashreplace", newline="\n")
 
 
-def _digests(items: Sequence[Item | Wrong]) -> dict[str, str]:
-    """Of the prompts by their ids, as JSON writes them."""
-    return {json.dumps(item.id): _digest(item) for item in items if isinstance(item, Item)}
+def digests(asked: Iterable[tuple[str | int, Any]]) -> dict[str, str]:
+    """Of prompts' ids, and what each asks."""
+    return {json.dumps(name): _digest(what) for name, what in asked}
 
 
-def _digest(item: Item) -> str:
-    """Of what a prompt asks."""
-    asked = json.dumps([item.prompt, dict(item.own)], sort_keys=True, default=repr)
-    return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def _digest(what: Any) -> str:
+    written = json.dumps(what, sort_keys=True, default=repr)
+    return hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def digests_of(items: Iterable[Item | Wrong]) -> dict[str, str]:
+    """Those of the prompts that are right."""
+    right = (item for item in items if isinstance(item, Item))
+    return digests((item.id, [item.prompt, dict(item.own)]) for item in right)
 
 
 def check_ids(items: Sequence[Item | Wrong], prompt_file: str) -> None:
@@ -251,7 +281,7 @@ def _settings_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
-def _written(path: Path) -> tuple[frozenset[Key], bool]:
+def _written(path: Path, form: Form) -> tuple[frozenset[Key], bool]:
     """What a file has answers of, and whether it has something else as well, that is to be cut: a
     last line that was cut off, or why a prompt was refused, which may be right now.
     """
@@ -262,7 +292,7 @@ def _written(path: Path) -> tuple[frozenset[Key], bool]:
         )
     done: set[Key] = set()
     cut = False
-    for _, key in _lines(path):
+    for _, key in _lines(path, form):
         if key is None:
             cut = True
         else:
@@ -270,7 +300,7 @@ def _written(path: Path) -> tuple[frozenset[Key], bool]:
     return frozenset(done), cut
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, Key | None]]:
+def _lines(path: Path, form: Form) -> Iterator[tuple[bytes, Key | None]]:
     """The file's lines one by one, and what they answer, if anything.
 
     Raises UserError for a line that no run has written.
@@ -282,8 +312,8 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Key | None]]:
                 return
             where = f"--output={path}, line {number} is no answer of a run"
             record = strict_json.parse_object(line, where, allow_halves=True)
-            if wrong := kinds.fault(record, _ERROR if "error" in record else _ANSWER):
+            if wrong := form.fault(record):
                 raise UserError(
                     f"{where}, so that --resume can't go on with it: {wrong}; choose another name."
                 )
-            yield line, None if "error" in record else (record["id"], record["sample"])
+            yield line, form.key(record)

@@ -55,9 +55,13 @@ def run(command: Command) -> int:
     """
     config = command.config
     options = prompts.options_of(config)
-    if config.prompt is None and batch.is_one(config.prompt_file):
+    asked = settings.asked(config, command.overrides)
+    is_batch = config.prompt is None and batch.is_one(config.prompt_file)
+    if is_batch:
+        batch.check_read(config, asked)
+    _check_needs(config, asked)
+    if is_batch:
         return batch.run(command, load)
-    _check_needs(config, settings.asked(config, command.overrides))
     _check_trace(config)
     _check_speculation(config)
     with answers.opened(config) as written:
@@ -71,11 +75,11 @@ def run(command: Command) -> int:
         if config.output is not None:
             answers.check_ids(items, config.prompt_file)
         pins.pin_and_tell(config, pins.OF_RUN)
-        written.check(config, items)
+        written.check(config, answers.digests_of(items))
         with startup.timed("load"):
             model = load(config, _expected(config, items))
         config, items = _as_recommended(model, command, items)
-        written.settle(config, items)
+        written.settle(config, answers.digests_of(items))
         others = sum(not SAMPLING.keys().isdisjoint(item.own) for item in _right(items))
         summary = Summary(model, prompts.sampling_of(config), others)
         refused = 0
@@ -270,14 +274,16 @@ def _run_file(
     """Writes each answer when it is complete; with `ordered`, when all before it are, too.
 
     Prompts become ids when they are about to get a slot, so that thousands of them don't delay the
-    first answer. One that proves to be wrong then gets a line that says why; where it is `strict`
-    it ends the run, and what is written stays. What has been answered is not answered again.
+    first answer. One that proves to be wrong then, or while its answer is made, gets a line that
+    says why; where it is `strict` it ends the run, and what is written stays. What has been
+    answered is not answered again.
 
     Returns:
         How many prompts were refused.
     """
-    asked: dict[int, tuple[dict[str, Any], int]] = {}
+    asked: dict[int, tuple[Item, dict[str, Any], int]] = {}
     numbers, places, refused = itertools.count(), itertools.count(), 0
+    failed: set[str] = set()
     left = answered.left(items, config.n)
     if answered.done:
         print(
@@ -293,7 +299,7 @@ def _run_file(
         for item, sample, made in prompts.rows(left, config.n, request, told):
             if (item.id, sample) not in answered.done:
                 line = {"id": item.id, "sample": sample, **item.carried, **made_by(made)}
-                asked[next(numbers)] = line, next(places)
+                asked[next(numbers)] = item, line, next(places)
                 yield made
 
     def made_by(request: Request) -> dict[str, Any]:
@@ -307,13 +313,22 @@ def _run_file(
         refused += 1
         lines.put(next(places), {"id": wrong.id, "error": wrong.error, **wrong.carried})
 
+    def fail(number: int, error: UserError) -> None:
+        item, line, place = asked.pop(number)
+        why = f"{item.where}: {error}"
+        if config.strict:
+            raise UserError(why) from error
+        failed.add(item.where)
+        which = {"id": item.id, "sample": line["sample"]}
+        lines.put(place, {**which, "error": why, **item.carried})
+
     total = _samples(items, config.n) - len(answered.done)
-    generation = model.run(requests())
+    generation = model.run(requests(), fail)
     bar = tqdm(total=total, desc="answers", disable=not sys.stderr.isatty())
     with bar, Lines(answered.out, config.ordered, bar) as lines:
         for number, _, completion in summary.follow(generation):
             if completion is None:
                 continue
-            line, place = asked.pop(number)
+            _, line, place = asked.pop(number)
             lines.put(place, line | prompts.answer(completion))
-    return refused
+    return refused + len(failed)

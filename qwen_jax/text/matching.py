@@ -16,7 +16,9 @@ import numpy as np
 from jaxtyping import UInt32
 
 from qwen_jax.errors import UserError
-from qwen_jax.text.constraint import LAYOUT, Constraint, check_installed
+from qwen_jax.text import exact_json
+from qwen_jax.text.constraint import Constraint, check_installed
+from qwen_jax.text.json_schema import LAYOUT
 from qwen_jax.text.tokenizer import Tokenizer
 
 FEW, FEW_WORDS = 16, 1 << 14
@@ -184,6 +186,8 @@ def _grammar(constraint: Constraint) -> str:
         options = " | ".join(json.dumps(choice) for choice in json.loads(text))
         # As a terminal they are one automaton: as alternatives of a rule no more than 2,000 fit.
         return str(LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {options}"))
+    if (written := exact_json.grammar(json.loads(text))) is not None:
+        return str(LLMatcher.grammar_from_lark(written))
     return str(LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT))
 
 
@@ -284,7 +288,7 @@ class _Known:
         said = [found.get_error(), *found.get_grammar_warnings()]
         if why := next(filter(None, said), ""):
             text = f"The {constraint.kind} can't be used: {_first_line(why)}; correct it."
-            raise UserError(text)
+            raise UserError(f"{constraint.source}: {text}" if constraint.source else text)
         return found
 
 

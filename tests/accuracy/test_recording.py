@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax import Constraint, Sampling
 from qwen_jax.accuracy.traces.recording import (
     Recorder,
     parse_positions,
@@ -186,6 +187,28 @@ def test_positions_are_slices(text: str, expected: tuple[int, int]) -> None:
 def test_positions_that_hold_nothing_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="positions"):
         parse_positions(text, 9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"constraint": Constraint.choice(["yes"])},
+        {"sampling": Sampling(logit_bias={97: 100.0})},
+        {"sampling": Sampling(repetition_penalty=9.0)},
+    ],
+)
+def test_choices_that_were_not_the_logits_alone_are_not_held_against_them(
+    options: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = qwen_jax.load()
+    request = model.request("haiku: snow", max_tokens=6, **options)
+    (completion,) = (piece.completion for piece in model.run([request]) if piece.completion)
+    trace = trace_generation(model, request, completion, names="logits")
+    prompt = len(request.tokens)
+    chosen = trace.tensors["logits"][prompt - 1 :].argmax(1).tolist()
+    assert chosen != list(completion.tokens)
+    assert "a constraint, a bias or a penalty had a say" in trace.header.notes[1]
+    assert not caplog.records
 
 
 def test_a_generation_is_replayed_and_chooses_the_same() -> None:

@@ -244,9 +244,9 @@ def test_answers_are_not_read_into_memory(run: Run, tmp_path: Path) -> None:
         file.writelines(json.dumps(pad) + "\n" for pad in pads)
         file.write(line + line[:20])
     tracemalloc.start()
-    done, cut = answers._written(output)
+    done, cut = answers._written(output, answers.PLAIN)
     assert cut and len(done) == 100
-    lines.write_pieces(output, (line for line, key in answers._lines(output) if key))
+    lines.write_pieces(output, (line for line, key in answers._lines(output, answers.PLAIN) if key))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3_000_000 < output.stat().st_size

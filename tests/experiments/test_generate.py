@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import random
 import zlib
 from collections.abc import Callable
@@ -61,6 +62,22 @@ def test_answers_and_scores(
     assert metrics["different_texts"] == pytest.approx(sum(different) / 7)
     tokens = [len(c.tokens) for c in expected]
     assert metrics["tokens_per_answer"] == pytest.approx(sum(tokens) / 14)
+
+
+def test_a_prompt_that_fails_is_named(
+    experiment: Callable[..., list[str]], run: Callable, tmp_path: Path
+) -> None:
+    """It ends its point, whose means would leave it out."""
+    path = tmp_path / "words.jsonl"
+    banned = {"logit_bias": {str(token): -math.inf for token in range(2048)}}
+    path.write_text("".join(json.dumps({"prompt": "a"} | more) + "\n" for more in ({}, banned)))
+    argv = experiment(
+        'axis("sampling.temperature", [0.7])',
+        f"config.prompt_file = {str(path)!r}; config.experiment.task = 'generate'",
+    )
+    assert run(*argv).code != 0
+    (event,) = (e for e in lines(tmp_path / "w" / "metrics.jsonl") if e["event"] == "failed")
+    assert event["reason"].startswith(f"{path}, line 2: sampling.logit_bias bans every token")
 
 
 def test_cut_anywhere_it_goes_on_with_the_same_answers(

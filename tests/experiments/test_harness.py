@@ -67,6 +67,15 @@ def test_loglikelihood_and_generation(model: api.Model) -> None:
     assert len(kept) == 4
 
 
+def test_a_prompt_that_cannot_go_on_is_named(
+    model: api.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its task would have no result without it."""
+    monkeypatch.setattr("qwen_jax.engine.decoding.why_not", lambda chosen, engine: "it overflowed")
+    requests = [instance("the moon", {"until": ["?"], "max_gen_toks": 3})]
+    refused("'the moon': it overflowed", Harness(model).generate_until, requests, True)
+
+
 DRAW = {"until": ["?"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
 
 

@@ -18,6 +18,7 @@ from qwen_jax.api import Model
 from qwen_jax.completions import Completion
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling import changes_scores
 from qwen_jax.engine.shapes import Piece, Shapes, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import Weights
@@ -202,7 +203,8 @@ def trace_generation(
     enters alone like each token that was chosen.
 
     The last token chosen never entered the model and is left out. A note in the header says that
-    this is a replay, and whether its logits choose the same tokens, where the run was greedy.
+    this is a replay, and whether its logits choose the same tokens, where the run was greedy and
+    nothing but them had a say.
 
     Args:
         request: what was asked for.
@@ -228,7 +230,13 @@ def trace_generation(
         tokens, prompt_length=prompt - 1, start=start, stop=stop, see=see
     )
     notes = ["A replay of the generated tokens, made after the run."]
-    if request.sampling.temperature == 0 and completion.tokens:
+    greedy = request.sampling.temperature == 0 and completion.tokens
+    if greedy and (request.constraint is not None or changes_scores(request.sampling)):
+        notes.append(
+            "Its logits are not held against the tokens of the run, in which a constraint, a bias "
+            "or a penalty had a say."
+        )
+    elif greedy:
         pairs = zip(chosen[prompt - 1 :], completion.tokens, strict=True)
         wrong = [i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
         if wrong:

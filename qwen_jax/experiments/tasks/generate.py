@@ -160,7 +160,11 @@ class Generate(Task):
                     asked[next(numbers)] = row, item, sample
                     yield request
 
-        generation = work.model().run(requests())
+        def fail(number: int, error: UserError) -> None:
+            raise UserError(f"{asked[number][1].where}: {error}") from error
+
+        # Without one of its answers a point has no result: means over the others would flatter it.
+        generation = work.model().run(requests(), fail)
         with contextlib.closing(iter(generation)) as pieces:
             for number, _, completion in pieces:
                 tally.time(generation.timings)

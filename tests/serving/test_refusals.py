@@ -140,7 +140,11 @@ SCHEMA = {"schema": {"type": "object"}}
         (tools(FUNCTION, tool_choice="required", regex="a"), "tool_choice", "is no regex"),
         ({"regex": "("}, "regex", "unclosed"),
         ({"lark": "start: nothing"}, "lark", "nothing"),
-        (form(type="json_schema", json_schema={"schema": {"type": "x"}}), "", "type: x;"),
+        (
+            form(type="json_schema", json_schema={"schema": {"type": "x"}}),
+            "",
+            "#/type of the JSON schema is 'x'",
+        ),
         ({"messages": [{"role": "user", "content": "x", "nmae": 1}]}, "messages", "mean 'name'?"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]},

@@ -32,7 +32,7 @@ class Derived:
     @property
     def levels(self) -> tuple[Level, ...]:
         # A level's limit is so many of its rounding errors; here it is the bound itself.
-        return (Level(TOLD[0], 1 / WORST),)
+        return (Level(TOLD[0], 1 / WORST, 1 / WORST),)
 
     def rows(self, text: Logged, before: tuple[int, ...] = (), prompt: bool = True) -> Rows:
         return rows_of(text, before, prompt, lambda ids: self.truth(tuple(ids.tolist())))

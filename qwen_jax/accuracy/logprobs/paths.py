@@ -88,6 +88,7 @@ class Rows(NamedTuple):
         positions: of the rows.
         logged: what an engine wrote at each id of `whole`; NaN where nothing.
         others: ids that it wrote that of, where they are not those of the text.
+        roundings: how often the bound of a float32 log-softmax's own roundings counts.
     """
 
     logits: Float[np.ndarray, "T V"]
@@ -97,6 +98,7 @@ class Rows(NamedTuple):
     positions: Int[np.ndarray, "T"]
     logged: Float[np.ndarray, "n"]
     others: Int[np.ndarray, "n"] | None = None
+    roundings: float = 1.0
 
     def take(self, rows: Int[np.ndarray, "n"] | slice) -> "Rows":
         return self._replace(
@@ -169,10 +171,11 @@ def _predict(path: Path, rows: Rows, digits: float, edges: bool) -> Predicted:
     size = np.abs(_taken(z, ids))
     value, limit = _log_softmax(path, z, limit, ids, edges)
     possible = np.isfinite(value)
-    limit = np.where(possible, limit + _U32 * (np.abs(value) + size + 8), 0.0)
+    own = rows.roundings * _U32
+    limit = np.where(possible, limit + own * (np.abs(value) + size + 8), 0.0)
     if path.logprobs:
         value, limit = round_interval(value, limit, path.logprobs)
-        limit = limit + _U32 * np.abs(value)
+        limit = limit + own * np.abs(value)
     value[~there] = np.nan
     logged = np.where(there, rows.logged[np.where(there, written, 0)], np.nan)
     return Predicted(value, limit, logged, np.full(len(value), digits))

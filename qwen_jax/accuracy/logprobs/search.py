@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs import causes
 from qwen_jax.accuracy.logprobs.causes import Change, Changes, Sample
@@ -47,6 +48,7 @@ class Verdict:
         others: explanations by as many causes that do as well.
         where: where the errors lie, in words.
         why: what could not be judged, in words.
+        declared: a dtype that the log's lines say, where it is finer than that level.
     """
 
     verdict: str
@@ -57,6 +59,7 @@ class Verdict:
     others: tuple[tuple[str, ...], ...] = ()
     where: str = ""
     why: str = ""
+    declared: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +130,18 @@ class _Search:
         if told and (found := self._explained(told)):
             return found
         if plain is not None:
-            return Verdict("rounding", plain.name, self.fits[plain])
+            declared = self._finer_than(plain)
+            return Verdict("rounding", plain.name, self.fits[plain], declared=declared)
         coarsest = self.levels[-1]
         return Verdict("unexplained", coarsest.name, self.fits[coarsest], where=self._where())
+
+    def _finer_than(self, level: Level) -> str:
+        """What some line says that its engine computed in, where that is no such level."""
+        for dtype in dict.fromkeys(text.dtype for text in self.texts if text.dtype in UNIT):
+            unit = UNIT[dtype] / UNIT["bfloat16"]
+            if level.unit > next((one.unit for one in self.levels if one.unit >= unit), unit):
+                return dtype
+        return ""
 
     def _explained(self, levels: Sequence[Level]) -> Verdict | None:
         for level in levels:

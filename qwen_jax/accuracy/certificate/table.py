@@ -33,6 +33,13 @@ def _sections(certificate: Certificate) -> Iterator[str]:
     if causes:
         header = ("engine", "cause", "layers", "as it is", "planted", "what and where")
         yield Table(header, causes).text()
+    left = [
+        (f"{i}", name, f"{moved:.1e}".replace("e-0", "e-"))
+        for i, engine in enumerate(certificate.engines, 1)
+        for name, moved in sorted(engine.not_told.items(), key=lambda item: -item[1])
+    ]
+    if left:
+        yield Table(("engine", "not told from", "moves by at most, nats"), left).text()
     d = certificate.difference
     if isinstance(d, LogDifference):
         yield filled("".join(_of_logs(d)))

@@ -63,12 +63,20 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Context:
+class Context:
     """Ids that were before the text by somebody's mistake, or the prompt that wasn't."""
 
     name: str
     before: tuple[int, ...] = ()
     prompt: bool = True
+
+
+def contexts(texts: Sequence[Logged], stops: Sequence[int]) -> list[Context]:
+    """Those that are tried: one of these tokens before a text, and no prompt where there is one."""
+    tried = [Context(f"token_before {i}", (i,)) for i in dict.fromkeys(stops)]
+    if any(text.prompt for text in texts):
+        tried.append(Context("prompt_dropped", prompt=False))
+    return tried
 
 
 def judge(
@@ -242,11 +250,7 @@ class _Search:
 
     def _by_context(self, level: Level) -> Verdict | None:
         """Whether another context gives the log: a token before it, or no prompt."""
-        stops = dict.fromkeys(self.yardstick.stops)
-        tried = [_Context(f"token_before {i}", (i,)) for i in stops]
-        if any(text.prompt for text in self.texts):
-            tried.append(_Context("prompt_dropped", prompt=False))
-        for context in tried:
+        for context in contexts(self.texts, self.yardstick.stops):
             if self._of_context(context, self.chosen[:1], level).within:
                 found = self._of_context(context, self.texts, level)
                 if self._proves(found, level):
@@ -254,7 +258,7 @@ class _Search:
                     return Verdict("cause", level.name, self.fits[level], found, names)
         return None
 
-    def _of_context(self, context: _Context, texts: Sequence[Logged], level: Level) -> Fit:
+    def _of_context(self, context: Context, texts: Sequence[Logged], level: Level) -> Fit:
         return fit(
             [
                 predict(Path(), rows, self.digits)

@@ -5,8 +5,8 @@ tell. So our own engine computes each text twice, in float32 and in bfloat16. Wh
 two at a position, as the root mean square over the vocabulary, is what one rounding of bfloat16
 everywhere costs there; float16 and TF32, whose unit is an eighth, cost an eighth. What float32
 costs is measured once, against float64 on the beginning of the longest text, as a part of the same
-figure. To each comes what float32 rounds in the log-softmax, which is the most of it where a
-probability is close to 1: the sum, of one and little more, is known to 2^-24.
+figure. To each comes what float32 rounds in the log-softmax (`exact.carried`), which is the most of
+it where a probability is close to 1.
 
 An engine counts as right in one of these where its errors are at most `RMS` of that on average and
 `WORST` anywhere. Engines differ in the order of their sums and in what they fuse; these limits are
@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
+from qwen_jax.accuracy.exact.bounds import L
 from qwen_jax.accuracy.exact.operations import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.exact.rounding import UNIT
@@ -68,11 +69,13 @@ class Measure(Protocol):
 
 class Level(NamedTuple):
     """An arithmetic, and what one rounding error of it is: a part of bfloat16's, and besides a part
-    of the bound of what float32 rounds in a log-softmax, whatever the logits were computed in."""
+    of the bound of what float32 rounds in a log-softmax, and of that of the sum in it, whatever the
+    logits were computed in."""
 
     name: str
     unit: float
     softmax: float = UNIFORM
+    sums: float = UNIFORM / L
 
 
 class Fit(NamedTuple):
@@ -219,8 +222,11 @@ def rows_of(
 
 def at(rows: Rows, level: Level) -> Rows:
     """The rows with the noise of `WORST` rounding errors of a level."""
-    noise, roundings = WORST * level.unit * rows.noise, WORST * level.softmax
-    return rows._replace(noise=noise, roundings=roundings)
+    return rows._replace(
+        noise=WORST * level.unit * rows.noise,
+        roundings=WORST * level.softmax,
+        sums=WORST * level.sums,
+    )
 
 
 def noise(exact: np.ndarray, rough: np.ndarray) -> Float[np.ndarray, "T"]:

@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from qwen_jax import opening
 from qwen_jax.accuracy import Certificate, Change, certify, verify
 from qwen_jax.accuracy.certificate.table import text
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.exact.replay import Replay
 from qwen_jax.accuracy.traces.foreign import open_trace
 from qwen_jax.accuracy.traces.trace import Trace, load
 from qwen_jax.accuracy.weights.checkpoint_values import CheckpointValues
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.weights.loader import Checkpoint
+from tests import numpy_reference
 from tests.accuracy import other_engine
 from tests.accuracy.clean_engines import Clean
 from tests.accuracy.planted_traces import Once
@@ -197,6 +201,57 @@ def test_a_bound_as_large_as_the_tensor_judges_nothing(tmp_path: Path, room: Pat
         assert [one.tensor for one in engine.tensors] == ["embed"]
         assert "times as large as itself" in engine.not_covered.tensors["logits"]
         assert "logits" in engine.not_covered.operations
+
+
+def test_a_bound_within_which_a_part_could_be_missing_judges_nothing(
+    tmp_path: Path, room: Path
+) -> None:
+    """bfloat16's, carried through attention and feed-forward at once; float32's is fine enough."""
+    for dump in ("narrow", "clean"):
+        shutil.copytree(room / dump, tmp_path / dump)
+        mapping = tmp_path / dump / "mapping.json"
+        fields = json.loads(mapping.read_text())
+        kept = {
+            k: v for k, v in fields["tensors"].items() if k in ("embed", "layers.{i}.ffn_residual")
+        }
+        mapping.write_text(json.dumps(fields | {"tensors": kept}))
+        found = certify(tmp_path / dump, model=room / "model.gguf")
+        (engine,) = found.engines
+        streams = [f"layers.{i}.ffn_residual" for i in range(CASE.config.num_layers)]
+        judged = [one.tensor for one in engine.tensors]
+        assert found.certified and judged == (
+            ["embed"] if dump == "narrow" else ["embed", *streams]
+        )
+        for name, why in engine.not_covered.tensors.items():
+            assert re.fullmatch(
+                r"has a bound [\d.]+ times as large as what \S+_proj changes in it", why
+            )
+            assert name in streams and float(why.split()[3]) > 1
+            assert (
+                f"{name} and 1 more, which {why}" in " ".join(text(found).split())
+                or name != streams[0]
+            )
+
+
+def test_what_a_part_changes_is_what_the_logits_lose_without_it(room: Path) -> None:
+    """By NumPy with the first layer's product left out."""
+    trace = open_trace(room / "narrow", CASE.config)
+    alone = Trace(trace.header, {"logits": trace.tensors["logits"]})
+    source = CheckpointSource(opening.open_model(str(room / "model.gguf")), "bfloat16")
+    (replayed,) = Replay(alone, source)
+    part = replayed.hidden_part()
+    assert part is not None and part[0] == "layers.0.o_proj"
+    held = {
+        n: x if "norm" in n else x.astype(bfloat16).astype(np.float64)
+        for n, x in CASE.parameters().items()
+    }
+    without = {n: 0 * x if ".0.self_attn.o_proj" in n else x for n, x in held.items()}
+    whole, less = (
+        numpy_reference.forward(CASE.config, params, list(TOKENS))["logits"]
+        for params in (held, without)
+    )
+    change = np.sqrt(np.mean((whole - less) ** 2))
+    assert part[1] == pytest.approx(np.sqrt(np.mean(replayed.bound**2)) / change, rel=1e-6)
 
 
 def from_position(room: Path, start: int, names: Callable[[str], bool]) -> Trace:

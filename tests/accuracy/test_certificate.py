@@ -344,6 +344,35 @@ def test_a_changed_byte_of_an_input_is_found_where_it_has_moved(
         verify(certificate, dumps, model=model)
 
 
+def test_inputs_may_have_other_names_where_they_are_named(tmp_path: Path, room: Path) -> None:
+    """And nothing else is read: files of the old names beside them are others."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    for name in ("a", "b"):
+        dump = room / ("clean" if name == "a" else "narrow")
+        files = list(dump.rglob("*.npy"))
+        arrays = {f.relative_to(dump).with_suffix("").as_posix(): np.load(f) for f in files}
+        save_file(arrays, old / f"{name}.safetensors")
+        shutil.copy(dump / "mapping.json", old / f"{name}.mapping.json")
+    shutil.copy(room / "model.gguf", old / "model.gguf")
+    certificate = written(
+        tmp_path,
+        certify(old / "a.safetensors", old / "b.safetensors", model=old / "model.gguf").to_json(),
+    )
+    for name, now in (("a", "first"), ("b", "second")):
+        for kind in ("safetensors", "mapping.json"):
+            (old / f"{name}.{kind}").rename(new / f"{now}.{kind}")
+    (old / "model.gguf").rename(new / "renamed.gguf")
+    (new / "a.safetensors").write_text("another file, that nobody has named")
+    dumps = [new / "first.safetensors", new / "second.mapping.json"]
+    assert verify(certificate, dumps, model=new / "renamed.gguf") is None
+    changed = verify(certificate, dumps[::-1], model=new / "renamed.gguf")
+    assert changed is not None and str(new / "second.") in changed.field
+    with pytest.raises(UserError, match=r"new/third\.mapping\.json"):
+        verify(certificate, [new / "third.safetensors", dumps[1]], model=new / "renamed.gguf")
+
+
 DAMAGED: dict[str, Callable[[dict], Any]] = {
     "its version is 1": lambda c: c.update(version=1),
     "field versions is missing": lambda c: c.pop("versions"),

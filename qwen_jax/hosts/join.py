@@ -228,7 +228,8 @@ def _compare_settings(mine: dict[str, str]) -> None:
     every = [json.loads(said) for said in _exchanged(json.dumps(mine).encode())]
     if any(one != mine for one in every):
         raise UserError(
-            f"The hosts are asked for other things: {copies.difference(every)}; ask all for the same."
+            f"The hosts are asked for other things: {copies.difference(every)}; ask all for the "
+            "same."
         )
 
 

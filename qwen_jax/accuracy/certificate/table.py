@@ -119,9 +119,10 @@ def place(one: Judged) -> str:
 
 
 def at_most(fraction: float) -> str:
-    """Rounded up, for what is said is that nothing exceeds it."""
+    """Rounded up, for what is said is that nothing exceeds it; above 1 with digits that show it."""
     if fraction > 1:
-        return f"{fraction:.2g}".replace("e+0", "e+")
+        shown = (f"{fraction:.{digits}g}" for digits in range(2, 18))
+        return next(x for x in shown if float(x) > 1).replace("e+0", "e+")
     return f"{math.ceil(fraction * 100) / 100:.2f}"
 
 

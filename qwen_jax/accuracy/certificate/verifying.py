@@ -99,7 +99,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises UserError where it can't be read, or is damaged.
     """
     path = Path(path)
-    fields = strict_json.read_object(path, most=regular_files.MOST_BYTES)
+    fields = strict_json.read_object(path, most=regular_files.MOST_BYTES, expected="certificate")
     if missing := {"verdict", "engines"} - fields.keys():  # it is something else
         raise _damaged(path, min(missing), "missing")
     if fields.get("version") != VERSION:

@@ -192,6 +192,7 @@ def test_greedy_texts_without_a_value(tmp_path: Path, model: Path) -> None:
         dtype="float32",
     )
     assert [each.verdict for each in found.engines] == ["certified", "unexplained"]
+    assert not found.engines[0].not_told
     first = next(i for i, t in enumerate(wrong["river"].tokens) if t != right["river"].tokens[i])
     parting = found.difference.parting if isinstance(found.difference, LogDifference) else None
     assert parting is not None and parting.text == "river"

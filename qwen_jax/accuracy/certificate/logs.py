@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_jax import choices
-from qwen_jax.accuracy.certificate import log_causes, told_apart
+from qwen_jax.accuracy.certificate import log_causes
 from qwen_jax.accuracy.certificate.contents import (
     Engine,
     Judged,
@@ -27,6 +27,7 @@ from qwen_jax.accuracy.certificate.contents import (
     Parting,
 )
 from qwen_jax.accuracy.certificate.log_causes import Derived
+from qwen_jax.accuracy.certificate.told_apart import Open
 from qwen_jax.accuracy.exact import carried
 from qwen_jax.accuracy.exact.bounds import Arithmetic
 from qwen_jax.accuracy.exact.carried import Bounded
@@ -76,6 +77,8 @@ def judged_logs(
     judged: list[dict[str, Judged]] = [{} for _ in logs]
     skipped: list[dict[str, str]] = [{} for _ in logs]
     digits = [half_step(log) for log in logs]
+    measures = [_measure(truth, of, checkpoint) for of in dtypes]
+    left_open = [Open(log.values(), *of) for log, *of in zip(logs, measures, digits, strict=True)]
     for done, name in enumerate(names, 1):
         for number, log in enumerate(logs):
             if name not in log:
@@ -86,19 +89,18 @@ def judged_logs(
                 skipped[number][name] = found
             else:
                 judged[number][name] = found
+                if found.fraction <= 1 and _has_values(text):
+                    left_open[number].see(text)
         if progress:
             progress(done, len(names))
     engines = []
     for number, log in enumerate(logs):
         whole = {name: with_prompt(text, logs, name) for name, text in log.items()}
         of = judged[number], skipped[number]
-        measure = _measure(truth, dtypes[number], checkpoint)
-        causes = _causes(whole, judged[number], measure, digits[number], progress)
+        causes = _causes(whole, judged[number], measures[number], digits[number], progress)
         engine = _engine(files[number], dtypes[number], *of, causes)
         if engine.verdict == "certified":
-            covered = {name: text for name, text in whole.items() if name in judged[number]}
-            not_told = told_apart.not_told(covered, measure, digits[number])
-            engine = dataclasses.replace(engine, not_told=not_told)
+            engine = dataclasses.replace(engine, not_told=left_open[number].moves)
         engines.append(engine)
     if both is None:
         return tuple(engines), None
@@ -169,7 +171,7 @@ def _judged(
             f"{text.where}: it has {len(ids)} tokens, but the model's context "
             f"{config.context_length}; cut it."
         )
-    has_values = bool((~np.isnan(text.logprobs)).any() or any(text.top))
+    has_values = _has_values(text)
     if not has_values and text.sampling.temperature > 0:
         return "has no log-probabilities, and its tokens were drawn"
     # Before the first token of all nothing is predicted.
@@ -209,6 +211,10 @@ def _judged(
         values=len(at),
         dtype=dtype,
     )
+
+
+def _has_values(text: Logged) -> bool:
+    return bool((~np.isnan(text.logprobs)).any() or any(text.top))
 
 
 Compared = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

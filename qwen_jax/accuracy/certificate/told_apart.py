@@ -5,7 +5,7 @@ value of the log lies outside the bound that it then has. What is left fits the 
 cause does; a certificate names it, and by how much it moves these values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -18,29 +18,41 @@ from qwen_jax.accuracy.logprobs.search import Context, contexts
 from qwen_jax.accuracy.logprobs.yardstick import at
 
 
-def not_told(log: Mapping[str, Logged], measure: Derived, digits: float) -> dict[str, float]:
-    """The catalogue's causes that a log's values don't exclude, and the most that each moves one of
-    them, in nats.
+class Open:
+    """The catalogue's causes that the texts seen so far don't exclude.
 
     Numbers are the mildest that are in use (`causes.mild`), or what the log's lines declare.
 
     Args:
-        log: texts with their prompts' ids.
+        texts: of the log.
         digits: half a step of the decimals that the log keeps.
     """
-    texts = list(log.values())
-    left: dict[Changes | Context, float] = dict.fromkeys(
-        [*causes.mild([text.sampling for text in texts]), *contexts(texts, measure.stops)], 0.0
-    )
-    for text in texts:
-        plain = list(_predicted(text, measure, digits, ()))
-        for cause in list(left):
-            planted = list(_predicted(text, measure, digits, cause))
+
+    def __init__(self, texts: Collection[Logged], measure: Derived, digits: float):
+        self._measure, self._digits, self._seen = measure, digits, False
+        planted = causes.mild([text.sampling for text in texts])
+        self._left: dict[Changes | Context, float] = dict.fromkeys(
+            [*planted, *contexts(texts, measure.stops)], 0.0
+        )
+
+    @property
+    def moves(self) -> dict[str, float]:
+        """Each cause's name, and the most that it moves one of the values, in nats; nothing where no
+        text had one."""
+        if not self._seen:
+            return {}
+        return {_name(cause): moved for cause, moved in self._left.items()}
+
+    def see(self, text: Logged) -> None:
+        """Drops what this text excludes; it has its prompt's ids."""
+        self._seen = True
+        plain = list(_predicted(text, self._measure, self._digits, ()))
+        for cause in list(self._left):
+            planted = list(_predicted(text, self._measure, self._digits, cause))
             if any((one.ratio > 1).any() for one in planted):
-                del left[cause]
+                del self._left[cause]
             else:
-                left[cause] = max(left[cause], *map(_moved, plain, planted))
-    return {_name(cause): moved for cause, moved in left.items()}
+                self._left[cause] = max(self._left[cause], *map(_moved, plain, planted))
 
 
 def _predicted(

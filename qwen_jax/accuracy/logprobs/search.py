@@ -11,7 +11,7 @@ A cause is named only if
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Context:
     prompt: bool = True
 
 
-def contexts(texts: Sequence[Logged], stops: Sequence[int]) -> list[Context]:
+def contexts(texts: Collection[Logged], stops: Sequence[int]) -> list[Context]:
     """Those that are tried: one of these tokens before a text, and no prompt where there is one."""
     tried = [Context(f"token_before {i}", (i,)) for i in dict.fromkeys(stops)]
     if any(text.prompt for text in texts):

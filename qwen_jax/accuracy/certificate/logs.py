@@ -78,7 +78,10 @@ def judged_logs(
     skipped: list[dict[str, str]] = [{} for _ in logs]
     digits = [half_step(log) for log in logs]
     measures = [_measure(truth, of, checkpoint) for of in dtypes]
-    left_open = [Open(log.values(), *of) for log, *of in zip(logs, measures, digits, strict=True)]
+    left_open = [
+        Open(log.values(), measure, half)
+        for log, measure, half in zip(logs, measures, digits, strict=True)
+    ]
     for done, name in enumerate(names, 1):
         for number, log in enumerate(logs):
             if name not in log:

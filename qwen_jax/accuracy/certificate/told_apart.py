@@ -37,8 +37,8 @@ class Open:
 
     @property
     def moves(self) -> dict[str, float]:
-        """Each cause's name, and the most that it moves one of the values, in nats; none where no text
-        had a value."""
+        """Each cause's name, and the most that it moves one of the values, in nats; none where no
+        text had a value."""
         if not self._seen:
             return {}
         return {_name(cause): moved for cause, moved in self._left.items()}

@@ -78,15 +78,16 @@ def judged_logs(
     skipped: list[dict[str, str]] = [{} for _ in logs]
     digits = [half_step(log) for log in logs]
     measures = [_measure(truth, of, checkpoint) for of in dtypes]
+    wholes = [{name: with_prompt(log[name], logs, name) for name in log} for log in logs]
     left_open = [
-        Open(log.values(), measure, half)
-        for log, measure, half in zip(logs, measures, digits, strict=True)
+        Open(whole.values(), measure, half)
+        for whole, measure, half in zip(wholes, measures, digits, strict=True)
     ]
     for done, name in enumerate(names, 1):
-        for number, log in enumerate(logs):
-            if name not in log:
+        for number, whole in enumerate(wholes):
+            if name not in whole:
                 continue
-            text = with_prompt(log[name], logs, name)
+            text = whole[name]
             found = _judged(text, dtypes[number], digits[number], truth, checkpoint)
             if isinstance(found, str):
                 skipped[number][name] = found
@@ -97,8 +98,7 @@ def judged_logs(
         if progress:
             progress(done, len(names))
     engines = []
-    for number, log in enumerate(logs):
-        whole = {name: with_prompt(text, logs, name) for name, text in log.items()}
+    for number, whole in enumerate(wholes):
         of = judged[number], skipped[number]
         causes = _causes(whole, judged[number], measures[number], digits[number], progress)
         engine = _engine(files[number], dtypes[number], *of, causes)

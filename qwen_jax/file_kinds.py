@@ -13,7 +13,8 @@ from typing import Literal
 from qwen_jax import regular_files
 from qwen_jax.errors import UserError
 
-Expected = Literal["GGUF", "safetensors", "JSON", "text"]
+Expected = Literal["GGUF", "safetensors", "JSON", "text", "dump", "certificate"]
+"""A dump is a safetensors file that an engine wrote, a certificate JSON."""
 
 HEAD_BYTES = 512
 """So many first bytes tell every kind here: tar's signature ends at 262."""
@@ -74,6 +75,16 @@ _UNFINISHED = re.compile(
 )
 
 
+_INSTEAD = {
+    "dump": "name a trace or a dump",
+    "certificate": "name a certificate, the JSON file that `certify --output` writes",
+}
+"""What to do with what is no model, whatever a model of that kind would need."""
+_GGUF_FOR_DUMP = "a GGUF file, a model; let --model name it, and name a trace or a dump"
+_FOR_MODELS = ("choose", "give", "load", "convert")
+"""How the ways out of kinds begin that only help where a model is looked for."""
+
+
 @contextmanager
 def told_by_kind(path: Path, expected: Expected) -> Iterator[None]:
     """Reads `path` within: where that fails and the file is another kind, the error says which."""
@@ -95,7 +106,11 @@ def kind_of(path: Path, expected: Expected) -> str | None:
             head = file.read(HEAD_BYTES)
     except OSError:
         return None
-    return _kind_by_name(path) or _kind_by_bytes(head, expected)
+    kind = _kind_by_name(path) or _kind_by_bytes(head, expected)
+    what, _, way = (kind or "").rpartition("; ")
+    if expected in _INSTEAD and way.startswith(_FOR_MODELS):
+        return f"{what}; {_INSTEAD[expected]}"
+    return kind
 
 
 def _kind_by_name(path: Path) -> str | None:
@@ -117,9 +132,11 @@ def _kind_by_name(path: Path) -> str | None:
 
 def _kind_by_bytes(head: bytes, expected: Expected) -> str | None:
     if head.startswith(b"GGUF"):
+        if expected == "dump":
+            return _GGUF_FOR_DUMP
         return None if expected == "GGUF" else "a GGUF file; give it by its own path"
     if _SAFETENSORS.match(head):
-        return None if expected == "safetensors" else _SAFETENSORS_KIND
+        return None if expected in ("safetensors", "dump") else _SAFETENSORS_KIND
     if _GIT_LFS.match(head):
         size = re.search(rb"^size (\d+)", head, re.MULTILINE)
         whole = f" of {int(size[1])} bytes" if size else ""
@@ -159,11 +176,12 @@ def _kind_by_text(head: bytes, expected: Expected) -> str | None:
         text = head[: error.start].decode()
     shown = " ".join(text.split())
     # Few bytes look like text by chance, and JSON with a fault is told by its own reader.
-    if len(shown) < 8 or not shown.isprintable() or (expected == "JSON" and set(shown) & set("{[")):
+    wanted = {"certificate": "JSON", "dump": "safetensors"}.get(expected, expected)
+    if len(shown) < 8 or not shown.isprintable() or (wanted == "JSON" and set(shown) & set("{[")):
         return None
     kind = "JSON" if shown[0] in "{[" else "text"
     beginning = shown[:60].rstrip()
     return (
-        f"{kind}, not {expected}, and begins {beginning!r}; choose another file, or download this "
+        f"{kind}, not {wanted}, and begins {beginning!r}; choose another file, or download this "
         "one by its own address"
     )

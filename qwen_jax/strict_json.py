@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen_jax import regular_files, utf8
 from qwen_jax.errors import UserError
-from qwen_jax.file_kinds import told_by_kind
+from qwen_jax.file_kinds import Expected, told_by_kind
 
 
 def read_object(
@@ -21,14 +21,15 @@ def read_object(
     most: int = regular_files.MOST_OF_CONFIG,
     allow_nan: bool = False,
     allow_halves: bool = False,
+    expected: Expected = "JSON",
 ) -> dict[str, Any]:
-    """The JSON object in the file of `most` bytes at most; the other arguments are
-    `parse_object`'s. Raises UserError for anything else, or where there is none."""
+    """The JSON object in the file of `most` bytes at most, which is to be of that kind; the other
+    arguments are `parse_object`'s. Raises UserError for anything else, or where there is none."""
     try:
         text = regular_files.read(path, most)
     except OSError as error:
         raise UserError(f"{path}: the file can't be read: {regular_files.why_not(error)}") from None
-    with told_by_kind(path, "JSON"):
+    with told_by_kind(path, expected):
         return parse_object(text, str(path), allow_nan=allow_nan, allow_halves=allow_halves)
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from qwen_jax import hosts
 from qwen_jax.errors import UserError
-from qwen_jax.hosts import Place, watch
+from qwen_jax.hosts import Place, copies, watch
 from qwen_jax.hosts.watch import Watch
+from qwen_jax.settings import get_config
 from tests.cli.conftest import refuses, run
 
 __all__ = ["refuses", "run"]
@@ -313,7 +314,28 @@ def test_hosts_that_were_asked_for_something_else() -> None:
     own = {1: "--prompt=haiku: rain", 2: "--prompt=haiku: snow"}
     for code, out, said in Started(2, "--mesh=tp=2", own=own).ended():
         assert (code, out) == (2, "")
-        assert "error: The hosts differ in settings; all must be given the same." in said
+        assert (
+            "error: The hosts are asked for other things: prompt is 'haiku: rain' on host 1, but "
+            "'haiku: snow' on host 2; ask all for the same." in said
+        )
+
+
+def test_what_hosts_differ_in_is_told() -> None:
+    config = get_config()
+    first = copies.settings(config)
+    assert first["sampling.seed"] == repr(config.sampling.seed) and first["prompt"] == "None"
+    mesh = first | {"mesh": "'tp=4'"}
+    assert copies.difference([mesh, mesh, mesh | {"mesh": "'tp=2'"}]) == (
+        "mesh is 'tp=4' on host 1, but 'tp=2' on host 3"
+    )
+    seeds = [mesh | {"sampling.seed": seed, "dtype": f"'{seed}'"} for seed in "17"]
+    assert copies.difference(seeds) in (
+        "sampling.seed is 1 on host 1, but 7 on host 2, and dtype, too",
+        "dtype is '1' on host 1, but '7' on host 2, and sampling.seed, too",
+    )
+    one, other = (repr("haiku " * 40 + end + " tree" * 30) for end in ("pine", "oak"))
+    said = copies.difference([first | {"prompt": one}, first | {"prompt": other}])
+    assert "pine tree" in said and "oak tree" in said and len(said) < 200
 
 
 @pytest.mark.hosts

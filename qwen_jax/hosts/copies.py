@@ -9,23 +9,55 @@ import dataclasses
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen_jax.settings import Command
+from qwen_jax.settings import Command, flatten
 
 WRITTEN = ("output", "workdir")
 """Fields that name what a run writes, and goes on with."""
 
-FILES = ("prompt_file", *WRITTEN)
-"""Fields that name what all hosts must find alike."""
+SHOWN, BEFORE = 60, 20
+"""Characters of a value that are shown, and of them before the first that differs."""
+
+
+def settings(config: ConfigDict) -> dict[str, str]:
+    """Every setting as it would be written in Python, by its name, as "sampling.seed"."""
+    return {name: repr(value) for name, value in flatten(config)}
+
+
+def difference(settings: Sequence[Mapping[str, str]]) -> str:
+    """The first setting in which a host differs from the first one, both values and what else
+    differs, in words.
+
+    Args:
+        settings: of every host, not all alike.
+    """
+    first = settings[0]
+    number, other = next((i, one) for i, one in enumerate(settings, 1) if one != first)
+    names = [n for n in (*first, *(other.keys() - first.keys())) if first.get(n) != other.get(n)]
+    here, there = _apart(first.get(names[0], "nothing"), other.get(names[0], "nothing"))
+    more = f", and {' and '.join(names[1:])}, too" if names[1:] else ""
+    return f"{names[0]} is {here} on host 1, but {there} on host {number}{more}"
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """Both, cut to what shows that they differ."""
+    apart = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    at = next(apart, min(len(one), len(other)))
+    start = at - BEFORE if at > SHOWN - BEFORE else 0
+    return tuple(  # type: ignore[return-value]
+        "..." * (start > 0) + x[start : start + SHOWN] + "..." * (len(x) > start + SHOWN)
+        for x in (one, other)
+    )
 
 
 def seen(config: ConfigDict) -> dict[str, bytes]:
-    """Of everything that hosts must find alike a digest, by what it is called."""
-    found = {"settings": repr(sorted(config.to_dict().items())).encode()}
+    """Of every file that hosts must find alike a digest, by what it is called."""
+    found = {}
     if config.prompt_file is not None:
         found["prompt_file"] = _read(Path(config.prompt_file))
     for field in WRITTEN:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -81,7 +82,8 @@ def join(command: Command) -> Command:
     errors, folder = sys.stderr, None
     _keep_stdout_apart(number)
     asked = count if place is None else place.of
-    _compare(copies.seen(config) | {"hosts": asked.to_bytes(32, "big")})
+    _compare_settings(copies.settings(config) | {"N of hosts": str(asked)})
+    _compare_files(copies.seen(config))
     if number > 1:
         command, folder = copies.on_copies(command)
         sys.stderr = sys.stdout
@@ -221,22 +223,35 @@ def _connections(address: str, number: int, count: int) -> dict[int, socket.sock
         )
 
 
-def _compare(seen: dict[str, bytes]) -> None:
-    """Raises UserError where hosts were asked for something else, or find other files."""
-    names = sorted(seen)
-    mine = np.frombuffer(b"".join(seen[name] for name in names), np.uint8).reshape(len(names), -1)
-    number = multihost_utils.process_allgather(np.int32(len(names)))
-    if (number != len(names)).any():
-        raise UserError("The hosts were given different flags; give all the same, but for hosts.")
-    theirs = multihost_utils.process_allgather(mine)
-    for name, every in zip(names, theirs.swapaxes(0, 1), strict=True):
-        if (every != every[0]).any():
-            if name in copies.FILES:
-                raise UserError(
-                    f"The hosts don't find the same in {name}; let it lie on a file system that "
-                    "they share."
-                )
-            raise UserError(f"The hosts differ in {name}; all must be given the same.")
+def _compare_settings(mine: dict[str, str]) -> None:
+    """Raises UserError where hosts were asked for something else."""
+    every = [json.loads(said) for said in _exchanged(json.dumps(mine).encode())]
+    if any(one != mine for one in every):
+        raise UserError(
+            f"The hosts are asked for other things: {copies.difference(every)}; ask all for the "
+            "same."
+        )
+
+
+def _exchanged(mine: bytes) -> list[bytes]:
+    """What every host says, this one too, in their order."""
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.frombuffer(mine.ljust(int(sizes.max()), b" "), np.uint8)
+    return [
+        row[:size].tobytes()
+        for row, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True)
+    ]
+
+
+def _compare_files(mine: dict[str, bytes]) -> None:
+    """Raises UserError where hosts that are asked for the same find other files."""
+    every = _exchanged(b"".join(mine.values()))
+    for i, name in enumerate(mine):
+        if len({said[32 * i : 32 * (i + 1)] for said in every}) > 1:
+            raise UserError(
+                f"The hosts don't find the same in {name}; let it lie on a file system that they "
+                "share."
+            )
 
 
 def _sentence(other: int, number: int, count: int, task: str) -> str:

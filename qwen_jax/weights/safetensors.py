@@ -10,7 +10,7 @@ import itertools
 import operator
 import struct
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, ClassVar, Literal, NoReturn, TypeGuard
 
 from gguf.constants import GGMLQuantizationType
 
@@ -41,37 +41,45 @@ def read_safetensors(path: Path, opened: OpenFiles) -> dict[str, TensorInfo]:
 
 
 def read_with_metadata(
-    path: Path, opened: OpenFiles
+    path: Path, opened: OpenFiles, expected: Literal["safetensors", "dump"] = "safetensors"
 ) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """The same after the texts that the file's writer put beside its tensors."""
-    with told_by_kind(path, "safetensors"):
-        data = opened[path].map
-        if len(data) < 8:
-            _fail(path, f"the file has {len(data)} bytes, and its header's length alone takes 8")
-        (length,) = struct.unpack_from("<Q", data)
-        start = 8 + length
-        if length > MAX_HEADER_BYTES:
-            _fail(path, f"the header claims {length} bytes, above {MAX_HEADER_BYTES}")
-        if start > len(data):
-            raise UserError(
-                f"{path}: the header claims to end at byte {start}, but the file has {len(data)}; "
-                "finish the download, or compare size and SHA-256 with the published ones."
-            )
-        header = _header(data[8:start], path)
-        metadata = header.pop("__metadata__", None)
-        _check_metadata(metadata, path)
-        tensors = {name: _tensor(name, entry, path) for name, entry in header.items()}
-        _check_layout(header, path, len(data) - start)
-        return metadata or {}, {name: _moved(info, start) for name, info in tensors.items()}
+    """The same after the texts that the file's writer put beside its tensors.
+
+    Args:
+        expected: a checkpoint, which is published, or what an engine has dumped.
+    """
+    with told_by_kind(path, expected):
+        try:
+            return _parsed(path, opened)
+        except _Damaged as damage:
+            raise UserError(f"{path}: {damage}; {damage.ways[expected]}") from None
+
+
+def _parsed(path: Path, opened: OpenFiles) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    data = opened[path].map
+    if len(data) < 8:
+        _fail(f"the file has {len(data)} bytes, and its header's length alone takes 8")
+    (length,) = struct.unpack_from("<Q", data)
+    start = 8 + length
+    if length > MAX_HEADER_BYTES:
+        _fail(f"the header claims {length} bytes, above {MAX_HEADER_BYTES}")
+    if start > len(data):
+        raise _CutOff(f"the header claims to end at byte {start}, but the file has {len(data)}")
+    header = _header(data[8:start], path)
+    metadata = header.pop("__metadata__", None)
+    _check_metadata(metadata, path)
+    tensors = {name: _tensor(name, entry, path) for name, entry in header.items()}
+    _check_layout(header, path, len(data) - start)
+    return metadata or {}, {name: _moved(info, start) for name, info in tensors.items()}
 
 
 def _header(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        _fail(path, f"the header is not UTF-8 at its byte {error.start}")
+        _fail(f"the header is not UTF-8 at its byte {error.start}")
     if text.lstrip(" \t\r\n")[:1] != "{":
-        _fail(path, "the header is no JSON object")
+        _fail("the header is no JSON object")
     return parse_object(text, f"{path}, its header")
 
 
@@ -82,7 +90,7 @@ def _moved(info: TensorInfo, start: int) -> TensorInfo:
 def _check_metadata(metadata: Any, path: Path) -> None:
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if metadata is not None and not texts:
-        _fail(path, f"__metadata__ is {metadata!r:.60}, not names with texts")
+        _fail(f"__metadata__ is {metadata!r:.60}, not names with texts")
 
 
 def _check_layout(header: dict[str, Any], path: Path, size: int) -> None:
@@ -92,18 +100,17 @@ def _check_layout(header: dict[str, Any], path: Path, size: int) -> None:
         first, last = entry["data_offsets"]
         if first != end:
             _fail(
-                path,
                 f"the tensor {name!r} begins at byte {first} of the data, but the one before it "
                 f"ends at {end}",
             )
         end = last
     if end > size:
-        raise UserError(
-            f"{path}: the last tensor, {name!r}, ends at byte {end} of the data, but the file has "
-            f"only {size}; finish the download, or compare the size with the published one."
+        raise _CutOff(
+            f"the last tensor, {name!r}, ends at byte {end} of the data, but the file has only "
+            f"{size}"
         )
     if end < size:
-        _fail(path, f"{size - end} bytes follow the last tensor")
+        _fail(f"{size - end} bytes follow the last tensor")
 
 
 def _tensor(name: str, entry: Any, path: Path) -> TensorInfo:
@@ -112,15 +119,14 @@ def _tensor(name: str, entry: Any, path: Path) -> TensorInfo:
     dtype, shape, extent = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     kind = _TYPES.get(dtype) if isinstance(dtype, str) else None
     if kind is None:
-        raise UserError(
-            f"{path}: the tensor {name!r} has the dtype {dtype!r:.60}, and only "
-            f"{', '.join(_TYPES)} are known; choose a checkpoint in F32, F16 or BF16, or a GGUF "
-            "file."
+        raise _OfOtherType(
+            f"the tensor {name!r} has the dtype {dtype!r:.60}, and only {', '.join(_TYPES)} are "
+            "known"
         )
     if not _naturals(shape):
-        _fail(path, f"the tensor {name!r} has the shape {shape!r:.60}, not a list of sizes")
+        _fail(f"the tensor {name!r} has the shape {shape!r:.60}, not a list of sizes")
     if not _naturals(extent) or len(extent) != 2:
-        _fail(path, f"the tensor {name!r} has the data_offsets {extent!r:.60}, not two integers")
+        _fail(f"the tensor {name!r} has the data_offsets {extent!r:.60}, not two integers")
     info = TensorInfo(name, tuple(shape), kind, path, extent[0])
     # Sizes are 64-bit integers on the way to the product, even where a later 0 makes it 0; a long
     # shape ends at the first that is too large, since products of thousands of digits take minutes.
@@ -128,7 +134,6 @@ def _tensor(name: str, entry: Any, path: Path) -> TensorInfo:
     whole = fits and info.elements % block_size(kind)[0] == 0
     if not (whole and info.nbytes == extent[1] - extent[0]):
         _fail(
-            path,
             f"the tensor {name!r} of shape {shape!r:.60} in {dtype} has the data_offsets {extent}, "
             "which do not fit it",
         )
@@ -141,8 +146,29 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
     )
 
 
-def _fail(path: Path, problem: str) -> NoReturn:
-    raise UserError(
-        f"{path}: {problem}; this is no well-formed safetensors file, so compare its SHA-256 with "
-        "the published one, or save the checkpoint again."
-    )
+class _Damaged(Exception):
+    """What is wrong with a file, with the ways out by what it is to be."""
+
+    ways: ClassVar = {
+        "safetensors": "this is no well-formed safetensors file, so compare its SHA-256 with the "
+        "published one, or save the checkpoint again.",
+        "dump": "this is no well-formed safetensors file, so record it again.",
+    }
+
+
+class _CutOff(_Damaged):
+    ways: ClassVar = {
+        "safetensors": "finish the download, or compare size and SHA-256 with the published ones.",
+        "dump": "let who writes it end, or record it again.",
+    }
+
+
+class _OfOtherType(_Damaged):
+    ways: ClassVar = {
+        "safetensors": "choose a checkpoint in F32, F16 or BF16, or a GGUF file.",
+        "dump": "write it as one of these.",
+    }
+
+
+def _fail(problem: str) -> NoReturn:
+    raise _Damaged(problem)

@@ -6,72 +6,28 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from qwen_jax import opening
-from qwen_jax.accuracy import Certificate, Change, certify, verify
+from qwen_jax.accuracy import certify, verify
 from qwen_jax.accuracy.certificate.table import text
+from qwen_jax.accuracy.exact.parameters import CheckpointSource
+from qwen_jax.accuracy.exact.replay import Replay
 from qwen_jax.accuracy.traces.foreign import open_trace
 from qwen_jax.accuracy.traces.trace import Trace, load
-from qwen_jax.accuracy.weights.checkpoint_values import CheckpointValues
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
-from qwen_jax.weights.loader import Checkpoint
-from tests.accuracy import other_engine
+from tests import numpy_reference
+from tests.accuracy.certificate_room import CASE, TOKENS, of, room, with_tensors, written
 from tests.accuracy.clean_engines import Clean
 from tests.accuracy.planted_traces import Once
 from tests.engines import device_parameters
-from tests.golden_cases import Case, odd_config
-from tests.tiny_adapters import random_pairs, write_peft
-from tests.tiny_checkpoints import gguf_name, random_parameters, write_gguf, write_hf
 
-REPOSITORY = Path(__file__).parents[2]
-CASE = Case(odd_config(num_layers=2), seed=3)
-TOKENS = CASE.prompt()[:12]
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and dumps of engines that computed it; no test writes here."""
-    folder = tmp_path_factory.mktemp("room")
-    write_gguf(folder / "model.gguf", CASE.config, CASE.parameters())
-    for name, wrong in {
-        "clean": {},
-        "narrow": {"dtype": "bfloat16"},
-        "no_bias": {"biases": False},
-        "pairs": {"interleaved": True},
-    }.items():
-        other_engine.dump(folder / name, CASE.config, CASE.parameters(), TOKENS, **wrong)
-        mapping = json.loads((folder / name / "mapping.json").read_text())
-        (folder / name / "mapping.json").write_text(json.dumps(mapping | {"tokens": TOKENS}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def issued(room: Path) -> str:
-    """Of two clean engines, as JSON."""
-    return of(room, "clean", "narrow").to_json()
-
-
-def of(room: Path, *dumps: str, **more: Any) -> Certificate:
-    return certify(*(room / dump for dump in dumps), model=room / "model.gguf", **more)
-
-
-def with_tensors(folder: Path, room: Path, **changed: np.ndarray | None) -> Path:
-    """The clean dump with some arrays changed, or left out of the mapping."""
-    shutil.copytree(room / "clean", folder / "dump")
-    fields = json.loads((folder / "dump" / "mapping.json").read_text())
-    for name, array in changed.items():
-        if array is None:
-            fields["tensors"] = {k: v for k, v in fields["tensors"].items() if name not in k}
-        else:
-            np.save(folder / "dump" / f"{name.replace('__', '/')}.npy", array)
-    (folder / "dump" / "mapping.json").write_text(json.dumps(fields))
-    return folder / "dump"
+__all__ = ["room"]
 
 
 def test_our_own_engine_in_two_dtypes(tmp_path: Path, room: Path) -> None:
@@ -199,6 +155,57 @@ def test_a_bound_as_large_as_the_tensor_judges_nothing(tmp_path: Path, room: Pat
         assert "logits" in engine.not_covered.operations
 
 
+def test_a_bound_within_which_a_part_could_be_missing_judges_nothing(
+    tmp_path: Path, room: Path
+) -> None:
+    """bfloat16's, carried through attention and feed-forward at once; float32's is fine enough."""
+    for dump in ("narrow", "clean"):
+        shutil.copytree(room / dump, tmp_path / dump)
+        mapping = tmp_path / dump / "mapping.json"
+        fields = json.loads(mapping.read_text())
+        kept = {
+            k: v for k, v in fields["tensors"].items() if k in ("embed", "layers.{i}.ffn_residual")
+        }
+        mapping.write_text(json.dumps(fields | {"tensors": kept}))
+        found = certify(tmp_path / dump, model=room / "model.gguf")
+        (engine,) = found.engines
+        streams = [f"layers.{i}.ffn_residual" for i in range(CASE.config.num_layers)]
+        judged = [one.tensor for one in engine.tensors]
+        assert found.certified and judged == (
+            ["embed"] if dump == "narrow" else ["embed", *streams]
+        )
+        for name, why in engine.not_covered.tensors.items():
+            assert re.fullmatch(
+                r"has a bound [\d.]+ times as large as what \S+_proj changes in it", why
+            )
+            assert name in streams and float(why.split()[3]) > 1
+            assert (
+                f"{name} and 1 more, which {why}" in " ".join(text(found).split())
+                or name != streams[0]
+            )
+
+
+def test_what_a_part_changes_is_what_the_logits_lose_without_it(room: Path) -> None:
+    """By NumPy with the first layer's product left out."""
+    trace = open_trace(room / "narrow", CASE.config)
+    alone = Trace(trace.header, {"logits": trace.tensors["logits"]})
+    source = CheckpointSource(opening.open_model(str(room / "model.gguf")), "bfloat16")
+    (replayed,) = Replay(alone, source)
+    part = replayed.hidden_part()
+    assert part is not None and part[0] == "layers.0.o_proj"
+    held = {
+        n: x if "norm" in n else x.astype(bfloat16).astype(np.float64)
+        for n, x in CASE.parameters().items()
+    }
+    without = {n: 0 * x if ".0.self_attn.o_proj" in n else x for n, x in held.items()}
+    whole, less = (
+        numpy_reference.forward(CASE.config, params, list(TOKENS))["logits"]
+        for params in (held, without)
+    )
+    change = np.sqrt(np.mean((whole - less) ** 2))
+    assert part[1] == pytest.approx(np.sqrt(np.mean(replayed.bound**2)) / change, rel=1e-6)
+
+
 def from_position(room: Path, start: int, names: Callable[[str], bool]) -> Trace:
     """Part of the clean dump, as a trace."""
     trace = open_trace(room / "clean", CASE.config)
@@ -230,128 +237,3 @@ def test_engines_of_other_texts_or_positions(tmp_path: Path, room: Path) -> None
         certify(tmp_path / "other.safetensors", room / "clean", model=room / "model.gguf")
     with pytest.raises(UserError, match=r"vocab_size|num_layers"):
         certify(tmp_path / "other.safetensors")
-
-
-# --- Verification -------------------------------------------------------------------------------
-
-
-def written(folder: Path, text: str) -> Path:
-    path = folder / "certificate.json"
-    path.write_text(text)
-    return path
-
-
-def test_a_certificate_is_verified(tmp_path: Path, issued: str) -> None:
-    assert verify(written(tmp_path, issued)) is None
-
-
-CHANGES: dict[str, Callable[[dict], Any]] = {
-    "verdict": lambda c: c.update(verdict="cause"),
-    "engines.0.tokens.3": lambda c: c["engines"][0]["tokens"].__setitem__(3, 1),
-    "engines.0.values": lambda c: c["engines"][0].update(values=7),
-    "engines.1.largest.fraction": lambda c: c["engines"][1]["largest"].update(fraction=0.1),
-    "engines.1.largest.position": lambda c: c["engines"][1]["largest"].update(position=99),
-    "engines.0.declared.dtype": lambda c: c["engines"][0]["declared"].update(dtype="bfloat16"),
-    "engines.0.tensors": lambda c: c["engines"][0]["tensors"].pop(),
-    "difference.mean_kld": lambda c: c["difference"].update(mean_kld=0.0),
-    "assumptions.same_text": lambda c: c["assumptions"].update(same_text="no matter"),
-    "inputs": lambda c: c["inputs"].pop(),
-    "inputs.0.sha256": lambda c: c["inputs"][0].update(sha256="0" * 64),
-}
-
-
-@pytest.mark.parametrize("field", CHANGES)
-def test_a_changed_field_is_found(tmp_path: Path, issued: str, field: str) -> None:
-    fields = json.loads(issued)
-    CHANGES[field](fields)
-    found = verify(written(tmp_path, json.dumps(fields)))
-    assert isinstance(found, Change) and found.field.split(" ")[0] == field
-
-
-@pytest.mark.parametrize("file", ["model.gguf", "clean/blk1/q.npy", "narrow/mapping.json"])
-def test_a_changed_byte_of_an_input_is_found_where_it_has_moved(
-    tmp_path: Path, room: Path, issued: str, file: str
-) -> None:
-    moved = shutil.copytree(room, tmp_path / "moved")
-    dumps, model = [moved / "clean", moved / "narrow"], moved / "model.gguf"
-    certificate = written(tmp_path, issued)
-    data = bytearray((moved / file).read_bytes())
-    data[-1] ^= 1
-    (moved / file).write_bytes(data)
-    found = verify(certificate, dumps, model=model)
-    assert found is not None and "sha256" in found.field and str(moved / file) in found.field
-    data[-1] ^= 1
-    (moved / file).write_bytes(data)
-    if file == "model.gguf":
-        assert verify(certificate, dumps, model=model) is None
-    (moved / file).unlink()
-    with pytest.raises(UserError, match=file):
-        verify(certificate, dumps, model=model)
-
-
-DAMAGED: dict[str, Callable[[dict], Any]] = {
-    "its version is 1": lambda c: c.update(version=1),
-    "field versions is missing": lambda c: c.pop("versions"),
-    "field numbers is unknown": lambda c: c.update(numbers=1),
-    "field engines is": lambda c: c.update(engines=[]),
-    "field tokens is": lambda c: c.update(tokens=["1"]),
-    "field inputs is": lambda c: c["inputs"][0].pop("of"),
-    "field inputs.0.of is 'engine 3'": lambda c: c["inputs"][0].update(of="engine 3"),
-    "field engines.0.values is missing": lambda c: c["engines"][0].pop("values"),
-}
-
-
-@pytest.mark.parametrize("words", DAMAGED)
-def test_a_damaged_certificate_is_refused(tmp_path: Path, issued: str, words: str) -> None:
-    fields = json.loads(issued)
-    DAMAGED[words](fields)
-    with pytest.raises(UserError, match=f"certificate.json: .*{words}"):
-        verify(written(tmp_path, json.dumps(fields)))
-
-
-def test_a_directory_with_an_adapter(tmp_path: Path, room: Path) -> None:
-    """Their configs belong to the inputs; and an engine without the adapter is wrong."""
-    write_hf(tmp_path / "model", CASE.config, CASE.parameters())
-    first = {name: x for name, x in CASE.parameters().items() if "layers.0." in name}
-    write_peft(tmp_path / "lora", random_pairs(first, rank=2, targets=("up_proj",)))
-    found = certify(room / "clean", model=tmp_path / "model", adapter=tmp_path / "lora")
-    files = {(one.of, one.file) for one in found.inputs}
-    assert {("checkpoint", "config.json"), ("adapter 1", "adapter_config.json")} <= files
-    assert ("adapter 1", "adapter_model.safetensors") in files
-    assert found.verdict != "certified" and found.engines[0].first is not None
-    assert found.engines[0].first.tensor == "layers.0.up_proj"
-    assert verify(written(tmp_path, found.to_json())) is None
-    assert certify(room / "clean", model=tmp_path / "model").certified
-
-
-# --- The page ----------------------------------------------------------------------------------
-
-
-def test_what_the_page_shows_in_python(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With another engine's dumps of the bundled model, so that the places may be others."""
-    page = (REPOSITORY / "docs" / "certificate.md").read_text(encoding="utf-8")
-    found = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", page, re.DOTALL)
-    assert found is not None
-    checkpoint = opening.open_model()
-    params = bundled_parameters(checkpoint)
-    tokens = list(range(300, 308))
-    monkeypatch.chdir(tmp_path)
-    for name, wrong in {"a": {}, "b": {"dtype": "bfloat16"}, "dump": {"biases": False}}.items():
-        other_engine.dump(Path(name), checkpoint.config, params, tokens, **wrong)
-        mapping = json.loads(Path(name, "mapping.json").read_text())
-        Path(name, "mapping.json").write_text(json.dumps(mapping | {"tokens": tokens}))
-    for name in ("a", "b"):
-        open_trace(name, checkpoint.config).save(f"{name}.safetensors")
-    exec(found[1], {})
-    shown, said = capsys.readouterr().out.splitlines(), found[2].splitlines()
-    for ours, theirs, words in zip(shown, said, (1, 1, 6), strict=True):
-        assert ours.split()[:words] == theirs.split()[:words]
-
-
-def bundled_parameters(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """By Hugging Face's names, as the other engine takes them."""
-    drawn = random_parameters(dataclasses.replace(checkpoint.config, vocab_size=1))
-    values = CheckpointValues(checkpoint)
-    return {name: np.asarray(values.rows(gguf_name(name))[:], np.float32) for name in drawn}

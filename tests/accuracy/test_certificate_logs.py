@@ -12,6 +12,7 @@ import pytest
 from qwen_jax.accuracy import certify, verify
 from qwen_jax.accuracy.certificate.contents import LogDifference
 from qwen_jax.accuracy.certificate.table import statement, text
+from qwen_jax.accuracy.exact import carried
 from qwen_jax.accuracy.logprobs.reading import Logged
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
@@ -191,6 +192,7 @@ def test_greedy_texts_without_a_value(tmp_path: Path, model: Path) -> None:
         dtype="float32",
     )
     assert [each.verdict for each in found.engines] == ["certified", "unexplained"]
+    assert not found.engines[0].not_told
     first = next(i for i, t in enumerate(wrong["river"].tokens) if t != right["river"].tokens[i])
     parting = found.difference.parting if isinstance(found.difference, LogDifference) else None
     assert parting is not None and parting.text == "river"
@@ -221,10 +223,94 @@ def test_what_is_not_covered_is_told(tmp_path: Path, model: Path) -> None:
     assert [*found.engines[0].not_covered.tensors] == ["snow"]
 
 
-def test_bfloat16_allows_too_much(tmp_path: Path, model: Path) -> None:
-    path = written(tmp_path, "narrow", log_of(), dtype="bfloat16")
-    with pytest.raises(UserError, match=r"a bound of [\d.]+ nats, which allows anything; dump"):
+def more_before(token: int) -> dict[str, Logged]:
+    """A log of an engine that put a token before each text."""
+    made = {}
+    for name, ids in TEXTS.items():
+        more = np.array([token, *ids])
+        found = logs.values(logits_of(more), more, PROMPT + 1)
+        made[name] = logs.logged(name, ids, PROMPT, found)
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "log",
+    [
+        log_of,
+        lambda: by(logs.top_p(0.9)),
+        lambda: by(logs.hot(0.95)),
+        lambda: more_before(3),
+        lambda: log_of(config=dataclasses.replace(CASE.config, rms_eps=1e-4)),
+    ],
+    ids=["clean", "top-p", "temperature", "token before", "eps"],
+)
+def test_narrow_dtypes_allow_too_much_and_nobody_is_certified(
+    tmp_path: Path, model: Path, dtype: str, log: Callable[[], dict[str, Logged]]
+) -> None:
+    path = written(tmp_path, "narrow", log(), dtype=dtype)
+    said = (
+        rf"no certificate.*bounds of up to [\d.]+ nats in {dtype}, where 0.026 would show.*; dump"
+    )
+    with pytest.raises(UserError, match=said):
         certify(path, model=model)
+
+
+def test_causes_that_fit_as_well_are_told(tmp_path: Path, model: Path) -> None:
+    """Those that move no value past its bound, of the mild ones that tests can make."""
+    found = certify(written(tmp_path, "right", log_of()), model=model, dtype="float32")
+    (engine,) = found.engines
+    mild = {
+        "temperature 0.9": logs.hot(0.9),
+        "top_k 50": logs.top_k(50),
+        "top_p 0.95": logs.top_p(0.95),
+        "repetition_penalty 1.05": logs.repetition(1.05),
+        "padded_vocabulary 64": logs.padded(64),
+        "logits_bfloat16": logs.logits_rounded(),
+        "logprobs_bfloat16": logs.rounded(),
+    }
+    right = np.concatenate([one.logprobs for one in log_of().values()])
+    moves = {
+        name: np.nanmax(np.abs(np.concatenate([t.logprobs for t in by(row).values()]) - right))
+        for name, row in mild.items()
+    }
+    bound = engine.coarsest.resolution
+    told = {name: moves[name] for name in engine.not_told if name in moves}
+    assert {name for name, most in moves.items() if most > 2 * bound} <= moves.keys() - told.keys()
+    for name, most in told.items():
+        assert engine.not_told[name] == pytest.approx(most, rel=1e-6, abs=1e-9)
+        planted = written(tmp_path, "planted", by(mild[name]))
+        assert certify(planted, model=model, dtype="float32").certified
+    assert all(name in text(found) for name in engine.not_told)
+
+
+def test_a_short_log_tells_less(tmp_path: Path, model: Path) -> None:
+    """One value, of which any top-k is right that its token is in."""
+    name, ids = next(iter(TEXTS.items()))
+    at = int(np.nanargmax(log_of()[name].logprobs))
+    kept = np.full(LENGTH - PROMPT, np.nan)
+    kept[at] = log_of()[name].logprobs[at]
+    path = written(tmp_path, "one", {name: logs.logged(name, ids, PROMPT, kept)})
+    (engine,) = certify(path, model=model, dtype="float32").engines
+    (whole,) = certify(written(tmp_path, "all", log_of()), model=model, dtype="float32").engines
+    assert engine.not_told.keys() > whole.not_told.keys()
+
+
+def test_a_log_softmax_is_off_by_no_more_than_its_logits_allow() -> None:
+    """Nowhere by more, and by as much where every other logit is too large."""
+    rng = np.random.default_rng(4)
+    for sharpness in (1, 30):
+        z, error = sharpness * rng.normal(size=(1, 40)), rng.exponential(0.3, (1, 40))
+        value, bound = carried.log_softmax(z, error, unit=0.0)
+        np.testing.assert_allclose(value, numpy_reference.log_softmax(z), atol=1e-12)
+        for _ in range(200):
+            off = numpy_reference.log_softmax(z + error * rng.uniform(-1, 1, z.shape))
+            assert (np.abs(off - value) <= bound).all()
+        own = carried.of_sum(np.exp(z - z.max()), np.exp(z - z.max()).sum(-1, keepdims=True))
+        for token in range(40):
+            signs = np.where(np.arange(40) == token, -1, 1)
+            worst = numpy_reference.log_softmax(z + signs * error)[0, token]
+            np.testing.assert_allclose(bound[0, token], value[0, token] - worst + own[0, 0])
 
 
 @pytest.mark.parametrize(

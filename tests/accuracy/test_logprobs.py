@@ -160,6 +160,84 @@ def test_clean_engines_raise_no_alarm(bench: Bench) -> None:
     assert narrow.before.rms < 1.5
 
 
+def in_float32(how: str) -> logs.Row:
+    """A log-softmax with every step in float32, as engines write it."""
+
+    def row(z: np.ndarray, seen: np.ndarray, prompt: int) -> np.ndarray:
+        x = z.astype(np.float32)
+        shifted = x - x.max()
+        total = np.exp(shifted).sum(dtype=np.float32)
+        if how == "shifted":
+            return shifted - np.log(total)
+        return (
+            x - (x.max() + np.log(total))
+            if how == "normaliser"
+            else np.log(np.exp(shifted) / total)
+        )
+
+    return row
+
+
+@pytest.mark.parametrize("how", ["shifted", "normaliser", "logarithm"])
+def test_a_log_softmax_in_float32_is_of_float32(bench: Bench, how: str) -> None:
+    """Close to 0 nats its roundings are all the error there is."""
+    log = bench.log(in_float32(how))
+    near_zero = np.concatenate([text.logprobs for text in log.values()]) > -1e-3
+    assert near_zero.sum() > 8
+    found = bench.judge(log)
+    assert (found.verdict, found.level, found.causes) == ("rounding", "float32", ())
+    cast = {
+        "logits": logs.logits_rounded(in_float32(how)),
+        "logprobs": logs.rounded(in_float32(how)),
+    }
+    for name, casted in cast.items():
+        assert bench.judge(bench.log(casted)).causes == (f"{name}_bfloat16",)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_transformers_logs_are_of_what_they_were_computed_in(bench: Bench, attention: str) -> None:
+    torch = pytest.importorskip("torch", reason="transformers computes it: pip install '.[hf]'")
+    transformers = pytest.importorskip("transformers", reason="pip install '.[hf]'")
+
+    def log(dtype: str, then: Callable = lambda z: z.float().log_softmax(-1)) -> Log:
+        hf = transformers.AutoModelForCausalLM.from_pretrained(
+            open_model().path.parent,
+            gguf_file=open_model().path.name,
+            dtype=dtype,
+            attn_implementation=attention,
+        ).eval()
+        made = {}
+        for i, (ids, prompt) in enumerate(bench.texts):
+            with torch.no_grad():
+                values = then(hf(torch.tensor(ids[None])).logits[0, prompt - 1 : -1])
+            own = values.gather(1, torch.tensor(ids[prompt:, None]))[:, 0].float().numpy()
+            made[str(i)] = logs.logged(str(i), ids, prompt, own.astype(np.float64))
+        return made
+
+    for dtype, level in (
+        ("float32", "float32"),
+        ("float16", "float16 or TF32"),
+        ("bfloat16", "bfloat16"),
+    ):
+        found = bench.judge(log(dtype))
+        assert (found.verdict, found.level, found.causes) == ("rounding", level, ())
+    logits = bench.judge(log("float32", lambda z: z.bfloat16().float().log_softmax(-1)))
+    logprobs = bench.judge(log("float32", lambda z: z.log_softmax(-1).bfloat16()))
+    assert (logits.causes, logprobs.causes) == (("logits_bfloat16",), ("logprobs_bfloat16",))
+
+
+def test_a_coarser_arithmetic_than_the_lines_say_is_told(bench: Bench) -> None:
+    for dtype, said in (("bfloat16", "float32"), ("bfloat16", "float16"), ("float32", "float32")):
+        log = {
+            name: dataclasses.replace(text, dtype=said)
+            for name, text in bench.log(dtype=dtype).items()
+        }
+        found = bench.judge(log)
+        assert (found.verdict, found.level) == ("rounding", dtype)
+        assert found.declared == ("" if said == dtype else said)
+
+
 @pytest.mark.long
 def test_a_temperature_in_bfloat16_arithmetic(bench: Bench) -> None:
     found = bench.judge(bench.log(hot(0.7), dtype="bfloat16"))

@@ -297,7 +297,10 @@ def test_a_trace_that_cannot_be_is_refused_at_once(
             f"--reference={'x' * 5000}",
             "which is neither a file nor one of float64, hf",
         ),
-        (f"--reference={BUNDLED}", "haiku.gguf: the file is a GGUF file; give it by its own"),
+        (
+            f"--reference={BUNDLED}",
+            "haiku.gguf: the file is a GGUF file, a model; let --model name it",
+        ),
         (f"--reference={BUNDLED.parent}", "this is no trace of qwen_jax, and"),
         ("--plant=nope", "nope"),
         ("--plant=zero_qkv_bias@99", "99"),

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any, Literal
 
-VERSION = 2
+VERSION = 3
 
 Verdict = Literal["certified", "cause", "unexplained"]
 
@@ -33,7 +33,7 @@ class Judged:
         position: of the text, where the largest fraction is; of a fault, the first wrong one.
         fraction: the largest error over its bound.
         resolution: the RMS of the bound over that of the tensor: what is smaller may hide in it.
-            Of a log the RMS of the bound, in nats.
+            Of a log the largest bound, in nats.
         together: operations computed through to it, where tensors between were not recorded.
         values: how many numbers it has.
     """
@@ -94,6 +94,8 @@ class Engine:
         coarsest: the one with the coarsest bound.
         first: the first tensor that is wrong in itself.
         unexplained: tensors wrong in themselves that no cause explains.
+        not_told: of a log that is certified, causes that fit it as well as none, and the most that
+            each moves one of its values, in nats.
     """
 
     dump: str
@@ -107,6 +109,7 @@ class Engine:
     unexplained: tuple[Judged, ...]
     not_covered: NotCovered
     tensors: tuple[Judged, ...]
+    not_told: dict[str, float]
 
     @property
     def verdict(self) -> Verdict:

@@ -5,17 +5,41 @@ from pathlib import Path
 
 from qwen_jax.accuracy.certificate.contents import Input
 from qwen_jax.accuracy.certificate.logs import is_log
-from qwen_jax.accuracy.traces.foreign import dump_files, mapping_of
+from qwen_jax.accuracy.traces.foreign import MAPPING, dump_files, mapping_of
 from qwen_jax.weights.loader import Checkpoint
 from qwen_jax.weights.open_files import OpenFile
 
 
-def homes(model: Path, adapters: Sequence[Path], dumps: Sequence[Path]) -> dict[str, Path]:
-    """The directory in which each one's files lie, by what `Input.of` calls it."""
+def owners(model: Path, adapters: Sequence[Path], dumps: Sequence[Path]) -> dict[str, Path]:
+    """The file or directory of each, by what `Input.of` calls it."""
     named = {"checkpoint": model}
     named |= {f"adapter {i}": path for i, path in enumerate(adapters, 1)}
-    named |= {f"engine {i}": path for i, path in enumerate(dumps, 1)}
-    return {name: path if path.is_dir() else path.parent for name, path in named.items()}
+    return named | {f"engine {i}": path for i, path in enumerate(dumps, 1)}
+
+
+def place(one: Mapping[str, str], inputs: Sequence[Mapping[str, str]], path: Path) -> Path:
+    """Where a file that was read lies now: what is named is itself, whatever it was called, and has
+    its mapping beside it; all else lies in that directory under its name.
+
+    Args:
+        one: fields of an `Input`,
+        inputs: and of all.
+        path: what is named as its owner now.
+    """
+    if path.is_dir():
+        return path / one["file"]
+    if one["file"].endswith("." + MAPPING):
+        return path.with_name(f"{path.stem}.{MAPPING}")
+    alike = [
+        other
+        for other in inputs
+        if other["of"] == one["of"] and Path(other["file"]).suffix == path.suffix
+    ]
+    return path if alike == [one] else path.parent / one["file"]
+
+
+def _homes(owned: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: path if path.is_dir() else path.parent for name, path in owned.items()}
 
 
 def inputs_of(checkpoint: Checkpoint, dumps: Sequence[Path]) -> tuple[Input, ...]:
@@ -27,7 +51,7 @@ def inputs_of(checkpoint: Checkpoint, dumps: Sequence[Path]) -> tuple[Input, ...
 
 
 def _inputs_of(checkpoint: Checkpoint, dumps: Sequence[Path]) -> Iterator[Input]:
-    places = homes(checkpoint.path, checkpoint.adapters, dumps)
+    places = _homes(owners(checkpoint.path, checkpoint.adapters, dumps))
     of_weights = {name: home for name, home in places.items() if not name.startswith("engine")}
     opened = checkpoint.files.opened
     for path, file in opened.items():  # the very files that the weights are read from

@@ -27,7 +27,7 @@ from qwen_jax.accuracy.certificate.inputs import inputs_of
 from qwen_jax.accuracy.certificate.logs import is_log, judged_logs
 from qwen_jax.accuracy.exact.operations import full_name, input_names, schedule
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
-from qwen_jax.accuracy.exact.replay import Finding
+from qwen_jax.accuracy.exact.replay import Finding, Replayed
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.measures.metrics import logit_metrics
 from qwen_jax.accuracy.tensors.comparison import check_alike, not_finite
@@ -123,13 +123,15 @@ def versions() -> dict[str, str]:
 
 def _judged(dump: str, trace: Trace, checkpoint: Checkpoint, progress: Progress) -> Engine:
     header = trace.header
-    found = diagnose(trace, CheckpointSource(checkpoint, header.dtype), progress)
-    # What is past even a bound as large as the tensor is wrong all the same.
-    vague = {f.name: f for f in found.findings if f.resolution >= 1 and not f.faulty}
-    skipped = found.skipped | {
-        name: f"has a bound {f.resolution:.2g} times as large as itself"
-        for name, f in vague.items()
-    }
+    vague: dict[str, str] = {}
+
+    def heard(replayed: Replayed) -> None:
+        if too_wide := _too_wide(replayed):
+            vague[replayed.finding.name] = too_wide
+
+    source = CheckpointSource(checkpoint, header.dtype)
+    found = diagnose(trace, source, progress, heard)
+    skipped = found.skipped | vague
     judged = {f.name: _of_finding(f, trace) for f in found.findings if f.name not in vague}
     if not judged:
         name, why = next(iter(skipped.items()))
@@ -151,7 +153,24 @@ def _judged(dump: str, trace: Trace, checkpoint: Checkpoint, progress: Progress)
         unexplained=tuple(judged[one.finding.name] for one in found.unknown),
         not_covered=_not_covered(trace, judged, skipped),
         tensors=tuple(judged.values()),
+        not_told={},
     )
+
+
+def _too_wide(replayed: Replayed) -> str:
+    """Why a bound judges nothing: what should be there could be missing, and be within it.
+
+    What is past even such a bound is wrong all the same.
+    """
+    finding = replayed.finding
+    if finding.faulty:
+        return ""
+    if finding.resolution >= 1:
+        return f"has a bound {finding.resolution:.2g} times as large as itself"
+    if part := replayed.hidden_part():
+        name, times = part
+        return f"has a bound {times:.2g} times as large as what {name} changes in it"
+    return ""
 
 
 def _of_finding(finding: Finding, trace: Trace) -> Judged:

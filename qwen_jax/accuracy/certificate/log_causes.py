@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen_jax.accuracy.certificate.contents import Named
 from qwen_jax.accuracy.exact.carried import Bounded
+from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs.causes import LINES
 from qwen_jax.accuracy.logprobs.paths import Rows
@@ -24,15 +25,21 @@ Truth = Callable[[tuple[int, ...]], Bounded]
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """Bounds that are derived, as a `Measure`: there is one level, of the declared dtype."""
+    """Bounds that are derived, as a `Measure`: there is one level, of the declared dtype.
+
+    Attributes:
+        stops: tokens that somebody may have put before a text.
+        unit: roundoff of the declared dtype, in which a log-softmax may be taken, too.
+    """
 
     truth: Truth
     stops: tuple[int, ...]
+    unit: float
 
     @property
     def levels(self) -> tuple[Level, ...]:
         # A level's limit is so many of its rounding errors; here it is the bound itself.
-        return (Level(TOLD[0], 1 / WORST),)
+        return (Level(TOLD[0], 1 / WORST, self.unit / UNIT["float32"] / WORST, 1 / WORST),)
 
     def rows(self, text: Logged, before: tuple[int, ...] = (), prompt: bool = True) -> Rows:
         return rows_of(text, before, prompt, lambda ids: self.truth(tuple(ids.tolist())))
@@ -51,19 +58,14 @@ class Derived:
 
 
 def named(
-    log: Mapping[str, Logged],
-    truth: Truth,
-    stops: tuple[int, ...],
-    digits: float,
-    progress: Progress | None,
+    log: Mapping[str, Logged], measure: Derived, digits: float, progress: Progress | None
 ) -> tuple[Named, ...]:
     """What all of a log's values prove, together; nothing where no cause is proven.
 
     Args:
-        stops: tokens that somebody may have put before a text.
         digits: half a step of the decimals that the log keeps.
     """
-    found = judge(log, Derived(truth, stops), digits, progress or (lambda done, total: None))
+    found = judge(log, measure, digits, progress or (lambda done, total: None))
     if found.verdict != "cause" or found.after is None:
         return ()
     before, after = found.before.worst / WORST, found.after.worst / WORST

@@ -2,12 +2,15 @@
 
 Nothing between the tokens and their probabilities was recorded, so each text is held against the
 whole forward pass in float64, with every operation's bound carried through all that follow it
-(docs/certificate.md). In float32 that is some thousandths of a nat; in bfloat16 it may allow
+(docs/certificate.md). In float32 that is some thousandths of a nat; in narrower dtypes it may allow
 anything, and then nothing is said. A log that is past it is explained by the causes that
-`compare --logprobs` knows, where one brings every value within these bounds.
+`compare --logprobs` knows, where one brings every value within these bounds; of one within it those
+are listed that do as well as none.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +26,8 @@ from qwen_jax.accuracy.certificate.contents import (
     NotCovered,
     Parting,
 )
+from qwen_jax.accuracy.certificate.log_causes import Derived
+from qwen_jax.accuracy.certificate.told_apart import Open
 from qwen_jax.accuracy.exact import carried
 from qwen_jax.accuracy.exact.bounds import Arithmetic
 from qwen_jax.accuracy.exact.carried import Bounded
@@ -31,6 +36,7 @@ from qwen_jax.accuracy.exact.replay import compare, first_position
 from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs.audit import half_step, with_prompt
+from qwen_jax.accuracy.logprobs.causes import MILDEST_TOP_P
 from qwen_jax.accuracy.logprobs.figures import paired
 from qwen_jax.accuracy.logprobs.reading import Logged, read
 from qwen_jax.errors import UserError
@@ -42,8 +48,9 @@ Truth = Callable[[tuple[int, ...], str], Bounded]
 """From a text's ids and a dtype to the logits after each of them, and their bounds."""
 
 DTYPES = tuple(name for name in choices.DTYPES if name != "auto")
-VAGUE = 1.0
-"""Nats: a bound from which on probabilities may be e times as large as they should be."""
+VAGUE = -math.log(MILDEST_TOP_P) / 2
+"""Nats: the mildest filter in common use moves a log-probability by twice as much. With bounds as
+wide a value may lie within that of an engine with it and within that of one without."""
 
 
 def is_log(path: str | Path) -> bool:
@@ -70,36 +77,39 @@ def judged_logs(
     judged: list[dict[str, Judged]] = [{} for _ in logs]
     skipped: list[dict[str, str]] = [{} for _ in logs]
     digits = [half_step(log) for log in logs]
+    measures = [_measure(truth, of, checkpoint) for of in dtypes]
+    wholes = [{name: with_prompt(log[name], logs, name) for name in log} for log in logs]
+    left_open = [
+        Open(whole.values(), measure, half)
+        for whole, measure, half in zip(wholes, measures, digits, strict=True)
+    ]
     for done, name in enumerate(names, 1):
-        for number, log in enumerate(logs):
-            if name not in log:
+        for number, whole in enumerate(wholes):
+            if name not in whole:
                 continue
-            text = with_prompt(log[name], logs, name)
+            text = whole[name]
             found = _judged(text, dtypes[number], digits[number], truth, checkpoint)
             if isinstance(found, str):
                 skipped[number][name] = found
             else:
-                judged[number][found.tensor] = found
+                judged[number][name] = found
+                if found.fraction <= 1 and _has_values(text):
+                    left_open[number].see(text)
         if progress:
             progress(done, len(names))
-    causes = [
-        _causes(
-            {name: with_prompt(text, logs, name) for name, text in log.items()},
-            judged[number],
-            truth,
-            dtypes[number],
-            checkpoint,
-            digits[number],
-            progress,
-        )
-        for number, log in enumerate(logs)
-    ]
-    engines = tuple(map(_engine, files, dtypes, judged, skipped, causes))
+    engines = []
+    for number, whole in enumerate(wholes):
+        of = judged[number], skipped[number]
+        causes = _causes(whole, judged[number], measures[number], digits[number], progress)
+        engine = _engine(files[number], dtypes[number], *of, causes)
+        if engine.verdict == "certified":
+            engine = dataclasses.replace(engine, not_told=left_open[number].moves)
+        engines.append(engine)
     if both is None:
-        return engines, None
+        return tuple(engines), None
     same, others = both
     errors = np.concatenate([np.zeros(0), *(np.abs(np.subtract(*pair.values)) for pair in same)])
-    return engines, LogDifference(
+    return tuple(engines), LogDifference(
         texts=len(same),
         values=len(errors),
         largest=float(errors.max(initial=0.0)),
@@ -164,14 +174,14 @@ def _judged(
             f"{text.where}: it has {len(ids)} tokens, but the model's context "
             f"{config.context_length}; cut it."
         )
-    has_values = bool((~np.isnan(text.logprobs)).any() or any(text.top))
+    has_values = _has_values(text)
     if not has_values and text.sampling.temperature > 0:
         return "has no log-probabilities, and its tokens were drawn"
     # Before the first token of all nothing is predicted.
     rows = np.arange(max(first, 1), len(ids)) - 1
     if not len(rows):
         return "has no token with anything before it"
-    logits, limits = (x[rows] for x in truth(tuple(ids[:-1].tolist()), dtype))
+    logits, limits = (x[rows] for x in truth(tuple(ids.tolist()), dtype))
     if not np.isfinite(logits).all():
         raise UserError(
             f"{text.where}: the model's own logits are not finite here, so nothing can be told; "
@@ -179,16 +189,20 @@ def _judged(
         )
     tokens = ids[rows + 1]
     if has_values:
-        what, three = "log-probabilities", _values(text, rows + 1 - first, logits, limits, digits)
+        what = "log-probabilities"
+        four = _values(text, rows + 1 - first, logits, limits, UNIT[dtype], digits)
     else:
-        what, three = "greedy choices", _choices(tokens, logits, limits)
-    at, found, expected, limit = three
+        what, four = "greedy choices", _choices(tokens, logits, limits)
+    at, found, expected, limit = four
     if not len(at):
         return "has no log-probability behind a first token"
     residual = compare(found, expected, limit)
-    resolution = float(np.sqrt(np.mean(limit**2)))
+    resolution = float(limit.max())
     if not resolution < VAGUE and residual.within:
-        return f"has a bound of {resolution:.2g} nats, which allows anything"
+        return (
+            f"has bounds of up to {resolution:.2g} nats in {dtype}, where {VAGUE:.2g} would show a "
+            f"top-p of {MILDEST_TOP_P}"
+        )
     worst = residual.worst[0] if residual.within else first_position(found, expected, limit)
     return Judged(
         tensor=f"{what} of {text.name}",
@@ -202,12 +216,21 @@ def _judged(
     )
 
 
+def _has_values(text: Logged) -> bool:
+    return bool((~np.isnan(text.logprobs)).any() or any(text.top))
+
+
 Compared = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Rows, what the log has there, what it should be, and the bound of their difference."""
 
 
 def _values(
-    text: Logged, tokens: np.ndarray, logits: np.ndarray, limits: np.ndarray, digits: float
+    text: Logged,
+    tokens: np.ndarray,
+    logits: np.ndarray,
+    limits: np.ndarray,
+    unit: float,
+    digits: float,
 ) -> Compared:
     """All log-probabilities, of the tokens and of others beside them."""
     pairs = [
@@ -217,7 +240,7 @@ def _values(
         if not np.isnan(value) and 0 <= token < logits.shape[1]
     ]
     rows, ids = (np.array([pair[i] for pair in pairs], np.int64) for i in range(2))
-    expected, limit = (x[rows, ids] for x in carried.log_softmax(logits, limits))
+    expected, limit = (x[rows, ids] for x in carried.log_softmax(logits, limits, unit))
     found = np.array([pair[2] for pair in pairs], np.float64)
     return rows, found, expected, limit + digits
 
@@ -233,9 +256,7 @@ def _choices(tokens: np.ndarray, logits: np.ndarray, limits: np.ndarray) -> Comp
 def _causes(
     log: Log,
     judged: Mapping[str, Judged],
-    truth: Truth,
-    dtype: str,
-    checkpoint: Checkpoint,
+    measure: Derived,
     digits: float,
     progress: Progress | None,
 ) -> tuple[Named, ...]:
@@ -243,11 +264,15 @@ def _causes(
     wrong = any(one.fraction > 1 for one in judged.values())
     if not wrong or not all(one.resolution < VAGUE for one in judged.values()):
         return ()
+    return log_causes.named(log, measure, digits, progress)
+
+
+def _measure(truth: Truth, dtype: str, checkpoint: Checkpoint) -> Derived:
     try:
         stops = tuple(read_tokenizer(checkpoint).stop_ids)
     except UserError:  # ids need no tokenizer; then no token of its own can stand before them
         stops = ()
-    return log_causes.named(log, lambda ids: truth(ids, dtype), stops, digits, progress)
+    return Derived(lambda ids: truth(ids, dtype), stops, UNIT[dtype])
 
 
 def _parting(one: Logged, other: Logged, dtype: str, truth: Truth) -> Parting | None:
@@ -276,8 +301,9 @@ def _engine(
     if not judged:
         name, why = next(iter(skipped.items()))
         raise UserError(
-            f"{file}: nothing in it can be judged: the text {name!r:.40} {why}; dump tensors and "
-            "certify those, or ask `compare --logprobs`, which measures what rounding makes."
+            f"{file}: no certificate, for nothing in it can be judged: the text {name!r:.40} "
+            f"{why}; dump tensors and certify those, or ask `compare --logprobs`, which measures "
+            "what rounding makes."
         )
     every = list(judged.values())
     wrong = tuple(one for one in every if one.fraction > 1)
@@ -298,4 +324,5 @@ def _engine(
         unexplained=() if causes else wrong,
         not_covered=NotCovered((), (), skipped),
         tensors=tuple(every),
+        not_told={},
     )

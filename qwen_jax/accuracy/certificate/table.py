@@ -33,6 +33,13 @@ def _sections(certificate: Certificate) -> Iterator[str]:
     if causes:
         header = ("engine", "cause", "layers", "as it is", "planted", "what and where")
         yield Table(header, causes).text()
+    left = [
+        (f"{i}", name, f"{moved:.1e}".replace("e-0", "e-"))
+        for i, engine in enumerate(certificate.engines, 1)
+        for name, moved in sorted(engine.not_told.items(), key=lambda item: -item[1])
+    ]
+    if left:
+        yield Table(("engine", "not told from", "moves by at most, nats"), left).text()
     d = certificate.difference
     if isinstance(d, LogDifference):
         yield filled("".join(_of_logs(d)))
@@ -112,9 +119,10 @@ def place(one: Judged) -> str:
 
 
 def at_most(fraction: float) -> str:
-    """Rounded up, for what is said is that nothing exceeds it."""
+    """Rounded up, for what is said is that nothing exceeds it; above 1 with digits that show it."""
     if fraction > 1:
-        return f"{fraction:.2g}".replace("e+0", "e+")
+        shown = (f"{fraction:.{digits}g}" for digits in range(2, 18))
+        return next(x for x in shown if float(x) > 1).replace("e+0", "e+")
     return f"{math.ceil(fraction * 100) / 100:.2f}"
 
 

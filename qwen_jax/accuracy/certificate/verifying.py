@@ -9,9 +9,11 @@ from typing import Any
 
 from qwen_jax import opening, regular_files, strict_json
 from qwen_jax.accuracy.certificate.contents import VERSION, Certificate
-from qwen_jax.accuracy.certificate.inputs import homes
+from qwen_jax.accuracy.certificate.inputs import owners, place
 from qwen_jax.accuracy.certificate.issuing import issue, versions
+from qwen_jax.accuracy.certificate.logs import is_log
 from qwen_jax.accuracy.finding import Progress
+from qwen_jax.accuracy.traces.foreign import dump_of
 from qwen_jax.errors import UserError
 from qwen_jax.weights.open_files import OpenFile
 
@@ -77,6 +79,10 @@ def verify(
         found[moved] = recorded[moved]
     for was, now in zip(engines, found["engines"], strict=True):
         now["dump"] = was["dump"]
+    given = {"engine": bool(dumps), "checkpoint": model is not None, "adapter": adapter is not None}
+    for was, now in zip(recorded["inputs"], found["inputs"], strict=False):
+        if given[was["of"].split(" ")[0]] and was["sha256"] == now["sha256"]:
+            now["file"] = was["file"]  # the same one by another name
     return next(_changes(str(path), recorded, found), None)
 
 
@@ -93,7 +99,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises UserError where it can't be read, or is damaged.
     """
     path = Path(path)
-    fields = strict_json.read_object(path, most=regular_files.MOST_BYTES)
+    fields = strict_json.read_object(path, most=regular_files.MOST_BYTES, expected="certificate")
     if missing := {"verdict", "engines"} - fields.keys():  # it is something else
         raise _damaged(path, min(missing), "missing")
     if fields.get("version") != VERSION:
@@ -150,15 +156,15 @@ def _changed_input(
     dumps: Sequence[str],
 ) -> Change | None:
     """The first file that is not the one that was read."""
-    places = homes(
+    owned = owners(
         opening.locate(model),
         [opening.locate_adapter(one) for one in adapters],
-        [Path(dump) for dump in dumps],
+        [Path(dump) if is_log(dump) else dump_of(dump) for dump in dumps],
     )
     for i, one in enumerate(recorded["inputs"]):
-        if one["of"] not in places:
+        if one["of"] not in owned:
             raise _damaged(path, f"inputs.{i}.of", f"{one['of']!r:.60}")
-        file = places[one["of"]] / one["file"]
+        file = place(one, recorded["inputs"], owned[one["of"]])
         found = OpenFile(file).sha256()
         if found != one["sha256"]:
             return Change(f"inputs.{i}.sha256 ({file})", one["sha256"], found)

@@ -4,7 +4,7 @@ bound, carried on to what follows to first order."""
 import numpy as np
 from jaxtyping import Float, Int
 
-from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
+from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded, reduction
 from qwen_jax.accuracy.exact.operations import (
     PARAMETRIC,
     Calls,
@@ -14,6 +14,7 @@ from qwen_jax.accuracy.exact.operations import (
     schedule,
 )
 from qwen_jax.accuracy.exact.parameters import Source, Weights
+from qwen_jax.accuracy.exact.rounding import UNIT
 
 Bounded = tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]
 """A value, and how far it may be off."""
@@ -37,15 +38,48 @@ def logits(source: Source, tokens: Int[np.ndarray, "T"], arithmetic: Arithmetic)
     return held["logits"]
 
 
-def log_softmax(x: Float[np.ndarray, "... V"], error: Float[np.ndarray, "... V"]) -> Bounded:
+def log_softmax(
+    x: Float[np.ndarray, "... V"], error: Float[np.ndarray, "... V"], unit: float = UNIT["float32"]
+) -> Bounded:
     """Log-probabilities of logits that may be off by so much.
 
-    The normaliser is off by the mean of the logits' errors under the probabilities; an engine takes
-    exponentials and their sum in float32.
+    Args:
+        unit: roundoff of the arithmetic in which an engine takes exponentials, their sum and its
+            logarithm.
     """
     with np.errstate(all="ignore"):
         top = x.max(axis=-1, keepdims=True)
-        total = np.exp(x - top).sum(axis=-1, keepdims=True)
+        weights = np.exp(x - top)
+        total = weights.sum(axis=-1, keepdims=True)
         out = x - top - np.log(total)
-        shared = (np.exp(out) * error).sum(axis=-1, keepdims=True)
-    return out, error + shared + 2.0**-24 * (np.abs(out) + np.abs(x) + 8)
+        grown = np.exp(out + error).sum(axis=-1, keepdims=True)
+        own = unit * (np.abs(out) + np.abs(x) + 8) + of_sum(weights, total)
+        return out, fall(out, error, grown) + own
+
+
+def of_sum(
+    weights: Float[np.ndarray, "... V"], total: Float[np.ndarray, "... 1"]
+) -> Float[np.ndarray, "... 1"]:
+    """By how much the logarithm of a float32 sum of exponentials may be off for its additions."""
+    squares = np.einsum("...v,...v->...", weights, weights)[..., None]
+    return reduction(total, squares, weights.shape[-1]) / total
+
+
+def fall(
+    logprobs: Float[np.ndarray, "..."],
+    error: Float[np.ndarray, "..."],
+    grown: Float[np.ndarray, "..."],
+) -> Float[np.ndarray, "..."]:
+    """By how much log-probabilities fall at most where every logit may be off by its error.
+
+    It falls furthest where its own logit is too small and all others are too large. -ln p is convex
+    in the logits, so that it rises by no more than that.
+
+    Args:
+        logprobs, error: of some tokens.
+        grown: the sum of all probabilities times exp(their errors).
+    """
+    with np.errstate(all="ignore"):
+        others = np.maximum(grown - np.exp(logprobs + error), 0)
+        found = np.logaddexp(0, np.log(others) + error - logprobs) + logprobs
+    return np.where(np.isnan(found), np.inf, np.maximum(found, 0))

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bounded
 from qwen_jax.accuracy.exact.operations import (
+    OPERATIONS,
     PARAMETRIC,
     Calls,
     Context,
@@ -22,6 +23,7 @@ from qwen_jax.accuracy.exact.operations import (
     schedule,
 )
 from qwen_jax.accuracy.exact.parameters import Source, Weights
+from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.config import ModelConfig
@@ -87,6 +89,9 @@ class Step(NamedTuple):
     weights: Weights
 
 
+PARTS = ("o_proj", "down_proj")
+"""What a layer adds to the stream: attention, and feed-forward."""
+
 Value = tuple[Array, Error]
 """A tensor and how far it may be off."""
 
@@ -109,6 +114,31 @@ class Replayed:
     steps: tuple[Step, ...]
     base: Mapping[str, Value]
     arithmetic: Arithmetic
+
+    def hidden_part(self) -> tuple[str, float] | None:
+        """Attention or feed-forward of a layer that could be left out within the bound, by the name
+        of what it adds to the stream, and the RMS of the bound over that of the change it makes.
+
+        None where there is no such part, or the bound is finer than what bfloat16 stores.
+        """
+        if self.finding.resolution < UNIT["bfloat16"]:
+            return None
+        bound = _rms(self.bound, self.expected)
+        for step in self.steps[:-1]:
+            if step.operation in PARTS:
+                change = _rms(self.expected - self._without(step), self.expected)
+                if not bound < change:
+                    return step.name, bound / change if change else np.inf
+        return None
+
+    def _without(self, part: Step) -> Array:
+        """What comes out where a step makes zeros."""
+        values = {name: value for name, (value, _) in self.base.items()}
+        for step in self.steps:
+            params = step.weights[step.operation] if step.operation in PARAMETRIC else ()
+            made = OPERATIONS[step.operation](self.ctx, [values[n] for n in step.inputs], params)
+            values[step.name] = np.zeros_like(made) if step is part else made
+        return values[self.finding.name]
 
     def sample(self) -> "Replayed":
         """The same of its worst position alone; of all, where a step on the way to it attends.
@@ -200,6 +230,12 @@ def first_position(candidate: Array, expected: Array, limit: Array) -> int:
         same = _same(candidate, expected)
         wrong = ~(same | (np.abs(candidate - expected) <= limit) & np.isfinite(limit))
     return int(wrong.reshape(len(wrong), -1).any(axis=1).argmax())
+
+
+def _rms(x: Array, like: Array) -> float:
+    """Over what is finite in another array."""
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(np.mean(x[np.isfinite(like)] ** 2)))
 
 
 def _resolution(expected: Array, limit: Array) -> float:

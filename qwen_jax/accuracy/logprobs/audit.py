@@ -124,9 +124,10 @@ def compare_logs(
     for log, half in zip(logs, digits, strict=True):
         # Prompts that one log leaves out may stand in the other.
         known = {name: with_prompt(text, logs, name) for name, text in log.items()}
-        first = next((t for t in known.values() if t.prompt is not None and len(t.whole)), None)
-        if first is not None and yardstick is None:
-            yardstick = Yardstick.of(exact, judge_by.rough, judge_by.checkpoint, first)
+        whole = [text for text in known.values() if text.prompt is not None and len(text.whole)]
+        if whole and yardstick is None:
+            longest = max(whole, key=lambda text: len(text.whole))
+            yardstick = Yardstick.of(exact, judge_by.rough, judge_by.checkpoint, longest)
             own = yardstick.own
         if yardstick is None:
             why = "the prompts' ids are not in the log ('prompt')"

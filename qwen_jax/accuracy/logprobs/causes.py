@@ -45,6 +45,9 @@ LINES = {
 ROUGH, FINE = 8, 32
 """Turns of a fit: to tell causes apart, and to name a number."""
 
+MILDEST_TOP_P = 0.95
+"""Of filters in common use the one that moves log-probabilities least: by its logarithm at most."""
+
 CLOSEST = 4
 """Of the causes beside a given one, those that are looked at on all rows."""
 
@@ -55,6 +58,18 @@ _COMMON: dict[str, tuple[Any, ...]] = {
     "min_p": (0.01, 0.02, 0.05, 0.1, 0.2),
 }
 """Values in use of what has no gradient."""
+
+_MILD: dict[str, float | int] = {
+    "temperature": 0.9,
+    "top_k": 50,  # the default of transformers
+    "top_p": MILDEST_TOP_P,
+    "min_p": 0.05,  # the default of llama.cpp
+    "repetition_penalty": 1.05,  # of Qwen2.5's generation_config.json
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "padded_vocabulary": 64,  # engines pad to multiples of it
+}
+"""Mild values of what has a number."""
 
 _RANGES = {
     "temperature": (0.05, 20.0),
@@ -145,6 +160,14 @@ def declared(sampling: Sequence[Sampling]) -> list[Change]:
         for name in SETTINGS
         if any(Change(name, name).on(s)[name] != _NEUTRAL[name] for s in sampling)
     ]
+
+
+def mild(sampling: Sequence[Sampling]) -> list[Changes]:
+    """Every cause by itself, at what lines declare or else at the mildest number in common use."""
+    own = {change.name: change for change in declared(sampling)}
+    fixed = [Change(name, *field) for name, fields in _FIXED.items() for field in fields.items()]
+    numbers = [Change(name, _FITTED.get(name, name), value) for name, value in _MILD.items()]
+    return [(own.get(change.name, change),) for change in (*numbers, *fixed)]
 
 
 def singles(sample: Sample) -> Iterator[Changes]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from qwen_jax.accuracy.exact import carried
 from qwen_jax.accuracy.exact.rounding import UNIT, round_interval, round_to
 
 BLOCK = 32
@@ -88,6 +89,8 @@ class Rows(NamedTuple):
         positions: of the rows.
         logged: what an engine wrote at each id of `whole`; NaN where nothing.
         others: ids that it wrote that of, where they are not those of the text.
+        roundings: how often the bound of a float32 log-softmax's own roundings counts,
+        sums: and that of its sum.
     """
 
     logits: Float[np.ndarray, "T V"]
@@ -97,6 +100,8 @@ class Rows(NamedTuple):
     positions: Int[np.ndarray, "T"]
     logged: Float[np.ndarray, "n"]
     others: Int[np.ndarray, "n"] | None = None
+    roundings: float = 1.0
+    sums: float = 1.0
 
     def take(self, rows: Int[np.ndarray, "n"] | slice) -> "Rows":
         return self._replace(
@@ -167,12 +172,14 @@ def _predict(path: Path, rows: Rows, digits: float, edges: bool) -> Predicted:
         z = _penalised(path, rows, z)
     z, limit = z / path.temperature, limit / path.temperature
     size = np.abs(_taken(z, ids))
-    value, limit = _log_softmax(path, z, limit, ids, edges)
+    value, limit, of_sum = _log_softmax(path, z, limit, ids, edges)
     possible = np.isfinite(value)
-    limit = np.where(possible, limit + _U32 * (np.abs(value) + size + 8), 0.0)
+    own = rows.roundings * _U32
+    limit = limit + own * (np.abs(value) + size + 8) + rows.sums * of_sum
+    limit = np.where(possible, limit, 0.0)
     if path.logprobs:
         value, limit = round_interval(value, limit, path.logprobs)
-        limit = limit + _U32 * np.abs(value)
+        limit = limit + own * np.abs(value)
     value[~there] = np.nan
     logged = np.where(there, rows.logged[np.where(there, written, 0)], np.nan)
     return Predicted(value, limit, logged, np.full(len(value), digits))
@@ -201,40 +208,46 @@ def _log_softmax(
     limit: Float[np.ndarray, "T #V"],
     ids: Int[np.ndarray, "T"],
     edges: bool,
-) -> tuple[Float[np.ndarray, "T"], Float[np.ndarray, "T"]]:
-    """Of the tokens asked for, and how far it may be off.
+) -> tuple[Float[np.ndarray, "T"], Float[np.ndarray, "T"], Float[np.ndarray, "T"] | float]:
+    """Of the tokens asked for, how far it may be off, and how far by the sum in it.
 
     An error d_v of the logits makes one of d_t - sum_v p_v d_v in ln p_t, which is
     (1 - p_t) (d_t - the mean of the others): with one size of error for all tokens that is
-    1 - p_t times it, twice.
+    1 - p_t times it, twice. Where each has its own (of rounded logits, or derived), it is the most
+    that these can do.
     """
     top = z.max(axis=-1, keepdims=True)
     if path.softmax:
-        return _stepwise(path.softmax, z - top, limit, ids)
+        return *_stepwise(path.softmax, z - top, limit, ids), 0.0
     weights = np.exp(z - top)
     total = weights.sum(axis=-1) + path.padding * np.exp(-top[:, 0])
     raw = _taken(z, ids) - top[:, 0]
-    if limit.shape[1] == 1:
-        own = limit[:, 0] * (1 - np.exp(raw) / total)
-    else:  # of rounded logits each has its own
-        own = _taken(limit, ids) + (weights * limit).sum(axis=-1) / total
+    of_sum = carried.of_sum(weights, total[:, None])[:, 0]
+
+    def off(weights: Float[np.ndarray, "T V"], total: Float[np.ndarray, "T"]) -> np.ndarray:
+        if limit.shape[1] == 1:
+            return limit[:, 0] * (1 - np.exp(raw) / total)
+        with np.errstate(over="ignore"):
+            grown = (weights * np.exp(limit)).sum(axis=-1) + (total - weights.sum(axis=-1))
+        return carried.fall(raw - np.log(total), _taken(limit, ids), grown / total)
+
     if not path.filters:
-        return raw - np.log(total), own
+        return raw - np.log(total), off(weights, total), of_sum
     noise = limit.max(axis=-1)
 
     def mass(slack: float) -> tuple[Bool[np.ndarray, "T V"], Float[np.ndarray, "T"]]:
         mask = _kept(path, z - top, weights, slack * noise)
         return mask, (weights * mask).sum(axis=-1)
 
-    (_, kept), (outer, wide) = mass(0.0), mass(1.0)
-    value = raw - np.log(kept)
+    (inside, kept), (outer, wide) = mass(0.0), mass(1.0)
+    value, own = raw - np.log(kept), off(weights * inside, kept)
     value[~_taken(outer, ids)] = -np.inf
     if not edges:
-        return value, own
+        return value, own, of_sum
     _, narrow = mass(-1.0)
     with np.errstate(divide="ignore"):
         edge = np.maximum(np.log(wide / kept), np.log(kept / narrow))
-    return value, own + edge
+    return value, own + edge, of_sum
 
 
 def _kept(

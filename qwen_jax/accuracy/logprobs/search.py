@@ -11,10 +11,11 @@ A cause is named only if
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.logprobs import causes
 from qwen_jax.accuracy.logprobs.causes import Change, Changes, Sample
@@ -47,6 +48,7 @@ class Verdict:
         others: explanations by as many causes that do as well.
         where: where the errors lie, in words.
         why: what could not be judged, in words.
+        declared: a dtype that the log's lines say, where it is finer than that level.
     """
 
     verdict: str
@@ -57,15 +59,24 @@ class Verdict:
     others: tuple[tuple[str, ...], ...] = ()
     where: str = ""
     why: str = ""
+    declared: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Context:
+class Context:
     """Ids that were before the text by somebody's mistake, or the prompt that wasn't."""
 
     name: str
     before: tuple[int, ...] = ()
     prompt: bool = True
+
+
+def contexts(texts: Collection[Logged], stops: Sequence[int]) -> list[Context]:
+    """Those that are tried: one of these tokens before a text, and no prompt where there is one."""
+    tried = [Context(f"token_before {i}", (i,)) for i in dict.fromkeys(stops)]
+    if any(text.prompt for text in texts):
+        tried.append(Context("prompt_dropped", prompt=False))
+    return tried
 
 
 def judge(
@@ -127,9 +138,18 @@ class _Search:
         if told and (found := self._explained(told)):
             return found
         if plain is not None:
-            return Verdict("rounding", plain.name, self.fits[plain])
+            declared = self._finer_than(plain)
+            return Verdict("rounding", plain.name, self.fits[plain], declared=declared)
         coarsest = self.levels[-1]
         return Verdict("unexplained", coarsest.name, self.fits[coarsest], where=self._where())
+
+    def _finer_than(self, level: Level) -> str:
+        """What some line says that its engine computed in, where that is no such level."""
+        for dtype in dict.fromkeys(text.dtype for text in self.texts if text.dtype in UNIT):
+            unit = UNIT[dtype] / UNIT["bfloat16"]
+            if level.unit > next((one.unit for one in self.levels if one.unit >= unit), unit):
+                return dtype
+        return ""
 
     def _explained(self, levels: Sequence[Level]) -> Verdict | None:
         for level in levels:
@@ -230,11 +250,7 @@ class _Search:
 
     def _by_context(self, level: Level) -> Verdict | None:
         """Whether another context gives the log: a token before it, or no prompt."""
-        stops = dict.fromkeys(self.yardstick.stops)
-        tried = [_Context(f"token_before {i}", (i,)) for i in stops]
-        if any(text.prompt for text in self.texts):
-            tried.append(_Context("prompt_dropped", prompt=False))
-        for context in tried:
+        for context in contexts(self.texts, self.yardstick.stops):
             if self._of_context(context, self.chosen[:1], level).within:
                 found = self._of_context(context, self.texts, level)
                 if self._proves(found, level):
@@ -242,7 +258,7 @@ class _Search:
                     return Verdict("cause", level.name, self.fits[level], found, names)
         return None
 
-    def _of_context(self, context: _Context, texts: Sequence[Logged], level: Level) -> Fit:
+    def _of_context(self, context: Context, texts: Sequence[Logged], level: Level) -> Fit:
         return fit(
             [
                 predict(Path(), rows, self.digits)

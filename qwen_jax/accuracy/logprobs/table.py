@@ -71,7 +71,12 @@ def logs_verdict(report: LogprobsReport) -> str:
         start = "UNEXPLAINED" if left and not wrong else "CAUSE"
         return f"{start}: {'; '.join(wrong + left)}.{differ}"
     levels = " and of ".join(dict.fromkeys(side.level for side in report.sides))
-    return f"WITHIN ROUNDING of {levels}, both logs.{differ}"
+    finer = [
+        f" The {which} log's lines say {side.declared}."
+        for which, side in zip(("first", "second"), report.sides, strict=True)
+        if side.declared
+    ]
+    return f"WITHIN ROUNDING of {levels}, both logs.{''.join(finer)}{differ}"
 
 
 def _side_table(report: LogprobsReport) -> Table:

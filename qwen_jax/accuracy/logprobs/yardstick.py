@@ -4,7 +4,9 @@ A bound that is carried through all layers is far above what happens, and would 
 tell. So our own engine computes each text twice, in float32 and in bfloat16. What lies between the
 two at a position, as the root mean square over the vocabulary, is what one rounding of bfloat16
 everywhere costs there; float16 and TF32, whose unit is an eighth, cost an eighth. What float32
-costs is measured once, against float64 on the beginning of a text, as a part of the same figure.
+costs is measured once, against float64 on the beginning of the longest text, as a part of the same
+figure. To each comes what float32 rounds in the log-softmax (`exact.carried`), which is the most of
+it where a probability is close to 1.
 
 An engine counts as right in one of these where its errors are at most `RMS` of that on average and
 `WORST` anywhere. Engines differ in the order of their sums and in what they fuse; these limits are
@@ -20,6 +22,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
+from qwen_jax.accuracy.exact.bounds import L
 from qwen_jax.accuracy.exact.operations import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.exact.rounding import UNIT
@@ -33,6 +36,9 @@ from qwen_jax.weights.loader import Checkpoint
 RMS, WORST = 2.0, 12.0
 OWN = 32
 """Tokens on which our float32 is held against float64."""
+
+UNIFORM = 3**-0.5
+"""A rounding's root mean square over its bound: it may come to anything up to that."""
 
 LEAST = 16
 """Values from which on something is said of an engine."""
@@ -62,10 +68,14 @@ class Measure(Protocol):
 
 
 class Level(NamedTuple):
-    """An arithmetic, and its errors in units of those of bfloat16."""
+    """An arithmetic, and what one rounding error of it is: a part of bfloat16's, and besides a part
+    of the bound of what float32 rounds in a log-softmax, and of that of the sum in it, whatever the
+    logits were computed in."""
 
     name: str
     unit: float
+    softmax: float = UNIFORM
+    sums: float = UNIFORM / L
 
 
 class Fit(NamedTuple):
@@ -212,7 +222,11 @@ def rows_of(
 
 def at(rows: Rows, level: Level) -> Rows:
     """The rows with the noise of `WORST` rounding errors of a level."""
-    return rows._replace(noise=WORST * level.unit * rows.noise)
+    return rows._replace(
+        noise=WORST * level.unit * rows.noise,
+        roundings=WORST * level.softmax,
+        sums=WORST * level.sums,
+    )
 
 
 def noise(exact: np.ndarray, rough: np.ndarray) -> Float[np.ndarray, "T"]:

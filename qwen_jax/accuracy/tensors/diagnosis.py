@@ -120,14 +120,20 @@ class Diagnosis:
         return tuple(cause.fault.name for cause in self.causes)
 
 
-def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> Diagnosis:
+def diagnose(
+    trace: Trace,
+    source: Source,
+    progress: Progress | None = None,
+    heard: Callable[[Replayed], None] | None = None,
+) -> Diagnosis:
     """Finds every operation that is wrong in itself, and names why.
 
     Args:
         trace: of the candidate; any subset of the tensors.
         source: the right parameters, rounded as the candidate holds them
             (`CheckpointSource(path, trace.header.dtype)`).
-        progress: hears of operations done and in all.
+        progress: hears of operations done and in all,
+        heard: and of each that was judged.
 
     Raises:
         UserError: trace and parameters belong to models of different sizes.
@@ -142,6 +148,8 @@ def diagnose(trace: Trace, source: Source, progress: Progress | None = None) -> 
         for done, replayed in enumerate(replay, 1):
             if progress:
                 progress(done, len(replay))
+            if heard:
+                heard(replayed)
             yield replayed
 
     def part(replayed: Replayed) -> tuple[int | None, bool]:

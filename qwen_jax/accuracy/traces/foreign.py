@@ -321,15 +321,18 @@ def _read(name: str, arrays: Arrays) -> np.ndarray:
 def _arrays(path: Path) -> Arrays:
     """Every array of a file or directory; an .npy file's name is its path without the suffix."""
     arrays: dict[str, Callable[[], np.ndarray]] = {}
-    for file in dump_files(path):
+    files = dump_files(path)
+    for file in files:
         if file.suffix == ".npy":
             name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
             arrays[name] = functools.partial(_read_npy, file)
         else:
             tensors = read_safetensors(file)[1]
             arrays |= {name: functools.partial(tensors.__getitem__, name) for name in tensors}
-    if not arrays:
+    if not files:
         raise UserError(f"{path}: there is no .npy or safetensors file in it; check the path.")
+    if not arrays:
+        raise UserError(f"{path}: there is no tensor in it; record it again.")
     return arrays
 
 

@@ -222,7 +222,7 @@ class Trace:
                 f"{order[1]}, ... {order[-1]}, with layers 0 to {config.num_layers - 1}."
             )
         if not self.tensors:
-            raise UserError("the trace holds no tensor.")
+            raise UserError("the trace holds no tensor; record it again.")
         for name, tensor in self.tensors.items():
             expected = shape(name, config, header.stop - header.start, header.stop)
             if tensor.shape != expected:
@@ -284,7 +284,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]
     to meanwhile.
     """
     opened = OpenFiles()
-    metadata, infos = read_with_metadata(path, opened)
+    metadata, infos = read_with_metadata(path, opened, "dump")
     tensors = {name: _read(info, opened[path]) for name, info in infos.items()}
     opened.check()
     return metadata, tensors

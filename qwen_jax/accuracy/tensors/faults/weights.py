@@ -140,7 +140,7 @@ WEIGHTS = area(
         Fault(
             "zero_qkv_bias",
             BIASED,
-            "the biases of q, k and v are zero",
+            "biases are zero",
             "sbryngelson/ANEForge#253",
             parameters=without_bias,
         ),
@@ -149,21 +149,21 @@ WEIGHTS = area(
         Fault(
             "qk_unpermuted",
             QK,
-            "rows of q and k, biases too, are un-permuted as if llama's",
+            "rows, biases too, are un-permuted as if llama's",
             "onnxruntime/mobius#396",
             parameters=all_unpermuted,
         ),
         Fault(
             "qk_unpermuted_weight",
             QK,
-            "rows of q and k are un-permuted as if llama's, biases not",
+            "rows are un-permuted as if llama's, biases not",
             "onnxruntime/mobius#396",
             parameters=weight_unpermuted,
         ),
         Fault(
             "qk_permuted",
             QK,
-            "rows of q and k are permuted as llama's converter does",
+            "rows are permuted as llama's converter does",
             "ggml-org/llama.cpp#22611",
             parameters=all_permuted,
         ),

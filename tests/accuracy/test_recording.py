@@ -189,30 +189,31 @@ def test_positions_that_hold_nothing_are_refused(text: str) -> None:
         parse_positions(text, 9)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+@functools.cache
+def bundled() -> qwen_jax.Model:
+    return qwen_jax.load()
+
+
+def test_choices_that_were_not_the_logits_alone_are_not_held_against_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    others: list[Any] = [
         {"constraint": Constraint.choice(["yes"])},
         {"sampling": Sampling(logit_bias={97: 100.0})},
         {"sampling": Sampling(repetition_penalty=9.0)},
-    ],
-)
-def test_choices_that_were_not_the_logits_alone_are_not_held_against_them(
-    options: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = qwen_jax.load()
-    request = model.request("haiku: snow", max_tokens=6, **options)
-    (completion,) = (piece.completion for piece in model.run([request]) if piece.completion)
-    trace = trace_generation(model, request, completion, names="logits")
-    prompt = len(request.tokens)
-    chosen = trace.tensors["logits"][prompt - 1 :].argmax(1).tolist()
-    assert chosen != list(completion.tokens)
-    assert "a constraint, a bias or a penalty had a say" in trace.header.notes[1]
-    assert not caplog.records
+    ]
+    for options in others:
+        request = bundled().request("haiku: snow", max_tokens=3, **options)
+        (completion,) = (piece.completion for piece in bundled().run([request]) if piece.completion)
+        trace = trace_generation(bundled(), request, completion, names="logits")
+        chosen = trace.tensors["logits"][len(request.tokens) - 1 :].argmax(1).tolist()
+        assert chosen != list(completion.tokens)
+        assert "a constraint, a bias or a penalty had a say" in trace.header.notes[1]
+        assert not caplog.records
 
 
 def test_a_generation_is_replayed_and_chooses_the_same() -> None:
-    model = qwen_jax.load()
+    model = bundled()
     request = model.request("haiku: snow", max_tokens=12)
     (completion,) = (piece.completion for piece in model.run([request]) if piece.completion)
     trace = trace_generation(model, request, completion, names="logits,embed", positions="-12:")

@@ -79,13 +79,13 @@ class Expected(NamedTuple):
         """The fewest that serve it."""
         shapes, rows = layout.shapes, [fitting(layout.shapes.rows, self.texts)]
         pieces = [fitting(shapes.pieces, PROMPT) if self.texts == 1 else shapes.pieces[-1]]
-        plans = [Plan.of(self.choices, layout.spec.config.vocab_size)] if self.choices else []
+        # Those with a constraint may go on like those without.
+        let_go = [s for s in self.constrained if layout.unmasked and may_be(s)]
+        free = [*self.choices, *((sampling, None) for sampling in let_go)]
+        plans = [Plan.of(free, layout.spec.config.vocab_size)] if free else []
         penalised = any(has_penalties(sampling) for sampling, _ in self.choices)
         if not self.constrained:
             return Programs(rows, pieces, plans, penalised=[penalised])
-        if layout.unmasked:  # They may go on like those without a constraint.
-            every = [*self.choices, *((s, None) for s in self.constrained if may_be(s))]
-            plans = [Plan.of(every, layout.spec.config.vocab_size)] if every else []
         # Tokens that are known enter in calls of any size.
         scored = looks_at_scores(self.constrained, shapes.batch_invariant)
         return Programs(rows, shapes.pieces, plans, [(rows[0], scored)], [penalised])

@@ -20,19 +20,6 @@ class Replicas:
         self._of: dict[Text, Scheduler] = {}
         self._texts = dict.fromkeys(self._all, 0)
 
-    @property
-    def idle(self) -> bool:
-        return all(scheduler.idle for scheduler in self._all)
-
-    @property
-    def wants_more(self) -> bool:
-        return any(scheduler.wants_more for scheduler in self._all)
-
-    @property
-    def waiting(self) -> int:
-        """Texts that have no slot yet."""
-        return sum(scheduler.waiting for scheduler in self._all)
-
     def add(self, text: Text) -> None:
         chosen = min(self._all, key=self._texts.__getitem__)
         self._of[text] = chosen

@@ -37,11 +37,6 @@ class Scheduler:
         """Whether a text that is added now could take its turn at once, or soon."""
         return len(self._entrance.waiting) < self.engine.shapes.slots
 
-    @property
-    def waiting(self) -> int:
-        """Texts that have no slot yet."""
-        return len(self._entrance.waiting)
-
     def add(self, text: Text) -> None:
         """Puts a text at the end of the line. It must fit: see `Engine.room`."""
         self._entrance.waiting.append(text)

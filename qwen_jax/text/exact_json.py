@@ -27,9 +27,9 @@ def grammar(schema: Mapping[str, Any]) -> str | None:
 
     Raises UserError where there are such numbers in what isn't written out here.
     """
-    if changed(schema) is None:
-        return None
     made = _Grammar(schema)
+    if made.changed(schema, set()) is None:
+        return None
     start = made.rule(schema, "#")
     return "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in made.rules.items())])
 
@@ -191,18 +191,14 @@ def _values(schema: Mapping[str, Any], place: str) -> list[Any]:
 
 def _same(one: Any, other: Any) -> bool:
     """As JSON has it: 1 is 1.0, and not true."""
-    return json.dumps(one) == json.dumps(other) or (_is_number(one) and one == other)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return json.dumps(one) == json.dumps(other) or (json_numbers.is_number(one) and one == other)
 
 
 _TYPES = {
     "null": lambda value: value is None,
     "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: _is_number(value) and value == int(value),
-    "number": _is_number,
+    "integer": lambda value: json_numbers.is_number(value) and value == int(value),
+    "number": json_numbers.is_number,
     "string": lambda value: isinstance(value, str),
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, Mapping),

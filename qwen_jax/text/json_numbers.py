@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeGuard
 
 from qwen_jax.errors import UserError
 
@@ -19,6 +19,11 @@ _POWERS = 22
 _MOST_MULTIPLE = (1 << 32) // 10
 """Of multipleOf's digits: llguidance has 32 bits for ten times a remainder."""
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is one of JSON's: true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_kept(number: float) -> bool:
@@ -33,7 +38,7 @@ def is_kept(number: float) -> bool:
 
 def changed(value: Any) -> Iterator[float]:
     """The numbers in a value of JSON that llguidance would change."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         if not is_kept(value):
             yield value
     elif isinstance(value, list):

@@ -38,10 +38,6 @@ def _is_natural(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_types(value: object) -> bool:
     named = value if isinstance(value, list) else [value]
     return bool(named) and all(isinstance(kind, str) and kind in TYPES for kind in named)
@@ -60,10 +56,10 @@ _MUST: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         ("minItems", "maxItems", "minLength", "maxLength"),
         (_is_natural, "a whole number from 0 on"),
     ),
-    **dict.fromkeys(("minimum", "maximum", "multipleOf"), (_is_number, "a number")),
+    **dict.fromkeys(("minimum", "maximum", "multipleOf"), (json_numbers.is_number, "a number")),
     **dict.fromkeys(
         ("exclusiveMinimum", "exclusiveMaximum"),
-        (lambda value: isinstance(value, bool) or _is_number(value), "a number"),
+        (lambda value: isinstance(value, bool) or json_numbers.is_number(value), "a number"),
     ),
 }
 """What some keywords must be, and in words."""

@@ -11,7 +11,8 @@
 
 Any of these together run one after the other, each with a table of its own; each is a minute or
 two, most of which is compilation. `one` is the engine on one GPU as it chooses, `one xla` its XLA
-path, `tp` and `tp xla` the same on `--tp` GPUs. Ends with one line of JSON.
+path, `tp` and `tp xla` the same on `--tp` GPUs; `tp nccl` has XLA's products and NCCL's sums
+between kernels for attention. Ends with one line of JSON.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import numpy as np
 import qwen_jax
 from benchmarks.gpu_decode import DTYPE, STEPS, copy_bandwidth, random_parameters
 from benchmarks.gpu_requests import lengths, requests, run
-from benchmarks.mesh_engines import SEED, dealt, on_one, on_several, split_of
+from benchmarks.mesh_engines import SEED, dealt, on_one, on_several, packed_of, split_of
 from benchmarks.mesh_exchange import exchange
 from benchmarks.mesh_steps import decode, large
 from benchmarks.random_model import write
@@ -131,6 +132,8 @@ def same(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
         yield "one bfloat16 auto", on_one(config, "auto", **options)
         yield "one bfloat16 xla", on_one(config, "xla", **options)
         halves = dealt(config, split)
+        streams = packed_of(config, halves)
+        yield "tp bfloat16 kernel", on_several(config, streams, "mosaic_gpu", **options)
         for name in ("auto", "xla"):
             yield f"tp bfloat16 {name}", on_several(config, halves, name, **options)
 
@@ -162,7 +165,8 @@ def prefill(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     weights = dealt(config, split)
     engines = {
         "one": on_one(config, "auto", **options),
-        "tp": on_several(config, weights, "auto", **options),
+        "tp": on_several(config, packed_of(config, weights), "mosaic_gpu", **options),
+        "tp nccl": on_several(config, weights, "auto", **options),
         "tp xla": on_several(config, weights, "xla", **options),
     }
     figures = {}
@@ -200,7 +204,7 @@ def many(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
         ),
         f"dp={args.tp}, {slots} slots": replicas,
         f"tp={args.tp}, {slots} slots": lambda: on_several(
-            config, dealt(config, split), "auto", slots=slots, **options
+            config, packed_of(config, dealt(config, split)), "auto", slots=slots, **options
         ),
     }
     figures = {}

@@ -1,5 +1,6 @@
 """Engines of one random model, on one GPU and on several, whose weights are made on the devices."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +30,15 @@ def drawn_in_parts(config: ModelConfig, split: Split) -> SplitWeights:
 def packed_in_parts(config: ModelConfig, split: Split) -> SplitPacked:
     """The same for the decode step's kernel, packed as they are made: devices hold their streams,
     and few parameters at a time."""
-    return pack_split(config, drawn(config, split), DTYPE, "mosaic_gpu", split)
+    there = dataclasses.replace(split, exchange=True)
+    return pack_split(config, drawn(config, split), DTYPE, "mosaic_gpu", there)
+
+
+def packed_of(config: ModelConfig, weights: SplitWeights) -> SplitPacked:
+    """The same parameters for the decode step's kernel."""
+    assert isinstance(weights.split, Split)
+    there = dataclasses.replace(weights.split, exchange=True)
+    return pack_split(config, weights.named.items(), DTYPE, "mosaic_gpu", there)
 
 
 def drawn(config: ModelConfig, split: Split) -> Iterator[tuple[str, jax.Array]]:

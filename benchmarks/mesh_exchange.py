@@ -33,6 +33,7 @@ from benchmarks.mesh_engines import (
     drawn_in_parts,
     on_several,
     packed_in_parts,
+    packed_of,
     split_of,
 )
 from pallas_kernels.all_reduce import mosaic_gpu
@@ -40,7 +41,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.split_packed import SplitPacked, pack_split, refusal
+from qwen_jax.engine.split_packed import SplitPacked, refusal
 from qwen_jax.engine.split_weights import SplitWeights
 from qwen_jax.engine.weights import Weights, prepare
 from qwen_jax.model.cache import HEADS, PAGE, Cache, create_pages
@@ -150,7 +151,7 @@ def checked_steps(config: ModelConfig, split: Split, batches: list[int]) -> dict
     """Logits of one step on all devices beside those of the kernel on one, with the same weights
     and cache; and whether a step gives the same bits every time."""
     one = prepare(config, random_parameters(config, DTYPE, SEED), DTYPE, "mosaic_gpu")
-    several = packed(config, dealt(config, split))
+    several = packed_of(config, dealt(config, split))
     both: list[tuple[Weights, Whole]] = [(one, WHOLE), (several, split)]
     cases = [(rows, weights, there) for rows in batches for weights, there in both]
     with ThreadPoolExecutor(16) as pool:
@@ -168,12 +169,6 @@ def checked_steps(config: ModelConfig, split: Split, batches: list[int]) -> dict
         )
         found[str(rows)] = {"logits": error, "likeliest": likeliest, "same": same}
     return found
-
-
-def packed(config: ModelConfig, weights: SplitWeights) -> Any:
-    assert isinstance(weights.split, Split)
-    named = weights.named.items()
-    return pack_split(config, named, DTYPE, "mosaic_gpu", weights.split)
 
 
 def compiled_step(

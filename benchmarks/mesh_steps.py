@@ -25,11 +25,13 @@ from benchmarks.mesh_engines import (
     on_one,
     on_several,
     packed_in_parts,
+    packed_of,
     split_of,
 )
 from benchmarks.scaling import ALL
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.memory import free_memory
 from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.split_packed import refusal
 from qwen_jax.model.cache import PAGE
@@ -44,41 +46,42 @@ def decode(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     engines = {
         "one": on_one(config, "auto", **of_all),
         "one xla": on_one(config, "xla", **of_all),
-        "tp": on_several(config, weights, "auto", **of_all),
+        "tp": on_several(config, packed_of(config, weights), "mosaic_gpu", **of_all),
+        "tp nccl": on_several(config, weights, "auto", **of_all),
         "tp xla": on_several(config, weights, "xla", **of_all),
     }
     return steps_of(config, engines, args)
 
 
 def large(size: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The same of a model that may be on no single GPU here, by XLA's products, and by the decode
-    step's kernel on each GPU; one after the other, since both may not fit."""
+    """The same of a model that may be on no single GPU here; one after the other, since not all
+    fit. Streams first: they want their memory in one piece."""
     config = ALL[size]
     split = split_of(args.tp)
-    forms: dict[str, tuple[Callable[..., Any], str]] = {
-        "tp": (drawn_in_parts, "auto"),
-        "kernel": (packed_in_parts, "mosaic_gpu"),
+    of_all = {"slots": 1, "cache_tokens": PAGE}
+    makers: dict[str, Callable[[], Engine]] = {
+        "tp": lambda: on_several(config, packed_in_parts(config, split), "mosaic_gpu", **of_all),
+        "one": lambda: on_one(config, "auto", **of_all),
+        "tp nccl": lambda: on_several(config, drawn_in_parts(config, split), "auto", **of_all),
     }
     figures: dict[str, Any] = {}
     if why := refusal(config, DTYPE, split.numbers):
         print(f"the decode step's kernel can't run on these: {why}")
         figures["kernel refused"] = why
-        del forms["kernel"]
-    for name, (make, implementation) in forms.items():
+        del makers["tp"]
+    if 2 * config.num_parameters > free_memory():
+        del makers["one"]
+    for name, make in makers.items():
         start = time.perf_counter()
-        weights = jax.block_until_ready(make(config, split))
+        engine = make()
+        jax.block_until_ready(engine.weights)
         drawing = time.perf_counter() - start
-        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(weights))
-        print(
-            f"{size}, {name}: {held / 1e9:.1f} GB on each of {args.tp} GPUs, drawn in "
-            f"{drawing:.1f} s",
-            flush=True,
-        )
-        engine = on_several(config, weights, implementation, slots=1, cache_tokens=PAGE)
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(engine.weights))
+        print(f"{size}, {name}: {held / 1e9:.1f} GB a GPU, drawn in {drawing:.1f} s", flush=True)
         for case, taken in steps_of(config, {name: engine}, args).items():
             figures.setdefault(case, {}).update(taken)
         figures |= {f"{name} GB": held / 1e9, f"{name} drawing": drawing}
-        del weights, engine
+        del engine
         gc.collect()
     return figures
 

@@ -99,7 +99,7 @@ def load_engine(
         asked, checkpoint, dtype, implementation=implementation, slots=slots, texts=texts, mesh=mesh
     )
     split, *elsewhere = splits_of(mesh)
-    if isinstance(split, Split) and implementation == "mosaic_gpu":
+    if isinstance(split, Split) and form.exchanging:
         split = dataclasses.replace(split, exchange=True)
     dealt = isinstance(split, Split)
     check_weights_fit(config, dtype, form.held if form.blocks or dealt else None, mesh.devices)
@@ -158,7 +158,7 @@ def load_engine(
                 weights = load_split_blocks(checkpoint, split, watched)
             elif isinstance(split, Split):
                 dealt_out = iter_split(checkpoint, dtype, split, watched)
-                if implementation == "mosaic_gpu":
+                if form.exchanging:
                     weights = pack_split(config, dealt_out, dtype, implementation, split)
                 else:
                     weights = SplitWeights(dict(dealt_out), config, split)

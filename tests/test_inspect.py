@@ -12,6 +12,7 @@ import pallas_kernels
 from qwen_jax import cli, opening
 from qwen_jax.config import ModelConfig, YarnScaling
 from qwen_jax.engine import memory
+from qwen_jax.mesh import MeshShape
 from qwen_jax.reporting.model import model_lines
 from qwen_jax.tasks import inspect
 from qwen_jax.weights.loader import load_parameters, open_checkpoint
@@ -111,10 +112,20 @@ class TestBundled:
     def test_kernels_on_hopper(self, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
         monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
         pallas_kernels.choose.cache_clear()
-        config = ModelConfig(24, 896, 14, 2, 64, 4864, 151936, 32768, 1e6, 1e-6, True)
-        lines = list(inspect.implementation_lines("auto", config, jnp.dtype(dtype)))
+        half_b = ModelConfig(24, 896, 14, 2, 64, 4864, 151936, 32768, 1e6, 1e-6, True)
+        large = ModelConfig(80, 8192, 64, 8, 128, 29568, 152064, 32768, 1e6, 1e-6, False)
+
+        def chosen(config: ModelConfig, tp: int) -> dict[str, str]:
+            mesh, kind = MeshShape(tp=tp), jnp.dtype(dtype)
+            lines = inspect.implementation_lines("auto", config, kind, mesh)
+            return {name: where for name, where, *_ in map(str.split, lines)}
+
+        found = [chosen(*each) for each in ((half_b, 1), (large, 2), (half_b, 2))]
         pallas_kernels.choose.cache_clear()
-        assert [line.split()[1] for line in lines] == ["xla", *["mosaic_gpu"] * 5]
+        kernels = dict.fromkeys(pallas_kernels.OPERATIONS, "mosaic_gpu") | {"rope": "xla"}
+        assert found[0] == found[1] == kernels
+        # Seven heads of 64 aren't whole tiles.
+        assert found[2] == kernels | {"decode_step": "xla", "packed_product": "xla"}
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_memory_is_what_loading_takes(

@@ -1,7 +1,7 @@
 """Blocks in the weight stream: which matrices stay so, and the engine runs the same on them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels.decode_step import Stored
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import form as form_module
@@ -135,6 +136,17 @@ class Gpu:
     platform = "gpu"
 
 
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hopper's, for what is decided before anything runs on them."""
+    monkeypatch.setattr(form_module, "device", Gpu)
+    monkeypatch.setattr("qwen_jax.engine.memory.free_memory", lambda: 10**9)
+    monkeypatch.setattr(pallas_kernels.implementation, "device_refusal", lambda: None)
+    pallas_kernels.choose.cache_clear()
+    yield
+    pallas_kernels.choose.cache_clear()
+
+
 def test_rule_of_auto_on_a_gpu(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks for few texts, and where numbers don't fit; who asks for them gets them."""
     monkeypatch.setattr(form_module, "device", Gpu)
@@ -157,39 +169,47 @@ def test_rule_of_auto_on_a_gpu(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatc
     assert form("auto", texts=9) == blocks
 
 
+@pytest.mark.usefixtures("gpus")
 def test_on_several_gpus(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks where the step's kernel is asked for by name, each device's part by itself."""
-    monkeypatch.setattr(form_module, "device", Gpu)
-    monkeypatch.setattr("qwen_jax.engine.memory.free_memory", lambda: 10**9)
+    """In blocks where one would have them, each device's part by itself."""
 
-    def form(asked: str, implementation: str = "mosaic_gpu", tp: int = 2) -> Form:
+    def form(asked: str, implementation: str = "auto", tp: int = 2, texts: int = 9) -> Form:
         mesh = MeshShape(tp=tp)
-        return form_of(asked, mixed, BFLOAT16, implementation=implementation, mesh=mesh)
+        asks = {"implementation": implementation, "mesh": mesh, "texts": texts}
+        return form_of(asked, mixed, BFLOAT16, **asks)  # type: ignore[arg-type]
 
     part, whole = form("packed"), form("packed", tp=1)
     assert part.blocks and part.plan is not None and whole.plan is not None
+    assert part.exchanging and not whole.exchanging
     assert part.plan.shape.ffn * 2 == whole.plan.shape.ffn
     # Half of o_proj's 256 inputs is half of a block.
     assert part.plan.layers[0] == whole.plan.layers[0]._replace(o_proj="bfloat16")
-    assert not form("auto").blocks
-    with pytest.raises(UserError, match="where implementation is 'mosaic_gpu'; choose that, or"):
-        form("packed", "auto")
+    assert form("auto", texts=8) == part
+    assert form("packed", "mosaic_gpu").plan == part.plan
+    numbers = form("auto")
+    assert numbers.exchanging and not numbers.blocks
+    for implementation in ("auto", "mosaic_gpu"):
+        assert form("expanded", implementation) == numbers
+    assert form("expanded", "xla") == numbers._replace(exchanging=False)
+    with pytest.raises(UserError, match="mesh tp=2 take their steps without: implementation is xl"):
+        form("packed", "xla")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="mesh tp=2: the devices belong to 2 processes; choose"):
-        form("auto")
+    assert form("auto", texts=1) == numbers._replace(exchanging=False)
+    why = "the devices belong to 2 processes; choose"
+    with pytest.raises(UserError, match=f"mesh tp=2: {why}"):
+        form("auto", "mosaic_gpu")
+    with pytest.raises(UserError, match=f"mesh tp=2 take their steps without: {why}"):
+        form("packed")
 
 
+@pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("ffn", "down"), [(704, "q8_0"), (672, "bfloat16")])
-def test_a_feed_forward_that_is_not_whole_tiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ffn: int, down: str
-) -> None:
+def test_a_feed_forward_that_is_not_whole_tiles(tmp_path: Path, ffn: int, down: str) -> None:
     """A half of 704 is 11 blocks of 32, in 2.75 tiles; one of 672 ends within a block."""
-    monkeypatch.setattr(form_module, "device", Gpu)
     config = dataclasses.replace(CONFIG, ffn_size=ffn)
     checkpoint = written(tmp_path, MIXED, config)
     for tp, stored in ((1, "q8_0"), (2, down)):
-        asked = {"implementation": "mosaic_gpu", "mesh": MeshShape(tp=tp)}
-        found = form_of("packed", checkpoint, BFLOAT16, **asked)  # type: ignore[arg-type]
+        found = form_of("packed", checkpoint, BFLOAT16, mesh=MeshShape(tp=tp))
         assert found.plan is not None and {each.down for each in found.plan.layers} == {stored}
         assert found.plan.shape.ffn == ffn // tp
     plan = stored_plan(checkpoint, FLOAT32)

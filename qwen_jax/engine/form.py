@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from gguf.constants import GGMLQuantizationType
 
+import pallas_kernels
 from pallas_kernels.decode_step import HEAD, MOST_ROWS, StepPlan, Stored
 from pallas_kernels.decode_step import refusal as kernel_refusal
 from pallas_kernels.decode_step.packed.blocks import Blocks
@@ -25,7 +26,7 @@ from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.split_blocks import cut_through
 from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
 from qwen_jax.errors import UserError
-from qwen_jax.mesh import ONE, MeshShape, part
+from qwen_jax.mesh import ONE, MeshShape
 from qwen_jax.model.split import Split
 from qwen_jax.weights.checkpoint import Checkpoint
 from qwen_jax.weights.names import Parameter
@@ -47,6 +48,8 @@ class Form(NamedTuple):
         shapes: of the weights then, for programs that are compiled before they are there.
         rows: texts that run at the same time, at most, where that has a bound.
         cut: matrices of which some are numbers, since a device's part of them is not whole blocks.
+        exchanging: whether several devices take a step together, by the decode step's kernel on
+            each, which reads its part from a weight stream.
     """
 
     held: int
@@ -55,6 +58,7 @@ class Form(NamedTuple):
     shapes: Weights | None = None
     rows: int | None = None
     cut: tuple[str, ...] = ()
+    exchanging: bool = False
 
 
 def form_of(
@@ -80,66 +84,46 @@ def form_of(
         UserError: they can't stay in blocks, and it was asked for; or they can't be dealt out, or
             the decode step's kernel was asked for on several devices.
     """
-    if mesh.tp > 1:
-        return _on_mesh(asked, checkpoint, dtype, implementation, slots, mesh)
-    budget = Budget.of(checkpoint.config, dtype, sharers=mesh.devices)
-    on_cpu = device().platform == "cpu"
-    numbers = Form(budget.weights)
+    on_cpu, dealt = device().platform == "cpu", mesh.tp > 1
+    exchanging = dealt and _exchanging(checkpoint.config, dtype, implementation, mesh)
+    own = part_of(checkpoint, mesh.tp, 0) if dealt else checkpoint
+    budget = Budget.of(own.config, dtype, sharers=mesh.devices)
+    numbers = Form(budget.weights, exchanging=exchanging)
     few = not on_cpu and texts is not None and texts <= FEW_TEXTS
     if asked == "expanded" or (asked == "auto" and not few and not packs(budget, 0)):
         return numbers
     if on_cpu:
-        found = _on_cpu(checkpoint, dtype)
+        found = _on_cpu(own, dtype)
+    elif dealt and not exchanging:
+        found = (
+            "on a GPU only the decode step's kernel multiplies blocks, and the devices of mesh "
+            f"{mesh} take their steps without: "
+            f"{no_kernel(checkpoint.config, dtype, mesh) or f'implementation is {implementation}'}"
+        )
     else:
-        found = _in_stream(checkpoint, dtype, implementation, slots)
+        found = _in_stream(own, dtype, implementation, slots)
     if isinstance(found, str):
         if asked == "packed":
             raise UserError(f"weights is 'packed', but {found}; choose auto or expanded.")
         return numbers
+    cut = cut_through(checkpoint, mesh.tp) if on_cpu and dealt else ()
+    found = found._replace(cut=cut, exchanging=exchanging)
     few = few and (texts or 0) <= (found.rows or 0)
     return found if asked == "packed" or few or packs(budget, found.held) else numbers
 
 
-def _on_mesh(
-    asked: str,
-    checkpoint: Checkpoint,
-    dtype: jnp.dtype,
-    implementation: str,
-    slots: int | None,
-    mesh: MeshShape,
-) -> Form:
-    mesh.check(checkpoint.config)
-    on_cpu = device().platform == "cpu"
-    if asked == "packed" and not on_cpu and implementation != "mosaic_gpu":
-        raise UserError(
-            "weights is 'packed', but on a GPU only the decode step's kernel multiplies blocks, "
-            f"which runs on the devices of mesh {mesh} where implementation is 'mosaic_gpu'; "
-            "choose that, or for weights auto or expanded."
-        )
-    if implementation == "mosaic_gpu" and (why := no_kernel(checkpoint.config, dtype, mesh)):
+def _exchanging(
+    config: ModelConfig, dtype: jnp.dtype, implementation: str, mesh: MeshShape
+) -> bool:
+    mesh.check(config)
+    why = no_kernel(config, dtype, mesh)
+    if implementation == "mosaic_gpu" and why:
         raise UserError(
             "implementation is 'mosaic_gpu', but the decode step's kernel can't run it on the "
             f"devices of mesh {mesh}: {why}; choose auto, which has products by XLA between "
             "kernels for attention on each, or xla."
         )
-    budget = Budget.of(part(checkpoint.config, mesh.tp), dtype, sharers=mesh.devices)
-    numbers = Form(budget.weights)
-    if asked == "expanded" or (asked == "auto" and not packs(budget, 0)):
-        return numbers
-    own = part_of(checkpoint, mesh.tp, 0)
-    if on_cpu:
-        found = _on_cpu(own, dtype)
-    elif implementation == "mosaic_gpu":
-        found = _in_stream(own, dtype, implementation, slots)
-    else:
-        return numbers
-    if isinstance(found, str):
-        if asked == "packed":
-            raise UserError(f"weights is 'packed', but {found}; choose auto or expanded.")
-        return numbers
-    if asked == "auto" and not packs(budget, found.held):
-        return numbers
-    return found._replace(cut=cut_through(checkpoint, mesh.tp)) if on_cpu else found
+    return pallas_kernels.choose("decode_step", implementation, why) == "mosaic_gpu"
 
 
 def no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:

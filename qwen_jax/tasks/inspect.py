@@ -62,7 +62,10 @@ def run(command: Command) -> int:
         ("metadata", metadata_lines(checkpoint.metadata)),
         ("tensors", tensor_lines(checkpoint)),
         ("text", text_lines(tokenizer, recommended.read(checkpoint))),
-        ("implementations", implementation_lines(config.implementation, own, dtype, mesh)),
+        (
+            "implementations",
+            implementation_lines(config.implementation, checkpoint.config, dtype, mesh),
+        ),
         ("memory", memory_lines(own, dtype, config.slots, form, mesh)),
         *([("mesh", mesh_lines(checkpoint.config, mesh))] if mesh.devices > 1 else []),
     )
@@ -134,17 +137,12 @@ def text_lines(tokenizer: Tokenizer, said: Recommended) -> Iterator[str]:
 def implementation_lines(
     implementation: str, config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape = ONE
 ) -> Iterator[str]:
-    """What each operation would run on; a call of many rows may still take another.
-
-    Args:
-        config: of what one device of the mesh has.
-    """
-    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    """What each operation would run on; a call of many rows may still take another."""
+    own = part(config, mesh.tp)
+    heads, kv_heads, dim = own.num_heads, own.num_kv_heads, own.head_dim
     pages = (2, kv_heads, PAGE, dim)
     # Where the step's kernel serves no row, its weight stream isn't made either.
-    unpacked = weights.refusal(config, dtype)
-    if mesh.tp > 1 and implementation != "mosaic_gpu":
-        unpacked = "on several devices it runs where it is asked for by name"
+    unpacked = no_kernel(config, dtype, mesh) if mesh.tp > 1 else weights.refusal(config, dtype)
     reasons = {
         "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(
@@ -156,7 +154,7 @@ def implementation_lines(
         "decode_step": unpacked,
         "packed_product": unpacked,
         "sample_tokens": sample_tokens.refusal(
-            config.vocab_size * mesh.tp, jnp.dtype(jnp.float32), MOST_LOGPROBS
+            config.vocab_size, jnp.dtype(jnp.float32), MOST_LOGPROBS
         ),
     }
     for operation in pallas_kernels.OPERATIONS:
@@ -230,7 +228,7 @@ def mesh_lines(config: ModelConfig, mesh: MeshShape) -> Iterator[str]:
     yield f"  vocabulary              {own.vocab_size:>9}"
     if mesh.tp > 1:
         why = no_kernel(config, scaling.BFLOAT16, mesh)
-        runs = f"can't run on these: {why}" if why else "runs if implementation is mosaic_gpu"
+        runs = f"can't run on these: {why}" if why else "runs on each"
         yield f"on H200s the decode step's kernel {runs}"
     if mesh.devices > there:
         yield f"takes {mesh.devices} devices; here {'is' if there == 1 else 'are'} {there}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_step import ModelShape, StepPlan, of_few_rows
+from pallas_kernels.decode_step import ModelShape, StepPlan, of_few_rows, recorded
 from pallas_kernels.decode_step.common import phases
 from pallas_kernels.decode_step.common.attention import Attention
 from pallas_kernels.decode_step.few_rows import mosaic_gpu as few_rows
@@ -38,7 +39,7 @@ from tests.kernels.emulated_step import (
     run_recorded,
     scratch_of,
 )
-from tests.kernels.inside_step import config_of, emulated
+from tests.kernels.inside_step import config_of, emulated, recordable
 from tests.kernels.test_blocks import MIXED, SHAPE
 from tests.tiny_checkpoints import canonical, random_parameters
 
@@ -278,6 +279,12 @@ def test_a_mistake_in_the_thread_code_is_named(
     wrong = [f for f in found if f.verdict == "fault"]
     assert {f.operation for f in wrong} == operations, SEED
     assert {f.layer for f in wrong} - {None} == layers
+
+
+def test_what_is_recorded_on_a_gpu_is_what_is_asked_for() -> None:
+    """Nobody else would see before a GPU does that the two have come apart."""
+    signature = inspect.signature(recorded)
+    signature.bind(**recordable(drawn(SMALL, 7, [100, 3], 2, "bfloat16", cache="bfloat16")))
 
 
 def test_an_engine_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:

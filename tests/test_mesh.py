@@ -22,7 +22,7 @@ from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.split_weights import splits_of
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape, part
-from qwen_jax.scaling import Machine, step
+from qwen_jax.scaling import Machine, Step, Times, step
 from qwen_jax.tasks.inspect import mesh_lines
 from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.loader import load_parameters
@@ -208,11 +208,15 @@ def test_a_device_reads_its_part_alone(tmp_path: Path, kind: str) -> None:
 
 def test_a_step_by_hand() -> None:
     """7B on two devices, for a machine of round numbers."""
-    machine = Machine(
-        name="", memory=1e12, bandwidth=1e12, operations=1e15, layer=1e-5, link=1e11, meeting=2e-5,
-        each=1e-6,
-    )  # fmt: skip
-    found = step(QWEN_7B, jnp.dtype(jnp.bfloat16), 2, 8, 1000, machine)
+    xla = Times(1e12, 1e-5, 0, 2e-5, 1e-6, whole=False)
+    kernel = Times(2e12, 1e-6, 1e-9, 3e-6, 1e-6, whole=True)
+    machine = Machine("", 1e12, 1e15, 1e11, kernel, xla)
+    asked = {"rows": 8, "context": 1000, "machine": machine}
+
+    def on(tp: int, kernel: bool) -> Step:
+        return step(QWEN_7B, jnp.dtype(jnp.bfloat16), tp, kernel=kernel, **asked)  # type: ignore[arg-type]
+
+    found = on(2, kernel=False)
     d, ffn, vocab = 3584, 18944, 152064
     layer = 28 * (d * 14 * 128 + 2 * d * 2 * 128 + 18 * 128 + d * 14 * 128 + 3 * d * ffn // 2)
     norms = 57 * d * 4
@@ -220,10 +224,14 @@ def test_a_step_by_hand() -> None:
     assert found.cache == 8 * 1000 * 28 * 2 * 2 * 128 * 2
     assert found.reading == pytest.approx((found.weights - d * vocab + found.cache) / 1e12)
     reduced = 2e-5 + 8 * d * 2 / 1e11
-    gathered = 2e-5 + 8 * vocab * 4 / 2 / 1e11
-    assert found.meeting == pytest.approx(57 * reduced + gathered)
+    gathered = 8 * vocab * 4 / 2 / 1e11
+    assert found.meeting == pytest.approx(57 * reduced + 2e-5 + gathered)
     assert found.seconds == pytest.approx(found.reading + 28e-5 + found.meeting)
-    assert step(QWEN_7B, jnp.dtype(jnp.bfloat16), 1, 8, 1000, machine).meeting == 0
+    ours = on(2, kernel=True)
+    assert ours.reading == pytest.approx(found.reading / 2)
+    assert ours.layers == pytest.approx(28 * (1e-6 + 1e-9 * d * 4))  # 8 to the power of 2/3
+    assert ours.meeting == pytest.approx(57 * (3e-6 + 8 * d * 4 / 1e11) + 3e-6 + gathered)
+    assert on(1, kernel=False).meeting == on(1, kernel=True).meeting == 0
 
 
 def test_inspect(run: Run) -> None:

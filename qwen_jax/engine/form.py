@@ -25,6 +25,7 @@ from qwen_jax.engine.blocks import FLOAT32, packed_bytes
 from qwen_jax.engine.memory import Budget, device, packs
 from qwen_jax.engine.split_blocks import cut_through
 from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
+from qwen_jax.engine.weights import refusal as refusal_on_one
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import ONE, MeshShape
 from qwen_jax.model.split import Split
@@ -127,7 +128,9 @@ def _exchanging(
 
 
 def no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
-    """Why several devices can't take a decode step together by its kernel, or None."""
+    """Why the devices that have a model can't take a decode step by its kernel, or None."""
+    if mesh.tp == 1:
+        return refusal_on_one(config, dtype)
     if mesh.dp > 1:
         return "its devices are to be JAX's first ones, those of one model alone"
     return split_packed.refusal(config, dtype, range(mesh.tp))

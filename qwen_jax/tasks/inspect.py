@@ -16,7 +16,6 @@ from pallas_kernels.sample_tokens import MOST_LOGPROBS
 from pallas_kernels.sample_tokens import mosaic_gpu as sample_tokens
 from qwen_jax import choices, opening, pins, recommended, scaling
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import weights
 from qwen_jax.engine.form import Form, expanded_in, form_of, no_kernel
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.memory import Budget, TooLarge, device, show_bytes
@@ -142,7 +141,7 @@ def implementation_lines(
     heads, kv_heads, dim = own.num_heads, own.num_kv_heads, own.head_dim
     pages = (2, kv_heads, PAGE, dim)
     # Where the step's kernel serves no row, its weight stream isn't made either.
-    unpacked = no_kernel(config, dtype, mesh) if mesh.tp > 1 else weights.refusal(config, dtype)
+    unpacked = no_kernel(config, dtype, mesh)
     reasons = {
         "rope": rope.refusal(PAGE, (dim, dim), config.rope_dim // 2, activation_dtype(dtype)),
         "gqa_prefill_attention": gqa_prefill_attention.refusal(
@@ -226,10 +225,9 @@ def mesh_lines(config: ModelConfig, mesh: MeshShape) -> Iterator[str]:
     yield f"  key/value heads         {own.num_kv_heads:>9}{several}"
     yield f"  feed-forward            {own.ffn_size:>9}"
     yield f"  vocabulary              {own.vocab_size:>9}"
-    if mesh.tp > 1:
-        why = no_kernel(config, scaling.BFLOAT16, mesh)
-        runs = f"can't run on these: {why}" if why else "runs on each"
-        yield f"on H200s the decode step's kernel {runs}"
+    why = no_kernel(config, scaling.BFLOAT16, mesh)
+    runs = f"can't run on these: {why}" if why else "runs on each"
+    yield f"on H200s the decode step's kernel {runs}"
     if mesh.devices > there:
         yield f"takes {mesh.devices} devices; here {'is' if there == 1 else 'are'} {there}"
-    yield from scaling.step_lines(config, mesh)
+    yield from scaling.step_lines(config, mesh, why is None)

@@ -25,9 +25,9 @@ MARGIN, OVERHEAD = 1.5, 0.1
 """Drafts have to promise so many times what a larger step costs, and this share of a step besides:
 looking up takes time, too."""
 LOSS_SHARE, LOSS_FREE = 0.008, 0.5
-"""What drafts may have cost in all: a share of all steps, and so many steps besides. It is two fifths
-of what they may really cost: calls of few steps and a draft model that has to catch up are the rest
-(benchmarks/results/gpu_speculation.md)."""
+"""What drafts may have cost in all: a share of all steps, and so many steps besides. It is two
+fifths of what they may really cost: calls of few steps and a draft model that has to catch up are
+the rest (benchmarks/results/gpu_speculation.md)."""
 MOST_CREDIT = 16.0
 """Steps gained that count against later losses, at most."""
 TRIAL = 2

@@ -1,7 +1,10 @@
 """The exchange of few rows without GPUs: it lowers for two and four, or says why not."""
 
+import ctypes
 import functools
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 from jax import ShapeDtypeStruct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import peers
 from pallas_kernels.all_reduce import all_reduce, mosaic_gpu
 from tests.kernels import hopper
 
@@ -80,3 +84,26 @@ def test_needs_one_process_without_nvshmem(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "belong to 2 processes" in (mosaic_gpu.refusal(1, 3584, jnp.float32, (0, 1)) or "")
+
+
+class Cuda:
+    """A driver of three GPUs, of which the last stands apart."""
+
+    def cuDeviceCanAccessPeer(self, can: Any, device: int, peer: int) -> int:
+        if max(device, peer) > 2:
+            return 101  # invalid device
+        can._obj.value = 2 not in (device, peer)
+        return 0
+
+
+def test_needs_gpus_that_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(devices: int) -> str | None:
+        peers._apart.cache_clear()
+        return peers.refusal(range(devices))
+
+    assert refusal(3) is None
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Cuda())
+    assert refusal(2) is None
+    assert refusal(3) == "CUDA says that GPU 0 can't reach the memory of GPU 2"
+    peers._apart.cache_clear()

@@ -28,8 +28,9 @@ from pallas_kernels.sample_tokens import pack
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.rows import Rows, pack_rows
 from qwen_jax.engine.sampling import Plan, Sampling, is_sampled, settings_of
-from qwen_jax.engine.steps import Extras, Rows, State, pack_rows
+from qwen_jax.engine.steps import Extras, State
 from qwen_jax.engine.weights import PackedWeights, prepare
 from qwen_jax.model.cache import HEADS, PAGE, bytes_per_token, pages_for
 from qwen_jax.weights.names import parameters

@@ -13,6 +13,7 @@ from pallas_kernels.sample_tokens import settings
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.rows import Rows, pack_rows
 from qwen_jax.engine.sampling import Plan, Sampling
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.shapes import pieces_of
@@ -140,7 +141,7 @@ def poison(engine: Engine, tables: np.ndarray, lengths: Sequence[int], value: fl
     )
 
 
-def rows_of(tokens: Sequence[int], positions: Sequence[int], **columns: Any) -> steps.Rows:
+def rows_of(tokens: Sequence[int], positions: Sequence[int], **columns: Any) -> Rows:
     """Rows that go on with a token at a position: all live and fresh, nothing generated, one token
     to come, greedy, but for the columns given."""
     rows = len(tokens)
@@ -155,7 +156,7 @@ def rows_of(tokens: Sequence[int], positions: Sequence[int], **columns: Any) -> 
         "settings": settings(rows),
     } | columns
     asked = whole.pop("settings")
-    return steps.Rows(settings=asked, **{k: np.asarray(v, np.int32) for k, v in whole.items()})
+    return Rows(settings=asked, **{k: np.asarray(v, np.int32) for k, v in whole.items()})
 
 
 def run_steps(
@@ -163,7 +164,7 @@ def run_steps(
     tables: np.ndarray,
     state: State,
     extras: Extras | None,
-    rows: steps.Rows,
+    rows: Rows,
     plan: Plan,
     count: int,
 ) -> tuple[State, Extras | None, steps.Emitted]:
@@ -175,7 +176,7 @@ def run_steps(
         tables,
         state,
         extras,
-        steps.pack_rows(rows),
+        pack_rows(rows),
         plan,
         count,
     )

@@ -15,6 +15,7 @@ from pallas_kernels.sample_tokens import Logprobs
 from qwen_jax.completions import Completion, Piece
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.rows import Rows
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.generation import Generation
 from qwen_jax.requests import Request
@@ -86,7 +87,7 @@ class Scripted:
         plan: Plan,
         count: int,
     ) -> tuple[Any, Any, Any, steps.Emitted]:
-        names = steps.Rows._fields[:-1]
+        names = Rows._fields[:-1]
         rows = [dict(zip(names, row.tolist(), strict=False)) for row in packed]
         token = np.full((count, len(rows)), steps.NOT_LIVE)
         had = {}

@@ -10,8 +10,8 @@ import pytest
 
 from pallas_kernels.sample_tokens import settings
 from pallas_kernels.sample_tokens.mosaic_gpu import MOST_TOP
+from qwen_jax.engine.rows import FIELDS, FRESH, Rows, pack_rows, unpacked
 from qwen_jax.engine.sampling import Plan, Sampling, check_bias, settings_of
-from qwen_jax.engine.steps import FIELDS, FRESH, Rows, pack_rows, unpacked
 from qwen_jax.errors import UserError
 
 

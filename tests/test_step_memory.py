@@ -9,6 +9,7 @@ import pytest
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
 from qwen_jax.engine.layout import Layout
+from qwen_jax.engine.rows import FIELDS
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.weights import PlainWeights
 from qwen_jax.model.cache import create_pages
@@ -41,7 +42,7 @@ def assert_in_place(lowered: Any, pages: jax.ShapeDtypeStruct) -> None:
 def test_steps(rows: int) -> None:
     state = jax.eval_shape(lambda: steps.State.create(8))
     args = given(rows)
-    packed = ints(rows, steps.FIELDS)
+    packed = ints(rows, FIELDS)
     lowered = steps.step.lower(*args, state, None, packed, Plan(), 4)
     assert_in_place(lowered, args[2])
 

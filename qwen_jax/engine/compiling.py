@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.sample_tokens import words
-from qwen_jax.engine import calls, steps
+from qwen_jax.engine import calls
 from qwen_jax.engine.drafts import FEW, TRIAL
 from qwen_jax.engine.layout import Layout
+from qwen_jax.engine.rows import FIELDS
 from qwen_jax.engine.sampling import (
     IN_HALVES,
     PLANS,
@@ -159,16 +160,16 @@ def _steps(layout: Layout, weights: Weights, programs: Programs) -> Iterator[Cal
     extras = _made(layout, lambda: Extras.create(shapes.slots, vocab))
     for plan in programs.plans:
         for count in programs.rows:
-            packed = _ints(count, steps.FIELDS)
+            packed = _ints(count, FIELDS)
             args = given, _pages(layout), _ints(count, width), state
             rest = extras if plan.sampled else None, packed, plan, shapes.steps
             yield functools.partial(calls.step.prepare, spec, *args, *rest)
     for count in {count for count, _ in programs.halves}:
-        packed = _ints(count, steps.FIELDS)
+        packed = _ints(count, FIELDS)
         held = given, _pages(layout), _ints(count, width)
         yield functools.partial(calls.advance.prepare, spec, *held, state, packed)
     for count, scored in programs.halves:
-        packed = _ints(count, steps.FIELDS)
+        packed = _ints(count, FIELDS)
         logits = _made(layout, functools.partial(jnp.zeros, (count, vocab), jnp.float32))
         allowed = jax.ShapeDtypeStruct((count, words(vocab)), jnp.uint32)
         found = logits, state, extras if scored else None, packed, allowed
@@ -192,7 +193,7 @@ def _steps_with_drafts(
     yield functools.partial(calls.begin.prepare, history, _ints(), _ints(history.shape[1]))
     for count in programs.rows:
         chosen = _ints(shapes.steps, count)
-        packed = _ints(count, steps.FIELDS)
+        packed = _ints(count, FIELDS)
         yield functools.partial(calls.remember.prepare, history, state, packed, chosen)
     # Those of so many texts, and the next size, where there is room for drafts.
     sizes = [size for size in shapes.rows if size >= min(programs.rows)][: len(programs.rows) + 1]
@@ -208,7 +209,7 @@ def _steps_with_drafts(
             continue
         room = size if draft is None else fitting(shapes.rows, min(programs.rows))
         lanes = Lanes._make([_ints(size), _ints(size), _ints(room)])
-        rows = _ints(size, steps.FIELDS), lanes
+        rows = _ints(size, FIELDS), lanes
         args = given, _pages(layout), _ints(size, width), state
         rest = extras if plan.sampled else None, history, *theirs, rows, plan
         drafting = Drafting(tokens, penalised, own)

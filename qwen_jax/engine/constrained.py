@@ -22,6 +22,7 @@ from qwen_jax.engine import calls, steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.extending import Pieces
 from qwen_jax.engine.reading import logprobs_of, why_not
+from qwen_jax.engine.rows import FRESH, MASKED, SLOT, goes_on, nobodys
 from qwen_jax.engine.sampling import IN_HALVES, Plan, changes_scores, looks_at_scores
 from qwen_jax.engine.shapes import Piece, fitting, pieces_of
 from qwen_jax.engine.texts import News, Text
@@ -105,7 +106,7 @@ class Halves:
             if None in held:  # The slot of who has ended may be another's by now.
                 own = own.copy()
                 over = [row for row, one in enumerate(held) if one is None]
-                own[over, steps.SLOT] = engine.shapes.slots
+                own[over, SLOT] = engine.shapes.slots
                 packed = engine.spec.split.placed(own)
             looked_at = (extras or all_extras()) if scored else None
             given = half.logits, state, looked_at, packed, allowed
@@ -126,7 +127,7 @@ class Halves:
         for text in running:
             if text.trust is not None and text.trust.leaving and text not in under_way:
                 text.trust.let_go()
-                text.row[steps.MASKED] = 0
+                text.row[MASKED] = 0
                 self._last = None
         return state, extras
 
@@ -151,10 +152,10 @@ class Halves:
         engine = self._engine
         if (rows := self._last) is None or rows.texts != texts:
             rows = self._rows(texts)
-            fresh = any(text.row[steps.FRESH] for text in texts)
+            fresh = any(text.row[FRESH] for text in texts)
             self._last = None if fresh else rows
             for text in texts:
-                text.row[steps.FRESH] = 0
+                text.row[FRESH] = 0
         given = engine.weights, engine.pages, rows.tables, state, rows.packed
         engine.pages, logits = calls.advance(engine.spec, *given)
         return _Half(rows, logits)
@@ -163,8 +164,7 @@ class Halves:
         engine = self._engine
         asked = [(text.sampling, text.top) for text in texts]
         plan = Plan(True, max(Plan.of(asked, engine.config.vocab_size).top, IN_HALVES.top))
-        own = np.zeros((engine.rows_for(len(texts), plan, True), steps.FIELDS), np.int32)
-        own[:, steps.SLOT] = engine.shapes.slots  # nobody's, and out of bounds
+        own = nobodys(engine.rows_for(len(texts), plan, True), engine.shapes.slots)
         own[: len(texts)] = [text.row for text in texts]
         tables = engine.tables([text.pages for text in texts], len(own))
         scored = looks_at_scores((text.sampling for text in texts), engine.shapes.batch_invariant)
@@ -251,9 +251,7 @@ class Halves:
                 Pieces.of(engine, put, [jump.tokens for jump, _ in part], rows).into(engine)
         for text, known, *_ in jumps[:best]:
             self._last, text.jump = None, known
-            text.row[steps.FRESH] = 1
-            text.row[steps.TOKEN] = known[-1]
-            text.row[steps.GENERATED] = text.given + 1 + len(known)
+            goes_on(text.row, known[-1], text.given + 1 + len(known))
 
     def _cost(self, lengths: Mapping[int, int]) -> float:
         """Of so many pieces of each length, in decode steps."""

@@ -14,6 +14,7 @@ from qwen_jax.engine.draft_model import catch_up, share_of
 from qwen_jax.engine.drafts import TRIAL, Drafts, Grant
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.reading import logprobs_of, why_not
+from qwen_jax.engine.rows import FRESH, MASKED, Rows, goes_on, nobodys, pack_rows
 from qwen_jax.engine.sampling import Plan, changes_scores, has_penalties, settings_of
 from qwen_jax.engine.shapes import fitting
 from qwen_jax.engine.speculate import Drafting, Lanes
@@ -67,8 +68,8 @@ class Decoding:
         masked = text.constraint is not None
         own = (text.slot, 1, 1, text.tokens[-1], 0, text.entering, text.limit)
         numbers = [np.array([number], np.int32) for number in own]
-        row = steps.Rows._make([*numbers, settings_of(sampling, text.top, masked)])
-        text.row = steps.pack_rows(row)[0]
+        row = Rows._make([*numbers, settings_of(sampling, text.top, masked)])
+        text.row = pack_rows(row)[0]
         if text.constraint is not None and self._engine.layout.unmasked and may_be(sampling):
             form = text.constraint.form
             text.trust = Trust(self._engine.agreements.setdefault(form, Agreement()))
@@ -190,12 +191,11 @@ class Decoding:
     def _rows(self, texts: Sequence[Text], widths: Sequence[int], size: int) -> np.ndarray:
         """What a step is told of these texts, a row for each of their positions; after the first
         one a device knows their tokens."""
-        rows = np.zeros((size, steps.FIELDS), np.int32)
-        rows[:, 0] = self._engine.shapes.slots  # nobody's, and out of bounds
+        rows = nobodys(size, self._engine.shapes.slots)
         first = 0
         for text, width in zip(texts, widths, strict=True):
             rows[first : first + width] = text.row
-            text.row[steps.FRESH] = 0
+            text.row[FRESH] = 0
             first += width
         return rows
 
@@ -267,9 +267,8 @@ class Decoding:
             text.trust.kept(allowed)
             return chosen
         text.trust.went_back(allowed)
-        text.row[steps.MASKED] = text.row[steps.FRESH] = 1
-        text.row[steps.TOKEN] = [text.last, *tokens][allowed]
-        text.row[steps.GENERATED] = text.given + allowed
+        text.row[MASKED] = 1
+        goes_on(text.row, [text.last, *tokens][allowed], text.given + allowed)
         return tokens[:allowed]
 
 

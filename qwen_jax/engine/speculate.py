@@ -21,9 +21,10 @@ from pallas_kernels.sample_tokens import Counts, count
 from qwen_jax.engine import steps
 from qwen_jax.engine.layout import Layout
 from qwen_jax.engine.lookup import NO_DRAFT, lookup
+from qwen_jax.engine.rows import Rows, unpacked
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.steps import Emitted, Extras, Pages, Rows, State
+from qwen_jax.engine.steps import Emitted, Extras, Pages, State
 from qwen_jax.engine.weights import Weights
 from qwen_jax.model.cache import PAGE, Cache
 
@@ -112,7 +113,7 @@ def speculate(
         Of what is emitted, the tokens of a text are those of its rows in the order of steps and
         rows, without `REJECTED` and `NOT_LIVE`.
     """
-    rows, lanes = steps.unpacked(packed[0]), packed[1]
+    rows, lanes = unpacked(packed[0]), packed[1]
     forward = weights.forward(spec, len(rows.slot))
     ahead, there = lanes.ahead, rows.live != 0
     first = jnp.arange(len(ahead)) - ahead
@@ -249,7 +250,7 @@ def remember(
     tokens: Int[Array, "steps R"],
 ) -> History:
     """With what a call of `steps.step` chose, which left `state`."""
-    rows = steps.unpacked(packed)
+    rows = unpacked(packed)
     chosen = tokens >= 0
     before = state.generated[rows.slot] - chosen.sum(axis=0)
     place = rows.start + before + jnp.cumsum(chosen, axis=0)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -19,10 +18,10 @@ from pallas_kernels.sample_tokens import (
     Logprobs,
     Settings,
     count,
-    settings,
     words,
 )
 from qwen_jax.engine import sampling
+from qwen_jax.engine.rows import Rows, unpacked
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import Weights
@@ -72,54 +71,6 @@ class Extras(NamedTuple):
         seen, allowed = (jnp.zeros((slots, words(vocab)), jnp.uint32) for _ in range(2))
         counts = Counts(seen, jnp.zeros((slots, vocab), jnp.int32))
         return cls(counts, jnp.zeros((slots, vocab), jnp.float32), allowed)
-
-
-class Rows(NamedTuple):
-    """The rows of one call of `step`, as the host says; `pack_rows` makes one array of them.
-
-    Attributes:
-        slot: whose state the row has.
-        live: whether it runs.
-        fresh: whether token and generated are the host's, and the row isn't done.
-        token: the next to enter the cache.
-        generated: tokens chosen so far.
-        start: the first token's position when none was generated.
-        limit: tokens to generate at most.
-        settings: how tokens are chosen.
-    """
-
-    slot: Int[Array, "R"]
-    live: Int[Array, "R"]
-    fresh: Int[Array, "R"]
-    token: Int[Array, "R"]
-    generated: Int[Array, "R"]
-    start: Int[Array, "R"]
-    limit: Int[Array, "R"]
-    settings: Settings
-
-
-def pack_rows(rows: Rows) -> Int[np.ndarray, "R fields"]:
-    """All numbers of the rows' in one array, which one transfer brings to the device."""
-    columns = [np.asarray(column).view(np.int32) for column in jax.tree.leaves(rows)]
-    return np.concatenate(columns).reshape(len(columns), -1).T
-
-
-def unpacked(packed: Int[Array, "R fields"]) -> Rows:
-    """What `pack_rows` made one array of."""
-    columns = iter(packed.T)
-    own = [next(columns) for _ in Rows._fields[:-1]]
-    numbers = (
-        lax.bitcast_convert_type(column, dtype)
-        for column, dtype in zip(columns, _DTYPES, strict=True)
-    )
-    return Rows._make([*own, Settings._make(numbers)])
-
-
-_DTYPES = [column.dtype for column in settings(1)]
-SLOT, FRESH, TOKEN, GENERATED = map(Rows._fields.index, ("slot", "fresh", "token", "generated"))
-MASKED = len(Rows._fields) - 1 + Settings._fields.index("masked")
-FIELDS = len(Rows._fields) - 1 + len(_DTYPES)
-"""Numbers of a row in what `pack_rows` makes, and the places of some of them."""
 
 
 class Emitted(NamedTuple):

@@ -73,7 +73,7 @@ class Text:
         self.slot = NO_SLOT
         self.given = 0  # tokens that were told of
         self.expected = 0  # tokens there may be after the calls that are under way
-        self.row = np.zeros(0, np.int32)  # of `steps.Rows`
+        self.row = np.zeros(0, np.int32)  # of `rows.Rows`
         self.last = self.tokens[-1]  # that was told of, or of the prompt
         self.jump: list[int] = []  # tokens that are known, behind the one that is being chosen
         self.over = False

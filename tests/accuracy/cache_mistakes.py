@@ -9,6 +9,7 @@ import numpy as np
 import pallas_kernels
 from qwen_jax.accuracy.cache.scenarios import PROMPT
 from qwen_jax.engine import steps, weights
+from qwen_jax.engine.rows import Rows
 from qwen_jax.model import decoder
 from qwen_jax.model.cache import PAGE, Cache
 
@@ -153,16 +154,16 @@ def padding_stays(spec, held, pages, tables, tokens, start, lengths):
 
 def behind_padding(spec, held, pages, tables, state, extras, packed, *rest):
     later = packed.copy()
-    later[:, steps.Rows._fields.index("start")] += -PROMPT % PAGE
+    later[:, Rows._fields.index("start")] += -PROMPT % PAGE
     return spec, held, pages, tables, state, extras, later, *rest
 
 
 def still_counting(spec, held, pages, tables, state, extras, packed, *rest):
     """A fresh row's count is what its slot has counted."""
     counted, generated = packed.copy(), np.asarray(state.generated)
-    slot, fresh = (packed[:, steps.Rows._fields.index(name)] for name in ("slot", "fresh"))
+    slot, fresh = (packed[:, Rows._fields.index(name)] for name in ("slot", "fresh"))
     for row in np.flatnonzero(fresh):
-        counted[row, steps.Rows._fields.index("generated")] = generated[slot[row]]
+        counted[row, Rows._fields.index("generated")] = generated[slot[row]]
     return spec, held, pages, tables, state, extras, counted, *rest
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from pallas_kernels.decode_step import Packed
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
+from qwen_jax.engine.rows import FIELDS
 from qwen_jax.engine.sampling import PLANS
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.split_packed import SplitPacked
@@ -107,7 +108,7 @@ def decoding(split: Split, rows: int, **how: Any) -> Any:
     tables = ShapeDtypeStruct((rows, 4), jnp.int32)
     state = jax.eval_shape(lambda: State.create(rows))
     extras = jax.eval_shape(lambda: Extras.create(rows, CONFIG.vocab_size))
-    fields = ShapeDtypeStruct((rows, steps.FIELDS), jnp.int32)
+    fields = ShapeDtypeStruct((rows, FIELDS), jnp.int32)
     decode = functools.partial(steps.step.__wrapped__, plan=PLANS[1], steps=1)
     return lowered(split, decode, tables, state, extras, fields, **how)
 

@@ -10,6 +10,7 @@ from jax import ShapeDtypeStruct
 from qwen_jax.engine import speculate as speculation
 from qwen_jax.engine import steps
 from qwen_jax.engine.layout import Layout
+from qwen_jax.engine.rows import FIELDS
 from qwen_jax.engine.sampling import PLANS, Plan
 from qwen_jax.engine.speculate import Drafting, Lanes
 from qwen_jax.engine.weights import PackedWeights, prepared_shapes
@@ -57,7 +58,7 @@ def test_steps_with_drafts_lower(rows: int, drafts: int, plan: Plan, by_model: b
         history,
         weights if by_model else None,
         pages if by_model else None,
-        (ints(rows, steps.FIELDS), Lanes._make([ints(rows), ints(rows), ints(drafts)])),
+        (ints(rows, FIELDS), Lanes._make([ints(rows), ints(rows), ints(drafts)])),
     )
     assert "mosaic_gpu" in text
     assert "decode_step" in text

@@ -18,6 +18,7 @@ from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import load_packed_on, stored_plan
 from qwen_jax.engine.replicas import Replicas, line_for
+from qwen_jax.engine.rows import FIELDS
 from qwen_jax.engine.sampling import Plan, Sampling
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.split_packed import pack_split
@@ -218,7 +219,7 @@ def compiled(tp: int) -> jax.stages.Compiled:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     tables, state = ints(2, made.layout.table_width), made.spec.split.placed(State.create(2))
-    given = made.spec, made.weights, made.pages, tables, state, None, ints(2, steps.FIELDS)
+    given = made.spec, made.weights, made.pages, tables, state, None, ints(2, FIELDS)
     return steps.step.lower(*given, Plan(), 1).compile()
 
 

@@ -11,6 +11,7 @@ from pallas_kernels.sample_tokens import settings
 from qwen_jax.accuracy.cache.slots import POOL, WIDTH, Part, Scenario
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.rows import Rows, pack_rows
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.shapes import fitting
 from qwen_jax.engine.steps import Emitted, Extras, State
@@ -130,7 +131,7 @@ class _Run:
                 self.state._replace(token=jnp.asarray(token), done=jnp.asarray(done))
             ),
             self.extras,
-            steps.pack_rows(steps.Rows._make([*fields, asked])),
+            pack_rows(Rows._make([*fields, asked])),
             Plan(True, vocab),
             1,
         )

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from qwen_jax.engine import steps
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.memory import TooLarge
+from qwen_jax.engine.rows import Rows, pack_rows
 from qwen_jax.engine.sampling import Plan, Sampling, settings_of
 from qwen_jax.engine.shapes import fitting, pieces_of
 from qwen_jax.errors import UserError
@@ -153,7 +154,7 @@ class Texts:
         state, settings = steps.State.create(self.count), settings_of(Sampling(), None)
         columns = jax.tree.map(lambda x: np.repeat(x, self.count), settings)
         for call in range(self.steps // size):
-            rows = steps.Rows(
+            rows = Rows(
                 slot=every,
                 live=same(1),
                 fresh=same(call == 0),
@@ -170,7 +171,7 @@ class Texts:
                 self._tables,
                 state,
                 None,
-                steps.pack_rows(rows),
+                pack_rows(rows),
                 Plan(),
                 size,
             )

@@ -15,7 +15,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import form as form_module
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.form import Form, expanded_in, form_of, load_packed, packed_shapes, stored_plan
-from qwen_jax.engine.weights import PackedWeights, Rows, read_back
+from qwen_jax.engine.packing import BlockRows
+from qwen_jax.engine.weights import PackedWeights, read_back
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape
 from qwen_jax.tasks import inspect
@@ -73,7 +74,7 @@ def test_matrices_stay_as_the_file_has_them(mixed: Checkpoint, packed: PackedWei
     layer = Stored("q4_k", "q5_0", "q6_k", "iq4_xs", "q3_k", "q8_0")
     assert packed.plan.layers == (layer, layer) and packed.in_blocks
     assert packed.plan.head == "q6_k"
-    assert isinstance(packed.embed, Rows)
+    assert isinstance(packed.embed, BlockRows)
     expanded = load_parameters(mixed, jnp.float32)
     found = read_back(packed)
     assert sorted(found) == sorted(expanded)

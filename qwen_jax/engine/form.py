@@ -23,8 +23,9 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import split_packed
 from qwen_jax.engine.blocks import FLOAT32, packed_bytes
 from qwen_jax.engine.memory import Budget, device, packs
+from qwen_jax.engine.packing import MATRICES
 from qwen_jax.engine.split_blocks import cut_through
-from qwen_jax.engine.weights import MATRICES, Weights, pack, plan_for
+from qwen_jax.engine.weights import Weights, pack, plan_for
 from qwen_jax.engine.weights import refusal as refusal_on_one
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import ONE, MeshShape

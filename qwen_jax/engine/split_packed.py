@@ -7,13 +7,14 @@ multiply with the same streams as one device does.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from gguf.constants import GGMLQuantizationType
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 import pallas_kernels
 from pallas_kernels import peers
@@ -23,12 +24,11 @@ from pallas_kernels.decode_step.packed.plan import DOWN, O_PROJ
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.forward import Forward
 from qwen_jax.engine.packed_matrices import PackedMatrix
+from qwen_jax.engine.packing import BlockRows, Put, pack_all
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.split_weights import SplitWeights
 from qwen_jax.engine.weights import (
-    MATRICES,
     PackedWeights,
-    Rows,
     decoder,
     named,
     plan_for,
@@ -80,7 +80,7 @@ class SplitPacked:
     """
 
     packed: Packed
-    embed: "Float[Array, 'V D'] | Rows | None"
+    embed: "Float[Array, 'V D'] | BlockRows | None"
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     plan: StepPlan = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
@@ -187,9 +187,7 @@ def pack_split(
     plan: StepPlan | None = None,
     embed: GGMLQuantizationType | None = None,
 ) -> SplitPacked:
-    """Packs parameters that are dealt out as `weights.shards.on_devices` does.
-
-    Each is packed as it comes, and let go.
+    """Packs parameters, as they come, that are dealt out as `weights.shards.on_devices` does.
 
     Args:
         plan, embed: as of `engine.weights.pack`, of each device's part.
@@ -197,61 +195,26 @@ def pack_split(
     plan = plan or plan_for(split.part(config), dtype.name)
     granules, words = plan.stream_shape
     stream = jnp.zeros((split.size * granules, words), jnp.uint32, device=split.sharding(0))
-    put = _put(split)
-    small: dict[str, Any] = {}
-    head = "embed" if config.tied else "lm_head"
-    for name, value in parameters:
-        layer, matrix = (*name.split("."), "", "")[1:3]
-        if name == head:
-            stream = put(plan, stream, value, HEAD, 0)
-        elif matrix in MATRICES and name.endswith("weight"):
-            stream = put(plan, stream, value, MATRICES.index(matrix), int(layer))
-        else:
-            small[name] = value
-    if embed is not None:
-        (raw,) = small["embed"]
-        small["embed"] = Rows(raw, embed)
-    layers = range(config.num_layers)
-    bias = [small[f"layers.{i}.qkv_proj.bias"] for i in layers]
-    norms = [small[f"layers.{i}.{n}"] for i in layers for n in ("attn_norm", "ffn_norm")]
-    packed = Packed(
-        stream,
-        jnp.stack(bias).astype(jnp.float32),
-        jnp.stack([*norms, small["final_norm"]]).astype(jnp.float32),
-        split.placed(tile_offsets(plan)),
-    )
-    return SplitPacked(packed, small.get("embed"), config, plan, dtype, implementation, split)
+    offsets = split.placed(tile_offsets(plan))
+    packed, embedding = pack_all(config, parameters, plan, stream, offsets, embed, _put(split))
+    return SplitPacked(packed, embedding, config, plan, dtype, implementation, split)
 
 
-def _put(split: Split) -> Callable[..., UInt32[Array, "n words"]]:
-    """What puts each device's part of a matrix, numbers or the bytes of its sources, into its
-    stream, which is donated."""
+def _put(split: Split) -> Put:
+    """Puts each device's part of a matrix into its stream, which is donated."""
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
-    def put_one(
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+    def put(
         stream: UInt32[Array, "n words"],
-        at: Int[Array, " tiles"],
-        values: Sequence[Shaped[Array, "rows width"]],
-        axis: int,
-        halves_apart: bool,
+        at: Int[np.ndarray, " tiles"],
+        values: tuple[jax.Array, ...],
+        phase: int,
         stored: str,
     ) -> UInt32[Array, "n words"]:
         def own(stream: jax.Array, at: jax.Array, *values: jax.Array) -> jax.Array:
-            return put_matrix(stream, at, jnp.concatenate(values), halves_apart, stored)
+            return put_matrix(stream, at, jnp.concatenate(values), phase == GATE_UP, stored)
 
-        given = (0, None, *(axis,) * len(values))
-        return split.over(own, given, 0)(stream, at, *values)
-
-    def put(
-        plan: StepPlan, stream: UInt32[Array, "n words"], value: Any, phase: int, layer: int
-    ) -> UInt32[Array, "n words"]:
-        stored, axis = plan.stored(phase, layer), 1 if phase in (O_PROJ, DOWN) else 0
-        if phase == GATE_UP or not isinstance(value, tuple):
-            values = value if isinstance(value, tuple) else (value,)
-            at = plan.at(phase, layer)
-            return put_one(stream, at, values, axis, phase == GATE_UP, stored[0])
-        for segment, (raw, name) in enumerate(zip(value, stored, strict=True)):
-            stream = put_one(stream, plan.at(phase, layer, segment), (raw,), axis, False, name)
-        return stream
+        axis = 1 if phase in (O_PROJ, DOWN) else 0
+        return split.over(own, (0, None, *(axis,) * len(values)), 0)(stream, at, *values)
 
     return put

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from gguf.constants import GGMLQuantizationType
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 import pallas_kernels
 from pallas_kernels.decode_step import (
@@ -32,22 +33,20 @@ from pallas_kernels.target import HOPPER
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.forward import Forward
 from qwen_jax.engine.packed_matrices import PackedGateUp, PackedMatrix
+from qwen_jax.engine.packing import MATRICES, BlockRows, pack_all
 from qwen_jax.engine.spec import Spec
 from qwen_jax.executables.kept import Kept
 from qwen_jax.model.cache import Cache
 from qwen_jax.model.rotary import inverse_frequencies
 from qwen_jax.model.tap import watched
 from qwen_jax.weights import names
-from qwen_jax.weights.on_device import Raw, decoded
+from qwen_jax.weights.on_device import Raw
 
 if TYPE_CHECKING:  # Flax is heavy, and only tracing needs it
     from qwen_jax.model.decoder import Parameters, Qwen2
 
 
 _put_matrix = Kept(packing, "put_matrix", static=(3, 4))
-
-MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-"""A layer's matrices, in the order of the kernel's phases."""
 
 
 class Weights(Protocol):
@@ -136,19 +135,6 @@ def step(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """A matrix whose rows are looked up, in a file's blocks."""
-
-    raw: UInt8[Array, "V bytes"]
-    kind: GGMLQuantizationType = dataclasses.field(metadata={"static": True})
-
-    def __getitem__(self, rows: Any) -> Float[Array, "*T D"]:
-        found = self.raw[rows]
-        return decoded(found.reshape(-1), self.kind).reshape(*found.shape[:-1], -1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class PackedWeights:
     """A model's parameters as the decode-step kernel reads them.
 
@@ -160,7 +146,7 @@ class PackedWeights:
     """
 
     packed: Packed
-    embed: "Float[Array, 'V D'] | Rows | None"
+    embed: "Float[Array, 'V D'] | BlockRows | None"
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     plan: StepPlan = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
@@ -355,9 +341,7 @@ def pack(
     plan: StepPlan | None = None,
     embed: GGMLQuantizationType | None = None,
 ) -> PackedWeights:
-    """Packs each parameter as it comes and lets it go.
-
-    So the device never holds more than the packed weights and two parameters.
+    """Packs parameters as they come.
 
     Args:
         plan: how matrices are stored, all in `dtype` by default. Of those that stay in blocks the
@@ -365,41 +349,17 @@ def pack(
         embed: the type of an embedding that is not the head and comes as bytes.
     """
     plan = plan or plan_for(config, dtype.name)
-    stream, offsets = empty_stream(plan), tile_offsets(plan)
-    small: dict[str, Any] = {}
-    head = "embed" if config.tied else "lm_head"
-    for name, value in parameters:
-        parts = name.split(".")
-        if name == head:
-            stream = _put(plan, stream, value, HEAD, 0)
-        elif parts[0] == "layers" and parts[2] in MATRICES and parts[3] == "weight":
-            stream = _put(plan, stream, value, MATRICES.index(parts[2]), int(parts[1]))
-        else:
-            small[name] = value
-    if embed is not None:
-        (raw,) = small["embed"]
-        small["embed"] = Rows(raw, embed)
-    layers = range(config.num_layers)
-    bias = [small[f"layers.{i}.qkv_proj.bias"] for i in layers]
-    norms = [small[f"layers.{i}.{n}"] for i in layers for n in ("attn_norm", "ffn_norm")]
-    packed = Packed(
-        stream,
-        jnp.stack(bias).astype(jnp.float32),
-        jnp.stack([*norms, small["final_norm"]]).astype(jnp.float32),
-        offsets,
-    )
-    return PackedWeights(packed, small.get("embed"), config, plan, dtype, implementation)
+    made = empty_stream(plan), tile_offsets(plan)
+    packed, embedding = pack_all(config, parameters, plan, *made, embed, _put)
+    return PackedWeights(packed, embedding, config, plan, dtype, implementation)
 
 
 def _put(
-    plan: StepPlan, stream: UInt32[Array, "n words"], value: Any, phase: int, layer: int
+    stream: UInt32[Array, "n words"],
+    at: Int[np.ndarray, " tiles"],
+    values: tuple[jax.Array, ...],
+    phase: int,
+    stored: str,
 ) -> UInt32[Array, "n words"]:
-    """A phase's matrix, as numbers or as the bytes of its sources, put into the stream."""
-    if isinstance(value, tuple) and phase == GATE_UP:
-        value = jnp.concatenate(value)
-    stored = plan.stored(phase, layer)
-    if not isinstance(value, tuple):
-        return _put_matrix(stream, plan.at(phase, layer), value, phase == GATE_UP, stored[0])
-    for segment, (raw, name) in enumerate(zip(value, stored, strict=True)):
-        stream = _put_matrix(stream, plan.at(phase, layer, segment), raw, False, name)
-    return stream
+    whole = values[0] if len(values) == 1 else jnp.concatenate(values)
+    return _put_matrix(stream, at, whole, phase == GATE_UP, stored)

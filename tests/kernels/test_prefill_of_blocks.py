@@ -14,8 +14,9 @@ from pallas_kernels.decode_step import Packed, StepPlan, Stored
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import steps
 from qwen_jax.engine.packed_matrices import PackedMatrix
+from qwen_jax.engine.packing import BlockRows
 from qwen_jax.engine.spec import Spec
-from qwen_jax.engine.weights import PackedWeights, Rows, plan_for
+from qwen_jax.engine.weights import PackedWeights, plan_for
 from qwen_jax.model.cache import PAGE
 from qwen_jax.model.tap import recording
 
@@ -39,7 +40,9 @@ def in_blocks(tied: bool) -> PackedWeights:
     offsets = tuple(given(*x.shape, dtype=jnp.int32) for x in plan.tile_offsets)
     stream = given(*plan.stream_shape, dtype=jnp.uint32)
     packed = Packed(stream, given(2, plan.shape.qkv), given(5, 256), offsets)
-    embed = None if tied else Rows(given(1024, 144, dtype=jnp.uint8), GGMLQuantizationType.Q4_K)
+    embed = (
+        None if tied else BlockRows(given(1024, 144, dtype=jnp.uint8), GGMLQuantizationType.Q4_K)
+    )
     return PackedWeights(packed, embed, config, plan, BFLOAT16, "mosaic_gpu")
 
 

@@ -155,7 +155,7 @@ def test_the_command_line_refuses(refuses: Callable[..., None]) -> None:
     refuses(["--mesh=tp=3"], "but of", "haiku.gguf", "choose tp from 1, 2, 4.")
     refuses(["--mesh=dp=3,tp=2"], "takes 6 devices, but JAX has 1 of the platform cpu", FLAG[:-1])
     refuses(["compare", "--mesh=dp=2"], "compare looks at one model")
-    refuses(["compare", "--mesh=tp=2", "--parts=inside"], "which is for one device")
+    refuses(["compare", "--mesh=tp=2", "--parts=inside"], "decode-step kernel of one device")
     refuses(["merge", "--mesh=tp=2"], "--mesh does nothing for merge")
 
 

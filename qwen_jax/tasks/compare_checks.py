@@ -193,8 +193,8 @@ def _check_mesh(text: str | None, parts: tuple[str, ...]) -> None:
         )
     if mesh.tp > 1 and "inside" in parts:
         raise UserError(
-            f"mesh is {mesh}, but the part inside looks into the decode-step kernel, which is for "
-            "one device; leave one of them out."
+            f"mesh is {mesh}, but the part inside looks into the decode-step kernel of one device; "
+            "leave one of them out."
         )
 
 

@@ -1,15 +1,25 @@
 """The laboratory names what goes wrong between devices, from a trace of a run on two."""
 
+import dataclasses
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.tensors.diagnosis import diagnose
+from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.accuracy.traces.recording import record
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.split_weights import SplitWeights
+from qwen_jax.engine.split_packed import pack_split
+from qwen_jax.engine.split_weights import SplitWeights, splits_of
+from qwen_jax.mesh import MeshShape
 from qwen_jax.model.split import Split
-from tests.mesh.test_split import CONFIG, TOKENS, engine, small, tiny
+from qwen_jax.weights.checkpoint import open_checkpoint
+from qwen_jax.weights.shards import iter_split
+from tests.mesh.test_split import CONFIG, TOKENS, WIDE, engine, small, tiny
+from tests.tiny_checkpoints import random_parameters, write_hf
 
 pytestmark = pytest.mark.hosts
 
@@ -57,3 +67,18 @@ def test_it_is_named(fault: str) -> None:
     assert found.named == ((fault,) if fault else ())
     apart = {"gate_proj", "up_proj", "logits"} if fault == "all_reduce_missing_tp2" else set()
     assert {unknown.finding.operation for unknown in found.unknown} == apart
+
+
+def test_weight_streams_raise_no_alarm(tmp_path: Path) -> None:
+    """As several GPUs hold weights for the decode step's kernel, in bfloat16."""
+    checkpoint = open_checkpoint(write_hf(tmp_path, WIDE, random_parameters(WIDE)).path)
+    (split,) = splits_of(MeshShape(tp=2))
+    assert isinstance(split, Split)
+    split, dtype = dataclasses.replace(split, exchange=True), jnp.dtype("bfloat16")
+    weights = pack_split(WIDE, iter_split(checkpoint, dtype, split), dtype, "auto", split)
+    right = small(Engine(WIDE, weights, slots=2, split=split, cache_tokens=1024))
+    source = CheckpointSource(checkpoint, "bfloat16")
+    found = diagnose(record(right, TOKENS[:24]), source)
+    assert (found.named, found.unknown) == ((), ())
+    with planted(right, "zero_qkv_bias") as wrong:
+        assert diagnose(record(wrong, TOKENS[:24]), source).named == ("zero_qkv_bias",)

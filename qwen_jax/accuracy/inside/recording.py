@@ -15,6 +15,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.weights import PackedWeights, refusal
 from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.rotary import inverse_frequencies
+from qwen_jax.model.split import Split
 
 NOT_ASKED = "--implementation=xla leaves it out"
 
@@ -22,6 +23,8 @@ NOT_ASKED = "--implementation=xla leaves it out"
 def why_not(engine: Engine, rows: int = 1) -> str | None:
     """Why an engine's decode steps of so many rows don't run on the kernel, or None."""
     weights = engine.weights
+    if isinstance(engine.spec.split, Split):
+        return "it looks into the kernel of one device, and the model is on several"
     if not isinstance(weights, PackedWeights):
         return refusal(engine.config, engine.spec.cache) or NOT_ASKED
     if weights.implementation == "xla":

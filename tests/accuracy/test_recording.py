@@ -11,6 +11,7 @@ import pytest
 
 import qwen_jax
 from qwen_jax import Constraint, Sampling
+from qwen_jax.accuracy.traces import recording
 from qwen_jax.accuracy.traces.recording import (
     Recorder,
     parse_positions,
@@ -194,6 +195,16 @@ def bundled() -> qwen_jax.Model:
     return qwen_jax.load()
 
 
+@pytest.fixture
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay makes a recorder of its own, whose programs are those of every other replay."""
+    monkeypatch.setattr(recording, "Recorder", one_recorder)
+
+
+one_recorder = functools.cache(Recorder)
+
+
+@pytest.mark.usefixtures("compiled_once")
 def test_choices_that_were_not_the_logits_alone_are_not_held_against_them(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -205,13 +216,14 @@ def test_choices_that_were_not_the_logits_alone_are_not_held_against_them(
     for options in others:
         request = bundled().request("haiku: snow", max_tokens=3, **options)
         (completion,) = (piece.completion for piece in bundled().run([request]) if piece.completion)
-        trace = trace_generation(bundled(), request, completion, names="logits")
+        trace = trace_generation(bundled(), request, completion, names="logits,embed")
         chosen = trace.tensors["logits"][len(request.tokens) - 1 :].argmax(1).tolist()
         assert chosen != list(completion.tokens)
         assert "a constraint, a bias or a penalty had a say" in trace.header.notes[1]
         assert not caplog.records
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_a_generation_is_replayed_and_chooses_the_same() -> None:
     model = bundled()
     request = model.request("haiku: snow", max_tokens=12)
@@ -230,6 +242,6 @@ def test_a_generation_is_replayed_and_chooses_the_same() -> None:
     other = [*completion.tokens]
     other[4] += 1
     wrong = trace_generation(
-        model, request, dataclasses.replace(completion, tokens=tuple(other)), names="embed"
+        model, request, dataclasses.replace(completion, tokens=tuple(other)), names="logits,embed"
     )
     assert f"first after position {prompt + 3}" in wrong.header.notes[1]

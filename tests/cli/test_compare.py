@@ -16,6 +16,9 @@ from qwen_jax.accuracy import machine
 from qwen_jax.accuracy.exact.replay import Residual
 from qwen_jax.accuracy.inside.judging import InsideFinding
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
+from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.api import Model
 from qwen_jax.experiments import quantize
 from qwen_jax.tasks import compare
 from tests.cli.conftest import BUNDLED, Run
@@ -133,9 +136,19 @@ def test_inside(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 operations: 1 FAULTS" in done.out and "layer 2, row 7" in done.out
 
 
+@pytest.fixture(scope="module")
+def faulty(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace in which a fault is to be found."""
+    path = tmp_path_factory.mktemp("faulty") / "run.safetensors"
+    with planted(model.engine, "zero_qkv_bias") as engine:
+        record(engine, [1, 2, 3, 4, 5]).save(path)
+    return path
+
+
 @pytest.mark.parametrize(("gate", "code"), [("faults > 0", 1), ("faults > 1000", 0)])
 def test_without_matplotlib_the_gate_decides(
     run: Run,
+    faulty: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -144,7 +157,7 @@ def test_without_matplotlib_the_gate_decides(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("qwen_jax.reporting.page.can_be_made", lambda: False)
-    argv = ["compare", "--plant=zero_qkv_bias", "--parts=tensors", "--tokens=1,2,3,4,5"]
+    argv = ["compare", f"--candidate={faulty}", "--parts=tensors"]
     done = run(*argv, f"--fail_if={gate}", f"--workdir={tmp_path}")
     assert done.code == code
     assert "report.html needs matplotlib: pip install 'qwen_jax[report]'." in caplog.messages

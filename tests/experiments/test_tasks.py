@@ -103,14 +103,14 @@ def test_bench_and_profile(
     argv = experiment(
         'axis("slots", [2])',
         "config.experiment.task = 'bench'; config.experiment.bench.prompt_tokens = 20; "
-        "config.experiment.bench.new_tokens = 32; config.experiment.bench.repeats = 3",
+        "config.experiment.bench.new_tokens = 8; config.experiment.bench.repeats = 3",
     )
     assert run(*argv, "--profile").code == 0
     event, outputs = finished(tmp_path / "w"), lines(tmp_path / "w" / "outputs.jsonl")
     decode = [o["decode_seconds"] for o in outputs]
     assert len(decode) == 3
-    assert event["metrics"]["decode_tokens_per_s"] == pytest.approx(64 / np.median(decode))
-    assert event["metrics"]["ms_per_step"] == pytest.approx(1e3 * np.median(decode) / 32)
+    assert event["metrics"]["decode_tokens_per_s"] == pytest.approx(16 / np.median(decode))
+    assert event["metrics"]["ms_per_step"] == pytest.approx(1e3 * np.median(decode) / 8)
     operations = event["operations"]
     programs, names = zip(*(o["operation"].split(": ") for o in operations), strict=True)
     assert {"step", "extend"} <= set(programs) and all(0 < o["share"] < 1 for o in operations)

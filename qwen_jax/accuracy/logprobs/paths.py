@@ -193,12 +193,14 @@ def _penalised(path: Path, rows: Rows, z: Float[np.ndarray, "T V"]) -> Float[np.
     """As `sample_tokens` defines it, in float64: repetition, then presence and frequency."""
     out = z.copy()
     for row, position in enumerate(rows.positions):
-        seen = np.unique(rows.whole[: position + 1])
-        x = out[row, seen]
-        x = np.where(x > 0, x / path.repetition_penalty, x * path.repetition_penalty)
-        out[row, seen] = x
-        made, times = np.unique(rows.whole[rows.prompt : position + 1], return_counts=True)
-        out[row, made] -= path.presence_penalty + path.frequency_penalty * times
+        if path.repetition_penalty != 1:
+            seen = rows.whole[: position + 1]  # who came twice is written twice, the same
+            x = z[row, seen]
+            x = np.where(x > 0, x / path.repetition_penalty, x * path.repetition_penalty)
+            out[row, seen] = x
+        if path.presence_penalty or path.frequency_penalty:
+            made, times = np.unique(rows.whole[rows.prompt : position + 1], return_counts=True)
+            out[row, made] -= path.presence_penalty + path.frequency_penalty * times
     return out
 
 
@@ -224,7 +226,8 @@ def _log_softmax(
     raw = _taken(z, ids) - top[:, 0]
     of_sum = carried.of_sum(weights, total[:, None])[:, 0]
 
-    def off(weights: Float[np.ndarray, "T V"], total: Float[np.ndarray, "T"]) -> np.ndarray:
+    # Shapes in the annotations of an inner function would be read at every call.
+    def off(weights: np.ndarray, total: np.ndarray) -> np.ndarray:
         if limit.shape[1] == 1:
             return limit[:, 0] * (1 - np.exp(raw) / total)
         with np.errstate(over="ignore"):
@@ -235,7 +238,7 @@ def _log_softmax(
         return raw - np.log(total), off(weights, total), of_sum
     noise = limit.max(axis=-1)
 
-    def mass(slack: float) -> tuple[Bool[np.ndarray, "T V"], Float[np.ndarray, "T"]]:
+    def mass(slack: float) -> tuple[np.ndarray, np.ndarray]:
         mask = _kept(path, z - top, weights, slack * noise)
         return mask, (weights * mask).sum(axis=-1)
 

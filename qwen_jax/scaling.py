@@ -137,8 +137,9 @@ def step_lines(config: ModelConfig, mesh: MeshShape, kernel: bool) -> list[str]:
         found = step(config, BFLOAT16, mesh.tp, rows, context, kernel=kernel)
         rate = mesh.dp * rows / found.seconds
         fits = "" if found.weights + found.cache < machine.memory else "; does not fit"
+        texts = f"{rows:>2} text{'s' * (rows > 1)} of {context:,}{' a model' * (mesh.dp > 1)}"
         lines.append(
-            f"  {rows:>2} texts of {context:,}: {found.seconds * 1e3:.2f} ms a step, "
+            f"  {texts}: {found.seconds * 1e3:.2f} ms a step, "
             f"{found.meeting * 1e3:.2f} of them between GPUs; {rate:,.0f} tokens/s{fits}"
         )
     return lines

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax import hosts
+from qwen_jax.cli import parse
 from qwen_jax.errors import UserError
-from qwen_jax.hosts import Place, copies, watch
+from qwen_jax.experiments import plan
+from qwen_jax.experiments.declaration import declare
+from qwen_jax.hosts import Place, copies, join, watch
 from qwen_jax.hosts.watch import Watch
 from qwen_jax.settings import get_config
 from tests.cli.conftest import refuses, run
@@ -64,9 +68,14 @@ def test_no_places(text: str, words: str) -> None:
 def test_the_command_line_refuses(refuses: Callable[..., None]) -> None:
     here = "--hosts=127.0.0.1:9876,1/2"
     refuses([here, "--prompt=a"], "hosts needs mesh")
+    refuses([here, "--mesh=tp=1", "--prompt=a"], "hosts needs mesh")
     refuses([here, "--mesh=tp=2", "--prompt=-"], "stdin reaches one host alone")
     refuses(
         [here, "--mesh=tp=2", "--prompt=a", "--trace=t.safetensors"], "--trace records what one"
+    )
+    refuses(
+        ["experiment", here, "--config=experiments/haiku_temperature", "--mesh=tp=2", "--dry_run"],
+        "--dry_run shows what one host alone can say; leave out --hosts",
     )
     refuses(["--hosts=two", "--mesh=tp=2", "--prompt=a"], "hosts is 'two'")
     nowhere = "--hosts=nowhere.invalid:9876,2/2"
@@ -307,6 +316,35 @@ def test_a_host_that_dies_ends_the_others_and_the_experiment_goes_on(
         for path in (workdir / "outputs.jsonl", other / "outputs.jsonl")
     ]
     assert texts[0] == texts[1] and len(texts[0]) == 20
+
+
+def test_an_experiment_that_hosts_would_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = declare(
+        parse(["run.py", "experiment", "--config=experiments/haiku_temperature"])
+    ).points
+    assert plan.plan(points)
+    monkeypatch.setattr(hosts, "joined", object())
+    with pytest.raises(UserError, match="hosts needs mesh"):
+        plan.plan(points)
+
+
+def test_a_host_says_that_it_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Found(Exception):
+        """Stands for all that would follow."""
+
+    def initialize(**_: object) -> NoReturn:
+        time.sleep(0.5)
+        raise Found
+
+    port = free_port()
+    monkeypatch.setattr(join, "NOTICE", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(Found):
+        join._initialize(Place(f"127.0.0.1:{port}", 2, 2))
+    said = capsys.readouterr().err
+    assert said == f"waiting for the other hosts, at 127.0.0.1:{port}, for 300 s at most\n"
 
 
 @pytest.mark.hosts

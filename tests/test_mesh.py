@@ -22,7 +22,7 @@ from qwen_jax.engine.sampling import Sampling
 from qwen_jax.engine.split_weights import splits_of
 from qwen_jax.errors import UserError
 from qwen_jax.mesh import MeshShape, part
-from qwen_jax.scaling import Machine, Step, Times, step
+from qwen_jax.scaling import BFLOAT16, Machine, Step, Times, step
 from qwen_jax.tasks.inspect import mesh_lines
 from qwen_jax.weights.checkpoint import open_checkpoint
 from qwen_jax.weights.loader import load_parameters
@@ -163,13 +163,15 @@ def test_the_command_line_refuses(refuses: Callable[..., None]) -> None:
     ("mesh", "dtype", "why"),
     [
         (MeshShape(tp=2), "float32", "the weights are float32, not one of"),
-        (MeshShape(dp=2, tp=2), "bfloat16", "its devices are to be JAX's first ones"),
+        (MeshShape(dp=2, tp=2), "bfloat16", "its devices have to be JAX's first ones, and dp=2 "),
     ],
 )
 def test_the_step_kernel_says_why_not(mesh: MeshShape, dtype: str, why: str) -> None:
     checkpoint = open_checkpoint(opening.locate())
     asked = {"implementation": "mosaic_gpu", "mesh": mesh}
-    with pytest.raises(UserError, match=f"can't run it on the devices of mesh {mesh}: {why}"):
+    with pytest.raises(
+        UserError, match=f"can't run this model on the devices of mesh {mesh}: {why}"
+    ):
         form_of("auto", checkpoint, np.dtype(jnp.dtype(dtype)), **asked)
 
 
@@ -244,10 +246,27 @@ def test_inspect(run: Run) -> None:
     assert re.search(rf"weights +{each / 1e6:.1f} MB", memory)
     assert "key/value heads                 1 (each on 2 devices)" in mesh
     assert "takes 4 devices; here is 1" in mesh and "64 texts of 512:" in mesh
+    assert "the decode step's kernel doesn't run: implementation is xla" in mesh
+    config = open_checkpoint(opening.locate()).config
     # A head of 64 is half a tile, and a half of the feed-forward one and a half.
-    assert "kernel can't run on these: a matrix of 256 x 64 is not made of 16 x 128 tiles" in mesh
+    (line,) = [x for x in mesh_lines(config, MeshShape(tp=4)) if "kernel" in x]
+    assert line.endswith("can't run on these: a matrix of 256 x 64 is not made of 16 x 128 tiles")
     uneven = tiny_config(
         num_layers=1, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, ffn_size=384
     )
     (line,) = [x for x in mesh_lines(uneven, MeshShape(tp=2)) if "kernel" in x]
     assert line == "on H200s the decode step's kernel runs on each"
+
+
+@pytest.mark.parametrize(("mesh", "of"), [(MeshShape(tp=2), ""), (MeshShape(2, 2), " a model")])
+def test_what_steps_would_take(mesh: MeshShape, of: str) -> None:
+    """As a path by XLA, where that is asked for; of several models' texts the rate is of all."""
+    asked, auto = (
+        [x for x in mesh_lines(QWEN_7B, mesh, how) if " ms a step" in x] for how in ("xla", "auto")
+    )
+    assert auto[0].startswith(f"   1 text of 1,024{of}: ")
+    assert auto[1].startswith(f"   8 texts of 1,024{of}: ")
+    expected = step(QWEN_7B, BFLOAT16, 2, 8, 1024, kernel=False).seconds
+    assert f"{expected * 1e3:.2f} ms" in asked[1]
+    assert f"{mesh.dp * 8 / expected:,.0f} tokens/s" in asked[1]
+    assert (auto == asked) == (mesh.dp > 1)

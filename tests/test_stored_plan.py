@@ -194,6 +194,13 @@ def test_on_several_gpus(mixed: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> 
     assert form("expanded", "xla") == numbers._replace(exchanging=False)
     with pytest.raises(UserError, match="mesh tp=2 take their steps without: implementation is xl"):
         form("packed", "xla")
+    older = "the default device has compute capability 8.0"
+    with monkeypatch.context() as patch:
+        patch.setattr(pallas_kernels.implementation, "device_refusal", lambda: older)
+        pallas_kernels.choose.cache_clear()
+        with pytest.raises(UserError, match=f"mesh tp=2 take their steps without: {older}; choose"):
+            form("packed")
+        pallas_kernels.choose.cache_clear()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert form("auto", texts=1) == numbers._replace(exchanging=False)
     why = "the devices belong to 2 processes; choose"

@@ -100,7 +100,7 @@ def form_of(
         found = (
             "on a GPU only the decode step's kernel multiplies blocks, and the devices of mesh "
             f"{mesh} take their steps without: "
-            f"{no_kernel(checkpoint.config, dtype, mesh) or f'implementation is {implementation}'}"
+            f"{_not_taken(checkpoint.config, dtype, implementation, mesh)}"
         )
     else:
         found = _in_stream(own, dtype, implementation, slots)
@@ -121,11 +121,18 @@ def _exchanging(
     why = no_kernel(config, dtype, mesh)
     if implementation == "mosaic_gpu" and why:
         raise UserError(
-            "implementation is 'mosaic_gpu', but the decode step's kernel can't run it on the "
-            f"devices of mesh {mesh}: {why}; choose auto, which has products by XLA between "
+            "implementation is 'mosaic_gpu', but the decode step's kernel can't run this model on "
+            f"the devices of mesh {mesh}: {why}; choose auto, which has products by XLA between "
             "kernels for attention on each, or xla."
         )
     return pallas_kernels.choose("decode_step", implementation, why) == "mosaic_gpu"
+
+
+def _not_taken(config: ModelConfig, dtype: jnp.dtype, implementation: str, mesh: MeshShape) -> str:
+    """Why devices that aren't `_exchanging` aren't."""
+    if implementation == "xla":
+        return "implementation is xla"
+    return no_kernel(config, dtype, mesh) or pallas_kernels.refusal("decode_step") or ""
 
 
 def no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:
@@ -133,7 +140,7 @@ def no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | N
     if mesh.tp == 1:
         return refusal_on_one(config, dtype)
     if mesh.dp > 1:
-        return "its devices are to be JAX's first ones, those of one model alone"
+        return f"its devices have to be JAX's first ones, and dp={mesh.dp} has models on others"
     return split_packed.refusal(config, dtype, range(mesh.tp))
 
 

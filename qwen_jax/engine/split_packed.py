@@ -96,7 +96,7 @@ class SplitPacked:
 
     def parameters(self) -> "Parameters":
         """Every one as one device would have it."""
-        return SplitWeights(self._dealt(), self.config, self.split).parameters()
+        return SplitWeights(_dealt(self), self.config, self.split).parameters()
 
     def _dealt(self) -> dict[str, jax.Array]:
         """Every one dealt out, its matrices put together."""
@@ -176,6 +176,10 @@ class SplitPacked:
         given = (AXES, 0, None, CACHE, None, None, None)
         over = self.split.over(own, given, (None, CACHE))
         return over(self.packed, self.embed, token, cache, position, live, preceding)
+
+
+# In one program: each operation by itself would be compiled, for every matrix.
+_dealt = jax.jit(SplitPacked._dealt)
 
 
 def pack_split(

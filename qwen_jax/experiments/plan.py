@@ -59,6 +59,9 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
     weights: dict[Choice, int] = {}
     groups: dict[tuple[Any, ...], int] = {}
     planned = []
+    meshes = (MeshShape.parse(point.config.mesh) for point in points)
+    if hosts.joined is not None and all(mesh.devices == 1 for mesh in meshes):
+        raise UserError(hosts.NEEDS_MESH)  # Each host would do all of it by itself.
     for point in points:
         task, choice = _task(point), Choice.of(point.config)
         files = (choice.model, *choice.adapter)
@@ -67,7 +70,8 @@ def plan(points: tuple[Point, ...]) -> list[Planned]:
         size = sizes[files]
         config = size.config if size else None
         programs = (choice.dtype, choice.cache_dtype, choice.weights, choice.implementation)
-        key = (config or files, *programs, choice.matmul_precision, point.config.slots)
+        dealt = MeshShape.parse(choice.mesh).tp
+        key = (config or files, *programs, choice.matmul_precision, point.config.slots, dealt)
         group = groups.setdefault(key, len(groups))
         order = (weights.setdefault(choice, len(weights)), group)
         planned.append((order, Planned(point, task, group + 1, _memory(point, size))))

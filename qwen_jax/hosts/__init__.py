@@ -22,6 +22,13 @@ ENVIRONMENTS = "Slurm, Open MPI or Kubernetes"
 WAIT = 300
 """Seconds that hosts wait for each other at the start."""
 
+NOTICE = 10
+"""Seconds after which they say that they wait."""
+
+NEEDS_MESH = (
+    "hosts needs mesh, which says how the model is dealt out to their devices: --mesh=tp=2."
+)
+
 LOST = 60
 """Seconds after which a host that says nothing is held for lost; one whose process ends is at
 once."""

@@ -18,8 +18,9 @@ from jax.experimental import multihost_utils
 
 from qwen_jax import hosts, settings
 from qwen_jax.errors import UserError
-from qwen_jax.hosts import ENVIRONMENTS, LOST, WAIT, Place, copies, parse, watch
+from qwen_jax.hosts import ENVIRONMENTS, LOST, NEEDS_MESH, NOTICE, WAIT, Place, copies, parse, watch
 from qwen_jax.hosts.watch import Watch
+from qwen_jax.mesh import MeshShape
 from qwen_jax.settings import Command
 
 
@@ -108,16 +109,19 @@ def _check(command: Command) -> None:
     """Raises UserError for what hosts can't do together."""
     config, task = command.config, command.task
     asked = settings.asked(config, command.overrides)
-    if task == "generate" and config.mesh is None:
-        raise UserError(
-            "hosts needs mesh, which says how the model is dealt out to their devices: --mesh=tp=2."
-        )
+    if task == "generate" and MeshShape.parse(config.mesh).devices == 1:
+        raise UserError(NEEDS_MESH)
     if "-" in (config.prompt, config.prompt_file) or (
         task == "generate" and config.prompt is None and config.prompt_file is None
     ):
         raise UserError(
             "stdin reaches one host alone; with hosts give --prompt_file=FILE, which all can read, "
             "or --prompt=TEXT."
+        )
+    if config.runner.dry_run:
+        raise UserError(
+            "--dry_run shows what one host alone can say; leave out --hosts, and --mesh where it "
+            "takes more devices than this one has."
         )
     if "trace.file" in asked:
         raise UserError("--trace records what one host can see; leave out --hosts or --trace.")
@@ -142,6 +146,9 @@ def _initialize(place: Place | None) -> str:
     waiting = threading.Timer(WAIT, watch.end_with, (_waited(place), 2))
     waiting.daemon = True
     waiting.start()
+    notice = threading.Timer(NOTICE, print, (_waiting(place),), {"file": sys.stderr})
+    notice.daemon = True
+    notice.start()
     try:
         with warnings.catch_warnings(record=True) as warned:
             jax.distributed.initialize(**given, initialization_timeout=2 * WAIT)
@@ -159,6 +166,7 @@ def _initialize(place: Place | None) -> str:
             f"other ({why}); start all of them, with the address of the first."
         ) from error
     finally:
+        notice.cancel()
         waiting.cancel()
     from jax._src.distributed import global_state  # what an environment said is told nowhere else
 
@@ -166,9 +174,16 @@ def _initialize(place: Place | None) -> str:
     return global_state.coordinator_address
 
 
+def _waiting(place: Place | None) -> str:
+    return f"waiting for the other hosts, {_where(place)}, for {WAIT} s at most"
+
+
 def _waited(place: Place | None) -> str:
-    where = "as the environment says" if place is None else f"at {place.address}"
-    return f"the other hosts were not there after {WAIT} s, {where}; start all of them."
+    return f"the other hosts were not there after {WAIT} s, {_where(place)}; start all of them."
+
+
+def _where(place: Place | None) -> str:
+    return "as the environment says" if place is None else f"at {place.address}"
 
 
 def _check_address(place: Place) -> None:

@@ -66,7 +66,11 @@ def run(command: Command) -> int:
             implementation_lines(config.implementation, checkpoint.config, dtype, mesh),
         ),
         ("memory", memory_lines(own, dtype, config.slots, form, mesh)),
-        *([("mesh", mesh_lines(checkpoint.config, mesh))] if mesh.devices > 1 else []),
+        *(
+            [("mesh", mesh_lines(checkpoint.config, mesh, config.implementation))]
+            if mesh.devices > 1
+            else []
+        ),
     )
     print(visible("\n\n".join("\n  ".join([title, *lines]) for title, lines in sections)))
     return 0
@@ -215,7 +219,7 @@ def memory_lines(
     yield f"cache, {f'{slots} slots':<16} {size:>9}  ({tokens} tokens, {holds})"
 
 
-def mesh_lines(config: ModelConfig, mesh: MeshShape) -> Iterator[str]:
+def mesh_lines(config: ModelConfig, mesh: MeshShape, implementation: str = "auto") -> Iterator[str]:
     """How the model would be dealt out, and what steps would take."""
     own, there = part(config, mesh.tp), len(jax.devices())
     copies = cached(config, mesh.tp).num_kv_heads // config.num_kv_heads
@@ -227,7 +231,10 @@ def mesh_lines(config: ModelConfig, mesh: MeshShape) -> Iterator[str]:
     yield f"  vocabulary              {own.vocab_size:>9}"
     why = no_kernel(config, scaling.BFLOAT16, mesh)
     runs = f"can't run on these: {why}" if why else "runs on each"
+    if implementation == "xla":
+        runs = "doesn't run: implementation is xla"
     yield f"on H200s the decode step's kernel {runs}"
     if mesh.devices > there:
         yield f"takes {mesh.devices} devices; here {'is' if there == 1 else 'are'} {there}"
-    yield from scaling.step_lines(config, mesh, why is None)
+    kernel = why is None and implementation != "xla"
+    yield from scaling.step_lines(config, mesh, kernel)

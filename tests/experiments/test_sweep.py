@@ -125,6 +125,16 @@ def test_dry_run_lists_points_groups_and_memory(
     assert f"{megabytes + cache / 1e6:.1f} MB" in more[1]
 
 
+def test_points_of_other_meshes_run_other_programs(
+    experiment: Callable[..., list[str]], run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part's are those of as many devices, however many models there are."""
+    monkeypatch.setattr("qwen_jax.experiments.models.splits_of", lambda shape: [])
+    meshes = 'axis("mesh", ["tp=1", "dp=2", "tp=2", "dp=2,tp=2"])'
+    listed = run(*experiment(meshes), "--dry_run").out.splitlines()
+    assert listed[-1] == "points: 4, compile groups: 2, sets of weights: 4"
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/experiments").glob("*.py")), ids=str)
 def test_shipped(
     run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path

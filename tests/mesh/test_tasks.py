@@ -12,6 +12,8 @@ from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.tensors.diagnosis import diagnose
 from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.experiments.tasks.perplexity import sizes
+from qwen_jax.mesh import part
 from tests.mesh.test_split import TOKENS, engine, tiny
 from tests.serving.conftest import served
 
@@ -55,6 +57,12 @@ def test_replicas_of_a_model_in_blocks() -> None:
     prompts = ["haiku: snow", "haiku: moss"]
     one = qwen_jax.load(weights="packed", slots=1)
     assert both.generate(prompts, max_tokens=20) == one.generate(prompts, max_tokens=20)
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [("tp=2", 2), ("dp=2", 1)])
+def test_sizes_are_of_each_device(mesh: str, parts: int) -> None:
+    one = model(mesh)
+    assert sizes(one)["device_bytes"] == part(one.config, parts).num_parameters * 4
 
 
 def test_the_cache_is_right() -> None:

@@ -33,7 +33,7 @@ LIBRARIES = ("qwen_jax", "jax", "jaxlib", "numpy")
 
 KERNEL = (
     "Decode steps are recorded layer by layer, and not from the decode-step kernel, which runs "
-    "them otherwise; the part inside of a comparison looks into that."
+    "them otherwise; the part inside of a comparison looks into that of one device."
 )
 
 

@@ -45,12 +45,12 @@ SIZES = ("weight_bytes", "device_bytes")
 
 
 def sizes(model: Model) -> Metrics:
-    """Bytes of the weights in their file and on the device."""
+    """Bytes of the weights in their file and on the device; of a mesh on each of its devices."""
     tensors = open_checkpoint(model.config.source.removesuffix("/config.json")).tensors
     leaves = jax.tree.leaves(model.engine.weights)
     return {
         "weight_bytes": sum(info.nbytes for info in tensors.values()),
-        "device_bytes": sum(leaf.nbytes for leaf in leaves),
+        "device_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves),
     }
 
 

@@ -18,10 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax import hosts
-from qwen_jax.cli import parse
 from qwen_jax.errors import UserError
-from qwen_jax.experiments import plan
-from qwen_jax.experiments.declaration import declare
 from qwen_jax.hosts import Place, copies, join, watch
 from qwen_jax.hosts.watch import Watch
 from qwen_jax.settings import get_config
@@ -318,16 +315,6 @@ def test_a_host_that_dies_ends_the_others_and_the_experiment_goes_on(
     assert texts[0] == texts[1] and len(texts[0]) == 20
 
 
-def test_an_experiment_that_hosts_would_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = declare(
-        parse(["run.py", "experiment", "--config=experiments/haiku_temperature"])
-    ).points
-    assert plan.plan(points)
-    monkeypatch.setattr(hosts, "joined", object())
-    with pytest.raises(UserError, match="hosts needs mesh"):
-        plan.plan(points)
-
-
 def test_a_host_says_that_it_waits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,6 +332,14 @@ def test_a_host_says_that_it_waits(
         join._initialize(Place(f"127.0.0.1:{port}", 2, 2))
     said = capsys.readouterr().err
     assert said == f"waiting for the other hosts, at 127.0.0.1:{port}, for 300 s at most\n"
+
+
+@pytest.mark.hosts
+def test_the_first_host_alone_warns() -> None:
+    command = ("--mesh=tp=2", "--prompt=haiku: snow", "--max_tokens=2", "--n=2")
+    (code, _, said), other = Started(2, *command).ended()
+    assert code == 0 and "WARNING: The temperature is 0" in said
+    assert other == (0, "", "")
 
 
 @pytest.mark.hosts

@@ -14,6 +14,7 @@ from typing import IO, Any, NoReturn
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from qwen_jax import hosts, settings
@@ -88,6 +89,7 @@ def join(command: Command) -> Command:
     if number > 1:
         command, folder = copies.on_copies(command)
         sys.stderr = sys.stdout
+        logging.get_absl_handler().python_handler.setStream(sys.stdout)
 
     def lost(other: int) -> NoReturn:
         _remove(folder)

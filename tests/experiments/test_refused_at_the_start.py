@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from qwen_jax import prompt_lines
-from qwen_jax.experiments import inputs
+from qwen_jax import cli, hosts, prompt_lines
+from qwen_jax.errors import UserError
+from qwen_jax.experiments import inputs, plan
+from qwen_jax.experiments.declaration import declare
 from tests.cli.conftest import BUNDLED
 from tests.experiments.conftest import lines as events
 
@@ -237,3 +239,13 @@ def test_a_metric_that_a_task_of_ones_own_does_not_know_before(
     )
     assert [e["event"] for e in events(tmp_path / "w" / "metrics.jsonl")].count("finished") == 1
     assert run(*argv, "--metric=total").code == 0
+
+
+def test_an_experiment_that_hosts_would_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = declare(
+        cli.parse(["run.py", "experiment", "--config=experiments/haiku_temperature"])
+    ).points
+    assert plan.plan(points)
+    monkeypatch.setattr(hosts, "joined", object())
+    with pytest.raises(UserError, match="hosts needs mesh"):
+        plan.plan(points)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -30,15 +30,20 @@ def drawn_in_parts(config: ModelConfig, split: Split) -> SplitWeights:
 def packed_in_parts(config: ModelConfig, split: Split) -> SplitPacked:
     """The same for the decode step's kernel, packed as they are made: devices hold their streams,
     and few parameters at a time."""
-    there = dataclasses.replace(split, exchange=True)
-    return pack_split(config, drawn(config, split), DTYPE, "mosaic_gpu", there)
+    return _packed(config, drawn(config, split), split)
 
 
 def packed_of(config: ModelConfig, weights: SplitWeights) -> SplitPacked:
     """The same parameters for the decode step's kernel."""
     assert isinstance(weights.split, Split)
-    there = dataclasses.replace(weights.split, exchange=True)
-    return pack_split(config, weights.named.items(), DTYPE, "mosaic_gpu", there)
+    return _packed(config, weights.named.items(), weights.split)
+
+
+def _packed(
+    config: ModelConfig, named: Iterable[tuple[str, jax.Array]], split: Split
+) -> SplitPacked:
+    there = dataclasses.replace(split, exchange=True)
+    return pack_split(config, named, DTYPE, "mosaic_gpu", there)
 
 
 def drawn(config: ModelConfig, split: Split) -> Iterator[tuple[str, jax.Array]]:

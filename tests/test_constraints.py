@@ -17,6 +17,7 @@ import qwen_jax
 from qwen_jax import Constraint, Sampling
 from qwen_jax.text import matching
 from qwen_jax.text.matching import Matcher
+from tests.random_schemas import any_of, arrays
 
 WARM = Sampling(temperature=1.0)
 POEM = {
@@ -181,27 +182,9 @@ def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.builds(made, st.dictionaries(names, inner, max_size=3), flags)
 
 
-def _arrays(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.builds(
-        lambda items, a, b: {
-            "type": "array",
-            "items": items,
-            "minItems": min(a, b),
-            "maxItems": max(a, b),
-        },
-        inner,
-        st.integers(0, 3),
-        st.integers(0, 3),
-    )
-
-
 _SCHEMAS = st.recursive(
     _LEAF,
-    lambda inner: (
-        _objects(inner)
-        | _arrays(inner)
-        | st.lists(inner, min_size=1, max_size=3).map(lambda parts: {"anyOf": parts})
-    ),
+    lambda inner: _objects(inner) | arrays(inner) | any_of(inner),
     max_leaves=6,
 )
 

@@ -87,7 +87,8 @@ def form_of(
             the decode step's kernel was asked for on several devices.
     """
     on_cpu, dealt = device().platform == "cpu", mesh.tp > 1
-    exchanging = dealt and _exchanging(checkpoint.config, dtype, implementation, mesh)
+    apart = _apart(checkpoint.config, dtype, implementation, mesh) if dealt else None
+    exchanging = dealt and apart is None
     own = part_of(checkpoint, mesh.tp, 0) if dealt else checkpoint
     budget = Budget.of(own.config, dtype, sharers=mesh.devices)
     numbers = Form(budget.weights, exchanging=exchanging)
@@ -96,11 +97,10 @@ def form_of(
         return numbers
     if on_cpu:
         found = _on_cpu(own, dtype)
-    elif dealt and not exchanging:
+    elif apart is not None:
         found = (
             "on a GPU only the decode step's kernel multiplies blocks, and the devices of mesh "
-            f"{mesh} take their steps without: "
-            f"{_not_taken(checkpoint.config, dtype, implementation, mesh)}"
+            f"{mesh} take their steps without: {apart}"
         )
     else:
         found = _in_stream(own, dtype, implementation, slots)
@@ -114,9 +114,10 @@ def form_of(
     return found if asked == "packed" or few or packs(budget, found.held) else numbers
 
 
-def _exchanging(
+def _apart(
     config: ModelConfig, dtype: jnp.dtype, implementation: str, mesh: MeshShape
-) -> bool:
+) -> str | None:
+    """Why several devices don't take a decode step together by its kernel, or None."""
     mesh.check(config)
     why = no_kernel(config, dtype, mesh)
     if implementation == "mosaic_gpu" and why:
@@ -125,14 +126,11 @@ def _exchanging(
             f"the devices of mesh {mesh}: {why}; choose auto, which has products by XLA between "
             "kernels for attention on each, or xla."
         )
-    return pallas_kernels.choose("decode_step", implementation, why) == "mosaic_gpu"
-
-
-def _not_taken(config: ModelConfig, dtype: jnp.dtype, implementation: str, mesh: MeshShape) -> str:
-    """Why devices that aren't `_exchanging` aren't."""
+    if pallas_kernels.choose("decode_step", implementation, why) == "mosaic_gpu":
+        return None
     if implementation == "xla":
         return "implementation is xla"
-    return no_kernel(config, dtype, mesh) or pallas_kernels.refusal("decode_step") or ""
+    return why or pallas_kernels.refusal("decode_step")
 
 
 def no_kernel(config: ModelConfig, dtype: jnp.dtype, mesh: MeshShape) -> str | None:

@@ -15,6 +15,7 @@ from qwen_jax.text import exact_json, json_numbers
 from qwen_jax.text.json_schema import LAYOUT
 from qwen_jax.text.matching import SLICES, Matcher
 from qwen_jax.text.tokenizer import Tokenizer
+from tests.random_schemas import any_of, arrays
 
 ID = 1234567890123456789
 PLACE = 1 << 53
@@ -85,19 +86,7 @@ def _within(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     objects = st.builds(
         lambda held, count: closed(tuple(held)[:count], **held), properties, st.integers(0, 3)
     )
-    arrays = st.builds(
-        lambda item, a, b: {
-            "type": "array",
-            "items": item,
-            "minItems": min(a, b),
-            "maxItems": max(a, b),
-        },
-        inner,
-        st.integers(0, 3),
-        st.integers(0, 3),
-    )
-    several = st.lists(inner, min_size=1, max_size=3).map(lambda held: {"anyOf": held})
-    return objects | arrays | several
+    return objects | arrays(inner) | any_of(inner)
 
 
 @given(st.recursive(_LEAF, _within, max_leaves=5), st.integers(0, 2**32))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.random_model import SIZES, write
 from qwen_jax import api
-from qwen_jax.accuracy.exact.operations import forward
+from qwen_jax.accuracy.exact.forward import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.cache import Cache, create_pages

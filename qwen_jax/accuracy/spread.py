@@ -1,25 +1,29 @@
 """How the laboratory's NumPy is spread over threads, in one place.
 
-NumPy computes elementwise on one thread and writes every step of an expression to memory. It lets
-go of the interpreter meanwhile, so parts that fit a core's cache go to a thread for every core.
-Products of matrices are not spread here: BLAS has threads of its own.
+NumPy computes elementwise on one thread, and lets go of the interpreter meanwhile: so parts of a
+work go to a thread for every core, each from beginning to end. BLAS stays on the thread that calls
+it: its own threads would wait for more work on the cores that ours want.
 """
 
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-VALUES = 1 << 15
-"""Of a part: 256 KB in float64, so that an expression's few arrays stay in a core's cache."""
+VALUES = 1 << 16
+"""Of a part: 512 KB in float64. An expression's few arrays stay near a core, and each of its steps
+takes long enough for threads not to queue for the interpreter."""
+
+CORES = os.cpu_count() or 1
 
 _NAME = "accuracy"
 
@@ -29,7 +33,14 @@ def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     known = list(items)
     if len(known) < 2 or threading.current_thread().name.startswith(_NAME):
         return [function(item) for item in known]
-    return list(_pool().map(function, known))
+    with _libraries().limit(limits=1, user_api="blas"):
+        return list(_pool().map(function, known))
+
+
+def slices(count: int, unit: int, most: int) -> list[slice]:
+    """So many things in slices, one for each core and `most` in one; multiples of `unit`."""
+    step = -(-min(-(-count // CORES), max(most, 1)) // unit) * unit
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def parts(rows: int, width: int) -> list[slice]:
@@ -59,6 +70,26 @@ def rowwise(
     return out
 
 
+def joined(arrays: Sequence[Float[np.ndarray, "..."]], axis: int = 0) -> Float[np.ndarray, "..."]:
+    """As `np.concatenate`, which copies on one thread."""
+    stops = np.cumsum([array.shape[axis] for array in arrays])
+    shape = list(arrays[0].shape)
+    shape[axis] = int(stops[-1])
+    out = np.empty(shape)
+
+    def put(number: int) -> None:
+        some = slice(stops[number] - arrays[number].shape[axis], stops[number])
+        out[(slice(None),) * axis + (some,)] = arrays[number]
+
+    each(put, range(len(arrays)))
+    return out
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=_NAME)
+    return ThreadPoolExecutor(CORES, thread_name_prefix=_NAME)
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()

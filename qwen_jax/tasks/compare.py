@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from qwen_jax import api, opening, pins, prompts, regular_files, xla_flags
 from qwen_jax.accuracy import gates, report
 from qwen_jax.accuracy.api import judged, quantised
-from qwen_jax.accuracy.cache.audit import audit_cache
+from qwen_jax.accuracy.beside import Beside
+from qwen_jax.accuracy.cache.audit import CacheAudit
 from qwen_jax.accuracy.compiler import probe
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase
@@ -190,20 +191,23 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     model = load(config)
     tokens = ids or (model.tokens(item.prompt, **api.prompt_options(options)) if item else None)
     found = Report(planted=tuple(map(str, faults)), model=described(checkpoint))
-    with (
-        planted(model.engine, faults) if faults else contextlib.nullcontext(model.engine) as engine
-    ):
+    more: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(planted(model.engine, faults)) if faults else model.engine
+        device = stack.enter_context(Beside(engine))
+        # What the device has to do begins first, and parts that need nothing of it go before.
         if "tensors" in parts and tokens is not None:
-            trace = record(
-                engine, tokens, prompt_length=max(1, len(tokens) - settings.decode_tokens)
-            )
-            found = _with_tensors(found, config, checkpoint, trace)
-        more: dict[str, Any] = {}
+            prompt = max(1, len(tokens) - settings.decode_tokens)
+            trace = device.begin(record, engine, tokens, prompt_length=prompt)
+        if "cache" in parts:
+            cache = CacheAudit(engine, device)
         if "weights" in parts:
             with bar("weights") as progress:
                 more["weights"] = audit_weights(checkpoint, engine, progress=progress)
         if "text" in parts:
             more["text"] = audit_text(checkpoint, model)
+        if "tensors" in parts and tokens is not None:
+            found = _with_tensors(found, config, checkpoint, trace())
         # Before the engine's own cache takes the memory that is left.
         if "inside" in parts and tokens is not None:
             with bar("inside") as progress:
@@ -211,7 +215,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
                 more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
         if "cache" in parts:
             with bar("cache") as progress:
-                more["cache"] = audit_cache(engine, progress=progress)
+                more["cache"] = cache.findings(progress)
         if "machine" in parts:
             with bar("machine") as progress:
                 more["machine"] = audit_machine(engine, progress)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_jax.accuracy.exact.operations import forward
+from qwen_jax.accuracy.exact.forward import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.logprobs.yardstick import RMS, WORST, noise
 from qwen_jax.accuracy.measures.metrics import log_softmax

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen_jax.accuracy.exact.operations import Calls, Knobs, forward
+from qwen_jax.accuracy.exact.forward import forward
+from qwen_jax.accuracy.exact.operations import Calls, Knobs
 from qwen_jax.accuracy.exact.parameters import CheckpointSource, EngineSource, Weights
 from qwen_jax.accuracy.exact.rounding import UNIT, round_to
 from qwen_jax.accuracy.references import float64

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 from jax import lax
 
+from qwen_jax.accuracy.beside import Beside
 from qwen_jax.accuracy.cache.faults import FAULTS
 from qwen_jax.accuracy.cache.forward import Expected, forward
 from qwen_jax.accuracy.cache.runs import Shown, run
@@ -75,31 +76,9 @@ def audit_cache(
         UserError: the text is too short, or not of this vocabulary.
     """
     engine = model.engine if isinstance(model, Model) else model
-    config, valid = engine.config, engine.spec.valid_tokens
-    drawn = np.random.default_rng(0).integers(0, valid, (2, LENGTH)).tolist()
-    text = drawn[0] if tokens is None else list(tokens)
-    if len(text) < LENGTH or not all(0 <= t < config.vocab_size for t in text):
-        raise UserError(
-            f"the text has {len(text)} tokens; a cache audit needs {LENGTH} at least, each below "
-            f"{config.vocab_size}."
-        )
-    if config.context_length < FULL:
-        raise UserError(
-            f"{config.source}: its context of {config.context_length} is too short for a cache "
-            f"audit, which takes {FULL} tokens."
-        )
-    every = [
-        scenario
-        for scenario in scenarios(text, drawn[1], engine.shapes)
-        if ways is None or scenario.name in ways
-    ]
-    audit = _Audit(engine, source or EngineSource(engine), every)
-    findings: list[CacheFinding] = []
-    for done, scenario in enumerate(every, start=1):
-        findings += audit.check(scenario)
-        if progress:
-            progress(done, len(every))
-    return findings
+    with Beside(engine) as device:
+        audit = CacheAudit(engine, device, tokens, source=source, ways=ways)
+        return audit.findings(progress)
 
 
 def cache_table(findings: Sequence[CacheFinding]) -> Table:
@@ -141,16 +120,67 @@ def alone(text: tuple[int, ...]) -> Entries:
     return simulate(Scenario("alone", (row,), ((Part(0, 0, count, count),),)))[0]
 
 
-class _Audit:
-    def __init__(self, engine: Engine, source: Source, every: Sequence[Scenario]):
-        self.engine, self.source = engine, source
+class CacheAudit:
+    """An audit under way: the engine's part of it begins at once.
+
+    Args:
+        device: where that is done; the others as for `audit_cache`.
+
+    Raises:
+        UserError: the text is too short, or not of this vocabulary.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        device: Beside,
+        tokens: Sequence[int] | None = None,
+        *,
+        source: Source | None = None,
+        ways: Collection[str] | None = None,
+    ):
+        config, spec = engine.config, engine.spec
+        drawn = np.random.default_rng(0).integers(0, spec.valid_tokens, (2, LENGTH)).tolist()
+        text = drawn[0] if tokens is None else list(tokens)
+        if len(text) < LENGTH or not all(0 <= t < config.vocab_size for t in text):
+            raise UserError(
+                f"the text has {len(text)} tokens; a cache audit needs {LENGTH} at least, each "
+                f"below {config.vocab_size}."
+            )
+        if config.context_length < FULL:
+            raise UserError(
+                f"{config.source}: its context of {config.context_length} is too short for a cache "
+                f"audit, which takes {FULL} tokens."
+            )
+        self.source = source or EngineSource(engine)
         self.arithmetic = _arithmetic(engine)
-        spec = engine.spec
         self.used = np.setdiff1d(np.arange(spec.valid_tokens), spec.unused_ids)
         self.every = -(-FULL * len(self.used) // MOST)
-        # Rows share beginnings, and what comes later changes nothing before it.
-        looked_at = {row.tokens for s in every for row in s.rows if not row.gone}
+        self.scenarios = [
+            scenario
+            for scenario in scenarios(text, drawn[1], engine.shapes)
+            if ways is None or scenario.name in ways
+        ]
+        self.shown = [
+            device.begin(run, engine, scenario, self.used, self.every)
+            for scenario in self.scenarios
+        ]
         self.truths: dict[tuple[int, ...], list[Expected]] = {}
+
+    def findings(self, progress: Progress | None = None) -> list[CacheFinding]:
+        """Of every row of every scenario."""
+        self.tell()
+        found: list[CacheFinding] = []
+        for done, (scenario, shown) in enumerate(zip(self.scenarios, self.shown, strict=True), 1):
+            found += self.check(scenario, shown())
+            if progress:
+                progress(done, len(self.scenarios))
+        return found
+
+    def tell(self) -> None:
+        """The truth of every text that is looked at."""
+        # Rows share beginnings, and what comes later changes nothing before it.
+        looked_at = {row.tokens for s in self.scenarios for row in s.rows if not row.gone}
         for text in sorted(looked_at, key=len, reverse=True):
             if not any(known[: len(text)] == text for known in self.truths):
                 self.truths[text] = []
@@ -176,8 +206,7 @@ class _Audit:
             n = count if e.layer is not None else -(-count // self.every)
             yield dataclasses.replace(e, value=e.value[:n], bound=e.bound[:n])
 
-    def check(self, scenario: Scenario) -> Iterator[CacheFinding]:
-        shown = run(self.engine, scenario, self.used, self.every)
+    def check(self, scenario: Scenario, shown: Sequence[Shown]) -> Iterator[CacheFinding]:
         several = sum(not row.gone for row in scenario.rows) > 1
         for number, (row, seen) in enumerate(zip(scenario.rows, shown, strict=True)):
             if not row.gone:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.cache.slots import Entries
 from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
 from qwen_jax.accuracy.exact.carried import Bounded, log_softmax
@@ -62,8 +63,8 @@ def forward(
     rows = [slice(end - len(text.tokens), end) for end, text in zip(ends, texts, strict=True)]
     plain = Context(config, Calls.of([len(tokens)]), tokens)
     contexts = {
-        "q_rope": plain.turned(position=lambda _: query),
-        "k_rope": plain.turned(position=lambda _: key),
+        name: dataclasses.replace(plain, calls=dataclasses.replace(plain.calls, position=position))
+        for name, position in (("q_rope", query), ("k_rope", key))
     }
     outer = Weights(source, None)
 
@@ -88,7 +89,7 @@ def forward(
                     )
                     for some, text in zip(rows, texts, strict=True)
                 ]
-                value, error = (np.concatenate(x) for x in zip(*of_each, strict=True))
+                value, error = (spread.joined(x) for x in zip(*of_each, strict=True))
             else:
                 value, error = run(name, [held[n] for n in OPERATIONS[name].inputs], weights)
             if name in ("k_rope", "v_proj"):
@@ -104,14 +105,26 @@ def forward(
     # One text after another: log-probabilities of all positions at once would take gigabytes.
     for number, (some, text) in enumerate(zip(rows, texts, strict=True)):
         output = text.output[::every]
-        known = output >= 0
+        known = np.flatnonzero(output >= 0)
         last = run("final_norm", [_cut(stream, some.start + output[known])], outer)
-        value, error = run("logits", [last], outer)
-        value, error = log_softmax(value[:, used], error[:, used])
-        shape = (len(known), value.shape[1])
-        out, limit = np.full(shape, np.nan), np.full(shape, np.inf)
-        out[known], limit[known] = value, error
-        yield number, Expected("logits", None, out, limit)
+        found = _log_probabilities(run("logits", [last], outer), used)
+        shape = len(output), len(used)
+        value, error = np.full(shape, np.nan), np.full(shape, np.inf)
+        value[known], error[known] = found
+        yield number, Expected("logits", None, value, error)
+
+
+def _log_probabilities(logits: Bounded, used: Int[np.ndarray, "V"]) -> Bounded:
+    """Of the tokens in use."""
+    count = len(logits[0])
+
+    def some(rows: slice) -> Bounded:
+        value, error = _cut(logits, rows)
+        return log_softmax(value[:, used], error[:, used])
+
+    made = spread.each(some, spread.parts(count, len(used)))
+    value, error = (spread.joined(x) for x in zip(*made, strict=True))
+    return value, error
 
 
 def _attention(
@@ -128,7 +141,7 @@ def _attention(
     lost = np.asarray(np.isnan(keys[0]).any(axis=(1, 2)))
     if text.poisoned:
         queries, keys, values = (_finite(pair) for pair in (queries, keys, values))
-    ctx = plain.turned(visible=lambda _, slot: seen)
+    ctx = plain.turned(visible=lambda calls, _: seen[calls.position])
     value, error = bounded("attn_scores", ctx, arithmetic, [queries, keys], ())
     with np.errstate(divide="ignore"):  # an entry in several slots counts as often
         value = np.where(seen[:, None], value + np.log(text.sees)[:, None], value)

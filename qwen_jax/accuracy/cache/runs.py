@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.sample_tokens import settings
 from qwen_jax.accuracy.cache.slots import POOL, WIDTH, Part, Scenario
-from qwen_jax.engine import steps
+from qwen_jax.engine import calls
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.rows import Rows, pack_rows
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.shapes import fitting
-from qwen_jax.engine.steps import Emitted, Extras, State
+from qwen_jax.engine.steps import NOT_LIVE, Emitted, Extras, State
 from qwen_jax.model.cache import HEADS, Cache, create_pages
 
 
@@ -80,7 +80,9 @@ class _Run:
     def enter(self, parts: tuple[Part, ...]) -> None:
         """As the scheduler's calls of `extend`, or `Engine.logits`' where nothing is decoded."""
         engine, spec = self.engine, self.engine.spec
-        rows = max(fitting(engine.shapes.pieces, len(parts)), len(parts))
+        rows = len(parts)
+        if self.scenario.decodes:
+            rows = max(fitting(engine.shapes.pieces, rows), rows)
         tokens = np.zeros((rows, parts[0].padded), np.int32)
         start, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         for row, part in enumerate(parts):
@@ -88,11 +90,11 @@ class _Run:
             text = self.scenario.rows[part.row].tokens
             tokens[row, : part.length] = text[part.start : lengths[row]]
         tables = self._tables([part.row for part in parts], rows)
-        given = spec, engine.weights, self.pages, tables, tokens, start, lengths
+        given = engine.weights, self.pages, tables, tokens, start, lengths
         if self.scenario.decodes:
-            self.pages = steps.extend(*given)
+            self.pages = calls.extend(spec.without_tokenizer, *given)
             return
-        self.pages, found = steps.logits(*given)
+        self.pages, found = calls.logits(spec, *given)
         for part, logits in zip(parts, np.asarray(found), strict=False):
             at = np.arange(part.start, part.start + part.length)
             kept = at % self.every == 0
@@ -122,7 +124,7 @@ class _Run:
         # rest of a step.
         looked = any(part.length > 0 and part.start % self.every == 0 for part in parts)
         asked = settings(size, logprobs=vocab if looked else -1)
-        self.pages, self.state, self.extras, emitted = steps.step(
+        self.pages, self.state, self.extras, emitted = calls.step(
             engine.spec,
             engine.weights,
             self.pages,
@@ -142,7 +144,7 @@ class _Run:
         assert emitted.logprobs is not None
         ids, values = emitted.logprobs.top_ids[0], emitted.logprobs.top[0]
         for i, part in enumerate(parts):
-            shown = part.length > 0 and emitted.token[0, i] != steps.NOT_LIVE
+            shown = part.length > 0 and emitted.token[0, i] != NOT_LIVE
             if not shown or part.start % self.every:
                 continue
             found = np.full(self.engine.config.vocab_size, np.nan)

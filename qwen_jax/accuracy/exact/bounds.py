@@ -18,24 +18,20 @@ operations than those that are recorded.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.exact import operations
 from qwen_jax.accuracy.exact.operands import squared_error
 from qwen_jax.accuracy.exact.operations import Context
+from qwen_jax.accuracy.exact.pieces import Error, Piece, in_pieces
 from qwen_jax.accuracy.exact.rounding import UNIT, round_interval
 from qwen_jax.accuracy.traces.trace import Header
 from qwen_jax.config import ModelConfig
 
 Array = np.ndarray
-Error = Float[np.ndarray, "..."] | float
-"""Of an input: an array like it, or 0 where it is known exactly."""
-
 L = 8.0
 """Of Hoeffding's inequality; see above."""
 
@@ -143,42 +139,26 @@ def _norm(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untype
     return own + np.hypot(direct, through)
 
 
-MOST_OUTPUTS = 1 << 11
-"""Of a product, looked at together: the squares of a head's weights would take 1.1 GB."""
-
-
 def _linear(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
-    """Of its operands come the sums of squares, some outputs at a time, and of these the rest."""
-    x, flat = inputs[0], y.reshape(len(y), -1)
-    inherited = errors[0].reshape(x.shape) ** 2 if np.ndim(errors[0]) else None
-    weight, powers, own = params[0], x * x, np.empty_like(flat)
-    for start in range(0, flat.shape[1], MOST_OUTPUTS):
-        some = slice(start, start + MOST_OUTPUTS)
-        squared = spread.rowwise(np.square, weight[some])
-        bias = np.abs(params[1][some] * ctx.knobs.bias) if len(params) > 1 else 0.0
-        more: Array | float = 0.0
-        if a.input:
-            more = more + L * np.sqrt(squared_error(a.input, x, squared))
-        if a.least:
-            row = np.abs(x).max(-1, keepdims=True)
-            more = more + L * a.least * row * np.sqrt(squared.sum(-1))
-        if inherited is not None:
-            more = more + np.sqrt(inherited @ squared.T)
-        rounded = functools.partial(_product, a, x.shape[-1], bias)
-        own[:, some] = spread.rowwise(rounded, flat[:, some], powers @ squared.T, more)
-    return own.reshape(y.shape)
-
-
-def _product(a, n, bias, y, squares, more) -> Array:  # type: ignore[no-untyped-def]
     """Product and bias are two roundings of what is stored."""
-    size = np.abs(y)
+    x, flat = inputs[0], y.reshape(len(y), -1)
+    squared = np.square(params[0])
+    squares, size = x * x @ squared.T, np.abs(flat)
+    bias = np.abs(params[1] * ctx.knobs.bias) if len(params) > 1 else 0.0
     product = size + bias
-    own = reduction(product, squares, n)
+    own = reduction(product, squares, x.shape[-1])
     # Operands: their own rounding, and the one a fused engine leaves out.
     twice = 2 * a.operand**2 + (a.storage**2 if a.storage > U32 else 0.0)
     own += L * np.sqrt(twice * squares)
     own += a.storage * (product + size) + U32 * bias
-    return own + more
+    if a.input:
+        own += L * np.sqrt(squared_error(a.input, x, squared))
+    if a.least:
+        row = np.abs(x).max(-1, keepdims=True)
+        own += L * a.least * row * np.sqrt(squared.sum(-1))
+    if np.ndim(errors[0]):
+        own += np.sqrt(errors[0].reshape(x.shape) ** 2 @ squared.T)
+    return own.reshape(y.shape)
 
 
 def angle_units(config: ModelConfig, half: int) -> Float[np.ndarray, "R2"]:
@@ -240,41 +220,33 @@ def _scores(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unty
         of_keys = powers @ operations.heads(ctx, ek).swapaxes(1, 2)
         through = (eq.swapaxes(0, 1) @ squared + of_keys).swapaxes(0, 1)
     cache = a.cache if a.cache > a.storage else 0.0
-
-    def some(y: Array, squares: Array, seen: Array, through: Array | float, exact: Array) -> Array:
-        finite = np.isfinite(y)
-        product = np.where(finite, y, 0) / (scale or 1)
-        hidden = finite & ~seen
-        if hidden.any():
-            product = np.where(hidden, np.sqrt(n * squares), product)
-        own = reduction(product, squares, n)
-        if cache or a.operand:
-            own += L * np.sqrt((cache**2 + a.operand**2) * squares)
-        own += np.sqrt(through)
-        if ctx.knobs.product:
-            own = round_interval(exact, own, ctx.knobs.product)[1]
-        own = scale * (own + 3 * a.scores * np.abs(product))
-        return np.where(finite, np.where(hidden, own + a.scores * np.abs(y), own), 0)
-
-    exact = operations.products(ctx, inputs) if ctx.knobs.product else 0.0
-    return spread.rowwise(some, y, squares, operations.seen(ctx, k), through, exact)
+    finite = np.isfinite(y)
+    product = np.where(finite, y, 0) / (scale or 1)
+    hidden = finite & ~operations.seen(ctx, k)
+    if hidden.any():
+        product = np.where(hidden, np.sqrt(n * squares), product)
+    own = reduction(product, squares, n)
+    if cache or a.operand:
+        own += L * np.sqrt((cache**2 + a.operand**2) * squares)
+    own += np.sqrt(through)
+    if ctx.knobs.product:
+        own = round_interval(operations.products(ctx, inputs), own, ctx.knobs.product)[1]
+    own = scale * (own + 3 * a.scores * np.abs(product))
+    return np.where(finite, np.where(hidden, own + a.scores * np.abs(y), own), 0)
 
 
 def _softmax(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
     """exp(s - m) is off by u |s - m|, the sum by L u sqrt(n); an error e of s makes it e p."""
-
-    def some(y: Array, s: Array, error: Error) -> Array:
-        top = s.max(-1, keepdims=True)
-        below = np.where(np.isfinite(s), top - s, 0)
-        if ctx.knobs.sink is not None:
-            below += np.abs(ctx.knobs.sink - top)
-        own = y * (U32 * (below + 8 + L * s.shape[-1] ** 0.5) + a.storage)
-        if np.ndim(error) == 0:
-            return own
-        all_of_them = np.sqrt(((y * error) ** 2).sum(-1, keepdims=True))
-        return own + np.minimum(y * np.hypot(error, all_of_them), 1)
-
-    return spread.rowwise(some, y, inputs[0], errors[0])
+    (s,), (error,) = inputs, errors
+    top = s.max(-1, keepdims=True)
+    below = np.where(np.isfinite(s), top - s, 0)
+    if ctx.knobs.sink is not None:
+        below += np.abs(ctx.knobs.sink - top)
+    own = y * (U32 * (below + 8 + L * s.shape[-1] ** 0.5) + a.storage)
+    if np.ndim(error) == 0:
+        return own
+    all_of_them = np.sqrt(((y * error) ** 2).sum(-1, keepdims=True))
+    return own + np.minimum(y * np.hypot(error, all_of_them), 1)
 
 
 def _mix(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
@@ -282,19 +254,19 @@ def _mix(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped
     p, v = inputs
     values = operations.heads(ctx, v)
 
-    def spread(probs: Array, squares: Array) -> Array:
+    def summed(probs: Array, squares: Array) -> Array:
         """sum over slots, in attn_out's own order."""
         out = (probs.swapaxes(0, 1) @ squares).swapaxes(0, 1)
         return (out.swapaxes(1, 2) if ctx.knobs.dims_first else out).reshape(y.shape)
 
-    squares = spread(p * p, values * values)
+    squares = summed(p * p, values * values)
     own = reduction(y, squares, p.shape[-1])
     own += L * np.sqrt(3 * a.cache**2 * squares) + (2 * a.storage + 2 * U32) * np.abs(y)
     if a.cache > a.storage:
         own += a.cache * np.abs(y)
     if any(np.ndim(e) for e in errors):
         ep, ev = (np.broadcast_to(e, x.shape) ** 2 for e, x in zip(errors, inputs, strict=True))
-        own += np.sqrt(spread(ep, values * values) + spread(p * p, operations.heads(ctx, ev)))
+        own += np.sqrt(summed(ep, values * values) + summed(p * p, operations.heads(ctx, ev)))
     return own
 
 
@@ -306,16 +278,12 @@ def _add(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped
 
 def _gated(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
     """|silu'| <= 1.1; the logistic function may be off by some absolute units."""
-
-    def some(y: Array, gate: Array, up: Array, of_gate: Error, of_up: Error) -> Array:
-        y, gate, up = np.abs(y), np.abs(gate), np.abs(up)
-        own = y * (4 * a.storage + 4 * U32) + gate * up * (1.1 * a.storage + 4 * U32)
-        if any(np.ndim(e) for e in errors):
-            other = y / np.where(up > 0, up, 1)
-            own += np.hypot(1.1 * up * of_gate, other * of_up)
-        return own
-
-    return spread.rowwise(some, y, *inputs, *errors)
+    y, gate, up = (np.abs(x) for x in (y, *inputs))
+    own = y * (4 * a.storage + 4 * U32) + gate * up * (1.1 * a.storage + 4 * U32)
+    if any(np.ndim(e) for e in errors):
+        other = y / np.where(up > 0, up, 1)
+        own += np.hypot(1.1 * up * errors[0], other * errors[1])
+    return own
 
 
 _BOUNDS: dict[Callable[..., Array], Bound] = {
@@ -369,6 +337,11 @@ def bounded(
     params: Sequence[Float[np.ndarray, "..."]],
 ) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Operation `name` of inputs that may be off by so much, and its bound."""
-    values, errors = [value for value, _ in inputs], [error for _, error in inputs]
-    value = operations.OPERATIONS[name](ctx, values, params)
-    return value, bound(name, ctx, arithmetic, value, values, errors, params)
+
+    def both(piece: Piece) -> tuple[Array, Array]:
+        values, errors = [value for value, _ in piece.inputs], [error for _, error in piece.inputs]
+        value = piece.value(name)
+        return value, bound(name, piece.ctx, arithmetic, value, values, errors, piece.params)
+
+    value, limit = in_pieces(both, name, Piece(ctx, inputs, params))
+    return value, limit

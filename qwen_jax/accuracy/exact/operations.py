@@ -9,13 +9,12 @@ Shape letters as in `trace.AXES`; besides, R2 is the number of rotated pairs.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from qwen_jax.accuracy.exact.parameters import Source, Weights
 from qwen_jax.accuracy.exact.rounding import round_to
 from qwen_jax.accuracy.traces.trace import LINEAR
 from qwen_jax.config import ModelConfig
@@ -334,32 +333,3 @@ def schedule(config: ModelConfig) -> list[tuple[int | None, str]]:
     """Every (layer, operation), in the order of computation."""
     layers = [(i, name) for i in range(config.num_layers) for name in INNER]
     return [(None, "embed"), *layers, (None, "final_norm"), (None, "logits")]
-
-
-def forward(
-    source: Source,
-    tokens: Sequence[int],
-    chunks: Sequence[int] | None = None,
-    knobs: Mapping[str, Knobs] | None = None,
-) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
-    """Every tensor of a text in float64, one after another, a layer's parameters at a time.
-
-    Args:
-        chunks: lengths of the calls; they matter only to faults.
-        knobs: by operation, where they are not as they should be.
-    """
-    config = source.config
-    calls = Calls.of(chunks or [len(tokens)])
-    ids = np.asarray(tokens)
-    held: dict[str, np.ndarray] = {}
-    weights = Weights(source, None)
-    for layer, name in schedule(config):
-        if weights.layer != layer:
-            weights = Weights(source, layer)
-        ctx = Context(config, calls, ids, (knobs or {}).get(name, Knobs()))
-        inputs = [held[n] for n in input_names(name, layer, config)]
-        value = OPERATIONS[name](ctx, inputs, weights[name] if name in PARAMETRIC else ())
-        if name in ("ffn_residual", "embed"):  # all that the next layer reads
-            held.clear()
-        held[full_name(name, layer)] = value
-        yield full_name(name, layer), value

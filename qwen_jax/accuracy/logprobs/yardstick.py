@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.exact.bounds import L
-from qwen_jax.accuracy.exact.operations import forward
+from qwen_jax.accuracy.exact.forward import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.logprobs.paths import BLOCK, Predicted, Rows, rms_nats

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_jax.accuracy.exact.operations import forward
+from qwen_jax.accuracy.exact.forward import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource, Source
 from qwen_jax.accuracy.traces.collecting import Collector
 from qwen_jax.accuracy.traces.foreign import mapping_of, open_trace

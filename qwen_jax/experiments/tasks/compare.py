@@ -17,7 +17,7 @@ from qwen_jax.accuracy.distribution import base_file
 from qwen_jax.accuracy.distribution import comparison as distribution
 from qwen_jax.accuracy.distribution.base_file import SavedBase, scored
 from qwen_jax.accuracy.distribution.comparison import Scores
-from qwen_jax.accuracy.exact.operations import forward
+from qwen_jax.accuracy.exact.forward import forward
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.errors import UserError
 from qwen_jax.experiments import kinds, lines, quantize

@@ -1,0 +1,47 @@
+"""What a device computes while the laboratory's NumPy works on the host."""
+
+import contextvars
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+from qwen_jax.engine.engine import Engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+AT_ONCE = 4
+"""A GPU's programs take seconds to compile, each on some cores; results wait in memory."""
+
+
+class Beside:
+    """An engine's work, each piece begun on a thread of its own.
+
+    Where the device is the host itself, a piece is done when its result is asked for: cores and
+    memory are those that NumPy wants.
+    """
+
+    def __init__(self, engine: Engine):
+        self._pool = ThreadPoolExecutor(AT_ONCE, "device") if engine.shapes.ahead else None
+
+    def begin(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Callable[[], R]:
+        """Calls `function`, and returns what gives its result, to be called once."""
+        if self._pool is None:
+            return functools.partial(function, *args, **kwargs)
+        # Faults that are planted count wherever a function is traced.
+        context = contextvars.copy_context()
+        return self._pool.submit(lambda: context.run(function, *args, **kwargs)).result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

@@ -26,6 +26,11 @@ class Beside:
     def __init__(self, engine: Engine):
         self._pool = ThreadPoolExecutor(AT_ONCE, "device") if engine.shapes.ahead else None
 
+    @property
+    def apart(self) -> bool:
+        """Whether the device works while the host does."""
+        return self._pool is not None
+
     def begin(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Callable[[], R]:
         """Calls `function`, and returns what gives its result, to be called once."""
         if self._pool is None:

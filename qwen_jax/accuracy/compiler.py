@@ -7,6 +7,7 @@ programs that XLA compiled. XLA has been wrong (jax-ml/jax#39103), and then nobo
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ class Reduction:
 def probe() -> Probe:
     """Compiles and compares, once a process; some tenths of a second."""
     found = list(reductions())
-    wrong = tuple(said for one in found if (said := judged(one)))
+    with ThreadPoolExecutor(len(found), "probe") as pool:
+        wrong = tuple(said for said in pool.map(judged, found) if said)
     device = jax.local_devices()[0]
     compiler = f"JAX {jax.__version__} on a {device.device_kind}"
     return Probe(compiler, len(found), wrong)

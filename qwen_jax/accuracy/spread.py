@@ -19,8 +19,8 @@ from threadpoolctl import ThreadpoolController
 T = TypeVar("T")
 R = TypeVar("R")
 
-VALUES = 1 << 16
-"""Of a part: 512 KB in float64. An expression's few arrays stay near a core, and each of its steps
+VALUES = 1 << 17
+"""Of a part: 1 MB in float64. An expression's few arrays stay near a core, and each of its steps
 takes long enough for threads not to queue for the interpreter."""
 
 CORES = os.cpu_count() or 1

@@ -169,7 +169,7 @@ class CacheAudit:
 
     def findings(self, progress: Progress | None = None) -> list[CacheFinding]:
         """Of every row of every scenario."""
-        self.tell()
+        self.work_out()
         found: list[CacheFinding] = []
         for done, (scenario, shown) in enumerate(zip(self.scenarios, self.shown, strict=True), 1):
             found += self.check(scenario, shown())
@@ -177,8 +177,10 @@ class CacheAudit:
                 progress(done, len(self.scenarios))
         return found
 
-    def tell(self) -> None:
-        """The truth of every text that is looked at."""
+    def work_out(self) -> None:
+        """The truth of every text that is looked at, unless it is known."""
+        if self.truths:
+            return
         # Rows share beginnings, and what comes later changes nothing before it.
         looked_at = {row.tokens for s in self.scenarios for row in s.rows if not row.gone}
         for text in sorted(looked_at, key=len, reverse=True):

@@ -9,6 +9,9 @@ from qwen_jax.model.cache import PAGE
 LENGTH = 2 * PAGE + 40
 """Tokens of the text: two full pages and some of a third one, which decoding enters."""
 
+PADDED = 2 * PAGE + PAGE // 2
+"""Of all in one call: a multiple of what kernels take."""
+
 PROMPT = 2 * PAGE - 8
 
 FULL = WIDTH * PAGE
@@ -43,7 +46,7 @@ def scenarios(tokens: Sequence[int], other: Sequence[int], shapes: Shapes) -> li
         return Scenario(name, rows, calls(rows, range(len(rows)), shapes), poisoned)
 
     return [
-        Scenario("one call", (whole,), ((Part(0, 0, LENGTH, LENGTH + 8),),)),
+        Scenario("one call", (whole,), ((Part(0, 0, LENGTH, PADDED),),)),
         scenario("pieces", whole),
         Scenario("pieces in one call", (whole,), (page_each,)),
         scenario("token by token", Row(text[: PAGE + 16], 0)),

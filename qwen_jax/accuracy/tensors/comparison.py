@@ -117,7 +117,10 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
         row = Row(name, layer, operation, metrics(ours, right), own.get(name))
         return row, *_profiles(ours, right, operation, heads)
 
-    rows, errors, of_heads = zip(*spread.each(compared, shared), strict=True)
+    # The largest first: whoever takes it last would be waited for.
+    order = sorted(shared, key=lambda name: -candidate.tensors[name].size)
+    found = dict(zip(order, spread.each(compared, order), strict=True))
+    rows, errors, of_heads = zip(*(found[name] for name in shared), strict=True)
     logits = None
     if "logits" in shared:
         logits = logit_metrics(cut("logits", candidate), cut("logits", reference))

@@ -86,7 +86,9 @@ class CheckpointValues:
         stop = info.nbytes if stop is None else stop
         file = self.checkpoint.files.opened[info.path]
         first, last, size = info.offset + start, info.offset + stop, len(file.map)
-        inside = np.array(file.bytes(max(first, 0), max(min(last, size), 0)))
+        inside = file.bytes(max(first, 0), max(min(last, size), 0))
+        if first >= 0 and last <= size:
+            return inside
         return np.pad(inside, (max(-first, 0), max(last - size, 0)))
 
     def block(self, name: str) -> int:

@@ -1,0 +1,63 @@
+"""What the device does while the host works is what it does alone."""
+
+import threading
+from contextvars import ContextVar
+
+import pytest
+
+from qwen_jax.accuracy.beside import Beside
+from qwen_jax.accuracy.cache.audit import audit_cache
+from qwen_jax.engine.engine import Engine
+from qwen_jax.model.cache import PAGE
+from tests.engines import fresh_engine, random_engine, reshape
+from tests.golden_cases import odd_config
+
+CONFIG = odd_config(num_layers=1, num_heads=2, num_kv_heads=2, tied=True, context_length=3 * PAGE)
+PLANTED: ContextVar[str] = ContextVar("planted", default="nothing")
+
+
+def on_a_gpu() -> Engine:
+    """An engine whose host has its own work while steps run."""
+    engine = fresh_engine(CONFIG, 3)
+    reshape(engine, ahead=True)
+    return engine
+
+
+def test_work_begins_at_once_and_sees_what_is_planted() -> None:
+    begun = threading.Event()
+
+    def work() -> str:
+        begun.set()
+        return PLANTED.get()
+
+    token = PLANTED.set("a fault")
+    try:
+        with Beside(on_a_gpu()) as device:
+            result = device.begin(work)
+            assert device.apart and begun.wait(30) and result() == "a fault"
+    finally:
+        PLANTED.reset(token)
+
+
+def test_where_the_device_is_the_host_it_waits() -> None:
+    done: list[int] = []
+    with Beside(random_engine(CONFIG, 3)) as device:
+        result = device.begin(done.append, 1)
+        assert not device.apart and not done
+        result()
+    assert done == [1]
+
+
+def test_an_error_comes_with_the_result_and_ends_what_has_not_begun() -> None:
+    def wrong() -> None:
+        raise ValueError("lost")
+
+    with pytest.raises(ValueError, match="lost"), Beside(on_a_gpu()) as device:
+        result = device.begin(wrong)
+        result()
+
+
+def test_an_audit_of_the_cache_finds_the_same() -> None:
+    ways = {"pieces", "prompt, then decoding", "several texts"}
+    here, apart = (audit_cache(e, ways=ways) for e in (random_engine(CONFIG, 3), on_a_gpu()))
+    assert here == apart and len(here) == 5

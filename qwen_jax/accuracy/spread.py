@@ -70,19 +70,37 @@ def rowwise(
     return out
 
 
-def joined(arrays: Sequence[Float[np.ndarray, "..."]], axis: int = 0) -> Float[np.ndarray, "..."]:
-    """As `np.concatenate`, which copies on one thread."""
-    stops = np.cumsum([array.shape[axis] for array in arrays])
-    shape = list(arrays[0].shape)
-    shape[axis] = int(stops[-1])
-    out = np.empty(shape)
+def gathered(
+    function: Callable[[T], tuple[Float[np.ndarray, "..."], ...]],
+    items: Sequence[T],
+    places: Sequence[slice],
+    axis: int = 0,
+) -> tuple[Float[np.ndarray, "..."], ...]:
+    """The arrays that `function` makes of each item, put together along an axis: each as soon as it
+    is made, so that it lives no longer. New memory is slow.
+
+    Args:
+        places: of each item's arrays in the whole ones, in order.
+    """
+    if len(items) == 1:
+        return function(items[0])
+    whole: list[np.ndarray] = []
+    lock = threading.Lock()
 
     def put(number: int) -> None:
-        some = slice(stops[number] - arrays[number].shape[axis], stops[number])
-        out[(slice(None),) * axis + (some,)] = arrays[number]
+        made = function(items[number])
+        with lock:
+            if not whole:
+                whole.extend(np.empty(_longer(x.shape, axis, places[-1].stop)) for x in made)
+        for out, part in zip(whole, made, strict=True):
+            out[(slice(None),) * axis + (places[number],)] = part
 
-    each(put, range(len(arrays)))
-    return out
+    each(put, range(len(items)))
+    return tuple(whole)
+
+
+def _longer(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
+    return *shape[:axis], length, *shape[axis + 1 :]
 
 
 @functools.cache

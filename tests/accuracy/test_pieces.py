@@ -87,8 +87,12 @@ def test_slices_are_all_of_it(count: int, unit: int, most: int) -> None:
     assert all(s.stop - s.start < max(most, 1) + unit for s in found)
 
 
-def test_arrays_are_joined_along_an_axis() -> None:
-    parts = [np.random.default_rng(i).standard_normal((4, i, 3)) for i in (2, 1, 5)]
-    np.testing.assert_array_equal(spread.joined(parts, 1), np.concatenate(parts, 1))
-    rows = [part.swapaxes(0, 1) for part in parts]
-    np.testing.assert_array_equal(spread.joined(rows), np.concatenate(rows))
+def test_arrays_are_put_together_along_an_axis() -> None:
+    whole = np.random.default_rng(0).standard_normal((4, 9, 3))
+    places = [slice(0, 2), slice(2, 3), slice(3, 9)]
+    for axis in (0, 1):
+        x = whole.swapaxes(0, 1) if axis == 0 else whole
+        parts = [x[p] if axis == 0 else x[:, p] for p in places]
+        found, twice = spread.gathered(lambda part: (part, 2 * part), parts, places, axis)
+        np.testing.assert_array_equal(found, x)
+        np.testing.assert_array_equal(twice, 2 * x)

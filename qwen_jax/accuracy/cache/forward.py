@@ -89,7 +89,7 @@ def forward(
                     )
                     for some, text in zip(rows, texts, strict=True)
                 ]
-                value, error = (spread.joined(x) for x in zip(*of_each, strict=True))
+                value, error = (np.concatenate(x) for x in zip(*of_each, strict=True))
             else:
                 value, error = run(name, [held[n] for n in OPERATIONS[name].inputs], weights)
             if name in ("k_rope", "v_proj"):
@@ -116,14 +116,13 @@ def forward(
 
 def _log_probabilities(logits: Bounded, used: Int[np.ndarray, "V"]) -> Bounded:
     """Of the tokens in use."""
-    count = len(logits[0])
 
     def some(rows: slice) -> Bounded:
         value, error = _cut(logits, rows)
         return log_softmax(value[:, used], error[:, used])
 
-    made = spread.each(some, spread.parts(count, len(used)))
-    value, error = (spread.joined(x) for x in zip(*made, strict=True))
+    parts = spread.parts(len(logits[0]), len(used))
+    value, error = spread.gathered(some, parts, parts)
     return value, error
 
 

@@ -2,7 +2,7 @@
 positions elsewhere. A piece is made from beginning to end before its thread takes another one."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,37 +45,36 @@ def in_pieces(
     """What `function` makes of all pieces of operation `name`: arrays like the operation's result,
     joined."""
     compute = OPERATIONS[name].compute
-    product = compute in (linear, project)
-    if product:
-        pieces = list(_of_outputs(compute is project, whole))
-    else:
-        pieces = list(_of_rows(compute in (scores, mix), whole))
-    if len(pieces) == 1:
-        return function(whole)
-    made = spread.each(function, pieces)
-    return tuple(spread.joined(x, axis=int(product)) for x in zip(*made, strict=True))
+    if compute in (linear, project):
+        count, width = whole.params[0].shape
+        unit = whole.ctx.config.head_dim if compute is project else 1
+        some = spread.slices(count, unit, MOST // width)
+        pieces = [whole._replace(params=tuple(p[s] for p in whole.params)) for s in some]
+        places = [slice(s.start // unit, s.stop // unit) for s in some]
+        return spread.gathered(function, pieces, places, axis=1)
+    places = _rows(compute in (scores, mix), whole)
+    pieces = [_of_rows(rows, compute in (scores, mix), whole) for rows in places]
+    return spread.gathered(function, pieces, places)
 
 
-def _of_outputs(heads: bool, whole: Piece) -> Iterator[Piece]:
-    count, width = whole.params[0].shape
-    unit = whole.ctx.config.head_dim if heads else 1
-    for some in spread.slices(count, unit, MOST // width):
-        yield whole._replace(params=tuple(p[some] for p in whole.params))
-
-
-def _of_rows(attends: bool, whole: Piece) -> Iterator[Piece]:
-    """Where queries attend, keys and values are those of every position; and where slots hold
-    others' than their own, each looks at all calls."""
-    ctx = whole.ctx
-    count, width = len(ctx.tokens), max((value[:1].size for value, _ in whole.inputs), default=1)
+def _rows(attends: bool, whole: Piece) -> list[slice]:
+    """Of each piece. Where slots hold others' than their own, each looks at all calls."""
+    ctx, values = whole.ctx, [value for value, _ in whole.inputs]
+    count = len(values[0] if values else ctx.tokens)
+    width = max((value[:1].size for value in values), default=1)
     if attends:
-        width = max(width, ctx.config.num_heads * len(whole.inputs[1][0]))
-    for rows in [slice(count)] if ctx.knobs.held is not None else spread.parts(count, width):
-        some = dataclasses.replace(ctx, calls=ctx.calls[rows], tokens=ctx.tokens[rows])
-        inputs = [_cut(value, rows) for value in whole.inputs]
-        if attends:
-            inputs[1] = whole.inputs[1]
-        yield whole._replace(ctx=some, inputs=inputs)
+        width = max(width, ctx.config.num_heads * len(values[1]))
+    return [slice(count)] if ctx.knobs.held is not None else spread.parts(count, width)
+
+
+def _of_rows(rows: slice, attends: bool, whole: Piece) -> Piece:
+    """Where queries attend, keys and values are those of every position."""
+    ctx = whole.ctx
+    some = dataclasses.replace(ctx, calls=ctx.calls[rows], tokens=ctx.tokens[rows])
+    inputs = [_cut(value, rows) for value in whole.inputs]
+    if attends:
+        inputs[1] = whole.inputs[1]
+    return whole._replace(ctx=some, inputs=inputs)
 
 
 def _cut(pair: tuple[Array, Error], rows: slice) -> tuple[Array, Error]:

@@ -69,7 +69,7 @@ def forward(
     outer = Weights(source, None)
 
     def run(name: str, inputs: list[Bounded], weights: Weights) -> Bounded:
-        params = weights[name] if name in PARAMETRIC else ()
+        params = weights.held(name) if name in PARAMETRIC else ()
         return bounded(name, contexts.get(name, plain), arithmetic, inputs, params)
 
     stream = run("embed", [], outer)

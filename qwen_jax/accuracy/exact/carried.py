@@ -31,7 +31,7 @@ def logits(source: Source, tokens: Int[np.ndarray, "T"], arithmetic: Arithmetic)
         if weights.layer != layer:
             weights = Weights(source, layer)
         inputs = [held[n] for n in input_names(name, layer, config)]
-        params = weights[name] if name in PARAMETRIC else ()
+        params = weights.held(name) if name in PARAMETRIC else ()
         held[full_name(name, layer)] = bounded(name, ctx, arithmetic, inputs, params)
         for done in [n for n in held if last.get(n, at + 1) <= at]:
             del held[done]

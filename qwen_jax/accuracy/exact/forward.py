@@ -40,7 +40,7 @@ def forward(
             weights = Weights(source, layer)
         ctx = Context(config, calls, ids, (knobs or {}).get(name, Knobs()))
         inputs = [held[n] for n in input_names(name, layer, config)]
-        value = evaluate(name, ctx, inputs, weights[name] if name in PARAMETRIC else ())
+        value = evaluate(name, ctx, inputs, weights.held(name) if name in PARAMETRIC else ())
         if name in ("ffn_residual", "embed"):  # all that the next layer reads
             held.clear()
         held[full_name(name, layer)] = value

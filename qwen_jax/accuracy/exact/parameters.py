@@ -1,4 +1,4 @@
-"""Where float64 parameters come from: a checkpoint or an engine, one parameter at a time.
+"""Where the right parameters come from: a checkpoint or an engine, one parameter at a time.
 
 The model's matrices are fused (q, k and v in one); operations want them apart, so `Weights` shows
 one layer's parameters by the operation that uses them.
@@ -38,7 +38,8 @@ OUTER = ("embed", "final_norm", "logits")
 
 
 class Source(Protocol):
-    """A model's canonical parameters, `layers.3.qkv_proj.weight` say, in float64."""
+    """A model's canonical parameters, `layers.3.qkv_proj.weight` say, in a dtype that holds them
+    exactly."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -69,7 +70,7 @@ class CheckpointSource:
         host = np.empty(parameter.shape, np.float32 if parameter.keep_float32 else self.dtype)
         for _ in decode(self.checkpoint, parameter, host):
             pass
-        return spread.rowwise(np.asarray, host)
+        return host
 
 
 class EngineSource:
@@ -87,13 +88,15 @@ class EngineSource:
         return read_back(self.engine.weights)
 
     def get(self, name: str) -> Float[np.ndarray, "..."]:
-        return spread.rowwise(np.asarray, np.asarray(self._weights[name]))
+        return np.asarray(self._weights[name])
 
 
 class Weights:
-    """The parameters of one layer, or of the rest of the model, by operation: (weight, bias).
+    """The parameters of one layer, or of the rest of the model, by operation: (weight, bias), in
+    float64.
 
-    Fetched when asked for and kept, so a `Weights` should live no longer than its layer.
+    Fetched when asked for and kept as they are held, so a `Weights` should live no longer than its
+    layer.
     """
 
     def __init__(self, source: Source, layer: int | None):
@@ -101,6 +104,10 @@ class Weights:
         self._kept: dict[str, Arrays] = {}
 
     def __getitem__(self, operation: str) -> Arrays:
+        return tuple(spread.rowwise(np.asarray, array) for array in self.held(operation))
+
+    def held(self, operation: str) -> Arrays:
+        """As the source holds them: for who takes them to float64 a piece at a time."""
         if operation not in self._kept:
             self._kept[operation] = self._fetch(operation)
         return self._kept[operation]
@@ -110,7 +117,7 @@ class Weights:
             name = operation
             if operation == "logits":
                 name = "embed" if self.config.tied else "lm_head"
-            # A tied head is a gigabyte in float64: not fetched twice.
+            # A tied head is half a gigabyte: not fetched twice.
             if operation == "logits" and self.config.tied and "embed" in self._kept:
                 return self._kept["embed"]
             return (self.source.get(name),)

@@ -9,7 +9,15 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.accuracy import spread
-from qwen_jax.accuracy.exact.operations import OPERATIONS, Context, linear, mix, project, scores
+from qwen_jax.accuracy.exact.operations import (
+    OPERATIONS,
+    Context,
+    linear,
+    lookup,
+    mix,
+    project,
+    scores,
+)
 
 Array = np.ndarray
 Error = Float[np.ndarray, "..."] | float
@@ -43,18 +51,31 @@ def in_pieces(
     function: Callable[[Piece], tuple[Array, ...]], name: str, whole: Piece
 ) -> tuple[Array, ...]:
     """What `function` makes of all pieces of operation `name`: arrays like the operation's result,
-    joined."""
+    joined. Parameters, held in whatever dtype, are in float64 in a piece."""
     compute = OPERATIONS[name].compute
     if compute in (linear, project):
         count, width = whole.params[0].shape
         unit = whole.ctx.config.head_dim if compute is project else 1
-        some = spread.slices(count, unit, MOST // width)
-        pieces = [whole._replace(params=tuple(p[s] for p in whole.params)) for s in some]
-        places = [slice(s.start // unit, s.stop // unit) for s in some]
-        return spread.gathered(function, pieces, places, axis=1)
+        outputs = spread.slices(count, unit, MOST // width)
+        places = [slice(some.start // unit, some.stop // unit) for some in outputs]
+
+        def product(some: slice) -> tuple[Array, ...]:
+            return function(_wide(whole, some))
+
+        return spread.gathered(product, outputs, places, axis=1)
+    if compute is lookup:  # of a table only what is looked up
+        ids, at = np.unique(whole.ctx.tokens, return_inverse=True)
+        ctx = dataclasses.replace(whole.ctx, tokens=at)
+        whole = whole._replace(ctx=ctx, params=[whole.params[0][ids]])
+    whole = _wide(whole, slice(None))
     places = _rows(compute in (scores, mix), whole)
     pieces = [_of_rows(rows, compute in (scores, mix), whole) for rows in places]
     return spread.gathered(function, pieces, places)
+
+
+def _wide(whole: Piece, some: slice) -> Piece:
+    """With some rows of its parameters, in float64."""
+    return whole._replace(params=[np.asarray(p[some], np.float64) for p in whole.params])
 
 
 def _rows(attends: bool, whole: Piece) -> list[slice]:

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bounded
 from qwen_jax.accuracy.exact.operations import (
-    OPERATIONS,
     PARAMETRIC,
     Calls,
     Context,
@@ -23,6 +22,7 @@ from qwen_jax.accuracy.exact.operations import (
     schedule,
 )
 from qwen_jax.accuracy.exact.parameters import Source, Weights
+from qwen_jax.accuracy.exact.pieces import evaluate
 from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.traces.trace import Trace
@@ -135,8 +135,9 @@ class Replayed:
         """What comes out where a step makes zeros."""
         values = {name: value for name, (value, _) in self.base.items()}
         for step in self.steps:
-            params = step.weights[step.operation] if step.operation in PARAMETRIC else ()
-            made = OPERATIONS[step.operation](self.ctx, [values[n] for n in step.inputs], params)
+            name, inputs = step.operation, [values[n] for n in step.inputs]
+            params = step.weights.held(name) if name in PARAMETRIC else ()
+            made = evaluate(name, self.ctx, inputs, params)
             values[step.name] = np.zeros_like(made) if step is part else made
         return values[self.finding.name]
 
@@ -312,7 +313,7 @@ class Replay:
         arithmetic = self.arithmetic
         if recorded is not None:
             arithmetic = arithmetic.recorded(name, recorded.dtype)
-        params = weights[name] if name in PARAMETRIC else ()
+        params = weights.held(name) if name in PARAMETRIC else ()
         values = [h.value for h in held]
         expected, limit = bounded(name, ctx, arithmetic.at(full), values, params)
         steps = tuple(dict.fromkeys(step for h in held for step in h.steps))

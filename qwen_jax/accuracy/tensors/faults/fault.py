@@ -70,7 +70,7 @@ class Overlay(Weights):
 
     def _fetch(self, operation: str) -> Arrays:
         if self._fault.parameters is None or operation not in self._fault.operations:
-            return self._right[operation]
+            return self._right.held(operation)
         return self._fault.parameters(self._right, operation)
 
 

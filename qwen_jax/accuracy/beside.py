@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
 from qwen_jax.engine.engine import Engine
+from qwen_jax.model.split import WHOLE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,11 +21,13 @@ class Beside:
     """An engine's work, each piece begun on a thread of its own.
 
     Where the device is the host itself, a piece is done when its result is asked for: cores and
-    memory are those that NumPy wants.
+    memory are those that NumPy wants. So it is on several devices, which would wait for each other
+    for ever if each were given programs in an order of its own.
     """
 
     def __init__(self, engine: Engine):
-        self._pool = ThreadPoolExecutor(AT_ONCE, "device") if engine.shapes.ahead else None
+        apart = engine.shapes.ahead and engine.spec.split is WHOLE
+        self._pool = ThreadPoolExecutor(AT_ONCE, "device") if apart else None
 
     @property
     def apart(self) -> bool:

@@ -1,5 +1,6 @@
 """What is asked of a model is answered on a mesh as on one device: constraints, HTTP, the cache."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,13 +8,16 @@ import pytest
 
 import qwen_jax
 from qwen_jax import Constraint, Sampling
+from qwen_jax.accuracy.beside import Beside
 from qwen_jax.accuracy.cache.audit import audit_cache
 from qwen_jax.accuracy.exact.parameters import CheckpointSource
 from qwen_jax.accuracy.tensors.diagnosis import diagnose
 from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.engine.engine import Engine
 from qwen_jax.experiments.tasks.perplexity import sizes
 from qwen_jax.mesh import part
+from tests.engines import random_engine
 from tests.mesh.test_split import TOKENS, engine, tiny
 from tests.serving.conftest import served
 
@@ -69,6 +73,14 @@ def test_the_cache_is_right() -> None:
     """Each key/value head is on three devices, of which one shows it."""
     findings = audit_cache(engine(6), ways=["several texts", "shared page"])
     assert len(findings) == 5 and all(f.verdict == "within rounding" for f in findings)
+
+
+def test_programs_are_given_to_all_devices_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads would each have their own, and devices wait for each other."""
+    ahead = dataclasses.replace(engine(6).shapes, ahead=True)
+    monkeypatch.setattr(Engine, "shapes", ahead)
+    with Beside(engine(6)) as several, Beside(random_engine(tiny().config)) as one:
+        assert (several.apart, one.apart) == (False, True)
 
 
 @pytest.mark.parametrize("fault", ["zero_qkv_bias", "gate_up_exchanged"])

@@ -51,5 +51,5 @@ class Beside:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:  # whoever is interrupted doesn't wait for a program to compile
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)

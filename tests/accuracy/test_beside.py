@@ -5,7 +5,7 @@ from contextvars import ContextVar
 
 import pytest
 
-from qwen_jax.accuracy.beside import Beside
+from qwen_jax.accuracy.beside import AT_ONCE, Beside
 from qwen_jax.accuracy.cache.audit import audit_cache
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.cache import PAGE
@@ -48,13 +48,26 @@ def test_where_the_device_is_the_host_it_waits() -> None:
     assert done == [1]
 
 
-def test_an_error_comes_with_the_result_and_ends_what_has_not_begun() -> None:
+def test_an_error_comes_with_the_result() -> None:
     def wrong() -> None:
         raise ValueError("lost")
 
     with pytest.raises(ValueError, match="lost"), Beside(on_a_gpu()) as device:
         result = device.begin(wrong)
         result()
+
+
+def test_an_interrupt_waits_for_nobody_and_begins_nothing() -> None:
+    go_on, done = threading.Event(), list[int]()
+    try:
+        with pytest.raises(KeyboardInterrupt), Beside(on_a_gpu()) as device:
+            for _ in range(AT_ONCE):
+                device.begin(go_on.wait)
+            device.begin(done.append, 1)
+            raise KeyboardInterrupt
+    finally:
+        go_on.set()
+    assert not done
 
 
 def test_an_audit_of_the_cache_finds_the_same() -> None:

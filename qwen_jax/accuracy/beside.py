@@ -1,6 +1,5 @@
 """What a device computes while the laboratory's NumPy works on the host."""
 
-import contextvars
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from typing import ParamSpec, Self, TypeVar
 
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.split import WHOLE
+from qwen_jax.model.tap import watched
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,15 +18,16 @@ AT_ONCE = 4
 
 
 class Beside:
-    """An engine's work, each piece begun on a thread of its own.
+    """An engine's work, a few pieces at a time on threads, in the order in which they are begun.
 
     Where the device is the host itself, a piece is done when its result is asked for: cores and
     memory are those that NumPy wants. So it is on several devices, which would wait for each other
-    for ever if each were given programs in an order of its own.
+    for ever if each were given programs in an order of its own, and where something watches or
+    intervenes, which follows one trace at a time.
     """
 
     def __init__(self, engine: Engine):
-        apart = engine.shapes.ahead and engine.spec.split is WHOLE
+        apart = engine.shapes.ahead and engine.spec.split is WHOLE and not watched()
         self._pool = ThreadPoolExecutor(AT_ONCE, "device") if apart else None
 
     @property
@@ -38,9 +39,7 @@ class Beside:
         """Calls `function`, and returns what gives its result, to be called once."""
         if self._pool is None:
             return functools.partial(function, *args, **kwargs)
-        # Faults that are planted count wherever a function is traced.
-        context = contextvars.copy_context()
-        return self._pool.submit(lambda: context.run(function, *args, **kwargs)).result
+        return self._pool.submit(function, *args, **kwargs).result
 
     def __enter__(self) -> Self:
         return self
@@ -51,5 +50,5 @@ class Beside:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._pool is not None:  # whoever is interrupted doesn't wait for a program to compile
+        if self._pool is not None:  # Ctrl-C doesn't wait for a program to compile
             self._pool.shutdown(wait=kind is None, cancel_futures=True)

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -33,19 +33,23 @@ def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     known = list(items)
     if len(known) < 2 or threading.current_thread().name.startswith(_NAME):
         return [function(item) for item in known]
-    with _libraries().limit(limits=1, user_api="blas"):
+    with _BLAS:
         return list(_pool().map(function, known))
 
 
-def slices(count: int, unit: int, most: int) -> list[slice]:
-    """So many things in slices, one for each core and `most` in one; multiples of `unit`."""
-    step = -(-min(-(-count // CORES), max(most, 1)) // unit) * unit
+def slices(count: int, unit: int, least: int, most: int) -> list[slice]:
+    """So many things in slices, one for each core, but `least` to `most` in one; multiples of
+    `unit`."""
+    step = min(max(-(-count // CORES), least), max(most, 1))
+    step = -(-step // unit) * unit
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def parts(rows: int, width: int) -> list[slice]:
     """So many rows of so many values, in parts of `VALUES`, or of a row where that has more."""
     step = max(VALUES // max(width, 1), 1)
+    if not rows:
+        return [slice(0, 0)]
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -111,3 +115,36 @@ def _pool() -> ThreadPoolExecutor:
 @functools.cache
 def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
+
+
+class _OneThread:
+    """BLAS on the thread that calls it, as long as anybody is inside.
+
+    The limit is the process's, and only who has set it can lift it: so that one thread does both,
+    whoever comes first and goes last.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._keeper = ThreadPoolExecutor(1, "blas")
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit = self._keeper.submit(self._limited).result()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._keeper.submit(self._limit.__exit__, None, None, None).result()
+
+    @staticmethod
+    def _limited() -> Any:
+        limit = _libraries().limit(limits=1, user_api="blas")
+        limit.__enter__()
+        return limit
+
+
+_BLAS = _OneThread()

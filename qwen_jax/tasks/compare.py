@@ -29,7 +29,7 @@ from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.accuracy.tensors.precision_search import search_precision
 from qwen_jax.accuracy.text.audit import audit_text
 from qwen_jax.accuracy.traces.foreign import open_trace
-from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.accuracy.traces.recording import Recorder
 from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.accuracy.weights.audit import audit_weights
 from qwen_jax.api import Model
@@ -195,18 +195,20 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(planted(model.engine, faults)) if faults else model.engine
         device = stack.enter_context(Beside(engine))
-        # What the device has to do begins first, and parts that need nothing of it go before.
+        # What a device apart has to do begins first, and parts that need nothing of it go before.
+        cache = CacheAudit(engine) if "cache" in parts else None
         if "tensors" in parts and tokens is not None:
-            prompt = max(1, len(tokens) - settings.decode_tokens)
-            trace = device.begin(record, engine, tokens, prompt_length=prompt)
-        if "cache" in parts:
-            cache = CacheAudit(engine, device)
+            prompt, recorder = max(1, len(tokens) - settings.decode_tokens), Recorder(engine)
+            recorder.check(tokens, prompt)
+            trace = device.begin(recorder.record, tokens, prompt_length=prompt)
+        if cache is not None:
+            cache.begin(device)
         if "weights" in parts:
             with bar("weights") as progress:
                 more["weights"] = audit_weights(checkpoint, engine, progress=progress)
         if "text" in parts:
             more["text"] = audit_text(checkpoint, model)
-        if "cache" in parts and device.apart:
+        if cache is not None and device.apart:
             cache.work_out()  # while the recording's programs compile
         if "tensors" in parts and tokens is not None:
             found = _with_tensors(found, config, checkpoint, trace())
@@ -215,9 +217,10 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
             with bar("inside") as progress:
                 rows, layers = numbers_of_rows(settings.inside.rows), settings.inside.layers
                 more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
-        if "cache" in parts:
+        if cache is not None:
             with bar("cache") as progress:
                 more["cache"] = cache.findings(progress)
+            del cache  # its truths take half a gigabyte
         if "machine" in parts:
             with bar("machine") as progress:
                 more["machine"] = audit_machine(engine, progress)

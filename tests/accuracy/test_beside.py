@@ -1,19 +1,18 @@
 """What the device does while the host works is what it does alone."""
 
 import threading
-from contextvars import ContextVar
 
 import pytest
 
 from qwen_jax.accuracy.beside import AT_ONCE, Beside
 from qwen_jax.accuracy.cache.audit import audit_cache
+from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.cache import PAGE
 from tests.engines import fresh_engine, random_engine, reshape
 from tests.golden_cases import odd_config
 
 CONFIG = odd_config(num_layers=1, num_heads=2, num_kv_heads=2, tied=True, context_length=3 * PAGE)
-PLANTED: ContextVar[str] = ContextVar("planted", default="nothing")
 
 
 def on_a_gpu() -> Engine:
@@ -23,20 +22,18 @@ def on_a_gpu() -> Engine:
     return engine
 
 
-def test_work_begins_at_once_and_sees_what_is_planted() -> None:
+def test_work_begins_at_once() -> None:
     begun = threading.Event()
+    with Beside(on_a_gpu()) as device:
+        result = device.begin(lambda: begun.set() or 5)
+        assert device.apart and begun.wait(30) and result() == 5
 
-    def work() -> str:
-        begun.set()
-        return PLANTED.get()
 
-    token = PLANTED.set("a fault")
-    try:
-        with Beside(on_a_gpu()) as device:
-            result = device.begin(work)
-            assert device.apart and begun.wait(30) and result() == "a fault"
-    finally:
-        PLANTED.reset(token)
+def test_a_planted_fault_follows_one_trace_at_a_time() -> None:
+    with planted(on_a_gpu(), "rope_interleaved") as wrong, Beside(wrong) as device:
+        assert not device.apart
+        (found,) = audit_cache(wrong, ways={"pieces"})
+    assert found.verdict == "fault"
 
 
 def test_where_the_device_is_the_host_it_waits() -> None:

@@ -72,19 +72,27 @@ def test_all_pieces_are_the_whole(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(spread, "CORES", cores)
             patch.setattr(spread, "VALUES", values)
+            patch.setattr(pieces, "LEAST", 1)
             patch.setattr(pieces, "MOST", most)
+            patch.setattr(pieces, "MOST_MADE", most)
             return every_bound(KNOBS[kind], arithmetic, off)
 
     for one, whole in zip(cut(cores, values, most), cut(1, 1 << 40, 1 << 40), strict=True):
         np.testing.assert_allclose(one, whole, rtol=1e-9, atol=1e-15)
 
 
-@given(count=st.integers(1, 400), unit=st.integers(1, 64), most=st.integers(0, 500))
-def test_slices_are_all_of_it(count: int, unit: int, most: int) -> None:
-    found = spread.slices(count * unit, unit, most)
+@given(
+    count=st.integers(1, 400),
+    unit=st.integers(1, 64),
+    least=st.integers(0, 90),
+    most=st.integers(0, 500),
+)
+def test_slices_are_all_of_it(count: int, unit: int, least: int, most: int) -> None:
+    found = spread.slices(count * unit, unit, least, most)
     assert [i for s in found for i in range(s.start, s.stop)] == list(range(count * unit))
     assert all((s.stop - s.start) % unit == 0 for s in found)
     assert all(s.stop - s.start < max(most, 1) + unit for s in found)
+    assert all(s.stop - s.start >= min(least, most) for s in found[:-1])
 
 
 def test_arrays_are_put_together_along_an_axis() -> None:

@@ -32,6 +32,47 @@ def test_work_inside_of_work_stays_on_its_thread() -> None:
     assert all(len(names) == 1 for names in spread.each(outer, range(64)))
 
 
+class Library:
+    """A BLAS whose limit is its process's."""
+
+    def __init__(self) -> None:
+        self.threads, self.by = 2, set[int]()
+
+    def limit(self, limits: int, user_api: str) -> "Library":
+        return self
+
+    def __enter__(self) -> None:
+        self.before, self.threads = self.threads, 1
+        self.by.add(threading.get_ident())
+
+    def __exit__(self, *error: object) -> None:
+        self.threads = self.before
+        self.by.add(threading.get_ident())
+
+
+def test_blas_has_its_threads_back_when_all_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads whose work overlaps: who came first goes first."""
+    blas, inside, leave = Library(), threading.Event(), threading.Event()
+    monkeypatch.setattr(spread, "_libraries", lambda: blas)
+
+    def stay(stays: bool) -> None:
+        if stays:
+            inside.set()
+            assert leave.wait(30)
+
+    def let_go(first: bool) -> int:
+        if first:
+            leave.set()
+            other.join()
+        return blas.threads
+
+    other = threading.Thread(target=spread.each, args=(stay, [True, False]))
+    other.start()
+    assert inside.wait(30)
+    assert spread.each(let_go, [True, False]) == [1, 1]
+    assert blas.threads == 2 and len(blas.by) == 1
+
+
 def test_an_error_is_the_first_item_s() -> None:
     def wrong(i: int) -> int:
         if i in (7, 40):

@@ -9,7 +9,7 @@ explained by planting faults of caches in that pass until one gives what the eng
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from jax import lax
@@ -77,7 +77,8 @@ def audit_cache(
     """
     engine = model.engine if isinstance(model, Model) else model
     with Beside(engine) as device:
-        audit = CacheAudit(engine, device, tokens, source=source, ways=ways)
+        audit = CacheAudit(engine, tokens, source=source, ways=ways)
+        audit.begin(device)
         return audit.findings(progress)
 
 
@@ -121,24 +122,24 @@ def alone(text: tuple[int, ...]) -> Entries:
 
 
 class CacheAudit:
-    """An audit under way: the engine's part of it begins at once.
+    """An audit under way: `begin` has the engine's part done, `findings` judges it.
 
     Args:
-        device: where that is done; the others as for `audit_cache`.
+        engine, tokens, source, ways: as for `audit_cache`.
 
     Raises:
-        UserError: the text is too short, or not of this vocabulary.
+        UserError: as there.
     """
 
     def __init__(
         self,
         engine: Engine,
-        device: Beside,
         tokens: Sequence[int] | None = None,
         *,
         source: Source | None = None,
         ways: Collection[str] | None = None,
     ):
+        self.engine = engine
         config, spec = engine.config, engine.spec
         drawn = np.random.default_rng(0).integers(0, spec.valid_tokens, (2, LENGTH)).tolist()
         text = drawn[0] if tokens is None else list(tokens)
@@ -161,18 +162,22 @@ class CacheAudit:
             for scenario in scenarios(text, drawn[1], engine.shapes)
             if ways is None or scenario.name in ways
         ]
+        self.shown: list[Callable[[], list[Shown]]] = []
+        self.truths: dict[tuple[int, ...], list[Expected]] = {}
+
+    def begin(self, device: Beside) -> None:
+        """Every scenario through the engine."""
         self.shown = [
-            device.begin(run, engine, scenario, self.used, self.every)
+            device.begin(run, self.engine, scenario, self.used, self.every)
             for scenario in self.scenarios
         ]
-        self.truths: dict[tuple[int, ...], list[Expected]] = {}
 
     def findings(self, progress: Progress | None = None) -> list[CacheFinding]:
         """Of every row of every scenario."""
         self.work_out()
         found: list[CacheFinding] = []
-        for done, (scenario, shown) in enumerate(zip(self.scenarios, self.shown, strict=True), 1):
-            found += self.check(scenario, shown())
+        for done, scenario in enumerate(self.scenarios, 1):
+            found += self.check(scenario, self.shown.pop(0)())  # 100 MB each of a large vocabulary
             if progress:
                 progress(done, len(self.scenarios))
         return found
@@ -183,13 +188,14 @@ class CacheAudit:
             return
         # Rows share beginnings, and what comes later changes nothing before it.
         looked_at = {row.tokens for s in self.scenarios for row in s.rows if not row.gone}
+        truths: dict[tuple[int, ...], list[Expected]] = {}
         for text in sorted(looked_at, key=len, reverse=True):
-            if not any(known[: len(text)] == text for known in self.truths):
-                self.truths[text] = []
-        texts = [alone(text) for text in self.truths]
-        of_each = list(self.truths.values())
+            if not any(known[: len(text)] == text for known in truths):
+                truths[text] = []
+        texts, of_each = [alone(text) for text in truths], list(truths.values())
         for number, expected in forward(self.source, texts, self.arithmetic, self.used, self.every):
             of_each[number].append(self.finite(expected))
+        self.truths = truths
 
     def finite(self, expected: Expected) -> Expected:
         """Raises UserError for the truth of a model that has none."""

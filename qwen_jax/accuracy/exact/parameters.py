@@ -95,16 +95,18 @@ class Weights:
     """The parameters of one layer, or of the rest of the model, by operation: (weight, bias), in
     float64.
 
-    Fetched when asked for and kept as they are held, so a `Weights` should live no longer than its
-    layer.
+    Fetched when asked for and kept, so a `Weights` should live no longer than its layer.
     """
 
     def __init__(self, source: Source, layer: int | None):
         self.source, self.layer, self.config = source, layer, source.config
         self._kept: dict[str, Arrays] = {}
+        self._wide: dict[str, Arrays] = {}
 
     def __getitem__(self, operation: str) -> Arrays:
-        return tuple(spread.rowwise(np.asarray, array) for array in self.held(operation))
+        if operation not in self._wide:
+            self._wide[operation] = tuple(map(_float64, self.held(operation)))
+        return self._wide[operation]
 
     def held(self, operation: str) -> Arrays:
         """As the source holds them: for who takes them to float64 a piece at a time."""
@@ -117,7 +119,7 @@ class Weights:
             name = operation
             if operation == "logits":
                 name = "embed" if self.config.tied else "lm_head"
-            # A tied head is half a gigabyte: not fetched twice.
+            # A tied head is large: not fetched twice.
             if operation == "logits" and self.config.tied and "embed" in self._kept:
                 return self._kept["embed"]
             return (self.source.get(name),)
@@ -133,6 +135,10 @@ class Weights:
         for part, rows in parts(self.config, whole).items():
             self._kept[part] = tuple(array[rows] for array in arrays)
         return self._kept[operation]
+
+
+def _float64(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    return array if array.dtype == np.float64 else spread.rowwise(np.asarray, array)
 
 
 def parts(config: ModelConfig, fused: str) -> dict[str, slice]:

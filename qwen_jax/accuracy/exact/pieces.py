@@ -23,9 +23,11 @@ Array = np.ndarray
 Error = Float[np.ndarray, "..."] | float
 """Of an input: an array like it, or 0 where it is known exactly."""
 
-MOST = 1 << 21
-"""Values of a matrix in one piece, 16 MB: a bound takes their squares, and a head's would take
-1.1 GB."""
+LEAST, MOST = 1 << 14, 1 << 21
+"""Values of a matrix in one piece, up to 16 MB: a bound takes their squares,"""
+
+MOST_MADE = 1 << 19
+"""and holds some eight arrays of as many as it makes, 4 MB each: every core has its own."""
 
 
 class Piece(NamedTuple):
@@ -54,9 +56,10 @@ def in_pieces(
     joined. Parameters, held in whatever dtype, are in float64 in a piece."""
     compute = OPERATIONS[name].compute
     if compute in (linear, project):
-        count, width = whole.params[0].shape
+        (count, width), rows = whole.params[0].shape, max(len(whole.inputs[0][0]), 1)
         unit = whole.ctx.config.head_dim if compute is project else 1
-        outputs = spread.slices(count, unit, MOST // width)
+        most = min(MOST // width, MOST_MADE // rows)
+        outputs = spread.slices(count, unit, LEAST // width, most)
         places = [slice(some.start // unit, some.stop // unit) for some in outputs]
 
         def product(some: slice) -> tuple[Array, ...]:
@@ -68,8 +71,9 @@ def in_pieces(
         ctx = dataclasses.replace(whole.ctx, tokens=at)
         whole = whole._replace(ctx=ctx, params=[whole.params[0][ids]])
     whole = _wide(whole, slice(None))
-    places = _rows(compute in (scores, mix), whole)
-    pieces = [_of_rows(rows, compute in (scores, mix), whole) for rows in places]
+    attends = compute in (scores, mix)
+    places = _rows(attends, whole)
+    pieces = [_of_rows(rows, attends, whole) for rows in places]
     return spread.gathered(function, pieces, places)
 
 
@@ -79,10 +83,10 @@ def _wide(whole: Piece, some: slice) -> Piece:
 
 
 def _rows(attends: bool, whole: Piece) -> list[slice]:
-    """Of each piece. Where slots hold others' than their own, each looks at all calls."""
+    """Of each piece; all in one where slots hold others' than their own, which takes all calls."""
     ctx, values = whole.ctx, [value for value, _ in whole.inputs]
     count = len(values[0] if values else ctx.tokens)
-    width = max((value[:1].size for value in values), default=1)
+    width = max((value[:1].size for value in values), default=ctx.config.hidden_size)
     if attends:
         width = max(width, ctx.config.num_heads * len(values[1]))
     return [slice(count)] if ctx.knobs.held is not None else spread.parts(count, width)
@@ -92,12 +96,13 @@ def _of_rows(rows: slice, attends: bool, whole: Piece) -> Piece:
     """Where queries attend, keys and values are those of every position."""
     ctx = whole.ctx
     some = dataclasses.replace(ctx, calls=ctx.calls[rows], tokens=ctx.tokens[rows])
-    inputs = [_cut(value, rows) for value in whole.inputs]
+    inputs = [cut(value, rows) for value in whole.inputs]
     if attends:
         inputs[1] = whole.inputs[1]
     return whole._replace(ctx=some, inputs=inputs)
 
 
-def _cut(pair: tuple[Array, Error], rows: slice) -> tuple[Array, Error]:
+def cut(pair: tuple[Array, Error], rows: slice) -> tuple[Array, Error]:
+    """Some positions of a tensor, and of how far it may be off."""
     value, error = pair
     return value[rows], error[rows] if isinstance(error, np.ndarray) else error

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.accuracy import spread
-from qwen_jax.accuracy.exact.bounds import Arithmetic, Error, bounded
+from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
 from qwen_jax.accuracy.exact.operations import (
     PARAMETRIC,
     Calls,
@@ -22,7 +22,7 @@ from qwen_jax.accuracy.exact.operations import (
     schedule,
 )
 from qwen_jax.accuracy.exact.parameters import Source, Weights
-from qwen_jax.accuracy.exact.pieces import evaluate
+from qwen_jax.accuracy.exact.pieces import Error, cut, evaluate
 from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Progress
 from qwen_jax.accuracy.traces.trace import Trace
@@ -152,22 +152,18 @@ class Replayed:
             return self
         row = slice(self.finding.residual.worst[0], self.finding.residual.worst[0] + 1)
         ctx = dataclasses.replace(self.ctx, calls=self.ctx.calls[row], tokens=self.ctx.tokens[row])
-        cut = {name: (value[row], _rows(error, row)) for name, (value, error) in self.base.items()}
+        base = {name: cut(value, row) for name, value in self.base.items()}
         if first:  # keys and values are those of every position
             other = self.steps[0].inputs[1]
-            cut[other] = self.base[other]
+            base[other] = self.base[other]
         return dataclasses.replace(
             self,
             candidate=self.candidate[row],
             expected=self.expected[row],
             bound=self.bound[row],
             ctx=ctx,
-            base=cut,
+            base=base,
         )
-
-
-def _rows(error: Error, rows: slice) -> Error:
-    return error[rows] if isinstance(error, np.ndarray) else error
 
 
 class _Held(NamedTuple):

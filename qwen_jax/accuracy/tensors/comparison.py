@@ -113,10 +113,10 @@ def compare(candidate: Trace, reference: Trace, findings: Sequence[Finding] = ()
     def compared(name: str) -> tuple[Row, np.ndarray, np.ndarray | None]:
         layer, operation = split_name(name)
         ours, right = cut(name, candidate), cut(name, reference)
-        _check_finite(name, right, start)
         row = Row(name, layer, operation, metrics(ours, right), own.get(name))
         return row, *_profiles(ours, right, operation, heads)
 
+    _check_finite({name: cut(name, reference) for name in shared}, start)
     # The largest first: whoever takes it last would be waited for.
     order = sorted(shared, key=lambda name: -candidate.tensors[name].size)
     found = dict(zip(order, spread.each(compared, order), strict=True))
@@ -163,13 +163,15 @@ def _check_dtypes(mine: Header, theirs: Header) -> None:
             )
 
 
-def _check_finite(name: str, right: Shaped[np.ndarray, "T ..."], start: int) -> None:
-    """Of the reference's tensors."""
-    if place := not_finite(name, right, start):
-        raise UserError(
-            f"The reference's {name} is {right[place]} at {place}, from which nothing can be told; "
-            "choose a reference that is finite, as float64 is."
-        )
+def _check_finite(reference: Mapping[str, Shaped[np.ndarray, "T ..."]], start: int) -> None:
+    """Of all tensors, in the order of computation."""
+    places = spread.each(lambda pair: not_finite(*pair, start), reference.items())
+    for (name, right), place in zip(reference.items(), places, strict=True):
+        if place:
+            raise UserError(
+                f"The reference's {name} is {right[place]} at {place}, from which nothing can be "
+                "told; choose a reference that is finite, as float64 is."
+            )
 
 
 def not_finite(

@@ -284,7 +284,7 @@ def _left(replayed: Replayed, faults: Sequence[tuple[Fault, Change]]) -> Residua
             del turned["product"]  # nothing that the engine's own rounding does not do
         output = turned.pop("output", None)
         ctx = replayed.ctx.turned(**turned)
-        params = weights.held(name) if name in PARAMETRIC else ()
+        params = weights[name] if name in PARAMETRIC else ()  # once for all that are tried
         inputs = [values[n] for n in step.inputs]
         value, limit = bounded(name, ctx, arithmetic.at(step.name), inputs, params)
         if output and UNIT[output] > arithmetic.unit(name):

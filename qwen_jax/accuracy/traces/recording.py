@@ -86,6 +86,11 @@ class Recorder:
             functools.partial(_traced_call, spec, tuple(self.names)), donate_argnums=1
         )
 
+    def check(self, tokens: Sequence[int], prompt_length: int | None = None) -> None:
+        """Raises the UserErrors of `record`, which may begin later."""
+        calls = plan_calls(len(tokens), prompt_length, None, self.engine.shapes)
+        self._header(tokens, calls, 0, len(tokens))
+
     def record(
         self,
         tokens: Sequence[int],

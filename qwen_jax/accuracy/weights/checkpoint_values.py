@@ -81,7 +81,10 @@ class CheckpointValues:
         return values.reshape(-1, *info.shape[1:])
 
     def bytes(self, name: str, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "n"]:
-        """The file's bytes, counted from the tensor's first; zero where the file has none."""
+        """The file's bytes, counted from the tensor's first; zero where the file has none.
+
+        They are to be read only.
+        """
         info = self.info(name)
         stop = info.nbytes if stop is None else stop
         file = self.checkpoint.files.opened[info.path]

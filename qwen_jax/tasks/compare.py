@@ -208,8 +208,9 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
                 more["weights"] = audit_weights(checkpoint, engine, progress=progress)
         if "text" in parts:
             more["text"] = audit_text(checkpoint, model)
-        if cache is not None and device.apart:
-            cache.work_out()  # while the recording's programs compile
+        if cache is not None and device.apart:  # while the recording's programs compile
+            with bar("truths of the cache") as progress:
+                cache.work_out(progress)
         if "tensors" in parts and tokens is not None:
             found = _with_tensors(found, config, checkpoint, trace())
         # Before the engine's own cache takes the memory that is left.

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from qwen_jax.accuracy.beside import AT_ONCE, Beside
-from qwen_jax.accuracy.cache.audit import audit_cache
+from qwen_jax.accuracy.cache.audit import CacheAudit, audit_cache
 from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.cache import PAGE
@@ -71,3 +71,9 @@ def test_an_audit_of_the_cache_finds_the_same() -> None:
     ways = {"pieces", "several texts"}
     here, apart = (audit_cache(e, ways=ways) for e in (random_engine(CONFIG, 3), on_a_gpu()))
     assert here == apart and len(here) == 4
+
+
+def test_truths_are_counted_while_they_are_worked_out() -> None:
+    audit, told = CacheAudit(random_engine(CONFIG, 3), ways={"pieces"}), list[tuple[int, int]]()
+    audit.work_out(lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]

@@ -174,7 +174,8 @@ class CacheAudit:
 
     def findings(self, progress: Progress | None = None) -> list[CacheFinding]:
         """Of every row of every scenario."""
-        self.work_out()
+        if not self.truths:
+            self.work_out()
         found: list[CacheFinding] = []
         for done, scenario in enumerate(self.scenarios, 1):
             found += self.check(scenario, self.shown.pop(0)())  # 100 MB each of a large vocabulary
@@ -182,10 +183,8 @@ class CacheAudit:
                 progress(done, len(self.scenarios))
         return found
 
-    def work_out(self) -> None:
-        """The truth of every text that is looked at, unless it is known."""
-        if self.truths:
-            return
+    def work_out(self, progress: Progress | None = None) -> None:
+        """The truth of every text that is looked at."""
         # Rows share beginnings, and what comes later changes nothing before it.
         looked_at = {row.tokens for s in self.scenarios for row in s.rows if not row.gone}
         truths: dict[tuple[int, ...], list[Expected]] = {}
@@ -193,8 +192,12 @@ class CacheAudit:
             if not any(known[: len(text)] == text for known in truths):
                 truths[text] = []
         texts, of_each = [alone(text) for text in truths], list(truths.values())
-        for number, expected in forward(self.source, texts, self.arithmetic, self.used, self.every):
+        of_text = 2 * self.source.config.num_layers + 1  # keys and values of each layer, and logits
+        made = forward(self.source, texts, self.arithmetic, self.used, self.every)
+        for done, (number, expected) in enumerate(made, 1):
             of_each[number].append(self.finite(expected))
+            if progress:
+                progress(done, of_text * len(texts))
         self.truths = truths
 
     def finite(self, expected: Expected) -> Expected:

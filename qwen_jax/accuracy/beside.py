@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
 from qwen_jax.engine.engine import Engine
@@ -44,11 +43,6 @@ class Beside:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:  # Ctrl-C doesn't wait for a program to compile
             self._pool.shutdown(wait=kind is None, cancel_futures=True)

@@ -53,27 +53,6 @@ def parts(rows: int, width: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def rowwise(
-    function: Callable[..., Float[np.ndarray, "rows ..."]],
-    *arrays: Float[np.ndarray, "rows ..."] | float,
-) -> Float[np.ndarray, "rows ..."]:
-    """A function of arrays that is taken row by row, some rows at a time.
-
-    Args:
-        function: its result has the shape of the first array and is float64.
-        arrays: all have as many rows as the first; numbers are the same for every row.
-    """
-    first = np.asarray(arrays[0])
-    out = np.empty(first.shape)
-
-    def some(rows: slice) -> None:
-        with np.errstate(all="ignore"):  # each thread has its own; infinities are data here
-            out[rows] = function(*(a[rows] if isinstance(a, np.ndarray) else a for a in arrays))
-
-    each(some, parts(len(first), first[:1].size))
-    return out
-
-
 def gathered(
     function: Callable[[T], tuple[Float[np.ndarray, "..."], ...]],
     items: Sequence[T],

@@ -10,7 +10,6 @@ from qwen_jax.accuracy.exact import pieces
 from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
 from qwen_jax.accuracy.exact.forward import forward
 from qwen_jax.accuracy.exact.operations import (
-    PARAMETRIC,
     Calls,
     Context,
     Knobs,
@@ -51,8 +50,7 @@ def every_bound(knobs: dict[str, Knobs], arithmetic: Arithmetic, off: float) -> 
             (x, off * np.nan_to_num(np.abs(x), posinf=0.0) if off else 0.0)
             for x in (right[n] for n in input_names(name, layer, CONFIG))
         ]
-        params = weights[layer][name] if name in PARAMETRIC else ()
-        found += bounded(name, ctx, arithmetic, inputs, params)
+        found += bounded(name, ctx, arithmetic, inputs, weights[layer][name])
     return [*right.values(), *found]
 
 

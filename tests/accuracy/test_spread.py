@@ -88,9 +88,12 @@ def test_an_error_is_the_first_item_s() -> None:
 def test_rows_at_a_time_are_all_rows(rows: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = rng.standard_normal((2, rows, width))
-    found = spread.rowwise(lambda a, b, c: a * c + b.max(-1, keepdims=True), x, y, 0.5)
+    parts = spread.parts(rows, width)
+    (found,) = spread.gathered(
+        lambda some: (x[some] * 0.5 + y[some].max(-1, keepdims=True),), parts, parts
+    )
     assert np.array_equal(found, x * 0.5 + (y.max(-1, keepdims=True) if rows else 0))
-    assert sum(part.stop - part.start for part in spread.parts(rows, width)) == rows
+    assert sum(part.stop - part.start for part in parts) == rows
 
 
 @settings(max_examples=25, deadline=None)

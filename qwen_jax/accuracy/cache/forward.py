@@ -15,7 +15,7 @@ from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.cache.slots import Entries
 from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
 from qwen_jax.accuracy.exact.carried import Bounded, log_softmax
-from qwen_jax.accuracy.exact.operations import INNER, OPERATIONS, PARAMETRIC, Calls, Context
+from qwen_jax.accuracy.exact.operations import INNER, OPERATIONS, Calls, Context
 from qwen_jax.accuracy.exact.parameters import Source, Weights
 from qwen_jax.config import ModelConfig
 
@@ -69,8 +69,7 @@ def forward(
     outer = Weights(source, None)
 
     def run(name: str, inputs: list[Bounded], weights: Weights) -> Bounded:
-        params = weights.held(name) if name in PARAMETRIC else ()
-        return bounded(name, contexts.get(name, plain), arithmetic, inputs, params)
+        return bounded(name, contexts.get(name, plain), arithmetic, inputs, weights.held(name))
 
     stream = run("embed", [], outer)
     for layer in range(config.num_layers):

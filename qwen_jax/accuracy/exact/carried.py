@@ -6,7 +6,6 @@ from jaxtyping import Float, Int
 
 from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded, reduction
 from qwen_jax.accuracy.exact.operations import (
-    PARAMETRIC,
     Calls,
     Context,
     full_name,
@@ -31,8 +30,7 @@ def logits(source: Source, tokens: Int[np.ndarray, "T"], arithmetic: Arithmetic)
         if weights.layer != layer:
             weights = Weights(source, layer)
         inputs = [held[n] for n in input_names(name, layer, config)]
-        params = weights.held(name) if name in PARAMETRIC else ()
-        held[full_name(name, layer)] = bounded(name, ctx, arithmetic, inputs, params)
+        held[full_name(name, layer)] = bounded(name, ctx, arithmetic, inputs, weights.held(name))
         for done in [n for n in held if last.get(n, at + 1) <= at]:
             del held[done]
     return held["logits"]

@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Float
 
 from qwen_jax.accuracy.exact.operations import (
-    PARAMETRIC,
     Calls,
     Context,
     Knobs,
@@ -40,7 +39,7 @@ def forward(
             weights = Weights(source, layer)
         ctx = Context(config, calls, ids, (knobs or {}).get(name, Knobs()))
         inputs = [held[n] for n in input_names(name, layer, config)]
-        value = evaluate(name, ctx, inputs, weights.held(name) if name in PARAMETRIC else ())
+        value = evaluate(name, ctx, inputs, weights.held(name))
         if name in ("ffn_residual", "embed"):  # all that the next layer reads
             held.clear()
         held[full_name(name, layer)] = value

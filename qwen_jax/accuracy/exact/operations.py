@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from qwen_jax.accuracy.exact.rounding import round_to
-from qwen_jax.accuracy.traces.trace import LINEAR
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.rotary import inverse_frequencies
 
@@ -309,7 +308,6 @@ OPERATIONS = {
 """Every operation by its tensor's name, in the order of computation."""
 
 NORMS = ("attn_norm", "ffn_norm", "final_norm")
-PARAMETRIC = frozenset(("embed", *NORMS, *LINEAR))
 INNER = tuple(n for n in OPERATIONS if n not in ("embed", "final_norm", "logits"))
 
 

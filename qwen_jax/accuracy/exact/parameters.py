@@ -35,6 +35,7 @@ LAYER = ("attn_norm", *BIASED, "o_proj", "ffn_norm", "gate_proj", "up_proj", "do
 """Operations of a layer that have parameters."""
 
 OUTER = ("embed", "final_norm", "logits")
+"""The others that have some."""
 
 
 class Source(Protocol):
@@ -93,7 +94,7 @@ class EngineSource:
 
 class Weights:
     """The parameters of one layer, or of the rest of the model, by operation: (weight, bias), in
-    float64.
+    float64; none of operations without.
 
     Fetched when asked for and kept, so a `Weights` should live no longer than its layer.
     """
@@ -110,6 +111,8 @@ class Weights:
 
     def held(self, operation: str) -> Arrays:
         """As the source holds them: for who takes them to float64 a piece at a time."""
+        if operation not in LAYER + OUTER:
+            return ()
         if operation not in self._kept:
             self._kept[operation] = self._fetch(operation)
         return self._kept[operation]
@@ -138,7 +141,11 @@ class Weights:
 
 
 def _float64(array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    return array if array.dtype == np.float64 else spread.rowwise(np.asarray, array)
+    if array.dtype == np.float64:
+        return array
+    some = spread.parts(len(array), array[:1].size)
+    (wide,) = spread.gathered(lambda rows: (array[rows].astype(np.float64),), some, some)
+    return wide
 
 
 def parts(config: ModelConfig, fused: str) -> dict[str, slice]:

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from qwen_jax.accuracy import spread
 from qwen_jax.accuracy.exact.bounds import Arithmetic, bounded
 from qwen_jax.accuracy.exact.operations import (
-    PARAMETRIC,
     Calls,
     Context,
     full_name,
@@ -136,8 +135,7 @@ class Replayed:
         values = {name: value for name, (value, _) in self.base.items()}
         for step in self.steps:
             name, inputs = step.operation, [values[n] for n in step.inputs]
-            params = step.weights.held(name) if name in PARAMETRIC else ()
-            made = evaluate(name, self.ctx, inputs, params)
+            made = evaluate(name, self.ctx, inputs, step.weights.held(name))
             values[step.name] = np.zeros_like(made) if step is part else made
         return values[self.finding.name]
 
@@ -309,8 +307,7 @@ class Replay:
         arithmetic = self.arithmetic
         if recorded is not None:
             arithmetic = arithmetic.recorded(name, recorded.dtype)
-        params = weights.held(name) if name in PARAMETRIC else ()
-        values = [h.value for h in held]
+        values, params = [h.value for h in held], weights.held(name)
         expected, limit = bounded(name, ctx, arithmetic.at(full), values, params)
         steps = tuple(dict.fromkeys(step for h in held for step in h.steps))
         steps = (*steps, Step(full, name, needed, weights))

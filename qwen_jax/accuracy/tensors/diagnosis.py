@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy as np
 
 from qwen_jax.accuracy.exact.bounds import bounded
-from qwen_jax.accuracy.exact.operations import PARAMETRIC
 from qwen_jax.accuracy.exact.parameters import Source
 from qwen_jax.accuracy.exact.replay import Finding, Replay, Replayed, Residual, compare
 from qwen_jax.accuracy.exact.rounding import UNIT, round_interval, round_to
@@ -284,7 +283,7 @@ def _left(replayed: Replayed, faults: Sequence[tuple[Fault, Change]]) -> Residua
             del turned["product"]  # nothing that the engine's own rounding does not do
         output = turned.pop("output", None)
         ctx = replayed.ctx.turned(**turned)
-        params = weights[name] if name in PARAMETRIC else ()  # once for all that are tried
+        params = weights[name]  # in float64 once for all that are tried
         inputs = [values[n] for n in step.inputs]
         value, limit = bounded(name, ctx, arithmetic.at(step.name), inputs, params)
         if output and UNIT[output] > arithmetic.unit(name):

@@ -15,7 +15,6 @@ import numpy as np
 
 from qwen_jax.accuracy.exact.operations import (
     OPERATIONS,
-    PARAMETRIC,
     Calls,
     Context,
     Knobs,
@@ -142,10 +141,7 @@ class _Intervention:
         )
         if not (self._turned(name, layer) or inherits):
             return x
-        params: tuple[jax.Array, ...] = ()
-        if name in PARAMETRIC:
-            arrays = Weights(self.source, layer)[name]
-            params = tuple(jnp.asarray(a, jnp.float32) for a in arrays)
+        params = tuple(jnp.asarray(a, jnp.float32) for a in Weights(self.source, layer)[name])
         rows = []
         for row in range(len(x)):
             tokens = self.seen["tokens"][row]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qwen_jax.accuracy import transforms
+from qwen_jax.accuracy.exact.operations import NORMS
 from qwen_jax.accuracy.exact.parameters import BIASED, LAYER, Arrays, Weights
 from qwen_jax.accuracy.exact.rounding import round_to
 from qwen_jax.accuracy.tensors.faults.fault import Fault, area, turn
@@ -130,7 +131,6 @@ def _for_matrix(name: str) -> tuple[Fault, ...]:
     )
 
 
-NORMS = ("attn_norm", "ffn_norm", "final_norm")
 QK = ("q_proj", "k_proj")
 
 WEIGHTS = area(

@@ -149,7 +149,8 @@ class Step(Phases):
 
         The norm's scale isn't known before all squares are. Numbers are multiplied with the scale
         of the norm before, lest float16 overflow; their products take the rest of it. Embeddings,
-        which have no norm before them, enter as they are.
+        which have no norm before them, enter as they are: times the norm's weights, they must be
+        below 65504 in float16.
         """
         weights = self.given.norms + norm.wide() * (4 * self.plan.shape.hidden)
         t.block_barrier(THREADS)

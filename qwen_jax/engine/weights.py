@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gguf.constants import GGMLQuantizationType
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 import pallas_kernels
@@ -256,15 +257,25 @@ def named(
     packed: Packed, config: ModelConfig, dtype: jnp.dtype, matrix: Callable[[int, int], Any]
 ) -> dict[str, Any]:
     """What a step reads but for the head and the embedding, by canonical names; `matrix` makes
-    those of a phase and a layer."""
-    norms, found = packed.norms, {"final_norm": packed.norms[-1]}
+    those of a phase and a layer.
+
+    Layers' norms and biases are cut out before anything is fused with them. A fusion with a cut in
+    it differs from layer to layer, and is compiled once for each; these are compiled once.
+    """
+    # Rows by numbers that XLA doesn't know are cut out in one kernel, else in one each.
+    numbers = lax.optimization_barrier(np.arange(len(packed.norms)))
+    norms = packed.norms.at[numbers].get(mode="promise_in_bounds")
+    small = {"final_norm": norms[-1]}
     for i in range(config.num_layers):
-        found[f"layers.{i}.attn_norm"] = norms[2 * i]
-        found[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
-        found[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(dtype)
-        for phase, name in enumerate(MATRICES):
-            found[f"layers.{i}.{name}.weight"] = matrix(phase, i)
-    return found
+        small[f"layers.{i}.attn_norm"] = norms[2 * i]
+        small[f"layers.{i}.ffn_norm"] = norms[2 * i + 1]
+        small[f"layers.{i}.qkv_proj.bias"] = packed.bias[i].astype(dtype)
+    matrices = {
+        f"layers.{i}.{name}.weight": matrix(phase, i)
+        for i in range(config.num_layers)
+        for phase, name in enumerate(MATRICES)
+    }
+    return lax.optimization_barrier(small) | matrices
 
 
 def read_back(weights: Weights) -> "Parameters":

@@ -34,6 +34,7 @@ KNOBS = {
             visible=lambda calls, slot: slot < calls.stop[:, None], hidden=lambda score: score - 1e4
         ),
     },
+    "operands rounded": dict.fromkeys(("q_proj", "down_proj", "logits"), Knobs(operand="float16")),
     "heads inside": {"attn_out": Knobs(dims_first=True), "attn_probs": Knobs(sink=0.0)},
 }
 

@@ -99,9 +99,8 @@ class Arithmetic:
         return self.scores if operation == "attn_scores" else self.storage
 
 
-Bound = Callable[
-    [Context, Arithmetic, Array, Sequence[Array], Sequence[Error], Sequence[Array]], Array
-]
+Bound = Callable[[Piece, Arithmetic, Array], Array]
+"""Of a piece of an operation, an engine's arithmetic and the piece's result."""
 
 
 def reduction(y: Array, squares: Array, n: int) -> Array:
@@ -114,50 +113,54 @@ def reduction(y: Array, squares: Array, n: int) -> Array:
     return out
 
 
-def _lookup(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _lookup(p: Piece, a: Arithmetic, y: Array) -> Array:
     """A factor is itself rounded, and so is the product."""
-    return a.storage * np.abs(y) * (1 if ctx.knobs.embed_scale == 1 else 3)
+    return a.storage * np.abs(y) * (1 if p.ctx.knobs.embed_scale == 1 else 3)
 
 
-def _norm(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _norm(p: Piece, a: Arithmetic, y: Array) -> Array:
     """The mean of n squares is off by L u sqrt(n / 3), its root by half of that."""
-    (x,), n = inputs, inputs[0].shape[-1]
+    (x,), (error,), ctx = p.values, p.errors, p.ctx
+    n = x.shape[-1]
     if ctx.knobs.identity:
-        return a.storage * np.abs(x) + errors[0]
+        return a.storage * np.abs(x) + error
     own = np.abs(y) * (L * U32 * (n / 3) ** 0.5 / 2 + 8 * U32 + 4 * a.storage)
     scale = operations.norm_scale(ctx, x)
     if ctx.knobs.statistics:  # a float32 mean may fall on the other side of a rounding
         off = 8 * U32 + L * U32 * (n / 3) ** 0.5 / 2
         low, high = (operations.norm_scale(ctx, x * (1 + s)) for s in (off, -off))
-        own = own + np.abs(x * params[0]) * (high - low)
+        own = own + np.abs(x * p.params[0]) * (high - low)
     if ctx.knobs.centered:
-        own = own + 2 * a.storage * np.abs(params[0]) * scale * np.abs(x).max(-1, keepdims=True)
-    if np.ndim(errors[0]) == 0:
+        own = own + 2 * a.storage * np.abs(p.params[0]) * scale * np.abs(x).max(-1, keepdims=True)
+    if np.ndim(error) == 0:
         return own
-    direct = np.abs(params[0]) * scale * errors[0]
-    through = np.abs(y) * scale**2 * np.sqrt(((x * errors[0]) ** 2).sum(-1, keepdims=True)) / n
+    direct = np.abs(p.params[0]) * scale * error
+    through = np.abs(y) * scale**2 * np.sqrt(((x * error) ** 2).sum(-1, keepdims=True)) / n
     return own + np.hypot(direct, through)
 
 
-def _linear(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _linear(p: Piece, a: Arithmetic, y: Array) -> Array:
     """Product and bias are two roundings of what is stored."""
-    x, flat = inputs[0], y.reshape(len(y), -1)
-    squared = np.square(params[0])
-    squares, size = x * x @ squared.T, np.abs(flat)
-    bias = np.abs(params[1] * ctx.knobs.bias) if len(params) > 1 else 0.0
+    x, flat = p.values[0], y.reshape(len(y), -1)
+    powers, *of_errors = p.squares
+    squared = np.square(p.params[0])
+    of_products, size = powers @ squared.T, np.abs(flat)
+    bias = np.abs(p.params[1] * p.ctx.knobs.bias) if len(p.params) > 1 else 0.0
     product = size + bias
-    own = reduction(product, squares, x.shape[-1])
+    own = reduction(product, of_products, x.shape[-1])
     # Operands: their own rounding, and the one a fused engine leaves out.
     twice = 2 * a.operand**2 + (a.storage**2 if a.storage > U32 else 0.0)
-    own += L * np.sqrt(twice * squares)
+    own += L * np.sqrt(twice * of_products)
     own += a.storage * (product + size) + U32 * bias
     if a.input:
         own += L * np.sqrt(squared_error(a.input, x, squared))
     if a.least:
         row = np.abs(x).max(-1, keepdims=True)
         own += L * a.least * row * np.sqrt(squared.sum(-1))
-    if np.ndim(errors[0]):
-        own += np.sqrt(errors[0].reshape(x.shape) ** 2 @ squared.T)
+    if of_errors:
+        # Where an operand is rounded, what may become either of two numbers is one rounding more.
+        times = L if p.ctx.knobs.operand else 1.0
+        own += times * np.sqrt(of_errors[0].reshape(x.shape) @ squared.T)
     return own.reshape(y.shape)
 
 
@@ -183,9 +186,9 @@ def angle_units(config: ModelConfig, half: int) -> Float[np.ndarray, "R2"]:
     return units if plain else units + scaling
 
 
-def _rope(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _rope(p: Piece, a: Arithmetic, y: Array) -> Array:
     """cos, sin, each product and the sum are rounded; the angle is off by `angle_units`."""
-    (x,) = inputs
+    (x,), (error,), ctx = p.values, p.errors, p.ctx
     cos, sin = (np.abs(v) for v in operations.rotation(ctx, x))
     angle = np.abs(operations.angles(ctx).astype(np.float64))
     angle *= angle_units(ctx.config, angle.shape[-1])
@@ -198,25 +201,25 @@ def _rope(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untype
 
     own = operations.unpair(ctx, (member(first, second), member(second, first)), 0 * rest)
     own = own + a.storage * np.abs(y)
-    if np.ndim(errors[0]) == 0:
+    if np.ndim(error) == 0:
         return own
-    one, other, left = operations.pairs(ctx, errors[0], cos.shape[-1])
+    one, other, left = operations.pairs(ctx, np.asarray(error), cos.shape[-1])
     turned = (np.hypot(one * cos, other * sin), np.hypot(other * cos, one * sin))
     return own + operations.unpair(ctx, turned, left)
 
 
-def _scores(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _scores(p: Piece, a: Arithmetic, y: Array) -> Array:
     """Keys, and queries beside them, are rounded. Of narrow scores the product, the scale and what
     comes of both are rounded to their dtype. A number for -inf has its own rounding and that of a
     score, whose product is at most sqrt(n sum p_i^2)."""
-    q, k = inputs
+    (q, k), errors, ctx = p.values, p.errors, p.ctx
     keys = operations.heads(ctx, k)
     scale, n = abs(ctx.knobs.scale(ctx.config)), q.shape[-1]
     powers, squared = (q * q).swapaxes(0, 1), (keys * keys).swapaxes(1, 2)
     squares = (powers @ squared).swapaxes(0, 1)
     through: Array | float = 0.0
     if any(np.ndim(e) for e in errors):
-        eq, ek = (np.broadcast_to(e, v.shape) ** 2 for e, v in zip(errors, inputs, strict=True))
+        eq, ek = (np.broadcast_to(e, v.shape) ** 2 for e, v in zip(errors, p.values, strict=True))
         of_keys = powers @ operations.heads(ctx, ek).swapaxes(1, 2)
         through = (eq.swapaxes(0, 1) @ squared + of_keys).swapaxes(0, 1)
     cache = a.cache if a.cache > a.storage else 0.0
@@ -230,14 +233,14 @@ def _scores(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unty
         own += L * np.sqrt((cache**2 + a.operand**2) * squares)
     own += np.sqrt(through)
     if ctx.knobs.product:
-        own = round_interval(operations.products(ctx, inputs), own, ctx.knobs.product)[1]
+        own = round_interval(operations.products(ctx, p.values), own, ctx.knobs.product)[1]
     own = scale * (own + 3 * a.scores * np.abs(product))
     return np.where(finite, np.where(hidden, own + a.scores * np.abs(y), own), 0)
 
 
-def _softmax(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _softmax(p: Piece, a: Arithmetic, y: Array) -> Array:
     """exp(s - m) is off by u |s - m|, the sum by L u sqrt(n); an error e of s makes it e p."""
-    (s,), (error,) = inputs, errors
+    (s,), (error,), ctx = p.values, p.errors, p.ctx
     top = s.max(-1, keepdims=True)
     below = np.where(np.isfinite(s), top - s, 0)
     if ctx.knobs.sink is not None:
@@ -249,40 +252,42 @@ def _softmax(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-unt
     return own + np.minimum(y * np.hypot(error, all_of_them), 1)
 
 
-def _mix(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _mix(p: Piece, a: Arithmetic, y: Array) -> Array:
     """Probabilities and values enter in the cache's dtype, which the result may have as well."""
-    p, v = inputs
+    (probs, v), errors, ctx = p.values, p.errors, p.ctx
     values = operations.heads(ctx, v)
 
-    def summed(probs: Array, squares: Array) -> Array:
+    def summed(weights: Array, squares: Array) -> Array:
         """sum over slots, in attn_out's own order."""
-        out = (probs.swapaxes(0, 1) @ squares).swapaxes(0, 1)
+        out = (weights.swapaxes(0, 1) @ squares).swapaxes(0, 1)
         return (out.swapaxes(1, 2) if ctx.knobs.dims_first else out).reshape(y.shape)
 
-    squares = summed(p * p, values * values)
-    own = reduction(y, squares, p.shape[-1])
+    squares = summed(probs * probs, values * values)
+    own = reduction(y, squares, probs.shape[-1])
     own += L * np.sqrt(3 * a.cache**2 * squares) + (2 * a.storage + 2 * U32) * np.abs(y)
     if a.cache > a.storage:
         own += a.cache * np.abs(y)
     if any(np.ndim(e) for e in errors):
-        ep, ev = (np.broadcast_to(e, x.shape) ** 2 for e, x in zip(errors, inputs, strict=True))
-        own += np.sqrt(summed(ep, values * values) + summed(p * p, operations.heads(ctx, ev)))
+        ep, ev = (np.broadcast_to(e, x.shape) ** 2 for e, x in zip(errors, p.values, strict=True))
+        own += np.sqrt(
+            summed(ep, values * values) + summed(probs * probs, operations.heads(ctx, ev))
+        )
     return own
 
 
-def _add(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _add(p: Piece, a: Arithmetic, y: Array) -> Array:
     """A multiplication before it may be fused with it, and so not be rounded."""
-    wider = sum(np.abs(x) for x in inputs)
-    return a.storage * (np.abs(y) + wider) + np.hypot(*errors)
+    wider = sum(np.abs(x) for x in p.values)
+    return a.storage * (np.abs(y) + wider) + np.hypot(*map(np.asarray, p.errors))
 
 
-def _gated(ctx, a, y, inputs, errors, params) -> Array:  # type: ignore[no-untyped-def]
+def _gated(p: Piece, a: Arithmetic, y: Array) -> Array:
     """|silu'| <= 1.1; the logistic function may be off by some absolute units."""
-    y, gate, up = (np.abs(x) for x in (y, *inputs))
+    y, gate, up = (np.abs(x) for x in (y, *p.values))
     own = y * (4 * a.storage + 4 * U32) + gate * up * (1.1 * a.storage + 4 * U32)
-    if any(np.ndim(e) for e in errors):
+    if any(np.ndim(e) for e in p.errors):
         other = y / np.where(up > 0, up, 1)
-        own += np.hypot(1.1 * up * errors[0], other * errors[1])
+        own += np.hypot(1.1 * up * p.errors[0], other * p.errors[1])
     return own
 
 
@@ -323,10 +328,15 @@ def bound(
     Args:
         errors: of each input; 0 where it is what the engine really had.
     """
+    whole = Piece(ctx, list(zip(inputs, errors, strict=True)), params).with_squares(name)
+    return _bound(name, arithmetic, value, whole)
+
+
+def _bound(name: str, arithmetic: Arithmetic, value: Array, piece: Piece) -> Array:
     function = _BOUNDS[operations.OPERATIONS[name].compute]
     least = LEAST_FLOAT16 if arithmetic.float16 else LEAST
     with np.errstate(all="ignore"):
-        return SECOND_ORDER * function(ctx, arithmetic, value, inputs, errors, params) + least
+        return SECOND_ORDER * function(piece, arithmetic, value) + least
 
 
 def bounded(
@@ -339,9 +349,8 @@ def bounded(
     """Operation `name` of inputs that may be off by so much, and its bound."""
 
     def both(piece: Piece) -> tuple[Array, Array]:
-        values, errors = [value for value, _ in piece.inputs], [error for _, error in piece.inputs]
         value = piece.value(name)
-        return value, bound(name, piece.ctx, arithmetic, value, values, errors, piece.params)
+        return value, _bound(name, arithmetic, value, piece)
 
-    value, limit = in_pieces(both, name, Piece(ctx, inputs, params))
+    value, limit = in_pieces(both, name, Piece(ctx, inputs, params).with_squares(name))
     return value, limit

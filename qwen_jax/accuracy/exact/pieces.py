@@ -18,6 +18,7 @@ from qwen_jax.accuracy.exact.operations import (
     project,
     scores,
 )
+from qwen_jax.accuracy.exact.rounding import round_interval
 
 Array = np.ndarray
 Error = Float[np.ndarray, "..."] | float
@@ -30,16 +31,51 @@ MOST_MADE = 1 << 19
 """and holds some eight arrays of as many as it makes, 4 MB each: every core has its own."""
 
 
+PRODUCTS = (linear, project)
+"""Operations that multiply a matrix."""
+
+
 class Piece(NamedTuple):
-    """What one piece is made of: inputs with how far they may be off, and parameters."""
+    """What one piece is made of: inputs with how far they may be off, and parameters.
+
+    Attributes:
+        squares: of a product's input and, where it may be off, of how far. All pieces share them.
+    """
 
     ctx: Context
     inputs: Sequence[tuple[Array, Error]]
     params: Sequence[Array]
+    squares: tuple[Array, ...] = ()
+
+    @property
+    def values(self) -> list[Array]:
+        return [value for value, _ in self.inputs]
+
+    @property
+    def errors(self) -> list[Error]:
+        return [error for _, error in self.inputs]
 
     def value(self, name: str) -> Array:
         """The operation's result, of this piece."""
-        return OPERATIONS[name](self.ctx, [value for value, _ in self.inputs], self.params)
+        return OPERATIONS[name](self.ctx, self.values, self.params)
+
+    def with_squares(self, name: str) -> "Piece":
+        """With those that the bound of operation `name` takes."""
+        if OPERATIONS[name].compute not in PRODUCTS:
+            return self
+        operand = self.ctx.knobs.operand
+
+        def squared(rows: slice) -> tuple[Array, ...]:
+            value, error = cut(self.inputs[0], rows)
+            if not isinstance(error, np.ndarray):
+                return (np.square(value),)
+            if operand:  # what lies near the middle of two numbers may become either
+                error = round_interval(value, error, operand)[1]
+            return np.square(value), np.square(error)
+
+        value = self.values[0]
+        places = spread.parts(len(value), value[:1].size)
+        return self._replace(squares=spread.gathered(squared, places, places))
 
 
 def evaluate(name: str, ctx: Context, inputs: Sequence[Array], params: Sequence[Array]) -> Array:
@@ -55,7 +91,7 @@ def in_pieces(
     """What `function` makes of all pieces of operation `name`: arrays like the operation's result,
     joined. Parameters, held in whatever dtype, are in float64 in a piece."""
     compute = OPERATIONS[name].compute
-    if compute in (linear, project):
+    if compute in PRODUCTS:
         (count, width), rows = whole.params[0].shape, max(len(whole.inputs[0][0]), 1)
         unit = whole.ctx.config.head_dim if compute is project else 1
         most = min(MOST // width, MOST_MADE // rows)

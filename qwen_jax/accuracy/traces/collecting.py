@@ -49,4 +49,7 @@ class Collector:
     def trace(self, *notes: str) -> Trace:
         """The trace of all calls, with further notes in its header."""
         header = dataclasses.replace(self.header, notes=(*self.header.notes, *notes))
-        return Trace(header, {name: np.concatenate(p) for name, p in self._parts.items() if p})
+        kept = {name: parts for name, parts in self._parts.items() if parts}
+        # A reference comes in one call: all its tensors once more would be a gigabyte.
+        whole = {n: np.concatenate(p) if len(p) > 1 else p[0] for n, p in kept.items()}
+        return Trace(header, whole)

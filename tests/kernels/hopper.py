@@ -71,6 +71,11 @@ def temporary_bytes(function: Callable[..., Any], *arguments: Any, donate: int) 
     return analysis.temp_size_in_bytes
 
 
+def compiled(function: Callable[..., Any], *arguments: Any) -> str:
+    """The compiled program, as text."""
+    return str(_lowered(function, arguments).compile().as_text())
+
+
 def lower(function: Callable[..., Any], *arguments: Any) -> str:
     """The lowered program, as text; compiled as well where it can be."""
     lowered = _lowered(function, arguments)

@@ -1,7 +1,6 @@
 """What a device computes while the laboratory's NumPy works on the host."""
 
 import functools
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, Self, TypeVar
@@ -16,10 +15,6 @@ R = TypeVar("R")
 AT_ONCE = 4
 """A GPU's programs take seconds to compile, each on some cores; results wait in memory."""
 
-TURN = 5e-4
-"""Seconds for which a thread that traces keeps Python to itself while others wait. Of NumPy's
-threads each waits so long in front of every operation: as long as one takes, not ten times that."""
-
 
 class Beside:
     """An engine's work, a few pieces at a time on threads, in the order in which they are begun.
@@ -33,7 +28,6 @@ class Beside:
     def __init__(self, engine: Engine):
         apart = engine.shapes.ahead and engine.spec.split is WHOLE and not watched()
         self._pool = ThreadPoolExecutor(AT_ONCE, "device") if apart else None
-        self._turn = sys.getswitchinterval()
 
     @property
     def apart(self) -> bool:
@@ -47,12 +41,8 @@ class Beside:
         return self._pool.submit(function, *args, **kwargs).result
 
     def __enter__(self) -> Self:
-        if self.apart:
-            sys.setswitchinterval(TURN)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pool is not None:
-            sys.setswitchinterval(self._turn)
-            # Ctrl-C doesn't wait for a program to compile.
+        if self._pool is not None:  # Ctrl-C doesn't wait for a program to compile
             self._pool.shutdown(wait=kind is None, cancel_futures=True)

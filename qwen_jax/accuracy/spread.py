@@ -7,6 +7,7 @@ it: its own threads would wait for more work on the cores that ours want.
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,10 @@ VALUES = 1 << 17
 """Of a part: 1 MB in float64. An expression's few arrays stay near a core, and each of its steps
 takes long enough for threads not to queue for the interpreter."""
 
+TURN = 5e-4
+"""Seconds for which a thread that computes in Python, as one that traces, keeps the interpreter
+while ours wait for it, in front of every step: as long as a step takes, not ten times that."""
+
 CORES = os.cpu_count() or 1
 
 _NAME = "accuracy"
@@ -33,7 +38,7 @@ def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     known = list(items)
     if len(known) < 2 or threading.current_thread().name.startswith(_NAME):
         return [function(item) for item in known]
-    with _BLAS:
+    with _ALONE:
         return list(_pool().map(function, known))
 
 
@@ -96,27 +101,31 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-class _OneThread:
-    """BLAS on the thread that calls it, as long as anybody is inside.
+class _Alone:
+    """BLAS on the thread that calls it, and others' short turns, as long as anybody is inside.
 
-    The limit is the process's, and only who has set it can lift it: so that one thread does both,
-    whoever comes first and goes last.
+    BLAS's limit is the process's, and only who has set it can lift it: so that one thread does
+    both, whoever comes first and goes last.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
+        self._turn = sys.getswitchinterval()
         self._keeper = ThreadPoolExecutor(1, "blas")
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
                 self._limit = self._keeper.submit(self._limited).result()
+                self._turn = sys.getswitchinterval()
+                sys.setswitchinterval(min(TURN, self._turn))
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
+                sys.setswitchinterval(self._turn)
                 self._keeper.submit(self._limit.__exit__, None, None, None).result()
 
     @staticmethod
@@ -126,4 +135,4 @@ class _OneThread:
         return limit
 
 
-_BLAS = _OneThread()
+_ALONE = _Alone()

@@ -2,14 +2,16 @@
 
 import threading
 
+import numpy as np
 import pytest
 
 from qwen_jax.accuracy.beside import AT_ONCE, Beside
 from qwen_jax.accuracy.cache.audit import CacheAudit, audit_cache
 from qwen_jax.accuracy.tensors.planting import planted
+from qwen_jax.accuracy.traces.recording import record
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.cache import PAGE
-from tests.engines import fresh_engine, random_engine, reshape
+from tests.engines import fresh_engine, random_engine, random_tokens, reshape
 from tests.golden_cases import odd_config
 
 CONFIG = odd_config(num_layers=1, num_heads=2, num_kv_heads=2, tied=True, context_length=3 * PAGE)
@@ -71,6 +73,16 @@ def test_an_audit_of_the_cache_finds_the_same() -> None:
     ways = {"pieces", "several texts"}
     here, apart = (audit_cache(e, ways=ways) for e in (random_engine(CONFIG, 3), on_a_gpu()))
     assert here == apart and len(here) == 4
+
+
+def test_a_recording_is_the_same() -> None:
+    tokens = random_tokens(CONFIG, PAGE + 3)
+    here, apart = (
+        record(e, tokens, prompt_length=PAGE) for e in (random_engine(CONFIG, 3), on_a_gpu())
+    )
+    assert here.header.notes == apart.header.notes
+    assert here.tensors.keys() == apart.tensors.keys()
+    assert all(np.array_equal(x, apart.tensors[name]) for name, x in here.tensors.items())
 
 
 def test_truths_are_counted_while_they_are_worked_out() -> None:

@@ -1,5 +1,6 @@
 """Work spread over threads gives what it gives on one."""
 
+import sys
 import threading
 
 import numpy as np
@@ -71,6 +72,13 @@ def test_blas_has_its_threads_back_when_all_are_done(monkeypatch: pytest.MonkeyP
     assert inside.wait(30)
     assert spread.each(let_go, [True, False]) == [1, 1]
     assert blas.threads == 2 and len(blas.by) == 1
+
+
+def test_who_traces_meanwhile_takes_short_turns() -> None:
+    before = sys.getswitchinterval()
+    turns = spread.each(lambda _: sys.getswitchinterval(), range(4))
+    assert turns == pytest.approx([spread.TURN] * 4) and before > spread.TURN
+    assert sys.getswitchinterval() == before
 
 
 def test_an_error_is_the_first_item_s() -> None:

@@ -12,6 +12,7 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gqa_prefill_attention.reference import SLOTS
+from qwen_jax.accuracy.beside import Beside
 from qwen_jax.accuracy.traces.collecting import Collector
 from qwen_jax.accuracy.traces.trace import Header, Trace, config_to_json, select
 from qwen_jax.api import Model
@@ -110,18 +111,20 @@ class Recorder:
         header = self._header(tokens, calls, start, len(tokens) if stop is None else stop)
         collector = Collector(header, self.names)
         same, worst = True, 0.0
-        both = (self._run(f, tokens, calls) for f in (self._traced, self._plain))
-        for call, (tensors, logits), (_, plain) in zip(calls, *both, strict=True):
-            plain = np.asarray(plain)[0, : call.length]
-            seen = np.asarray(logits)[0, : call.length]
-            if seen.tobytes() != plain.tobytes():
-                same, worst = False, max(worst, _difference(seen, plain))
-            if see is not None:
-                see(call, plain)
-            for name, x in tensors.items():
-                if collector.wants(name, call.start, call.length):
-                    # Cut on the host: a slice on the device would be compiled for every length.
-                    collector.add(name, call.start, np.asarray(x)[0, : call.length])
+        traced, plain = (self._run(f, tokens, calls) for f in (self._traced, self._plain))
+        with Beside(self.engine) as device:  # the two programs of a call compile together
+            for call in calls:
+                beside = device.begin(next, plain)
+                tensors, logits = next(traced)
+                seen, right = (np.asarray(x)[0, : call.length] for x in (logits, beside()[1]))
+                if seen.tobytes() != right.tobytes():
+                    same, worst = False, max(worst, _difference(seen, right))
+                if see is not None:
+                    see(call, right)
+                for name, x in tensors.items():
+                    if collector.wants(name, call.start, call.length):
+                        # Cut on the host: a slice on the device would be compiled for each length.
+                        collector.add(name, call.start, np.asarray(x)[0, : call.length])
         note = "Recording changes no bit of the logits."
         if not same:
             note = f"Recording changes the logits, by {worst:.3g} at most."

@@ -25,8 +25,8 @@ VALUES = 1 << 17
 takes long enough for threads not to queue for the interpreter."""
 
 TURN = 5e-4
-"""Seconds for which a thread that computes in Python, as one that traces, keeps the interpreter
-while ours wait for it, in front of every step: as long as a step takes, not ten times that."""
+"""Seconds for which another thread that runs Python, such as one that traces, keeps the interpreter
+from ours, which ask for it before every step of NumPy's. Python's default is ten steps long."""
 
 CORES = os.cpu_count() or 1
 

@@ -259,10 +259,10 @@ def named(
     """What a step reads but for the head and the embedding, by canonical names; `matrix` makes
     those of a phase and a layer.
 
-    Layers' norms and biases are cut out before anything is fused with them. A fusion with a cut in
-    it differs from layer to layer, and is compiled once for each; these are compiled once.
+    Norms and biases are cut out before anything is fused with them. Fusions that cut differ from
+    layer to layer, and XLA compiles each; without cuts they are alike, and are compiled once.
     """
-    # Rows by numbers that XLA doesn't know are cut out in one kernel, else in one each.
+    # XLA cuts rows out in one kernel if it doesn't know their numbers, else in a kernel for each.
     numbers = lax.optimization_barrier(np.arange(len(packed.norms)))
     norms = packed.norms.at[numbers].get(mode="promise_in_bounds")
     small = {"final_norm": norms[-1]}

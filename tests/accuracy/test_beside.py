@@ -1,6 +1,8 @@
 """What the device does while the host works is what it does alone."""
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from qwen_jax.accuracy.beside import AT_ONCE, Beside
 from qwen_jax.accuracy.cache.audit import CacheAudit, audit_cache
 from qwen_jax.accuracy.tensors.planting import planted
-from qwen_jax.accuracy.traces.recording import record
+from qwen_jax.accuracy.traces.recording import Recorder
+from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.engine.engine import Engine
 from qwen_jax.model.cache import PAGE
 from tests.engines import fresh_engine, random_engine, random_tokens, reshape
@@ -75,11 +78,24 @@ def test_an_audit_of_the_cache_finds_the_same() -> None:
     assert here == apart and len(here) == 4
 
 
+def recorded(engine: Engine) -> tuple[Trace, set[int]]:
+    """A trace, and the threads on which its programs were called."""
+    recorder, threads = Recorder(engine), set[int]()
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any) -> Any:
+            threads.add(threading.get_ident())
+            return function(*args)
+
+        return called
+
+    recorder._plain, recorder._traced = noting(recorder._plain), noting(recorder._traced)  # type: ignore[assignment]
+    return recorder.record(random_tokens(CONFIG, PAGE + 3), prompt_length=PAGE), threads
+
+
 def test_a_recording_is_the_same() -> None:
-    tokens = random_tokens(CONFIG, PAGE + 3)
-    here, apart = (
-        record(e, tokens, prompt_length=PAGE) for e in (random_engine(CONFIG, 3), on_a_gpu())
-    )
+    (here, one), (apart, several) = recorded(random_engine(CONFIG, 3)), recorded(on_a_gpu())
+    assert len(one) == 1 and len(several) > 1
     assert here.header.notes == apart.header.notes
     assert here.tensors.keys() == apart.tensors.keys()
     assert all(np.array_equal(x, apart.tensors[name]) for name, x in here.tensors.items())

@@ -120,6 +120,30 @@ def test_a_rounding_that_is_there_anyway_explains_nothing(tmp_path: Path, model:
     assert "stream_bf16" not in found.named and "stream_f16" not in found.named
 
 
+@pytest.mark.parametrize("past", [1.5, 2.0, 4.0])
+@pytest.mark.parametrize(
+    ("unrecorded", "operation"), [("ffn_act", "ffn_residual"), ("attn_norm", "q_proj")]
+)
+def test_operands_that_are_rounded_so_anyway_explain_nothing(
+    tmp_path: Path, model: Path, unrecorded: str, operation: str, past: float
+) -> None:
+    """An error to either side, some times the bound, after a tensor that isn't there."""
+    source = CheckpointSource(model, "bfloat16")
+    other_engine.dump(tmp_path, CASE.config, PARAMETERS, TOKENS, dtype="bfloat16")
+    trace = open_trace(tmp_path, source.config, tokens=TOKENS)
+    tensors = {n: x for n, x in trace.tensors.items() if not n.endswith(unrecorded)}
+    name = f"layers.1.{operation}"
+    judged = next(r for r in Replay(Trace(trace.header, tensors), source) if r.finding.name == name)
+    sides = np.random.default_rng(0).choice([-past, past], judged.bound.shape)
+    wrong = (judged.expected + sides * judged.bound).astype(tensors[name].dtype)
+    found = diagnose(Trace(trace.header, tensors | {name: wrong}), source)
+    explains = {c.fault.name for c in found.causes} | {
+        fault for c in found.causes for tie in c.ties for fault in tie
+    }
+    assert not explains & {"products_tf32", "products_f16", "products_bf16"}
+    assert name in [finding.name for finding in found.faulty]
+
+
 def test_what_cannot_be_told_apart_is_a_tie(tmp_path: Path) -> None:
     """float16 holds what TF32 holds, where no number is so small."""
     model = write_gguf(tmp_path / "model.gguf", CASE.config, CASE.parameters()).path

@@ -139,6 +139,12 @@ def test_names_and_positions_are_cut_from_the_whole() -> None:
         np.testing.assert_array_equal(tensor, expected[..., :keys], err_msg=name)
 
 
+def test_a_position_keeps_no_larger_array() -> None:
+    """Of a call it is a view of all of it, padding included."""
+    part = recorder().record(TOKENS, start=19, stop=20)
+    assert all(x.base is None or x.base.nbytes == x.nbytes for x in part.tensors.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

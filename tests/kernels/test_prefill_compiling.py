@@ -22,7 +22,8 @@ def test_what_xla_compiles_does_not_grow_with_layers() -> None:
     """Fusions that are the same but for their names are compiled once; the first layers' differ."""
     if not hopper.compiles():
         pytest.skip("JAX's CUDA plugin is not installed")
-    assert len(fusions(12)) == len(fusions(8))
+    few = fusions(8)
+    assert few and len(fusions(12)) == len(few)
 
 
 def fusions(layers: int) -> set[str]:

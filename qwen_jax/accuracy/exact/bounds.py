@@ -26,7 +26,7 @@ from jaxtyping import Float
 from qwen_jax.accuracy.exact import operations
 from qwen_jax.accuracy.exact.operands import squared_error
 from qwen_jax.accuracy.exact.operations import Context
-from qwen_jax.accuracy.exact.pieces import Error, Piece, in_pieces
+from qwen_jax.accuracy.exact.pieces import SMALLEST, Error, Piece, in_pieces
 from qwen_jax.accuracy.exact.rounding import UNIT, round_interval
 from qwen_jax.accuracy.traces.trace import Header
 from qwen_jax.config import ModelConfig
@@ -158,9 +158,9 @@ def _linear(p: Piece, a: Arithmetic, y: Array) -> Array:
         row = np.abs(x).max(-1, keepdims=True)
         own += L * a.least * row * np.sqrt(squared.sum(-1))
     if of_errors:
-        # Where an operand is rounded, what may become either of two numbers is one rounding more.
-        times = L if p.ctx.knobs.operand else 1.0
-        own += times * np.sqrt(of_errors[0].reshape(x.shape) @ squared.T)
+        own += np.sqrt(of_errors[0].reshape(x.shape) @ squared.T)
+    if len(of_errors) > 1:  # to one number or the next: roundings, independent and to either side
+        own += L * np.sqrt(of_errors[1].reshape(x.shape) @ squared.T)
     return own.reshape(y.shape)
 
 
@@ -307,9 +307,6 @@ _BOUNDS: dict[Callable[..., Array], Bound] = {
 LEAST = 2.0**-124
 """What float32 and bfloat16 may flush to zero on the way, and twice over."""
 
-LEAST_FLOAT16 = 2.0**-24
-"""The spacing of float16's smallest numbers."""
-
 SECOND_ORDER = 1.01
 """Products of two roundings, which the first-order terms above leave out."""
 
@@ -328,13 +325,13 @@ def bound(
     Args:
         errors: of each input; 0 where it is what the engine really had.
     """
-    whole = Piece(ctx, list(zip(inputs, errors, strict=True)), params).with_squares(name)
-    return _bound(name, arithmetic, value, whole)
+    whole = Piece(ctx, list(zip(inputs, errors, strict=True)), params)
+    return _bound(name, arithmetic, value, whole.with_squares(name, arithmetic.storage))
 
 
 def _bound(name: str, arithmetic: Arithmetic, value: Array, piece: Piece) -> Array:
     function = _BOUNDS[operations.OPERATIONS[name].compute]
-    least = LEAST_FLOAT16 if arithmetic.float16 else LEAST
+    least = SMALLEST if arithmetic.float16 else LEAST
     with np.errstate(all="ignore"):
         return SECOND_ORDER * function(piece, arithmetic, value) + least
 
@@ -352,5 +349,6 @@ def bounded(
         value = piece.value(name)
         return value, _bound(name, arithmetic, value, piece)
 
-    value, limit = in_pieces(both, name, Piece(ctx, inputs, params).with_squares(name))
+    whole = Piece(ctx, inputs, params).with_squares(name, arithmetic.storage)
+    value, limit = in_pieces(both, name, whole)
     return value, limit

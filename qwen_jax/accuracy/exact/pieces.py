@@ -18,7 +18,7 @@ from qwen_jax.accuracy.exact.operations import (
     project,
     scores,
 )
-from qwen_jax.accuracy.exact.rounding import round_interval
+from qwen_jax.accuracy.exact.rounding import UNIT, round_interval
 
 Array = np.ndarray
 Error = Float[np.ndarray, "..."] | float
@@ -30,16 +30,19 @@ LEAST, MOST = 1 << 14, 1 << 21
 MOST_MADE = 1 << 19
 """and holds some eight arrays of as many as it makes, 4 MB each: every core has its own."""
 
-
 PRODUCTS = (linear, project)
 """Operations that multiply a matrix."""
+
+SMALLEST = 2.0**-24
+"""The spacing of float16's smallest numbers, which are no finer for being small."""
 
 
 class Piece(NamedTuple):
     """What one piece is made of: inputs with how far they may be off, and parameters.
 
     Attributes:
-        squares: of a product's input and, where it may be off, of how far. All pieces share them.
+        squares: of a product's input and, where it may be off, of how far; then, where it is
+            rounded once more, of what that adds. All pieces share them.
     """
 
     ctx: Context
@@ -59,23 +62,39 @@ class Piece(NamedTuple):
         """The operation's result, of this piece."""
         return OPERATIONS[name](self.ctx, self.values, self.params)
 
-    def with_squares(self, name: str) -> "Piece":
-        """With those that the bound of operation `name` takes."""
+    def with_squares(self, name: str, storage: float) -> "Piece":
+        """With those that the bound of operation `name` takes.
+
+        Args:
+            storage: the unit roundoff of activations. What rounds no coarser turns nothing that
+                they did not.
+        """
         if OPERATIONS[name].compute not in PRODUCTS:
             return self
         operand = self.ctx.knobs.operand
 
         def squared(rows: slice) -> tuple[Array, ...]:
             value, error = cut(self.inputs[0], rows)
-            if not isinstance(error, np.ndarray):
-                return (np.square(value),)
-            if operand:  # what lies near the middle of two numbers may become either
-                error = round_interval(value, error, operand)[1]
-            return np.square(value), np.square(error)
+            arrays = [value]
+            with np.errstate(all="ignore"):
+                if isinstance(error, np.ndarray):
+                    if operand and UNIT[operand] > storage:
+                        arrays += _turned(value, error, operand)
+                    else:
+                        arrays.append(error)
+                return tuple(np.square(x) for x in arrays)
 
         value = self.values[0]
         places = spread.parts(len(value), value[:1].size)
         return self._replace(squares=spread.gathered(squared, places, places))
+
+
+def _turned(value: Array, error: Array, operand: str) -> list[Array]:
+    """Of what is rounded once more: how far that may be off for its own error, and for being
+    rounded to one number or the next; neither where all that it may be becomes one number."""
+    width = round_interval(value, error, operand)[1]
+    most = 2 * UNIT[operand] * (np.abs(value) + error) + SMALLEST
+    return [np.where((width > 0) | np.isnan(error), error, 0), np.minimum(width, most)]
 
 
 def evaluate(name: str, ctx: Context, inputs: Sequence[Array], params: Sequence[Array]) -> Array:

@@ -49,7 +49,11 @@ class Collector:
     def trace(self, *notes: str) -> Trace:
         """The trace of all calls, with further notes in its header."""
         header = dataclasses.replace(self.header, notes=(*self.header.notes, *notes))
-        kept = {name: parts for name, parts in self._parts.items() if parts}
-        # A reference comes in one call: all its tensors once more would be a gigabyte.
-        whole = {n: np.concatenate(p) if len(p) > 1 else p[0] for n, p in kept.items()}
-        return Trace(header, whole)
+        return Trace(header, {name: _joined(p) for name, p in self._parts.items() if p})
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """One after the other; the only one as it is, unless it keeps a larger array alive."""
+    only = parts[0]
+    whole = only.base is None or only.nbytes == getattr(only.base, "nbytes", None)
+    return only if len(parts) == 1 and whole else np.concatenate(parts)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Recorder:
         collector = Collector(header, self.names)
         same, worst = True, 0.0
         traced, plain = (self._run(f, tokens, calls) for f in (self._traced, self._plain))
-        with Beside(self.engine) as device:  # the two programs of a call compile together
+        with Beside(self.engine) as device:  # on a GPU the two programs of a call compile together
             for call in calls:
                 beside = device.begin(next, plain)
                 tensors, logits = next(traced)
@@ -125,6 +125,8 @@ class Recorder:
                     if collector.wants(name, call.start, call.length):
                         # Cut on the host: a slice on the device would be compiled for each length.
                         collector.add(name, call.start, np.asarray(x)[0, : call.length])
+            traced.close()  # and their caches with them
+            plain.close()
         note = "Recording changes no bit of the logits."
         if not same:
             note = f"Recording changes the logits, by {worst:.3g} at most."
@@ -132,7 +134,7 @@ class Recorder:
 
     def _run(
         self, function: Callable[..., Any], tokens: Sequence[int], calls: list[Piece]
-    ) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
+    ) -> Generator[tuple[dict[str, jax.Array], jax.Array], None, None]:
         """The tensors and logits of every call, one after another through one cache."""
         engine = self.engine
         # Bits depend on how many slots attention takes a turn, but not on what is behind them.

@@ -26,8 +26,8 @@ from jaxtyping import Float
 from qwen_jax.accuracy.exact import operations
 from qwen_jax.accuracy.exact.operands import squared_error
 from qwen_jax.accuracy.exact.operations import Context
-from qwen_jax.accuracy.exact.pieces import SMALLEST, Error, Piece, in_pieces
-from qwen_jax.accuracy.exact.rounding import UNIT, round_interval
+from qwen_jax.accuracy.exact.pieces import Error, Piece, in_pieces
+from qwen_jax.accuracy.exact.rounding import SMALLEST, UNIT, round_interval
 from qwen_jax.accuracy.traces.trace import Header
 from qwen_jax.config import ModelConfig
 

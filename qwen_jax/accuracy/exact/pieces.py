@@ -18,7 +18,7 @@ from qwen_jax.accuracy.exact.operations import (
     project,
     scores,
 )
-from qwen_jax.accuracy.exact.rounding import UNIT, round_interval
+from qwen_jax.accuracy.exact.rounding import SMALLEST, UNIT, round_interval
 
 Array = np.ndarray
 Error = Float[np.ndarray, "..."] | float
@@ -32,9 +32,6 @@ MOST_MADE = 1 << 19
 
 PRODUCTS = (linear, project)
 """Operations that multiply a matrix."""
-
-SMALLEST = 2.0**-24
-"""The spacing of float16's smallest numbers, which are no finer for being small."""
 
 
 class Piece(NamedTuple):

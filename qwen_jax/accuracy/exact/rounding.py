@@ -19,6 +19,9 @@ UNIT = {
 }
 """Unit roundoff: the largest relative error of rounding to nearest."""
 
+SMALLEST = 2.0**-24
+"""The spacing of float16's smallest numbers, which are no finer for being small."""
+
 
 def round_to(x: Array, dtype: str | None, xp: Any) -> Array:
     """`x`, in its own dtype, rounded to nearest even as `dtype` holds it; None rounds nothing."""

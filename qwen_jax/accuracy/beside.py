@@ -1,19 +1,22 @@
 """What a device computes while the laboratory's NumPy works on the host."""
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
+from qwen_jax.accuracy.child import Child, SharedArrays
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.weights import read_back
 from qwen_jax.model.split import WHOLE
 from qwen_jax.model.tap import watched
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-AT_ONCE = 4
-"""A GPU's programs take seconds to compile, each on some cores; results wait in memory."""
+AT_ONCE = 8
+"""A GPU's programs take seconds to compile, each on a core or two; results wait in memory."""
 
 
 class Beside:
@@ -26,8 +29,12 @@ class Beside:
     """
 
     def __init__(self, engine: Engine):
+        self.engine = engine
         apart = engine.shapes.ahead and engine.spec.split is WHOLE and not watched()
         self._pool = ThreadPoolExecutor(AT_ONCE, "device") if apart else None
+        self._shared = SharedArrays() if apart else None
+        self._parameters: Mapping[str, Any] | None = None
+        self._lock = threading.Lock()
 
     @property
     def apart(self) -> bool:
@@ -39,6 +46,22 @@ class Beside:
         if self._pool is None:
             return functools.partial(function, *args, **kwargs)
         return self._pool.submit(function, *args, **kwargs).result
+
+    def elsewhere(self, function: Callable[P, R]) -> Callable[P, R]:
+        """A function of NumPy that may be given `parameters`; of a device apart in another process,
+        so that it and the device's programs, which are traced here, don't wait for one interpreter.
+        """
+        return function if self._shared is None else Child(function, self._shared)
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The engine's by name, read back once, for whoever asks first."""
+        with self._lock:
+            if self._parameters is None:
+                self._parameters = read_back(self.engine.weights)
+                if self._shared is not None:
+                    self._parameters = self._shared.take(dict(self._parameters))
+            return self._parameters
 
     def __enter__(self) -> Self:
         return self

@@ -20,9 +20,12 @@ from threadpoolctl import ThreadpoolController
 T = TypeVar("T")
 R = TypeVar("R")
 
-VALUES = 1 << 17
-"""Of a part: 1 MB in float64. An expression's few arrays stay near a core, and each of its steps
-takes long enough for threads not to queue for the interpreter."""
+VALUES = 1 << 18
+"""Of a part at most: 2 MB in float64, so that an expression's few arrays stay near a core."""
+
+FEWEST = 1 << 16
+"""Of a part at least: each of its steps takes long enough for threads not to queue for the
+interpreter."""
 
 TURN = 5e-4
 """Seconds for which another thread that runs Python, such as one that traces, keeps the interpreter
@@ -51,10 +54,12 @@ def slices(count: int, unit: int, least: int, most: int) -> list[slice]:
 
 
 def parts(rows: int, width: int) -> list[slice]:
-    """So many rows of so many values, in parts of `VALUES`, or of a row where that has more."""
-    step = max(VALUES // max(width, 1), 1)
+    """So many rows of so many values, in parts of `VALUES` at most or of one row, as many for one
+    core as for another."""
     if not rows:
         return [slice(0, 0)]
+    turns = -(-rows * width // (VALUES * CORES)) or 1
+    step = max(-(-rows // (turns * CORES)), min(FEWEST, VALUES) // max(width, 1), 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -24,6 +24,7 @@ from jax.experimental import serialize_executable
 
 from pallas_kernels import compat
 from qwen_jax.executables import identity
+from qwen_jax.executables.lowering import lowered
 from qwen_jax.executables.store import Store
 
 LOADED = "/qwen_jax/executables/load_duration"
@@ -75,7 +76,7 @@ class Kept:
     def prepare(self, *args: Any) -> None:
         """Loads or compiles what a call will need, given arrays or shapes alone."""
         if _store is None or self._unless(*args):
-            self._function.lower(*args).compile()
+            lowered(self._function, *args).compile()
         else:
             self._executable(self._key(args), args)
 
@@ -156,11 +157,11 @@ class Kept:
 
         given = (a if i in self._static else jax.tree.map(shape, a) for i, a in enumerate(args))
         with _without_jax_cache() as options:
-            return self._function.lower(*given).compile(options)
+            return lowered(self._function, *given).compile(options)
 
 
 @contextlib.contextmanager
-def _without_jax_cache() -> Iterator[dict[str, bool]]:
+def _without_jax_cache() -> Iterator[dict[str, str | bool]]:
     """Compiles on this thread go past JAX's own cache, if with these options.
 
     A CPU's executable that came out of that cache would lack its functions once it is serialized

@@ -205,12 +205,10 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
             cache.begin(device)
         if "weights" in parts:
             with bar("weights") as progress:
-                more["weights"] = audit_weights(checkpoint, engine, progress=progress)
+                audit = device.elsewhere(audit_weights)
+                more["weights"] = audit(checkpoint, device.parameters, progress=progress)
         if "text" in parts:
             more["text"] = audit_text(checkpoint, model)
-        if cache is not None and device.apart:  # while the recording's programs compile
-            with bar("truths of the cache") as progress:
-                cache.work_out(progress)
         if "tensors" in parts and tokens is not None:
             found = _with_tensors(found, config, checkpoint, trace())
         # Before the engine's own cache takes the memory that is left.
@@ -219,6 +217,8 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
                 rows, layers = numbers_of_rows(settings.inside.rows), settings.inside.layers
                 more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
         if cache is not None:
+            with bar("truths of the cache") as progress:
+                cache.work_out(progress)
             with bar("cache") as progress:
                 more["cache"] = cache.findings(progress)
             del cache  # its truths take half a gigabyte

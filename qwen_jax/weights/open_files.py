@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,11 +28,14 @@ _CHUNK = 8 << 20
 class OpenFile:
     """A file that is open, and memory-mapped read-only in `map`.
 
+    Args:
+        state: its size and time when it was opened before; by default it is opened now.
+
     Raises:
-        UserError: it can't be read, is no regular file or is empty.
+        UserError: it can't be read, is no regular file, is empty or another one than before.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, state: tuple[int, int] | None = None):
         self.path = path
         try:
             with regular_files.opened(path) as file:
@@ -46,6 +50,9 @@ class OpenFile:
                 f"{path}: the file can't be read: {regular_files.why_not(error)}"
             ) from None
         self._bytes = np.frombuffer(self.map, np.uint8)
+        if state is not None:
+            self._state = state
+            self.check()
 
     def bytes(self, start: int, stop: int) -> UInt8[np.ndarray, "n"]:
         """A read-only view of the map. Raises UserError where the file has changed."""
@@ -61,6 +68,10 @@ class OpenFile:
                 f"{self.path}: the file was written to while it was read ({sizes}); wait until "
                 "that is done, and start again."
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it again, and refuses another file."""
+        return OpenFile, (self.path, self._state)
 
     def sha256(self, progress: Progress | None = None) -> str:
         """The SHA-256 of the file in hexadecimal; `progress` hears bytes done and in all."""

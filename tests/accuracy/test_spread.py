@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.accuracy import spread
-from qwen_jax.accuracy.cache.audit import alone
 from qwen_jax.accuracy.cache.forward import forward
+from qwen_jax.accuracy.cache.truths import alone
 from qwen_jax.accuracy.exact.bounds import Arithmetic
 from qwen_jax.accuracy.exact.parameters import EngineSource
 from qwen_jax.accuracy.measures.residuals import residual

@@ -19,9 +19,10 @@ from qwen_jax.accuracy.cache.faults import FAULTS
 from qwen_jax.accuracy.cache.forward import Expected, forward
 from qwen_jax.accuracy.cache.runs import Shown, run
 from qwen_jax.accuracy.cache.scenarios import FULL, LENGTH, scenarios
-from qwen_jax.accuracy.cache.slots import Entries, Part, Row, Scenario, simulate
+from qwen_jax.accuracy.cache.slots import Row, Scenario, simulate
+from qwen_jax.accuracy.cache.truths import Truths, truths
 from qwen_jax.accuracy.exact.bounds import Arithmetic
-from qwen_jax.accuracy.exact.parameters import EngineSource, Source
+from qwen_jax.accuracy.exact.parameters import ArraySource, Source
 from qwen_jax.accuracy.exact.replay import Residual, compare, first_position
 from qwen_jax.accuracy.exact.rounding import UNIT
 from qwen_jax.accuracy.finding import Cause, Progress, wrong
@@ -115,14 +116,8 @@ def _arithmetic(engine: Engine) -> Arithmetic:
     return Arithmetic(UNIT[storage], operand, max(UNIT[weights], operand), least=least)
 
 
-def alone(text: tuple[int, ...]) -> Entries:
-    """Of a text in one call."""
-    row, count = Row(text, len(text)), len(text)
-    return simulate(Scenario("alone", (row,), ((Part(0, 0, count, count),),)))[0]
-
-
 class CacheAudit:
-    """An audit under way: `begin` has the engine's part done, `findings` judges it.
+    """An audit under way: `begin` has it done on a device apart, `findings` judges it.
 
     Args:
         engine, tokens, source, ways: as for `audit_cache`.
@@ -153,7 +148,7 @@ class CacheAudit:
                 f"{config.source}: its context of {config.context_length} is too short for a cache "
                 f"audit, which takes {FULL} tokens."
             )
-        self.source = source or EngineSource(engine)
+        self.source = source
         self.arithmetic = _arithmetic(engine)
         self.used = np.setdiff1d(np.arange(spec.valid_tokens), spec.unused_ids)
         self.every = -(-FULL * len(self.used) // MOST)
@@ -163,14 +158,33 @@ class CacheAudit:
             if ways is None or scenario.name in ways
         ]
         self.shown: list[Callable[[], list[Shown]]] = []
-        self.truths: dict[tuple[int, ...], list[Expected]] = {}
+        self.truths: Truths = {}
+        self._progress: Progress | None = None
 
     def begin(self, device: Beside) -> None:
-        """Every scenario through the engine."""
+        """The truths, and every scenario through the engine."""
+        work_out = truths if self.source else device.elsewhere(truths)
+
+        def worked_out() -> Truths:
+            self.source = self.source or ArraySource(self.engine.config, device.parameters)
+            rows = [row.tokens for s in self.scenarios for row in s.rows if not row.gone]
+            terms = self.arithmetic, self.used, self.every
+            return work_out(self.source, rows, *terms, progress=self._tell)
+
+        self._truths = device.begin(worked_out)
         self.shown = [
             device.begin(run, self.engine, scenario, self.used, self.every)
             for scenario in self.scenarios
         ]
+
+    def _tell(self, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(done, total)
+
+    def work_out(self, progress: Progress | None = None) -> None:
+        """Waits for the truths, or works them out where no device is apart."""
+        self._progress = progress
+        self.truths = self._truths()
 
     def findings(self, progress: Progress | None = None) -> list[CacheFinding]:
         """Of every row of every scenario."""
@@ -182,32 +196,6 @@ class CacheAudit:
             if progress:
                 progress(done, len(self.scenarios))
         return found
-
-    def work_out(self, progress: Progress | None = None) -> None:
-        """The truth of every text that is looked at."""
-        # Rows share beginnings, and what comes later changes nothing before it.
-        looked_at = {row.tokens for s in self.scenarios for row in s.rows if not row.gone}
-        truths: dict[tuple[int, ...], list[Expected]] = {}
-        for text in sorted(looked_at, key=len, reverse=True):
-            if not any(known[: len(text)] == text for known in truths):
-                truths[text] = []
-        texts, of_each = [alone(text) for text in truths], list(truths.values())
-        of_text = 2 * self.source.config.num_layers + 1  # keys and values of each layer, and logits
-        made = forward(self.source, texts, self.arithmetic, self.used, self.every)
-        for done, (number, expected) in enumerate(made, 1):
-            of_each[number].append(self.finite(expected))
-            if progress:
-                progress(done, of_text * len(texts))
-        self.truths = truths
-
-    def finite(self, expected: Expected) -> Expected:
-        """Raises UserError for the truth of a model that has none."""
-        if not np.isfinite(expected.value).all():
-            raise UserError(
-                f"{self.source.config.source}: {expected.name} of the model itself are not finite, "
-                "so nothing can be told of its cache; check its weights."
-            )
-        return expected
 
     def truth(self, row: Row) -> Iterator[Expected]:
         """What a row's slots should hold, and its log-probabilities: no cache, no other row."""
@@ -256,6 +244,7 @@ class CacheAudit:
     def causes(self, scenario: Scenario, number: int, seen: Shown) -> Iterator[Cause]:
         """Faults that give what the engine gave; one is given up at the first layer outside."""
         row, right = scenario.rows[number], simulate(scenario)[number]
+        assert self.source is not None
         for fault in FAULTS:
             entries = simulate(scenario, fault.rules)[number]
             if entries.same(right):

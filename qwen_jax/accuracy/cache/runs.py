@@ -15,7 +15,7 @@ from qwen_jax.engine.rows import Rows, pack_rows
 from qwen_jax.engine.sampling import Plan
 from qwen_jax.engine.shapes import fitting
 from qwen_jax.engine.steps import NOT_LIVE, Emitted, Extras, State
-from qwen_jax.model.cache import HEADS, Cache, create_pages
+from qwen_jax.model.cache import HEADS, create_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,20 +153,13 @@ class _Run:
             self.logits[part.row][part.start // self.every] = found[self.used]
 
     def shown(self) -> list[Shown]:
-        numbers = list(range(len(self.scenario.rows)))
-        cache = Cache(self.pages, jnp.asarray(self._tables(numbers, len(numbers))))
-        layers = [cache.layer(i) for i in range(self.engine.config.num_layers)]
+        """Cut on the host: on a device each step of it would be a program of its own."""
+        pages, layers = np.asarray(self.pages), self.engine.config.num_layers
         # Of a head that is on several devices one is shown.
         copies = self.engine.spec.cached.num_kv_heads // self.engine.config.num_kv_heads
-        keys, values = (
-            np.stack([np.asarray(x).astype(np.float64)[:, ::copies] for x in half])
-            for half in zip(*layers, strict=True)
-        )
-        return [
-            Shown(
-                logits,
-                keys[:, b, :, : len(row.tokens)].swapaxes(1, 2),
-                values[:, b, :, : len(row.tokens)].swapaxes(1, 2),
-            )
-            for b, (row, logits) in enumerate(zip(self.scenario.rows, self.logits, strict=True))
-        ]
+        found = []
+        for row, logits in zip(self.scenario.rows, self.logits, strict=True):
+            paged = pages[:, list(row.pages), ::copies].astype(np.float64).swapaxes(2, 3)
+            slots = paged.reshape(len(paged), -1, *paged.shape[3:])[:, : len(row.tokens)]
+            found.append(Shown(logits, slots[:layers], slots[layers:]))
+        return found

@@ -4,20 +4,22 @@ The model's matrices are fused (q, k and v in one); operations want them apart, 
 one layer's parameters by the operation that uses them.
 """
 
-import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from qwen_jax.accuracy import spread
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.weights import read_back
-from qwen_jax.model.decoder import Parameters
 from qwen_jax.weights.loader import Checkpoint, decode, open_checkpoint
+
+Array = Any
+"""A NumPy or a JAX array."""
 
 Arrays = tuple[Float[np.ndarray, "..."], ...]
 
@@ -74,22 +76,21 @@ class CheckpointSource:
         return host
 
 
-class EngineSource:
+class ArraySource:
+    """Parameters that somebody holds, by their canonical names."""
+
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, Shaped[Array, "..."]]):
+        self.config, self.arrays = config, arrays
+
+    def get(self, name: str) -> Float[np.ndarray, "..."]:
+        return np.asarray(self.arrays[name])
+
+
+class EngineSource(ArraySource):
     """Parameters as an engine holds them on its device."""
 
     def __init__(self, engine: Engine):
-        self.engine = engine
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.engine.config
-
-    @functools.cached_property
-    def _weights(self) -> Parameters:
-        return read_back(self.engine.weights)
-
-    def get(self, name: str) -> Float[np.ndarray, "..."]:
-        return np.asarray(self._weights[name])
+        super().__init__(engine.config, read_back(engine.weights))
 
 
 class Weights:

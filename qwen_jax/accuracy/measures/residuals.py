@@ -85,8 +85,9 @@ def residual(
         return squares, exact
 
     def norm(part: slice) -> float:
-        want = expected[part].astype(np.float64)
-        return float(np.sum(np.where(np.isfinite(want), want, 0.0) ** 2))
+        with np.errstate(all="ignore"):
+            want = expected[part].astype(np.float64)
+            return float(np.sum(np.where(np.isfinite(want), want, 0.0) ** 2))
 
     found = spread.each(compared, parts)
     squares = sum(of_part for of_part, _ in found)
@@ -107,14 +108,17 @@ def _compared(
     have = have.astype(np.float32) if dtype.itemsize < 4 else have
     if (have == want).all():
         return 0, 0.0, True
-    rounded = want.astype(dtype)
-    exact = np.array_equal(have, rounded.astype(have.dtype), equal_nan=True)
+    rounded = want.astype(dtype).astype(have.dtype)
+    if (have == rounded).all():  # to nearest, which is inside
+        difference = np.subtract(have, want, dtype=np.float64).reshape(-1)
+        squares = float(difference @ difference)
+        if np.isfinite(squares):
+            return 0, squares, True
+    exact = np.array_equal(have, rounded, equal_nan=True)
     have, want64 = have.astype(np.float64), want.astype(np.float64)
     same = (have == want64) | (np.isnan(have) & np.isnan(want64))
     difference = np.where(same, 0.0, have - want64)
     squares = float(np.sum(difference**2))
-    if exact and np.isfinite(difference).all():  # rounding to nearest is inside
-        return 0, squares, True
     near = np.abs(difference) <= rounding(want, dtype)
     outside = ~(near & np.isfinite(difference)) & ~same
     return outside.reshape(len(outside), -1).sum(axis=1), squares, exact

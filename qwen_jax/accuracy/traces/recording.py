@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gqa_prefill_attention.reference import SLOTS
 from qwen_jax.accuracy.beside import Beside
 from qwen_jax.accuracy.traces.collecting import Collector
-from qwen_jax.accuracy.traces.trace import Header, Trace, config_to_json, select
+from qwen_jax.accuracy.traces.trace import Header, Trace, config_to_json, select, split_name
 from qwen_jax.api import Model
 from qwen_jax.completions import Completion
 from qwen_jax.engine import steps
@@ -24,6 +26,7 @@ from qwen_jax.engine.shapes import Piece, Shapes, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
+from qwen_jax.executables.lowering import lowered
 from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.tap import recording
 from qwen_jax.requests import Request
@@ -81,10 +84,13 @@ class Recorder:
     def __init__(self, model: Model | Engine, names: str | Sequence[str] = "*"):
         self.engine = model.engine if isinstance(model, Model) else model
         self.names = select(self.engine.config, names)
+        self._layers: dict[str, list[str]] = {}
+        for name in self.names:
+            self._layers.setdefault(split_name(name)[1], []).append(name)
         spec = self.engine.spec
         self._plain = jax.jit(functools.partial(_plain_call, spec), donate_argnums=1)
         self._traced = jax.jit(
-            functools.partial(_traced_call, spec, tuple(self.names)), donate_argnums=1
+            functools.partial(_traced_call, spec, self._layers), donate_argnums=1
         )
 
     def check(self, tokens: Sequence[int], prompt_length: int | None = None) -> None:
@@ -111,8 +117,10 @@ class Recorder:
         header = self._header(tokens, calls, start, len(tokens) if stop is None else stop)
         collector = Collector(header, self.names)
         same, worst = True, 0.0
-        traced, plain = (self._run(f, tokens, calls) for f in (self._traced, self._plain))
-        with Beside(self.engine) as device:  # on a GPU the two programs of a call compile together
+        with Beside(self.engine) as device:  # on a GPU all programs compile at the same time
+            traced, plain = (
+                self._run(f, tokens, calls, device) for f in (self._traced, self._plain)
+            )
             for call in calls:
                 beside = device.begin(next, plain)
                 tensors, logits = next(traced)
@@ -121,26 +129,49 @@ class Recorder:
                     same, worst = False, max(worst, _difference(seen, right))
                 if see is not None:
                     see(call, right)
-                for name, x in tensors.items():
-                    if collector.wants(name, call.start, call.length):
-                        # Cut on the host: a slice on the device would be compiled for each length.
-                        collector.add(name, call.start, np.asarray(x)[0, : call.length])
+                for operation, of_layers in tensors.items():
+                    of_one = self._layers[operation]
+                    if not collector.wants(of_one[0], call.start, call.length):
+                        continue
+                    # Cut on the host: a slice on the device would be compiled for each length.
+                    for name, x in zip(of_one, np.asarray(of_layers), strict=True):
+                        collector.add(name, call.start, x[0, : call.length])
             traced.close()  # and their caches with them
             plain.close()
-        note = "Recording changes no bit of the logits."
+        notes = ["Recording changes no bit of the logits."]
         if not same:
-            note = f"Recording changes the logits, by {worst:.3g} at most."
-        return collector.trace(note)
+            notes = [f"Recording changes the logits, by {worst:.3g} at most."]
+        if calls[-1].padded == 1 and _in_one_kernel(self.engine):
+            notes.insert(0, KERNEL)
+        trace, source = collector.trace(*notes), self.engine.config.source
+        header = dataclasses.replace(trace.header, model_sha256=model_hash(source))
+        return Trace(header, trace.tensors)
 
     def _run(
-        self, function: Callable[..., Any], tokens: Sequence[int], calls: list[Piece]
+        self, function: Any, tokens: Sequence[int], calls: list[Piece], device: Beside
     ) -> Generator[tuple[dict[str, jax.Array], jax.Array], None, None]:
         """The tensors and logits of every call, one after another through one cache."""
         engine = self.engine
         # Bits depend on how many slots attention takes a turn, but not on what is behind them.
         capacity = max(len(tokens), min(SLOTS, PAGE * engine.layout.table_width))
         cache = Cache.create(engine.spec.cached, 1, capacity, engine.spec.cache)
+        empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
+        row = jax.ShapeDtypeStruct((1,), np.int32)
+        compiling = {
+            length: device.begin(
+                _compile,
+                function,
+                engine.weights,
+                empty,
+                jax.ShapeDtypeStruct((1, length), np.int32),
+                row,
+                row,
+            )
+            for length in dict.fromkeys(call.padded for call in calls)
+        }
         for call in calls:
+            if call.padded in compiling:
+                compiling.pop(call.padded)()
             padded = np.zeros((1, call.padded), np.int32)
             padded[0, : call.length] = tokens[call.start : call.start + call.length]
             start, length = np.array([call.start, call.start + call.length], np.int32)[:, None]
@@ -148,7 +179,8 @@ class Recorder:
             yield tensors, logits
 
     def _header(self, tokens: Sequence[int], calls: list[Piece], start: int, stop: int) -> Header:
-        engine, spec, config = self.engine, self.engine.spec, self.engine.config
+        """But for what takes a second: the file's hash, and whether a step is one kernel."""
+        spec, config = self.engine.spec, self.engine.config
         if len(tokens) > config.context_length:
             raise UserError(
                 f"The text has {len(tokens)} tokens, but {config.source} has a context of "
@@ -157,7 +189,7 @@ class Recorder:
         try:
             return Header(
                 model=config.source,
-                model_sha256=model_hash(config.source),
+                model_sha256=None,
                 config=config_to_json(config),
                 implementation=f"qwen_jax ({spec.implementation})",
                 dtype=spec.weights.name,
@@ -170,7 +202,6 @@ class Recorder:
                 start=start,
                 stop=stop,
                 chunks=tuple(call.length for call in calls),
-                notes=(KERNEL,) if calls[-1].padded == 1 and _in_one_kernel(engine) else (),
             )
         except UserError as error:
             raise UserError(f"{config.source}: {error}") from None
@@ -301,6 +332,11 @@ def _hash(path: Path, mtime: int, size: int) -> str:
     return OpenFile(path).sha256()
 
 
+def _compile(function: Any, *args: Any) -> None:
+    """What a call with such arguments will find."""
+    lowered(function, *args).compile()
+
+
 def _plain_call(
     spec: Spec,
     weights: Weights,
@@ -320,17 +356,21 @@ def _plain_call(
 
 def _traced_call(
     spec: Spec,
-    names: Sequence[str],
+    names: Mapping[str, Sequence[str]],
     weights: Weights,
     cache: Cache,
     tokens: Int[Array, "B T"],
     start: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
-    """The same with the named tensors besides."""
+    """The same with the named tensors besides, each operation's in one array: to fetch hundreds
+    of small ones takes longer than to make them."""
     with recording() as seen:
         cache, logits = steps.all_logits(spec, weights, cache, tokens, start, lengths)
-    return cache, {name: seen[name] for name in names}, logits
+    # Apart, or each layer's part of a copy is fused with what makes it, and compiled for itself.
+    made = lax.optimization_barrier({n: seen[n] for of_one in names.values() for n in of_one})
+    found = {operation: jnp.stack([made[n] for n in of_one]) for operation, of_one in names.items()}
+    return cache, found, logits
 
 
 def _in_one_kernel(engine: Engine) -> bool:

@@ -1,0 +1,19 @@
+"""Programs are traced and lowered one after another, whatever thread asks."""
+
+import threading
+from typing import Any
+
+import jax
+
+_ONE = threading.RLock()
+
+
+def lowered(function: Any, *args: Any) -> jax.stages.Lowered:
+    """A jitted function's program for arrays or shapes.
+
+    All of it is Python, which runs one thread at a time: taken in turns, the first program would
+    reach the compiler when the last one does. A call of the function finds what is compiled so.
+    """
+    with _ONE:
+        program: jax.stages.Lowered = function.lower(*args)
+        return program

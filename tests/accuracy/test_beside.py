@@ -1,5 +1,6 @@
 """What the device does while the host works is what it does alone."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,11 @@ def test_an_interrupt_waits_for_nobody_and_begins_nothing() -> None:
 def test_an_audit_of_the_cache_finds_the_same() -> None:
     ways = {"pieces", "several texts"}
     here, apart = (audit_cache(e, ways=ways) for e in (random_engine(CONFIG, 3), on_a_gpu()))
-    assert here == apart and len(here) == 4
+    assert len(here) == 4
+    for one, other in zip(here, apart, strict=True):
+        # NumPy's sums depend on where in memory an array lies: 1e-16 beside an error of 1e-7.
+        figures = {name: pytest.approx(getattr(one, name), rel=1e-6) for name in ("ratio", "error")}
+        assert other == dataclasses.replace(one, **figures)
 
 
 def recorded(engine: Engine) -> tuple[Trace, set[int]]:

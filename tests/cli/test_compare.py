@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from qwen_jax.api import Model
 from qwen_jax.experiments import quantize
 from qwen_jax.tasks import compare
 from tests.cli.conftest import BUNDLED, Run
+from tests.engines import reshape
 
 TOKENS = "--tokens=" + ",".join(map(str, range(300, 308)))
 """A short text, so that a run is quick."""
@@ -45,6 +47,40 @@ def test_two_planted_faults_are_named_and_fail_a_gate(run: Run, tmp_path: Path) 
     page = (tmp_path / "report.html").read_text()
     assert "zero_qkv_bias" in page
     assert "http://" not in page.replace("http://www.w3.org", "")  # self-contained
+
+
+def test_a_device_apart_gives_the_same_report(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy's work is done in other processes then, and the device's on threads."""
+
+    def report() -> dict[str, Any]:
+        result = run("compare", TOKENS, f"--workdir={tmp_path}")
+        assert result.code == 0, result.err
+        found = json.loads((tmp_path / "report.json").read_text())
+        shutil.rmtree(tmp_path)
+        return {part: found[part] for part in ("diagnosis", "weights", "text", "cache")}
+
+    def as_on_a_gpu(config: Any) -> Model:
+        model = load(config)
+        reshape(model.engine, ahead=True)
+        return model
+
+    here, load = report(), compare.load
+    monkeypatch.setattr(compare, "load", as_on_a_gpu)
+    apart = report()
+    assert here["weights"] == apart["weights"] and here["text"] == apart["text"]
+    assert nearly(here) == apart
+
+
+def nearly(found: Any) -> Any:
+    """With figures that may differ in their last digits, in which NumPy's sums depend on where in
+    memory arrays lie."""
+    if isinstance(found, dict):
+        return {name: nearly(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [nearly(value) for value in found]
+    return pytest.approx(found, rel=1e-6) if isinstance(found, float) else found
 
 
 def test_a_trace_of_generate_is_within_rounding(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,22 @@ def test_a_file_replaced_is_read_as_it_was(tmp_path: Path, write: Callable) -> N
     other.rename(path)
     np.testing.assert_array_equal(norm(checkpoint), PARAMS["model.norm.weight"])
     np.testing.assert_array_equal(norm(open_checkpoint(old)), OTHER["model.norm.weight"])
+
+
+@pytest.mark.parametrize("write", [write_gguf, write_hf])
+def test_another_process_opens_the_same_file_or_none(tmp_path: Path, write: Callable) -> None:
+    checkpoint = open_checkpoint(write(tmp_path / "old", CONFIG, PARAMS).path)
+    sent = pickle.dumps(checkpoint)
+    again: Checkpoint = pickle.loads(sent)
+    np.testing.assert_array_equal(norm(again), norm(checkpoint))
+    (path,), (other,) = (
+        c.files.paths
+        for c in (checkpoint, open_checkpoint(write(tmp_path / "new", CONFIG, OTHER).path))
+    )
+    os.utime(other, ns=(1, path.stat().st_mtime_ns + 1))
+    other.rename(path)
+    with pytest.raises(UserError, match="was written to while it was read"):
+        pickle.loads(sent)
 
 
 def test_what_is_hashed_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

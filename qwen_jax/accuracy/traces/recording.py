@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.gqa_prefill_attention.reference import SLOTS
 from qwen_jax.accuracy.beside import Beside
@@ -84,13 +84,15 @@ class Recorder:
     def __init__(self, model: Model | Engine, names: str | Sequence[str] = "*"):
         self.engine = model.engine if isinstance(model, Model) else model
         self.names = select(self.engine.config, names)
-        self._layers: dict[str, list[str]] = {}
+        self._together: dict[str, list[str]] = {}
         for name in self.names:
-            self._layers.setdefault(split_name(name)[1], []).append(name)
+            # To fetch hundreds of small arrays from a device apart takes longer than to make them.
+            key = split_name(name)[1] if self.engine.shapes.ahead else name
+            self._together.setdefault(key, []).append(name)
         spec = self.engine.spec
         self._plain = jax.jit(functools.partial(_plain_call, spec), donate_argnums=1)
         self._traced = jax.jit(
-            functools.partial(_traced_call, spec, self._layers), donate_argnums=1
+            functools.partial(_traced_call, spec, self._together), donate_argnums=1
         )
 
     def check(self, tokens: Sequence[int], prompt_length: int | None = None) -> None:
@@ -129,13 +131,12 @@ class Recorder:
                     same, worst = False, max(worst, _difference(seen, right))
                 if see is not None:
                     see(call, right)
-                for operation, of_layers in tensors.items():
-                    of_one = self._layers[operation]
-                    if not collector.wants(of_one[0], call.start, call.length):
-                        continue
-                    # Cut on the host: a slice on the device would be compiled for each length.
-                    for name, x in zip(of_one, np.asarray(of_layers), strict=True):
-                        collector.add(name, call.start, x[0, : call.length])
+                for key, stacked in tensors.items():
+                    some = self._together[key]
+                    if collector.wants(some[0], call.start, call.length):
+                        # Cut on the host: on the device it would be compiled for each length.
+                        for name, x in zip(some, np.asarray(stacked), strict=True):
+                            collector.add(name, call.start, x[0, : call.length])
             traced.close()  # and their caches with them
             plain.close()
         notes = ["Recording changes no bit of the logits."]
@@ -363,14 +364,17 @@ def _traced_call(
     start: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> tuple[Cache, dict[str, jax.Array], Float[Array, "B T V"]]:
-    """The same with the named tensors besides, each operation's in one array: to fetch hundreds
-    of small ones takes longer than to make them."""
+    """The same with the named tensors besides, those that go together in one array."""
     with recording() as seen:
         cache, logits = steps.all_logits(spec, weights, cache, tokens, start, lengths)
-    # Apart, or each layer's part of a copy is fused with what makes it, and compiled for itself.
-    made = lax.optimization_barrier({n: seen[n] for of_one in names.values() for n in of_one})
-    found = {operation: jnp.stack([made[n] for n in of_one]) for operation, of_one in names.items()}
-    return cache, found, logits
+
+    def together(some: Sequence[str]) -> Shaped[Array, "names ..."]:
+        if len(some) == 1:
+            return seen[some[0]][None]
+        # Apart, or each layer has a kernel of its own, in which its copy is fused.
+        return jnp.stack(lax.optimization_barrier([seen[name] for name in some]))
+
+    return cache, {key: together(some) for key, some in names.items()}, logits
 
 
 def _in_one_kernel(engine: Engine) -> bool:

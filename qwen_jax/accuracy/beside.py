@@ -58,9 +58,8 @@ class Beside:
         """The engine's by name, read back once, for whoever asks first."""
         with self._lock:
             if self._parameters is None:
-                self._parameters = read_back(self.engine.weights)
-                if self._shared is not None:
-                    self._parameters = self._shared.take(dict(self._parameters))
+                held = dict(read_back(self.engine.weights))
+                self._parameters = held if self._shared is None else self._shared.take(held)
             return self._parameters
 
     def __enter__(self) -> Self:

@@ -33,6 +33,7 @@ class Beside:
         apart = engine.shapes.ahead and engine.spec.split is WHOLE and not watched()
         self._pool = ThreadPoolExecutor(AT_ONCE, "device") if apart else None
         self._shared = SharedArrays() if apart else None
+        self._children: list[Child[..., Any]] = []
         self._parameters: Mapping[str, Any] | None = None
         self._lock = threading.Lock()
 
@@ -48,18 +49,26 @@ class Beside:
         return self._pool.submit(function, *args, **kwargs).result
 
     def elsewhere(self, function: Callable[P, R]) -> Callable[P, R]:
-        """A function of NumPy that may be given `parameters`; of a device apart in another process,
-        so that it and the device's programs, which are traced here, don't wait for one interpreter.
+        """A function of NumPy that may be given `parameters`, to be called once; of a device apart
+        in another process, so that it and the device's programs, which are traced here, don't wait
+        for one interpreter.
         """
-        return function if self._shared is None else Child(function, self._shared)
+        if self._shared is None:
+            return function
+        child = Child(function, self._shared)
+        self._children.append(child)
+        return child
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """The engine's by name, read back once, for whoever asks first."""
+        """The engine's by name; of a device apart read back once, by whoever asks first."""
+        if self._shared is None:
+            return read_back(self.engine.weights)
         with self._lock:
             if self._parameters is None:
-                held = dict(read_back(self.engine.weights))
-                self._parameters = held if self._shared is None else self._shared.take(held)
+                # Apart from the engine's own arrays, which would keep what is copied to the host.
+                held = read_back(self.engine.weights).items()
+                self._parameters = self._shared.take({n: x.addressable_data(0) for n, x in held})
             return self._parameters
 
     def __enter__(self) -> Self:
@@ -67,4 +76,12 @@ class Beside:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:  # Ctrl-C doesn't wait for a program to compile
+            if kind is not None:
+                self._end()
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            self._end()
+
+    def _end(self) -> None:
+        for child in self._children:
+            child.end()
+        self._parameters = self._shared = None

@@ -54,12 +54,12 @@ def slices(count: int, unit: int, least: int, most: int) -> list[slice]:
 
 
 def parts(rows: int, width: int) -> list[slice]:
-    """So many rows of so many values, in parts of `VALUES` at most or of one row, as many for one
-    core as for another."""
+    """So many rows of so many values, in parts of `VALUES` at most or of one row; about as many for
+    one core as for another."""
     if not rows:
         return [slice(0, 0)]
-    turns = -(-rows * width // (VALUES * CORES)) or 1
-    step = max(-(-rows // (turns * CORES)), min(FEWEST, VALUES) // max(width, 1), 1)
+    most, turns = VALUES // max(width, 1), -(-rows * width // (VALUES * CORES)) or 1
+    step = max(min(max(-(-rows // (turns * CORES)), FEWEST // max(width, 1)), most), 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

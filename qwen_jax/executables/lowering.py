@@ -1,4 +1,4 @@
-"""Programs are traced and lowered one after another, whatever thread asks."""
+"""Programs that are compiled ahead are traced and lowered one after another."""
 
 import threading
 from typing import Any
@@ -9,7 +9,7 @@ _ONE = threading.RLock()
 
 
 def lowered(function: Any, *args: Any) -> jax.stages.Lowered:
-    """A jitted function's program for arrays or shapes.
+    """A jitted function's program for arrays or shapes, once no other is at it.
 
     All of it is Python, which runs one thread at a time: taken in turns, the first program would
     reach the compiler when the last one does. A call of the function finds what is compiled so.

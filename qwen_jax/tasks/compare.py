@@ -194,34 +194,34 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     more: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(planted(model.engine, faults)) if faults else model.engine
-        device = stack.enter_context(Beside(engine))
-        # What a device apart has to do begins first, and parts that need nothing of it go before.
-        cache = CacheAudit(engine) if "cache" in parts else None
-        if "tensors" in parts and tokens is not None:
-            prompt, recorder = max(1, len(tokens) - settings.decode_tokens), Recorder(engine)
-            recorder.check(tokens, prompt)
-            trace = device.begin(recorder.record, tokens, prompt_length=prompt)
-        if cache is not None:
-            cache.begin(device)
-        if "weights" in parts:
-            with bar("weights") as progress:
-                audit = device.elsewhere(audit_weights)
-                more["weights"] = audit(checkpoint, device.parameters, progress=progress)
-        if "text" in parts:
-            more["text"] = audit_text(checkpoint, model)
-        if "tensors" in parts and tokens is not None:
-            found = _with_tensors(found, config, checkpoint, trace())
-        # Before the engine's own cache takes the memory that is left.
-        if "inside" in parts and tokens is not None:
-            with bar("inside") as progress:
-                rows, layers = numbers_of_rows(settings.inside.rows), settings.inside.layers
-                more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
-        if cache is not None:
-            with bar("truths of the cache") as progress:
-                cache.work_out(progress)
-            with bar("cache") as progress:
-                more["cache"] = cache.findings(progress)
-            del cache  # its truths take half a gigabyte
+        with Beside(engine) as device:
+            # What a device apart has to do begins first; parts that need nothing of it go before.
+            cache = CacheAudit(engine) if "cache" in parts else None
+            if "tensors" in parts and tokens is not None:
+                prompt, recorder = max(1, len(tokens) - settings.decode_tokens), Recorder(engine)
+                recorder.check(tokens, prompt)
+                trace = device.begin(recorder.record, tokens, prompt_length=prompt)
+            if cache is not None:
+                cache.begin(device)
+            if "weights" in parts:
+                with bar("weights") as progress:
+                    audit = device.elsewhere(audit_weights)
+                    more["weights"] = audit(checkpoint, device.parameters, progress=progress)
+            if "text" in parts:
+                more["text"] = audit_text(checkpoint, model)
+            if "tensors" in parts and tokens is not None:
+                found = _with_tensors(found, config, checkpoint, trace())
+            # Before the engine's own cache takes the memory that is left.
+            if "inside" in parts and tokens is not None:
+                with bar("inside") as progress:
+                    rows, layers = numbers_of_rows(settings.inside.rows), settings.inside.layers
+                    more["inside"] = audit_inside(engine, tokens, rows, layers, progress)
+            if cache is not None:
+                with bar("truths of the cache") as progress:
+                    cache.work_out(progress)
+                with bar("cache") as progress:
+                    more["cache"] = cache.findings(progress)
+                del cache  # its truths take half a gigabyte
         if "machine" in parts:
             with bar("machine") as progress:
                 more["machine"] = audit_machine(engine, progress)

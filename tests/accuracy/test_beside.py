@@ -14,7 +14,9 @@ from qwen_jax.accuracy.tensors.planting import planted
 from qwen_jax.accuracy.traces.recording import Recorder
 from qwen_jax.accuracy.traces.trace import Trace
 from qwen_jax.engine.engine import Engine
+from qwen_jax.errors import UserError
 from qwen_jax.model.cache import PAGE
+from tests.accuracy.test_child import wait
 from tests.engines import fresh_engine, random_engine, random_tokens, reshape
 from tests.golden_cases import odd_config
 
@@ -97,6 +99,14 @@ def recorded(engine: Engine) -> tuple[Trace, set[int]]:
 
     recorder._plain, recorder._traced = noting(recorder._plain), noting(recorder._traced)
     return recorder.record(random_tokens(CONFIG, PAGE + 3), prompt_length=PAGE), threads
+
+
+def test_an_error_ends_what_is_under_way_elsewhere() -> None:
+    with pytest.raises(ValueError, match="lost"), Beside(on_a_gpu()) as device:
+        result = device.begin(device.elsewhere(wait))
+        raise ValueError("lost")
+    with pytest.raises(UserError, match="ended with the code -9"):
+        result()
 
 
 def test_a_recording_is_the_same() -> None:

@@ -182,12 +182,12 @@ class CacheAudit:
             self._progress(done, total)
 
     def work_out(self, progress: Progress | None = None) -> None:
-        """Waits for the truths, or works them out where no device is apart."""
+        """What is begun: waits for the truths, or works them out where no device is apart."""
         self._progress = progress
         self.truths = self._truths()
 
     def findings(self, progress: Progress | None = None) -> list[CacheFinding]:
-        """Of every row of every scenario."""
+        """Of every row of every scenario that is begun."""
         if not self.truths:
             self.work_out()
         found: list[CacheFinding] = []

@@ -20,7 +20,15 @@ from qwen_jax.accuracy.exact.operations import (
     Knobs,
     input_names,
 )
-from qwen_jax.accuracy.exact.parameters import FUSED, LAYER, OUTER, EngineSource, Weights, parts
+from qwen_jax.accuracy.exact.parameters import (
+    FUSED,
+    LAYER,
+    OUTER,
+    ArraySource,
+    EngineSource,
+    Weights,
+    parts,
+)
 from qwen_jax.accuracy.tensors.faults.catalogue import FAULTS
 from qwen_jax.accuracy.tensors.faults.fault import Overlay, Planted, parse
 from qwen_jax.accuracy.traces.trace import split_name
@@ -56,7 +64,7 @@ def planted(engine: Engine, faults: str | Sequence[Planted]) -> Iterator[Engine]
 def _with_parameters(engine: Engine, chosen: Sequence[Planted]) -> Engine:
     """A new engine, whose weights are the old ones where no fault changes them."""
     new = dict(read_back(engine.weights))
-    config, source = engine.config, EngineSource(engine)
+    config, source = engine.config, ArraySource(engine.config, dict(new))
     layers: list[int | None] = [None, *range(config.num_layers)]
     for layer in layers:
         weights, changed = Weights(source, layer), set()

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.gqa_prefill_attention.reference import SLOTS
 from qwen_jax.accuracy.beside import Beside
-from qwen_jax.accuracy.traces.collecting import Collector
+from qwen_jax.accuracy.traces.collecting import MASKED, Collector
 from qwen_jax.accuracy.traces.trace import Header, Trace, config_to_json, select, split_name
 from qwen_jax.api import Model
 from qwen_jax.completions import Completion
@@ -87,7 +87,9 @@ class Recorder:
         self._together: dict[str, list[str]] = {}
         for name in self.names:
             # To fetch hundreds of small arrays from a device apart takes longer than to make them.
-            key = split_name(name)[1] if self.engine.shapes.ahead else name
+            operation = split_name(name)[1]
+            small = operation not in MASKED and self.engine.shapes.ahead
+            key = operation if small else name
             self._together.setdefault(key, []).append(name)
         spec = self.engine.spec
         self._plain = jax.jit(functools.partial(_plain_call, spec), donate_argnums=1)
@@ -156,20 +158,12 @@ class Recorder:
         # Bits depend on how many slots attention takes a turn, but not on what is behind them.
         capacity = max(len(tokens), min(SLOTS, PAGE * engine.layout.table_width))
         cache = Cache.create(engine.spec.cached, 1, capacity, engine.spec.cache)
-        empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
-        row = jax.ShapeDtypeStruct((1,), np.int32)
-        compiling = {
-            length: device.begin(
-                _compile,
-                function,
-                engine.weights,
-                empty,
-                jax.ShapeDtypeStruct((1, length), np.int32),
-                row,
-                row,
-            )
-            for length in dict.fromkeys(call.padded for call in calls)
-        }
+        compiling = {}
+        if device.apart:
+            empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
+            for n in dict.fromkeys(call.padded for call in calls):
+                row = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, n), (1,), (1,)))
+                compiling[n] = device.begin(_compile, function, engine.weights, empty, *row)
         for call in calls:
             if call.padded in compiling:
                 compiling.pop(call.padded)()

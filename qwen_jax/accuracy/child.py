@@ -38,7 +38,7 @@ _ALIGNED = 64
 class SharedArrays(Mapping[str, Shaped[np.ndarray, "..."]]):
     """Read-only arrays by name, in memory that a child process may see as well."""
 
-    def __init__(self, file: int | None = None, places: "Places | None" = None):
+    def __init__(self, file: int | None = None, places: Places | None = None):
         self.file = _memory() if file is None else file
         weakref.finalize(self, os.close, self.file)
         self._places = places or {}

@@ -24,7 +24,7 @@ from jax.experimental import serialize_executable
 
 from pallas_kernels import compat
 from qwen_jax.executables import identity
-from qwen_jax.executables.lowering import lowered
+from qwen_jax.executables.lowering import compiled
 from qwen_jax.executables.store import Store
 
 LOADED = "/qwen_jax/executables/load_duration"
@@ -76,7 +76,7 @@ class Kept:
     def prepare(self, *args: Any) -> None:
         """Loads or compiles what a call will need, given arrays or shapes alone."""
         if _store is None or self._unless(*args):
-            lowered(self._function, *args).compile()
+            compiled(self._function, *args)
         else:
             self._executable(self._key(args), args)
 
@@ -157,7 +157,7 @@ class Kept:
 
         given = (a if i in self._static else jax.tree.map(shape, a) for i, a in enumerate(args))
         with _without_jax_cache() as options:
-            return lowered(self._function, *given).compile(options)
+            return compiled(self._function, *given, options=options)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """`run.py compare`: the accuracy laboratory, from a config to a report."""
 
-import contextlib
 import dataclasses
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,7 @@ def _of_engine(config: ConfigDict, parts: tuple[str, ...]) -> Report:
     tokens = ids or (model.tokens(item.prompt, **api.prompt_options(options)) if item else None)
     found = Report(planted=tuple(map(str, faults)), model=described(checkpoint))
     more: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(planted(model.engine, faults)) if faults else model.engine
+    with planted(model.engine, faults) if faults else nullcontext(model.engine) as engine:
         with Beside(engine) as device:
             # What a device apart has to do begins first; parts that need nothing of it go before.
             cache = CacheAudit(engine) if "cache" in parts else None

@@ -26,6 +26,12 @@ HELD = {
     "transposed": np.arange(12, dtype=np.int32).reshape(3, 4).T,
 }
 
+BEGUN = """
+from qwen_jax.accuracy.child import Child
+from tests.accuracy.test_child import wait
+child = Child(wait)
+"""
+
 
 def twice(x: SharedArrays, times: int = 2, progress: Progress | None = None) -> dict[str, Any]:
     for done in range(times):
@@ -144,8 +150,7 @@ def test_a_process_that_is_killed_is_told() -> None:
 
 def test_it_ends_with_whoever_began_it() -> None:
     """Also where that one is killed, which can't do anything about it."""
-    call = "from qwen_jax.accuracy.child import Child; from tests.accuracy.test_child import wait"
-    program = f"{call}; child = Child(wait); print(child._process.pid, flush=True); child()"
+    program = f"{BEGUN}print(child._process.pid, flush=True)\nchild()"
     parent = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
@@ -162,8 +167,7 @@ def test_it_ends_with_whoever_began_it() -> None:
 
 
 def test_one_that_is_never_called_ends_quietly() -> None:
-    call = "from qwen_jax.accuracy.child import Child; from tests.accuracy.test_child import wait"
-    program = f"{call}; child = Child(wait); print(child._process.pid)"
+    program = BEGUN
     ended = subprocess.run(
         [sys.executable, "-W", "ignore::ResourceWarning", "-c", program],
         capture_output=True,

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.executables.lowering import lowered
+from qwen_jax.executables.lowering import compiled
 
 
 def test_one_at_a_time() -> None:
@@ -26,9 +26,9 @@ def test_one_at_a_time() -> None:
 
     functions = [jax.jit(lambda x, i=i: slow(x) * i) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda f: lowered(f, jnp.arange(3)).compile(), functions))
+        made = list(pool.map(lambda f: compiled(f, jnp.arange(3)), functions))
     assert most == 1
-    assert [compiled(jnp.arange(3)).tolist() for compiled in made] == [
+    assert [program(jnp.arange(3)).tolist() for program in made] == [
         [i, 2 * i, 3 * i] for i in range(4)
     ]
 
@@ -42,7 +42,7 @@ def test_a_call_finds_it() -> None:
         return x * 2
 
     function = jax.jit(count)
-    lowered(function, jax.ShapeDtypeStruct((2,), jnp.int32)).compile()
+    compiled(function, jax.ShapeDtypeStruct((2,), jnp.int32))
     x, compiles = jnp.arange(2, dtype=jnp.int32), list[str]()
 
     def heard(event: str, seconds: float, **_: str | int) -> None:

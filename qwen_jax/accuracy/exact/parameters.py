@@ -6,20 +6,18 @@ one layer's parameters by the operation that uses them.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from qwen_jax.accuracy import spread
+from qwen_jax.accuracy.exact.operations import Array
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.weights import read_back
 from qwen_jax.weights.loader import Checkpoint, decode, open_checkpoint
-
-Array = Any
-"""A NumPy or a JAX array."""
 
 Arrays = tuple[Float[np.ndarray, "..."], ...]
 

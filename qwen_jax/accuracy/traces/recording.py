@@ -26,7 +26,7 @@ from qwen_jax.engine.shapes import Piece, Shapes, pieces_of
 from qwen_jax.engine.spec import Spec
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
-from qwen_jax.executables.lowering import lowered
+from qwen_jax.executables.lowering import compiled
 from qwen_jax.model.cache import PAGE, Cache
 from qwen_jax.model.tap import recording
 from qwen_jax.requests import Request
@@ -141,12 +141,11 @@ class Recorder:
                             collector.add(name, call.start, x[0, : call.length])
             traced.close()  # and their caches with them
             plain.close()
-        notes = ["Recording changes no bit of the logits."]
+        note = "Recording changes no bit of the logits."
         if not same:
-            notes = [f"Recording changes the logits, by {worst:.3g} at most."]
-        if calls[-1].padded == 1 and _in_one_kernel(self.engine):
-            notes.insert(0, KERNEL)
-        trace, source = collector.trace(*notes), self.engine.config.source
+            note = f"Recording changes the logits, by {worst:.3g} at most."
+        kernel = [KERNEL] if calls[-1].padded == 1 and _in_one_kernel(self.engine) else []
+        trace, source = collector.trace(*kernel, note), self.engine.config.source
         header = dataclasses.replace(trace.header, model_sha256=model_hash(source))
         return Trace(header, trace.tensors)
 
@@ -162,8 +161,8 @@ class Recorder:
         if device.apart:
             empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
             for n in dict.fromkeys(call.padded for call in calls):
-                row = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, n), (1,), (1,)))
-                compiling[n] = device.begin(_compile, function, engine.weights, empty, *row)
+                text = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, n), (1,), (1,)))
+                compiling[n] = device.begin(compiled, function, engine.weights, empty, *text)
         for call in calls:
             if call.padded in compiling:
                 compiling.pop(call.padded)()
@@ -325,11 +324,6 @@ def model_hash(source: str) -> str | None:
 def _hash(path: Path, mtime: int, size: int) -> str:
     """Hashing reads the whole file, so once for each that has not changed."""
     return OpenFile(path).sha256()
-
-
-def _compile(function: Any, *args: Any) -> None:
-    """What a call with such arguments will find."""
-    lowered(function, *args).compile()
 
 
 def _plain_call(
